@@ -1,0 +1,75 @@
+"""Communication: `deepspeed.comm` stands in for `torch.distributed`, and more.
+
+    launch_env.py    what the launcher said: rank, world size, meeting point       (pure)
+    init.py          start or adopt torch.distributed; ranks and groups
+    collectives.py   the collectives, through one function where they can be recorded
+    recorder.py      counts, times, bandwidths
+    exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers
+
+Names that are torch.distributed's and not listed here are torch.distributed's own.
+"""
+
+# ruff: noqa: F401 - every import here is a public name of this module
+
+from typing import Any
+
+import torch.distributed as _dist
+from torch.distributed import P2POp, ProcessGroup, ReduceOp
+
+from deepspeed.comm.collectives import (
+    all_gather,
+    all_gather_coalesced,
+    all_gather_into_tensor,
+    all_gather_object,
+    all_reduce,
+    all_reduce_coalesced,
+    all_to_all,
+    all_to_all_single,
+    allgather_fn,
+    barrier,
+    batch_isend_irecv,
+    broadcast,
+    broadcast_object_list,
+    configure,
+    gather,
+    get_comm_operation_count,
+    get_logged_comm_ops,
+    has_comm_data,
+    inference_all_reduce,
+    irecv,
+    isend,
+    log_summary,
+    monitored_barrier,
+    recv,
+    reduce,
+    reduce_scatter,
+    reduce_scatter_fn,
+    reduce_scatter_tensor,
+    reset_log,
+    scatter,
+    send,
+)
+from deepspeed.comm.init import (
+    destroy_process_group,
+    get_all_ranks_from_group,
+    get_global_rank,
+    get_local_rank,
+    get_rank,
+    get_world_group,
+    get_world_size,
+    has_all_gather_into_tensor,
+    has_coalescing_manager,
+    has_reduce_scatter_tensor,
+    init_distributed,
+    initialize_mesh_device,
+    is_available,
+    is_initialized,
+    mpi_discovery,
+    new_group,
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name.startswith("_"):
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(_dist, name)

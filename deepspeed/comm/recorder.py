@@ -1,0 +1,123 @@
+"""Counts and times collectives, per operation and message size; off unless configured.
+
+`collectives.run` hands every collective to the recorder while there is one. A timed collective is waited for on the
+spot, so recording changes how communication overlaps; without a recorder nothing here runs.
+
+    records[op][message bytes] = latencies in ms
+
+Algorithm bandwidth is message bytes / time. Bus bandwidth scales it by what the operation must move per link, so that
+it compares to the hardware whatever the world size: the factors of nccl-tests (doc/PERFORMANCE.md). The message of an
+all-gather, a reduce-scatter or an all-to-all is the full buffer over all ranks.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch.distributed as dist
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.utils.logging import logger
+
+_BUS_FACTORS: dict[str, Callable[[int], float]] = {
+    "all_reduce": lambda n: 2 * (n - 1) / n,
+    "all_gather": lambda n: (n - 1) / n,
+    "reduce_scatter": lambda n: (n - 1) / n,
+    "all_to_all": lambda n: (n - 1) / n,
+}
+
+
+def bus_factor(op: str, world_size: int) -> float:
+    """Bus bandwidth / algorithm bandwidth of an operation, by the longest name it begins with; 1 for the others."""
+    name = next((known for known in _BUS_FACTORS if known in op), None)
+    return _BUS_FACTORS[name](world_size) if name and world_size > 1 else 1.0
+
+
+@dataclass
+class Recorder:
+    """What was recorded since the last reset, and what is to be recorded."""
+
+    prof_all: bool = True
+    prof_ops: Sequence[str] = ()
+    verbose: bool = False
+    debug: bool = False
+    records: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+
+    def wants(self, log_name: str, prof: bool) -> bool:
+        """Whether this operation is recorded: all are, or it is listed, or the call asks for it."""
+        return self.prof_all or prof or log_name in self.prof_ops
+
+    def timed(self, call: Callable[[], Any], log_name: str, nbytes: int, caller: str) -> Any:
+        """Run a collective to its end, note how long it took, and return what it returned."""
+        synchronize = get_accelerator().synchronize
+        synchronize()
+        start_s = time.perf_counter()
+        handle = call()
+        if handle is not None and not isinstance(handle, int):  # recv returns a rank
+            handle.wait()
+        synchronize()
+        latency_ms = (time.perf_counter() - start_s) * 1e3
+        self.records.setdefault(log_name, {}).setdefault(nbytes, []).append(latency_ms)
+        if self.verbose:
+            by = f" from {caller}" if self.debug else ""
+            logger.warning(f"comm op: {log_name}{by} | time (ms): {latency_ms:.2f} | msg size: {size_text(nbytes)}")
+        return handle
+
+    def summary(self, world_size: int) -> dict[str, dict[int, dict[str, Any]]]:
+        """op -> message bytes -> count, total and average latency, bandwidths."""
+        return {
+            op: {nbytes: _line(op, nbytes, latencies, world_size) for nbytes, latencies in sorted(sizes.items())}
+            for op, sizes in self.records.items()
+        }
+
+
+def _line(op: str, nbytes: int, latencies_ms: Sequence[float], world_size: int) -> dict[str, Any]:
+    total_ms = sum(latencies_ms)
+    gbps = nbytes * 8 * len(latencies_ms) / (total_ms / 1e3) / 1e9 if total_ms > 0 else 0.0
+    return {
+        "count": len(latencies_ms),
+        "total_latency_ms": total_ms,
+        "avg_latency_ms": total_ms / len(latencies_ms),
+        "tput_avg_gbps": gbps,
+        "busbw_avg_gbps": gbps * bus_factor(op, world_size),
+        "msg_size_bytes": nbytes,
+        "msg_size_str": size_text(nbytes),
+    }
+
+
+def straggling_ms(summary: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, float]]:
+    """op -> message bytes -> how much longer this rank took than the fastest one, in all. Collective."""
+    mine = {(op, nbytes): line["total_latency_ms"] for op, sizes in summary.items() for nbytes, line in sizes.items()}
+    of_ranks: list[dict[tuple[str, int], float]] = [{} for _ in range(dist.get_world_size())]
+    dist.all_gather_object(of_ranks, mine)
+    result: dict[str, dict[int, float]] = {}
+    for key, total_ms in mine.items():
+        op, nbytes = key
+        result.setdefault(op, {})[nbytes] = total_ms - min(rank[key] for rank in of_ranks if key in rank)
+    return result
+
+
+def table(summary: dict[str, dict[int, dict[str, Any]]], straggling: dict[str, dict[int, float]]) -> str:
+    """The summary as aligned text, with a column of straggling times if there are any."""
+    header = f"{'op':<26}{'message':>12}{'count':>8}{'total ms':>12}{'avg ms':>10}{'Gbps':>10}{'bus Gbps':>10}"
+    lines = [header + (f"{'straggler ms':>14}" if straggling else "")]
+    for op, sizes in summary.items():
+        for nbytes, line in sizes.items():
+            text = (
+                f"{op:<26}{line['msg_size_str']:>12}{line['count']:>8}{line['total_latency_ms']:>12.2f}"
+                f"{line['avg_latency_ms']:>10.2f}{line['tput_avg_gbps']:>10.2f}{line['busbw_avg_gbps']:>10.2f}"
+            )
+            lines.append(text + (f"{straggling[op][nbytes]:>14.2f}" if straggling else ""))
+    return "\n".join(lines)
+
+
+def size_text(nbytes: float) -> str:
+    """1536 -> "1.5 KB"."""
+    for unit in ("B", "KB", "MB", "GB"):
+        if nbytes < 1024:
+            return f"{nbytes:.4g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:.4g} TB"

@@ -1,0 +1,1 @@
+"""The conductor: builds everything under `deepspeed.initialize` and runs the training step."""

@@ -1,0 +1,229 @@
+"""The steps by which an engine is built from a configuration: each a function, called once, in the order of the file.
+
+Called by `engine.engine`; knows the configuration, and turns it into the smallest thing each lower layer needs.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepspeed.config import BatchSizes, Config
+from deepspeed.mesh import Mesh, data_parallel_mesh
+from deepspeed.optim.build import build_optimizer
+from deepspeed.optim.muon import split_for_muon
+from deepspeed.optim.schedules import build_scheduler
+from deepspeed.precision import DynamicLossScale, StaticLossScale
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
+from deepspeed.zero.cut import LEAF_MARK
+from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
+
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
+
+
+def check_model(model: Any) -> None:
+    """Refuse what cannot be trained: nothing, something that is no module, a model that is wrapped already."""
+    if model is None:
+        raise DeepSpeedError("deepspeed.initialize requires a model: got model=None.\n  Pass an nn.Module.")
+    if not isinstance(model, nn.Module):
+        raise DeepSpeedError(f"deepspeed.initialize(model=...) is a {type(model).__name__}, not an nn.Module.")
+    for kind in type(model).__mro__:
+        if kind.__name__ in WRAPPERS:
+            raise DeepSpeedError(
+                f"the model is already wrapped in {kind.__name__}, which reduces gradients a second time.\n"
+                "  Pass the bare module (model.module)."
+            )
+
+
+def make_mesh(config: Config, mpu: Any) -> Mesh:
+    """The data-parallel mesh: all ranks or `mpu`'s, in shard groups of `mics_shard_size`, hpZ groups in those."""
+    ranks = dist.get_process_group_ranks(mpu.get_data_parallel_group()) if mpu is not None else None
+    zero = config.zero_optimization
+    near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
+    return data_parallel_mesh(ranks, zero.mics_shard_size if zero.mics_shard_size > 0 else None, max(1, near))
+
+
+def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:
+    """Resolve the three batch sizes against the number of data-parallel ranks."""
+    source = "mpu" if mpu is not None else "torch.distributed" if mesh.dp_world_size > 1 else "one process"
+    return config.batch_sizes(data_parallel_size=mesh.dp_world_size, size_source=source)
+
+
+def make_policy(config: Config) -> ZeroPolicy:
+    """The placement table of the configured stage, with the configured dtypes."""
+    dtype = config.precision_dtype
+    keeps_low_master = config.fp16.fp16_master_weights_and_grads or config.bf16.bf16_master_weights_and_grads
+    return policy_of_stage(
+        config.zero_optimization.stage,
+        param_dtype=dtype,
+        grad_dtype=config.data_types.grad_accum_dtype,
+        master_dtype=dtype if keeps_low_master else torch.float32,
+    )
+
+
+def make_limits(config: Config) -> Limits:
+    """Bucket and unit sizes in elements."""
+    zero = config.zero_optimization
+    return Limits(
+        bucket_numel=max(1, min(zero.reduce_bucket_size, MAX_BUCKET_NUMEL)),
+        persist_numel=zero.stage3_param_persistence_threshold,
+        persist_total_numel=zero.stage3_model_persistence_threshold,
+        max_unit_numel=max(1, zero.stage3_max_live_parameters // 4),
+    )
+
+
+def mark_leaves(module: nn.Module, config: Config) -> None:
+    """Mark modules named by `zero_optimization.leaf_module` as units that are not opened."""
+    leaf = config.zero_optimization.leaf_module
+    for name, inner in module.named_modules():
+        kind = type(inner)
+        names = {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"}
+        if names & set(leaf.classes) or name in leaf.names or name.endswith(tuple(leaf.name_suffixes)):
+            inner.__dict__[LEAF_MARK] = True
+
+
+def parameter_groups(model: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Parameter groups as dicts; default one group with every parameter of the model. Empty groups stay."""
+    given = list(model.parameters() if model_parameters is None else model_parameters)
+    if given and isinstance(given[0], dict):
+        return [{**group, "params": list(group["params"])} for group in given]
+    return [{"params": given}] if given else []
+
+
+def make_optimizer(
+    config: Config, client: Any, groups: list[dict[str, Any]], model: nn.Module
+) -> torch.optim.Optimizer | None:
+    """The client's optimizer, or the configured one, or None. A callable gets the parameters."""
+    if isinstance(client, torch.optim.Optimizer):
+        return client
+    if callable(client):
+        return client([param for group in groups for param in group["params"]] if _is_flat(groups) else groups)
+    if client is not None:
+        raise DeepSpeedError(
+            f"deepspeed.initialize(optimizer=...) is a {type(client).__name__}: neither a torch.optim.Optimizer nor a "
+            "callable that makes one from parameters."
+        )
+    if config.optimizer is None or config.optimizer.type is None:
+        return None
+    if not any(group["params"] for group in groups):
+        raise DeepSpeedConfigError(
+            f"optimizer.type = {config.optimizer.type!r} has no parameters to train: model_parameters is empty.\n"
+            "  Pass model.parameters(), or leave the optimizer out to only evaluate."
+        )
+    if config.optimizer.type.lower() == "muon":
+        groups = split_for_muon(model.named_parameters(), groups)
+    return build_optimizer(config.optimizer.type, dict(config.optimizer.params), groups)
+
+
+def _is_flat(groups: Sequence[dict[str, Any]]) -> bool:
+    return len(groups) == 1 and set(groups[0]) == {"params"}
+
+
+def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, stage: int) -> None:
+    """Refuse stages 1 and 2 without an optimizer, and parameters that are not the model's."""
+    if optimizer is None:
+        if stage in (1, 2):
+            raise DeepSpeedConfigError(
+                f"zero_optimization.stage = {stage} shards optimizer state, but there is no optimizer.\n"
+                '  Pass optimizer=..., add an "optimizer" section, or use stage 0 or 3 to only evaluate.'
+            )
+        return
+    owned = set(model.parameters())
+    strangers = sum(param not in owned for group in optimizer.param_groups for param in group["params"])
+    if strangers:
+        raise DeepSpeedError(
+            f"{strangers} of the optimizer's parameters do not belong to the model; they would never be reduced or updated.\n"
+            "  Build the optimizer from model.parameters() of the very model passed to deepspeed.initialize, after any "
+            "change to it (adapters, resized embeddings)."
+        )
+
+
+def group_indices(optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:
+    """Each optimized parameter's group."""
+    groups = optimizer.param_groups if optimizer is not None else []
+    return {param: i for i, group in enumerate(groups) for param in group["params"]}
+
+
+def make_scale(config: Config) -> StaticLossScale:
+    """The loss scale: dynamic for fp16 unless a fixed one is given; 1 for everything else."""
+    fp16 = config.fp16
+    if not fp16.enabled:
+        return StaticLossScale()
+    if fp16.loss_scale > 0:
+        return StaticLossScale(fp16.loss_scale)
+    return DynamicLossScale(
+        2.0**fp16.initial_scale_power,
+        window=fp16.loss_scale_window,
+        hysteresis=fp16.hysteresis,
+        min_scale=fp16.min_loss_scale,
+        consecutive_hysteresis=fp16.consecutive_hysteresis,
+    )
+
+
+def reduction_arguments(config: Config, mesh: Mesh, device: torch.device) -> dict[str, Any]:
+    """How the reducer divides: mean or sum, before or after, in which dtype on the wire."""
+    world_size = len(mesh.ranks_of("dp_shard"))
+    is_mean = config.gradient_allreduce_op == "mean"
+    if not is_mean and config.zero_optimization.stage == 3:
+        raise DeepSpeedConfigError(
+            'gradient_allreduce_op = "sum" is not for zero_optimization.stage = 3.\n  Use "mean", or a stage below 3.'
+        )
+    predivide = config.gradient_predivide_factor if config.prescale_gradients else 1.0
+    replicas = mesh.exchange("dp_replicate", "reduce", device) if mesh.num_replicas > 1 else None
+    return {
+        "predivide": predivide,
+        "divide_by": (world_size if is_mean else 1.0) / predivide,
+        "replicas": replicas,
+        "wire_dtype": config.communication_data_type,
+        "overlap": config.zero_optimization.overlap_comm is not False,
+    }
+
+
+def make_scheduler(config: Config, client: Any, optimizer: torch.optim.Optimizer | None, client_optimizer: Any) -> Any:
+    """The client's scheduler (object, or callable on the wrapped optimizer), the configured one, or None."""
+    if optimizer is None:
+        return None
+    if client is not None:
+        is_object = hasattr(client, "step")
+        if isinstance(client, torch.optim.lr_scheduler.LRScheduler) and not isinstance(client_optimizer, torch.optim.Optimizer):
+            raise DeepSpeedError(
+                "lr_scheduler is an object, but the optimizer it schedules is not the one that will be stepped.\n"
+                "  Pass optimizer=<the optimizer object it was built on>, or lr_scheduler=<a callable taking the optimizer>."
+            )
+        return client if is_object or not callable(client) else client(optimizer)
+    if config.scheduler is None or config.scheduler.type is None:
+        return None
+    return build_scheduler(config.scheduler.type, dict(config.scheduler.params), optimizer)
+
+
+def cast_buffers(module: nn.Module, config: Config) -> None:
+    """Floating buffers to the model's dtype, or to `data_types.buffer_dtype`; those that must stay fp32 stay."""
+    dtype = config.data_types.buffer_dtype or config.precision_dtype
+    if dtype is torch.float32:
+        return
+    keep = config.data_types.keep_in_fp32_modules
+    kept = ["inv_freq"]
+    if keep == "auto":
+        for inner in module.modules():
+            for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):
+                kept += list(inspect.getattr_static(inner, attribute, None) or ())
+    else:
+        kept += list(keep)
+    for owner_name, owner in module.named_modules():
+        for name, buffer in owner.named_buffers(recurse=False):
+            if buffer.is_floating_point() and not any(part in f"{owner_name}.{name}" for part in kept):
+                owner._buffers[name] = buffer.to(dtype)
+
+
+def accepts(func: Callable[..., Any], name: str) -> bool:
+    """Whether a callable takes a keyword."""
+    try:
+        return name in inspect.signature(func).parameters
+    except (TypeError, ValueError):
+        return False

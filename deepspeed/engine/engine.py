@@ -1,0 +1,731 @@
+"""The engine: what `deepspeed.initialize` returns and a training loop drives.
+
+Stands on top of every layer and owns them: mesh, buckets, reducer, gatherer, optimizer, schedule, counters. It decides
+when; the layers below do. Attached listeners (boundary, watch) hold no reference to the engine, so an engine that the
+user drops is freed with its hooks.
+
+    loss = engine(batch)         unshard, compute, reshard                              zero.gather, zero.hooks
+    engine.backward(loss)        scale; gradients are taken over, reduced on the way    zero.reduce
+    engine.step()                at the boundary: norm, skip or clip, update, publish   zero.optimizer
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.config import Config, check_available, load_config, read_config
+from deepspeed.engine import assemble
+from deepspeed.engine.accumulation import Accumulation
+from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
+from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
+from deepspeed.engine.queries import ConfigQueries
+from deepspeed.mesh import Mesh
+from deepspeed.precision import StaticLossScale, WideMatmul, needs_wide_matmul
+from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
+from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
+from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
+from deepspeed.zero.access import GatheredParameters, trainers
+from deepspeed.zero.build import Built, build
+from deepspeed.zero.gather import Gatherer
+from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
+from deepspeed.zero.optimizer import ZeroOptimizer
+from deepspeed.zero.param import full_numel, slot_of
+from deepspeed.zero.reduce import Reducer
+
+_engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
+
+
+class LossScaleGuard:
+    """Notices a plain `loss.backward()` where the loss has to be scaled first."""
+
+    def __init__(self, scale: StaticLossScale) -> None:
+        self.scale = scale
+        self.is_scaled = False
+
+    def check(self) -> None:
+        """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""
+        if not self.is_scaled and (self.scale.is_dynamic or self.scale.scale != 1.0):
+            raise TrainingStateError(
+                f"loss.backward() on an unscaled loss: fp16 needs it multiplied by the loss scale ({self.scale.scale:g}).\n"
+                "  Use engine.backward(loss), or engine.scale(loss).backward()."
+            )
+
+    def reset(self) -> None:
+        """Called as a backward ends."""
+        self.is_scaled = False
+
+
+class DeepSpeedEngine(ConfigQueries, nn.Module):
+    """A model under ZeRO, with its optimizer. Made by `deepspeed.initialize`; see there for the arguments.
+
+    Collective to build, and in `step`; at stages 2 and 3 in `backward`, at stage 3 in forward. Attributes that the
+    engine does not have are the model's.
+    """
+
+    def __init__(
+        self,
+        args: Any = None,
+        model: nn.Module | None = None,
+        optimizer: Any = None,
+        model_parameters: Iterable[Any] | None = None,
+        training_data: Any = None,
+        lr_scheduler: Any = None,
+        mpu: Any = None,
+        dist_init_required: bool | None = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        config: Any = None,
+        config_class: Any = None,
+        mesh_device: Any = None,
+        dont_change_device: bool = False,
+    ) -> None:
+        super().__init__()
+        assemble.check_model(model)
+        assert model is not None
+        _refuse_second_engine(model)
+        self._user_config = config if isinstance(config, dict) else read_config(config)
+        self._config: Config = load_config(config)
+        check_available(self._config)
+        if self._config.log_level:
+            set_log_level_from_string(self._config.log_level)
+        self.mpu = mpu
+        self._accelerator = get_accelerator()
+        self._device = torch.device(self._accelerator.current_device_name())
+        self.mesh: Mesh = assemble.make_mesh(self._config, mpu)
+        self._agree_with_other_ranks(model)
+        batch = assemble.batch_sizes(self._config, self.mesh, mpu)
+        self._micro_batch_size = batch.micro
+        self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
+        self.module = model
+        self._build_zero(model, optimizer, model_parameters)
+        self._build_forward()
+        self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
+        self.client_lr_scheduler = lr_scheduler
+        self.collate_fn = collate_fn
+        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        self.global_steps = 0
+        self.global_samples = 0
+        self.skipped_steps = 0
+        self.losses: Tensor | None = None
+        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown
+        self.timers = SynchronizedWallClockTimer() if self.wall_clock_breakdown_enabled else NoopTimer()
+        self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
+        self._was_step_applied = False
+        self._knows_inputs = self.mesh.dp_world_size == 1
+        self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
+        _engine_of[model] = weakref.ref(self)
+        self._finalizer = weakref.finalize(
+            self, _take_apart, self.mesh, self._reducer, self._hooks, self.optimizer, self._built
+        )
+        if self._config.dump_state:
+            logger.warning("%s", self._config)
+
+    # Building. -----------------------------------------------------------------------------------------------------
+
+    def _agree_with_other_ranks(self, model: nn.Module) -> None:
+        require_equal(self.mesh, "configuration", flatten(self._user_config), "Give every rank the same configuration.")
+        require_equal(
+            self.mesh, "model", describe_model(model), "Build the same model, with the same frozen parameters, on every rank."
+        )
+
+    def _build_zero(self, model: nn.Module, client: Any, model_parameters: Iterable[Any] | None) -> None:
+        config = self._config
+        stage = config.zero_optimization.stage
+        groups = assemble.parameter_groups(model, model_parameters)
+        basic = assemble.make_optimizer(config, client, groups, model)
+        assemble.check_optimizer(basic, model, stage)
+        assemble.mark_leaves(model, config)
+        self.policy = assemble.make_policy(config)
+        scale = assemble.make_scale(config)
+        self._scale_guard = LossScaleGuard(scale)
+        self.watch = BackwardWatch()
+        self.watch.on_begin.append(self._scale_guard.check)
+        assemble.cast_buffers(model, config)
+        built = build(model, assemble.group_indices(basic), self.policy, self.mesh, self._device, assemble.make_limits(config))
+        self._built: Built = built
+        self._gatherer: Gatherer | None = None
+        self._hooks: ModuleHooks | None = None
+        if built.sharded:
+            self._hooks = self._make_hooks(model, built)
+            self._gatherer = self._hooks.gatherer
+        self._reducer = Reducer(
+            [master.bucket for master in built.masters],
+            self.policy,
+            should_reduce=self.accumulation.should_reduce,
+            on_complete=self._hooks.bucket_completed if self._hooks else None,
+            **assemble.reduction_arguments(config, self.mesh, self._device),
+        )
+        self.basic_optimizer = basic
+        self.optimizer: ZeroOptimizer | None = None
+        if basic is not None:
+            self.optimizer = ZeroOptimizer(
+                basic,
+                built.masters,
+                self._reducer,
+                self.policy,
+                self.mesh,
+                scale=scale,
+                clip=config.gradient_clipping,
+                skip_non_finite=config.bf16.enabled and config.bf16.check_grad_overflow,
+                sub_group_numel=config.zero_optimization.sub_group_size,
+                allow_untested=config.zero_allow_untested_optimizer,
+                zero_stage=stage,
+            )
+            self.optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
+            trainers.add(self.optimizer)
+        if not self.policy.optimizer.is_sharded:
+            self.watch.on_end.append(functools.partial(_expose, self._reducer, self.accumulation))
+        self.watch.on_end.append(self._scale_guard.reset)
+
+    def _make_hooks(self, model: nn.Module, built: Built) -> ModuleHooks:
+        zero = self._config.zero_optimization
+        gatherer = Gatherer(
+            built.sharded,
+            functools.partial(_agree, self.mesh),
+            prefetch_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+            max_reuse_distance=zero.stage3_max_reuse_distance,
+        )
+        hooks = ModuleHooks(model, built.users, gatherer, self.watch)
+        for module in model.modules():
+            for param in module.__dict__.get("_ds_external_params", {}).values():
+                slot = slot_of(param)
+                if slot and slot.bucket.is_sharded:
+                    hooks.add_user(module, slot.bucket)
+        return hooks
+
+    def _build_forward(self) -> None:
+        dtype = self.policy.parameters.dtype
+        self._widens = self._device.type == "cpu" and needs_wide_matmul(dtype)
+        autocast = self._config.torch_autocast
+        self._autocast_dtype = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
+        self._casts_inputs = dtype if self._config.fp16.enabled and self._config.fp16.auto_cast else None
+
+    # The training step. --------------------------------------------------------------------------------------------
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's own output for its own arguments."""
+        self._before_forward((inputs, kwargs))
+        if self._casts_inputs is not None:
+            inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
+        self.timers("forward").start()
+        with self._forward_contexts():
+            output = self.module(*inputs, **kwargs)
+        self.timers("forward").stop()
+        if self._hooks is None and torch.is_grad_enabled():
+            self.watch.watch(output)
+        return output
+
+    def _before_forward(self, inputs: Any) -> None:
+        if self._finalizer.peek() is None:
+            raise TrainingStateError("this engine was destroyed.\n  Make a new one with deepspeed.initialize.")
+        self.watch.end()
+        if torch.is_grad_enabled():
+            self._reducer.hide()
+            self._reducer.flush()
+            if not self._knows_inputs:
+                self._knows_inputs = True
+                cure = "Give every rank micro-batches of the same kind and size (train_micro_batch_size_per_gpu)."
+                require_equal(self.mesh, "inputs", describe_inputs(inputs), cure)
+
+    @contextlib.contextmanager
+    def _forward_contexts(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            if self._widens:
+                stack.enter_context(WideMatmul())
+            if self._autocast_dtype is not None:
+                stack.enter_context(torch.autocast(self._device.type, dtype=self._autocast_dtype))
+            yield
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` times the loss scale, for `engine.scale(loss).backward()`."""
+        self._scale_guard.is_scaled = True
+        return loss.float() * self.loss_scale() if self.loss_scale() != 1.0 else loss
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
+        """Backward of the loss (a scalar), divided by the micro-batches of a step unless told not to.
+
+        Returns that divided loss. Collective at stages 2 and 3, and at the boundary.
+        """
+        self._check_loss(loss)
+        divided = loss / self.gradient_accumulation_steps() if scale_wrt_gas and self.gradient_accumulation_steps() > 1 else loss
+        self._reducer.hide()
+        self.timers("backward").start()
+        with WideMatmul() if self._widens else contextlib.nullcontext():
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+        self.watch.end()
+        self.timers("backward").stop()
+        self.losses = loss.detach()
+        return divided
+
+    def _check_loss(self, loss: Any) -> None:
+        if self.optimizer is None:
+            raise TrainingStateError(
+                'engine.backward: the engine has no optimizer.\n  Pass optimizer=... or add an "optimizer" section to train.'
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise TrainingStateError(f"engine.backward: the loss must be a scalar tensor, got {got}.\n  Reduce it, e.g. loss.mean().")
+        if not loss.requires_grad:
+            raise TrainingStateError(
+                "engine.backward: the loss does not require grad: it was computed under torch.no_grad(), detached, or all "
+                "parameters are frozen."
+            )
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Count a micro-batch; at the boundary update the weights and the learning rate. Collective at the boundary.
+
+        Raises TrainingStateError before any backward, and inside `no_sync`.
+        """
+        if self.accumulation.no_sync_depth:
+            raise TrainingStateError("engine.step() inside of engine.no_sync().\n  Leave the context first.")
+        if self.optimizer is None:
+            raise TrainingStateError("engine.step(): the engine has no optimizer, it can only evaluate.")
+        if not self._reducer.saw_backward and self._reducer.gradients:
+            raise TrainingStateError(
+                "engine.step() before backward: no gradient arrived since the last step.\n"
+                "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
+            )
+        self.watch.end()
+        self.accumulation.is_stepping = True
+        self._was_step_applied = False
+        try:
+            if self.accumulation.is_boundary:
+                self._step_at_boundary(lr_kwargs or {})
+            else:
+                self._reducer.flush()
+        finally:
+            self.accumulation.is_stepping = False
+        self.accumulation.micro_steps += 1
+
+    def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
+        assert self.optimizer is not None
+        self.timers("step").start()
+        self.optimizer.step()
+        self.timers("step").stop()
+        if self.optimizer.overflow:
+            self.skipped_steps += 1
+        else:
+            self._was_step_applied = True
+            self._step_scheduler(lr_kwargs)
+        self._learn_order()
+        self.global_steps += 1
+        self.global_samples += self.train_batch_size()
+        every = self._config.steps_per_print
+        if every and self.global_steps % every == 0:
+            self._report_progress()
+
+    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
+        if self.lr_scheduler is not None:
+            try:
+                self.lr_scheduler.step(**lr_kwargs)
+            except TypeError:
+                self.lr_scheduler.step(self.train_batch_size())
+
+    def _learn_order(self) -> None:
+        """After the first step, launch reductions in the order in which the first rank's gradients arrived."""
+        if not self._knows_order:
+            self._knows_order = True
+            self._reducer.set_order(self.mesh.gather_objects("dp", self._reducer.completion_order())[0])
+
+    def _report_progress(self) -> None:
+        if self.mesh.dp_rank == 0:
+            loss = f"{self.losses.item():.4f}" if self.losses is not None else "-"
+            rate = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
+            names = ["forward", "backward", "step"]
+            times = [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
+            print(
+                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]), flush=True
+            )
+
+    # Accumulation. -------------------------------------------------------------------------------------------------
+
+    @property
+    def micro_steps(self) -> int:
+        """Calls of `step()` so far."""
+        return self.accumulation.micro_steps
+
+    @micro_steps.setter
+    def micro_steps(self, count: int) -> None:
+        self.accumulation.micro_steps = count
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """Whether the current micro-batch completes a step; valid before `step()`."""
+        return self.accumulation.is_boundary
+
+    def set_gradient_accumulation_boundary(self, is_boundary: bool) -> None:
+        """Say whether the micro-batch to come completes a step; holds until said otherwise."""
+        if not self.accumulation.is_managed:
+            raise TrainingStateError(
+                "set_gradient_accumulation_boundary: managed_gradient_accumulation is false, every step() is a boundary."
+            )
+        self.accumulation.override = is_boundary
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Keep this rank's gradients to itself in backward passes inside. Where gradients rest sharded (stages 2, 3)
+        they are reduced all the same, with equal results: there is no full buffer to add them up in."""
+        if self.accumulation.no_sync_depth:
+            raise TrainingStateError("engine.no_sync() inside of engine.no_sync().")
+        if self.policy.gradients.is_sharded:
+            warn_once("no_sync at ZeRO stages 2 and 3 reduces every backward: gradients rest sharded. Results are the same.")
+        self.accumulation.no_sync_depth += 1
+        try:
+            yield
+            self._reducer.flush()
+        finally:
+            self.accumulation.no_sync_depth -= 1
+
+    @contextlib.contextmanager
+    def coalesce_grad_reduction(self) -> Iterator[None]:
+        """Reduce once, on exit, for several backward passes inside (stages 0 and 1; 2 and 3 reduce as they go)."""
+        self.accumulation.no_sync_depth += 1
+        try:
+            yield
+        finally:
+            self.accumulation.no_sync_depth -= 1
+        self.allreduce_gradients()
+
+    def allreduce_gradients(self, bucket_size: int = 500_000_000) -> None:
+        """Reduce what this rank has of the step's gradients, now. Collective."""
+        self.watch.end()
+        if self._reducer.saw_backward:
+            self._reducer.finish()
+            _expose(self._reducer, self.accumulation, True)
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget this step's gradients."""
+        self._reducer.drop()
+        for param in self.module.parameters():
+            param.grad = None
+
+    def was_step_applied(self) -> bool:
+        """Whether the last `step()` changed the weights."""
+        return self._was_step_applied
+
+    def get_global_grad_norm(self) -> float | None:
+        """Norm of the last step's averaged gradients before clipping; None before the first step."""
+        if self.optimizer is None or self.optimizer.grad_norm is None:
+            return None
+        return self.optimizer.grad_norm.item()
+
+    def get_lr(self) -> list[float]:
+        """Learning rate per parameter group."""
+        return [group["lr"] for group in self._groups()]
+
+    def get_type(self) -> list[Any]:
+        """`type` per parameter group, where groups carry one."""
+        return [group.get("type") for group in self._groups()]
+
+    def get_mom(self) -> list[Any]:
+        """Betas per parameter group; momentum for SGD and RMSprop."""
+        return [group.get("betas", group.get("momentum")) for group in self._groups()]
+
+    def _groups(self) -> list[dict[str, Any]]:
+        return self.basic_optimizer.param_groups if self.basic_optimizer is not None else []
+
+    # Batches and data. ---------------------------------------------------------------------------------------------
+
+    def train_batch_size(self) -> int:
+        """Samples per step over all ranks."""
+        return self._micro_batch_size * self.gradient_accumulation_steps() * self.mesh.dp_world_size
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and micro-batch."""
+        return self._micro_batch_size
+
+    def gradient_accumulation_steps(self) -> int:
+        """Micro-batches per step."""
+        return self.accumulation.num_micro_batches
+
+    def get_batch_info(self) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
+        """The three methods above, bound."""
+        return self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
+
+    def set_train_batch_size(self, train_batch_size: int) -> None:
+        """Change samples per step by changing the number of micro-batches. Raises ValueError if that is not whole."""
+        per_micro = self._micro_batch_size * self.mesh.dp_world_size
+        if train_batch_size <= 0 or train_batch_size % per_micro:
+            raise DeepSpeedError(
+                f"set_train_batch_size({train_batch_size}): not a multiple of micro-batch {self._micro_batch_size} * "
+                f"{self.mesh.dp_world_size} ranks = {per_micro}."
+            )
+        self.accumulation.num_micro_batches = train_batch_size // per_micro
+
+    def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
+        """Change samples per micro-batch; the number of micro-batches stays."""
+        self._micro_batch_size = micro_batch_size
+
+    def deepspeed_io(
+        self,
+        dataset: Any,
+        batch_size: int | None = None,
+        route: str = "train",
+        pin_memory: bool = True,
+        data_sampler: Any = None,
+        collate_fn: Callable[[list[Any]], Any] | None = None,
+        num_local_io_workers: int | None = None,
+    ) -> DeepSpeedDataLoader:
+        """A loader of this rank's share of a dataset, shuffled for the "train" route. Raises ValueError for other things."""
+        if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
+            raise DeepSpeedError(f"training_data is a {type(dataset).__name__}: neither a map-style nor an iterable dataset.")
+        return DeepSpeedDataLoader(
+            dataset,
+            batch_size or self.train_micro_batch_size_per_gpu(),
+            pin_memory=pin_memory,
+            data_sampler=data_sampler,
+            collate_fn=collate_fn or self.collate_fn,
+            num_local_io_workers=num_local_io_workers,
+            data_parallel_world_size=self.mesh.dp_world_size,
+            data_parallel_rank=self.mesh.dp_rank,
+            dataloader_drop_last=self._config.dataloader_drop_last,
+            shuffle=route == "train",
+        )
+
+    # What the engine is. -------------------------------------------------------------------------------------------
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """The user's own dictionary, unchanged."""
+        return self._user_config
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters live."""
+        return self._device
+
+    @property
+    def local_rank(self) -> int:
+        """This rank's position on its node."""
+        from deepspeed import comm
+
+        return comm.get_local_rank()
+
+    @property
+    def global_rank(self) -> int:
+        """This process's rank among all."""
+        return torch.distributed.get_rank()
+
+    @property
+    def world_size(self) -> int:
+        """Number of all processes."""
+        return torch.distributed.get_world_size()
+
+    @property
+    def dp_world_size(self) -> int:
+        """Number of data-parallel ranks."""
+        return self.mesh.dp_world_size
+
+    @property
+    def mp_world_size(self) -> int:
+        """Number of model-parallel ranks."""
+        return self.mpu.get_model_parallel_world_size() if self.mpu is not None else 1
+
+    def train(self, mode: bool = True) -> None:  # type: ignore[override]
+        """Set training mode. Returns None, as callers expect."""
+        nn.Module.train(self, mode)
+
+    def eval(self) -> None:  # type: ignore[override]
+        """Set evaluation mode. Returns None, as callers expect."""
+        nn.Module.train(self, False)
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            module = self.__dict__.get("_modules", {}).get("module")
+            if module is None or name.startswith("__"):
+                raise
+            try:
+                return getattr(module, name)
+            except AttributeError:
+                raise AttributeError(f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}") from None
+
+    def memory_by_kind(self) -> dict[str, int]:
+        """Bytes at rest on this rank: parameters, gradients, optimizer (masters and states)."""
+        trained = {id(master.bucket) for master in self._built.masters}
+        in_buckets = {id(param) for bucket in self._built.buckets for param in bucket.params}
+        params = sum((b.full.untyped_storage().nbytes() if b._keeps_storage else b.shard.nbytes) for b in self._built.buckets)
+        params += sum(p.nbytes for p in self.module.parameters() if id(p) not in in_buckets)
+        states = self.optimizer.state.values() if self.optimizer is not None else ()
+        moments = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
+        masters = sum(0 if master.is_alias else master.tensor.nbytes for master in self._built.masters)
+        live = sum(b.full.untyped_storage().nbytes() for b in self._built.buckets if not b._keeps_storage)
+        return {
+            "parameters": params,
+            "unsharded": live,
+            "gradients": sum(gradients.nbytes for gradients in self._reducer.gradients),
+            "optimizer": moments + masters,
+            "num_trained_buckets": len(trained),
+        }
+
+    def compile(
+        self,
+        backend: Any = "inductor",
+        compile_kwargs: dict[str, Any] | None = None,
+        schedule: Any = None,
+        compiled_autograd_enabled: bool = False,
+    ) -> None:
+        """Compile the model in place; a second call does nothing. At stage 3 each unit is compiled for itself, because
+        parameters come and go between units."""
+        if self.is_compiled:
+            return
+        if compiled_autograd_enabled or schedule is not None:
+            raise NotAvailableError("engine.compile(schedule=..., compiled_autograd_enabled=True) is not available yet.")
+        kwargs = {"backend": backend, **(compile_kwargs or {})}
+        self._widens = False
+        if self._hooks is None:
+            self.module.compile(**kwargs)
+        else:
+            for unit, buckets in self._hooks.users.items():
+                if buckets and unit is not self.module:
+                    unit.forward = torch.compile(unit.forward, **kwargs)  # type: ignore[method-assign]
+        self._is_compiled = True
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether `compile` was called."""
+        return self.__dict__.get("_is_compiled", False)
+
+    def destroy(self) -> None:
+        """Take hooks and buffers away; the model can be given to another engine. Also done when the engine is dropped."""
+        self._finalizer()
+        _engine_of.pop(self.module, None)
+
+    def empty_partition_cache(self) -> None:
+        """Stage 3: reshard everything that is unsharded and not in use."""
+        if self._gatherer is not None:
+            self._gatherer.reshard_all()
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        raise DeepSpeedError(
+            "an engine cannot be copied: it owns process groups.\n  Copy the model: with "
+            "deepspeed.zero.GatheredParameters(engine.module.parameters()): copy.deepcopy(engine.module)."
+        )
+
+    def __reduce__(self) -> Any:
+        raise DeepSpeedError("an engine cannot be pickled: it owns process groups.\n  Save its weights: engine.save_16bit_model(...).")
+
+    # Weights. ------------------------------------------------------------------------------------------------------
+
+    def module_state_dict(
+        self, destination: Any = None, prefix: str = "", keep_vars: bool = False, exclude_frozen_parameters: bool = False
+    ) -> Any:
+        """The model's state dict; sharded parameters are placeholders that name the cure when used."""
+        state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if exclude_frozen_parameters:
+            for name, param in self.module.named_parameters():
+                if not param.requires_grad:
+                    state.pop(prefix + name, None)
+        return state
+
+    @torch.no_grad()
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
+        keeps = self.mesh.dp_rank == 0
+        values: dict[nn.Parameter, Tensor] = {}
+        for bucket in self._built.buckets:
+            bucket.unshard()
+            if keeps:
+                values.update({param: param.detach().cpu().clone() for param in bucket.params})
+            if bucket.holders == 0:
+                bucket.reshard()
+        if not keeps:
+            return None
+        state: dict[str, Tensor] = {}
+        for name, value in self.module.state_dict(keep_vars=True).items():
+            if isinstance(value, nn.Parameter):
+                if not (exclude_frozen_parameters and not value.requires_grad):
+                    state[name] = values[value] if value in values else value.detach().cpu().clone()
+            else:
+                state[name] = value.detach().cpu().clone()
+        return state
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Not available yet."""
+        raise NotAvailableError("engine.save_checkpoint is not available yet; engine._zero3_consolidated_16bit_state_dict() gives the weights.")
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Not available yet."""
+        raise NotAvailableError("engine.load_checkpoint is not available yet.")
+
+    def num_parameters(self) -> int:
+        """Elements of all parameters, sharded or not."""
+        return sum(full_numel(param) for param in self.module.parameters())
+
+
+def _cast_floating(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _agree(mesh: Mesh, wish: int, digest: int) -> list[tuple[int, int]]:
+    return mesh.agree("dp_shard", wish, digest)  # type: ignore[return-value]
+
+
+def _settle(watch: BackwardWatch, gatherer: Gatherer | None) -> None:
+    """Before an update: the backward is over, and no unsharded copy may outlive the shards' change."""
+    watch.end()
+    if gatherer is not None:
+        gatherer.reshard_all()
+        for bucket in gatherer.buckets:
+            bucket.shard_changed()
+
+
+def _expose(reducer: Reducer, accumulation: Accumulation, always: bool = False) -> None:
+    """Stage 0: show averaged gradients as `param.grad` after the boundary's backward, as plain PyTorch does."""
+    if (always or accumulation.should_reduce()) and reducer.saw_backward:
+        reducer.finish()
+        reducer.expose()
+
+
+def _refuse_second_engine(model: nn.Module) -> None:
+    if isinstance(model, DeepSpeedEngine):
+        raise DeepSpeedError("the model is already a DeepSpeedEngine.\n  Pass engine.module, after engine.destroy().")
+    other = _engine_of.get(model)
+    if other is not None and other() is not None:
+        raise DeepSpeedError(
+            "the model already belongs to a live DeepSpeedEngine, whose hooks would run beside the new one's.\n"
+            "  Call destroy() on that engine first."
+        )
+
+
+def _take_apart(
+    mesh: Mesh, reducer: Reducer, hooks: ModuleHooks | None, optimizer: ZeroOptimizer | None, built: Built
+) -> None:
+    """What `destroy` does; holds no reference to the engine."""
+    reducer.drop()
+    reducer.detach()
+    reducer.pool.clear()
+    if hooks is not None:
+        hooks.detach()
+        for module in hooks.users:
+            module.__dict__.pop("forward", None)
+    if optimizer is not None:
+        trainers.remove(optimizer)
+    mesh.release()
+
+
+__all__ = ["DeepSpeedEngine", "GatheredParameters", "RepeatingLoader"]

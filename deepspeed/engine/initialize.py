@@ -1,0 +1,111 @@
+"""`deepspeed.initialize` and `deepspeed.add_config_arguments`: the door of the training API."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from torch import nn
+
+from deepspeed import comm
+from deepspeed.engine import assemble
+from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
+from deepspeed.zero.init import Init
+
+
+def add_config_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add `--deepspeed`, `--deepspeed_config FILE` and their deprecated spellings to a parser; returns it."""
+    group = parser.add_argument_group("DeepSpeed", "DeepSpeed configurations")
+    group.add_argument("--deepspeed", action="store_true", help="train with DeepSpeed (read by the script)")
+    group.add_argument("--deepspeed_config", type=str, default=None, help="DeepSpeed configuration file (JSON)")
+    group.add_argument("--deepscale", action="store_true", help="deprecated spelling of --deepspeed")
+    group.add_argument("--deepscale_config", type=str, default=None, help="deprecated spelling of --deepspeed_config")
+    return parser
+
+
+def initialize(
+    args: Any = None,
+    model: nn.Module | None = None,
+    optimizer: Any = None,
+    model_parameters: Iterable[Any] | None = None,
+    training_data: Any = None,
+    lr_scheduler: Any = None,
+    distributed_port: int = 29500,
+    mpu: Any = None,
+    dist_init_required: bool | None = None,
+    collate_fn: Callable[[list[Any]], Any] | None = None,
+    config: Any = None,
+    mesh_param: tuple[int, int] | None = None,
+    config_params: Any = None,
+) -> tuple[DeepSpeedEngine, Any, Any, Any]:
+    """Put a model under ZeRO; returns (engine, optimizer, training_dataloader, lr_scheduler).
+
+    args: a namespace whose `deepspeed_config` names the configuration, if `config` does not.
+    model: an nn.Module on any device, or built under `zero.Init`. It is cast, moved and sharded in place.
+    optimizer: a torch.optim.Optimizer over the model's parameters, or a callable that makes one from parameters;
+        overrides the configuration's.
+    model_parameters: tensors or parameter-group dicts; default all of the model's.
+    training_data: a dataset; the third result is then a loader of this rank's share.
+    lr_scheduler: an object built on `optimizer`, or a callable that takes the optimizer; overrides the configuration's.
+    distributed_port: port of the rendezvous, if torch.distributed is not up and the environment names none.
+    mpu: tells the data-parallel group, where other parallelism divides the ranks.
+    config (or config_params): dict, path to JSON or Hjson, or base64 of JSON.
+
+    Collective. Starts torch.distributed if it is not up. Raises DeepSpeedConfigError (a ValueError and AssertionError)
+    for a configuration that contradicts itself, the ranks or the model; RankMismatchError if ranks differ.
+    """
+    Init.suspend_all()
+    assemble.check_model(model)
+    config = choose_config(args, config if config is not None else config_params)
+    comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
+    _check_local_rank(args)
+    if mesh_param is not None and mesh_param[1] != 1:
+        from deepspeed.utils.errors import NotAvailableError
+
+        raise NotAvailableError(f"mesh_param = {mesh_param}: sequence parallelism is not available yet.")
+    engine = DeepSpeedEngine(
+        args=args,
+        model=model,
+        optimizer=optimizer,
+        model_parameters=model_parameters,
+        training_data=training_data,
+        lr_scheduler=lr_scheduler,
+        mpu=mpu,
+        dist_init_required=dist_init_required,
+        collate_fn=collate_fn,
+        config=config,
+    )
+    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def choose_config(args: Any, config: Any) -> Any:
+    """The one configuration given, by argument or by `args.deepspeed_config`. Raises if none or both are."""
+    from_args = getattr(args, "deepspeed_config", None)
+    deprecated = getattr(args, "deepscale_config", None)
+    if deprecated is not None:
+        warn_once("--deepscale_config is the old spelling of --deepspeed_config.")
+        from_args = from_args or deprecated
+    if config is None and from_args is None:
+        raise DeepSpeedConfigError(
+            "deepspeed.initialize got no configuration.\n"
+            "  Pass config=<dict or path>, or --deepspeed_config <path> on the command line."
+        )
+    if config is not None and from_args is not None:
+        raise DeepSpeedConfigError(
+            f"deepspeed.initialize got two configurations: config= and --deepspeed_config {from_args}.\n  Give one of them."
+        )
+    return config if config is not None else from_args
+
+
+def _check_local_rank(args: Any) -> None:
+    given = getattr(args, "local_rank", None)
+    actual = os.environ.get("LOCAL_RANK")
+    if isinstance(given, int) and given >= 0 and actual is not None and given != int(actual):
+        raise DeepSpeedConfigError(
+            f"args.local_rank = {given}, but the environment says LOCAL_RANK = {actual}.\n"
+            "  Start the script with one launcher, and do not set local_rank yourself."
+        )

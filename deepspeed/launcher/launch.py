@@ -1,0 +1,202 @@
+"""One node's part of a job: `python -m deepspeed.launcher.launch --world_info=... script args`.
+
+Remote starters (pdsh, ssh, a user's own scripts) run this on every node; on one node the `deepspeed` command uses
+`LocalBackend` itself, without a process in between. The arguments are those of the original launcher, because cluster
+scripts spell them out.
+
+Invariant: exits with the first failing worker's code, 256 - s if signal s killed it, and 1 after SIGINT or SIGTERM.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import final
+
+from deepspeed.accelerator.platforms import Platform, known_without_torch
+from deepspeed.launcher import binding
+from deepspeed.launcher.hostfile import decode_world
+from deepspeed.launcher.job import Job, available_cores, workers
+from deepspeed.launcher.supervise import GRACE_S, Supervisor
+from deepspeed.utils.errors import DeepSpeedError
+
+logger = logging.getLogger("DeepSpeed.launcher")
+LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
+DEFAULT_PORT = 29500
+
+
+@final
+class LocalBackend:
+    """Runs this node's workers as children of this process."""
+
+    def __init__(self, *, grace_s: float = GRACE_S) -> None:
+        self._grace_s = grace_s
+
+    def run(self, job: Job) -> int:
+        """Start the workers, wait for them; the exit code."""
+        if job.log_dir is not None:
+            _make_folder(job.log_dir)
+        numa = binding.numa_nodes() if job.bind_cores is not None else {}
+        logger.info(
+            "%d of %d ranks on this node, meeting at %s:%d",
+            job.local_size,
+            job.world_size,
+            job.master_addr,
+            job.master_port,
+        )
+        for name in sorted(name for name in os.environ if name.startswith("NCCL")):
+            logger.info("%s=%s", name, os.environ[name])
+        started = workers(job, os.environ, numa=numa)
+        for worker in started:
+            logger.debug("rank %d: %s", worker.rank, worker.command)
+        return Supervisor(started, grace_s=self._grace_s).run()
+
+
+def add_job_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags that mean the same to the `deepspeed` command and to a node's launcher."""
+    parser.add_argument("--module", action="store_true", help="the script is a module, as in python -m")
+    parser.add_argument("--no_python", action="store_true", help="execute the script itself, without python")
+    parser.add_argument(
+        "--no_local_rank", action="store_true", help="do not add --local_rank=N to the script's arguments"
+    )
+    parser.add_argument(
+        "--enable_each_rank_log",
+        metavar="DIR",
+        default="None",
+        help="write each rank's output to DIR/<time>_rank<R>.log instead of the terminal",
+    )
+    parser.add_argument(
+        "--bind_cores_to_rank", action="store_true", help="share the physical cores out among the ranks, with numactl"
+    )
+    parser.add_argument("--bind_core_list", metavar="CORES", help="the cores to share out, such as 1,3-5,7")
+    parser.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="of the launcher itself")
+    parser.add_argument("-q", "--quiet", action="store_true", help="the same as --log_level error")
+
+
+def job_options(args: argparse.Namespace, platform: Platform | None, local_size: int) -> dict[str, object]:
+    """The fields of a Job that come from `add_job_arguments` and from the kind of machine. Checks them."""
+    if args.module and args.no_python:
+        raise DeepSpeedError("--module and --no_python exclude each other.\n  A module is run by python; give one.")
+    is_cpu = platform is not None and platform.name == "cpu"
+    visible = platform.visible_devices if platform else "CUDA_VISIBLE_DEVICES"
+    # A caller who hides GPUs from a CPU run keeps them hidden.
+    keeps_visible = is_cpu and visible in os.environ
+    return {
+        "module": args.module,
+        "no_python": args.no_python,
+        "no_local_rank": args.no_local_rank,
+        "visible_devices": None if keeps_visible else visible,
+        "log_dir": None if args.enable_each_rank_log == "None" else Path(args.enable_each_rank_log),
+        "bind_cores": _cores_to_bind(args) if args.bind_cores_to_rank else None,
+        # Ranks that compute on the CPU would each start a thread per core.
+        "threads_per_rank": max(1, available_cores() // local_size) if is_cpu and local_size > 1 else None,
+    }
+
+
+def set_up_logging(args: argparse.Namespace) -> None:
+    """Write this launcher's messages to stderr, from the level asked for."""
+    logger.setLevel("ERROR" if args.quiet else args.log_level.upper())
+    logger.propagate = False
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(logging.Formatter("[%(asctime)s] [%(levelname)s] [launcher] %(message)s", "%H:%M:%S"))
+        logger.addHandler(handler)
+
+
+@contextlib.contextmanager
+def pid_file(owner: int | None) -> Iterator[None]:
+    """While open, <tmp>/<owner>.deepspeed holds this process's id, for scripts that signal it. None: no file."""
+    if owner is None:
+        yield
+        return
+    path = Path(tempfile.gettempdir()) / f"{owner}.deepspeed"
+    try:
+        with path.open("x") as file:
+            file.write(str(os.getpid()))
+    except FileExistsError:
+        raise DeepSpeedError(f"--save_pid: {path} exists already.\n  Remove it if that launcher is gone.") from None
+    print(f"launcher pid: {os.getpid()}", flush=True)
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def _cores_to_bind(args: argparse.Namespace) -> list[int]:
+    if "KMP_AFFINITY" in os.environ:
+        raise DeepSpeedError(
+            f"--bind_cores_to_rank with KMP_AFFINITY={os.environ['KMP_AFFINITY']}: both bind threads to cores.\n"
+            "  Unset KMP_AFFINITY."
+        )
+    if shutil.which("numactl") is None:
+        raise DeepSpeedError(
+            "--bind_cores_to_rank needs numactl, which is not installed.\n  Install it, or drop the flag."
+        )
+    return binding.parse_cores(args.bind_core_list) if args.bind_core_list else binding.physical_cores()
+
+
+def _make_folder(path: Path) -> None:
+    if path.exists() and not path.is_dir():
+        raise DeepSpeedError(f"--enable_each_rank_log {path} is a file.\n  Name a directory; it is made if missing.")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def _parse(args: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m deepspeed.launcher.launch", description="Start this node's ranks.", allow_abbrev=False
+    )
+    parser.add_argument("--node_rank", type=int, default=0, help="this node's place in the world, from 0")
+    parser.add_argument("--master_addr", default="127.0.0.1", help="rank 0's host")
+    parser.add_argument("--master_port", type=int, default=DEFAULT_PORT, help="rank 0's port")
+    parser.add_argument("--world_info", default="None", help='{"host": [slot, ...]} as URL-safe base64 of JSON')
+    parser.add_argument("--save_pid", type=int, default=0, help="id of the process to name a file with our id after")
+    add_job_arguments(parser)
+    parser.add_argument("training_script")
+    parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
+    return parser.parse_args(args)
+
+
+def _job(args: argparse.Namespace) -> Job:
+    if args.world_info == "None":
+        raise DeepSpeedError("--world_info is missing.\n  It says which slots each node has; `deepspeed` writes it.")
+    world = decode_world(args.world_info)
+    if not 0 <= args.node_rank < len(world):
+        raise DeepSpeedError(
+            f"--node_rank {args.node_rank} is not in [0, {len(world)}): the world has {len(world)} nodes."
+        )
+    job = Job(
+        world=world,
+        node_rank=args.node_rank,
+        master_addr=args.master_addr,
+        master_port=args.master_port,
+        script=args.training_script,
+        script_args=args.training_script_args,
+    )
+    options = job_options(args, known_without_torch(os.environ) or _ask_torch(), job.local_size)
+    return dataclasses.replace(job, **options)  # type: ignore[arg-type]
+
+
+def _ask_torch() -> Platform:
+    from deepspeed.accelerator import get_accelerator
+
+    return get_accelerator().platform
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run this node's part of a job; the exit code. Raises DeepSpeedError for arguments that make no sense."""
+    parsed = _parse(args)
+    set_up_logging(parsed)
+    with pid_file(parsed.save_pid or None):
+        return LocalBackend().run(_job(parsed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

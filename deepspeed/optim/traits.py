@@ -1,0 +1,194 @@
+"""What an optimizer must see of a parameter, and how it asks when it is given pieces.
+
+Asked by ZeRO before it hands an optimizer its shard; implemented by the optimizers of this package.
+
+ZeRO steps optimizers on *runs*: contiguous 1-D pieces of a rank's flat shard, each holding pieces of several parameters.
+
+    run      |--- end of p3 ---|------- p4 -------|-- start of p5 --|     one tensor in the optimizer's param_groups
+    pieces   index 3             index 4            index 5
+
+Adam does not care: its update is element-wise. LAMB needs norms of whole parameters, Muon needs whole matrices. Those
+declare it (`needs`) and ask `sharding`, which ZeRO installs; where it is None every tensor is a whole parameter.
+
+Invariant: an optimizer that declares PARAMETER_NORMS or WHOLE_MATRICES calls the collectives of `Sharding` in the same
+order on every rank, also where a rank holds no run; and it is stepped with all its runs at once.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor
+
+from deepspeed.utils.errors import NotAvailableError
+
+
+class Needs(enum.Enum):
+    """What an optimizer must see of a parameter to update a part of it."""
+
+    ELEMENTWISE = "each element on its own"
+    PARAMETER_NORMS = "the norms of the whole parameter and of its update"
+    WHOLE_MATRICES = "the whole parameter in its shape"
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """The interval [run_start, run_stop) of a run, which holds elements from `param_start` on of a flattened parameter.
+
+    `index` names the parameter, the same on every rank, unique over the model; `shape` is the whole parameter's.
+    """
+
+    index: int
+    shape: torch.Size
+    run_start: int
+    run_stop: int
+    param_start: int
+
+    def of_run(self, tensor: Tensor) -> Tensor:
+        """This piece as a view of `tensor`, which has the run's elements; the tensor itself where it is one piece."""
+        return tensor if self.run_stop - self.run_start == tensor.numel() else tensor[self.run_start : self.run_stop]
+
+    def of_param(self, full: Tensor) -> Tensor:
+        """The same elements taken from the whole parameter, 1-D."""
+        return full.flatten()[self.param_start : self.param_start + self.run_stop - self.run_start]
+
+
+class Sharding(Protocol):
+    """Where the pieces of parameters lie in an optimizer's runs, and what other ranks hold of them."""
+
+    num_params: int
+    """Parameters of the model; every `Piece.index` is below it."""
+
+    def pieces(self, run: Tensor) -> Sequence[Piece]:
+        """The pieces in a run, in order."""
+
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """Sum over the ranks that share parameters of `values` [num_params, ...]. Collective.
+
+        A rank without runs passes zeros on the CPU.
+        """
+
+    def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Whole values, shaped, of every parameter that has a piece in `runs` here; `values[i]` is like `runs[i]`.
+
+        Collective, in the same order on every rank, also with no runs.
+        """
+
+
+class WholeParameters:
+    """The sharding of an optimizer that holds whole parameters: one piece each, nothing to ask other ranks."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._index = {id(tensor): i for i, tensor in enumerate(tensors)}
+        self.num_params = len(self._index)
+
+    def pieces(self, run: Tensor) -> Sequence[Piece]:
+        """The parameter itself."""
+        return (Piece(self._index[id(run)], run.shape, 0, run.numel(), 0),)
+
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """`values`: there is one shard."""
+        return values
+
+    def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:
+        """The values by their parameter's index."""
+        return {self._index[id(run)]: value for run, value in zip(runs, values, strict=True)}
+
+
+class ShardableOptimizer(torch.optim.Optimizer):
+    """Base of this package's optimizers: they say what they need, and work on runs as on whole parameters."""
+
+    needs: ClassVar[Needs]
+    sharding: Sharding | None = None
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group, which may come from another optimizer; keys unknown here stay in it without effect.
+
+        Raises NotAvailableError (a RuntimeError) for a switch that would change the update and that we do not have.
+        """
+        for switch in ("amsgrad", "maximize"):
+            if param_group.get(switch, self.defaults.get(switch)):
+                name = type(self).__name__
+                raise NotAvailableError(
+                    f"{name} does not support {switch}=True.\n"
+                    f"  Leave {switch} out, or use an optimizer of torch.optim that has it."
+                )
+        super().add_param_group(param_group)
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch does, but keep the dtype of the state: torch would cast fp32 moments down to bf16 parameters."""
+        super().load_state_dict(state_dict)
+        ids = [i for group in state_dict["param_groups"] for i in group["params"]]
+        for i, param in zip(ids, self._tensors(), strict=True):
+            for key, value in state_dict["state"].get(i, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[param][key] = value.to(param.device)
+
+    def _tensors(self) -> list[Tensor]:
+        return [param for group in self.param_groups for param in group["params"]]
+
+    def _sharding(self) -> Sharding:
+        return self.sharding if self.sharding is not None else WholeParameters(self._tensors())
+
+
+def needs_of(optimizer: torch.optim.Optimizer) -> Needs | None:
+    """What an optimizer must see of a parameter; None where nobody has said (LBFGS, Adafactor, other packages').
+
+    A class says it with a `needs` attribute. The classes of torch.optim are known here, by exact type: a subclass may
+    do anything in its `step`.
+    """
+    declared = getattr(type(optimizer), "needs", None)
+    if isinstance(declared, Needs):
+        return declared
+    return Needs.ELEMENTWISE if type(optimizer) in _ELEMENTWISE else None
+
+
+_ELEMENTWISE = frozenset(
+    {
+        torch.optim.ASGD,
+        torch.optim.Adadelta,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.AdamW,
+        torch.optim.Adamax,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.Rprop,
+        torch.optim.SGD,
+    }
+)
+
+
+def with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    """A group's tensors that have a gradient, and those gradients, each in its tensor's memory order.
+
+    The fused kernels walk memory and never look at strides, so a gradient laid out otherwise would be applied to the
+    wrong elements without a word.
+    """
+    params: list[Tensor] = []
+    grads: list[Tensor] = []
+    for param in group["params"]:
+        grad = param.grad
+        if grad is None:
+            continue
+        if grad.is_sparse:
+            raise NotAvailableError(
+                f"the gradient of a parameter of shape {tuple(param.shape)} is sparse, this optimizer updates dense "
+                "tensors only.\n  Make the embedding with sparse=False, or use torch.optim.SparseAdam."
+            )
+        params.append(param)
+        grads.append(grad if grad.stride() == param.stride() else torch.empty_like(param).copy_(grad))
+    return params, grads
+
+
+def loss_of(closure: Callable[[], Any] | None) -> Any:
+    """The loss that torch's optional `closure` computes, with gradients enabled; None without one."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()

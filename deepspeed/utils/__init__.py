@@ -1,0 +1,32 @@
+"""The lowest layer: errors, logging, dtypes, timers, and the face `deepspeed.utils` that scripts import from."""
+
+from deepspeed.utils.lazy import invert as _invert
+from deepspeed.utils.lazy import lazy_exports as _lazy_exports
+from deepspeed.utils.logging import log_dist, logger, set_log_level_from_string
+
+_SAFE = " ".join(
+    f"safe_{verb}_{size}_{what}"
+    for verb in ("get", "set")
+    for size in ("full", "local")
+    for what in ("fp32_param", "optimizer_state", "grad")
+)
+
+__getattr__, __dir__ = _lazy_exports(
+    __name__,
+    _invert(
+        {
+            "deepspeed.zero.access": f"{_SAFE} safe_update_full_grad_vectorized",
+            "deepspeed.zero.leaves": "set_z3_leaf_module set_z3_leaf_modules set_z3_leaf_modules_by_name "
+            "set_z3_leaf_modules_by_suffix unset_z3_leaf_modules get_z3_leaf_modules z3_leaf_module",
+            "deepspeed.engine.data": "RepeatingLoader",
+            "deepspeed.utils.on_device": "OnDevice",
+            "deepspeed.utils.timer": "SynchronizedWallClockTimer ThroughputTimer NoopTimer",
+            "deepspeed.utils.nested": "recursive_getattr recursive_setattr",
+            "deepspeed.utils.nvtx": "instrument_w_nvtx",
+            "deepspeed.comm": "is_initialized",
+        }
+    )
+    | {"groups": "deepspeed.mesh.groups:"},
+)
+
+__all__ = ["log_dist", "logger", "set_log_level_from_string"]

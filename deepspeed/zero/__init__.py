@@ -1,0 +1,28 @@
+"""ZeRO as one mechanism: a table of placements (`policy`), buckets, and four verbs on them.
+
+    policy     the table                           layout     interval arithmetic (pure)
+    cut        which parameters share a bucket     build      model -> buckets
+    bucket     the flat space                      param      what a sharded parameter answers
+    gather     unshard / reshard, in step          hooks      where modules and graphs drive it
+    reduce     gradients on their way              optimizer  norm, update, publish
+    sharding   what LAMB and Muon may ask          access     whole values for users
+    init       models built sharded                leaves     modules that are not opened
+    tiled      linear layers in tiles
+
+What users reach as `deepspeed.zero.<name>` is in the table below.
+"""
+
+from deepspeed.utils.lazy import invert as _invert
+from deepspeed.utils.lazy import lazy_exports as _lazy_exports
+
+__getattr__, __dir__ = _lazy_exports(
+    __name__,
+    _invert(
+        {
+            "deepspeed.zero.init": "Init",
+            "deepspeed.zero.access": "GatheredParameters register_external_parameter unregister_external_parameter",
+            "deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias",
+            "deepspeed.zero.param": "ZeroParamStatus",
+        }
+    ),
+)

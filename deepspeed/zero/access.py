@@ -1,0 +1,304 @@
+"""Reading and writing what is sharded: whole parameters, whole optimizer states, whole gradients.
+
+Public: `deepspeed.zero.GatheredParameters`, `register_external_parameter` and the `safe_*` functions of
+`deepspeed.utils`. Works alike at every stage, because a slot leads to a bucket and a bucket to the optimizer's shard.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from types import TracebackType
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.utils.errors import ShardError
+from deepspeed.zero.layout import Piece
+from deepspeed.zero.param import buckets_of, slot_of
+
+if TYPE_CHECKING:
+    from deepspeed.zero.bucket import Bucket
+    from deepspeed.zero.optimizer import Master, ZeroOptimizer
+
+
+class Trainers:
+    """Which optimizer trains a bucket: filled by the engine, asked by the functions here."""
+
+    def __init__(self) -> None:
+        self._by_bucket: dict[int, tuple[ZeroOptimizer, int]] = {}
+
+    def add(self, optimizer: ZeroOptimizer) -> None:
+        """Register the buckets of an engine's optimizer."""
+        for i, master in enumerate(optimizer.masters):
+            self._by_bucket[id(master.bucket)] = (optimizer, i)
+
+    def remove(self, optimizer: ZeroOptimizer) -> None:
+        """Forget an engine's optimizer."""
+        for master in optimizer.masters:
+            self._by_bucket.pop(id(master.bucket), None)
+
+    def find(self, bucket: Bucket) -> tuple[ZeroOptimizer, int] | None:
+        """The optimizer that trains `bucket`, and the bucket's position there."""
+        return self._by_bucket.get(id(bucket))
+
+
+trainers = Trainers()
+
+
+class GatheredParameters:
+    """Context: the listed parameters are whole inside, on every rank.
+
+    params: one parameter, or any iterable of them; those that ZeRO does not shard are left as they are.
+    modifier_rank: keep what this data-parallel rank changed in place, on every rank, in the fp32 masters too;
+        None discards changes.
+    fwd_module: also have the parameters whole around every forward of this module from now on.
+    Collective: all ranks enter and leave with the same parameters. Contexts may nest.
+    """
+
+    def __init__(
+        self,
+        params: nn.Parameter | Iterable[Tensor],
+        modifier_rank: int | None = None,
+        fwd_module: nn.Module | None = None,
+        enabled: bool = True,
+    ) -> None:
+        self.params: list[Any] = [params] if isinstance(params, Tensor) else list(params)
+        self.modifier_rank = modifier_rank
+        self.enabled = enabled
+        self._buckets: list[Bucket] = []
+        if fwd_module is not None and enabled:
+            for param in self.params:
+                register_external_parameter(fwd_module, param)
+
+    def __enter__(self) -> None:
+        if self.enabled:
+            self._buckets = buckets_of(param for param in self.params if isinstance(param, Tensor))
+            for bucket in self._buckets:
+                bucket.start_unshard()
+                bucket.holders += 1
+            for bucket in self._buckets:
+                bucket.finish_unshard()
+
+    @torch.no_grad()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for bucket in self._buckets:
+            bucket.holders -= 1
+        if kind is None and self.modifier_rank is not None:
+            self._keep_changes(self.modifier_rank)
+        for bucket in self._buckets:
+            if bucket.holders == 0:
+                bucket.reshard()
+        self._buckets = []
+
+    def _keep_changes(self, modifier_rank: int) -> None:
+        slots = (slot_of(param) for param in self.params if isinstance(param, Tensor))
+        for bucket in dict.fromkeys(slot.bucket for slot in slots if slot):
+            bucket.exchange.broadcast(bucket.full, modifier_rank)
+            bucket.write_shard()
+            found = trainers.find(bucket)
+            if found is not None:
+                found[0].refresh_from_params([bucket])
+
+
+def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Have `parameter`, owned by another module, whole around every forward and backward of `module`.
+
+    Rarely needed: a use outside the owner is noticed and registered by itself. Raises RuntimeError for other types.
+    """
+    if not isinstance(module, nn.Module):
+        raise RuntimeError(f"register_external_parameter: the first argument is a {type(module).__name__}, not an nn.Module.")
+    if not isinstance(parameter, nn.Parameter):
+        raise RuntimeError(
+            f"register_external_parameter: the second argument is a {type(parameter).__name__}, not an nn.Parameter."
+        )
+    externals = module.__dict__.setdefault("_ds_external_params", {})
+    externals[id(parameter)] = parameter
+
+
+def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
+    """Undo `register_external_parameter`. Raises RuntimeError if it was not registered."""
+    if module.__dict__.get("_ds_external_params", {}).pop(id(parameter), None) is None:
+        raise RuntimeError(f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}.")
+
+
+# Optimizer-side values. --------------------------------------------------------------------------------------------
+
+
+class _Place:
+    """A trained parameter's pieces in the optimizer's shard of its bucket."""
+
+    def __init__(self, param: nn.Parameter, optimizer: ZeroOptimizer, position: int, index: int) -> None:
+        self.param, self.optimizer, self.position, self.index = param, optimizer, position, index
+        self.master: Master = optimizer.masters[position]
+        self.shape = self.master.bucket.shapes[index]
+        self.pieces: list[Piece] = [p for p in self.master.layout.pieces(self.master.rank) if p.param == index]
+
+    def gather(self, flat: Tensor | None) -> Tensor:
+        """The full value from every rank's flat shard [S]; fp32, on the device. Collective where O is sharded."""
+        full = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.master.tensor.device)
+        if flat is not None:
+            for piece in self.pieces:
+                full.narrow(0, piece.in_param, piece.numel).copy_(flat.narrow(0, piece.in_shard, piece.numel))
+        if self.master.is_sharded:
+            # Every element is non-zero on one rank alone, so the sum is exact.
+            self.master.bucket.exchange.start_all_reduce(full).wait()
+        return full.view(self.shape)
+
+    def scatter(self, flat: Tensor | None, value: Tensor) -> None:
+        """Write this rank's pieces of a full value into its flat shard."""
+        if value.numel() != self.shape.numel():
+            raise ShardError(f"value has {value.numel()} elements, the parameter {tuple(self.shape)} has {self.shape.numel()}.")
+        if flat is not None:
+            for piece in self.pieces:
+                flat.narrow(0, piece.in_shard, piece.numel).copy_(value.reshape(-1).narrow(0, piece.in_param, piece.numel))
+
+    def local(self, flat: Tensor | None) -> Tensor:
+        """A view of this rank's pieces, 1-D."""
+        if flat is None or not self.pieces:
+            return torch.empty(0, device=self.master.tensor.device)
+        return flat.narrow(0, self.pieces[0].in_shard, self.pieces[0].numel)
+
+    def state(self, key: str) -> Tensor | None:
+        """The optimizer's state `key` over the shard, as one flat tensor [S] of which writes go through.
+
+        None if this rank has no piece. Raises KeyError if the optimizer has no such state.
+        """
+        for (_, tensor), span in zip(self.optimizer.steppable[self.position], self._spans(), strict=True):
+            if any(span.start <= piece.in_shard < span.stop for piece in self.pieces):
+                value = self.optimizer.state[tensor][key]
+                return _Offset(value, span.start)  # type: ignore[return-value]
+        return None
+
+    def _spans(self) -> Sequence[Any]:
+        if len(self.optimizer.steppable[self.position]) == len(self.master.spans) and not self.optimizer._gives_whole:
+            return self.master.spans
+        layout = self.master.bucket.layout
+        return [_Span(start, start + numel) for start, numel in zip(layout.starts, layout.numels, strict=True)]
+
+    def gradient(self) -> Tensor:
+        """This rank's reduced gradients [S]; delivers them first. Collective."""
+        self.optimizer.reducer.finish()
+        return self.optimizer.reducer.gradients[self.position].result
+
+
+class _Span:
+    def __init__(self, start: int, stop: int) -> None:
+        self.start, self.stop = start, stop
+
+
+class _Offset:
+    """A run's state addressed by positions in the shard."""
+
+    def __init__(self, value: Tensor, start: int) -> None:
+        self._value, self._start = value.view(-1), start
+
+    def narrow(self, dim: int, start: int, length: int) -> Tensor:
+        return self._value.narrow(dim, start - self._start, length)
+
+
+def _place(param: nn.Parameter) -> _Place | None:
+    slot = slot_of(param)
+    found = trainers.find(slot.bucket) if slot else None
+    return _Place(param, *found, slot.index) if slot and found else None
+
+
+def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
+    """The full fp32 master value of a parameter, in its shape; None if no engine trains it. Collective."""
+    place = _place(param)
+    return place and place.gather(place.master.tensor)
+
+
+def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
+    """The full optimizer state ("exp_avg", ...) of a parameter, fp32, in its shape. Collective."""
+    place = _place(param)
+    return place and place.gather(place.state(optim_state_key))
+
+
+def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
+    """The full gradient, averaged over all ranks; valid from backward at the boundary until step. Collective."""
+    place = _place(param)
+    if place is None:
+        return param.grad
+    scale = place.optimizer.scale.scale
+    full = place.gather(place.gradient())
+    return full if scale == 1.0 else full / scale
+
+
+def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Write a full value, the same on every rank, into the fp32 master; parameters follow with the next step."""
+    place = _place(param)
+    if place is not None:
+        place.scatter(place.master.tensor, value)
+
+
+def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Write a full value, the same on every rank, into an optimizer state."""
+    place = _place(param)
+    if place is not None:
+        place.scatter(place.state(optim_state_key), value)
+
+
+def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Write a full gradient, the same on every rank, before step. Collective."""
+    place = _place(param)
+    if place is None:
+        param.grad = value
+    else:
+        place.scatter(place.gradient(), value * place.optimizer.scale.scale)
+
+
+def safe_update_full_grad_vectorized(params: Sequence[nn.Parameter], fn: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+    """Replace each parameter's gradient by `fn(gradient, param)`, both full. Collective."""
+    for param in params:
+        gradient = safe_get_full_grad(param)
+        if gradient is not None:
+            safe_set_full_grad(param, fn(gradient, param))
+
+
+def _local_place(param: nn.Parameter) -> _Place:
+    place = _place(param)
+    if place is None or not place.master.bucket.is_sharded:
+        raise ShardError(
+            "safe_get_local_* and safe_set_local_* are for parameters sharded by ZeRO stage 3; this one is whole on every "
+            "rank.\n  Use the safe_get_full_* functions, which work at every stage."
+        )
+    return place
+
+
+def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor:
+    """This rank's part of the fp32 master, 1-D. Stage 3."""
+    place = _local_place(param)
+    return place.local(place.master.tensor)
+
+
+def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor:
+    """This rank's part of an optimizer state, 1-D. Stage 3."""
+    place = _local_place(param)
+    return place.local(place.state(optim_state_key))
+
+
+def safe_get_local_grad(param: nn.Parameter) -> Tensor:
+    """This rank's part of the averaged gradient, 1-D. Stage 3. Collective."""
+    place = _local_place(param)
+    return place.local(place.gradient()) / place.optimizer.scale.scale
+
+
+def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
+    """Write this rank's part of the fp32 master. Stage 3."""
+    place = _local_place(param)
+    place.local(place.master.tensor).copy_(value.view(-1))
+
+
+def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
+    """Write this rank's part of an optimizer state. Stage 3."""
+    place = _local_place(param)
+    place.local(place.state(optim_state_key)).copy_(value.view(-1))
+
+
+def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
+    """Write this rank's part of the gradient. Stage 3. Collective."""
+    place = _local_place(param)
+    place.local(place.gradient()).copy_(value.view(-1) * place.optimizer.scale.scale)

@@ -1,0 +1,205 @@
+"""The bucket: parameters that travel together, laid end to end in one flat space.
+
+Made by `zero.build` and `zero.init`; the gatherer unshards and reshards it, the reducer lays its gradients, the
+optimizer steps its shard. What a stage or a tier changes is only which of its memories exist.
+
+    full    [world_size * S]  every rank's slices; parameters are views of it      (storage comes and goes if sharded)
+    shard   [S]               this rank's slice: own memory if sharded, else a view of `full`
+
+Note [Storage resize and autograd]
+    `full` is one tensor object for life. Unsharding resizes its storage up and the all-gather lands in place;
+    resharding resizes it to zero. Views that autograd saved (`weight.t()`, an expanded bias) share the storage and are
+    valid again when it is back, so nothing of torch needs patching. A parameter itself is a leaf: autograd saves the
+    object, not its data, so `param.data` may be an empty tensor in between. Writing through `full` does not touch the
+    parameters' version counters, which is what lets a gather happen between forward and backward.
+
+Invariant: outside of `unshard` and `reshard` nobody sets `param.data` of a bucket's parameters.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter
+
+
+class BucketState(enum.Enum):
+    """What a bucket's parameters are at the moment."""
+
+    SHARDED = "sharded"
+    """`full` has no storage; parameters are empty `ShardedParameter`s."""
+    GATHERING = "gathering"
+    """`full` has storage that an all-gather is filling; parameters are still empty."""
+    UNSHARDED = "unsharded"
+    """Parameters are views of `full` and may be used."""
+
+
+class Bucket:
+    """Parameters of one dtype, one `requires_grad` and one set of reduction dims, in one flat space.
+
+    `params[i]` has full shape `shapes[i]` and covers `layout.starts[i]` onwards. A bucket is made with the parameters
+    full (`adopt`) or already cut (`zero.init` regroups those one bucket at a time).
+    """
+
+    def __init__(
+        self,
+        index: int,
+        params: Sequence[nn.Parameter],
+        names: Sequence[str],
+        shapes: Sequence[torch.Size],
+        layout: BucketLayout,
+        *,
+        is_sharded: bool,
+        dtype: torch.dtype,
+        device: torch.device,
+        exchange: Exchange,
+        secondary: Exchange | None = None,
+    ) -> None:
+        self.index = index
+        self.params = list(params)
+        self.names = list(names)
+        self.shapes = list(shapes)
+        self.layout = layout
+        self.dtype = dtype
+        self.exchange = exchange
+        self.is_sharded = is_sharded
+        self.requires_grad = any(param.requires_grad for param in params)
+        self.state = BucketState.UNSHARDED
+        self.holders = 0
+        """How many module calls and gather contexts need the parameters unsharded right now."""
+        self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
+        self.views = self.split(self.full)
+        own = self.own_slice(self.full)
+        # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
+        self._keeps_storage = not is_sharded or exchange.world_size == 1
+        self.shard = own if self._keeps_storage else torch.zeros_like(own)
+        self._pending: Pending | None = None
+        # hpZ (ZeRO++, arXiv:2306.10209, section 4.2): a second, coarser sharding over few, near ranks. The first
+        # gather after an update fills it, later ones read it.
+        self._near = secondary
+        self._near_shard = torch.zeros_like(self._near_slice()) if secondary is not None else None
+        self._near_is_fresh = False
+        self._fills_near = False
+        self._nothing = torch.empty(0, dtype=dtype, device=device)
+        for i, param in enumerate(self.params):
+            param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
+
+    def split(self, flat: Tensor) -> list[Tensor]:
+        """Views of a flat buffer [world_size * S], one per parameter in its full shape."""
+        layout = self.layout
+        return [
+            flat.narrow(0, start, numel).view(shape)
+            for start, numel, shape in zip(layout.starts, layout.numels, self.shapes, strict=True)
+        ]
+
+    def own_slice(self, flat: Tensor) -> Tensor:
+        """This rank's slice [S] of a flat buffer [world_size * S]."""
+        return flat.narrow(0, self.exchange.rank * self.layout.shard_numel, self.layout.shard_numel)
+
+    @property
+    def is_unsharded(self) -> bool:
+        """Whether the parameters may be used now."""
+        return self.state is BucketState.UNSHARDED
+
+    def adopt(self) -> None:
+        """Point the parameters at `full`, whose values the caller has written, and take the shard from it."""
+        for param, view in zip(self.params, self.views, strict=True):
+            if self.is_sharded:
+                param.__class__ = ZeroParameter
+            param.data = view
+        self.write_shard()
+
+    def write_shard(self) -> None:
+        """Take this rank's shard from the full values, after somebody changed those in place."""
+        if not self._keeps_storage:
+            self.shard.copy_(self.own_slice(self.full))
+        self._near_is_fresh = False
+
+    def shard_changed(self) -> None:
+        """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
+        self._near_is_fresh = False
+
+    def _near_slice(self) -> Tensor:
+        assert self._near is not None
+        numel = self.layout.padded_numel // self._near.world_size
+        return self.full.narrow(0, self._near.rank * numel, numel)
+
+    def start_unshard(self) -> None:
+        """Start the all-gather of the parameters; a no-op unless sharded. Collective: every rank, same order."""
+        if self.state is BucketState.SHARDED:
+            self.regather()
+
+    def regather(self) -> None:
+        """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather)."""
+        if self.state is BucketState.GATHERING:
+            self.finish_unshard()
+        if not self._keeps_storage:
+            self.full.untyped_storage().resize_(self.full.nbytes)
+            if self._near is not None and self._near_is_fresh:
+                self._pending = self._near.start_all_gather(self.full, self._near_shard)
+            else:
+                self._pending = self.exchange.start_all_gather(self.full, self.shard)
+                self._fills_near = self._near_is_fresh = self._near is not None
+        if self.state is BucketState.SHARDED:
+            self.state = BucketState.GATHERING
+
+    def finish_unshard(self) -> None:
+        """Wait for the all-gather and make the parameters usable."""
+        if self._pending is not None:
+            self._pending.wait()
+            self._pending = None
+            if self._fills_near:
+                assert self._near_shard is not None
+                self._near_shard.copy_(self._near_slice())
+                self._fills_near = False
+        if self.state is BucketState.GATHERING:
+            for param, view in zip(self.params, self.views, strict=True):
+                param.__class__ = ZeroParameter
+                param.data = view
+            self.state = BucketState.UNSHARDED
+
+    def unshard(self) -> None:
+        """Make the parameters usable, now. Collective if they are sharded."""
+        self.start_unshard()
+        self.finish_unshard()
+
+    def reshard(self) -> None:
+        """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
+        if not self.is_sharded or self.state is BucketState.SHARDED:
+            return
+        self.finish_unshard()
+        for param in self.params:
+            param.data = self._nothing
+            param.__class__ = ShardedParameter
+        if not self._keeps_storage:
+            self.full.untyped_storage().resize_(0)
+        self.state = BucketState.SHARDED
+
+    def publish(self) -> Pending | None:
+        """Start giving every rank the shards that the optimizer wrote; None where nothing has to move."""
+        if self.is_sharded or self.exchange.world_size == 1:
+            return None
+        return self.exchange.start_all_gather(self.full, None)
+
+    def broadcast(self, flat: Tensor) -> None:
+        """Give every rank the first rank's values of a flat buffer."""
+        self.exchange.broadcast(flat)
+
+    def release(self) -> None:
+        """Forget the parameters, which keep what they hold: plain tensors if unsharded."""
+        for param in self.params:
+            if self.is_sharded:
+                param.__class__ = nn.Parameter
+            del param._zero_slot  # type: ignore[attr-defined]
+        self.params = []
+
+    def __repr__(self) -> str:
+        first = self.names[0] if self.names else "-"
+        kind = "sharded" if self.is_sharded else "replicated"
+        return f"Bucket({self.index}, {kind}, {len(self.names)} parameters from {first}, {self.layout.numel} elements)"

@@ -1,0 +1,212 @@
+"""From a model and a policy to buckets: cut, lay out, fill, shard, one bucket at a time.
+
+Called once by the engine. The model may be plain, or already sharded by `zero.Init` or an earlier engine; either way
+at most one bucket is whole at a time beyond what the policy keeps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.mesh import Mesh
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.cut import Unit, cut_by_module, cut_by_size, users_of
+from deepspeed.zero.layout import BucketLayout, group_neighbours
+from deepspeed.zero.optimizer import Master
+from deepspeed.zero.param import ShardedParameter, full_numel, full_shape, slot_of
+from deepspeed.zero.policy import ZeroPolicy
+
+MAX_BUCKET_NUMEL = 8 * 2**20
+"""Elements of a bucket that is cut by size, unless the configuration says less: enough buckets to overlap with
+backward, few enough that their number does not show (32 MiB of fp32; DDP uses 25 MiB)."""
+
+MIN_UNIT_NUMEL = 2**20
+"""Smaller neighbouring modules share a unit at stage 3."""
+
+
+@dataclass
+class Limits:
+    """Sizes in elements, from `zero_optimization`."""
+
+    bucket_numel: int = MAX_BUCKET_NUMEL
+    persist_numel: int = 100_000
+    persist_total_numel: int = 2**63
+    max_unit_numel: int = 250_000_000
+
+
+@dataclass
+class Built:
+    """A model under ZeRO: every bucket, those that train with their masters, and who uses which sharded bucket."""
+
+    buckets: list[Bucket] = field(default_factory=list)
+    masters: list[Master] = field(default_factory=list)
+    sharded: list[Bucket] = field(default_factory=list)
+    users: dict[nn.Module, list[Bucket]] = field(default_factory=dict)
+
+
+def build(
+    module: nn.Module,
+    group_of: Mapping[nn.Parameter, int],
+    policy: ZeroPolicy,
+    mesh: Mesh,
+    device: torch.device,
+    limits: Limits,
+) -> Built:
+    """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group.
+
+    Parameters change dtype, device and memory but not identity. Collective. Raises DeepSpeedConfigError for parameters
+    without values (meta device).
+    """
+    named = {param: name for name, param in module.named_parameters()}
+    for param, name in named.items():
+        if param.is_meta:
+            raise DeepSpeedConfigError(
+                f"{name} has no values (it is on the meta device).\n"
+                "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
+            )
+    builder = _Builder(group_of, policy, mesh, device)
+    trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
+    if policy.parameters.is_sharded:
+        resident, units = _choose_units(module, named, limits)
+        _fill_by_size(builder, {p: n for p, n in resident.items() if p in trained}, limits.bucket_numel)
+        _fill_by_size(builder, {p: n for p, n in resident.items() if p not in trained}, limits.bucket_numel)
+        _fill_units(builder, module, units, trained)
+    else:
+        _fill_by_size(builder, trained, limits.bucket_numel)
+        for param, name in named.items():
+            if param not in trained:
+                builder.place(param, name)
+    builder.place_buffers(module)
+    return builder.built
+
+
+def _choose_units(
+    module: nn.Module, named: Mapping[nn.Parameter, str], limits: Limits
+) -> tuple[dict[nn.Parameter, str], list[Unit]]:
+    """Split parameters into those that stay whole on every rank and units of those that are sharded."""
+    resident: dict[nn.Parameter, str] = {}
+    total = 0
+    for param, name in named.items():
+        numel = full_numel(param)
+        if numel <= limits.persist_numel and total + numel <= limits.persist_total_numel:
+            resident[param] = name
+            total += numel
+    wanted = {param: name for param, name in named.items() if param not in resident}
+    return resident, cut_by_module(module, wanted, min_numel=MIN_UNIT_NUMEL, max_numel=limits.max_unit_numel)
+
+
+def _fill_by_size(builder: _Builder, params: Mapping[nn.Parameter, str], limit: int) -> None:
+    """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
+    backwards = list(reversed(params.items()))
+    for chunk in cut_by_size([full_numel(param) for param, _ in backwards], limit):
+        builder.make([backwards[i] for i in chunk], is_sharded=False)
+
+
+def _fill_units(
+    builder: _Builder, module: nn.Module, units: Sequence[Unit], trained: Mapping[nn.Parameter, str]
+) -> None:
+    buckets_of_unit: list[list[Bucket]] = []
+    for unit in units:
+        kinds = ([p for p in unit.params if p[1] in trained], [p for p in unit.params if p[1] not in trained])
+        made = [builder.make([(p, n) for n, p in kind], is_sharded=True) for kind in kinds if kind]
+        buckets_of_unit.append(made)
+    for user, indices in users_of(module, units).items():
+        builder.built.users[user] = [bucket for i in indices for bucket in buckets_of_unit[i]]
+
+
+class _Builder:
+    """Makes buckets one at a time and keeps count of them."""
+
+    def __init__(
+        self, group_of: Mapping[nn.Parameter, int], policy: ZeroPolicy, mesh: Mesh, device: torch.device
+    ) -> None:
+        self.built = Built()
+        self._group_of, self._policy, self._device = group_of, policy, device
+        self._exchange = {purpose: mesh.exchange("dp_shard", purpose, device) for purpose in ("reduce", "gather")}
+        self._near = mesh.exchange("dp_near", "gather", device) if mesh.near_size > 1 else None
+        self._everyone = mesh.exchange("dp", "build", device)
+
+    def make(self, named: Sequence[tuple[nn.Parameter, str]], *, is_sharded: bool) -> Bucket:
+        """Lay parameters into a new bucket, in the policy's dtype, with the first rank's values; shard it."""
+        trains = named[0][0].requires_grad and named[0][0] in self._group_of
+        groups = [self._group_of[param] if trains else -1 for param, _ in named]
+        order = group_neighbours(groups)
+        params = [named[i][0] for i in order]
+        shapes = [full_shape(param) for param in params]
+        values, was_managed = _values(params)
+        exchange = self._exchange["gather" if is_sharded else "reduce"]
+        layout = BucketLayout(
+            tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), exchange.world_size
+        )
+        bucket = Bucket(
+            len(self.built.sharded) if is_sharded else -1,
+            params,
+            [named[i][1] for i in order],
+            shapes,
+            layout,
+            is_sharded=is_sharded,
+            dtype=self._policy.parameters.dtype,
+            device=self._device,
+            exchange=exchange,
+            secondary=self._near if is_sharded else None,
+        )
+        source = self._fill(bucket, values, was_managed)
+        bucket.adopt()
+        self.built.buckets.append(bucket)
+        if trains:
+            self.built.masters.append(Master(bucket, self._policy, source))
+        if is_sharded:
+            self.built.sharded.append(bucket)
+            bucket.reshard()
+        return bucket
+
+    def _fill(self, bucket: Bucket, values: Sequence[Tensor], was_managed: bool) -> Tensor | None:
+        """Write the full values; returns them in the master dtype where that is wider than the parameters'."""
+        master_dtype = self._policy.optimizer.dtype
+        is_exact = all(value.dtype == bucket.dtype for value in values) or master_dtype == bucket.dtype
+        flat = bucket.full if is_exact else torch.zeros_like(bucket.full, dtype=master_dtype)
+        torch._foreach_copy_(bucket.split(flat), [value.detach() for value in values])
+        if not was_managed:
+            self._everyone.broadcast(flat)
+        if flat is bucket.full:
+            return None
+        bucket.full.copy_(flat)
+        return flat
+
+    def place(self, param: nn.Parameter, name: str) -> None:
+        """A parameter that does not train and is not sharded: cast, moved, with the first rank's values."""
+        (value,), was_managed = _values([param])
+        if param.is_floating_point():
+            value = value.to(self._policy.parameters.dtype)
+        value = value.detach().to(self._device)
+        if isinstance(param, ShardedParameter) or was_managed:
+            value = value.clone()
+            param.__class__ = nn.Parameter
+        param.data = value
+        param.__dict__.pop("_zero_slot", None)
+        if not was_managed:
+            self._everyone.broadcast(param.data)
+
+    def place_buffers(self, module: nn.Module) -> None:
+        """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern."""
+        for owner in module.modules():
+            for name, buffer in owner.named_buffers(recurse=False):
+                moved = buffer.to(self._device)
+                if moved is not buffer:
+                    owner._buffers[name] = moved
+                if moved.numel():
+                    self._everyone.broadcast(moved)
+
+
+def _values(params: Sequence[nn.Parameter]) -> tuple[list[Tensor], bool]:
+    """Full values of parameters, gathered if they are sharded; and whether ranks are known to hold the same."""
+    managed = [slot_of(param) for param in params]
+    for slot in managed:
+        if slot is not None:
+            slot.bucket.unshard()
+    return [param.data for param in params], all(slot is not None for slot in managed)

@@ -1,0 +1,308 @@
+"""Unshard parameters before their use, reshard them after, in step with every other rank.
+
+Owned by the engine at ZeRO stage 3; driven by the module hooks (`zero.hooks`). Module calls say what they need
+(`request`) and when they are done (`release`); this file decides what goes on the wire, and when.
+
+Note [Ranks stay in step]
+    An all-gather needs every rank, but ranks may run their modules in different orders (mixture of experts, layer
+    drop, data-dependent branches). A *phase* is one outermost forward, or one backward. In it a rank either
+
+    - follows the *plan*, the sequence of gathers that all ranks were seen to need last time: each rank launches
+      exactly the plan, ahead of use (prefetch), and what a deviating rank passes over it keeps until it is used; or
+    - has no plan (first runs, or ranks differed): every gather is agreed on first. Ranks tell each other which bucket
+      they want, and all of them gather all of the wanted ones.
+
+    A rank whose need is not in the rest of the plan launches that rest, to let the others finish, and goes on by
+    agreement. At the end of a phase each rank launches the rest of the plan and then answers wishes until all ranks
+    are at their ends. So any order on any rank is served; a known order costs one exchange of 16 bytes per phase. The
+    sequence of gathers that was needed becomes the plan if all ranks needed the same, twice.
+
+A bucket is resharded when another one is requested and nothing holds it, unless it is used again within
+`max_reuse_distance` elements and no more than `max_live` elements are unsharded. The next use is read from the
+recorded order of the phase, and for a forward, of the backward that follows.
+
+Invariant: everything collective in here is launched from `_launch` and `_agree`, whose order is the same on all ranks.
+
+After ZeRO-3 / ZeRO-Infinity (arXiv:2104.07857), section 5.1.3 and 6.2. Different: no trace to invalidate.
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+
+from deepspeed.zero.bucket import Bucket, BucketState
+
+Agree = Callable[[int, int], list[tuple[int, int]]]
+"""Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
+
+END = -1
+"""The wish of a rank that has finished its phase."""
+
+
+class PhaseKind(enum.Enum):
+    """What runs; decides what is kept unsharded."""
+
+    FORWARD = "forward"
+    """A forward that records a graph: a backward follows, which uses the same parameters."""
+    INFERENCE = "inference"
+    """A forward without a graph."""
+    BACKWARD = "backward"
+    """After it nothing is kept: the optimizer changes the shards."""
+
+
+class PhaseKey(NamedTuple):
+    """Phases with equal keys are expected to need the same gathers."""
+
+    kind: PhaseKind
+    name: str
+    num_in_a_row: int
+
+
+@dataclass
+class Record:
+    """What is known about phases of one kind (say, the training forward of one model)."""
+
+    plan: list[int] | None = None
+    """Gathers that every rank launches, as bucket indices; None while ranks have to agree on each."""
+    last_needed: list[int] | None = None
+    uses: list[int] = field(default_factory=list)
+    """Buckets in the order they were requested last time, repetitions dropped."""
+
+
+@dataclass
+class Phase:
+    """One running forward or backward."""
+
+    record: Record
+    cursor: int = 0
+    is_lost: bool = False
+    """Whether this rank left the plan for good."""
+    needed: list[int] = field(default_factory=list)
+    uses: list[int] = field(default_factory=list)
+
+
+class Gatherer:
+    """Unshards and reshards the sharded buckets of one model; see Note [Ranks stay in step].
+
+    `buckets[i].index` must be i. `prefetch_numel`, `max_live_numel` and `max_reuse_distance` are in elements.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        agree: Agree,
+        *,
+        prefetch_numel: int,
+        max_live_numel: int,
+        max_reuse_distance: int,
+    ) -> None:
+        self.buckets = list(buckets)
+        self.num_deviations = 0
+        """How often a request was not what the plan expected, for the step summary."""
+        self.num_agreements = 0
+        self._agree_on = agree
+        self._is_alone = not buckets or buckets[0].exchange.world_size == 1
+        self._prefetch_numel = prefetch_numel
+        self._max_live_numel = max_live_numel
+        self._max_reuse_distance = max_reuse_distance
+        self._records: dict[PhaseKey, Record] = {}
+        self._phase: Phase | None = None
+        self._key: PhaseKey | None = None
+        self._fresh: set[int] = set()
+        """Buckets that were gathered and not requested since."""
+        self._live_numel = 0
+        self._stale: dict[int, Bucket] = {}
+        """Released since the last request, and to be resharded or kept by the next one."""
+        self._follower: dict[PhaseKey, PhaseKey] = {}
+        """Which kind of phase came after a kind: a training forward is followed by the backward."""
+        self._num_in_a_row = 0
+
+    @property
+    def in_phase(self) -> bool:
+        """Whether a forward or backward is running."""
+        return self._phase is not None
+
+    def begin(self, kind: PhaseKind, name: str = "") -> None:
+        """Start a phase; `name` tells apart models or modules that are run on their own. Ends one that is open.
+
+        Phases of one kind in a row (two forwards, then two backwards) are told apart by their number, because the
+        first leaves parameters unsharded that the second finds.
+        """
+        if self._phase is not None:
+            self.end()
+        before = self._key
+        is_again = before is not None and before.kind is kind
+        self._num_in_a_row = self._num_in_a_row + 1 if is_again and kind is not PhaseKind.INFERENCE else 0
+        key = self._key = PhaseKey(kind, name, self._num_in_a_row)
+        if before is not None:
+            self._follower[before] = key
+        self._phase = Phase(self._records.setdefault(key, Record()))
+        self._prefetch()
+
+    def request(self, bucket: Bucket) -> None:
+        """Make a bucket usable now and hold it until `release`."""
+        bucket.holders += 1
+        phase = self._phase
+        if phase is not None:
+            if not phase.uses or phase.uses[-1] != bucket.index:
+                phase.uses.append(bucket.index)
+                self._drop_stale(phase, bucket)
+            if bucket.state is BucketState.SHARDED:
+                self._obtain(phase, bucket)
+            if bucket.index in self._fresh:
+                self._fresh.discard(bucket.index)
+                phase.needed.append(bucket.index)
+        elif bucket.state is BucketState.SHARDED:
+            self._launch(bucket)
+        bucket.finish_unshard()
+        if phase is not None:
+            self._prefetch()
+
+    def release(self, bucket: Bucket) -> None:
+        """Let go of a bucket; it is resharded when another one is requested."""
+        bucket.holders -= 1
+        if bucket.holders == 0 and bucket.is_sharded:
+            self._stale[bucket.index] = bucket
+
+    def drop(self, bucket: Bucket) -> None:
+        """Reshard a bucket that is known not to be used again in this phase."""
+        if bucket.holders == 0:
+            self._reshard(bucket)
+
+    def end(self) -> None:
+        """End the phase: keep step with the other ranks until all have ended theirs. Collective."""
+        phase = self._phase
+        if phase is None:
+            return
+        self._finish_plan(phase)
+        if self._is_alone:
+            phase.record.plan = phase.needed
+        else:
+            digest = zlib.crc32(repr(phase.needed).encode())
+            digests = self._answer_until_all_end(digest)
+            self._learn(phase, len(set(digests)) == 1)
+        phase.record.uses = phase.uses
+        self._phase = None
+        for bucket in self.buckets:
+            is_unused = bucket.index in self._fresh
+            if bucket.holders == 0 and (is_unused or not self._is_kept(bucket, phase, len(phase.uses))):
+                self._reshard(bucket)
+        self._fresh.clear()
+        self._stale.clear()
+
+    def reshard_all(self) -> None:
+        """Reshard everything that nothing holds; between phases."""
+        for bucket in self.buckets:
+            if bucket.holders == 0:
+                self._reshard(bucket)
+
+    def _learn(self, phase: Phase, all_agree: bool) -> None:
+        record = phase.record
+        if record.plan is not None and phase.needed != record.plan:
+            self.num_deviations += 1
+        if not all_agree:
+            record.plan, record.last_needed = None, None
+        elif phase.needed == record.last_needed:
+            record.plan = phase.needed
+        else:
+            record.plan, record.last_needed = None, phase.needed
+
+    def _obtain(self, phase: Phase, bucket: Bucket) -> None:
+        plan = phase.record.plan
+        if self._is_alone:
+            self._launch(bucket)
+            return
+        if plan is not None and not phase.is_lost:
+            if bucket.index in itertools.islice(plan, phase.cursor, None):
+                while bucket.state is BucketState.SHARDED:
+                    self._launch_next(phase, plan)
+                return
+            phase.is_lost = True
+            self._finish_plan(phase)
+        while bucket.state is BucketState.SHARDED:
+            self._serve(self._agree(bucket.index, 0))
+
+    def _finish_plan(self, phase: Phase) -> None:
+        plan = phase.record.plan or []
+        while not self._is_alone and phase.cursor < len(plan):
+            bucket = self._launch_next(phase, plan)
+            if bucket.holders == 0 and bucket.state is BucketState.GATHERING:
+                self._reshard(bucket)
+
+    def _launch_next(self, phase: Phase, plan: Sequence[int]) -> Bucket:
+        bucket = self.buckets[plan[phase.cursor]]
+        phase.cursor += 1
+        self._launch(bucket)
+        return bucket
+
+    def _launch(self, bucket: Bucket) -> None:
+        if bucket.state is BucketState.SHARDED:
+            self._live_numel += bucket.layout.numel
+            self._fresh.add(bucket.index)
+        with torch.profiler.record_function("zero.unshard"):
+            bucket.regather()
+
+    def _reshard(self, bucket: Bucket) -> None:
+        if bucket.state is not BucketState.SHARDED:
+            self._live_numel -= bucket.layout.numel
+            self._fresh.discard(bucket.index)
+            bucket.reshard()
+
+    def _agree(self, wish: int, digest: int) -> list[tuple[int, int]]:
+        self.num_agreements += 1
+        return self._agree_on(wish, digest)
+
+    def _serve(self, answers: Iterable[tuple[int, int]]) -> None:
+        """Gather what any rank wants; a bucket that was gathered for another rank is dropped when it is stale."""
+        for index in sorted({wish for wish, _ in answers} - {END}):
+            self._launch(self.buckets[index])
+
+    def _answer_until_all_end(self, digest: int) -> list[int]:
+        while True:
+            answers = self._agree(END, digest)
+            if all(wish == END for wish, _ in answers):
+                return [other for _, other in answers]
+            self._serve(answers)
+
+    def _prefetch(self) -> None:
+        phase = self._phase
+        if phase is None or phase.is_lost or self._is_alone or phase.record.plan is None:
+            return
+        plan = phase.record.plan
+        ahead = sum(self.buckets[i].layout.numel for i in self._fresh)
+        while phase.cursor < len(plan):
+            ahead += self.buckets[plan[phase.cursor]].layout.numel
+            if ahead > self._prefetch_numel:
+                break
+            self._launch_next(phase, plan)
+
+    def _drop_stale(self, phase: Phase, wanted: Bucket) -> None:
+        """Reshard what was released before `wanted` was asked for, but for what is needed again soon."""
+        self._stale.pop(wanted.index, None)
+        for bucket in self._stale.values():
+            if bucket.holders == 0 and not self._is_kept(bucket, phase, len(phase.uses) - 1):
+                self._reshard(bucket)
+        self._stale.clear()
+
+    def _is_kept(self, bucket: Bucket, phase: Phase, position: int) -> bool:
+        """Whether a bucket stays unsharded after use number `position` of a forward, for its next use."""
+        assert self._key is not None
+        if self._key.kind is PhaseKind.BACKWARD or self._live_numel > self._max_live_numel:
+            return False
+        next_key = self._follower.get(self._key)
+        follower = self._records.get(next_key) if next_key else None
+        distance = 0
+        for index in itertools.chain(phase.record.uses[position:], follower.uses if follower else ()):
+            if index == bucket.index:
+                return True
+            distance += self.buckets[index].layout.numel
+            if distance > self._max_reuse_distance:
+                return False
+        return False

@@ -1,0 +1,213 @@
+"""Where ZeRO touches the user's modules and graphs: the hooks that drive the gatherer, and the watch on backward.
+
+Attached by the engine, at stage 3 to the modules that use sharded buckets (`ModuleHooks`), at every stage to the
+outputs of the model (`BackwardWatch`). Nothing of the user's is replaced; `detach` takes every hook away.
+
+    pre-forward    request the module's buckets            (opens a forward phase if none is running)
+    post-forward   release them; hook the outputs          (closes the phase it opened)
+    output hook    request the buckets before their backward (opens the backward phase)
+    input hook     frozen buckets: their backward is over
+    bucket full    trainable buckets: their backward is over (from the reducer)
+    end of backward   release what is left, close the phase
+
+A sharded parameter that is used outside its own module (a tied head, a functional call) is gathered at that use, while
+a hooked module runs, and belongs to that module from then on.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from deepspeed.zero import param as zero_param
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.gather import Gatherer, PhaseKind
+
+Handle = torch.utils.hooks.RemovableHandle
+
+
+def tensors_in(value: Any) -> list[Tensor]:
+    """All tensors in nested lists, tuples, dicts and dataclasses (which pytree alone does not open)."""
+    found = []
+    for leaf in tree_leaves(value):
+        if isinstance(leaf, Tensor):
+            found.append(leaf)
+        elif dataclasses.is_dataclass(leaf) and not isinstance(leaf, type):
+            found += tensors_in([getattr(leaf, field.name) for field in dataclasses.fields(leaf)])
+        elif not isinstance(leaf, (str, bytes, int, float, type(None))) and isinstance(leaf, Mapping):
+            found += tensors_in(list(leaf.values()))
+    return found
+
+
+class BackwardWatch:
+    """Tells when a backward pass that involves the model begins and ends, also with plain `loss.backward()`."""
+
+    def __init__(self) -> None:
+        self.is_running = False
+        self.on_begin: list[Callable[[], None]] = []
+        self.on_end: list[Callable[[], None]] = []
+
+    def watch(self, outputs: Any) -> None:
+        """Have the first gradient that reaches one of the outputs begin a pass."""
+        for tensor in tensors_in(outputs):
+            if tensor.requires_grad:
+                tensor.register_hook(self._on_gradient)
+
+    def _on_gradient(self, gradient: Tensor) -> None:
+        self.begin()
+
+    def begin(self) -> None:
+        """Begin a pass, if none is running. Only inside of autograd's backward."""
+        if not self.is_running:
+            self.is_running = True
+            torch.autograd.Variable._execution_engine.queue_callback(self.end)
+            for listener in self.on_begin:
+                listener()
+
+    def end(self) -> None:
+        """End the pass that is running, if any; called by autograd, and before a forward or step after a failure."""
+        if self.is_running:
+            self.is_running = False
+            for listener in self.on_end:
+                listener()
+
+
+@dataclasses.dataclass
+class Frame:
+    """One running call of a hooked module."""
+
+    module: nn.Module
+    buckets: list[Bucket]
+    opened_phase: bool
+
+
+class ModuleHooks:
+    """The hooks of one model at stage 3. `users[module]` are the buckets whose parameters the module uses itself."""
+
+    def __init__(self, root: nn.Module, users: Mapping[nn.Module, Sequence[Bucket]], gatherer: Gatherer, watch: BackwardWatch):
+        self.root = root
+        self.gatherer = gatherer
+        self.watch = watch
+        self.users = {module: list(buckets) for module, buckets in users.items()}
+        self.users.setdefault(root, [])
+        self._names = {module: name for name, module in root.named_modules()}
+        self._frames: list[Frame] = []
+        self._held: dict[Bucket, None] = {}
+        """Buckets that this backward has requested and not released."""
+        self._handles: list[Handle] = []
+        self.attach()
+
+    def attach(self) -> None:
+        """Put the hooks in place."""
+        for module in self.users:
+            self._attach_to(module)
+        self.watch.on_begin.append(self._begin_backward)
+        self.watch.on_end.append(self._end_backward)
+        zero_param.add_resolver(self._resolve)
+
+    def detach(self) -> None:
+        """Take every hook away; parameters stay as they are."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        zero_param.remove_resolver(self._resolve)
+        for listeners, listener in ((self.watch.on_begin, self._begin_backward), (self.watch.on_end, self._end_backward)):
+            if listener in listeners:
+                listeners.remove(listener)
+
+    def add_user(self, module: nn.Module, bucket: Bucket) -> None:
+        """Have `bucket` unsharded around every call of `module` from now on."""
+        if module not in self.users:
+            self.users[module] = []
+            self._attach_to(module)
+        if bucket not in self.users[module]:
+            self.users[module].append(bucket)
+
+    def _attach_to(self, module: nn.Module) -> None:
+        self._handles += [
+            module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True),
+            module.register_forward_hook(self._post_forward, always_call=True),
+        ]
+
+    @torch._dynamo.disable
+    def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        opens = not self.gatherer.in_phase
+        if opens:
+            self.watch.end()
+            kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
+            self.gatherer.begin(kind, self._names.get(module, ""))
+        frame = Frame(module, list(self.users[module]), opens)
+        self._frames.append(frame)
+        for bucket in frame.buckets:
+            self.gatherer.request(bucket)
+        if torch.is_grad_enabled():
+            self._watch_frozen(frame.buckets, (args, kwargs))
+
+    @torch._dynamo.disable
+    def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        frame = self._frames.pop()
+        assert frame.module is module, "module calls nest"
+        if torch.is_grad_enabled() and frame.buckets:
+            self._hook_outputs(frame.buckets, output)
+        if frame.module is self.root and torch.is_grad_enabled():
+            self.watch.watch(output)
+        for bucket in frame.buckets:
+            self.gatherer.release(bucket)
+        if frame.opened_phase:
+            self.gatherer.end()
+
+    def _hook_outputs(self, buckets: list[Bucket], output: Any) -> None:
+        def before_backward(gradient: Tensor) -> None:
+            self.watch.begin()
+            self._hold(buckets)
+
+        for tensor in tensors_in(output):
+            if tensor.requires_grad:
+                tensor.register_hook(before_backward)
+
+    def _watch_frozen(self, buckets: Iterable[Bucket], inputs: Any) -> None:
+        frozen = [bucket for bucket in buckets if not bucket.requires_grad]
+        tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad] if frozen else []
+        if tensors:
+            torch.autograd.graph.register_multi_grad_hook(tensors, lambda _: self._let_go(frozen))
+
+    def _hold(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket not in self._held:
+                self._held[bucket] = None
+                self.gatherer.request(bucket)
+
+    def _let_go(self, buckets: Iterable[Bucket]) -> None:
+        for bucket in buckets:
+            if bucket in self._held:
+                del self._held[bucket]
+                self.gatherer.release(bucket)
+                self.gatherer.drop(bucket)
+
+    def bucket_completed(self, bucket: Bucket) -> None:
+        """All gradients of a bucket have been computed: its parameters are not needed any more."""
+        self._let_go([bucket])
+
+    def _begin_backward(self) -> None:
+        if not self.gatherer.in_phase:
+            self.gatherer.begin(PhaseKind.BACKWARD)
+
+    def _end_backward(self) -> None:
+        self._let_go(list(self._held))
+        if not self._frames:
+            self.gatherer.end()
+
+    def _resolve(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
+        """Gather a bucket for a use outside its own modules, if one of our modules is running."""
+        if not self._frames or bucket not in self.gatherer.buckets:
+            return False
+        frame = self._frames[-1]
+        self.gatherer.request(bucket)
+        frame.buckets.append(bucket)
+        self.add_user(frame.module, bucket)
+        return True

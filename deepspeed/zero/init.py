@@ -1,0 +1,192 @@
+"""`zero.Init`: build a model that never stands whole on any rank.
+
+Entered by users and by Transformers around a model's construction. Each module is cut when its construction is over:
+for a child that is when its parent registers it, for the outermost when the context ends. Torch's own registration
+hooks tell us; no constructor, no tensor factory and no `nn.Module` method is replaced, so dtypes of buffers (rotary
+frequencies) stay what the model made them.
+
+Code that initialises weights after a child was registered (`self.apply(init)`, `child.weight.data.normal_()`) meets a
+sharded parameter; inside the context that gathers it, and the first rank's new values are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn.modules.module import (
+    register_module_module_registration_hook,
+    register_module_parameter_registration_hook,
+)
+
+from deepspeed import comm
+from deepspeed.accelerator import get_accelerator
+from deepspeed.config import load_config
+from deepspeed.mesh import data_parallel_mesh
+from deepspeed.utils.errors import NotAvailableError
+from deepspeed.zero import param as zero_param
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.param import slot_of
+
+
+class Init:
+    """Context manager: parameters of every module built inside are sharded over the data-parallel ranks.
+
+    module: shard this existing module at once (the context then does nothing more).
+    config_dict_or_path: a DeepSpeed configuration; its fp16/bf16 sections give the dtype. "auto" values are tolerated.
+    dtype: dtype of the parameters; overrides the configuration. Default without either: fp16 where the device computes
+        in it, else bf16.
+    enabled: False makes the context inert.
+    data_parallel_group: shard over this process group instead of all ranks.
+    Collective: all ranks build the same modules. Raises ValueError for contradictory groups.
+    """
+
+    _active: ClassVar[list[Init]] = []
+
+    def __init__(
+        self,
+        module: nn.Module | None = None,
+        data_parallel_group: Any = None,
+        mem_efficient_linear: bool = True,
+        remote_device: str | None = None,
+        pin_memory: bool = False,
+        config_dict_or_path: Any = None,
+        config: Any = None,
+        enabled: bool = True,
+        dtype: torch.dtype | None = None,
+        mpu: Any = None,
+        zero_param_parallel_group: Any = None,
+        zero_quantized_weights: bool = False,
+        zero_quantized_nontrainable_weights: bool = False,
+        sequence_data_parallel_group: Any = None,
+        param_swapper: Any = None,
+    ) -> None:
+        self.enabled = enabled
+        if not enabled:
+            return
+        if data_parallel_group is not None and sequence_data_parallel_group is not None:
+            raise ValueError("give data_parallel_group or sequence_data_parallel_group, not both")
+        if remote_device in ("cpu", "nvme") and get_accelerator().device_name() != remote_device:
+            raise NotAvailableError(f"zero.Init(remote_device={remote_device!r}): parameter offload is not available yet.")
+        if zero_quantized_weights or zero_quantized_nontrainable_weights:
+            raise NotAvailableError("zero.Init with quantized weights (ZeRO++) is not available yet.")
+        comm.init_distributed()
+        self.dtype = _param_dtype(dtype, config_dict_or_path if config_dict_or_path is not None else config)
+        group = data_parallel_group or sequence_data_parallel_group
+        if group is None and mpu is not None:
+            group = mpu.get_data_parallel_group()
+        self._mesh = data_parallel_mesh(torch.distributed.get_process_group_ranks(group) if group is not None else None)
+        self._device = torch.device(get_accelerator().current_device_name())
+        self._exchange = self._mesh.exchange("dp_shard", "gather", self._device)
+        self._seen: dict[nn.Module, None] = {}
+        self._touched: dict[Bucket, None] = {}
+        self._handles: list[Any] = []
+        if module is not None:
+            for inner in module.modules():
+                self._cut(inner)
+
+    def __enter__(self) -> Init:
+        if self.enabled:
+            self._handles = [
+                register_module_parameter_registration_hook(self._saw_param),
+                register_module_module_registration_hook(self._saw_child),
+            ]
+            zero_param.add_resolver(self._touch)
+            Init._active.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if not self.enabled or self not in Init._active:
+            return
+        self._suspend()
+        if kind is None:
+            self._settle()
+            for module in self._seen:
+                self._cut(module)
+        self._seen.clear()
+
+    def _suspend(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        zero_param.remove_resolver(self._touch)
+        Init._active.remove(self)
+
+    @classmethod
+    def suspend_all(cls) -> None:
+        """End every active context, cutting what was built; `initialize` is often called inside of one."""
+        for context in reversed(list(cls._active)):
+            context.__exit__(None, None, None)
+
+    def _saw_param(self, module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        self._seen[module] = None
+
+    def _saw_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
+        self._settle()
+        if child is not None:
+            for module in child.modules():
+                if module in self._seen:
+                    self._cut(module)
+                    del self._seen[module]
+
+    @torch.no_grad()
+    def _cut(self, module: nn.Module) -> None:
+        """Shard the parameters that `module` owns itself, as one bucket."""
+        own = [
+            (name, param)
+            for name, param in module.named_parameters(recurse=False)
+            if slot_of(param) is None and not param.is_meta
+        ]
+        for kind in (True, False):
+            named = [(name, param) for name, param in own if param.is_floating_point() is kind]
+            if named:
+                self._make_bucket(type(module).__name__, named, self.dtype if kind else named[0][1].dtype)
+
+    def _make_bucket(self, where: str, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
+        params = [param for _, param in named]
+        values = [param.data for param in params]
+        layout = BucketLayout(
+            tuple(value.numel() for value in values), (-1,) * len(values), self._exchange.world_size
+        )
+        bucket = Bucket(
+            -1,
+            params,
+            [f"{where}.{name}" for name, _ in named],
+            [value.shape for value in values],
+            layout,
+            is_sharded=True,
+            dtype=dtype,
+            device=self._device,
+            exchange=self._exchange,
+        )
+        torch._foreach_copy_(bucket.views, values)
+        self._exchange.broadcast(bucket.full)
+        bucket.adopt()
+        bucket.reshard()
+
+    def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
+        bucket.unshard()
+        self._touched[bucket] = None
+        return True
+
+    @torch.no_grad()
+    def _settle(self) -> None:
+        """Reshard what initialisation code touched, with the first rank's values."""
+        for bucket in self._touched:
+            self._exchange.broadcast(bucket.full)
+            bucket.write_shard()
+            bucket.reshard()
+        self._touched.clear()
+
+
+def _param_dtype(dtype: torch.dtype | None, config: Any) -> torch.dtype:
+    if dtype is not None:
+        return dtype
+    if config is not None:
+        return load_config(config).precision_dtype
+    return torch.float16 if get_accelerator().is_fp16_supported() else torch.bfloat16

@@ -1,0 +1,266 @@
+"""Parameters under ZeRO stage 3: what they answer while sharded, and how they refuse the rest.
+
+A parameter stays one Python object for life; only its class changes with its bucket's state. `ZeroParameter` is a
+plain parameter with the `ds_*` attributes other libraries read. `ShardedParameter` is what it is while sharded: it
+answers questions about itself, and any other use either gathers it (inside the forward of a module that an engine
+drives) or raises `ShardError` with the cure. A silent zero-size tensor never gets out.
+
+Torch's own uninitialised parameters change class in the same way (torch.nn.parameter.UninitializedTensorMixin).
+"""
+
+from __future__ import annotations
+
+import enum
+import itertools
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.utils.errors import ShardError
+from deepspeed.utils.logging import current_rank
+
+if TYPE_CHECKING:
+    from deepspeed.zero.bucket import Bucket
+
+
+class ZeroParamStatus(enum.Enum):
+    """Whether a parameter's full values are here; the names are public (`param.ds_status`)."""
+
+    AVAILABLE = 1
+    NOT_AVAILABLE = 2
+    INFLIGHT = 3
+
+
+class Slot(NamedTuple):
+    """A parameter's place: its bucket and its index there."""
+
+    bucket: Bucket
+    index: int
+
+
+_ids = itertools.count()
+
+
+def slot_of(param: Tensor) -> Slot | None:
+    """The slot of a parameter that ZeRO manages at any stage, else None."""
+    return param.__dict__.get("_zero_slot")
+
+
+def full_shape(param: Tensor) -> torch.Size:
+    """The full shape of a parameter, sharded or not."""
+    slot = slot_of(param)
+    return slot.bucket.shapes[slot.index] if slot else param.shape
+
+
+def full_numel(param: Tensor) -> int:
+    """The full element count of a parameter, sharded or not."""
+    slot = slot_of(param)
+    return slot.bucket.layout.numels[slot.index] if slot else param.numel()
+
+
+class ZeroParameter(nn.Parameter):
+    """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def ds_id(self) -> int:
+        """A number unique to the parameter in this process."""
+        return self.__dict__.setdefault("_ds_id", next(_ids))
+
+    @property
+    def ds_shape(self) -> torch.Size:
+        """Full shape."""
+        return full_shape(self)
+
+    @property
+    def ds_numel(self) -> int:
+        """Full element count."""
+        return full_numel(self)
+
+    @property
+    def ds_status(self) -> ZeroParamStatus:
+        """Whether the full values are here."""
+        slot = slot_of(self)
+        return ZeroParamStatus[_STATUS[slot.bucket.state.value]] if slot else ZeroParamStatus.AVAILABLE
+
+    @property
+    def ds_persist(self) -> bool:
+        """Whether the parameter is small enough never to be sharded."""
+        slot = slot_of(self)
+        return slot is not None and not slot.bucket.is_sharded
+
+    @property
+    def ds_tensor(self) -> Tensor:
+        """This rank's elements, 1-D; empty if other ranks hold them all."""
+        bucket, index = self._zero_slot  # type: ignore[attr-defined]
+        for piece in bucket.layout.pieces(bucket.exchange.rank):
+            if piece.param == index:
+                return bucket.shard.narrow(0, piece.in_shard, piece.numel)
+        return bucket.shard.new_empty(0)
+
+    @property
+    def ds_process_group(self) -> Any:
+        """The process group over which the parameter is sharded."""
+        return self._zero_slot.bucket.exchange.group  # type: ignore[attr-defined]
+
+    @property
+    def ds_active_sub_modules(self) -> set[int]:
+        """Kept for callers that clear it; gathers are counted by the bucket here."""
+        return self.__dict__.setdefault("_ds_active_sub_modules", set())
+
+    def partition_numel(self) -> int:
+        """Elements of this rank's part."""
+        return self.ds_tensor.numel()
+
+    def all_gather(self, param_list: Iterable[nn.Parameter] | None = None, async_op: bool = False) -> None:
+        """Gather this parameter, or those listed, with everything in their buckets. Collective."""
+        for bucket in buckets_of(param_list or [self]):
+            bucket.unshard()
+
+    def partition(self, param_list: Iterable[nn.Parameter] | None = None, has_been_updated: bool = False) -> None:
+        """Reshard this parameter, or those listed; changes are kept if `has_been_updated`."""
+        for bucket in buckets_of(param_list or [self]):
+            if has_been_updated:
+                bucket.write_shard()
+            bucket.reshard()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        copy = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        memo[id(self)] = copy
+        return copy
+
+    def __repr__(self) -> str:
+        return "Parameter containing:\n" + Tensor.__repr__(self)
+
+
+_STATUS = {"sharded": "NOT_AVAILABLE", "gathering": "INFLIGHT", "unsharded": "AVAILABLE"}
+
+
+def buckets_of(params: Iterable[Tensor]) -> list[Bucket]:
+    """The distinct buckets of those parameters that are sharded between uses, in the order of the parameters."""
+    slots = (slot_of(param) for param in params)
+    return list(dict.fromkeys(slot.bucket for slot in slots if slot and slot.bucket.is_sharded))
+
+
+Resolver = Callable[["Bucket", Callable[..., Any]], bool]
+"""Called when a sharded parameter is used: makes its bucket usable and answers True, or declines."""
+
+_resolvers: list[Resolver] = []
+
+
+def add_resolver(resolver: Resolver) -> None:
+    """Let `resolver` answer for uses of sharded parameters outside their modules; asked in order of registration."""
+    _resolvers.append(resolver)
+
+
+def remove_resolver(resolver: Resolver) -> None:
+    """Take a resolver back."""
+    if resolver in _resolvers:
+        _resolvers.remove(resolver)
+
+
+def _attribute(names: str, *verbs: str) -> list[Any]:
+    """What `__torch_function__` is given when those attributes (that this torch has) are read, set or deleted."""
+    descriptors = [Tensor.__dict__.get(name) or getattr(torch._C.TensorBase, name, None) for name in names.split()]
+    return [getattr(descriptor, verb) for descriptor in descriptors for verb in verbs if hasattr(descriptor, verb)]
+
+
+_READABLE = (
+    "shape dtype device layout requires_grad grad is_leaf grad_fn ndim is_sparse is_cuda is_cpu is_meta is_xpu is_mps "
+    "is_quantized is_nested is_mkldnn names _version itemsize output_nr retains_grad _backward_hooks "
+    "_post_accumulate_grad_hooks"
+)
+_METHODS = (
+    "numel size dim nelement stride is_floating_point is_complex element_size storage_offset is_contiguous register_hook "
+    "register_post_accumulate_grad_hook requires_grad_ _is_view is_pinned get_device retain_grad __hash__ __repr__"
+)
+_ANSWERED = {
+    *_attribute(_READABLE, "__get__"),
+    *_attribute("requires_grad grad data _backward_hooks _post_accumulate_grad_hooks", "__set__"),
+    *_attribute("grad", "__delete__"),
+    *(getattr(Tensor, name) for name in _METHODS.split()),
+    torch.is_floating_point,
+    torch.is_complex,
+    torch.numel,
+}
+"""Questions about the tensor object itself: answered as they stand."""
+
+_HANDED_OUT = {Tensor.detach, *_attribute("data", "__get__")}
+"""What `state_dict()` and the like take: they get a placeholder that refuses in the same way."""
+
+
+def _sharded_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+    return [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, _Sharded)]
+
+
+class _Sharded(Tensor):
+    """Behaviour shared by a sharded parameter and the placeholders taken from it."""
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _ANSWERED:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        for value in _sharded_in(args, kwargs):
+            bucket = value._zero_slot.bucket
+            if isinstance(value, ShardedParameter) and any(resolve(bucket, func) for resolve in list(_resolvers)):
+                continue
+            if func in _HANDED_OUT:
+                with torch._C.DisableTorchFunctionSubclass():
+                    return _placeholder(value)
+            raise ShardError(refusal(value, func))
+        return func(*args, **kwargs)
+
+
+class ShardedParameter(_Sharded, ZeroParameter):
+    """A parameter while only this rank's part of it exists here."""
+
+    __torch_function__ = _Sharded.__dict__["__torch_function__"]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        raise ShardError(refusal(self, "copy.deepcopy"))
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ShardError(refusal(self, "pickle"))
+
+    def __repr__(self) -> str:
+        slot = slot_of(self)
+        assert slot is not None
+        return f"ShardedParameter({slot.bucket.names[slot.index]}, shape={tuple(self.ds_shape)}, here={self.partition_numel()})"
+
+
+class ShardedPlaceholder(_Sharded):
+    """What `param.detach()` and `state_dict()` give for a sharded parameter: a name and a shape, no values."""
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ShardError(refusal(self, "pickle"))
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        raise ShardError(refusal(self, "copy.deepcopy"))
+
+
+def _placeholder(param: Tensor) -> Tensor:
+    made = torch.Tensor._make_subclass(ShardedPlaceholder, torch.empty(0, dtype=param.dtype, device=param.device))
+    made._zero_slot = param._zero_slot  # type: ignore[attr-defined]
+    return made
+
+
+def refusal(param: Tensor, func: Callable[..., Any] | str) -> str:
+    """The message for a use of a sharded parameter that nobody can answer."""
+    slot = slot_of(param)
+    assert slot is not None, "only managed parameters are sharded"
+    bucket, index = slot
+    here = sum(piece.numel for piece in bucket.layout.pieces(bucket.exchange.rank) if piece.param == index)
+    use = func if isinstance(func, str) else getattr(func, "__name__", str(func)).strip("_")
+    return (
+        f"[rank {current_rank()}]: {bucket.names[index]} is sharded and cannot be used in {use!r}; full shape "
+        f"{tuple(bucket.shapes[index])}, this rank holds {here} of {bucket.layout.numels[index]} elements.\n"
+        "  Wrap the access in `with deepspeed.zero.GatheredParameters([param]):` on every rank; to save the model use "
+        "engine.save_16bit_model() or engine.save_checkpoint()."
+    )

@@ -1,0 +1,358 @@
+"""From autograd's gradients to the gradients' placement: lay down, reduce, deliver.
+
+Owned by the engine; fed by one post-accumulate hook per parameter; read by the optimizer. A hook only takes the
+gradient over and counts. When a bucket has all of its gradients they are laid into its flat buffer by one fused call,
+and the bucket is reduced on the wire while backward goes on.
+
+    G replicated (stages 0, 1)   flat [W*S] stays; micro-batches add up in it; at the boundary it is reduced into
+                                 itself (0) or into this rank's slice of itself (1): delivered to O's placement
+    G sharded (stages 2, 3)      flat [W*S] is borrowed for one reduction; the result [S] stays and adds up
+
+Launch order is the same on every rank, whatever order gradients arrive in: a *round* launches every bucket exactly
+once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, before the next forward or
+the step, or when a bucket fills a second time. Reductions add up in their destination, so several backward passes in
+one step are the normal case.
+
+After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's DistributedDataParallel (arXiv:2006.15704).
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import deque
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.policy import ZeroPolicy
+
+MAX_IN_FLIGHT = 4
+"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory."""
+
+
+class FlatPool:
+    """Flat buffers lent to reductions and taken back: a few equal sizes, reused, so that memory is not mapped anew."""
+
+    def __init__(self) -> None:
+        self._free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """An uninitialised 1-D tensor."""
+        free = self._free.get((numel, dtype, device))
+        return free.pop() if free else torch.empty(numel, dtype=dtype, device=device)
+
+    def give_back(self, flat: Tensor) -> None:
+        """Return a buffer that nothing reads any more."""
+        self._free.setdefault((flat.numel(), flat.dtype, flat.device), []).append(flat)
+
+    def clear(self) -> None:
+        """Free what is not lent."""
+        self._free.clear()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for reuse."""
+        return sum(flat.nbytes for flats in self._free.values() for flat in flats)
+
+
+class BucketGradients:
+    """The gradients of one bucket: those that arrived, the flat buffer they are laid in, the reduced result."""
+
+    def __init__(self, bucket: Bucket, *, is_sharded: bool, delivers_shard: bool, dtype: torch.dtype, pool: FlatPool):
+        layout, device = bucket.layout, bucket.full.device
+        self.bucket = bucket
+        self.dtype = dtype
+        self.pool = pool
+        # One rank's shard is the whole: nothing to scatter, so the flat buffer is the result.
+        self.is_sharded = is_sharded and bucket.exchange.world_size > 1
+        self.delivers_shard = delivers_shard
+        self.arrived: list[Tensor | None] = [None] * len(bucket.params)
+        self.num_missing = len(bucket.params)
+        self.is_reduced = False
+        """Whether `result` holds reduced gradients of this step."""
+        self.has_local = False
+        """Whether `flat` holds gradients of this rank alone."""
+        self.flat: Tensor | None = None
+        self.result: Tensor
+        if self.is_sharded:
+            self.result = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+        else:
+            self.flat = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
+            self.views = bucket.split(self.flat)
+            self.result = bucket.own_slice(self.flat) if delivers_shard else self.flat
+        self._carry: Tensor | None = None
+        self._lent: deque[Tensor] = deque()
+
+    @property
+    def has_arrivals(self) -> bool:
+        """Whether gradients wait to be laid down."""
+        return self.num_missing < len(self.arrived)
+
+    def lay_down(self) -> None:
+        """Move what arrived into the flat buffer; missing gradients are zeros."""
+        if self.flat is None:
+            self.flat = self.pool.take(self.bucket.layout.padded_numel, self.dtype, self.bucket.full.device)
+            self.flat[self.bucket.layout.numel :].zero_()
+            self.views = self.bucket.split(self.flat)
+        elif self.is_reduced and not self.is_sharded:
+            # A backward after the reduction: put the result aside, it is added back when this one is reduced.
+            self._carry = self.result.clone()
+            self.is_reduced = False
+            self.has_local = False
+        here = [i for i, gradient in enumerate(self.arrived) if gradient is not None]
+        gradients = [self.arrived[i] for i in here]
+        views = [self.views[i] for i in here]
+        if gradients and self.has_local:
+            torch._foreach_add_(views, gradients)
+        elif gradients:
+            torch._foreach_copy_(views, gradients)
+        if not self.has_local and len(here) < len(self.arrived):
+            torch._foreach_zero_([view for i, view in enumerate(self.views) if self.arrived[i] is None])
+        self.has_local = True
+        self.arrived = [None] * len(self.arrived)
+        self.num_missing = len(self.arrived)
+
+    def start_reduce(self, exchange: Exchange, predivide: float, divide_by: float, dtype: torch.dtype) -> Pending:
+        """Start averaging the flat buffer over the ranks, into `result`; on the wire in `dtype`."""
+        assert self.flat is not None, "nothing was laid down"
+        if predivide != 1.0:
+            self.flat.div_(predivide)
+        wire = self.flat if dtype == self.flat.dtype else self.flat.to(dtype)
+        if self.is_sharded:
+            pending = exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=self.is_reduced)
+            # The flat buffer belongs to the reduction now; the next backward takes another.
+            self._lent.append(self.flat)
+            self.flat, self.has_local, self.is_reduced = None, False, True
+            return pending
+        if self.delivers_shard:
+            return exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=False)
+        pending = exchange.start_all_reduce(wire, divide_by=divide_by)
+        if wire is not self.flat:
+            pending.wait()
+            self.flat.copy_(wire)
+        return pending
+
+    def finish_reduce(self) -> None:
+        """Settle after the reduction ended: give back what was borrowed, add what was put aside."""
+        if self.is_sharded:
+            self.pool.give_back(self._lent.popleft())
+            return
+        if self._carry is not None:
+            self.result.add_(self._carry)
+            self._carry = None
+        self.is_reduced, self.has_local = True, False
+
+    def drop(self) -> None:
+        """Forget this step's gradients, keeping the memory."""
+        self.arrived = [None] * len(self.arrived)
+        self.num_missing = len(self.arrived)
+        self.is_reduced = self.has_local = False
+        self._carry = None
+        if self.is_sharded and self.flat is not None:
+            self.pool.give_back(self.flat)
+            self.flat = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of gradients at rest between micro-batches."""
+        return self.result.nbytes if self.is_sharded else (self.flat.nbytes if self.flat is not None else 0)
+
+
+class Reducer:
+    """Takes gradients over from autograd and reduces them, bucket by bucket.
+
+    `should_reduce()` says whether this backward is the one whose sum leaves the rank (the boundary) where gradients
+    rest replicated; sharded gradients are reduced by every backward. `on_complete(bucket)` is called when a bucket's
+    parameters have been used for the last time in this backward.
+    """
+
+    def __init__(
+        self,
+        buckets: Sequence[Bucket],
+        policy: ZeroPolicy,
+        *,
+        replicas: Exchange | None = None,
+        overlap: bool = True,
+        predivide: float = 1.0,
+        divide_by: float = 1.0,
+        wire_dtype: torch.dtype | None = None,
+        should_reduce: Callable[[], bool] = lambda: True,
+        on_complete: Callable[[Bucket], None] | None = None,
+    ) -> None:
+        self.pool = FlatPool()
+        self.gradients = [
+            BucketGradients(
+                bucket,
+                is_sharded=policy.gradients.is_sharded,
+                delivers_shard=policy.optimizer.is_sharded,
+                dtype=policy.gradients.dtype,
+                pool=self.pool,
+            )
+            for bucket in buckets
+        ]
+        self.order = list(self.gradients)
+        self.saw_backward = False
+        """Whether any gradient arrived since the last step."""
+        self.num_exposed = 0
+        self._replicas = replicas
+        self._overlap = overlap
+        self._predivide, self._divide_by = predivide, divide_by
+        self._wire_dtype = wire_dtype or policy.gradients.dtype
+        self._should_reduce = should_reduce
+        self._on_complete = on_complete
+        self._next = 0
+        self._completion: list[BucketGradients] = []
+        self._ready: set[int] = set()
+        self._in_flight: deque[tuple[BucketGradients, Pending]] = deque()
+        self._handles = [
+            param.register_post_accumulate_grad_hook(functools.partial(self._take, gradients, i))
+            for gradients in self.gradients
+            for i, param in enumerate(gradients.bucket.params)
+        ]
+
+    def _take(self, gradients: BucketGradients, index: int, param: nn.Parameter) -> None:
+        """The hook: take `param.grad` over, and count."""
+        if self.num_exposed:
+            raise TrainingStateError(
+                f"{gradients.bucket.names[index]}: a second backward ran into gradients that were already averaged.\n"
+                "  Call engine(...) or engine.backward(loss) so that the engine sees the new backward begin."
+            )
+        gradient, param.grad = param.grad, None
+        self.saw_backward = True
+        before = gradients.arrived[index]
+        if before is not None:
+            assert gradient is not None
+            gradients.arrived[index] = before + gradient
+            return
+        gradients.arrived[index] = gradient
+        gradients.num_missing -= 1
+        if gradients.num_missing == 0:
+            self._complete(gradients)
+
+    def _complete(self, gradients: BucketGradients) -> None:
+        if self._on_complete:
+            self._on_complete(gradients.bucket)
+        self._settle(gradients)
+        if not (gradients.is_sharded or self._should_reduce()):
+            gradients.lay_down()
+            return
+        position = self.order.index(gradients) if len(self.order) > 1 else 0
+        if position in self._ready or position < self._next:
+            arrived, gradients.arrived = gradients.arrived, [None] * len(gradients.arrived)
+            gradients.num_missing = len(arrived)
+            self.flush()
+            gradients.arrived, gradients.num_missing = arrived, 0
+        self._completion.append(gradients)
+        self._ready.add(position)
+        if self._overlap:
+            self._launch_ready()
+
+    def _settle(self, gradients: BucketGradients) -> None:
+        """Have a replicated flat buffer off the wire before it is written again."""
+        while not gradients.is_sharded and any(other is gradients for other, _ in self._in_flight):
+            self._wait_oldest()
+
+    def _launch_ready(self) -> None:
+        while self._next in self._ready:
+            self._launch(self.order[self._next])
+
+    def _launch(self, gradients: BucketGradients) -> None:
+        self._next += 1
+        self._settle(gradients)
+        if gradients.has_arrivals or not gradients.has_local:
+            gradients.lay_down()
+        if len(self._in_flight) >= MAX_IN_FLIGHT:
+            self._wait_oldest()
+        with torch.profiler.record_function("zero.reduce"):
+            pending = gradients.start_reduce(
+                gradients.bucket.exchange, self._predivide, self._divide_by, self._wire_dtype
+            )
+        self._in_flight.append((gradients, pending))
+
+    def _wait_oldest(self) -> None:
+        gradients, pending = self._in_flight.popleft()
+        pending.wait()
+        gradients.finish_reduce()
+
+    def flush(self) -> None:
+        """End the round: launch what is left, in order, where gradients have to leave the rank. Collective."""
+        begun = self._next > 0 or bool(self._ready) or any(gradients.has_arrivals for gradients in self.order)
+        if not begun:
+            return
+        if not (self.order[0].is_sharded or self._should_reduce() or self._next > 0 or self._ready):
+            for gradients in self.order:
+                if gradients.has_arrivals:
+                    self._settle(gradients)
+                    gradients.lay_down()
+            return
+        while self._next < len(self.order):
+            self._launch(self.order[self._next])
+        self._next = 0
+        self._ready.clear()
+
+    def finish(self) -> None:
+        """Deliver every gradient of this step to the optimizer's placement. Collective; call at the boundary."""
+        self.flush()
+        local = [g for g in self.order if not g.is_sharded and (g.has_local or not g.is_reduced)]
+        in_flight = {id(gradients) for gradients, _ in self._in_flight}
+        for gradients in local:
+            if id(gradients) not in in_flight:
+                self._launch(gradients)
+        self._next = 0
+        while self._in_flight:
+            self._wait_oldest()
+        for gradients in self.order:
+            if not gradients.is_reduced:
+                gradients.result.zero_()
+                gradients.is_reduced = True
+            elif self._replicas is not None:
+                self._replicas.start_all_reduce(gradients.result, divide_by=self._replicas.world_size).wait()
+
+    def expose(self) -> None:
+        """Show reduced, replicated gradients as `param.grad` (stage 0), as views, until `hide`."""
+        for gradients in self.gradients:
+            if gradients.is_reduced and not gradients.is_sharded and not gradients.delivers_shard:
+                if gradients.dtype == gradients.bucket.dtype:
+                    for param, view in zip(gradients.bucket.params, gradients.views, strict=True):
+                        param.grad = view
+                    self.num_exposed += 1
+
+    def hide(self) -> None:
+        """Take the views back, before autograd could add to them."""
+        if self.num_exposed:
+            for gradients in self.gradients:
+                for param in gradients.bucket.params:
+                    param.grad = None
+            self.num_exposed = 0
+
+    def drop(self) -> None:
+        """Forget this step's gradients. Waits for what is on the wire."""
+        while self._in_flight:
+            self._wait_oldest()
+        self.hide()
+        for gradients in self.gradients:
+            gradients.drop()
+        self._next = 0
+        self._ready.clear()
+        self.saw_backward = False
+
+    def completion_order(self) -> list[int]:
+        """Bucket positions in the order in which they filled since the last call; those that did not, last."""
+        seen = list(dict.fromkeys(self.gradients.index(gradients) for gradients in self._completion))
+        self._completion.clear()
+        return seen + [i for i in range(len(self.gradients)) if i not in seen]
+
+    def set_order(self, order: Sequence[int]) -> None:
+        """Launch in this order from the next round on; must be the same on every rank."""
+        assert sorted(order) == list(range(len(self.gradients))), f"not an order of all buckets: {order}"
+        self.order = [self.gradients[i] for i in order]
+
+    def detach(self) -> None:
+        """Remove the hooks."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()

@@ -1,0 +1,82 @@
+"""What an optimizer that needs more than elements may ask about its runs: norms of parameters, whole matrices.
+
+Given by the optimizer wrapper to optimizers that declare such needs (LAMB, Muon; see optim.traits). Implements
+`optim.traits.Sharding` over the wrapper's masters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from deepspeed.optim.traits import Piece
+
+if TYPE_CHECKING:
+    from deepspeed.zero.optimizer import ZeroOptimizer
+
+
+class RunSharding:
+    """Where the pieces of parameters lie in the runs of one wrapped optimizer."""
+
+    def __init__(self, optimizer: ZeroOptimizer) -> None:
+        self._optimizer = optimizer
+        self._place: dict[int, tuple[int, int]] = {}
+        self._first_id: list[int] = []
+        total = 0
+        for i, members in enumerate(optimizer.steppable):
+            for j, (_, tensor) in enumerate(members):
+                self._place[id(tensor)] = (i, j)
+            self._first_id.append(total)
+            total += len(optimizer.masters[i].bucket.shapes)
+        self.num_params = total
+
+    def pieces(self, run: Tensor) -> Sequence[Piece]:
+        """The pieces of parameters in a run, in order; `index` is unique over the model."""
+        i, j = self._place[id(run)]
+        master = self._optimizer.masters[i]
+        span = master.spans[j]
+        return [
+            Piece(
+                index=self._first_id[i] + piece.param,
+                shape=master.bucket.shapes[piece.param],
+                run_start=piece.in_shard - span.start,
+                run_stop=piece.in_shard - span.start + piece.numel,
+                param_start=piece.in_param,
+            )
+            for piece in master.layout.pieces(master.rank)
+            if span.start <= piece.in_shard < span.stop
+        ]
+
+    def sum_over_shards(self, values: Tensor) -> Tensor:
+        """Sum of `values` over the ranks that share parameters. Collective."""
+        group = self._optimizer._own_group
+        if group is not None:
+            torch.distributed.all_reduce(values, group=group)
+        return values
+
+    def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:
+        """Full values of every parameter with a piece in `runs` here, by index, shaped. Collective over the shards.
+
+        Every rank takes part with every bucket, since runs of one bucket differ between ranks.
+        """
+        by_bucket: dict[int, list[tuple[Tensor, Tensor]]] = {}
+        for run, value in zip(runs, values, strict=True):
+            by_bucket.setdefault(self._place[id(run)][0], []).append((run, value))
+        found: dict[int, Tensor] = {}
+        for i, master in enumerate(self._optimizer.masters):
+            full = torch.zeros(master.layout.padded_numel, dtype=master.tensor.dtype, device=master.tensor.device)
+            mine = full.narrow(0, master.rank * master.layout.shard_numel, master.layout.shard_numel)
+            wanted: set[int] = set()
+            for run, value in by_bucket.get(i, ()):
+                span = master.spans[self._place[id(run)][1]]
+                mine[span.start : span.stop].copy_(value)
+                wanted.update(piece.index for piece in self.pieces(run))
+            if master.is_sharded:
+                master.bucket.exchange.start_all_gather(full, None).wait()
+            for j, view in enumerate(master.bucket.split(full)):
+                if self._first_id[i] + j in wanted:
+                    found[self._first_id[i] + j] = view
+        return found

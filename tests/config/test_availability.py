@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deepspeed.config import Config, check_available, load_config
+from deepspeed.config.availability import _NOT_YET
+from deepspeed.config.explain import _all_paths
+from deepspeed.utils.errors import NotAvailableError
+from tests.config.keys import KEYS, nest
+
+ASKS: dict[str, Any] = {
+    "zero_optimization.offload_optimizer.device": "cpu",
+    "zero_optimization.offload_param.device": "cpu",
+    "zero_optimization.zenflow": {},
+    "zero_optimization.zero_quantized_weights": True,
+    "zero_optimization.zero_quantized_nontrainable_weights": True,
+    "zero_optimization.zero_quantized_gradients": True,
+    "optimizer.type": "MuAdamW",
+    "amp.enabled": True,
+    "msamp.enabled": True,
+    "sparse_gradients": True,
+    "sequence_parallel_size": 2,
+    "tensor_parallel.autotp_size": 2,
+    "expert_parallel.enabled": True,
+    "compile.deepcompile": True,
+    "graph_harvesting": True,
+    "hybrid_engine.enabled": True,
+    "weight_quantization.quantized_initialization": {
+        "num_bits": 4,
+        "group_size": 64,
+        "group_dim": 1,
+        "symmetric": False,
+    },
+    "weight_quantization.post_init_quant": {
+        "mlp": {"num_bits": 4, "group_size": 64, "group_dim": 1, "symmetric": False}
+    },
+    "aio.use_gds": True,
+    "checkpoint.writer": {},
+    "datastates_ckpt": True,
+    "nebula.enabled": True,
+    "flops_profiler.enabled": True,
+    "comms_logger.enabled": True,
+    "tensorboard.enabled": True,
+    "wandb.enabled": True,
+    "csv_monitor.enabled": True,
+    "comet.enabled": True,
+    "autotuning.enabled": True,
+    "data_efficiency.enabled": True,
+    "curriculum_learning.enabled": True,
+    "progressive_layer_drop.enabled": True,
+    "compression_training.layer_reduction.enabled": True,
+    "quantize_training.enabled": True,
+    "quantize_training.eigenvalue.enabled": True,
+    "eigenvalue.enabled": True,
+    "sparse_attention": {},
+}
+
+
+@pytest.mark.parametrize(("path", "value"), ASKS.items())
+def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -> None:
+    with pytest.raises(NotAvailableError) as caught:
+        check_available(load_config(nest(path, value)))
+    assert str(caught.value).startswith(f"{path} = ")
+    assert "is not available yet: " in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("written", "path"),
+    [
+        (
+            {"elasticity": {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [2]}},
+            "elasticity.enabled",
+        ),
+        (
+            {
+                "compression_training": {
+                    "sparse_pruning": {"shared_parameters": {"enabled": True, "method": "snip_momentum"}}
+                }
+            },
+            "compression_training.sparse_pruning.enabled",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
+            "zero_optimization.offload_optimizer.ratio",
+        ),
+        (
+            {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
+            "zero_optimization.offload_optimizer.super_offload",
+        ),
+        ({"optimizer": {"type": "onebitadam"}}, "optimizer.type"),
+    ],
+)
+def test_the_same_where_other_keys_are_needed(written: dict[str, Any], path: str) -> None:
+    with pytest.raises(NotAvailableError, match=path):
+        check_available(load_config(written))
+
+
+def test_everything_asked_for_is_named_at_once() -> None:
+    config = load_config({"wandb": {"enabled": True}, "comet": {"enabled": True}})
+    with pytest.raises(NotAvailableError, match=r"(?s)wandb\.enabled.*comet\.enabled.*Remove these keys"):
+        check_available(config)
+
+
+SECTIONS = sorted({path.split(".")[0] for path in KEYS if "." in path} - {"sparse_attention", "datastates_ckpt"})
+
+
+@pytest.mark.parametrize("section", SECTIONS)
+def test_a_section_that_is_present_and_off_is_fine(section: str) -> None:
+    check_available(load_config({section: {}}))
+
+
+@pytest.mark.parametrize(
+    "written",
+    [
+        {},
+        {"activation_checkpointing": {"partition_activations": True}},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "none", "nvme_path": None}}},
+        {"zero_optimization": {"stage": 3, "mics_shard_size": 2, "zero_hpz_partition_size": 2}},
+        {"optimizer": {"type": "Muon"}},
+        {"sequence_parallel_size": 1},
+        {"datastates_ckpt": False},
+        {"weight_quantization": {"enabled": True, "quantized_initialization": {}, "post_init_quant": {}}},
+        {"tensor_parallel": {"autotp_size": 1}},
+    ],
+)
+def test_what_works_is_not_refused(written: dict[str, Any]) -> None:
+    check_available(load_config(written))
+
+
+def test_every_line_of_the_table_is_about_a_key() -> None:
+    sections = {path.rpartition(".")[0] for path in _all_paths(Config)}
+    paths = {path for path, _, _ in _NOT_YET}
+    assert {
+        path for path in paths if path not in _all_paths(Config) and path.removesuffix(".enabled") not in sections
+    } == set()

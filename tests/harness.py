@@ -1,0 +1,406 @@
+"""Run a function on several gloo ranks, or in one fresh process, from inside a pytest test.
+
+Tests call `run_ranks` and `run_alone`; `conftest.py` ends the pools with the session. Uses torch and multiprocessing
+only, nothing of the package under test.
+
+Starting a process that imports torch costs seconds, a test costs milliseconds. So there is one pool of processes per
+world size, forked from a server that has torch imported (about 0.1 s per pool instead of 3 s spawned), joined in a
+gloo process group once and reused by every test of the session:
+
+    test process  --(function by name, arguments)-->  rank 0, rank 1, ...
+                  <--(result | exception, stack)----
+                  --(check)----------------------->   only once every rank has returned
+                  <--(leaks found)-----------------
+
+Invariant: a pool that is reused is as good as new. After each call every rank looks for process groups, threads and
+environment variables that the call left, and what it finds fails the test. A pool in which a rank raised, died, leaked
+or timed out is killed, because its other ranks may wait in a collective for ever, and the next call starts another.
+
+Workers never outlive the tests: in each a thread waits for the end of the test process, and the server ends with the
+last of them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import faulthandler
+import gc
+import io
+import multiprocessing
+import os
+import pickle
+import signal
+import socket
+import sys
+import tempfile
+import threading
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+GRACE_S = 1.0
+"""How long the other ranks may still report after one has failed."""
+START_S = 60.0
+"""How long a pool may take to come up."""
+THREAD_GRACE_S = 1.0
+"""How long a thread started in a call may take to end after it."""
+
+PRELOAD = ["pytest", "numpy", "pydantic", "torch", "torch.distributed"]
+DISTRIBUTED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
+LIBRARY_ENV = ("PYTEST_", "PYTORCH_NVML_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
+"""Prefixes of variables that pytest, torch.compile and the import of the package set for the life of a process."""
+LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-")
+"""Prefixes of threads that tqdm and torch.compile keep for the life of a process. Ours have names of their own."""
+
+
+class RanksFailedError(Exception):
+    """Ranks raised, died or timed out. `rank_exceptions` has the exception of each, by rank, with its own type."""
+
+    def __init__(self, message: str, rank_exceptions: Mapping[int, BaseException]) -> None:
+        super().__init__(message)
+        self.rank_exceptions = dict(rank_exceptions)
+
+
+class LeakError(AssertionError):
+    """A call left a process group, a thread or a changed environment variable behind."""
+
+
+class UnpicklableError(Exception):
+    """Stands for an exception of a rank that cannot travel between processes; its text has the type."""
+
+
+class Outcome(NamedTuple):
+    """What one rank sends back: `payload` is the result, or the exception where `is_error`."""
+
+    is_error: bool
+    payload: bytes
+    text: str = ""
+
+
+def run_ranks(
+    world_size: int, fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **kwargs: Any
+) -> list[Any]:
+    """Call `fn(rank, world_size, *args, **kwargs)` on every rank of a gloo group; the results in rank order.
+
+    `fn` is a module-level function. Arguments and results are anything torch.save takes; they are copied. Each rank
+    starts with the same seed, one torch thread, and the environment a launcher would set.
+
+    Raises RanksFailedError with every failing rank's traceback where a rank raises, dies, leaks, or is not done after
+    `timeout` seconds; then the pool is killed, which costs the next call about 0.3 s. To test an error that all ranks
+    raise, use `pytest.raises` inside `fn`: that keeps the pool.
+    """
+    __tracebackhide__ = True
+    pool = _pools.get(world_size)
+    if pool is None:
+        pool = _pools[world_size] = Pool(world_size)
+    try:
+        results = pool.call(fn, args, kwargs, timeout)
+        pool.check_leaks()
+    except BaseException:
+        _pools.pop(world_size).kill()
+        raise
+    return results
+
+
+def run_alone(fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **kwargs: Any) -> Any:
+    """Call `fn(*args, **kwargs)` in a fresh process without a process group or its environment variables."""
+    __tracebackhide__ = True
+    pool = Pool(1, is_distributed=False)
+    try:
+        return pool.call(fn, args, kwargs, timeout)[0]
+    finally:
+        pool.kill()
+
+
+def close_pools() -> None:
+    """Kill every pool; called at the end of the session."""
+    while _pools:
+        _pools.popitem()[1].kill()
+
+
+def free_port() -> int:
+    """A TCP port of this machine that nobody uses now."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
+
+
+def changed_environment(before: Mapping[str, str]) -> list[str]:
+    """The variables that differ now from `before`, those of libraries aside."""
+    changed = {k for k in {*before, *os.environ} if before.get(k) != os.environ.get(k)}
+    return sorted(k for k in changed if not k.startswith(LIBRARY_ENV))
+
+
+# ---------------------------------------------------------------------------------------------- the test process's side
+
+
+@dataclass(frozen=True)
+class Worker:
+    """One rank as the test process sees it. `stack_file` is where the rank writes its stack when asked."""
+
+    process: BaseProcess
+    connection: Connection
+    stack_file: Path
+
+    def stack(self) -> str:
+        """Where the rank is now, as faulthandler prints it; empty for a dead process."""
+        if self.process.pid is None or not self.process.is_alive():
+            return ""
+        written = self.stack_file.stat().st_size
+        os.kill(self.process.pid, signal.SIGUSR1)
+        deadline = time.monotonic() + GRACE_S
+        while self.stack_file.stat().st_size == written and time.monotonic() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.02)  # the dump is several writes
+        return self.stack_file.read_text()[written:]
+
+
+class Pool:
+    """`world_size` processes, one call at a time."""
+
+    def __init__(self, world_size: int, *, is_distributed: bool = True) -> None:
+        self.world_size = world_size
+        self.is_distributed = is_distributed
+        self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
+        port = free_port()
+        self.workers = [self._start(rank, port) for rank in range(world_size)]
+        try:
+            self._collect(self._send_all(b"start"), START_S)
+        except BaseException:
+            self.kill()
+            raise
+
+    def call(self, fn: Callable[..., Any], args: Any, kwargs: Any, timeout: float) -> list[Any]:
+        """Run one function on every rank and wait for all of them."""
+        __tracebackhide__ = True
+        if "<" in fn.__qualname__:
+            raise ValueError(f"{fn.__qualname__} is not a module-level function; a worker finds it by its name.")
+        request = _dump((fn.__module__, fn.__qualname__, args, kwargs))
+        outcomes = self._collect(self._send_all(pickle.dumps((sys.path, request))), timeout)
+        return [_load(outcome.payload) for outcome in outcomes]
+
+    def check_leaks(self) -> None:
+        """Have every rank look for what the last call left."""
+        __tracebackhide__ = True
+        self._collect(self._send_all(b"check"), START_S)
+
+    def kill(self) -> None:
+        """End the processes at once, wherever they are."""
+        for worker in self.workers:
+            worker.process.kill()
+        for worker in self.workers:
+            worker.process.join()
+            worker.connection.close()
+        self._folder.cleanup()
+
+    def _start(self, rank: int, port: int) -> Worker:
+        ours, theirs = _context.Pipe()
+        stack_file = Path(self._folder.name, f"stack{rank}")
+        stack_file.touch()
+        env = _rank_environment(rank, self.world_size, port) if self.is_distributed else None
+        process = _context.Process(target=_worker, args=(theirs, str(stack_file), env), daemon=True)
+        process.start()
+        theirs.close()
+        return Worker(process, ours, stack_file)
+
+    def _send_all(self, message: bytes) -> dict[int, Worker]:
+        for worker in self.workers:
+            with contextlib.suppress(BrokenPipeError):  # a dead rank: `_collect` says so
+                worker.connection.send_bytes(message)
+        return dict(enumerate(self.workers))
+
+    def _collect(self, waiting: dict[int, Worker], timeout: float) -> list[Outcome]:
+        """One outcome of every rank; after the first failure the others have GRACE_S."""
+        __tracebackhide__ = True
+        outcomes: dict[int, Outcome] = {}
+        deadline = time.monotonic() + timeout
+        failed = False
+        while waiting and time.monotonic() < deadline:
+            by_connection: dict[Any, int] = {worker.connection: rank for rank, worker in waiting.items()}
+            for ready in wait(list(by_connection), max(0.0, deadline - time.monotonic())):
+                rank = by_connection[ready]
+                outcomes[rank] = _receive(waiting.pop(rank))
+                if outcomes[rank].is_error and not failed:
+                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+        if failed or waiting:
+            raise _failure(outcomes, waiting, None if failed else timeout)
+        return [outcomes[rank] for rank in range(self.world_size)]
+
+
+def _receive(worker: Worker) -> Outcome:
+    try:
+        return Outcome(*pickle.loads(worker.connection.recv_bytes()))
+    except (EOFError, ConnectionResetError):
+        worker.process.join(GRACE_S)
+        error = ChildProcessError(f"the process ended with exit code {worker.process.exitcode}")
+        return Outcome(True, pickle.dumps(error), f"{type(error).__name__}: {error}\n")
+
+
+def _failure(outcomes: Mapping[int, Outcome], waiting: Mapping[int, Worker], timeout: float | None) -> RanksFailedError:
+    """The error of a call: tracebacks of the ranks that failed, stacks of those still running."""
+    exceptions = {rank: pickle.loads(o.payload) for rank, o in sorted(outcomes.items()) if o.is_error}
+    parts = [f"---- rank {rank} failed ----\n{outcomes[rank].text}" for rank in exceptions]
+    for rank, worker in sorted(waiting.items()):
+        parts.append(f"---- rank {rank} was still running, at ----\n{worker.stack()}")
+        if timeout is not None:
+            exceptions[rank] = TimeoutError(f"rank {rank} was not done after {timeout:g} s")
+    summary = ", ".join(f"rank {rank}: {type(error).__name__}" for rank, error in exceptions.items())
+    return RanksFailedError(f"{summary}\n" + "\n".join(parts), exceptions)
+
+
+def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
+    local = {"LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size, "LOCAL_SIZE": world_size}
+    named = {"RANK": rank, "WORLD_SIZE": world_size, **local, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return {name: str(value) for name, value in named.items()}
+
+
+# ------------------------------------------------------------------------------------------------- the workers' side
+
+
+def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None) -> None:
+    """The life of one rank: join the process group, then answer messages until the test process hangs up."""
+    _die_with_parent()
+    with open(stack_file, "ab", buffering=0) as stacks:
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+        for name in DISTRIBUTED_ENV:
+            os.environ.pop(name, None)
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        if sys.platform == "linux":
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        torch.set_num_threads(1)
+        with contextlib.suppress(EOFError):
+            _serve(connection, env)
+    os._exit(0)  # no interpreter shutdown: it would wait for threads a test left
+
+
+def _serve(connection: Connection, env: dict[str, str] | None) -> None:
+    rank = () if env is None else (int(env["RANK"]), int(env["WORLD_SIZE"]))
+    baseline: Baseline | None = None
+    while True:
+        message = connection.recv_bytes()
+        if message == b"start":
+            outcome = _attempt(_join_group, env)
+        elif message == b"check":
+            assert baseline is not None, "a check follows a call"
+            outcome = _attempt(baseline.check)
+        else:
+            baseline = Baseline.now()
+            outcome = _attempt(_execute, message, rank)
+        connection.send_bytes(pickle.dumps(tuple(outcome)))
+
+
+def _join_group(env: dict[str, str] | None) -> None:
+    if env is not None:
+        os.environ.update(env)
+        dist.init_process_group("gloo")
+    gc.freeze()  # what is imported by now is never garbage; collecting after each call stays cheap
+
+
+def _execute(message: bytes, rank: tuple[int, ...]) -> Any:
+    sys.path[:], request = pickle.loads(message)
+    module, name, args, kwargs = _load(request)
+    torch.manual_seed(0)
+    return getattr(import_module(module), name)(*rank, *args, **kwargs)
+
+
+def _attempt(step: Callable[..., Any], *args: Any) -> Outcome:
+    """The outcome of `step(*args)`, whatever it raises."""
+    try:
+        return Outcome(False, _dump(step(*args)))
+    except BaseException as error:
+        return Outcome(True, _dump_exception(error), traceback.format_exc())
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What a process had before a call, to find what the call left."""
+
+    environment: dict[str, str]
+    threads: frozenset[int | None]
+    groups: tuple[Any, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def now(cls) -> Baseline:
+        """The state of this process."""
+        threads = frozenset(t.ident for t in threading.enumerate())
+        return cls(dict(os.environ), threads, _process_groups(), torch.get_default_dtype())
+
+    def check(self) -> None:
+        """Raise LeakError for process groups, threads and environment variables made since."""
+        gc.collect()
+        groups = _process_groups()
+        leaks = [
+            f"process group {dist.get_process_group_ranks(g)} (engine.destroy() ends an engine's)"
+            for g in groups
+            if g not in self.groups
+        ]
+        leaks += ["an ended process group that was there before"] if set(self.groups) - set(groups) else []
+        leaks += [f"environment variable {name}" for name in changed_environment(self.environment)]
+        leaks += [f"thread {name}" for name in self._new_threads()]
+        leaks += [] if torch.get_default_dtype() == self.dtype else [f"default dtype {torch.get_default_dtype()}"]
+        if leaks:
+            raise LeakError(f"the test left behind: {', '.join(leaks)}")
+
+    def _new_threads(self) -> list[str]:
+        deadline = time.monotonic() + THREAD_GRACE_S
+        while names := [t.name for t in threading.enumerate() if self._is_leak(t)]:
+            if time.monotonic() > deadline:
+                return names
+            time.sleep(0.01)
+        return []
+
+    def _is_leak(self, thread: threading.Thread) -> bool:
+        return thread.ident not in self.threads and not thread.name.startswith(LIBRARY_THREADS)
+
+
+def _process_groups() -> tuple[Any, ...]:
+    return tuple(dist.distributed_c10d._world.pg_map)
+
+
+def _die_with_parent() -> None:
+    """End this process when the test process does, however that ends and wherever this one waits.
+
+    A thread, because PR_SET_PDEATHSIG would wait for the fork server, which lives as long as any of its children.
+    """
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "a worker has a parent"
+
+    def watch() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=watch, name="watch-parent", daemon=True).start()
+
+
+def _dump(value: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save(value, buffer)
+    return buffer.getvalue()
+
+
+def _load(data: bytes) -> Any:
+    return torch.load(io.BytesIO(data), weights_only=False)
+
+
+def _dump_exception(error: BaseException) -> bytes:
+    try:
+        data = pickle.dumps(error)
+        pickle.loads(data)
+    except Exception:
+        return pickle.dumps(UnpicklableError(f"{type(error).__name__}: {error}"))
+    return data
+
+
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(PRELOAD)
+_pools: dict[int, Pool] = {}

@@ -1,0 +1,118 @@
+"""Imports point one way: each package imports only from those to its left in `LAYERS`, also inside functions.
+
+Reads the sources with `ast`, imports nothing. A new package must be given its place in `LAYERS` first.
+"""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "deepspeed"
+
+LADDER = [
+    "utils accelerator",
+    "config comm",
+    "mesh monitor",
+    "tiers precision quant optim",
+    "zero",
+    "parallel activation",
+    "checkpoint",
+    "engine",
+    "inference profiling autotuning launcher",
+    "__init__ legacy",
+]
+LAYERS = [name for step in LADDER for name in step.split()]
+"""From left to right, as in the design; within a step of the ladder the same rule holds."""
+
+TOP = {"__init__", "legacy"}
+"""The package's face and porch: one layer, which nothing below may import."""
+
+PURE = ["zero/layout.py", "zero/policy.py"]
+"""Arithmetic, tested without processes: no import of torch.distributed."""
+
+
+def imported_modules(source: str, package: str) -> Iterator[tuple[int, str]]:
+    """(line, dotted module) of every import in a module of `package`; "deepspeed.x" for `from deepspeed import x`."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from ((node.lineno, alias.name) for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            parents = package.split(".")
+            base = parents[: len(parents) - node.level + 1] if node.level else []
+            module = ".".join([*base, node.module] if node.module else base)
+            yield from ((node.lineno, f"{module}.{alias.name}") for alias in node.names)
+
+
+def layer_of(module: str) -> str:
+    """The name in LAYERS of a module of ours, "deepspeed.zero.layout" -> "zero"; the face for names defined there."""
+    name = [*module.split("."), "__init__"][1]
+    return name if name in LAYERS or (PACKAGE / name).is_dir() or (PACKAGE / f"{name}.py").is_file() else "__init__"
+
+
+def violations(source: str, module: str, is_package: bool = False) -> list[str]:
+    """One line per import of `module` that points to the right."""
+    importer = layer_of(module)
+    package = module if is_package else module.rpartition(".")[0]
+    ours = ((line, name) for line, name in imported_modules(source, package) if name.split(".")[0] == "deepspeed")
+    return [
+        f"{module}:{line} imports {name}; {imported} is not to the left of {importer}"
+        for line, name in ours
+        if (imported := layer_of(name)) != importer
+        and not {imported, importer} <= TOP
+        and LAYERS.index(imported) > LAYERS.index(importer)
+    ]
+
+
+def _modules() -> Iterator[tuple[Path, str, bool]]:
+    for path in sorted(PACKAGE.rglob("*.py")):
+        parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
+        is_package = parts[-1] == "__init__"
+        yield path, ".".join(parts[:-1] if is_package else parts), is_package
+
+
+def test_every_package_has_its_place_in_the_layers() -> None:
+    unplaced = {layer_of(name) for _, name, _ in _modules()} - set(LAYERS)
+    assert not unplaced, f"give {sorted(unplaced)} a place in LAYERS, and in the design"
+
+
+def test_imports_point_to_the_left() -> None:
+    found = [line for path, name, is_package in _modules() for line in violations(path.read_text(), name, is_package)]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", PURE)
+def test_pure_arithmetic_does_not_import_torch_distributed(name: str) -> None:
+    modules = {module for _, module in imported_modules((PACKAGE / name).read_text(), "deepspeed.zero")}
+    assert not {module for module in modules if module.startswith("torch.distributed")}
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import deepspeed.engine.build",
+        "from deepspeed.engine import build",
+        "from deepspeed import engine",
+        "from deepspeed import initialize",
+        "import deepspeed",
+        "from ..engine import build",
+        "def f():\n    from ..engine.build import step",
+    ],
+)
+def test_an_import_to_the_right_is_found(source: str) -> None:
+    assert len(violations(source, "deepspeed.zero.bucket")) == 1
+
+
+@pytest.mark.parametrize(
+    "source", ["from . import layout", "from ..mesh import mesh", "from deepspeed import utils", "import torch"]
+)
+def test_imports_of_the_own_package_and_to_the_left_are_allowed(source: str) -> None:
+    assert violations(source, "deepspeed.zero.bucket") == []
+
+
+def test_the_face_may_import_the_porch_and_everything_else() -> None:
+    source = "from . import legacy\nfrom .engine import build\nfrom deepspeed import launcher"
+    assert violations(source, "deepspeed", is_package=True) == []
