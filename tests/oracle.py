@@ -7,7 +7,7 @@ What it mirrors, in order (G: gradient in the accumulation dtype, `S`: loss scal
 
     per micro-batch and rank   backward of loss * S / A through the model in `dtype`
     reduction                  sum of the ranks' gradients in fp32, in rank order, / ranks, rounded to G's dtype;
-                               per micro-batch (ZeRO stages 2, 3) or of the local sums at the boundary (0, 1)
+                               per micro-batch, added up (ZeRO stages 2, 3), or of the local sums at the boundary (0, 1)
     boundary                   g = G / S in fp32; inf or nan: skip; g /= max(1, (norm + 1e-6) / clip)
     update                     the optimizer on fp32 masters, which start exact; the model gets them rounded to `dtype`
 
@@ -103,6 +103,7 @@ def train_plain(
     part of the policy. `accumulation_dtype` is `dtype` unless given. `autocast` keeps the weights in `dtype` and
     computes in another. The optimizer gets the fp32 masters in the order of `model.parameters()`, frozen ones left out.
     """
+    torch.set_num_threads(1)  # as in the workers: the number of threads changes the order of sums
     model = copy.deepcopy(model)
     exact = [p.detach().clone() for p in model.parameters() if p.requires_grad]
     model.to(dtype)
@@ -166,18 +167,18 @@ def _gradients(
             for param in params:
                 param.grad = None
         if reduce_at == "micro_batch":
-            reduced = [a + r for a, r in zip(reduced, _mean_over_ranks(of_ranks, accumulator), strict=True)]
+            reduced = [(a.float() + m).to(accumulator) for a, m in zip(reduced, _mean_over_ranks(of_ranks), strict=True)]
         else:
             for total, grads in zip(sums, of_ranks, strict=True):
                 total[:] = [t + g.to(accumulator) for t, g in zip(total, grads, strict=True)]
     if reduce_at == "boundary":
-        reduced = _mean_over_ranks(sums, accumulator)
+        reduced = [mean.to(accumulator) for mean in _mean_over_ranks(sums)]
     return reduced, sum(losses) / len(losses)
 
 
-def _mean_over_ranks(of_ranks: list[list[Tensor]], dtype: torch.dtype) -> list[Tensor]:
-    """Per parameter: summed in fp32 in rank order, divided, rounded once."""
-    return [(sum(g.float() for g in grads) / len(of_ranks)).to(dtype) for grads in zip(*of_ranks, strict=True)]
+def _mean_over_ranks(of_ranks: list[list[Tensor]]) -> list[Tensor]:
+    """Per parameter: summed in fp32 in rank order, and divided; the caller rounds once."""
+    return [sum(g.float() for g in grads) / len(of_ranks) for grads in zip(*of_ranks, strict=True)]
 
 
 def _with_masters(model: nn.Module, params: list[nn.Parameter], masters: list[nn.Parameter]) -> dict[str, Tensor]:

@@ -55,10 +55,16 @@ NUM_RETIRED = 32
 class Pending:
     """Communication in flight. It keeps the tensors alive until `wait`, after which the result is in place."""
 
-    __slots__ = ("_finish",)
+    __slots__ = ("_finish", "_work")
 
-    def __init__(self, finish: Callable[[], None] | None = None) -> None:
+    def __init__(self, finish: Callable[[], None] | None = None, work: Any = None) -> None:
         self._finish = finish
+        self._work = work
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not wait; False where that cannot be told."""
+        return self._finish is None or (self._work is not None and self._work.is_completed())
 
     def wait(self) -> None:
         """Finish; on an accelerator, order the current stream after it. A second call does nothing."""
@@ -169,7 +175,7 @@ class CollectiveExchange:
         needs_copy = accumulate or out.dtype != full.dtype
         mine = torch.empty(out.numel(), dtype=full.dtype, device=full.device) if needs_copy else out
         work = reduce_scatter_single(mine, full, group=self.group, async_op=True)
-        return Pending(partial(self._finish, work, mine, out, divide_by, accumulate, full))
+        return Pending(partial(self._finish, work, mine, out, divide_by, accumulate, full), work)
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
@@ -222,8 +228,16 @@ class DirectExchange:
         return Pending(partial(self._wait, self._launch_all_gather(slices)))
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange."""
-        return self._launch_sum(_slices(full, self.world_size), out, divide_by, accumulate)
+        """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
+        received = self._take(full)
+        work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            self._add_up(_slices(received, self.world_size), out, divide_by, accumulate)
+            self._give_back([received])
+
+        return Pending(finish, work)
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""

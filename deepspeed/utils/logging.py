@@ -1,7 +1,8 @@
 """One logger for the package, silent by default, and the helpers that write to it.
 
 Called from everywhere; calls nothing of ours. Libraries set its level through `deepspeed.utils.logger.setLevel`.
-Nothing is written at import. A repeated warning is written once per process (`warn_once`), on rank 0 alone unless the
+Nothing is written at import, and torch is not
+imported: the launcher logs too. A repeated warning is written once per process (`warn_once`), on rank 0 alone unless the
 text is about one rank.
 """
 
@@ -11,8 +12,6 @@ import functools
 import logging
 import sys
 from collections.abc import Sequence
-
-import torch.distributed as dist
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -39,7 +38,8 @@ logger = _make_logger()
 
 def current_rank() -> int:
     """This process's global rank; 0 where torch.distributed is not up."""
-    return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
+    dist = sys.modules.get("torch.distributed")
+    return dist.get_rank() if dist is not None and dist.is_available() and dist.is_initialized() else 0
 
 
 def log_dist(message: str, ranks: Sequence[int] | None = None, level: int = logging.INFO) -> None:

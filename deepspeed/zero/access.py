@@ -76,7 +76,7 @@ class GatheredParameters:
             self._buckets = buckets_of(param for param in self.params if isinstance(param, Tensor))
             for bucket in self._buckets:
                 bucket.start_unshard()
-                bucket.holders += 1
+                bucket.hold()
             for bucket in self._buckets:
                 bucket.finish_unshard()
 
@@ -85,7 +85,7 @@ class GatheredParameters:
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
         for bucket in self._buckets:
-            bucket.holders -= 1
+            bucket.let_go()
         if kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
         for bucket in self._buckets:

@@ -37,7 +37,7 @@ class BucketState(enum.Enum):
     GATHERING = "gathering"
     """`full` has storage that an all-gather is filling; parameters are still empty."""
     UNSHARDED = "unsharded"
-    """Parameters are views of `full` and may be used."""
+    """Parameters are views of `full`; they may be used by holders (see `hold`)."""
 
 
 class Bucket:
@@ -137,7 +137,7 @@ class Bucket:
 
     def regather(self) -> None:
         """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather)."""
-        if self.state is BucketState.GATHERING:
+        if self._pending is not None:
             self.finish_unshard()
         if not self._keeps_storage:
             self.full.untyped_storage().resize_(self.full.nbytes)
@@ -160,14 +160,32 @@ class Bucket:
                 self._fills_near = False
         if self.state is BucketState.GATHERING:
             for param, view in zip(self.params, self.views, strict=True):
-                param.__class__ = ZeroParameter
                 param.data = view
             self.state = BucketState.UNSHARDED
+            self._set_class(ZeroParameter if self.holders else ShardedParameter)
 
     def unshard(self) -> None:
-        """Make the parameters usable, now. Collective if they are sharded."""
+        """Make the parameters usable, now and until `reshard`. Collective if they are sharded."""
         self.start_unshard()
         self.finish_unshard()
+        self._set_class(ZeroParameter)
+
+    def hold(self) -> None:
+        """One more user; while there are users the parameters may be used freely and are not resharded."""
+        self.holders += 1
+        if self.holders == 1 and self.is_unsharded:
+            self._set_class(ZeroParameter)
+
+    def let_go(self) -> None:
+        """One user less. Without any, values may still be here for the next one, but a use of them is noticed."""
+        self.holders -= 1
+        if self.holders == 0 and self.is_unsharded:
+            self._set_class(ShardedParameter)
+
+    def _set_class(self, kind: type[nn.Parameter]) -> None:
+        if self.is_sharded:
+            for param in self.params:
+                param.__class__ = kind
 
     def reshard(self) -> None:
         """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
@@ -176,7 +194,7 @@ class Bucket:
         self.finish_unshard()
         for param in self.params:
             param.data = self._nothing
-            param.__class__ = ShardedParameter
+        self._set_class(ShardedParameter)
         if not self._keeps_storage:
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED

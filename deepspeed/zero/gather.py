@@ -148,7 +148,7 @@ class Gatherer:
 
     def request(self, bucket: Bucket) -> None:
         """Make a bucket usable now and hold it until `release`."""
-        bucket.holders += 1
+        bucket.hold()
         phase = self._phase
         if phase is not None:
             if not phase.uses or phase.uses[-1] != bucket.index:
@@ -167,7 +167,7 @@ class Gatherer:
 
     def release(self, bucket: Bucket) -> None:
         """Let go of a bucket; it is resharded when another one is requested."""
-        bucket.holders -= 1
+        bucket.let_go()
         if bucket.holders == 0 and bucket.is_sharded:
             self._stale[bucket.index] = bucket
 

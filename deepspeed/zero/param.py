@@ -219,7 +219,7 @@ class _Sharded(Tensor):
 
 
 class ShardedParameter(_Sharded, ZeroParameter):
-    """A parameter while only this rank's part of it exists here."""
+    """A parameter that nobody holds: only this rank's part of it exists here, or values wait for their next user."""
 
     __torch_function__ = _Sharded.__dict__["__torch_function__"]
 

@@ -31,7 +31,11 @@ from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.policy import ZeroPolicy
 
 MAX_IN_FLIGHT = 4
-"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory."""
+"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory.
+
+Not where parameters are sharded: there another rank may need a gather from us before it comes to launch its side of
+the reduction, and waiting for it would be waiting for each other. Those that are done are taken in all the same.
+"""
 
 
 class FlatPool:
@@ -198,6 +202,7 @@ class Reducer:
         self.saw_backward = False
         """Whether any gradient arrived since the last step."""
         self.num_exposed = 0
+        self._max_in_flight = len(buckets) + 1 if policy.parameters.is_sharded else MAX_IN_FLIGHT
         self._replicas = replicas
         self._overlap = overlap
         self._predivide, self._divide_by = predivide, divide_by
@@ -265,7 +270,7 @@ class Reducer:
         self._settle(gradients)
         if gradients.has_arrivals or not gradients.has_local:
             gradients.lay_down()
-        if len(self._in_flight) >= MAX_IN_FLIGHT:
+        while self._in_flight and (self._in_flight[0][1].is_done or len(self._in_flight) >= self._max_in_flight):
             self._wait_oldest()
         with torch.profiler.record_function("zero.reduce"):
             pending = gradients.start_reduce(

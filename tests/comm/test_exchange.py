@@ -199,7 +199,7 @@ def _reuse_of_scratch(rank: int, world_size: int) -> int:
 
 
 def test_scratch_is_taken_again_instead_of_allocated() -> None:
-    assert run_ranks(3, _reuse_of_scratch) == [2, 2, 2]
+    assert run_ranks(3, _reuse_of_scratch) == [1, 1, 1]
 
 
 def _subgroup(rank: int, world_size: int) -> None:

@@ -74,9 +74,14 @@ def test_stages_agree_with_each_other_bit_for_bit_without_clipping() -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_bf16_follows_the_same_mixed_precision_policy(stage: int, accumulation: int) -> None:
     config = make_config(stage, micro=3, accumulation=accumulation, bf16={"enabled": True})
-    run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=6)
-    expected = mixed("gpt_tied", 6, accumulation, torch.bfloat16, stage)
-    assert_equals(run, expected, loss_tolerance=2e-3, weight_tolerance=2e-2)
+    # Few steps: fused and unfused Adam differ by 1e-9, and sooner or later that flips the rounding of a bf16 weight.
+    run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=3, prepare=native_products)
+    assert_equals(run, mixed("gpt_tied", 3, accumulation, torch.bfloat16, stage), 1e-6, 1e-5)
+
+
+def native_products(engine: Any) -> None:
+    """Multiply as plain PyTorch does on this CPU, so that roundings can be compared."""
+    engine._widens = False
 
 
 def mixed(name: str, num_steps: int, accumulation: int, dtype: torch.dtype, stage: int, **kwargs: Any) -> Trained:
@@ -90,20 +95,20 @@ def mixed(name: str, num_steps: int, accumulation: int, dtype: torch.dtype, stag
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp16_follows_the_same_mixed_precision_policy(stage: int, fp16: dict[str, Any]) -> None:
     config = make_config(stage, micro=3, clip=1.0, fp16={"enabled": True, **fp16})
-    run, *_ = run_ranks(2, train, "mlp", config, num_steps=8)
+    run, *_ = run_ranks(2, train, "mlp", config, num_steps=8, prepare=native_products)
     scale = LossScale(scale=128) if "loss_scale" in fp16 else LossScale(scale=2.0**10, window=2)
     expected = mixed("mlp", 8, 1, torch.float16, stage, clip=1.0, loss_scale=scale)
-    assert_equals(run, expected, loss_tolerance=2e-3, weight_tolerance=2e-2)
+    assert_equals(run, expected, loss_tolerance=1e-4, weight_tolerance=1e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp16_skips_steps_that_overflow_and_lowers_the_scale(stage: int) -> None:
     fp16 = {"enabled": True, "initial_scale_power": 24, "hysteresis": 2}
-    run, *_ = run_ranks(2, train, "mlp", make_config(stage, micro=3, fp16=fp16), num_steps=14)
+    run, *_ = run_ranks(2, train, "mlp", make_config(stage, micro=3, fp16=fp16), num_steps=14, prepare=native_products)
     expected = mixed("mlp", 14, 1, torch.float16, stage, loss_scale=LossScale(scale=2.0**24, window=1000))
     assert expected.num_skipped > 2
     assert run.skipped == expected.num_skipped
-    assert_equals(run, expected, loss_tolerance=2e-3, weight_tolerance=2e-2)
+    assert_equals(run, expected, loss_tolerance=1e-4, weight_tolerance=1e-3)
 
 
 @pytest.mark.parametrize("stage", STAGES)
