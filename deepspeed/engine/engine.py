@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine import assemble
@@ -96,8 +97,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if self._config.log_level:
             set_log_level_from_string(self._config.log_level)
         self.mpu = mpu
-        self._accelerator = get_accelerator()
-        self._device = torch.device(self._accelerator.current_device_name())
+        self._device = _own_device()
         self.mesh: Mesh = assemble.make_mesh(self._config, mpu)
         self._agree_with_other_ranks(model)
         batch = assemble.batch_sizes(self._config, self.mesh, mpu)
@@ -504,8 +504,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     @property
     def local_rank(self) -> int:
         """This rank's position on its node."""
-        from deepspeed import comm
-
         return comm.get_local_rank()
 
     @property
@@ -675,6 +673,14 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     def num_parameters(self) -> int:
         """Elements of all parameters, sharded or not."""
         return sum(full_numel(param) for param in self.module.parameters())
+
+
+def _own_device() -> torch.device:
+    """The device of this rank: the one of its local rank where several ranks share a node."""
+    accelerator = get_accelerator()
+    if accelerator.device_name() != "cpu":
+        accelerator.set_device(comm.get_local_rank())
+    return torch.device(accelerator.current_device_name())
 
 
 def _cast_floating(value: Any, dtype: torch.dtype) -> Any:

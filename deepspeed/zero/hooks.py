@@ -134,7 +134,6 @@ class ModuleHooks:
             module.register_forward_hook(self._post_forward, always_call=True),
         ]
 
-    @torch._dynamo.disable
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
         opens = not self.gatherer.in_phase
         if opens:
@@ -148,7 +147,6 @@ class ModuleHooks:
         if torch.is_grad_enabled():
             self._watch_frozen(frame.buckets, (args, kwargs))
 
-    @torch._dynamo.disable
     def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._frames.pop()
         assert frame.module is module, "module calls nest"

@@ -52,9 +52,9 @@ class RunSharding:
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks that share parameters. Collective."""
-        group = self._optimizer._own_group
-        if group is not None:
-            torch.distributed.all_reduce(values, group=group)
+        values = values.to(self._optimizer._device)
+        if self._optimizer._own_group is not None:
+            torch.distributed.all_reduce(values, group=self._optimizer._own_group)
         return values
 
     def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:
