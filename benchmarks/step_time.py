@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
@@ -128,7 +129,24 @@ def measure(engine: str, case: str, steps: int) -> None:
     if dist.get_rank() == 0:
         print(json.dumps({"ms": 1e3 * statistics.median(times[WARMUP_STEPS:])}), flush=True)
     dist.barrier()
-    os._exit(0)
+    os._exit(0)  # engines differ in how they take themselves down, which is not what is measured
+
+
+def conditions() -> str:
+    """Where these figures come from: machine, versions, commit."""
+    root = Path(__file__).resolve().parents[1]
+    try:
+        git = ["git", "-C", str(root), "describe", "--always", "--dirty"]
+        commit = subprocess.run(git, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        commit = "unknown"
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    cpu = models[0] if models else platform.machine()
+    devices = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    machine = f"{cpu}, {os.cpu_count()} cores" + "".join(f", {name}" for name in devices)
+    return f"{machine}; Python {platform.python_version()}, torch {torch.__version__}; commit {commit}"
 
 
 def run(engine: str, args: argparse.Namespace) -> float:
@@ -152,6 +170,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.engine:
         measure(args.engine, args.model, args.steps)
+    print(conditions(), flush=True)
     best = dict.fromkeys(ENGINES, float("inf"))
     for _ in range(args.rounds):
         for engine in ENGINES:

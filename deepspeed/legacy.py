@@ -29,6 +29,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.base_optimizer": invert({"deepspeed.zero.optimizer": "DeepSpeedOptimizer"}),
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
+    "deepspeed.runtime.utils": invert({"deepspeed.accelerator.memory": "see_memory_usage"}),
     "deepspeed.runtime.zero": {},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(

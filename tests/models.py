@@ -11,9 +11,13 @@ samples in fp32, so that the mean of the ranks' losses is the loss of their join
 
 from __future__ import annotations
 
+import importlib.util
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -82,7 +86,7 @@ class WithFrozen(Mlp):
 
 
 class WithUnused(Mlp):
-    """One block is never called, and another only in every third micro-batch."""
+    """One block is never called, and another only in every third micro-batch (in steps without it, it is not stepped)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -258,7 +262,32 @@ class TinyGpt(Model):
         return F.cross_entropy(self.head(self.norm(h)).float().flatten(0, 1), y.flatten())
 
 
+def example_module() -> ModuleType:
+    """`examples/gpt/model.py`, which is no package."""
+    path = Path(__file__).parents[1] / "examples" / "gpt" / "model.py"
+    spec = importlib.util.spec_from_file_location("example_gpt_model", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+class Example(TinyGpt):
+    """The model of examples/gpt, small; its weights tied."""
+
+    def __init__(self) -> None:
+        Model.__init__(self)
+        example = example_module()
+        config = example.GptConfig(vocab=VOCAB, seq=SEQ, width=32, layers=2, heads=2, tied=True)
+        self.gpt = example.Gpt(config)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.gpt(x, y)
+
+
 MODELS: dict[str, Callable[[], Model]] = {
+    "example": Example,
     "mlp": Mlp,
     "gpt_tied": partial(TinyGpt, tied=True),
     "gpt_untied": partial(TinyGpt, tied=False),

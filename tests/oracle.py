@@ -11,8 +11,8 @@ What it mirrors, in order (G: gradient in the accumulation dtype, `S`: loss scal
     boundary                   g = G / S in fp32; inf or nan: skip; g /= max(1, (norm + 1e-6) / clip)
     update                     the optimizer on fp32 masters, which start exact; the model gets them rounded to `dtype`
 
-In fp32 the ranks' samples run as one batch, with one loss: the textbook loop. Parameters without a gradient count as
-zero gradients, as they do in a bucket.
+In fp32 the ranks' samples run as one batch, with one loss: the textbook loop. A parameter that had no gradient on any
+rank in a step is not stepped, as optimizers skip `grad is None`.
 """
 
 from __future__ import annotations
@@ -117,8 +117,10 @@ def train_plain(
     trained = Trained([], {}, model, [], [])
     for micro_batches in batches:
         scale = scaler.scale
-        per_rank, loss = _gradients(model, params, micro_batches, num_chunks, autocast, scale, accumulator, reduce_at)
-        grads = [g.float() / scale for g in per_rank]
+        reduced, used, loss = _gradients(
+            model, params, micro_batches, num_chunks, autocast, scale, accumulator, reduce_at
+        )
+        grads = [g.float() / scale for g in reduced]
         norm = float(torch.linalg.vector_norm(torch.stack([g.norm() for g in grads])))
         overflow = not all(bool(g.isfinite().all()) for g in grads)
         scaler.update(overflow)
@@ -128,8 +130,8 @@ def train_plain(
         if overflow:
             continue
         divisor = max(1.0, (norm + 1e-6) / clip) if clip > 0 else 1.0
-        for master, grad in zip(masters, grads, strict=True):
-            master.grad = grad / divisor
+        for master, grad, is_used in zip(masters, grads, used, strict=True):
+            master.grad = grad / divisor if is_used else None
         optimizer.step()
         optimizer.zero_grad()
         if scheduler is not None:
@@ -150,8 +152,9 @@ def _gradients(
     scale: float,
     accumulator: torch.dtype,
     reduce_at: str,
-) -> tuple[list[Tensor], float]:
-    """The reduced, still scaled gradients of one step, and its mean loss."""
+) -> tuple[list[Tensor], list[bool], float]:
+    """The reduced, still scaled gradients of one step, whether each was there at all, and the mean loss."""
+    used = [False] * len(params)
     sums: list[list[Tensor]] = [[torch.zeros_like(p, dtype=accumulator) for p in params] for _ in range(num_ranks)]
     reduced = [torch.zeros_like(p, dtype=accumulator) for p in params]
     losses = []
@@ -163,17 +166,20 @@ def _gradients(
                 loss = total_loss(model(*share))
             losses.append(float(loss.detach()))
             (loss * (scale / len(micro_batches))).backward()
+            used = [was or p.grad is not None for was, p in zip(used, params, strict=True)]
             of_ranks.append([torch.zeros_like(p) if p.grad is None else p.grad for p in params])
             for param in params:
                 param.grad = None
         if reduce_at == "micro_batch":
-            reduced = [(a.float() + m).to(accumulator) for a, m in zip(reduced, _mean_over_ranks(of_ranks), strict=True)]
+            reduced = [
+                (a.float() + m).to(accumulator) for a, m in zip(reduced, _mean_over_ranks(of_ranks), strict=True)
+            ]
         else:
             for total, grads in zip(sums, of_ranks, strict=True):
                 total[:] = [t + g.to(accumulator) for t, g in zip(total, grads, strict=True)]
     if reduce_at == "boundary":
         reduced = [mean.to(accumulator) for mean in _mean_over_ranks(sums)]
-    return reduced, sum(losses) / len(losses)
+    return reduced, used, sum(losses) / len(losses)
 
 
 def _mean_over_ranks(of_ranks: list[list[Tensor]]) -> list[Tensor]:

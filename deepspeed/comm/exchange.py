@@ -47,6 +47,9 @@ NARROW = (torch.bfloat16, torch.float16)
 ONE_PHASE_NUMEL = 1 << 14
 """Up to this size an all-reduce sends whole buffers: one latency instead of two counts for more than the bytes."""
 
+MAX_SCRATCH = 4
+"""Scratch buffers of one size kept for reuse, per rank of the group."""
+
 NUM_RETIRED = 32
 """Finished messages kept before they are destroyed; see Note [Letting go of gloo's buffers]."""
 
@@ -313,7 +316,9 @@ class DirectExchange:
 
     def _give_back(self, scratch: Iterable[Tensor]) -> None:
         for tensor in scratch:
-            self._pool.setdefault((tensor.numel(), tensor.dtype), []).append(tensor)
+            free = self._pool.setdefault((tensor.numel(), tensor.dtype), [])
+            if len(free) < MAX_SCRATCH * self.world_size:
+                free.append(tensor)
 
 
 def _add_up_block(total: Tensor, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:

@@ -140,7 +140,7 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, s
         raise DeepSpeedError(
             f"{strangers} of the optimizer's parameters do not belong to the model; they would never be reduced or updated.\n"
             "  Build the optimizer from model.parameters() of the very model passed to deepspeed.initialize, after any "
-            "change to it (adapters, resized embeddings)."
+            "change to it (adapters, resized embeddings), and a new one for each engine."
         )
 
 
@@ -191,7 +191,9 @@ def make_scheduler(config: Config, client: Any, optimizer: torch.optim.Optimizer
         return None
     if client is not None:
         is_object = hasattr(client, "step")
-        if isinstance(client, torch.optim.lr_scheduler.LRScheduler) and not isinstance(client_optimizer, torch.optim.Optimizer):
+        if isinstance(client, torch.optim.lr_scheduler.LRScheduler) and not isinstance(
+            client_optimizer, torch.optim.Optimizer
+        ):
             raise DeepSpeedError(
                 "lr_scheduler is an object, but the optimizer it schedules is not the one that will be stepped.\n"
                 "  Pass optimizer=<the optimizer object it was built on>, or lr_scheduler=<a callable taking the optimizer>."

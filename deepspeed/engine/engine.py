@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
+import pathlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,7 +31,7 @@ from deepspeed.engine.agreement import describe_inputs, describe_model, flatten,
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.mesh import Mesh
-from deepspeed.precision import StaticLossScale, WideMatmul, needs_wide_matmul
+from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
@@ -98,18 +100,11 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             set_log_level_from_string(self._config.log_level)
         self.mpu = mpu
         self._device = _own_device()
-        self.mesh: Mesh = assemble.make_mesh(self._config, mpu)
-        self._agree_with_other_ranks(model)
-        batch = assemble.batch_sizes(self._config, self.mesh, mpu)
-        self._micro_batch_size = batch.micro
-        self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
-        self.module = model
-        self._build_zero(model, optimizer, model_parameters)
-        self._build_forward()
-        self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
-        self.client_lr_scheduler = lr_scheduler
-        self.collate_fn = collate_fn
-        self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+        with contextlib.ExitStack() as undo:
+            self._build(undo, model, optimizer, model_parameters, lr_scheduler)
+            self.collate_fn = collate_fn
+            self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+            self._finalizer = weakref.finalize(self, undo.pop_all().close)
         self.global_steps = 0
         self.global_samples = 0
         self.skipped_steps = 0
@@ -121,21 +116,44 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._knows_inputs = self.mesh.dp_world_size == 1
         self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
         _engine_of[model] = weakref.ref(self)
-        self._finalizer = weakref.finalize(
-            self, _take_apart, self.mesh, self._reducer, self._hooks, self.optimizer, self._built
-        )
         if self._config.dump_state:
             logger.warning("%s", self._config)
 
     # Building. -----------------------------------------------------------------------------------------------------
 
+    def _build(
+        self,
+        undo: contextlib.ExitStack,
+        model: nn.Module,
+        optimizer: Any,
+        model_parameters: Iterable[Any] | None,
+        lr_scheduler: Any,
+    ) -> None:
+        """Each step leaves in `undo` what takes it back; nothing there refers to the engine."""
+        self.mesh: Mesh = assemble.make_mesh(self._config, self.mpu)
+        undo.callback(self.mesh.release)
+        self._agree_with_other_ranks(model)
+        batch = assemble.batch_sizes(self._config, self.mesh, self.mpu)
+        self._micro_batch_size = batch.micro
+        self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
+        self.module = model
+        self._build_zero(undo, model, optimizer, model_parameters)
+        self._build_forward(undo)
+        self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
+        self.client_lr_scheduler = lr_scheduler
+
     def _agree_with_other_ranks(self, model: nn.Module) -> None:
         require_equal(self.mesh, "configuration", flatten(self._user_config), "Give every rank the same configuration.")
         require_equal(
-            self.mesh, "model", describe_model(model), "Build the same model, with the same frozen parameters, on every rank."
+            self.mesh,
+            "model",
+            describe_model(model),
+            "Build the same model, with the same frozen parameters, on every rank.",
         )
 
-    def _build_zero(self, model: nn.Module, client: Any, model_parameters: Iterable[Any] | None) -> None:
+    def _build_zero(
+        self, undo: contextlib.ExitStack, model: nn.Module, client: Any, model_parameters: Iterable[Any] | None
+    ) -> None:
         config = self._config
         stage = config.zero_optimization.stage
         groups = assemble.parameter_groups(model, model_parameters)
@@ -148,12 +166,15 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.watch = BackwardWatch()
         self.watch.on_begin.append(self._scale_guard.check)
         assemble.cast_buffers(model, config)
-        built = build(model, assemble.group_indices(basic), self.policy, self.mesh, self._device, assemble.make_limits(config))
+        built = build(
+            model, assemble.group_indices(basic), self.policy, self.mesh, self._device, assemble.make_limits(config)
+        )
         self._built: Built = built
         self._gatherer: Gatherer | None = None
         self._hooks: ModuleHooks | None = None
         if built.sharded:
             self._hooks = self._make_hooks(model, built)
+            undo.callback(_detach_hooks, self._hooks)
             self._gatherer = self._hooks.gatherer
         self._reducer = Reducer(
             [master.bucket for master in built.masters],
@@ -162,6 +183,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             on_complete=self._hooks.bucket_completed if self._hooks else None,
             **assemble.reduction_arguments(config, self.mesh, self._device),
         )
+        undo.callback(self._reducer.close)
         self.basic_optimizer = basic
         self.optimizer: ZeroOptimizer | None = None
         if basic is not None:
@@ -180,7 +202,9 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             )
             self.optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
             trainers.add(self.optimizer)
+            undo.callback(trainers.remove, self.optimizer)
         if not self.policy.optimizer.is_sharded:
+            self.watch.on_begin.append(self._reducer.hide)
             self.watch.on_end.append(functools.partial(_expose, self._reducer, self.accumulation))
         self.watch.on_end.append(self._scale_guard.reset)
 
@@ -201,9 +225,11 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                     hooks.add_user(module, slot.bucket)
         return hooks
 
-    def _build_forward(self) -> None:
+    def _build_forward(self, undo: contextlib.ExitStack) -> None:
         dtype = self.policy.parameters.dtype
-        self._widens = self._device.type == "cpu" and needs_wide_matmul(dtype)
+        widens = self._device.type == "cpu" and needs_wide_matmul(dtype)
+        self._widening = Widening(self.module.modules() if widens else ())
+        undo.callback(self._widening.detach)
         autocast = self._config.torch_autocast
         self._autocast_dtype = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         self._casts_inputs = dtype if self._config.fp16.enabled and self._config.fp16.auto_cast else None
@@ -238,8 +264,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     @contextlib.contextmanager
     def _forward_contexts(self) -> Iterator[None]:
         with contextlib.ExitStack() as stack:
-            if self._widens:
-                stack.enter_context(WideMatmul())
             if self._autocast_dtype is not None:
                 stack.enter_context(torch.autocast(self._device.type, dtype=self._autocast_dtype))
             yield
@@ -255,11 +279,14 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         Returns that divided loss. Collective at stages 2 and 3, and at the boundary.
         """
         self._check_loss(loss)
-        divided = loss / self.gradient_accumulation_steps() if scale_wrt_gas and self.gradient_accumulation_steps() > 1 else loss
+        divided = (
+            loss / self.gradient_accumulation_steps()
+            if scale_wrt_gas and self.gradient_accumulation_steps() > 1
+            else loss
+        )
         self._reducer.hide()
         self.timers("backward").start()
-        with WideMatmul() if self._widens else contextlib.nullcontext():
-            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+        self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
         self.watch.end()
         self.timers("backward").stop()
         self.losses = loss.detach()
@@ -272,7 +299,9 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             )
         if not isinstance(loss, Tensor) or loss.numel() != 1:
             got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-            raise TrainingStateError(f"engine.backward: the loss must be a scalar tensor, got {got}.\n  Reduce it, e.g. loss.mean().")
+            raise TrainingStateError(
+                f"engine.backward: the loss must be a scalar tensor, got {got}.\n  Reduce it, e.g. loss.mean()."
+            )
         if not loss.requires_grad:
             raise TrainingStateError(
                 "engine.backward: the loss does not require grad: it was computed under torch.no_grad(), detached, or all "
@@ -340,9 +369,12 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             loss = f"{self.losses.item():.4f}" if self.losses is not None else "-"
             rate = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
             names = ["forward", "backward", "step"]
-            times = [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
+            times = (
+                [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
+            )
             print(
-                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]), flush=True
+                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]),
+                flush=True,
             )
 
     # Accumulation. -------------------------------------------------------------------------------------------------
@@ -375,7 +407,9 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if self.accumulation.no_sync_depth:
             raise TrainingStateError("engine.no_sync() inside of engine.no_sync().")
         if self.policy.gradients.is_sharded:
-            warn_once("no_sync at ZeRO stages 2 and 3 reduces every backward: gradients rest sharded. Results are the same.")
+            warn_once(
+                "no_sync at ZeRO stages 2 and 3 reduces every backward: gradients rest sharded. Results are the same."
+            )
         self.accumulation.no_sync_depth += 1
         try:
             yield
@@ -414,7 +448,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         """Norm of the last step's averaged gradients before clipping; None before the first step."""
         if self.optimizer is None or self.optimizer.grad_norm is None:
             return None
-        return self.optimizer.grad_norm.item()
+        return self.optimizer.grad_norm
 
     def get_lr(self) -> list[float]:
         """Learning rate per parameter group."""
@@ -475,7 +509,9 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     ) -> DeepSpeedDataLoader:
         """A loader of this rank's share of a dataset, shuffled for the "train" route. Raises ValueError for other things."""
         if not (hasattr(dataset, "__getitem__") or hasattr(dataset, "__iter__")):
-            raise DeepSpeedError(f"training_data is a {type(dataset).__name__}: neither a map-style nor an iterable dataset.")
+            raise DeepSpeedError(
+                f"training_data is a {type(dataset).__name__}: neither a map-style nor an iterable dataset."
+            )
         return DeepSpeedDataLoader(
             dataset,
             batch_size or self.train_micro_batch_size_per_gpu(),
@@ -544,13 +580,17 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             try:
                 return getattr(module, name)
             except AttributeError:
-                raise AttributeError(f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}") from None
+                raise AttributeError(
+                    f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}"
+                ) from None
 
     def memory_by_kind(self) -> dict[str, int]:
         """Bytes at rest on this rank: parameters, gradients, optimizer (masters and states)."""
         trained = {id(master.bucket) for master in self._built.masters}
         in_buckets = {id(param) for bucket in self._built.buckets for param in bucket.params}
-        params = sum((b.full.untyped_storage().nbytes() if b._keeps_storage else b.shard.nbytes) for b in self._built.buckets)
+        params = sum(
+            (b.full.untyped_storage().nbytes() if b._keeps_storage else b.shard.nbytes) for b in self._built.buckets
+        )
         params += sum(p.nbytes for p in self.module.parameters() if id(p) not in in_buckets)
         states = self.optimizer.state.values() if self.optimizer is not None else ()
         moments = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
@@ -576,15 +616,17 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if self.is_compiled:
             return
         if compiled_autograd_enabled or schedule is not None:
-            raise NotAvailableError("engine.compile(schedule=..., compiled_autograd_enabled=True) is not available yet.")
+            raise NotAvailableError(
+                "engine.compile(schedule=..., compiled_autograd_enabled=True) is not available yet."
+            )
         kwargs = {"backend": backend, **(compile_kwargs or {})}
-        self._widens = False
+        self._widening.detach()
         if self._hooks is None:
             self.module.compile(**kwargs)
         else:
             for unit, buckets in self._hooks.users.items():
                 if buckets and unit is not self.module:
-                    unit.forward = torch.compile(unit.forward, **kwargs)  # type: ignore[method-assign]
+                    unit.forward = torch.compile(unit.forward, **kwargs)
         self._is_compiled = True
 
     @property
@@ -609,12 +651,18 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         )
 
     def __reduce__(self) -> Any:
-        raise DeepSpeedError("an engine cannot be pickled: it owns process groups.\n  Save its weights: engine.save_16bit_model(...).")
+        raise DeepSpeedError(
+            "an engine cannot be pickled: it owns process groups.\n  Save its weights: engine.save_16bit_model(...)."
+        )
 
     # Weights. ------------------------------------------------------------------------------------------------------
 
     def module_state_dict(
-        self, destination: Any = None, prefix: str = "", keep_vars: bool = False, exclude_frozen_parameters: bool = False
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
     ) -> Any:
         """The model's state dict; sharded parameters are placeholders that name the cure when used."""
         state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
@@ -646,6 +694,33 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 state[name] = value.detach().cpu().clone()
         return state
 
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Rank 0 writes the whole state dict, in the model's dtype, as torch.save does. Collective.
+
+        The file appears whole or not at all. At stage 3 this needs
+        `zero_optimization.stage3_gather_16bit_weights_on_model_save`, else nothing is written and False returned.
+        """
+        zero = self._config.zero_optimization
+        if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
+            warn_once(
+                "save_16bit_model wrote nothing: at ZeRO stage 3 it gathers the whole model on rank 0, which has to be allowed "
+                "with zero_optimization.stage3_gather_16bit_weights_on_model_save = true."
+            )
+            return False
+        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
+        if state is not None:
+            folder = pathlib.Path(save_dir)
+            folder.mkdir(parents=True, exist_ok=True)
+            aside = folder / f".{save_filename}.tmp"
+            torch.save(state, aside)
+            os.replace(aside, folder / save_filename)
+        self.mesh.agree("dp", 0)
+        return True
+
+    save_fp16_model = save_16bit_model
+
     def save_checkpoint(
         self,
         save_dir: str,
@@ -655,7 +730,9 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Not available yet."""
-        raise NotAvailableError("engine.save_checkpoint is not available yet; engine._zero3_consolidated_16bit_state_dict() gives the weights.")
+        raise NotAvailableError(
+            "engine.save_checkpoint is not available yet.\n  engine.save_16bit_model(folder) writes the weights."
+        )
 
     def load_checkpoint(
         self,
@@ -718,20 +795,11 @@ def _refuse_second_engine(model: nn.Module) -> None:
         )
 
 
-def _take_apart(
-    mesh: Mesh, reducer: Reducer, hooks: ModuleHooks | None, optimizer: ZeroOptimizer | None, built: Built
-) -> None:
-    """What `destroy` does; holds no reference to the engine."""
-    reducer.drop()
-    reducer.detach()
-    reducer.pool.clear()
-    if hooks is not None:
-        hooks.detach()
-        for module in hooks.users:
-            module.__dict__.pop("forward", None)
-    if optimizer is not None:
-        trainers.remove(optimizer)
-    mesh.release()
+def _detach_hooks(hooks: ModuleHooks) -> None:
+    """Take the hooks away, and what `compile` put in place of the units' forward."""
+    hooks.detach()
+    for module in hooks.users:
+        module.__dict__.pop("forward", None)
 
 
 __all__ = ["DeepSpeedEngine", "GatheredParameters", "RepeatingLoader"]

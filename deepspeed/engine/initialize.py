@@ -60,7 +60,7 @@ def initialize(
     """
     Init.suspend_all()
     assemble.check_model(model)
-    config = choose_config(args, config if config is not None else config_params)
+    config = choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
     if mesh_param is not None and mesh_param[1] != 1:
@@ -82,23 +82,25 @@ def initialize(
     return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
-def choose_config(args: Any, config: Any) -> Any:
-    """The one configuration given, by argument or by `args.deepspeed_config`. Raises if none or both are."""
+def choose_config(args: Any, config: Any, config_params: Any = None) -> Any:
+    """The one configuration given, by argument or by `args.deepspeed_config`. Raises if none is, or more than one."""
     from_args = getattr(args, "deepspeed_config", None)
     deprecated = getattr(args, "deepscale_config", None)
     if deprecated is not None:
         warn_once("--deepscale_config is the old spelling of --deepspeed_config.")
         from_args = from_args or deprecated
-    if config is None and from_args is None:
+    sources = {"config=": config, "config_params=": config_params, f"--deepspeed_config {from_args}": from_args}
+    given = {source: value for source, value in sources.items() if value is not None}
+    if not given:
         raise DeepSpeedConfigError(
             "deepspeed.initialize got no configuration.\n"
             "  Pass config=<dict or path>, or --deepspeed_config <path> on the command line."
         )
-    if config is not None and from_args is not None:
+    if len(given) > 1:
         raise DeepSpeedConfigError(
-            f"deepspeed.initialize got two configurations: config= and --deepspeed_config {from_args}.\n  Give one of them."
+            f"deepspeed.initialize got two configurations: {' and '.join(given)}.\n  Give one of them."
         )
-    return config if config is not None else from_args
+    return next(iter(given.values()))
 
 
 def _check_local_rank(args: Any) -> None:

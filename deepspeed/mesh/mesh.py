@@ -137,7 +137,9 @@ class Mesh:
 _meshes: dict[MeshShape, Mesh] = {}
 
 
-def data_parallel_mesh(dp_ranks: Sequence[int] | None = None, shard_size: int | None = None, near_size: int = 1) -> Mesh:
+def data_parallel_mesh(
+    dp_ranks: Sequence[int] | None = None, shard_size: int | None = None, near_size: int = 1
+) -> Mesh:
     """The mesh whose data-parallel group is `dp_ranks` (default: all ranks), in shard groups of `shard_size` (default:
     all in one), with hpZ groups of `near_size`. Collective over all ranks if `dp_ranks` is given.
 

@@ -1,6 +1,6 @@
 """Low-precision matrix products computed in fp32, on CPUs that have no instruction for them.
 
-Entered by the engine around the forward of a bf16 or fp16 model on such a CPU. There torch's bf16 product runs scalar:
+Put by the engine around the modules of a bf16 or fp16 model on such a CPU. There torch's bf16 product runs scalar:
 Linear 512 -> 2048 on 128 tokens takes 31 ms, the same with both operands widened 4 ms (Zen 3, AVX2, one thread).
 Inputs, outputs and what autograd saves stay in low precision; only the product and its two gradients are widened, and
 each result is rounded once, so the numbers are at least as good. Attention and pointwise kernels are fast as they are.
@@ -11,13 +11,14 @@ A torch function mode, not a patch: it is on while the model runs and nothing is
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map_only
 
 LOW = (torch.bfloat16, torch.float16)
 
@@ -54,14 +55,16 @@ class _WideLinear(torch.autograd.Function):
         return grad_x, grad_weight, grad_bias
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return _WideLinear.apply(x, weight, bias)
+def _linear(low: torch.dtype, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    if weight.dim() != 2:
+        return _widened(functional.linear)(low, input, weight, bias)
+    return _WideLinear.apply(input, weight, bias)
 
 
 def _widened(func: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def product(*operands: Tensor, **kwargs: Any) -> Tensor:
-        low = operands[0].dtype
-        return func(*(x.float() if isinstance(x, Tensor) else x for x in operands), **kwargs).to(low)
+    def product(low: torch.dtype, *args: Any, **kwargs: Any) -> Tensor:
+        args, kwargs = tree_map_only(Tensor, Tensor.float, (args, kwargs))
+        return func(*args, **kwargs).to(low)
 
     return product
 
@@ -70,10 +73,55 @@ _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
     functional.linear: _linear,
     **{
         func: _widened(func)
-        for func in (torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm, Tensor.matmul, Tensor.mm)
-        + (Tensor.bmm, Tensor.__matmul__, Tensor.addmm, Tensor.baddbmm)
+        for func in (
+            *(torch.matmul, torch.mm, torch.bmm, torch.addmm, torch.baddbmm),
+            *(Tensor.matmul, Tensor.mm, Tensor.bmm, Tensor.addmm, Tensor.baddbmm, Tensor.__matmul__),
+        )
     },
 }
+
+
+class Widening:
+    """Keeps `WideMatmul` on while any of some modules runs: in forward, and where backward runs modules again.
+
+    Hooks of modules, because a mode that is on around forward alone is off when an activation checkpoint recomputes in
+    the user's `loss.backward()`; and a hook of backward cannot turn it on for other nodes, since autograd restores the
+    state of the thread after each.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._mode = WideMatmul()
+        self._depth = 0
+        self._handles: list[Any] = []
+        for module in modules:
+            self._handles += [
+                module.register_forward_pre_hook(self._enter, prepend=True),
+                module.register_forward_hook(self._leave, always_call=True),
+            ]
+
+    def _enter(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        if self._depth == 0:
+            self._mode.__enter__()
+        self._depth += 1
+
+    def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self._mode.__exit__(None, None, None)
+
+    def __reduce__(self) -> Any:
+        """A copy of a module takes one along that has no modules, but widens the copy."""
+        return Widening, ((),)
+
+    def detach(self) -> None:
+        """Take the hooks away; products are torch's own from then on."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
 
 
 class WideMatmul(TorchFunctionMode):
@@ -84,10 +132,13 @@ class WideMatmul(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         wide = _PRODUCTS.get(func)
-        if wide is None or "out" in kwargs or not all(_is_low_cpu(x) for x in args if isinstance(x, Tensor)):
+        if wide is None or "out" in kwargs or "out_dtype" in kwargs:
             return func(*args, **kwargs)
-        return wide(*args, **kwargs)
+        kinds = {(x.dtype, x.device.type) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
+        if kinds not in _WIDENED:
+            return func(*args, **kwargs)
+        return wide(next(iter(kinds))[0], *args, **kwargs)
 
 
-def _is_low_cpu(x: Tensor) -> bool:
-    return x.dtype in LOW and x.device.type == "cpu"
+_WIDENED = [{(dtype, "cpu")} for dtype in LOW]
+"""Operands are widened if they are all of one of these kinds; mixed ones are torch's to refuse."""

@@ -12,9 +12,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 
-def lazy_exports(
-    module_name: str, table: Mapping[str, str]
-) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
+def lazy_exports(module_name: str, table: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """`table[name]` is "package.module" (which has that name), "package.module:other", or "package.module:" itself."""
 
     def get(name: str) -> Any:

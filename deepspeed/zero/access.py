@@ -51,7 +51,7 @@ class GatheredParameters:
 
     params: one parameter, or any iterable of them; those that ZeRO does not shard are left as they are.
     modifier_rank: keep what this data-parallel rank changed in place, on every rank, in the fp32 masters too;
-        None discards changes.
+        None discards changes (a single rank has no other copy to return to: there they stay in the parameters).
     fwd_module: also have the parameters whole around every forward of this module from now on.
     Collective: all ranks enter and leave with the same parameters. Contexts may nest.
     """
@@ -84,11 +84,10 @@ class GatheredParameters:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        for bucket in self._buckets:
-            bucket.let_go()
-        if kind is None and self.modifier_rank is not None:
+        if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
         for bucket in self._buckets:
+            bucket.let_go()
             if bucket.holders == 0:
                 bucket.reshard()
         self._buckets = []
@@ -96,6 +95,7 @@ class GatheredParameters:
     def _keep_changes(self, modifier_rank: int) -> None:
         slots = (slot_of(param) for param in self.params if isinstance(param, Tensor))
         for bucket in dict.fromkeys(slot.bucket for slot in slots if slot):
+            bucket.take_assigned()
             bucket.exchange.broadcast(bucket.full, modifier_rank)
             bucket.write_shard()
             found = trainers.find(bucket)
@@ -109,7 +109,9 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
     Rarely needed: a use outside the owner is noticed and registered by itself. Raises RuntimeError for other types.
     """
     if not isinstance(module, nn.Module):
-        raise RuntimeError(f"register_external_parameter: the first argument is a {type(module).__name__}, not an nn.Module.")
+        raise RuntimeError(
+            f"register_external_parameter: the first argument is a {type(module).__name__}, not an nn.Module."
+        )
     if not isinstance(parameter, nn.Parameter):
         raise RuntimeError(
             f"register_external_parameter: the second argument is a {type(parameter).__name__}, not an nn.Parameter."
@@ -121,7 +123,9 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
     """Undo `register_external_parameter`. Raises RuntimeError if it was not registered."""
     if module.__dict__.get("_ds_external_params", {}).pop(id(parameter), None) is None:
-        raise RuntimeError(f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}.")
+        raise RuntimeError(
+            f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}."
+        )
 
 
 # Optimizer-side values. --------------------------------------------------------------------------------------------
@@ -150,10 +154,14 @@ class _Place:
     def scatter(self, flat: Tensor | None, value: Tensor) -> None:
         """Write this rank's pieces of a full value into its flat shard."""
         if value.numel() != self.shape.numel():
-            raise ShardError(f"value has {value.numel()} elements, the parameter {tuple(self.shape)} has {self.shape.numel()}.")
+            raise ShardError(
+                f"value has {value.numel()} elements, the parameter {tuple(self.shape)} has {self.shape.numel()}."
+            )
         if flat is not None:
             for piece in self.pieces:
-                flat.narrow(0, piece.in_shard, piece.numel).copy_(value.reshape(-1).narrow(0, piece.in_param, piece.numel))
+                flat.narrow(0, piece.in_shard, piece.numel).copy_(
+                    value.reshape(-1).narrow(0, piece.in_param, piece.numel)
+                )
 
     def local(self, flat: Tensor | None) -> Tensor:
         """A view of this rank's pieces, 1-D."""
@@ -208,13 +216,13 @@ def _place(param: nn.Parameter) -> _Place | None:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The full fp32 master value of a parameter, in its shape; None if no engine trains it. Collective."""
     place = _place(param)
-    return place and place.gather(place.master.tensor)
+    return place.gather(place.master.tensor) if place else None
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """The full optimizer state ("exp_avg", ...) of a parameter, fp32, in its shape. Collective."""
     place = _place(param)
-    return place and place.gather(place.state(optim_state_key))
+    return place.gather(place.state(optim_state_key)) if place else None
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -250,7 +258,9 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
         place.scatter(place.gradient(), value * place.optimizer.scale.scale)
 
 
-def safe_update_full_grad_vectorized(params: Sequence[nn.Parameter], fn: Callable[[Tensor, nn.Parameter], Tensor]) -> None:
+def safe_update_full_grad_vectorized(
+    params: Sequence[nn.Parameter], fn: Callable[[Tensor, nn.Parameter], Tensor]
+) -> None:
     """Replace each parameter's gradient by `fn(gradient, param)`, both full. Collective."""
     for param in params:
         gradient = safe_get_full_grad(param)

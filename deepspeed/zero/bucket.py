@@ -25,8 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.utils.errors import ShardError
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter
+from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 
 
 class BucketState(enum.Enum):
@@ -110,8 +111,8 @@ class Bucket:
     def adopt(self) -> None:
         """Point the parameters at `full`, whose values the caller has written, and take the shard from it."""
         for param, view in zip(self.params, self.views, strict=True):
-            if self.is_sharded:
-                param.__class__ = ZeroParameter
+            if self.is_sharded or isinstance(param, ZeroParameter):
+                param.__class__ = ZeroParameter if self.is_sharded else nn.Parameter
             param.data = view
         self.write_shard()
 
@@ -120,6 +121,32 @@ class Bucket:
         if not self._keeps_storage:
             self.shard.copy_(self.own_slice(self.full))
         self._near_is_fresh = False
+
+    def take_assigned(self) -> None:
+        """Take over values that were assigned (`param.data = x`) rather than written in place."""
+        self._set_class(ZeroParameter)
+        for param, view in zip(self.params, self.views, strict=True):
+            if param.data_ptr() != view.data_ptr():
+                if param.shape != view.shape:
+                    raise ShardError(
+                        f"{self._name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
+                        "  To change a parameter's shape, replace the parameter in its module before deepspeed.initialize."
+                    )
+                view.copy_(param.data)
+                param.data = view
+        if self.holders == 0:
+            self._set_class(ShardedParameter)
+
+    def forget_moved(self) -> None:
+        """Let go of the parameters that another bucket has taken over (see zero.build); the others stay."""
+        pairs = zip(self.params, self.views, strict=True)
+        kept = [(param, view) for param, view in pairs if (slot := slot_of(param)) and slot.bucket is self]
+        self.params, self.views = [param for param, _ in kept], [view for _, view in kept]
+
+    def _name_of(self, param: nn.Parameter) -> str:
+        slot = slot_of(param)
+        assert slot is not None, "a parameter of this bucket"
+        return self.names[slot.index]
 
     def shard_changed(self) -> None:
         """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
@@ -159,10 +186,12 @@ class Bucket:
                 self._near_shard.copy_(self._near_slice())
                 self._fills_near = False
         if self.state is BucketState.GATHERING:
+            self._set_class(ZeroParameter)
             for param, view in zip(self.params, self.views, strict=True):
                 param.data = view
             self.state = BucketState.UNSHARDED
-            self._set_class(ZeroParameter if self.holders else ShardedParameter)
+            if self.holders == 0:
+                self._set_class(ShardedParameter)
 
     def unshard(self) -> None:
         """Make the parameters usable, now and until `reshard`. Collective if they are sharded."""
@@ -192,6 +221,7 @@ class Bucket:
         if not self.is_sharded or self.state is BucketState.SHARDED:
             return
         self.finish_unshard()
+        self._set_class(ZeroParameter)
         for param in self.params:
             param.data = self._nothing
         self._set_class(ShardedParameter)
@@ -212,7 +242,7 @@ class Bucket:
     def release(self) -> None:
         """Forget the parameters, which keep what they hold: plain tensors if unsharded."""
         for param in self.params:
-            if self.is_sharded:
+            if type(param) in (ZeroParameter, ShardedParameter):
                 param.__class__ = nn.Parameter
             del param._zero_slot  # type: ignore[attr-defined]
         self.params = []

@@ -18,7 +18,7 @@ from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.cut import Unit, cut_by_module, cut_by_size, users_of
 from deepspeed.zero.layout import BucketLayout, group_neighbours
 from deepspeed.zero.optimizer import Master
-from deepspeed.zero.param import ShardedParameter, full_numel, full_shape, slot_of
+from deepspeed.zero.param import Slot, ZeroParameter, full_numel, full_shape, slot_of
 from deepspeed.zero.policy import ZeroPolicy
 
 MAX_BUCKET_NUMEL = 8 * 2**20
@@ -70,12 +70,16 @@ def build(
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
     builder = _Builder(group_of, policy, mesh, device)
+    for param in [param for param in named if not param.is_floating_point()]:
+        builder.place(param, named.pop(param))
     trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
     if policy.parameters.is_sharded:
         resident, units = _choose_units(module, named, limits)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p in trained}, limits.bucket_numel)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p not in trained}, limits.bucket_numel)
         _fill_units(builder, module, units, trained)
+        for param in resident:
+            param.__class__ = ZeroParameter
     else:
         _fill_by_size(builder, trained, limits.bucket_numel)
         for param, name in named.items():
@@ -102,7 +106,7 @@ def _choose_units(
 
 def _fill_by_size(builder: _Builder, params: Mapping[nn.Parameter, str], limit: int) -> None:
     """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
-    backwards = list(reversed(params.items()))
+    backwards = list(params.items())[::-1]
     for chunk in cut_by_size([full_numel(param) for param, _ in backwards], limit):
         builder.make([backwards[i] for i in chunk], is_sharded=False)
 
@@ -138,7 +142,7 @@ class _Builder:
         order = group_neighbours(groups)
         params = [named[i][0] for i in order]
         shapes = [full_shape(param) for param in params]
-        values, was_managed = _values(params)
+        sources = [slot_of(param) for param in params]
         exchange = self._exchange["gather" if is_sharded else "reduce"]
         layout = BucketLayout(
             tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), exchange.world_size
@@ -155,7 +159,7 @@ class _Builder:
             exchange=exchange,
             secondary=self._near if is_sharded else None,
         )
-        source = self._fill(bucket, values, was_managed)
+        source = self._fill(bucket, sources)
         bucket.adopt()
         self.built.buckets.append(bucket)
         if trains:
@@ -165,13 +169,13 @@ class _Builder:
             bucket.reshard()
         return bucket
 
-    def _fill(self, bucket: Bucket, values: Sequence[Tensor], was_managed: bool) -> Tensor | None:
+    def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""
         master_dtype = self._policy.optimizer.dtype
-        is_exact = all(value.dtype == bucket.dtype for value in values) or master_dtype == bucket.dtype
+        is_exact = all(param.dtype == bucket.dtype for param in bucket.params) or master_dtype == bucket.dtype
         flat = bucket.full if is_exact else torch.zeros_like(bucket.full, dtype=master_dtype)
-        torch._foreach_copy_(bucket.split(flat), [value.detach() for value in values])
-        if not was_managed:
+        _copy_values(bucket.params, sources, bucket.split(flat))
+        if not all(sources):
             self._everyone.broadcast(flat)
         if flat is bucket.full:
             return None
@@ -180,17 +184,16 @@ class _Builder:
 
     def place(self, param: nn.Parameter, name: str) -> None:
         """A parameter that does not train and is not sharded: cast, moved, with the first rank's values."""
-        (value,), was_managed = _values([param])
-        if param.is_floating_point():
-            value = value.to(self._policy.parameters.dtype)
-        value = value.detach().to(self._device)
-        if isinstance(param, ShardedParameter) or was_managed:
-            value = value.clone()
-            param.__class__ = nn.Parameter
-        param.data = value
-        param.__dict__.pop("_zero_slot", None)
-        if not was_managed:
+        dtype = self._policy.parameters.dtype if param.is_floating_point() else param.dtype
+        source = param.__dict__.pop("_zero_slot", None)
+        if source is None:
+            param.data = param.data.to(self._device, dtype)
             self._everyone.broadcast(param.data)
+            return
+        value = torch.empty(source.bucket.shapes[source.index], dtype=dtype, device=self._device)
+        _copy_values([param], [source], [value])
+        param.__class__ = nn.Parameter
+        param.data = value
 
     def place_buffers(self, module: nn.Module) -> None:
         """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern."""
@@ -203,10 +206,18 @@ class _Builder:
                     self._everyone.broadcast(moved)
 
 
-def _values(params: Sequence[nn.Parameter]) -> tuple[list[Tensor], bool]:
-    """Full values of parameters, gathered if they are sharded; and whether ranks are known to hold the same."""
-    managed = [slot_of(param) for param in params]
-    for slot in managed:
-        if slot is not None:
-            slot.bucket.unshard()
-    return [param.data for param in params], all(slot is not None for slot in managed)
+def _copy_values(params: Sequence[nn.Parameter], sources: Sequence[Slot | None], into: Sequence[Tensor]) -> None:
+    """Copy full values, gathering sharded ones one bucket at a time. The buckets they came from forget them.
+
+    The caller has given the parameters new slots; `sources` are those they had.
+    """
+    by_bucket: dict[Bucket | None, list[int]] = {}
+    for i, source in enumerate(sources):
+        by_bucket.setdefault(source.bucket if source else None, []).append(i)
+    for bucket, members in by_bucket.items():
+        if bucket is not None:
+            bucket.unshard()
+        torch._foreach_copy_([into[i] for i in members], [params[i].detach() for i in members])
+        if bucket is not None:
+            bucket.forget_moved()
+            bucket.reshard()

@@ -26,6 +26,8 @@ from torch import nn
 from deepspeed.zero.param import full_numel
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
+NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
+"""Always opened: there is no call of theirs around which parameters could be unsharded."""
 LEAF_MARK = "_z3_leaf"
 
 
@@ -68,7 +70,7 @@ class _Cutter:
     def _is_opened(self, module: nn.Module, numel: int, in_container: bool) -> bool:
         if module.__dict__.get(LEAF_MARK, False) or not list(module.children()):
             return False
-        if isinstance(module, CONTAINERS) and not in_container:
+        if isinstance(module, NEVER_CALLED) or (isinstance(module, CONTAINERS) and not in_container):
             return True
         leads_to_container = any(isinstance(inner, CONTAINERS) and any(inner.children()) for inner in module.modules())
         return numel > self.max_numel if in_container else leads_to_container

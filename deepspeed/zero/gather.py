@@ -144,6 +144,10 @@ class Gatherer:
         if before is not None:
             self._follower[before] = key
         self._phase = Phase(self._records.setdefault(key, Record()))
+        # Counted anew: between phases, gather contexts unshard and reshard past this object.
+        self._live_numel = sum(
+            bucket.layout.numel for bucket in self.buckets if bucket.state is not BucketState.SHARDED
+        )
         self._prefetch()
 
     def request(self, bucket: Bucket) -> None:

@@ -86,10 +86,29 @@ class Frame:
     opened_phase: bool
 
 
+class ModuleHook:
+    """A hook that stays behind: a module that is copied or pickled takes one along that does nothing."""
+
+    def __init__(self, call: Callable[..., None]) -> None:
+        self._call = call
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        self._call(*args, **kwargs)
+
+    def __reduce__(self) -> Any:
+        return ModuleHook, (_do_nothing,)
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    """What the hooks of a copied module do."""
+
+
 class ModuleHooks:
     """The hooks of one model at stage 3. `users[module]` are the buckets whose parameters the module uses itself."""
 
-    def __init__(self, root: nn.Module, users: Mapping[nn.Module, Sequence[Bucket]], gatherer: Gatherer, watch: BackwardWatch):
+    def __init__(
+        self, root: nn.Module, users: Mapping[nn.Module, Sequence[Bucket]], gatherer: Gatherer, watch: BackwardWatch
+    ):
         self.root = root
         self.gatherer = gatherer
         self.watch = watch
@@ -116,7 +135,10 @@ class ModuleHooks:
             handle.remove()
         self._handles.clear()
         zero_param.remove_resolver(self._resolve)
-        for listeners, listener in ((self.watch.on_begin, self._begin_backward), (self.watch.on_end, self._end_backward)):
+        for listeners, listener in (
+            (self.watch.on_begin, self._begin_backward),
+            (self.watch.on_end, self._end_backward),
+        ):
             if listener in listeners:
                 listeners.remove(listener)
 
@@ -130,8 +152,8 @@ class ModuleHooks:
 
     def _attach_to(self, module: nn.Module) -> None:
         self._handles += [
-            module.register_forward_pre_hook(self._pre_forward, prepend=True, with_kwargs=True),
-            module.register_forward_hook(self._post_forward, always_call=True),
+            module.register_forward_pre_hook(ModuleHook(self._pre_forward), prepend=True, with_kwargs=True),
+            module.register_forward_hook(ModuleHook(self._post_forward), always_call=True),
         ]
 
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
@@ -152,6 +174,10 @@ class ModuleHooks:
         assert frame.module is module, "module calls nest"
         if torch.is_grad_enabled() and frame.buckets:
             self._hook_outputs(frame.buckets, output)
+            if self.watch.is_running:
+                # Recomputed in backward (checkpointing): autograd keeps frozen parameters themselves, not views of them,
+                # and compares their shapes when the recomputation ends. Their own backward comes right after it.
+                self._hold([bucket for bucket in frame.buckets if not bucket.requires_grad])
         if frame.module is self.root and torch.is_grad_enabled():
             self.watch.watch(output)
         for bucket in frame.buckets:

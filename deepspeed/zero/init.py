@@ -11,6 +11,7 @@ sharded parameter; inside the context that gathers it, and the first rank's new 
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from types import TracebackType
 from typing import Any, ClassVar
@@ -71,7 +72,9 @@ class Init:
         if data_parallel_group is not None and sequence_data_parallel_group is not None:
             raise ValueError("give data_parallel_group or sequence_data_parallel_group, not both")
         if remote_device in ("cpu", "nvme") and get_accelerator().device_name() != remote_device:
-            raise NotAvailableError(f"zero.Init(remote_device={remote_device!r}): parameter offload is not available yet.")
+            raise NotAvailableError(
+                f"zero.Init(remote_device={remote_device!r}): parameter offload is not available yet."
+            )
         if zero_quantized_weights or zero_quantized_nontrainable_weights:
             raise NotAvailableError("zero.Init with quantized weights (ZeRO++) is not available yet.")
         comm.init_distributed()
@@ -81,9 +84,11 @@ class Init:
             group = mpu.get_data_parallel_group()
         self._mesh = data_parallel_mesh(torch.distributed.get_process_group_ranks(group) if group is not None else None)
         self._device = torch.device(get_accelerator().current_device_name())
+        weakref.finalize(self, self._mesh.release).atexit = False
         self._exchange = self._mesh.exchange("dp_shard", "gather", self._device)
         self._seen: dict[nn.Module, None] = {}
-        self._touched: dict[Bucket, None] = {}
+        self._touched: dict[Bucket, int] = {}
+        """Buckets that initialisation code made whole, with the number of views of each that are ours."""
         self._handles: list[Any] = []
         if module is not None:
             for inner in module.modules():
@@ -150,9 +155,7 @@ class Init:
     def _make_bucket(self, where: str, named: list[tuple[str, nn.Parameter]], dtype: torch.dtype) -> None:
         params = [param for _, param in named]
         values = [param.data for param in params]
-        layout = BucketLayout(
-            tuple(value.numel() for value in values), (-1,) * len(values), self._exchange.world_size
-        )
+        layout = BucketLayout(tuple(value.numel() for value in values), (-1,) * len(values), self._exchange.world_size)
         bucket = Bucket(
             -1,
             params,
@@ -164,24 +167,37 @@ class Init:
             device=self._device,
             exchange=self._exchange,
         )
+        self._mesh.num_users += 1
+        weakref.finalize(bucket, self._mesh.release).atexit = False
         torch._foreach_copy_(bucket.views, values)
         self._exchange.broadcast(bucket.full)
         bucket.adopt()
         bucket.reshard()
 
     def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
+        self._settle(only_unused=True)
         bucket.unshard()
-        self._touched[bucket] = None
+        self._touched.setdefault(bucket, _num_views(bucket))
         return True
 
     @torch.no_grad()
-    def _settle(self) -> None:
-        """Reshard what initialisation code touched, with the first rank's values."""
-        for bucket in self._touched:
+    def _settle(self, only_unused: bool = False) -> None:
+        """Reshard what initialisation code touched, with the first rank's values; or of that, what it let go of."""
+        for bucket, num_own_views in list(self._touched.items()):
+            if bucket.holders or (only_unused and _num_views(bucket) > num_own_views):
+                continue
+            del self._touched[bucket]
+            if not bucket.is_unsharded:
+                continue
+            bucket.take_assigned()
             self._exchange.broadcast(bucket.full)
             bucket.write_shard()
             bucket.reshard()
-        self._touched.clear()
+
+
+def _num_views(bucket: Bucket) -> int:
+    """Tensors that share the bucket's full storage."""
+    return torch._C._storage_Use_Count(bucket.full.untyped_storage()._cdata)
 
 
 def _param_dtype(dtype: torch.dtype | None, config: Any) -> torch.dtype:

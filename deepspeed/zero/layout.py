@@ -74,9 +74,9 @@ class BucketLayout:
 
     @cached_property
     def shard_numel(self) -> int:
-        """Elements of one rank's slice, padding included."""
+        """Elements of one rank's slice, padding included; the flat space has at least one element of padding."""
         unit = self.world_size * ALIGNMENT
-        return max(1, -(-self.numel // unit)) * ALIGNMENT
+        return -(-(self.numel + 1) // unit) * ALIGNMENT
 
     @cached_property
     def padded_numel(self) -> int:

@@ -24,15 +24,16 @@ def get_z3_leaf_modules(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if z3_leaf_module(module)]
 
 
-def _mark(
-    model: nn.Module, wanted: Sequence[type | str], flag: bool, raise_if_not_found: bool
-) -> list[nn.Module]:
+def _mark(model: nn.Module, wanted: Sequence[type | str], flag: bool, raise_if_not_found: bool) -> list[nn.Module]:
     names = {kind for kind in wanted if isinstance(kind, str)}
     classes = tuple(kind for kind in wanted if isinstance(kind, type))
     found = []
     for module in model.modules():
         kind = type(module)
-        if (classes and isinstance(module, classes)) or {kind.__name__, f"{kind.__module__}.{kind.__qualname__}"} & names:
+        if (classes and isinstance(module, classes)) or {
+            kind.__name__,
+            f"{kind.__module__}.{kind.__qualname__}",
+        } & names:
             set_z3_leaf_module(module, flag)
             found.append(module)
     if not found and raise_if_not_found:

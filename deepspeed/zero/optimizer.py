@@ -14,6 +14,7 @@ After ZeRO (arXiv:1910.02054), section 5, and Mixed Precision Training (arXiv:17
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -24,9 +25,8 @@ from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Needs, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.utils.logging import logger
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.layout import BucketLayout, RunSpan
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.sharding import RunSharding
@@ -56,7 +56,7 @@ class Master:
         if not self.is_sharded:
             layout, rank = BucketLayout(layout.numels, layout.groups, 1), 0
         self.layout, self.rank = layout, rank
-        self.spans = layout.runs(rank)
+        self.spans: tuple[RunSpan, ...] = layout.runs(rank)
         self.runs = [self.tensor.narrow(0, span.start, span.stop - span.start) for span in self.spans]
 
     def whole_params(self) -> list[tuple[int, Tensor]]:
@@ -107,13 +107,15 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.zero_stage = zero_stage
         self.overflow = False
         """Whether the last step was skipped."""
-        self.grad_norm: Tensor | None = None
+        self.grad_norm: float | None = None
         """Norm of the last step's gradients, unscaled, before clipping."""
         self.before_update: Callable[[], None] | None = None
-        self.inside_step: Callable[[], None] | None = None
+        self._unused: list[tuple[int, int]] = []
         self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
         self._sub_group_numel = sub_group_numel
-        self._own_group = mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
+        self._own_group = (
+            mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
+        )
         self._install_runs(allow_untested)
 
     @property
@@ -137,12 +139,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
         self.steppable: list[list[tuple[int, Tensor]]] = []
         for master in self.masters:
-            mine = master.whole_params() if gives_whole else [(s.group, run) for s, run in zip(master.spans, master.runs, strict=True)]
+            mine = (
+                master.whole_params()
+                if gives_whole
+                else [(s.group, run) for s, run in zip(master.spans, master.runs, strict=True)]
+            )
             self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
             for group, tensor in self.steppable[-1]:
                 tensors[group].append(tensor)
-        for group, members in zip(self.optimizer.param_groups, tensors, strict=True):
-            group["params"] = members
+        for param_group, members in zip(self.optimizer.param_groups, tensors, strict=True):
+            param_group["params"] = members
         self.optimizer.state.clear()
         self._gives_whole = gives_whole
         if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not gives_whole:
@@ -151,7 +157,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     # What other libraries read. ------------------------------------------------------------------------------------
 
     @property
-    def param_groups(self) -> list[dict[str, Any]]:  # type: ignore[override]
+    def param_groups(self) -> list[dict[str, Any]]:
         """The wrapped optimizer's groups; their params are runs."""
         return self.optimizer.param_groups
 
@@ -215,31 +221,52 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _decide(self) -> float | None:
         """The factor that unscales and clips, or None to skip the step. The host waits for the norm here."""
-        norm = self._norm()
-        unscaled = norm.item() / self.scale.scale
-        self.overflow = self._skip_non_finite and not torch.isfinite(norm).item()
+        norm, missed = torch.stack(self._norm_and_missed()).tolist()
+        unscaled = norm / self.scale.scale
+        self.overflow = self._skip_non_finite and not math.isfinite(norm)
         try:
-            self.scale_used = self.scale.scale
+            scale_used = self.scale.scale
             self.scale.update(self.overflow)
         except LossScaleFloorError as error:
             raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
-        self.grad_norm = norm / self.scale_used
+        self.grad_norm = unscaled
+        self._unused = self._agree_on_unused() if missed else []
         if self.overflow:
             return None
         clip = max(1.0, (unscaled + 1e-6) / self.clip) if self.clip > 0 else 1.0
-        return 1.0 / (self.scale_used * clip)
+        return 1.0 / (scale_used * clip)
 
-    def _norm(self) -> Tensor:
-        results = [gradients.result for gradients in self.reducer.gradients]
-        if not results:
-            return torch.zeros((), device=self._device)
-        norms = torch._foreach_norm(results, 2, dtype=torch.float32)
+    def _norm_and_missed(self) -> list[Tensor]:
+        """Two scalars that all ranks agree on: the norm, and whether a gradient was missing anywhere (above 0)."""
+        gradients = self.reducer.gradients
+        if not gradients:
+            return [torch.zeros((), device=self._device)] * 2
+        missed = torch.tensor(float(any(g.misses_any for g in gradients)), device=self._device)
+        if not self._is_sharded and self.mesh.dp_world_size > 1:
+            missed = torch.cat([g.take_missed_flag() for g in gradients]).float().sum()
+        norms = torch._foreach_norm([g.result for g in gradients], 2, dtype=torch.float32)
         total = torch.linalg.vector_norm(torch.stack(list(norms)))
         if self._own_group is not None:
-            total = total.square()
-            torch.distributed.all_reduce(total, group=self._own_group)
-            total.sqrt_()
-        return total
+            both = torch.stack([total.square(), missed])
+            torch.distributed.all_reduce(both, group=self._own_group)
+            total, missed = both[0].sqrt(), both[1]
+        if self._is_sharded and self.mesh.num_replicas > 1:
+            missed = torch.tensor(
+                float(max(m for (m,) in self.mesh.agree("dp", int(missed.item() > 0)))), device=self._device
+            )
+        return [total, missed]
+
+    def _agree_on_unused(self) -> list[tuple[int, int]]:
+        """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""
+        mine = [None if g.all_used else sorted(g.used) for g in self.reducer.gradients]
+        everyone = self.mesh.gather_objects("dp", mine)
+        unused: list[tuple[int, int]] = []
+        for i, master in enumerate(self.masters):
+            used = [theirs[i] for theirs in everyone]
+            if all(indices is not None for indices in used):
+                seen = set().union(*used)
+                unused += [(i, j) for j in range(len(master.bucket.params)) if j not in seen]
+        return unused
 
     def _blame(self) -> str:
         """Which gradients are not finite, from all ranks, and what usually helps."""
@@ -304,7 +331,47 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             pieces = [result.narrow(0, span.start, span.stop - span.start) for span in master.spans]
         for (_, tensor), piece in zip(self.steppable[index], pieces, strict=True):
             tensor.grad = piece
+        for j in [j for i, j in self._unused if i == index]:
+            self._leave_out(index, j)
         return self.steppable[index]
+
+    def _leave_out(self, index: int, param: int) -> None:
+        """Keep a parameter without gradients out of this step: its run has no gradient, and is its own from now on."""
+        if self._gives_whole:
+            self.steppable[index][param][1].grad = None
+        elif needs_of(self.optimizer) is Needs.ELEMENTWISE:
+            master = self.masters[index]
+            for piece in master.layout.pieces(master.rank):
+                if piece.param == param:
+                    position = self._isolate(index, piece.in_shard, piece.in_shard + piece.numel)
+                    self.steppable[index][position][1].grad = None
+
+    def _isolate(self, index: int, start: int, stop: int) -> int:
+        """Have the elements [start, stop) of a shard be a run of their own; returns its position."""
+        master, steppable = self.masters[index], self.steppable[index]
+        position = next(i for i, span in enumerate(master.spans) if span.start <= start and stop <= span.stop)
+        span, (group, old) = master.spans[position], steppable[position]
+        cuts = [(a, b) for a, b in ((span.start, start), (start, stop), (stop, span.stop)) if a < b]
+        if len(cuts) == 1:
+            return position
+        state = self.optimizer.state.pop(old, {})
+        made = []
+        for a, b in cuts:
+            run = nn.Parameter(master.tensor.narrow(0, a, b - a), requires_grad=True)
+            run.grad = None if old.grad is None else old.grad.narrow(0, a - span.start, b - a)
+            if state:
+                self.optimizer.state[run] = {key: _cut(v, old, a - span.start, b - a) for key, v in state.items()}
+            made.append((group, run))
+        master.spans = (
+            *master.spans[:position],
+            *(RunSpan(group, a, b) for a, b in cuts),
+            *master.spans[position + 1 :],
+        )
+        steppable[position : position + 1] = made
+        params = self.optimizer.param_groups[group]["params"]
+        at = next(i for i, tensor in enumerate(params) if tensor is old)
+        params[at : at + 1] = [run for _, run in made]
+        return position + cuts.index((start, stop))
 
     def _step_only(self, members: Sequence[tuple[int, Tensor]]) -> None:
         everything = [group["params"] for group in self.optimizer.param_groups]
@@ -336,7 +403,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     # State. --------------------------------------------------------------------------------------------------------
 
-    def state_dict(self) -> dict[str, Any]:  # type: ignore[override]
+    def state_dict(self) -> dict[str, Any]:
         """This rank's part: base state, masters, loss scale. Tensors are not copied."""
         return {
             "zero_stage": self.zero_stage,
@@ -346,7 +413,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             "fp32_flat_groups": self.single_partition_of_fp32_groups,
         }
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:  # type: ignore[override]
+    def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take a `state_dict` of the same stage and world size, and publish its masters. Collective."""
         theirs = [tuple(flat.shape) for flat in state["fp32_flat_groups"]]
         ours = [tuple(master.tensor.shape) for master in self.masters]
@@ -365,3 +432,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for master in self.masters:
             if master.bucket in buckets:
                 master.from_params()
+
+
+def _cut(value: Any, old: Tensor, start: int, numel: int) -> Any:
+    """A piece of an optimizer state: of tensors as long as the run a view, of everything else a copy."""
+    if not isinstance(value, Tensor):
+        return value
+    return value.narrow(0, start, numel) if value.shape == old.shape else value.clone()

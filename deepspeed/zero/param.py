@@ -13,7 +13,8 @@ from __future__ import annotations
 import enum
 import itertools
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -33,11 +34,16 @@ class ZeroParamStatus(enum.Enum):
     INFLIGHT = 3
 
 
-class Slot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class Slot:
     """A parameter's place: its bucket and its index there."""
 
     bucket: Bucket
     index: int
+
+    def __reduce__(self) -> Any:
+        """A slot does not travel: the parameter's copy or pickle is a plain one."""
+        return type(None), ()
 
 
 _ids = itertools.count()
@@ -63,7 +69,7 @@ def full_numel(param: Tensor) -> int:
 class ZeroParameter(nn.Parameter):
     """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @property
     def ds_id(self) -> int:
@@ -95,7 +101,8 @@ class ZeroParameter(nn.Parameter):
     @property
     def ds_tensor(self) -> Tensor:
         """This rank's elements, 1-D; empty if other ranks hold them all."""
-        bucket, index = self._zero_slot  # type: ignore[attr-defined]
+        slot = self._zero_slot  # type: ignore[attr-defined]
+        bucket, index = slot.bucket, slot.index
         for piece in bucket.layout.pieces(bucket.exchange.rank):
             if piece.param == index:
                 return bucket.shard.narrow(0, piece.in_shard, piece.numel)
@@ -132,7 +139,7 @@ class ZeroParameter(nn.Parameter):
         memo[id(self)] = copy
         return copy
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + Tensor.__repr__(self)
 
 
@@ -179,7 +186,7 @@ _METHODS = (
 )
 _ANSWERED = {
     *_attribute(_READABLE, "__get__"),
-    *_attribute("requires_grad grad data _backward_hooks _post_accumulate_grad_hooks", "__set__"),
+    *_attribute("requires_grad grad _backward_hooks _post_accumulate_grad_hooks", "__set__"),
     *_attribute("grad", "__delete__"),
     *(getattr(Tensor, name) for name in _METHODS.split()),
     torch.is_floating_point,
@@ -207,15 +214,22 @@ class _Sharded(Tensor):
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        for value in _sharded_in(args, kwargs):
-            bucket = value._zero_slot.bucket
-            if isinstance(value, ShardedParameter) and any(resolve(bucket, func) for resolve in list(_resolvers)):
-                continue
-            if func in _HANDED_OUT:
-                with torch._C.DisableTorchFunctionSubclass():
-                    return _placeholder(value)
-            raise ShardError(refusal(value, func))
-        return func(*args, **kwargs)
+        held = []
+        try:
+            for value in _sharded_in(args, kwargs):
+                bucket = value._zero_slot.bucket
+                if isinstance(value, ShardedParameter) and any(resolve(bucket, func) for resolve in list(_resolvers)):
+                    bucket.hold()
+                    held.append(bucket)
+                elif func in _HANDED_OUT:
+                    with torch._C.DisableTorchFunctionSubclass():
+                        return _placeholder(value)
+                else:
+                    raise ShardError(refusal(value, func))
+            return func(*args, **kwargs)
+        finally:
+            for bucket in held:
+                bucket.let_go()
 
 
 class ShardedParameter(_Sharded, ZeroParameter):
@@ -229,7 +243,7 @@ class ShardedParameter(_Sharded, ZeroParameter):
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ShardError(refusal(self, "pickle"))
 
-    def __repr__(self) -> str:
+    def __repr__(self) -> str:  # type: ignore[override]
         slot = slot_of(self)
         assert slot is not None
         return f"ShardedParameter({slot.bucket.names[slot.index]}, shape={tuple(self.ds_shape)}, here={self.partition_numel()})"
@@ -255,12 +269,12 @@ def refusal(param: Tensor, func: Callable[..., Any] | str) -> str:
     """The message for a use of a sharded parameter that nobody can answer."""
     slot = slot_of(param)
     assert slot is not None, "only managed parameters are sharded"
-    bucket, index = slot
+    bucket, index = slot.bucket, slot.index
     here = sum(piece.numel for piece in bucket.layout.pieces(bucket.exchange.rank) if piece.param == index)
     use = func if isinstance(func, str) else getattr(func, "__name__", str(func)).strip("_")
     return (
         f"[rank {current_rank()}]: {bucket.names[index]} is sharded and cannot be used in {use!r}; full shape "
         f"{tuple(bucket.shapes[index])}, this rank holds {here} of {bucket.layout.numels[index]} elements.\n"
         "  Wrap the access in `with deepspeed.zero.GatheredParameters([param]):` on every rank; to save the model use "
-        "engine.save_16bit_model() or engine.save_checkpoint()."
+        "engine.save_16bit_model(folder)."
     )

@@ -20,6 +20,7 @@ offload is the third field of a placement.
 from __future__ import annotations
 
 import enum
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -65,7 +66,7 @@ class ZeroPolicy:
 
     def __post_init__(self) -> None:
         ladder = (self.parameters, self.gradients, self.optimizer)
-        for inner, outer in zip(ladder, ladder[1:], strict=False):
+        for inner, outer in itertools.pairwise(ladder):
             assert set(inner.sharded_over) <= set(outer.sharded_over), f"{inner} is sharded where {outer} is not"
 
     @property

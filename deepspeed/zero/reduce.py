@@ -38,20 +38,36 @@ the reduction, and waiting for it would be waiting for each other. Those that ar
 """
 
 
+class FlatBuffer:
+    """A flat buffer and the views that buckets of its size have of it, made once each."""
+
+    def __init__(self, flat: Tensor) -> None:
+        self.flat = flat
+        self._views: dict[int, list[Tensor]] = {}
+
+    def views_of(self, bucket: Bucket) -> list[Tensor]:
+        """The parameters' views, in their shapes."""
+        if id(bucket) not in self._views:
+            self._views[id(bucket)] = bucket.split(self.flat)
+        return self._views[id(bucket)]
+
+
 class FlatPool:
-    """Flat buffers lent to reductions and taken back: a few equal sizes, reused, so that memory is not mapped anew."""
+    """Flat buffers lent to reductions and taken back: a few of each size, reused, so that memory is not mapped anew."""
 
     def __init__(self) -> None:
-        self._free: dict[tuple[int, torch.dtype, torch.device], list[Tensor]] = {}
+        self._free: dict[tuple[int, torch.dtype], list[FlatBuffer]] = {}
 
-    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """An uninitialised 1-D tensor."""
-        free = self._free.get((numel, dtype, device))
-        return free.pop() if free else torch.empty(numel, dtype=dtype, device=device)
+    def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatBuffer:
+        """A 1-D buffer, uninitialised."""
+        free = self._free.get((numel, dtype))
+        return free.pop() if free else FlatBuffer(torch.empty(numel, dtype=dtype, device=device))
 
-    def give_back(self, flat: Tensor) -> None:
-        """Return a buffer that nothing reads any more."""
-        self._free.setdefault((flat.numel(), flat.dtype, flat.device), []).append(flat)
+    def give_back(self, buffer: FlatBuffer) -> None:
+        """Return a buffer that nothing reads any more; it is freed if as many wait as are normally on the wire."""
+        free = self._free.setdefault((buffer.flat.numel(), buffer.flat.dtype), [])
+        if len(free) < MAX_IN_FLIGHT:
+            free.append(buffer)
 
     def clear(self) -> None:
         """Free what is not lent."""
@@ -60,7 +76,7 @@ class FlatPool:
     @property
     def nbytes(self) -> int:
         """Bytes kept for reuse."""
-        return sum(flat.nbytes for flats in self._free.values() for flat in flats)
+        return sum(buffer.flat.nbytes for buffers in self._free.values() for buffer in buffers)
 
 
 class BucketGradients:
@@ -88,8 +104,12 @@ class BucketGradients:
             self.flat = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
             self.views = bucket.split(self.flat)
             self.result = bucket.own_slice(self.flat) if delivers_shard else self.flat
+        self.used: set[int] = set()
+        """Parameters that had a gradient in this step, unless `all_used`."""
+        self.all_used = False
         self._carry: Tensor | None = None
-        self._lent: deque[Tensor] = deque()
+        self._borrowed: FlatBuffer | None = None
+        self._on_wire: deque[FlatBuffer] = deque()
 
     @property
     def has_arrivals(self) -> bool:
@@ -99,26 +119,44 @@ class BucketGradients:
     def lay_down(self) -> None:
         """Move what arrived into the flat buffer; missing gradients are zeros."""
         if self.flat is None:
-            self.flat = self.pool.take(self.bucket.layout.padded_numel, self.dtype, self.bucket.full.device)
+            self._borrowed = self.pool.take(self.bucket.layout.padded_numel, self.dtype, self.bucket.full.device)
+            self.flat, self.views = self._borrowed.flat, self._borrowed.views_of(self.bucket)
             self.flat[self.bucket.layout.numel :].zero_()
-            self.views = self.bucket.split(self.flat)
         elif self.is_reduced and not self.is_sharded:
             # A backward after the reduction: put the result aside, it is added back when this one is reduced.
             self._carry = self.result.clone()
             self.is_reduced = False
             self.has_local = False
-        here = [i for i, gradient in enumerate(self.arrived) if gradient is not None]
-        gradients = [self.arrived[i] for i in here]
-        views = [self.views[i] for i in here]
+        here = [
+            (view, gradient) for view, gradient in zip(self.views, self.arrived, strict=True) if gradient is not None
+        ]
+        views, gradients = [view for view, _ in here], [gradient for _, gradient in here]
         if gradients and self.has_local:
             torch._foreach_add_(views, gradients)
         elif gradients:
             torch._foreach_copy_(views, gradients)
+        if len(here) == len(self.arrived):
+            self.all_used = True
+        else:
+            self.used.update(i for i, gradient in enumerate(self.arrived) if gradient is not None)
         if not self.has_local and len(here) < len(self.arrived):
             torch._foreach_zero_([view for i, view in enumerate(self.views) if self.arrived[i] is None])
         self.has_local = True
         self.arrived = [None] * len(self.arrived)
         self.num_missing = len(self.arrived)
+
+    @property
+    def misses_any(self) -> bool:
+        """Whether a parameter had no gradient on this rank in this step."""
+        return not self.all_used and len(self.used) < len(self.bucket.params)
+
+    def take_missed_flag(self) -> Tensor:
+        """[1], above 0 if any rank missed a gradient: travels in the padding's last element where every rank gets the
+        whole sum (O replicated). Call once after the reduction; the element is zero again after it."""
+        assert self.flat is not None
+        flag = self.flat[-1:].clone()
+        self.flat[-1:].zero_()
+        return flag
 
     def start_reduce(self, exchange: Exchange, predivide: float, divide_by: float, dtype: torch.dtype) -> Pending:
         """Start averaging the flat buffer over the ranks, into `result`; on the wire in `dtype`."""
@@ -129,11 +167,14 @@ class BucketGradients:
         if self.is_sharded:
             pending = exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=self.is_reduced)
             # The flat buffer belongs to the reduction now; the next backward takes another.
-            self._lent.append(self.flat)
-            self.flat, self.has_local, self.is_reduced = None, False, True
+            assert self._borrowed is not None
+            self._on_wire.append(self._borrowed)
+            self._let_go()
+            self.has_local, self.is_reduced = False, True
             return pending
         if self.delivers_shard:
             return exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=False)
+        wire[-1:].fill_(float(self.misses_any))
         pending = exchange.start_all_reduce(wire, divide_by=divide_by)
         if wire is not self.flat:
             pending.wait()
@@ -143,7 +184,7 @@ class BucketGradients:
     def finish_reduce(self) -> None:
         """Settle after the reduction ended: give back what was borrowed, add what was put aside."""
         if self.is_sharded:
-            self.pool.give_back(self._lent.popleft())
+            self.pool.give_back(self._on_wire.popleft())
             return
         if self._carry is not None:
             self.result.add_(self._carry)
@@ -154,11 +195,15 @@ class BucketGradients:
         """Forget this step's gradients, keeping the memory."""
         self.arrived = [None] * len(self.arrived)
         self.num_missing = len(self.arrived)
-        self.is_reduced = self.has_local = False
+        self.is_reduced = self.has_local = self.all_used = False
+        self.used.clear()
         self._carry = None
-        if self.is_sharded and self.flat is not None:
-            self.pool.give_back(self.flat)
-            self.flat = None
+        if self._borrowed is not None:
+            self.pool.give_back(self._borrowed)
+            self._let_go()
+
+    def _let_go(self) -> None:
+        self._borrowed, self.flat, self.views = None, None, []
 
     @property
     def nbytes(self) -> int:
@@ -227,6 +272,8 @@ class Reducer:
                 "  Call engine(...) or engine.backward(loss) so that the engine sees the new backward begin."
             )
         gradient, param.grad = param.grad, None
+        if gradient is not None and gradient.is_sparse:
+            gradient = gradient.to_dense()
         self.saw_backward = True
         before = gradients.arrived[index]
         if before is not None:
@@ -320,11 +367,11 @@ class Reducer:
     def expose(self) -> None:
         """Show reduced, replicated gradients as `param.grad` (stage 0), as views, until `hide`."""
         for gradients in self.gradients:
-            if gradients.is_reduced and not gradients.is_sharded and not gradients.delivers_shard:
-                if gradients.dtype == gradients.bucket.dtype:
-                    for param, view in zip(gradients.bucket.params, gradients.views, strict=True):
-                        param.grad = view
-                    self.num_exposed += 1
+            is_whole = gradients.is_reduced and not gradients.is_sharded and not gradients.delivers_shard
+            if is_whole and gradients.dtype == gradients.bucket.dtype:
+                for param, view in zip(gradients.bucket.params, gradients.views, strict=True):
+                    param.grad = view
+                self.num_exposed += 1
 
     def hide(self) -> None:
         """Take the views back, before autograd could add to them."""
@@ -356,8 +403,10 @@ class Reducer:
         assert sorted(order) == list(range(len(self.gradients))), f"not an order of all buckets: {order}"
         self.order = [self.gradients[i] for i in order]
 
-    def detach(self) -> None:
-        """Remove the hooks."""
+    def close(self) -> None:
+        """Forget gradients, remove the hooks, free the memory that was kept for reuse."""
+        self.drop()
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self.pool.clear()

@@ -45,7 +45,9 @@ class TiledLinear(nn.Module):
         super().__init__()
         for name, splits, features in (("in", in_splits, in_features), ("out", out_splits, out_features)):
             if not 1 <= splits <= features:
-                raise RuntimeError(f"TiledLinear: {name}_splits = {splits} is not in [1, {name}_features = {features}].")
+                raise RuntimeError(
+                    f"TiledLinear: {name}_splits = {splits} is not in [1, {name}_features = {features}]."
+                )
         self.in_features, self.out_features = in_features, out_features
         self.in_splits, self.out_splits = in_splits, out_splits
         self.use_bias = bias

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -84,7 +83,9 @@ def mean_over_ranks(loss: Tensor) -> float:
 def whole_weights(engine: Any) -> dict[str, Tensor]:
     """Every parameter and buffer, whole; trained ones from their fp32 masters."""
     module = engine.module
-    masters = {n: deepspeed.utils.safe_get_full_fp32_param(p) for n, p in module.named_parameters(remove_duplicate=False)}
+    masters = {
+        n: deepspeed.utils.safe_get_full_fp32_param(p) for n, p in module.named_parameters(remove_duplicate=False)
+    }
     state = engine._zero3_consolidated_16bit_state_dict()
     state = state if state is not None else {}
     return {name: value if masters.get(name) is None else masters[name].clone() for name, value in state.items()}
@@ -109,7 +110,9 @@ def train(
 ) -> Run:
     """Train the test model `name` on this rank's share; `samples` per micro-batch over all ranks."""
     model = build(name)
-    batches = make_batches(model, num_steps=num_steps, accumulation=config["gradient_accumulation_steps"], samples=samples)
+    batches = make_batches(
+        model, num_steps=num_steps, accumulation=config["gradient_accumulation_steps"], samples=samples
+    )
     run = Run()
     with engine_of(model, config, **(make_kwargs(model) if make_kwargs else {})) as engine:
         if prepare:

@@ -22,7 +22,9 @@ def adamw(params: Any) -> torch.optim.Optimizer:
 
 
 @functools.lru_cache(maxsize=None)
-def oracle(name: str, num_steps: int, accumulation: int, clip: float, world_size: int = 1, dtype: Any = torch.float32) -> Trained:
+def oracle(
+    name: str, num_steps: int, accumulation: int, clip: float, world_size: int = 1, dtype: Any = torch.float32
+) -> Trained:
     model = build(name)
     batches = make_batches(model, num_steps=num_steps, accumulation=accumulation, samples=SAMPLES)
     return train_plain(model, batches, adamw, clip=clip, world_size=world_size, dtype=dtype)
@@ -39,13 +41,13 @@ def assert_equals(run: Any, expected: Trained, loss_tolerance: float = 1e-5, wei
 @pytest.mark.parametrize("stage", STAGES)
 def test_twenty_steps_of_fp32_equal_plain_pytorch(stage: int, world_size: int, accumulation: int, clip: float) -> None:
     config = make_config(stage, micro=SAMPLES // world_size, accumulation=accumulation, clip=clip)
-    run, *_ = run_ranks(world_size, train, "gpt_tied", config, num_steps=20)
-    expected = oracle("gpt_tied", 20, accumulation, clip)
+    run, *_ = run_ranks(world_size, train, "example", config, num_steps=20)
+    expected = oracle("example", 20, accumulation, clip)
     assert_equals(run, expected)
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
-@pytest.mark.parametrize("name", sorted(set(MODELS) - {"gpt_tied"}))
+@pytest.mark.parametrize("name", sorted(set(MODELS) - {"example"}))
 @pytest.mark.parametrize("stage", STAGES)
 def test_models_that_use_parameters_in_every_way_equal_plain_pytorch(stage: int, name: str) -> None:
     config = make_config(stage, micro=SAMPLES // 2, accumulation=2, zero={"stage3_max_reuse_distance": 300})
@@ -56,7 +58,9 @@ def test_models_that_use_parameters_in_every_way_equal_plain_pytorch(stage: int,
 @pytest.mark.parametrize("stage", STAGES)
 def test_overlap_on_and_off_agree_bit_for_bit(stage: int) -> None:
     runs = [
-        run_ranks(2, train, "gpt_untied", make_config(stage, micro=3, accumulation=2, zero={"overlap_comm": overlap}))[0]
+        run_ranks(2, train, "gpt_untied", make_config(stage, micro=3, accumulation=2, zero={"overlap_comm": overlap}))[
+            0
+        ]
         for overlap in (True, False)
     ]
     assert runs[0].losses == runs[1].losses
@@ -81,7 +85,7 @@ def test_bf16_follows_the_same_mixed_precision_policy(stage: int, accumulation: 
 
 def native_products(engine: Any) -> None:
     """Multiply as plain PyTorch does on this CPU, so that roundings can be compared."""
-    engine._widens = False
+    engine._widening.detach()
 
 
 def mixed(name: str, num_steps: int, accumulation: int, dtype: torch.dtype, stage: int, **kwargs: Any) -> Trained:
@@ -128,7 +132,9 @@ def test_shard_groups_smaller_than_the_world_give_the_same_numbers(stage: int, s
 
 
 def test_secondary_partition_gives_the_same_numbers() -> None:
-    config = make_config(3, micro=1, accumulation=2, clip=0.5, zero={"zero_hpz_partition_size": 2, "stage3_max_reuse_distance": 0})
+    config = make_config(
+        3, micro=1, accumulation=2, clip=0.5, zero={"zero_hpz_partition_size": 2, "stage3_max_reuse_distance": 0}
+    )
     run, *_ = run_ranks(4, train, "gpt_tied", config, num_steps=4, samples=4)
     model = build("gpt_tied")
     batches = make_batches(model, num_steps=4, accumulation=2, samples=4)

@@ -1,0 +1,225 @@
+"""Whole values for users: gather contexts, external parameters, and the `safe_*` functions at every stage."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspeed
+from deepspeed.utils.errors import ShardError
+from deepspeed.zero import GatheredParameters, ZeroParamStatus
+from tests.engine.runs import EPS, LR
+from tests.harness import run_ranks
+from tests.models import build, make_batches, total_loss
+from tests.zero.sharded import ROWS, backward, sharded_engine, step, whole_values
+
+STAGES = (0, 1, 2, 3)
+
+
+def changes(rank: int, world_size: int) -> dict[str, Any]:
+    with sharded_engine(rank, world_size, bf16={"enabled": True}) as engine:
+        weight, bias = engine.module.head.weight, engine.module.head.bias
+        found: dict[str, Any] = {}
+        with GatheredParameters([weight, bias]):
+            found["inside"] = (weight.numel(), tuple(bias.shape), weight.ds_status, type(weight).__name__)
+            before = weight.detach().clone()
+            weight.data.add_(1)
+        with GatheredParameters(weight):
+            found["discarded"] = torch.equal(weight, before)
+        with GatheredParameters(weight, modifier_rank=1):
+            if rank == 1:
+                weight.data.fill_(3.0)
+        with GatheredParameters(p for p in [weight, weight]):
+            found["kept"] = bool((weight == 3.0).all())
+        found["master"] = bool((deepspeed.utils.safe_get_full_fp32_param(weight) == 3.0).all())
+        with GatheredParameters((bias,), modifier_rank=0):
+            bias.data = torch.full((4,), float(2 - rank), dtype=bias.dtype)
+        with GatheredParameters(bias):
+            found["assigned"] = bias.tolist()
+        with pytest.raises(ShardError, match=r"head.bias was given data of shape \(5,\); its shape is \(4,\)"):
+            with GatheredParameters(bias, modifier_rank=0):
+                bias.data = torch.zeros(5)
+        return found
+
+
+def test_a_gather_context_reads_and_keeps_what_the_modifier_rank_changed() -> None:
+    for found in run_ranks(2, changes):
+        assert found == {
+            "inside": (64, (4,), ZeroParamStatus.AVAILABLE, "ZeroParameter"),
+            "discarded": True,
+            "kept": True,
+            "master": True,
+            "assigned": [2.0] * 4,
+        }
+
+
+def shapes_of_use(rank: int, world_size: int) -> None:
+    with sharded_engine(rank, world_size) as engine:
+        weight, bias = engine.module.head.weight, engine.module.head.bias
+        plain, buffer = nn.Parameter(torch.full((2,), float(rank))), torch.full((2,), float(rank))
+        with GatheredParameters([]), GatheredParameters([], modifier_rank=0):
+            pass
+        with GatheredParameters([plain, weight, buffer, weight], modifier_rank=0):
+            assert weight.numel() == 64
+        assert plain[0] == buffer[0] == rank, "what is not sharded is left alone"
+        with GatheredParameters(weight):
+            with GatheredParameters([weight, bias], modifier_rank=0):
+                weight.data.fill_(5.0)
+            assert weight.numel() == 64, "the outer context still holds it"
+        assert weight.numel() == 0
+        with GatheredParameters(weight, enabled=False), pytest.raises(ShardError):
+            weight + 1
+        with pytest.raises(ZeroDivisionError), GatheredParameters(weight, modifier_rank=0):
+            raise ZeroDivisionError
+        assert weight.numel() == 0
+        with GatheredParameters(engine.module.parameters()):
+            copied = copy.deepcopy(engine.module)
+        values = whole_values(engine.module)
+        for name, param in copied.named_parameters():
+            assert type(param) is nn.Parameter
+            assert not hasattr(param, "ds_id")
+            assert torch.equal(param, values[name])
+        head = engine.module.head
+        with GatheredParameters([weight, bias], modifier_rank=0):
+            head.weight = nn.Parameter(torch.zeros(6, 16))
+        assert weight.numel() == 0
+        assert head.weight.shape == (6, 16)
+        head.weight = weight
+
+
+def test_a_gather_context_takes_any_mixture_of_tensors_and_nests() -> None:
+    run_ranks(2, shapes_of_use)
+
+
+def test_plain_models_may_be_gathered_without_any_engine() -> None:
+    layer = nn.Linear(2, 2)
+    with GatheredParameters(layer.parameters(), modifier_rank=0, fwd_module=layer):
+        layer.weight.data.zero_()
+    assert not layer.weight.any()
+
+
+def test_external_parameters_want_a_module_and_a_parameter() -> None:
+    layer = nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="the first argument is a str, not an nn.Module"):
+        deepspeed.zero.register_external_parameter("layer", layer.weight)  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="the second argument is a Tensor, not an nn.Parameter"):
+        deepspeed.zero.register_external_parameter(layer, torch.ones(1))  # type: ignore[arg-type]
+    with pytest.raises(RuntimeError, match="was not registered with Linear"):
+        deepspeed.zero.unregister_external_parameter(layer, layer.weight)
+    deepspeed.zero.register_external_parameter(layer, layer.weight)
+    deepspeed.zero.unregister_external_parameter(layer, layer.weight)
+
+
+def external(rank: int, world_size: int) -> bool:
+    with sharded_engine(rank, world_size, name="outside_use") as engine:
+        model = engine.module
+        deepspeed.zero.register_external_parameter(model.borrower, model.lender.weight)
+        first = step(engine, rank, world_size)
+        return bool(step(engine, rank, world_size) < first)
+
+
+def test_a_registered_external_parameter_trains() -> None:
+    assert all(run_ranks(2, external))
+
+
+def full_values(rank: int, world_size: int, stage: int) -> dict[str, dict[str, Tensor]]:
+    """Everything the getters give around one step, and what setters change."""
+    utils = deepspeed.utils
+    with sharded_engine(rank, world_size, stage) as engine:
+        named = dict(engine.module.named_parameters())
+        backward(engine, rank, world_size)
+        grads = {n: utils.safe_get_full_grad(p).clone() for n, p in named.items()}
+        engine.step()
+        masters = {n: utils.safe_get_full_fp32_param(p).clone() for n, p in named.items()}
+        moments = {n: utils.safe_get_full_optimizer_state(p, "exp_avg").clone() for n, p in named.items()}
+        written = {}
+        for name, param in named.items():
+            value = torch.arange(param.ds_numel if stage == 3 else param.numel(), dtype=torch.float32)
+            value = value.view(masters[name].shape)
+            utils.safe_set_full_fp32_param(param, value)
+            utils.safe_set_full_optimizer_state(param, value + 1, "exp_avg_sq")
+            ok = torch.equal(utils.safe_get_full_fp32_param(param), value)
+            ok &= torch.equal(utils.safe_get_full_optimizer_state(param, "exp_avg_sq"), value + 1)
+            written[name] = torch.tensor(ok)
+        backward(engine, rank, world_size)
+        utils.safe_update_full_grad_vectorized(list(named.values()), lambda grad, param: grad * 0 + 2)
+        for name, param in named.items():
+            written[name] &= bool((utils.safe_get_full_grad(param) == 2).all())
+            utils.safe_set_full_grad(param, torch.zeros_like(masters[name]))
+            written[name] &= not utils.safe_get_full_grad(param).any()
+        engine.step()
+        written["norm"] = torch.tensor(engine.get_global_grad_norm() == 0)
+        return {"grads": grads, "masters": masters, "moments": moments, "written": written}
+
+
+def oracle_values() -> dict[str, dict[str, Tensor]]:
+    model = build("mlp")
+    ((batch,),) = make_batches(model, num_steps=1, accumulation=1, samples=ROWS)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, eps=EPS)
+    total_loss(model(*batch)).backward()
+    grads = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+    optimizer.step()
+    moments = {n: optimizer.state[p]["exp_avg"] for n, p in model.named_parameters()}
+    return {"grads": grads, "masters": {n: p.detach() for n, p in model.named_parameters()}, "moments": moments}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_full_masters_states_and_gradients_are_those_of_plain_pytorch_and_can_be_set(stage: int) -> None:
+    expected = oracle_values()
+    for found in run_ranks(2, full_values, stage):
+        for kind, values in expected.items():
+            for name, value in values.items():
+                torch.testing.assert_close(found[kind][name], value, rtol=1e-4, atol=1e-6)
+        assert all(found["written"].values()), found["written"]
+
+
+def local_values(rank: int, world_size: int) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    utils = deepspeed.utils
+    with sharded_engine(rank, world_size) as engine:
+        named = dict(engine.module.named_parameters())
+        backward(engine, rank, world_size)
+        found = {}
+        grads = {name: utils.safe_get_local_grad(param).clone() for name, param in named.items()}
+        for name, param in named.items():
+            utils.safe_set_local_grad(param, grads[name] * 2)
+            assert torch.equal(utils.safe_get_local_grad(param), grads[name] * 2)
+            utils.safe_set_local_grad(param, grads[name])
+        engine.step()
+        for name, param in named.items():
+            master = utils.safe_get_local_fp32_param(param).clone()
+            moment = utils.safe_get_local_optimizer_state(param, "exp_avg").clone()
+            utils.safe_set_local_fp32_param(param, master + 1)
+            utils.safe_set_local_optimizer_state(param, moment + 1, "exp_avg")
+            assert torch.equal(utils.safe_get_local_fp32_param(param), master + 1)
+            assert torch.equal(utils.safe_get_local_optimizer_state(param, "exp_avg"), moment + 1)
+            found[name] = (grads[name], master, moment)
+        return found
+
+
+def test_the_local_values_of_all_ranks_together_are_the_full_ones() -> None:
+    expected = oracle_values()
+    per_rank = run_ranks(2, local_values)
+    for i, kind in enumerate(("grads", "masters", "moments")):
+        for name, value in expected[kind].items():
+            joined = torch.cat([found[name][i] for found in per_rank])
+            torch.testing.assert_close(joined, value.flatten(), rtol=1e-4, atol=1e-6)
+
+
+def misuse(rank: int, world_size: int) -> None:
+    with sharded_engine(rank, world_size, stage=2) as engine:
+        bias = engine.module.head.bias
+        with pytest.raises(ShardError, match="sharded by ZeRO stage 3; this one is whole"):
+            deepspeed.utils.safe_get_local_fp32_param(bias)
+        with pytest.raises(ShardError, match=r"value has 3 elements, the parameter \(4,\) has 4"):
+            deepspeed.utils.safe_set_full_fp32_param(bias, torch.zeros(3))
+    stray = nn.Parameter(torch.zeros(1))
+    assert deepspeed.utils.safe_get_full_fp32_param(stray) is None
+    assert deepspeed.utils.safe_get_full_grad(stray) is None
+
+
+def test_misused_accessors_say_what_is_wrong() -> None:
+    run_ranks(2, misuse)
