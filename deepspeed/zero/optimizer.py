@@ -25,6 +25,7 @@ from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Needs, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import BucketLayout, RunSpan
 from deepspeed.zero.policy import ZeroPolicy
@@ -149,6 +150,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 tensors[group].append(tensor)
         for param_group, members in zip(self.optimizer.param_groups, tensors, strict=True):
             param_group["params"] = members
+        if self.optimizer.state:
+            warn_once(
+                f"{type(self.optimizer).__name__} was given with state from earlier steps; it starts anew, since its parameters "
+                "are laid out differently now."
+            )
         self.optimizer.state.clear()
         self._gives_whole = gives_whole
         if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not gives_whole:

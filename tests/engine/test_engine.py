@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import inspect
 import pathlib
 from argparse import Namespace
@@ -392,3 +393,17 @@ def save_without_leave(rank: int, world_size: int, folder: str) -> bool:
 def test_save_16bit_model_at_stage_3_writes_nothing_unless_gathering_is_allowed(tmp_path: pathlib.Path) -> None:
     assert run_ranks(2, save_without_leave, str(tmp_path)) == [False, False]
     assert not list(tmp_path.iterdir())
+
+
+def without_gc(rank: int, world_size: int) -> tuple[bool, int]:
+    try:
+        with engine_of(build("mlp"), make_config(1, micro=1, disable_python_gc=True)) as engine:
+            return gc.isenabled(), engine.collect_python_gc()
+    finally:
+        gc.enable()
+
+
+def test_disable_python_gc_leaves_collecting_to_the_caller() -> None:
+    ((is_enabled, found),) = run_ranks(1, without_gc)
+    assert not is_enabled
+    assert found >= 0
