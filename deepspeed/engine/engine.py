@@ -29,14 +29,14 @@ from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
-from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
+from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.mesh import Mesh
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
-from deepspeed.zero.access import GatheredParameters, trainers
+from deepspeed.zero.access import trainers
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
@@ -807,6 +807,3 @@ def _detach_hooks(hooks: ModuleHooks) -> None:
     hooks.detach()
     for module in hooks.users:
         module.__dict__.pop("forward", None)
-
-
-__all__ = ["DeepSpeedEngine", "GatheredParameters", "RepeatingLoader"]
