@@ -32,8 +32,7 @@ from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.tiers import InMemory, Rest, Transfer
-from deepspeed.tiers.nvme import TierError
-from deepspeed.utils.errors import ShardError
+from deepspeed.utils.errors import ShardError, TierError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 

@@ -37,7 +37,7 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeed.tiers.nvme import TierError
+from deepspeed.utils.errors import TierError
 from deepspeed.zero.bucket import Bucket, BucketState, LoadQueue
 
 Agree = Callable[[int, int], list[tuple[int, int]]]

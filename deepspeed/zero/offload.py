@@ -12,9 +12,11 @@ from pathlib import Path
 
 import torch
 
+from deepspeed import comm
 from deepspeed.config import Config
 from deepspeed.tiers import Tier
 from deepspeed.tiers.nvme import NvmeStore
+from deepspeed.tiers.swap_folder import SwapFolder
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 
@@ -26,7 +28,7 @@ def open_store(config: Config, path: Path) -> NvmeStore:
     path = path.resolve()
     store = _stores.get(path)
     if store is None:
-        store = _stores[path] = NvmeStore(path, config.aio)
+        store = _stores[path] = NvmeStore(SwapFolder(path, comm.get_rank()), config.aio)
     return store
 
 

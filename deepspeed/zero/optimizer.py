@@ -26,8 +26,7 @@ from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Needs, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
-from deepspeed.tiers.nvme import TierError
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan

@@ -30,8 +30,7 @@ from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.tiers import InMemory, Rest, Transfer
-from deepspeed.tiers.nvme import TierError
-from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.policy import ZeroPolicy
 
