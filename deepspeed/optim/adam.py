@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim import kernels
+from deepspeed.optim.cpu import CpuOptimizer, State, state_dtype
+from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -60,11 +62,6 @@ def _new_state(param: Tensor, fp32_states: bool) -> dict[str, Tensor]:
         "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
         "exp_avg_sq": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
     }
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """fp32, or wider where the parameter is."""
-    return torch.promote_types(param.dtype, torch.float32)
 
 
 class FusedAdam(ShardableOptimizer):
@@ -121,10 +118,11 @@ class FusedAdam(ShardableOptimizer):
         return loss
 
 
-class DeepSpeedCPUAdam(ShardableOptimizer):
+class DeepSpeedCPUAdam(CpuOptimizer):
     """`FusedAdam` for parameters in main memory, with fp32 moments unless `fp32_optimizer_states` is False."""
 
     needs = Needs.ELEMENTWISE
+    state_keys = ("exp_avg", "exp_avg_sq")
 
     def __init__(
         self,
@@ -142,19 +140,21 @@ class DeepSpeedCPUAdam(ShardableOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, _defaults(lr, bias_correction, betas, eps, weight_decay, amsgrad))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every tensor that has a gradient. Raises DeepSpeedError for a tensor not on the CPU."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            self._step_tensors(group)
-        return loss
-
-    @torch.no_grad()
-    def step_subgroup(self, subgroup_id: int) -> None:
-        """Update only the tensor at this position, counted through all groups."""
-        group, param = self._subgroup(subgroup_id)
-        self._step_tensors({**group, "params": [param]})
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lows: Lows | None,
+        grad_factor: float,
+    ) -> None:
+        steps = [state["step"] for state in states]
+        kernels.count_steps_(steps)
+        kernels.adam_(
+            params, grads, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], steps,
+            decoupled=self.adam_w_mode, lows=lows, grad_factor=grad_factor, **adam_settings(group),
+        )  # fmt: skip
 
     @torch.no_grad()
     def rollback_subgroup(self, subgroup_id: int) -> None:
@@ -171,18 +171,6 @@ class DeepSpeedCPUAdam(ShardableOptimizer):
             decoupled=self.adam_w_mode, **adam_settings(group),
         )  # fmt: skip
 
-    def _step_tensors(self, group: dict[str, Any]) -> None:
-        batches = adam_batches(self, group, fp32_states=self.fp32_optimizer_states)
-        for (device, _), batch in batches.items():
-            check_on_cpu(self, device)
-            adam_step_(batch, group, decoupled=self.adam_w_mode)
-
-    def _subgroup(self, subgroup_id: int) -> tuple[dict[str, Any], Tensor]:
-        members = [(group, param) for group in self.param_groups for param in group["params"]]
-        if not 0 <= subgroup_id < len(members):
-            raise DeepSpeedError(f"sub-group {subgroup_id} does not exist: this optimizer has {len(members)} tensors.")
-        return members[subgroup_id]
-
 
 def adam_step_(batch: _Batch, group: dict[str, Any], *, decoupled: bool) -> None:
     """Count and take one step of a batch with its group's settings."""
@@ -193,16 +181,6 @@ def adam_step_(batch: _Batch, group: dict[str, Any], *, decoupled: bool) -> None
 def adam_settings(group: dict[str, Any]) -> dict[str, Any]:
     """The keywords of `kernels.adam_` that a group holds; what it has of other optimizers stays behind."""
     return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "bias_correction")}
-
-
-def check_on_cpu(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Raise DeepSpeedError where a CPU optimizer is stepped on a tensor elsewhere."""
-    if device.type != "cpu":
-        name = type(optimizer).__name__
-        raise DeepSpeedError(
-            f"{name} updates parameters in main memory, this one is on {device}.\n"
-            '  Set "zero_optimization": {"offload_optimizer": {"device": "cpu"}}, or use the optimizer\'s device variant.'
-        )
 
 
 def _defaults(
