@@ -17,13 +17,13 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State, state_dtype
+from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
 from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedError
 
 
-class _Batch(NamedTuple):
+class AdamBatch(NamedTuple):
     """Tensors one kernel call may take together; the fields are its leading arguments."""
 
     params: list[Tensor]
@@ -32,36 +32,32 @@ class _Batch(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
 
+    def add(self, param: Tensor, grad: Tensor, state: State) -> None:
+        """One more tensor."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.exp_avgs.append(state["exp_avg"])
+        self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.steps.append(state["step"])
 
-Batches = dict[tuple[torch.device, torch.dtype], _Batch]
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+Batches = dict[tuple[torch.device, torch.dtype], AdamBatch]
 
 
 def adam_batches(optimizer: torch.optim.Optimizer, group: dict[str, Any], *, fp32_states: bool) -> Batches:
     """A group's tensors that have a gradient with their Adam state, made here at first, by device and dtype."""
     batches: Batches = {}
     for param, grad in zip(*with_gradients(group), strict=True):
-        state = optimizer.state[param]
-        if not state:
-            state.update(_new_state(param, fp32_states))
+        dtype = state_dtype(param) if fp32_states else param.dtype
+        state = complete_state(optimizer.state[param], param, ADAM_STATE, dtype)
         key = (param.device, param.dtype)
         batch = batches.get(key)
         if batch is None:
-            batch = batches[key] = _Batch([], [], [], [], [])
-        batch.params.append(param)
-        batch.grads.append(grad)
-        batch.exp_avgs.append(state["exp_avg"])
-        batch.exp_avg_sqs.append(state["exp_avg_sq"])
-        batch.steps.append(state["step"])
+            batch = batches[key] = AdamBatch([], [], [], [], [])
+        batch.add(param, grad, state)
     return batches
-
-
-def _new_state(param: Tensor, fp32_states: bool) -> dict[str, Tensor]:
-    dtype = state_dtype(param) if fp32_states else param.dtype
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-    }
 
 
 class FusedAdam(ShardableOptimizer):
@@ -122,7 +118,7 @@ class DeepSpeedCPUAdam(CpuOptimizer):
     """`FusedAdam` for parameters in main memory, with fp32 moments unless `fp32_optimizer_states` is False."""
 
     needs = Needs.ELEMENTWISE
-    state_keys = ("exp_avg", "exp_avg_sq")
+    state_keys = ADAM_STATE
 
     def __init__(
         self,
@@ -172,7 +168,7 @@ class DeepSpeedCPUAdam(CpuOptimizer):
         )  # fmt: skip
 
 
-def adam_step_(batch: _Batch, group: dict[str, Any], *, decoupled: bool) -> None:
+def adam_step_(batch: AdamBatch, group: dict[str, Any], *, decoupled: bool) -> None:
     """Count and take one step of a batch with its group's settings."""
     kernels.count_steps_(batch.steps)
     kernels.adam_(*batch, decoupled=decoupled, **adam_settings(group))

@@ -26,8 +26,8 @@ State = dict[str, Tensor]
 class CpuOptimizer(ShardableOptimizer, StepsFused):
     """See the module's text. A subclass names its state and writes `_update`."""
 
-    state_keys: ClassVar[tuple[str, ...]]
-    """State tensors with their parameter's numel."""
+    state_keys: ClassVar[tuple[str, ...]] = ()
+    """State tensors with their parameter's numel, where they are the same for every group."""
 
     fp32_optimizer_states = True
     """Whether those are fp32 (or wider, where a parameter is). Otherwise they have the parameter's dtype; of an fp32
@@ -45,10 +45,15 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
     ) -> None:
         """One step of tensors of one group; the states are complete."""
 
+    def state_keys_of(self, group: dict[str, Any]) -> tuple[str, ...]:
+        """State tensors with their parameter's numel."""
+        return self.state_keys
+
     @property
     def state_names(self) -> dict[str, torch.dtype]:
-        """The state tensors of an fp32 master and their dtypes."""
-        return dict.fromkeys(self.state_keys, torch.float32 if self.fp32_optimizer_states else torch.bfloat16)
+        """The state tensors of an fp32 master, in any group, and their dtypes."""
+        names = (key for group in self.param_groups for key in self.state_keys_of(group))
+        return dict.fromkeys(names, torch.float32 if self.fp32_optimizer_states else torch.bfloat16)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
@@ -70,7 +75,7 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
         for group, members in by_group(runs):
             for run in members:
                 check_run(self, run)
-            states = [self._complete(run.master, self._dtype_for(run.master, is_master=True)) for run in members]
+            states = [self._complete(group, run.master, is_master=True) for run in members]
             lows = [run.low for run in members]
             self._update(group, [r.master for r in members], [r.grad for r in members], states, lows, grad_factor)
 
@@ -78,24 +83,17 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
         params, grads = with_gradients(group)
         for param in params:
             check_on_cpu(self, param.device)
-        states = [self._complete(param, self._dtype_for(param, is_master=False)) for param in params]
+        states = [self._complete(group, param, is_master=False) for param in params]
         if params:
             self._update(group, params, grads, states, None, 1.0)
 
-    def _dtype_for(self, param: Tensor, *, is_master: bool) -> torch.dtype:
-        if self.fp32_optimizer_states:
-            return state_dtype(param)
-        return torch.bfloat16 if is_master and param.dtype is torch.float32 else param.dtype
-
-    def _complete(self, param: Tensor, dtype: torch.dtype) -> State:
+    def _complete(self, group: dict[str, Any], param: Tensor, *, is_master: bool) -> State:
         """A tensor's state, with zeros for what it lacks."""
-        state: State = self.state[param]
-        if "step" not in state:
-            state["step"] = torch.zeros((), dtype=torch.float32)
-        for key in self.state_keys:
-            if key not in state:
-                state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        return state
+        if self.fp32_optimizer_states:
+            dtype = state_dtype(param)
+        else:
+            dtype = torch.bfloat16 if is_master and param.dtype is torch.float32 else param.dtype
+        return complete_state(self.state[param], param, self.state_keys_of(group), dtype)
 
     def _subgroup(self, subgroup_id: int) -> tuple[dict[str, Any], Tensor]:
         members = [(group, param) for group in self.param_groups for param in group["params"]]
@@ -107,6 +105,16 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
 def state_dtype(param: Tensor) -> torch.dtype:
     """fp32, or wider where the parameter is."""
     return torch.promote_types(param.dtype, torch.float32)
+
+
+def complete_state(state: State, param: Tensor, keys: Sequence[str], dtype: torch.dtype) -> State:
+    """`state`, after giving it a count of steps and zeros like `param` for the keys it lacks."""
+    if not state.keys() >= {"step", *keys}:
+        state.setdefault("step", torch.zeros((), dtype=torch.float32, device=param.device))
+        for key in keys:
+            if key not in state:
+                state[key] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
+    return state
 
 
 def by_group(runs: Sequence[tuple[dict[str, Any], FusedRun]]) -> list[tuple[dict[str, Any], list[FusedRun]]]:

@@ -1,7 +1,7 @@
 """Lion: the sign of an interpolated momentum, on any device (`FusedLion`) or in main memory (`DeepSpeedCPULion`).
 
 Built by `optim.build` or by the user; stepped by ZeRO on runs, or alone. The arithmetic is `kernels.lion_`.
-State per tensor: `exp_avg`, and `step` in main memory. After arXiv:2302.06675, algorithm 2.
+State per tensor: `step` and `exp_avg`. After arXiv:2302.06675, algorithm 2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State, state_dtype
+from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
 from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 
@@ -44,13 +44,8 @@ class FusedLion(ShardableOptimizer):
         loss = loss_of(closure)
         for group in self.param_groups:
             params, grads = with_gradients(group)
-            for param in params:
-                state = self.state[param]
-                if not state:
-                    state["exp_avg"] = torch.zeros_like(
-                        param, dtype=state_dtype(param), memory_format=torch.preserve_format
-                    )
-            _lion_(group, params, grads, [self.state[param] for param in params])
+            states = [complete_state(self.state[p], p, ("exp_avg",), state_dtype(p)) for p in params]
+            _lion_(group, params, grads, states)
         return loss
 
 
@@ -80,7 +75,6 @@ class DeepSpeedCPULion(CpuOptimizer):
         lows: Lows | None,
         grad_factor: float,
     ) -> None:
-        kernels.count_steps_([state["step"] for state in states])
         _lion_(group, params, grads, states, lows, grad_factor)
 
 
@@ -92,6 +86,9 @@ def _lion_(
     lows: Lows | None = None,
     grad_factor: float = 1.0,
 ) -> None:
+    if not params:
+        return
+    kernels.count_steps_([state["step"] for state in states])
     kernels.lion_(
         params, grads, [state["exp_avg"] for state in states], lows=lows, grad_factor=grad_factor,
         lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"],
