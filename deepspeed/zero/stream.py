@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed.optim.traits import StepsFused
 from deepspeed.tiers import Rest, Transfer
 from deepspeed.zero.master import Master
 from deepspeed.zero.placing import Placing
@@ -127,6 +128,11 @@ class TileStream:
         self.stats = StreamStats()
         self.tile_numel = max(TILE_UNIT, min(TILE_NUMEL, sub_group_numel) // TILE_UNIT * TILE_UNIT)
         self.states: list[dict[str, Rest]] = [{} for _ in masters]
+        self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
+        """States that the optimizer will have: their space is taken now, and they start as zeros in a tile's buffers."""
+        for i, master in enumerate(masters):
+            for name, dtype in self._known.items() if master.is_streamed else ():
+                self._state_rest(i, name, dtype)
         self.tiles = [tile for i, master in enumerate(masters) if master.is_streamed for tile in self._cut(i, master)]
 
     def _cut(self, index: int, master: Master) -> Iterator[Tile]:
@@ -216,7 +222,11 @@ class TileStream:
         began = time.perf_counter()
         tile, values = loaded.tile, loaded.values
         low = values.get(LOW)
+        for name in self._known:
+            if name not in values:
+                values[name] = self._zeros(loaded, name)
         for segment in tile.segments:
+            segment.states.update(self._known)
             segment.param.data = self._part(tile, segment, values[WEIGHTS])
             for name in segment.states:
                 self.optimizer.state[segment.param][name] = self._part(tile, segment, values[name])
@@ -239,17 +249,20 @@ class TileStream:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != numel:
                 continue
-            rest = self._state_rest(loaded.tile.index, name, value.dtype)
+            self._state_rest(loaded.tile.index, name, value.dtype)
             if name not in loaded.values:
-                here = rest.view(loaded.tile.start, loaded.tile.stop)
-                if here is None:
-                    here = loaded.buffers.get(name, loaded.tile.stop - loaded.tile.start, rest.dtype).zero_()
-                loaded.values[name] = here
+                loaded.values[name] = self._zeros(loaded, name)
             part = self._part(loaded.tile, segment, loaded.values[name])
             if part.data_ptr() != value.data_ptr():
                 part.copy_(value)
                 state[name] = part
             segment.states.add(name)
+
+    def _zeros(self, loaded: _Loaded, name: str) -> Tensor:
+        """A tile's elements of a state that it has not had yet."""
+        tile, rest = loaded.tile, self.states[loaded.tile.index][name]
+        here = rest.view(tile.start, tile.stop)
+        return here if here is not None else loaded.buffers.get(name, tile.stop - tile.start, rest.dtype).zero_()
 
     def _state_rest(self, index: int, name: str, dtype: torch.dtype) -> Rest:
         states, master = self.states[index], self.masters[index]
