@@ -96,8 +96,10 @@ class IoQueue(Protocol):
     """Carries requests out, several pieces at a time, in no promised order."""
 
     means: Means
-    busy_s: float
-    """Seconds in which at least one piece was in flight."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one request was under way."""
 
     def start(self, request: Request) -> Ticket:
         """Begin; returns at once."""
