@@ -15,7 +15,7 @@ from torch import Tensor
 
 from deepspeed.tiers.aio import aio_handle, aio_read, aio_write, deepspeed_memcpy
 from deepspeed.tiers.request import Fault, Means
-from deepspeed.utils.errors import TierError
+from deepspeed.utils.errors import NotAvailableError, TierError
 
 SIZES = [0, 1, 4095, 4096, 4097, 65536, 3 * 1024 * 1024 + 5]
 FAULTS = [
@@ -214,3 +214,12 @@ def test_handles_end_their_threads(means: Means) -> None:
         handle(means, intra_op_parallelism=2).sync_pwrite(noise(1), os.devnull)
     gc.collect()
     assert len(os.listdir("/proc/self/task")) <= before
+
+
+def test_builders_load_without_compiling() -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder, GDSBuilder
+
+    assert AsyncIOBuilder().load().aio_handle is aio_handle and AsyncIOBuilder().is_compatible()
+    assert not GDSBuilder().is_compatible()
+    with pytest.raises(NotAvailableError, match="GPUDirect Storage needs CUDA"):
+        GDSBuilder().load()
