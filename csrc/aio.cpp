@@ -61,7 +61,7 @@ constexpr int kMaxBounces = 8;  // per worker: memory, not speed, limits those
 constexpr int kBatch = 4;       // pieces a worker takes at a time, so that several share a request
 
 enum Means { kAuto, kIoUring, kLibaio, kThreads };
-enum Fault { kNoFault, kEio, kEnospc, kShort, kEnd, kFlip };
+enum Fault { kNoFault, kEio, kEnospc, kShort, kEnd, kFlip, kRefuse };
 enum Kind { kFine, kOs, kShortfall, kCorrupt };
 
 struct Failure {
@@ -460,7 +460,7 @@ private:
             if (taken.fault == kShort || taken.fault == kEnd) {
                 taken.vector.iov_len = std::max<size_t>(taken.vector.iov_len / 2 / kPage * kPage, 1);
             }
-            if (!is_direct) return complete(taken, 0);
+            if (!is_direct || taken.fault == kRefuse) return complete(taken, is_direct ? -EINVAL : 0);
             if (!ring_) {
                 ssize_t result = (r.is_write ? pwritev : preadv)(fd, &taken.vector, 1, taken.file_offset);
                 return complete(taken, result < 0 ? -errno : result);

@@ -177,6 +177,8 @@ def _transfer(fd: int, buffered_fd: int, data: memoryview, piece: Piece, is_writ
     while moved < piece.nbytes:
         rest = data[moved : (moved + piece.nbytes) // 2] if fault in (Fault.SHORT, Fault.END) else data[moved:]
         try:
+            if fault is Fault.REFUSE and fd != buffered_fd:
+                raise OSError(errno.EINVAL, "injected")
             now = (os.pwritev if is_write else os.preadv)(fd, [rest], piece.file_offset + moved)
         except OSError as error:
             if error.errno != errno.EINVAL or fd == buffered_fd:

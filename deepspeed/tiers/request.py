@@ -43,6 +43,8 @@ class Fault(IntEnum):
     """Half of it is moved, and no more ever will be."""
     FLIP = 5
     """One bit of what was read is wrong."""
+    REFUSE = 6
+    """Direct I/O is refused although the file could be opened for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -37,7 +37,7 @@ def available(means: Means) -> Means:
 
 @pytest.fixture
 def in_memory() -> Iterator[Path]:
-    """A folder on tmpfs, which refuses O_DIRECT."""
+    """A folder on tmpfs."""
     if not Path("/dev/shm").is_dir():
         pytest.skip("this machine has no /dev/shm")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
@@ -46,13 +46,13 @@ def in_memory() -> Iterator[Path]:
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a file system of its own, of that size: `small_disk("1m", "ro")`."""
+    """Mounts a file system of its own, of that size: `small_disk("1m", "ro")`; `kind` ramfs has no direct I/O."""
     mounted: list[Path] = []
 
-    def mount(nbytes: str, *options: str) -> Path:
+    def mount(nbytes: str, *options: str, kind: str = "tmpfs") -> Path:
         at = tmp_path / f"disk{len(mounted)}"
         at.mkdir()
-        command = ["mount", "-t", "tmpfs", "-o", ",".join((f"size={nbytes}", *options)), "tmpfs", str(at)]
+        command = ["mount", "-t", kind, "-o", ",".join((f"size={nbytes}", *options)), kind, str(at)]
         try:
             done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         except FileNotFoundError:

@@ -6,6 +6,7 @@ import gc
 import inspect
 import os
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,11 +102,22 @@ def test_threads_share_a_handle(means: Means, tmp_path: Path) -> None:
     assert not wrong
 
 
-def test_a_file_system_without_direct_io_works_too(means: Means, in_memory: Path) -> None:
+def test_a_file_system_that_refuses_direct_io_works_too(means: Means, small_disk: Callable[..., Path]) -> None:
+    folder = small_disk("8m", kind="ramfs")
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.open(folder / "file", os.O_CREAT | os.O_DIRECT)
     data, back = noise(1_000_001), torch.zeros(1_000_001, dtype=torch.uint8)
     io = handle(means)
-    io.sync_pwrite(data, in_memory / "file")
-    io.sync_pread(back, in_memory / "file")
+    io.sync_pwrite(data, folder / "file")
+    io.sync_pread(back, folder / "file")
+    assert torch.equal(back, data) and (folder / "file").stat().st_size == 1_000_001
+
+
+def test_direct_io_that_is_refused_after_all_goes_through_the_page_cache(means: Means, tmp_path: Path) -> None:
+    data, back, io = noise(500_003), torch.zeros(500_003, dtype=torch.uint8), handle(means)
+    for move, tensor in ((io.sync_pwrite, data), (io.sync_pread, back)):
+        io._queue.inject(Fault.REFUSE, 3)
+        move(tensor, tmp_path / "file")
     assert torch.equal(back, data)
 
 
