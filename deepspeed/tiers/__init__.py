@@ -4,6 +4,8 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 
 | file | one noun |
 |---|---|
+| `tier.py` | the three tiers |
+| `rest.py` | flat bytes at rest, in memory or on disk, with one way to move them |
 | `pieces.py` | how a transfer is cut for direct I/O: pure arithmetic |
 | `block_file.py` | an open file: direct where the file system allows it, buffered beside |
 | `io_queue.py` | a transfer's request, its outcome, and the queue that carries it out |
@@ -14,3 +16,8 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 | `aio.py` | the `aio_handle` API |
 | `io_trial.py` | measuring a disk: what `ds_io` and `ds_nvme_tune` share |
 """
+
+from deepspeed.tiers.rest import InMemory, OnDisk, Rest, Transfer
+from deepspeed.tiers.tier import Tier
+
+__all__ = ["InMemory", "OnDisk", "Rest", "Tier", "Transfer"]

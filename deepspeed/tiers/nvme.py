@@ -156,6 +156,8 @@ class NvmeStore:
         self._stripe_nbytes = -(-aio.block_size // CHECKED) * CHECKED
         self._extents: dict[str, _Extent] = {}
         self._reserved = 0
+        self._free: list[tuple[int, int]] = []
+        """(start, bytes) of extents that were given up, for keys to come."""
         self._in_flight: list[Transfer] = []
         self._pinned: list[Tensor] = []
         self._files: list[BlockFile] = []
@@ -194,9 +196,34 @@ class NvmeStore:
             return
         self.folder.check()
         num_checked = -(-nbytes // CHECKED)
-        self._grow(self._reserved + num_checked * CHECKED, key, nbytes)
-        self._extents[key] = _Extent(self._reserved, nbytes, np.zeros(num_checked, dtype=np.uint64))
-        self._reserved += num_checked * CHECKED
+        start = self._take_free(num_checked * CHECKED)
+        if start is None:
+            self._grow(self._reserved + num_checked * CHECKED, key, nbytes)
+            start = self._reserved
+            self._reserved += num_checked * CHECKED
+        self._extents[key] = _Extent(start, nbytes, np.zeros(num_checked, dtype=np.uint64))
+
+    def remove(self, key: str) -> None:
+        """Give up a key; its space is used for keys to come. Waits for what is under way."""
+        if not self._finalizer.alive:
+            return
+        for transfer in [*self._in_flight]:
+            if transfer._key == key:
+                transfer._settle()
+        extent = self._extents.pop(key, None)
+        if extent is not None and extent.nbytes:
+            self._free.append((extent.start, -(-extent.nbytes // CHECKED) * CHECKED))
+
+    def _take_free(self, nbytes: int) -> int | None:
+        """The start of space that was given up, the tightest that fits; what is left of it stays free."""
+        fitting = [space for space in self._free if space[1] >= nbytes > 0]
+        if not fitting:
+            return None
+        start, size = min(fitting, key=lambda space: space[1])
+        self._free.remove((start, size))
+        if size > nbytes:
+            self._free.append((start + nbytes, size - nbytes))
+        return start
 
     def nbytes(self, key: str) -> int:
         """What is reserved for a key. Raises TierError if nothing is."""
