@@ -15,6 +15,7 @@ failed put should have written cannot be read.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import time
 import weakref
@@ -345,10 +346,10 @@ class NvmeStore:
             had = os.fstat(file.fd).st_size
             if per_file <= had:
                 continue
+            disk = os.fstatvfs(file.fd)
             try:
-                os.posix_fallocate(file.fd, had, per_file - had)
+                _allocate(file.fd, had, per_file)
             except OSError as error:
-                disk = os.fstatvfs(file.fd)
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fd, had)
                 raise TierError(
@@ -385,12 +386,26 @@ class NvmeStore:
             raise TierError(f"[rank {self.rank}] the store at {self.folder.folders} is closed.")
 
 
+def _allocate(fd: int, had: int, nbytes: int) -> None:
+    """Have the file, of `had` bytes, take `nbytes` on disk, or promise to where the file system cannot allocate ahead."""
+    try:
+        os.posix_fallocate(fd, had, nbytes - had)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        disk = os.fstatvfs(fd)
+        if nbytes - had > disk.f_bavail * disk.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        os.ftruncate(fd, nbytes)
+
+
 _CURE = "See that the disk is mounted, healthy and has space left; then load the last checkpoint."
 
 
 def _close(pid: int, queue: IoQueue, files: list[BlockFile], folder: SwapFolder, pinned: list[Tensor]) -> None:
-    if os.getpid() == pid:
-        queue.close()
+    if os.getpid() != pid:
+        return  # a forked child: all of it is still the parent's
+    queue.close()
     for file in files:
         file.close()
     folder.close()
