@@ -56,25 +56,28 @@ static inline float mix(float a, float b, float w, float keep) {
     return w < 0.5f ? a + w * distance : b - keep * distance;
 }
 
-// The same for second moments, which stay infinite once they have overflowed, where the form above gives NaN.
-static inline float mix_squares(float v, float square, float w, float keep) {
-    const float mixed = mix(v, square, w, keep);
+// (1-w) v + w g^2. The square is weighed while it is made, so that it overflows no sooner than need be; what is infinite
+// stays so, where the first form alone would give NaN.
+static inline float mix_square(float v, float g, float w, float keep) {
+    const float square = w * g * g;
+    const float mixed = w < 0.5f ? v + (square - w * v) : keep * v + square;
     return v == float_of(0x7f800000) ? v + square : mixed;
 }
 
-// The decay is added to the update rather than taken off the parameter first, so that the parameter is rounded once.
-// 0 gradient factor, 1 b1, 2 1-b1, 3 b2, 4 1-b2, 5 lr*decay or L2 decay, 6 lr/(1-b1^t), 7 1/sqrt(1-b2^t), 8 eps
+// The decay is added to the update rather than taken off the parameter first, so that the parameter is rounded once; the
+// step's size s = lr/(1-b1^t) is in the denominator, where it costs no rounding.
+// 0 gradient factor, 1 b1, 2 1-b1, 3 b2, 4 1-b2, 5 lr*decay or L2 decay, 6 1/(s sqrt(1-b2^t)), 7 eps/s
 template <int decay>
 static void adam(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, size_t n,
                  const float* scalars, double*) {
     const float factor = scalars[0], keep1 = scalars[1], w1 = scalars[2], keep2 = scalars[3], w2 = scalars[4],
-                rate = scalars[5], step = scalars[6], root_factor = scalars[7], eps = scalars[8];
+                rate = scalars[5], root_factor = scalars[6], eps = scalars[7];
     for_each(n, [=](size_t i) __attribute__((always_inline)) {
         float grad = g[i] * factor;
         if (decay == kL2) grad += rate * p[i];
         const float mean = m[i] = mix(m[i], grad, w1, keep1);
-        const float square = v[i] = mix_squares(v[i], grad * grad, w2, keep2);
-        float update = step * (mean / (std::sqrt(square) * root_factor + eps));
+        const float square = v[i] = mix_square(v[i], grad, w2, keep2);
+        float update = mean / (std::sqrt(square) * root_factor + eps);
         if (decay == kDecoupled) update += rate * p[i];
         p[i] -= update;
     }, p, g, m, v);
@@ -157,7 +160,7 @@ static void lamb_moments(float* __restrict p, const float* __restrict g, float* 
     for_each(n, [=](size_t i) __attribute__((always_inline)) {
         const float grad = g[i] * factor;
         const float mean = m[i] = mix(m[i], grad, w1, keep1);
-        const float square = v[i] = mix_squares(v[i], grad * grad, w2, keep2);
+        const float square = v[i] = mix_square(v[i], grad, w2, keep2);
         update[i] = lamb_update<eps_inside>(p[i], mean, square, s);
     }, p, g, m, v);
     add_squares(p, n, sums);

@@ -128,6 +128,7 @@ def test_fp16_skips_steps_that_overflow_and_lowers_the_scale(stage: int) -> None
 def test_torch_autocast_computes_low_and_keeps_fp32_weights(stage: int) -> None:
     config = make_config(stage, micro=3, torch_autocast={"enabled": True, "dtype": "bfloat16"})
     run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=4)
+
     # One fp32 ulp in a weight can flip its bf16 rounding, and from there the gradients. Torch's AdamW rounds a weight
     # twice per step, ours once; four steps of torch's differ from exact AdamW (float64, rounded once) by 2e-2 here, of
     # ours by 2e-7. So plain PyTorch trains with ours; that it equals torch's is shown in tests/optim.
