@@ -69,6 +69,10 @@ class Pending:
         """Whether `wait` would not wait; False where that cannot be told."""
         return self._finish is None or (self._work is not None and self._work.is_completed())
 
+    def within(self, around: Callable[[Callable[[], None]], None]) -> Pending:
+        """The same, taking this one's place: its wait, if there is something to wait for, is `around(finish)`."""
+        return self if self._finish is None else Pending(partial(around, self._finish), self._work)
+
     def wait(self) -> None:
         """Finish; on an accelerator, order the current stream after it. A second call does nothing."""
         finish, self._finish = self._finish, None

@@ -26,6 +26,7 @@ from deepspeed.optim.traits import Needs, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
+from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import BucketLayout, RunSpan
 from deepspeed.zero.policy import ZeroPolicy
@@ -254,7 +255,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         total = torch.linalg.vector_norm(torch.stack(list(norms)))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
-            torch.distributed.all_reduce(both, group=self._own_group)
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
         if self._is_sharded and self.mesh.num_replicas > 1:
             missed = torch.tensor(
