@@ -62,7 +62,6 @@ class StepReport(Observer):
         self._counted_rows = 0
         self._is_first_micro_batch: bool | None = None
         """None before the first forward of training, whose operations are counted."""
-        self._saw_backward = False
         self._counting = contextlib.ExitStack()
         self._peak: float | None = None
         self._memory: dict[str, int] = {}
@@ -85,7 +84,6 @@ class StepReport(Observer):
             self._is_first_micro_batch = self._is_first_micro_batch is None
         elif phase == "backward":
             self._losses.append(value)
-            self._saw_backward = True
         if phase != "step" and self._is_first_micro_batch:
             self._counting.enter_context(OpCounter(self._flops.add))
         if phase != "backward":  # the watch sees it, also where the script calls loss.backward()
@@ -175,7 +173,8 @@ class StepReport(Observer):
     def _step_flops(self) -> float | None:
         if not self._counted_rows:
             return None
-        counted = self._flops.model if self._saw_backward else 3 * self._flops.by_phase[Phase.FORWARD]
+        saw_backward = self._flops.by_phase[Phase.BACKWARD] > 0
+        counted = self._flops.model if saw_backward else 3 * self._flops.by_phase[Phase.FORWARD]
         return counted * self._rows / self._counted_rows
 
     def _read_memory(self, now_s: float, is_line: bool) -> dict[str, int]:
