@@ -28,6 +28,7 @@ from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.utils.logging import warn_once
+from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
@@ -258,7 +259,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
-            torch.distributed.all_reduce(both, group=self._own_group)
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
         if self._is_sharded and self.mesh.num_replicas > 1:
             missed = torch.tensor(

@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from deepspeed.optim.traits import StepsFused
 from deepspeed.tiers import Rest, Transfer
+from deepspeed.utils.waits import OFFLOAD_S
 from deepspeed.zero.master import Master
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.reduce import BucketGradients
@@ -69,17 +70,6 @@ class Tile:
     start: int
     stop: int
     segments: list[Segment]
-
-
-@dataclasses.dataclass
-class StreamStats:
-    """What streaming did since the last `reset`; bytes of tiles that rest on disk, seconds of this process."""
-
-    wait_s: float = 0.0
-    """Spent waiting for reads and writes."""
-    compute_s: float = 0.0
-    """Spent in the optimizer."""
-    total_s: float = 0.0
 
 
 class _Buffers:
@@ -125,7 +115,6 @@ class TileStream:
         self.optimizer = optimizer
         self.masters, self.gradients = masters, gradients
         self.placing = placing
-        self.stats = StreamStats()
         self.tile_numel = max(TILE_UNIT, min(TILE_NUMEL, sub_group_numel) // TILE_UNIT * TILE_UNIT)
         self.states: list[dict[str, Rest]] = [{} for _ in masters]
         self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
@@ -164,7 +153,6 @@ class TileStream:
 
         Raises TierError where bytes could not be moved; masters and states of this rank are then half updated.
         """
-        began = time.perf_counter()
         sets = [_Buffers(self._largest_tile(), self._allocate) for _ in range(NUM_SETS)]
         tiles = [tile for tile in self.tiles if tile.segments]
         ahead = self._start_reading(tiles[0], sets[0]) if tiles else None
@@ -175,12 +163,11 @@ class TileStream:
             ahead = (
                 self._start_reading(tiles[following], sets[following % NUM_SETS]) if following < len(tiles) else None
             )
-            self._wait(loaded.reads)
+            _wait(loaded.reads)
             self._update(loaded, update)
             self._start_writing(loaded)
         for buffers in sets:
-            self._wait(buffers.writes)
-        self.stats.total_s += time.perf_counter() - began
+            _wait(buffers.writes)
 
     def _largest_tile(self) -> int:
         return max((tile.stop - tile.start for tile in self.tiles), default=0)
@@ -188,18 +175,12 @@ class TileStream:
     def _allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.placing.buffer(numel, dtype)
 
-    def _wait(self, transfers: list[Transfer]) -> None:
-        began = time.perf_counter()
-        while transfers:
-            transfers.pop().wait()
-        self.stats.wait_s += time.perf_counter() - began
-
     def _low_rest(self, master: Master) -> Rest | None:
         """Where the parameters' own slice rests, if the step has to write it apart from the master."""
         return None if master.is_alias else master.bucket.rest
 
     def _start_reading(self, tile: Tile, buffers: _Buffers) -> _Loaded:
-        self._wait(buffers.writes)
+        _wait(buffers.writes)
         master = self.masters[tile.index]
         states = self.states[tile.index]
         kinds = {name for segment in tile.segments for name in segment.states}
@@ -237,7 +218,7 @@ class TileStream:
         )
         for segment in tile.segments:
             self._keep_states(loaded, segment)
-        self.stats.compute_s += time.perf_counter() - began
+        OFFLOAD_S["compute"] += time.perf_counter() - began
 
     def _part(self, tile: Tile, segment: Segment, values: Tensor) -> Tensor:
         return values[segment.start - tile.start : segment.stop - tile.start]
@@ -330,6 +311,11 @@ class TileStream:
         rest = self.states[index][name]
         here = rest.view(start, stop)
         return here if here is not None else torch.empty(0, dtype=rest.dtype)
+
+
+def _wait(transfers: list[Transfer]) -> None:
+    while transfers:
+        transfers.pop().wait()
 
 
 def _is_at_rest(values: Tensor, rest: Rest, start: int) -> bool:
