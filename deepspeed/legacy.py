@@ -44,6 +44,7 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
     "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.offload_config": invert({"deepspeed.zero.away": "OffloadDeviceEnum OffloadStateTypeEnum"}),
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
