@@ -132,7 +132,9 @@ class StepReport(Observer):
     def _write_comm(self, engine: DeepSpeedEngine) -> None:
         recorder = Current.recorder
         if recorder is not None:
-            measure_alone(recorder)
+            number = engine.global_steps // (self._every or COMM_EVERY)
+            if number & (number - 1) == 0:  # after a while there is nothing new; to ask costs a collective
+                measure_alone(recorder)
             ops = recorder.summary(engine.world_size)
             hidden = hidden_share(recorder.flows.values())
             self._monitor.write_line("comm", {"step": engine.global_steps, "hidden": hidden, "ops": ops})
@@ -149,7 +151,7 @@ class StepReport(Observer):
             samples=engine.global_samples,
             time=time.time(),
             step_s=step_s,
-            loss=torch.stack(self._losses).float().mean().item() if self._losses else None,
+            loss=sum(loss.item() for loss in self._losses) / len(self._losses) if self._losses else None,
             lr=engine.get_lr(),
             grad_norm=engine.get_global_grad_norm(),
             loss_scale=engine.loss_scale(),
