@@ -28,7 +28,7 @@ import torch
 import torch.distributed as dist
 from step_time import conditions, make_case
 
-from deepspeed import comm
+from deepspeed.comm.recorder import Current
 
 WARMUP_ROUNDS = 12
 """In these the operations of a step are counted, and collectives are measured alone: once per run."""
@@ -59,6 +59,7 @@ def make_step(variant: str, case: str, folder: str, spent: list[float]) -> tuple
     """A step of an engine with that variant's configuration."""
     import deepspeed
 
+    Current.recorder = None
     model, batch = make_case(case, torch.device("cpu"))
     config: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": 4,
@@ -74,8 +75,10 @@ def make_step(variant: str, case: str, folder: str, spent: list[float]) -> tuple
         for name in ("begins", "ends", "step_ended"):
             setattr(observer, name, _timed(getattr(observer, name), spent))
 
+    recorder = Current.recorder  # of the variant that asks for one: it is the process's, so it takes turns too
+
     def step() -> None:
-        comm.configure(enabled="comms_logger" in VARIANTS[variant])
+        Current.recorder = recorder
         engine.backward(engine(*batch))
         engine.step()
 
@@ -135,7 +138,6 @@ def measure(case: str, rounds: int, folder: str) -> None:
                 step()
                 wall[-1].append(time.perf_counter() - start)
                 cpu[-1].append(time.process_time() - start_cpu)
-    comm.configure(enabled=False)
     if dist.get_rank() == 0:
         off = cost_when_off(engines[0])
         print(
