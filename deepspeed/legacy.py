@@ -55,6 +55,15 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
     "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
+    "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},
+    "deepspeed.monitor.monitor": invert(
+        {"deepspeed.monitor.master": "MonitorMaster", "deepspeed.monitor.backend": "Monitor"}
+    ),
+    "deepspeed.monitor.config": {
+        **invert({"deepspeed.monitor.master": "get_monitor_config"}),
+        "DeepSpeedMonitorConfig": "deepspeed.config:Config",
+    },
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 
