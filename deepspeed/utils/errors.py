@@ -30,3 +30,7 @@ class TrainingStateError(DeepSpeedError, RuntimeError):
 
 class NotAvailableError(DeepSpeedError, NotImplementedError):
     """A documented feature that this version validates but does not have yet."""
+
+
+class CheckpointError(DeepSpeedError, RuntimeError):
+    """A checkpoint that cannot be written, read or trusted, or does not fit the model it is loaded into."""
