@@ -52,6 +52,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
+    "deepspeed.checkpoint.utils": invert({"deepspeed.checkpoint.compat": "clone_tensors_for_torch_save"}),
     "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
