@@ -161,8 +161,7 @@ class Original:
 
     def _read_partitions(self, ranks: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]]) -> None:
         for group, members in enumerate(shapes):
-            base = ranks[0]["base_optimizer_state"]
-            self._note_group(base, group, group, list(members))
+            self._note_group(ranks[0]["base_optimizer_state"], group, list(members))
             for rank in ranks:
                 flat = rank["single_partition_of_fp32_groups"][group]
                 state = rank["base_optimizer_state"]["state"].get(group, {})
@@ -179,36 +178,24 @@ class Original:
     def _read_sharded(
         self, ranks: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]], world_size: int
     ) -> None:
-        base = ranks[0]["optimizer_state_dict"]
-        group_of = {name: group for group, members in enumerate(shapes) for name in members}
-        order = [(name, math.prod(shape)) for members in shapes for name, shape in members.items()]
-        for index, rank in enumerate(ranks):
-            flats, position, sub_group = rank["fp32_flat_groups"], 0, 0
-            members: list[str] = []
-            for name, numel in order:
-                part = -(-numel // world_size)
-                if position + part > flats[sub_group].numel() and position:
-                    self._note_sub_group(index, base, group_of, members, sub_group)
-                    position, sub_group, members = 0, sub_group + 1, []
-                own = max(0, min(part, numel - index * part))
+        for sub_group, members in enumerate(shapes):
+            self._note_group(ranks[0]["optimizer_state_dict"], sub_group, list(members))
+            for index, rank in enumerate(ranks):
+                flat, position = rank["fp32_flat_groups"][sub_group], 0
                 state = rank["optimizer_state_dict"]["state"].get(sub_group, {})
-                self._add_state(name, flats[sub_group], state, position, own)
-                position += part
-                members.append(name)
-            self._note_sub_group(index, base, group_of, members, sub_group)
+                for name, shape in members.items():
+                    numel = math.prod(shape)
+                    part = -(-numel // world_size)
+                    self._add_state(name, flat, state, position, max(0, min(part, numel - index * part)))
+                    position += part
 
-    def _note_sub_group(
-        self, rank: int, base: Mapping[str, Any], group_of: Mapping[str, int], members: list[str], sub_group: int
-    ) -> None:
-        if rank == 0 and members:
-            self._note_group(base, group_of[members[0]], sub_group, members)
-
-    def _note_group(self, base: Mapping[str, Any], group: int, index: int, names: list[str]) -> None:
-        """Settings of parameter group `group` and the values besides tensors of state `index`, for these parameters."""
-        settings = {k: v for k, v in base["param_groups"][group].items() if k not in _SETTINGS_LEFT_OUT}
+    def _note_group(self, base: Mapping[str, Any], index: int, names: list[str]) -> None:
+        """Settings and values besides tensors of the flat group `index`, for its parameters."""
+        group = next(group for group in base["param_groups"] if index in group["params"])
+        settings = {k: v for k, v in group.items() if k not in _SETTINGS_LEFT_OUT}
         self._groups.append({"params": names, "settings": settings})
         state = dict(base["state"].get(index, {}))
-        step = state.get("step", base["param_groups"][group].get("step"))
+        step = state.get("step", group.get("step"))
         if state and step is not None:
             state["step"] = torch.tensor(float(step))
         kinds = [OPTIM + key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
