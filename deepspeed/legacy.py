@@ -64,6 +64,8 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.monitor.master": "get_monitor_config"}),
         "DeepSpeedMonitorConfig": "deepspeed.config:Config",
     },
+    "deepspeed.checkpoint.utils": invert({"deepspeed.checkpoint.compat": "clone_tensors_for_torch_save"}),
+    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 
