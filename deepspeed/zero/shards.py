@@ -139,8 +139,8 @@ def _spans(master: Master) -> list[Span]:
 class _Run(NamedTuple):
     """What the optimizer knows by one tensor: a run, a whole parameter, or a segment of a shard on a tier."""
 
-    index: int
-    """Of its master."""
+    master: int
+    """Its master's index."""
     group: int
     tensor: nn.Parameter
     start: int
@@ -190,12 +190,12 @@ def _spans_within(master: Master, start: int, stop: int) -> list[Span]:
 def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
     """Every optimizer state that has an element for each of the weights'."""
     for run in _runs(optimizer):
-        replicas = _replicas(mesh, optimizer.masters[run.index].is_sharded)
+        replicas = _replicas(mesh, optimizer.masters[run.master].is_sharded)
         for key in run.state_kinds(optimizer):
             if run.segment is not None:
                 assert optimizer.stream is not None
                 yield _flat_of_rest(
-                    OPTIM + key, optimizer.stream.states[run.index][key], run.start, run.spans, replicas
+                    OPTIM + key, optimizer.stream.states[run.master][key], run.start, run.spans, replicas
                 )
             else:
                 # States keep the optimizer's memory format; a run or a bucket's view is always contiguous.
@@ -264,7 +264,7 @@ def renew_states(
         if not specs:
             continue
         name, spec = specs[0]
-        master = optimizer.masters[run.index]
+        master = optimizer.masters[run.master]
         state: dict[str, Any] = {}
         group = optimizer.param_groups[run.group]
         on_device = bool(group.get("fused") or group.get("capturable"))
@@ -281,7 +281,7 @@ def renew_states(
             key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype
             if run.segment is not None:
                 assert optimizer.stream is not None
-                rest = optimizer.stream.adopt_state(run.index, run.segment, key, dtype)
+                rest = optimizer.stream.adopt_state(run.master, run.segment, key, dtype)
                 flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
             else:
                 state[key] = tensor = torch.zeros_like(run.tensor.detach(), dtype=dtype)

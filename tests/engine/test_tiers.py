@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -251,8 +252,40 @@ def fill_a_small_disk(rank: int, world_size: int, path: Path) -> str:
     return str(caught.value)
 
 
-def test_a_disk_too_small_for_the_model_is_known_before_anything_is_built(small_disk: Path) -> None:
-    for message in run_ranks(2, fill_a_small_disk, small_disk):
+def test_a_disk_too_small_for_the_model_is_known_before_anything_is_built(small_disk: Callable[..., Path]) -> None:
+    for message in run_ranks(2, fill_a_small_disk, small_disk("4m")):
         assert "needs" in message
         assert "free" in message
         assert "offload less" in message
+
+
+def train_on(
+    rank: int, world_size: int, zero: dict[str, Any], load: Path | None, save: Path | None, steps: range
+) -> Any:
+    """Some steps of a run of four, from one checkpoint to another."""
+    model = build("gpt_tied")
+    batches = make_batches(model, num_steps=4, accumulation=1, samples=SAMPLES)
+    config = make_config(3, micro=SAMPLES // world_size, clip=0.5, zero=zero, bf16={"enabled": True})
+    with engine_of(model, config, **cpu_adam(model)) as engine:
+        if load is not None:
+            engine.load_checkpoint(str(load))
+        losses = []
+        for step in steps:
+            loss = total_loss(engine(*rank_share(batches[step][0], rank, world_size)))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        if save is not None:
+            engine.save_checkpoint(str(save))
+        return losses, whole_weights(engine)
+
+
+@pytest.mark.parametrize("after", ["none", "cpu", "nvme"])
+@pytest.mark.parametrize("before", ["none", "cpu", "nvme"])
+def test_a_checkpoint_of_any_tier_goes_on_from_any_other(before: str, after: str, tmp_path: Path) -> None:
+    first, second = (offloaded(3, tier, tier, tmp_path) for tier in (before, after))
+    (whole_losses, whole), *_ = run_ranks(2, train_on, offloaded(3, "none", "none", tmp_path), None, None, range(4))
+    (early, _), *_ = run_ranks(2, train_on, first, None, tmp_path / "saved", range(2))
+    (late, weights), *_ = run_ranks(2, train_on, second, tmp_path / "saved", None, range(2, 4))
+    assert early + late == whole_losses
+    assert [name for name in whole if not torch.equal(weights[name], whole[name])] == []
