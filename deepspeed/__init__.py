@@ -35,6 +35,6 @@ __getattr__, __dir__ = _lazy_exports(
         }
     )
     | {name: f"deepspeed.{name}:" for name in "accelerator comm config utils zero".split()}
-    | {"dist": "deepspeed.comm:"}
+    | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
     | _legacy.names(),
 )

@@ -30,6 +30,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
     "deepspeed.runtime.utils": invert({"deepspeed.accelerator.memory": "see_memory_usage"}),
+    "deepspeed.runtime.activation_checkpointing": {},
+    "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.zero": {},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(

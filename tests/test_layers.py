@@ -19,7 +19,7 @@ LADDER = [
     "mesh monitor",
     "tiers precision quant optim",
     "zero",
-    "parallel activation",
+    "parallel activation memory",
     "checkpoint",
     "engine",
     "inference profiling autotuning launcher",

@@ -31,6 +31,7 @@ from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.queries import ConfigQueries
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
@@ -140,6 +141,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
+        self._recomputation = Recomputation(model, self._config, self.mpu)
+        undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
         self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
@@ -242,6 +245,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
+        self._recomputation.settle(self, inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         self.timers("forward").start()
