@@ -1,0 +1,441 @@
+"""An engine's memory, played to a traced step: the same verbs as ZeRO's, on a ledger instead of tensors.
+
+Called by `memory.estimate` with a trace (what the model does), a plan (its buckets) and an engine's settings. Gathering is
+decided by the real `zero.gather.Gatherer`; reductions, the update and publication follow `zero.reduce` and
+`zero.optimizer`, each with a short counterpart here that says what it borrows and when it gives it back.
+
+    initialize    parameters are laid into buckets, one at a time; masters
+    forward       gathers come and go (stage 3); activations grow
+    backward      gradients arrive, are laid into flat buffers, and reduced; recomputation
+    step          gradients in the master dtype; moments exist from the first step on
+
+Transfers are taken to keep up with the computation: a reduction is over when the next bucket is full. Where they do not,
+up to `zero.reduce.MAX_IN_FLIGHT` flat buffers wait instead of two.
+
+Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
+the allocator of real runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from deepspeed.comm.exchange import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.memory.ledger import (
+    ACTIVATIONS,
+    BUCKETS,
+    COMMUNICATION,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    TEMPORARIES,
+    UNSHARDED,
+    Ledger,
+)
+from deepspeed.memory.plan import Plan, PlannedBucket
+from deepspeed.memory.trace import Trace, What
+from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.policy import ZeroPolicy
+from deepspeed.zero.reduce import MAX_IN_FLIGHT
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What of an engine decides about memory, beside its buckets. Sizes in elements unless they say bytes."""
+
+    policy: ZeroPolicy
+    shard_size: int = 1
+    num_replicas: int = 1
+    sends_directly: bool = True
+    """gloo on CPUs (`comm.exchange.DirectExchange`), which receives into scratch; else a device's collectives."""
+    accumulation: int = 1
+    sub_group_numel: int = 10**9
+    prefetch_numel: int = 50_000_000
+    max_live_numel: int = 10**9
+    max_reuse_distance: int = 10**9
+    wire_dtype: torch.dtype = torch.float32
+    state_nbytes: tuple[float, ...] = (8.0,)
+    """Bytes of optimizer state per element, by parameter group; masters aside."""
+    model_dtypes: dict[int, torch.dtype] | None = None
+    """The dtype the user's model has, by position of the parameter, where it is not the policy's."""
+
+
+class Pool:
+    """Blocks of equal sizes kept for reuse: what `zero.reduce.FlatPool` and the exchange's scratch do."""
+
+    def __init__(self, ledger: Ledger, kind: str, max_free: int) -> None:
+        self._ledger, self._kind, self._max_free = ledger, kind, max_free
+        self._free: Counter[int] = Counter()
+
+    def take(self, nbytes: int) -> int:
+        """Lend a block; returns its size."""
+        if self._free[nbytes]:
+            self._free[nbytes] -= 1
+        else:
+            self._ledger.add(self._kind, nbytes)
+        return nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Take a block back; it is freed if enough wait."""
+        if self._free[nbytes] < self._max_free:
+            self._free[nbytes] += 1
+        else:
+            self._ledger.drop(self._kind, nbytes)
+
+
+class Gathers:
+    """Unshard and reshard, driven by the trace's modules as `zero.hooks.ModuleHooks` drives them."""
+
+    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings, ledger: Ledger) -> None:
+        self._users = {trace.modules.index(module): buckets for module, buckets in plan.users.items()}
+        self._users.setdefault(0, [])
+        itemsize = settings.policy.parameters.dtype.itemsize
+        for bucket in plan.sharded:
+            nbytes = bucket.layout.padded_numel * itemsize
+            bucket.on_storage = lambda count, nbytes=nbytes: ledger.add(UNSHARDED, nbytes, count=count)  # type: ignore[method-assign]
+        self._gatherer = Gatherer(
+            plan.sharded,  # type: ignore[arg-type]
+            lambda wish, digest: [(wish, digest)] * settings.shard_size,
+            prefetch_numel=settings.prefetch_numel,
+            max_live_numel=settings.max_live_numel,
+            max_reuse_distance=settings.max_reuse_distance,
+        )
+        self._frames: list[tuple[list[PlannedBucket], bool]] = []
+        self._held: dict[PlannedBucket, None] = {}
+        self._in_backward = False
+
+    def enter(self, module: int) -> None:
+        """A module's call begins."""
+        if module in self._users:
+            opens = not self._gatherer.in_phase
+            if opens:
+                self._gatherer.begin(PhaseKind.FORWARD, str(module))
+            self._frames.append((self._users[module], opens))
+            for bucket in self._users[module]:
+                self._gatherer.request(bucket)  # type: ignore[arg-type]
+
+    def leave(self, module: int) -> None:
+        """It ends."""
+        if module in self._users:
+            buckets, opened = self._frames.pop()
+            if self._in_backward:
+                self._hold([bucket for bucket in buckets if not bucket.requires_grad])
+            for bucket in buckets:
+                self._gatherer.release(bucket)  # type: ignore[arg-type]
+            if opened:
+                self._gatherer.end()
+
+    def reach_output(self, module: int) -> None:
+        """Its backward begins."""
+        if module in self._users:
+            self.begin_backward()
+            self._hold(self._users[module])
+
+    def leave_input(self, module: int) -> None:
+        """Its backward is over, as far as frozen parameters are concerned."""
+        self._let_go([bucket for bucket in self._users.get(module, ()) if not bucket.requires_grad])
+
+    def begin_backward(self) -> None:
+        """The first gradient."""
+        if not self._in_backward:
+            self._in_backward = True
+            if not self._gatherer.in_phase:
+                self._gatherer.begin(PhaseKind.BACKWARD)
+
+    def complete(self, bucket: PlannedBucket) -> None:
+        """All gradients of a bucket are there."""
+        self._let_go([bucket])
+
+    def end_backward(self) -> None:
+        """Autograd is done."""
+        self._in_backward = False
+        self._let_go(list(self._held))
+        self._gatherer.end()
+
+    def before_update(self) -> None:
+        """Nothing stays unsharded over an update."""
+        self._gatherer.reshard_all()
+
+    def _hold(self, buckets: list[PlannedBucket]) -> None:
+        for bucket in buckets:
+            if bucket not in self._held:
+                self._held[bucket] = None
+                self._gatherer.request(bucket)  # type: ignore[arg-type]
+
+    def _let_go(self, buckets: list[PlannedBucket]) -> None:
+        for bucket in buckets:
+            if bucket in self._held:
+                del self._held[bucket]
+                self._gatherer.release(bucket)  # type: ignore[arg-type]
+                self._gatherer.drop(bucket)  # type: ignore[arg-type]
+
+
+class Reductions:
+    """Gradients on their way, as `zero.reduce.Reducer` takes, lays down and sends them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: EngineSettings,
+        ledger: Ledger,
+        position_of: dict[nn.Parameter, int],
+        on_complete: Callable[[PlannedBucket], None],
+    ) -> None:
+        self._settings, self._ledger, self._on_complete = settings, ledger, on_complete
+        policy = settings.policy
+        self._is_sharded = policy.gradients.is_sharded and settings.shard_size > 1
+        self._delivers_shard = policy.optimizer.is_sharded
+        self._itemsize = policy.gradients.dtype.itemsize
+        self.order = plan.trained
+        self._bucket_of = {
+            position_of[param]: bucket for bucket in plan.trained for param in bucket.params if param in position_of
+        }
+        self._missing = {bucket: len(bucket.params) for bucket in self.order}
+        self._arrived: Counter[PlannedBucket] = Counter()
+        self._ready: set[PlannedBucket] = set()
+        self._completed: list[PlannedBucket] = []
+        self._next = 0
+        self._in_flight: deque[Callable[[], None]] = deque()
+        self._flats = Pool(ledger, BUCKETS, MAX_IN_FLIGHT)
+        self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
+        self._lent: dict[PlannedBucket, int] = {}
+        self.reduces_now = True
+        for bucket in self.order:
+            ledger.add(GRADIENTS, self.result_nbytes(bucket) if self._is_sharded else self._flat_nbytes(bucket))
+        if settings.sends_directly and settings.shard_size > 1:
+            ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
+
+    def _flat_nbytes(self, bucket: PlannedBucket) -> int:
+        return bucket.layout.padded_numel * self._itemsize
+
+    def result_nbytes(self, bucket: PlannedBucket) -> int:
+        """Bytes of a bucket's reduced gradients on this rank."""
+        layout = bucket.layout
+        return (layout.shard_numel if self._delivers_shard else layout.padded_numel) * self._itemsize
+
+    def take(self, param: int, nbytes: int) -> None:
+        """A parameter's gradient arrives."""
+        bucket = self._bucket_of.get(param)
+        if bucket is None:
+            return
+        self._ledger.add(BUCKETS, nbytes)
+        self._arrived[bucket] += nbytes
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0:
+            self._complete(bucket)
+
+    def _complete(self, bucket: PlannedBucket) -> None:
+        self._on_complete(bucket)
+        if not (self._is_sharded or self.reduces_now):
+            self._lay_down(bucket)
+            return
+        self._completed.append(bucket)
+        self._ready.add(bucket)
+        while self._next < len(self.order) and self.order[self._next] in self._ready:
+            self._launch(self.order[self._next])
+
+    def _lay_down(self, bucket: PlannedBucket) -> None:
+        if self._is_sharded:
+            self._lent[bucket] = self._flats.take(self._flat_nbytes(bucket))
+        self._ledger.drop(BUCKETS, self._arrived.pop(bucket, 0))
+        self._missing[bucket] = len(bucket.params)
+
+    def _launch(self, bucket: PlannedBucket) -> None:
+        self._next += 1
+        if self._missing[bucket] < len(bucket.params) or self._is_sharded:
+            self._lay_down(bucket)
+        self._settle()
+        layout, settings = bucket.layout, self._settings
+        wire = settings.wire_dtype.itemsize
+        numel = layout.padded_numel
+        held = [] if settings.wire_dtype == settings.policy.gradients.dtype else [numel * wire]
+        for nbytes in held:
+            self._ledger.add(COMMUNICATION, nbytes)
+        scratch = self._scratch_nbytes(layout.padded_numel, wire)
+        for nbytes in scratch:
+            self._scratch.take(nbytes)
+
+        def finish() -> None:
+            for nbytes in scratch:
+                self._scratch.give_back(nbytes)
+            for nbytes in held:
+                self._ledger.drop(COMMUNICATION, nbytes)
+            if self._is_sharded:
+                self._flats.give_back(self._lent.pop(bucket))
+
+        self._in_flight.append(finish)
+
+    def _scratch_nbytes(self, numel: int, itemsize: int) -> list[int]:
+        """What a reduction receives into, beside its destination."""
+        size = self._settings.shard_size
+        if size == 1:
+            return []
+        if not self._settings.sends_directly:
+            return [numel // size * itemsize] if self._delivers_shard else []
+        if self._delivers_shard:
+            return [numel * itemsize]
+        whole = size == 2 or numel <= ONE_PHASE_NUMEL
+        return [numel * itemsize if whole else -(-numel // size) * itemsize] * (size - 1)
+
+    def _settle(self) -> None:
+        while self._in_flight:
+            self._in_flight.popleft()()
+
+    def flush(self) -> None:
+        """The end of a round: launch what is left."""
+        if not (self._is_sharded or self.reduces_now):
+            for bucket in self.order:
+                if self._missing[bucket] < len(bucket.params):
+                    self._lay_down(bucket)
+            return
+        if self._next or self._ready or any(self._missing[b] < len(b.params) for b in self.order):
+            while self._next < len(self.order):
+                self._launch(self.order[self._next])
+        self._next = 0
+        self._ready.clear()
+
+    def finish(self) -> None:
+        """Deliver everything; the next round is in the order in which buckets filled."""
+        self.flush()
+        self._settle()
+        seen = list(dict.fromkeys(self._completed))
+        self.order = seen + [bucket for bucket in self.order if bucket not in seen]
+        self._completed.clear()
+
+
+class Replay:
+    """One rank's engine on a ledger. `run` plays initialization and a few steps; then `ledger` has the peaks."""
+
+    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings) -> None:
+        self.trace, self.plan, self.settings = trace, plan, settings
+        self.ledger = Ledger()
+        self._position_of = {param: i for i, param in enumerate(trace.params)}
+        self._kind_of: dict[int, str] = {}
+        self._moments: list[int] = []
+
+    def run(self, num_steps: int = 4) -> Ledger:
+        """Play initialization and `num_steps` steps: the gatherer knows its order from the third on."""
+        self._initialize()
+        self._gathers = Gathers(self.trace, self.plan, self.settings, self.ledger)
+        self._reductions = Reductions(
+            self.plan, self.settings, self.ledger, self._position_of, self._gathers.complete
+        )
+        micro_batches = min(2, self.settings.accumulation)
+        for _ in range(num_steps):
+            for i in range(micro_batches):
+                self._reductions.reduces_now = i == micro_batches - 1
+                self._micro_batch()
+            self._step()
+        return self.ledger
+
+    def _initialize(self) -> None:
+        """`zero.build`: each bucket is filled from the user's parameters, which go as it is adopted."""
+        ledger, policy = self.ledger, self.settings.policy
+        dtype, master = policy.parameters.dtype, policy.optimizer.dtype
+        given = {
+            param: param.numel() * (self.settings.model_dtypes or {}).get(i, dtype).itemsize
+            for param, i in self._position_of.items()
+        }
+        for nbytes in given.values():
+            ledger.add(PARAMETERS, nbytes)
+        for buffer in self.trace.model.buffers():
+            ledger.add(PARAMETERS, buffer.numel() * buffer.element_size())
+        for param in self.plan.loose:
+            nbytes = param.numel() * (dtype if param.is_floating_point() else param.dtype).itemsize
+            if nbytes != given[param]:
+                ledger.add(PARAMETERS, nbytes)
+                ledger.drop(PARAMETERS, given[param])
+        for bucket in self.plan.buckets:
+            layout = bucket.layout
+            full = layout.padded_numel * dtype.itemsize
+            shard = layout.shard_numel * dtype.itemsize
+            is_exact = all(given[p] == p.numel() * dtype.itemsize for p in bucket.params) or master == dtype
+            kind = PARAMETERS if bucket.has_storage else UNSHARDED
+            ledger.add(kind, full)
+            if not bucket.has_storage:
+                ledger.add(PARAMETERS, shard)
+            source = 0 if is_exact else layout.padded_numel * master.itemsize
+            ledger.add(TEMPORARIES, source)
+            for param in bucket.params:
+                ledger.drop(PARAMETERS, given[param])
+            if bucket.trains and master != dtype:
+                ledger.add(OPTIMIZER, self._master_numel(bucket) * master.itemsize)
+            ledger.drop(TEMPORARIES, source)
+            if not bucket.has_storage:
+                ledger.drop(UNSHARDED, full)
+
+    def _master_numel(self, bucket: PlannedBucket) -> int:
+        return bucket.layout.shard_numel if self.settings.policy.optimizer.is_sharded else bucket.layout.padded_numel
+
+    def _micro_batch(self) -> None:
+        ledger, gathers, reductions = self.ledger, self._gathers, self._reductions
+        kind = ACTIVATIONS
+        live: dict[int, tuple[str, int]] = {}
+        for what, index, nbytes in self.trace.events:
+            if what is What.ALLOCATE:
+                live[index] = kind, nbytes
+                ledger.add(kind, nbytes)
+            elif what is What.FREE:
+                ledger.drop(*live.pop(index))
+            elif what is What.ENTER:
+                gathers.enter(index)
+            elif what is What.LEAVE:
+                gathers.leave(index)
+            elif what is What.OUTPUT:
+                gathers.reach_output(index)
+            elif what is What.INPUT:
+                gathers.leave_input(index)
+            elif what is What.GRADIENT:
+                reductions.take(index, nbytes)
+            elif what is What.FORWARD:
+                ledger.phase, kind = "forward", ACTIVATIONS
+                reductions.flush()
+            elif what is What.BACKWARD:
+                ledger.phase, kind = "backward", TEMPORARIES
+                gathers.begin_backward()
+            else:
+                gathers.end_backward()
+        for entry in live.values():
+            ledger.drop(*entry)
+
+    def _step(self) -> None:
+        ledger, policy, reductions = self.ledger, self.settings.policy, self._reductions
+        ledger.phase = "step"
+        self._gathers.before_update()
+        reductions.finish()
+        copies = policy.gradients.dtype != policy.optimizer.dtype
+        pending: list[int] = []
+        numel = 0
+        first = not self._moments
+        for bucket in reductions.order:
+            size = self._master_numel(bucket)
+            if pending and numel + size > self.settings.sub_group_numel:
+                self._release(pending)
+                numel = 0
+            numel += size
+            if copies:
+                pending.append(size * policy.optimizer.dtype.itemsize)
+                ledger.add(TEMPORARIES, pending[-1])
+            if first:
+                nbytes = self._state_nbytes(bucket)
+                self._moments.append(nbytes)
+                ledger.add(OPTIMIZER, nbytes)
+        self._release(pending)
+
+    def _release(self, pending: list[int]) -> None:
+        for nbytes in pending:
+            self.ledger.drop(TEMPORARIES, nbytes)
+        pending.clear()
+
+    def _state_nbytes(self, bucket: PlannedBucket) -> int:
+        """Bytes of optimizer state for a bucket: of the elements, not of their padding."""
+        layout, share = bucket.layout, self.settings.policy.optimizer.is_sharded
+        runs = (layout if share else BucketLayout(layout.numels, layout.groups, 1)).runs(0)
+        per_group = self.settings.state_nbytes
+        return int(sum((run.stop - run.start) * per_group[run.group] for run in runs))
