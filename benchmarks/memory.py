@@ -39,7 +39,7 @@ def cases() -> dict[str, dict[str, Any]]:
 
 def config_of(case: dict[str, Any], args: argparse.Namespace) -> dict[str, Any]:
     """The whole configuration of a case."""
-    zero = {"reduce_bucket_size": 500_000, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
+    zero = {"reduce_bucket_size": 200_000, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0}
     return {
         "train_micro_batch_size_per_gpu": args.micro,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-4}},
@@ -129,7 +129,8 @@ def main() -> None:
         error = predicted.peak_nbytes / allocated - 1
         print(
             f"{name:28} {predicted.peak_nbytes / 1e6:9.1f} {allocated / 1e6:9.1f} {error:+7.1%} {resident / 1e6:9.1f}  "
-            f"{predicted.phase}", flush=True,
+            f"{predicted.phase}",
+            flush=True,
         )
 
 

@@ -116,7 +116,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
-        self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
+        self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
             gc.disable()

@@ -99,9 +99,7 @@ class Estimator:
         self._loss_of = loss_of
         self._traces: dict[Any, Trace] = {}
 
-    def estimate(
-        self, config: Any, *, world_size: int = 1, plan: Sequence[Recompute] | None = None
-    ) -> Estimate:
+    def estimate(self, config: Any, *, world_size: int = 1, plan: Sequence[Recompute] | None = None) -> Estimate:
         """Predict for a configuration (dict, path or `Config`) on `world_size` data-parallel ranks.
 
         plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`.

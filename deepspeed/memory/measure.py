@@ -36,9 +36,7 @@ def measure_peak(run: Callable[[], Any]) -> Measured:
     if accelerator.device_name() != "cpu":
         run()
         accelerator.synchronize()
-        return Measured(
-            accelerator.max_memory_allocated() - allocated, accelerator.max_memory_reserved() - reserved
-        )
+        return Measured(accelerator.max_memory_allocated() - allocated, accelerator.max_memory_reserved() - reserved)
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
     resident = accelerator.max_memory_allocated() - allocated

@@ -9,8 +9,8 @@ decided by the real `zero.gather.Gatherer`; reductions, the update and publicati
     backward      gradients arrive, are laid into flat buffers, and reduced; recomputation
     step          gradients in the master dtype; moments exist from the first step on
 
-Transfers are taken to keep up with the computation: a reduction is over when the next bucket is full. Where they do not,
-up to `zero.reduce.MAX_IN_FLIGHT` flat buffers wait instead of two.
+How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
+predicted (`zero.reduce.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
 
 Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
 the allocator of real runs.
@@ -43,6 +43,11 @@ from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import MAX_IN_FLIGHT
+
+LIKELY_IN_FLIGHT = 2
+LIKELY_IN_FLIGHT_DIRECTLY = 3
+"""Reductions taken to be on the wire at stage 3: one that is ending and one that was just launched; over gloo, whose
+threads share the cores with the computation, one more (seen on two ranks)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -205,6 +210,8 @@ class Reductions:
         self._flats = Pool(ledger, BUCKETS, MAX_IN_FLIGHT)
         self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
         self._lent: dict[PlannedBucket, int] = {}
+        likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
+        self._max_in_flight = likely if policy.parameters.is_sharded else MAX_IN_FLIGHT
         self.reduces_now = True
         for bucket in self.order:
             ledger.add(GRADIENTS, self.result_nbytes(bucket) if self._is_sharded else self._flat_nbytes(bucket))
@@ -250,7 +257,7 @@ class Reductions:
         self._next += 1
         if self._missing[bucket] < len(bucket.params) or self._is_sharded:
             self._lay_down(bucket)
-        self._settle()
+        self._settle(self._max_in_flight - 1)
         layout, settings = bucket.layout, self._settings
         wire = settings.wire_dtype.itemsize
         numel = layout.padded_numel
@@ -283,8 +290,8 @@ class Reductions:
         whole = size == 2 or numel <= ONE_PHASE_NUMEL
         return [numel * itemsize if whole else -(-numel // size) * itemsize] * (size - 1)
 
-    def _settle(self) -> None:
-        while self._in_flight:
+    def _settle(self, num_left: int = 0) -> None:
+        while len(self._in_flight) > num_left:
             self._in_flight.popleft()()
 
     def flush(self) -> None:
@@ -323,9 +330,7 @@ class Replay:
         """Play initialization and `num_steps` steps: the gatherer knows its order from the third on."""
         self._initialize()
         self._gathers = Gathers(self.trace, self.plan, self.settings, self.ledger)
-        self._reductions = Reductions(
-            self.plan, self.settings, self.ledger, self._position_of, self._gathers.complete
-        )
+        self._reductions = Reductions(self.plan, self.settings, self.ledger, self._position_of, self._gathers.complete)
         micro_batches = min(2, self.settings.accumulation)
         for _ in range(num_steps):
             for i in range(micro_batches):

@@ -92,7 +92,12 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None 
     for module in made.modules():
         wrapped = module.__dict__.pop("forward", None)
         assert wrapped is None or isinstance(wrapped, functools.partial) or callable(wrapped)
-        for hooks in (module._forward_pre_hooks, module._forward_hooks, module._backward_hooks, module._backward_pre_hooks):
+        for hooks in (
+            module._forward_pre_hooks,
+            module._forward_hooks,
+            module._backward_hooks,
+            module._backward_pre_hooks,
+        ):
             hooks.clear()
     return made
 
