@@ -14,6 +14,7 @@ import os
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,14 @@ sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "gpt")]
 
 import torch  # noqa: E402
 
+NVME = {"device": "nvme", "nvme_path": os.path.join(tempfile.gettempdir(), "deepspeed-memory-benchmark")}
+OFFLOADS: dict[str, dict[str, Any]] = {
+    "device": {},
+    "cpu": {"offload_optimizer": {"device": "cpu"}},
+    "nvme": {"offload_optimizer": NVME},
+    "nvme-all": {"offload_optimizer": NVME, "offload_param": NVME},
+}
+
 
 def cases() -> dict[str, dict[str, Any]]:
     """By name: the keys that differ."""
@@ -29,11 +38,12 @@ def cases() -> dict[str, dict[str, Any]]:
     for stage in range(4):
         for precision in ("fp32", "bf16"):
             for recompute in ("none", "full"):
-                found[f"{stage}-{precision}-{recompute}"] = {
-                    "zero_optimization": {"stage": stage},
-                    "bf16": {"enabled": precision == "bf16"},
-                    "activation_checkpointing": {"recompute": recompute},
-                }
+                for offload in OFFLOADS if stage == 3 else list(OFFLOADS)[: 1 + min(stage, 1)]:
+                    found[f"{stage}-{precision}-{recompute}-{offload}"] = {
+                        "zero_optimization": {"stage": stage, **OFFLOADS[offload]},
+                        "bf16": {"enabled": precision == "bf16"},
+                        "activation_checkpointing": {"recompute": recompute},
+                    }
     return found
 
 
@@ -120,7 +130,9 @@ def main() -> None:
 
     tokens = torch.zeros(args.micro, args.seq, dtype=torch.int64)
     estimator = Estimator(make_model(args), (tokens, tokens), device_type="cpu")
-    print(f"{'stage-precision-recompute':28} {'predicted':>9} {'measured':>9} {'error':>7} {'resident':>9}  peak is in")
+    print(
+        f"{'stage-precision-recompute-offload':34} {'predicted':>9} {'measured':>9} {'error':>7} {'resident':>9}  peak is in"
+    )
     for name, case in cases().items():
         if args.only not in name:
             continue
@@ -128,7 +140,7 @@ def main() -> None:
         allocated, resident = measure(name, args)
         error = predicted.peak_nbytes / allocated - 1
         print(
-            f"{name:28} {predicted.peak_nbytes / 1e6:9.1f} {allocated / 1e6:9.1f} {error:+7.1%} {resident / 1e6:9.1f}  "
+            f"{name:34} {predicted.peak_nbytes / 1e6:9.1f} {allocated / 1e6:9.1f} {error:+7.1%} {resident / 1e6:9.1f}  "
             f"{predicted.phase}",
             flush=True,
         )

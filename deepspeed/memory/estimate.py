@@ -15,7 +15,7 @@ granules adds at the peak.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from deepspeed.memory.plan import plan_buckets
 from deepspeed.memory.replay import EngineSettings, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
+from deepspeed.zero.offload import make_placing
 from deepspeed.zero.policy import Tier
 
 ASSUMED_OPTIMIZER = "AdamW"
@@ -111,11 +112,12 @@ class Estimator:
         optimizer, notes = self._make_optimizer(trace.model, config)
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
+        placing = make_placing(config, policy, torch.device(self._device_type))
         buckets = plan_buckets(
-            trace.model, assemble.group_indices(optimizer), policy, assemble.make_limits(config), shard_size
+            trace.model, assemble.group_indices(optimizer), placing, assemble.make_limits(config), shard_size
         )
         settings = EngineSettings(
-            policy=policy,
+            placing=placing,
             shard_size=shard_size,
             num_replicas=world_size // shard_size,
             sends_directly=self._device_type == "cpu",

@@ -40,7 +40,7 @@ def measure_peak(run: Callable[[], Any]) -> Measured:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=False) as recorded:
         run()
     resident = accelerator.max_memory_allocated() - allocated
-    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]  # type: ignore[union-attr]
+    events = [e for e in recorded.profiler.kineto_results.events() if e.name() == "[memory]"]
     total = peak = 0
     for event in sorted(events, key=lambda event: event.start_ns()):
         total += event.nbytes()

@@ -12,39 +12,46 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deepspeed.comm.exchange import LocalExchange
-from deepspeed.zero.bucket import BucketState
+from deepspeed.zero.bucket import BucketState, LoadQueue
 from deepspeed.zero.build import Limits, choose_units
 from deepspeed.zero.cut import cut_by_size, users_of
 from deepspeed.zero.layout import BucketLayout, group_neighbours
-from deepspeed.zero.policy import ZeroPolicy
+from deepspeed.zero.placing import Places, Placing
 
 
-class _Ranks(LocalExchange):
-    """Stands for a process group of `world_size` ranks: the gatherer asks how many there are."""
+@dataclass(frozen=True)
+class _Ranks:
+    """Stands for a process group: the gatherer asks how many ranks there are."""
 
-    def __init__(self, world_size: int) -> None:
-        super().__init__(None)
-        self.world_size = world_size
+    world_size: int
 
 
 class PlannedBucket:
     """A bucket's sizes and state; what `zero.gather.Gatherer` drives. `on_change(bucket)` hears of unshard and reshard."""
 
     def __init__(
-        self, index: int, params: Sequence[nn.Parameter], layout: BucketLayout, *, is_sharded: bool, trains: bool
+        self,
+        index: int,
+        params: Sequence[nn.Parameter],
+        layout: BucketLayout,
+        places: Places,
+        *,
+        is_sharded: bool,
+        trains: bool,
+        keeps_storage: bool,
     ) -> None:
         self.index = index
         self.params = list(params)
         self.layout = layout
+        self.places = places
         self.is_sharded = is_sharded
         self.trains = trains
+        self.loads = LoadQueue()
         self.requires_grad = any(param.requires_grad for param in params)
         self.exchange = _Ranks(layout.world_size)
         self.state = BucketState.SHARDED if is_sharded else BucketState.UNSHARDED
         self.holders = 0
-        self.has_storage = not is_sharded or layout.world_size == 1
-        self._keeps_storage = self.has_storage
+        self.keeps_storage = self.has_storage = keeps_storage
 
     def hold(self) -> None:
         """See Bucket."""
@@ -56,7 +63,7 @@ class PlannedBucket:
 
     def regather(self) -> None:
         """See Bucket."""
-        if not self._keeps_storage and not self.has_storage:
+        if not self.keeps_storage and not self.has_storage:
             self.has_storage = True
             self.on_storage(1)
         if self.state is BucketState.SHARDED:
@@ -70,7 +77,7 @@ class PlannedBucket:
     def reshard(self) -> None:
         """See Bucket."""
         if self.is_sharded and self.state is not BucketState.SHARDED:
-            if not self._keeps_storage and self.has_storage:
+            if not self.keeps_storage and self.has_storage:
                 self.has_storage = False
                 self.on_storage(-1)
             self.state = BucketState.SHARDED
@@ -99,9 +106,10 @@ class Plan:
 
 
 def plan_buckets(
-    model: nn.Module, group_of: Mapping[nn.Parameter, int], policy: ZeroPolicy, limits: Limits, shard_size: int
+    model: nn.Module, group_of: Mapping[nn.Parameter, int], placing: Placing, limits: Limits, shard_size: int
 ) -> Plan:
     """The buckets of `model` on each of `shard_size` ranks. `group_of` gives each optimized parameter its group."""
+    policy = placing.policy
     plan = Plan()
     named = {param: name for name, param in model.named_parameters()}
     plan.loose = [param for param in named if not param.is_floating_point()]
@@ -115,7 +123,16 @@ def plan_buckets(
         order = group_neighbours(groups)
         layout = BucketLayout(tuple(params[i].numel() for i in order), tuple(groups[i] for i in order), shard_size)
         index = len(plan.sharded) if is_sharded else -1
-        bucket = PlannedBucket(index, [params[i] for i in order], layout, is_sharded=is_sharded, trains=trains)
+        places = placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains)
+        bucket = PlannedBucket(
+            index,
+            [params[i] for i in order],
+            layout,
+            places,
+            is_sharded=is_sharded,
+            trains=trains,
+            keeps_storage=not is_sharded or (shard_size == 1 and not placing.is_apart(places.params)),
+        )
         plan.buckets.append(bucket)
         return bucket
 

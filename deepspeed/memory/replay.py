@@ -18,6 +18,7 @@ the allocator of real runs.
 
 from __future__ import annotations
 
+import functools
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -33,6 +34,7 @@ from deepspeed.memory.ledger import (
     GRADIENTS,
     OPTIMIZER,
     PARAMETERS,
+    STREAMING,
     TEMPORARIES,
     UNSHARDED,
     Ledger,
@@ -41,8 +43,10 @@ from deepspeed.memory.plan import Plan, PlannedBucket
 from deepspeed.memory.trace import Trace, What
 from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.policy import ZeroPolicy
-from deepspeed.zero.reduce import MAX_IN_FLIGHT
+from deepspeed.zero.placing import Placing
+from deepspeed.zero.policy import Tier, ZeroPolicy
+from deepspeed.zero.reduce import MAX_IN_FLIGHT, MAX_STORING
+from deepspeed.zero.stream import NUM_SETS, TILE_NUMEL, TILE_UNIT
 
 LIKELY_IN_FLIGHT = 2
 LIKELY_IN_FLIGHT_DIRECTLY = 3
@@ -54,7 +58,7 @@ threads share the cores with the computation, one more (seen on two ranks)."""
 class EngineSettings:
     """What of an engine decides about memory, beside its buckets. Sizes in elements unless they say bytes."""
 
-    policy: ZeroPolicy
+    placing: Placing
     shard_size: int = 1
     num_replicas: int = 1
     sends_directly: bool = True
@@ -69,6 +73,15 @@ class EngineSettings:
     """Bytes of optimizer state per element, by parameter group; masters aside."""
     model_dtypes: dict[int, torch.dtype] | None = None
     """The dtype the user's model has, by position of the parameter, where it is not the policy's."""
+
+    @property
+    def policy(self) -> ZeroPolicy:
+        """The placement table."""
+        return self.placing.policy
+
+    def tier(self, tier: Tier) -> Tier:
+        """Where a ledger counts bytes of a tier: device and cpu are one where the device is a CPU."""
+        return Tier.DEVICE if tier is Tier.CPU and self.placing.is_host else tier
 
 
 class Pool:
@@ -102,8 +115,9 @@ class Gathers:
         self._users.setdefault(0, [])
         itemsize = settings.policy.parameters.dtype.itemsize
         for bucket in plan.sharded:
-            nbytes = bucket.layout.padded_numel * itemsize
-            bucket.on_storage = lambda count, nbytes=nbytes: ledger.add(UNSHARDED, nbytes, count=count)  # type: ignore[method-assign]
+            bucket.on_storage = functools.partial(  # type: ignore[method-assign]
+                _count_storage, ledger, bucket.layout.padded_numel * itemsize
+            )
         self._gatherer = Gatherer(
             plan.sharded,  # type: ignore[arg-type]
             lambda wish, digest: [(wish, digest)] * settings.shard_size,
@@ -181,6 +195,10 @@ class Gathers:
                 self._gatherer.drop(bucket)  # type: ignore[arg-type]
 
 
+def _count_storage(ledger: Ledger, nbytes: int, count: int) -> None:
+    ledger.add(UNSHARDED, nbytes, count=count)
+
+
 class Reductions:
     """Gradients on their way, as `zero.reduce.Reducer` takes, lays down and sends them."""
 
@@ -194,7 +212,6 @@ class Reductions:
     ) -> None:
         self._settings, self._ledger, self._on_complete = settings, ledger, on_complete
         policy = settings.policy
-        self._is_sharded = policy.gradients.is_sharded and settings.shard_size > 1
         self._delivers_shard = policy.optimizer.is_sharded
         self._itemsize = policy.gradients.dtype.itemsize
         self.order = plan.trained
@@ -207,16 +224,35 @@ class Reductions:
         self._completed: list[PlannedBucket] = []
         self._next = 0
         self._in_flight: deque[Callable[[], None]] = deque()
-        self._flats = Pool(ledger, BUCKETS, MAX_IN_FLIGHT)
+        on_tier = any(map(self._on_tier, self.order))
+        self._flats = Pool(ledger, BUCKETS, MAX_STORING if on_tier else MAX_IN_FLIGHT)
         self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
         self._lent: dict[PlannedBucket, int] = {}
+        self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
         self._max_in_flight = likely if policy.parameters.is_sharded else MAX_IN_FLIGHT
-        self.reduces_now = True
+        if settings.shard_size == 1:
+            self._max_in_flight = 1
+        self.reduces_now = self.is_first = True
+        """Whether this micro-batch is the last, and whether it is the first, of its step."""
         for bucket in self.order:
-            ledger.add(GRADIENTS, self.result_nbytes(bucket) if self._is_sharded else self._flat_nbytes(bucket))
+            if self._on_tier(bucket):
+                ledger.add(GRADIENTS, self.result_nbytes(bucket), bucket.places.optimizer)
+            if not self._is_sharded(bucket):
+                ledger.add(GRADIENTS, self._flat_nbytes(bucket))
+            elif not self._on_tier(bucket):
+                ledger.add(GRADIENTS, self.result_nbytes(bucket))
         if settings.sends_directly and settings.shard_size > 1:
             ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
+
+    def _on_tier(self, bucket: PlannedBucket) -> bool:
+        """Whether reduced gradients rest apart from the device, with the optimizer's state."""
+        return self._settings.placing.is_apart(bucket.places.optimizer)
+
+    def _is_sharded(self, bucket: PlannedBucket) -> bool:
+        """Whether each reduction borrows a flat buffer and leaves its result elsewhere."""
+        settings = self._settings
+        return settings.policy.gradients.is_sharded and (settings.shard_size > 1 or self._on_tier(bucket))
 
     def _flat_nbytes(self, bucket: PlannedBucket) -> int:
         return bucket.layout.padded_numel * self._itemsize
@@ -239,7 +275,7 @@ class Reductions:
 
     def _complete(self, bucket: PlannedBucket) -> None:
         self._on_complete(bucket)
-        if not (self._is_sharded or self.reduces_now):
+        if not (self._is_sharded(bucket) or self.reduces_now):
             self._lay_down(bucket)
             return
         self._completed.append(bucket)
@@ -248,20 +284,22 @@ class Reductions:
             self._launch(self.order[self._next])
 
     def _lay_down(self, bucket: PlannedBucket) -> None:
-        if self._is_sharded:
+        if self._is_sharded(bucket):
             self._lent[bucket] = self._flats.take(self._flat_nbytes(bucket))
         self._ledger.drop(BUCKETS, self._arrived.pop(bucket, 0))
         self._missing[bucket] = len(bucket.params)
 
     def _launch(self, bucket: PlannedBucket) -> None:
         self._next += 1
-        if self._missing[bucket] < len(bucket.params) or self._is_sharded:
+        if self._missing[bucket] < len(bucket.params) or self._is_sharded(bucket):
             self._lay_down(bucket)
         self._settle(self._max_in_flight - 1)
         layout, settings = bucket.layout, self._settings
         wire = settings.wire_dtype.itemsize
         numel = layout.padded_numel
         held = [] if settings.wire_dtype == settings.policy.gradients.dtype else [numel * wire]
+        if self._is_sharded(bucket) and self._on_tier(bucket) and not self.is_first:
+            held.append(self.result_nbytes(bucket))  # what is already at rest comes back to be added to
         for nbytes in held:
             self._ledger.add(COMMUNICATION, nbytes)
         scratch = self._scratch_nbytes(layout.padded_numel, wire)
@@ -273,10 +311,19 @@ class Reductions:
                 self._scratch.give_back(nbytes)
             for nbytes in held:
                 self._ledger.drop(COMMUNICATION, nbytes)
-            if self._is_sharded:
-                self._flats.give_back(self._lent.pop(bucket))
+            if self._is_sharded(bucket):
+                give_back = functools.partial(self._flats.give_back, self._lent.pop(bucket))
+                if self._on_tier(bucket):
+                    self._storing.append(give_back)
+                    self._end_stores(MAX_STORING)
+                else:
+                    give_back()
 
         self._in_flight.append(finish)
+
+    def _end_stores(self, num_left: int = 0) -> None:
+        while len(self._storing) > num_left:
+            self._storing.popleft()()
 
     def _scratch_nbytes(self, numel: int, itemsize: int) -> list[int]:
         """What a reduction receives into, beside its destination."""
@@ -296,7 +343,7 @@ class Reductions:
 
     def flush(self) -> None:
         """The end of a round: launch what is left."""
-        if not (self._is_sharded or self.reduces_now):
+        if not (self.order and self._is_sharded(self.order[0])) and not self.reduces_now:
             for bucket in self.order:
                 if self._missing[bucket] < len(bucket.params):
                     self._lay_down(bucket)
@@ -311,6 +358,7 @@ class Reductions:
         """Deliver everything; the next round is in the order in which buckets filled."""
         self.flush()
         self._settle()
+        self._end_stores()
         seen = list(dict.fromkeys(self._completed))
         self.order = seen + [bucket for bucket in self.order if bucket not in seen]
         self._completed.clear()
@@ -323,8 +371,7 @@ class Replay:
         self.trace, self.plan, self.settings = trace, plan, settings
         self.ledger = Ledger()
         self._position_of = {param: i for i, param in enumerate(trace.params)}
-        self._kind_of: dict[int, str] = {}
-        self._moments: list[int] = []
+        self._has_moments = False
 
     def run(self, num_steps: int = 4) -> Ledger:
         """Play initialization and `num_steps` steps: the gatherer knows its order from the third on."""
@@ -334,7 +381,7 @@ class Replay:
         micro_batches = min(2, self.settings.accumulation)
         for _ in range(num_steps):
             for i in range(micro_batches):
-                self._reductions.reduces_now = i == micro_batches - 1
+                self._reductions.reduces_now, self._reductions.is_first = i == micro_batches - 1, i == 0
                 self._micro_batch()
             self._step()
         return self.ledger
@@ -361,18 +408,19 @@ class Replay:
             full = layout.padded_numel * dtype.itemsize
             shard = layout.shard_numel * dtype.itemsize
             is_exact = all(given[p] == p.numel() * dtype.itemsize for p in bucket.params) or master == dtype
-            kind = PARAMETERS if bucket.has_storage else UNSHARDED
+            kind = PARAMETERS if bucket.keeps_storage else UNSHARDED
             ledger.add(kind, full)
-            if not bucket.has_storage:
-                ledger.add(PARAMETERS, shard)
+            if not bucket.keeps_storage:
+                ledger.add(PARAMETERS, shard, self.settings.tier(bucket.places.params))
             source = 0 if is_exact else layout.padded_numel * master.itemsize
             ledger.add(TEMPORARIES, source)
             for param in bucket.params:
                 ledger.drop(PARAMETERS, given[param])
-            if bucket.trains and master != dtype:
-                ledger.add(OPTIMIZER, self._master_numel(bucket) * master.itemsize)
+            if bucket.trains and not bucket.places.is_alias:
+                tier = self.settings.tier(bucket.places.optimizer)
+                ledger.add(OPTIMIZER, self._master_numel(bucket) * master.itemsize, tier)
             ledger.drop(TEMPORARIES, source)
-            if not bucket.has_storage:
+            if not bucket.keeps_storage:
                 ledger.drop(UNSHARDED, full)
 
     def _master_numel(self, bucket: PlannedBucket) -> int:
@@ -414,24 +462,52 @@ class Replay:
         ledger.phase = "step"
         self._gathers.before_update()
         reductions.finish()
+        itemsize = policy.optimizer.dtype.itemsize
         copies = policy.gradients.dtype != policy.optimizer.dtype
         pending: list[int] = []
         numel = 0
-        first = not self._moments
-        for bucket in reductions.order:
+        is_first, self._has_moments = not self._has_moments, True
+        resident = [bucket for bucket in self.plan.trained if bucket.places.optimizer is Tier.DEVICE]
+        for bucket in resident:
             size = self._master_numel(bucket)
             if pending and numel + size > self.settings.sub_group_numel:
                 self._release(pending)
                 numel = 0
             numel += size
             if copies:
-                pending.append(size * policy.optimizer.dtype.itemsize)
+                pending.append(size * itemsize)
                 ledger.add(TEMPORARIES, pending[-1])
-            if first:
-                nbytes = self._state_nbytes(bucket)
-                self._moments.append(nbytes)
-                ledger.add(OPTIMIZER, nbytes)
+            if is_first:
+                ledger.add(OPTIMIZER, self._state_nbytes(bucket))
         self._release(pending)
+        streamed = [bucket for bucket in self.plan.trained if bucket.places.optimizer is not Tier.DEVICE]
+        if streamed:
+            self._stream(streamed, is_first)
+
+    def _stream(self, buckets: list[PlannedBucket], is_first: bool) -> None:
+        """`zero.stream`: tiles of masters that rest on a tier, through three sets of buffers in main memory."""
+        settings, ledger, policy = self.settings, self.ledger, self.settings.policy
+        host = settings.tier(Tier.CPU)
+        for bucket in buckets if is_first else ():
+            ledger.add(OPTIMIZER, self._state_nbytes(bucket), settings.tier(bucket.places.optimizer))
+        tile_numel = max(TILE_UNIT, min(TILE_NUMEL, settings.sub_group_numel) // TILE_UNIT * TILE_UNIT)
+        largest = max(min(self._master_numel(bucket), tile_numel) for bucket in buckets)
+        num_tiles = sum(-(-self._master_numel(bucket) // tile_numel) for bucket in buckets)
+        per_element = 0.0
+        if any(bucket.places.optimizer is Tier.NVME for bucket in buckets):
+            per_element += (
+                policy.optimizer.dtype.itemsize + policy.gradients.dtype.itemsize + max(settings.state_nbytes)
+            )
+        if any(
+            not b.places.is_alias and (b.places.params is Tier.NVME or not settings.placing.is_host) for b in buckets
+        ):
+            per_element += policy.parameters.dtype.itemsize
+        buffers = int(per_element * largest)
+        ledger.add(STREAMING, buffers, host, min(NUM_SETS, num_tiles))
+        if policy.gradients.dtype != policy.optimizer.dtype:
+            ledger.add(STREAMING, largest * policy.optimizer.dtype.itemsize, host)
+            ledger.drop(STREAMING, largest * policy.optimizer.dtype.itemsize, host)
+        ledger.add(STREAMING, buffers, host, -min(NUM_SETS, num_tiles))
 
     def _release(self, pending: list[int]) -> None:
         for nbytes in pending:

@@ -57,10 +57,10 @@ class What(enum.Enum):
 
 
 class Event(NamedTuple):
-    """One thing that happened: to storage, module or parameter number `index`."""
+    """One thing that happened, to the storage, module or parameter of this number."""
 
     what: What
-    index: int = -1
+    number: int = -1
     nbytes: int = 0
 
 
