@@ -19,6 +19,7 @@ _SCHEDULES = (
     "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES add_tuning_arguments "
     "get_config_from_args get_lr_from_config"
 )
+_ESTIMATORS = " ".join(f"estimate_zero{{0}}_model_states_mem_needs{kind}" for kind in ("", "_all_live", "_all_cold"))
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime": {},
@@ -44,8 +45,14 @@ PATHS: dict[str, dict[str, str]] = {
             }
         )
     },
-    "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
-    "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.stage_1_and_2": {
+        "DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(2)}),
+    },
+    "deepspeed.runtime.zero.stage3": {
+        "DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
+    },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
