@@ -243,6 +243,11 @@ def main(args: Sequence[str] | None = None) -> int:
     if not (sys.argv[1:] if args is None else args):
         _parser().print_help()
         return 0
+    arguments = sys.argv[1:] if args is None else args
+    if arguments[0] == "estimate":
+        from deepspeed.memory.cli import main as estimate
+
+        return estimate(arguments[1:])
     try:
         parsed = parse_args(args)
         set_up_logging(parsed)

@@ -95,7 +95,7 @@ class Estimator:
     ) -> None:
         self._model = model
         self._args, self._kwargs = as_call(batch)
-        self._device_type = device_type or get_accelerator().device_name()
+        self.device_type = device_type or get_accelerator().device_name()
         self._optimizer = optimizer
         self._loss_of = loss_of
         self._traces: dict[Any, Trace] = {}
@@ -112,7 +112,7 @@ class Estimator:
         optimizer, notes = self._make_optimizer(trace.model, config)
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
-        placing = make_placing(config, policy, torch.device(self._device_type))
+        placing = make_placing(config, policy, torch.device(self.device_type))
         buckets = plan_buckets(
             trace.model, assemble.group_indices(optimizer), placing, assemble.make_limits(config), shard_size
         )
@@ -120,7 +120,7 @@ class Estimator:
             placing=placing,
             shard_size=shard_size,
             num_replicas=world_size // shard_size,
-            sends_directly=self._device_type == "cpu",
+            sends_directly=self.device_type == "cpu",
             accumulation=config.gradient_accumulation_steps or 1,
             sub_group_numel=zero.sub_group_size,
             prefetch_numel=zero.stage3_prefetch_bucket_size,
@@ -153,7 +153,7 @@ class Estimator:
                 self._args,
                 self._kwargs,
                 dtype=config.precision_dtype,
-                device_type=self._device_type,
+                device_type=self.device_type,
                 autocast=low,
                 plan=list(chosen) if isinstance(chosen, tuple) else chosen,
                 prepare=lambda model: assemble.cast_buffers(model, config),
