@@ -97,7 +97,7 @@ def worker(args: argparse.Namespace) -> None:
     run(64)  # imports, thread pools and libraries' workspaces
     gc.collect()  # the nvme store goes with the last that rests in it
     # What the nvme store maps for its buffers is given by torch's allocator here, so that it is counted.
-    nvme.aligned_buffer = counted_buffer  # type: ignore[assignment]
+    nvme.aligned_buffer = counted_buffer
     measured = measure_peak(lambda: run(args.width), counts=not args.resident)
     if int(os.environ["RANK"]) == 0:
         print(json.dumps([measured.allocated_nbytes, measured.resident_nbytes]))
@@ -141,7 +141,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.worker:
         return worker(args)
-    from deepspeed.memory.estimate import Estimator
+    from deepspeed.memory.estimator import Estimator
 
     tokens = torch.zeros(args.micro, args.seq, dtype=torch.int64)
     estimator = Estimator(make_model(args), (tokens, tokens), device_type="cpu")

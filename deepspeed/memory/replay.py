@@ -1,6 +1,6 @@
 """An engine's memory, played to a traced step: the same verbs as ZeRO's, on a ledger instead of tensors.
 
-Called by `memory.estimate` with a trace (what the model does), a plan (its buckets) and an engine's settings. Gathering is
+Called by `memory.estimator` with a trace (what the model does), a plan (its buckets) and an engine's settings. Gathering is
 decided by the real `zero.gather.Gatherer`; reductions, the update and publication follow `zero.reduce` and
 `zero.optimizer`, each with a short counterpart here that says what it borrows and when it gives it back.
 

@@ -94,7 +94,7 @@ class Estimator:
         loss_of: Callable[[Any], Tensor] | None = None,
     ) -> None:
         self._model = model
-        self._args, self._kwargs = as_call(batch)
+        self.args, self.kwargs = as_call(batch)
         self.device_type = device_type or get_accelerator().device_name()
         self._optimizer = optimizer
         self._loss_of = loss_of
@@ -150,8 +150,8 @@ class Estimator:
         if key not in self._traces:
             self._traces[key] = trace_step(
                 self._model,
-                self._args,
-                self._kwargs,
+                self.args,
+                self.kwargs,
                 dtype=config.precision_dtype,
                 device_type=self.device_type,
                 autocast=low,

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_map_only
 
 from deepspeed.activation.blocks import find_blocks
 from deepspeed.config import load_config, read_config
-from deepspeed.memory.estimate import Estimate, Estimator
+from deepspeed.memory.estimator import Estimate, Estimator
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.zero.policy import Tier
 
@@ -139,7 +139,7 @@ def survey(
         limits or Limits(),
     )
     own_recompute = own.activation_checkpointing.recompute
-    recomputes = RECOMPUTE if find_blocks(model) else {own_recompute: 0.0}
+    recomputes: dict[str, float] = RECOMPUTE if find_blocks(model) else {own_recompute: 0.0}
     for stage, tier, recompute in itertools.product(STAGES, tiers, recomputes):
         is_current = (stage, tier.label, recompute) == (own.zero_optimization.stage, own_offload, own_recompute)
         if stage < tier.min_stage:
@@ -161,9 +161,7 @@ def survey(
     return result
 
 
-def changed_config(
-    given: Mapping[str, Any], stage: int, sections: Mapping[str, Any], recompute: str
-) -> dict[str, Any]:
+def changed_config(given: Mapping[str, Any], stage: int, sections: Mapping[str, Any], recompute: str) -> dict[str, Any]:
     """A configuration with another stage, offload and recomputation; everything else stays."""
     config = copy.deepcopy(dict(given))
     zero = {k: v for k, v in dict(config.get("zero_optimization", {})).items() if not k.startswith("offload_")}
@@ -180,10 +178,13 @@ def changed_config(
 def _own_offload(config: Any, tiers: list[Offload]) -> str:
     zero = config.zero_optimization
     devices = tuple(
-        "none" if section is None else section.device or "none" for section in (zero.offload_optimizer, zero.offload_param)
+        "none" if section is None else section.device or "none"
+        for section in (zero.offload_optimizer, zero.offload_param)
     )
     for tier in tiers:
-        theirs = tuple(tier.sections.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param"))
+        theirs = tuple(
+            tier.sections.get(key, {}).get("device", "none") for key in ("offload_optimizer", "offload_param")
+        )
         if theirs == devices:
             return tier.label
     return "as configured"
@@ -196,8 +197,7 @@ def advise(result: Survey, smaller: Callable[[Any], Estimator], batch: Any) -> A
         return Advice(current, {}, True)
     fitting = [option for option in result.options if limits.allow(option.estimate)]
     if fitting:
-        # What the configuration has is paid for already.
-        best = min(fitting, key=lambda option: (max(option.price, current.price), option.price))
+        best = min(fitting, key=lambda option: _cost_of_change(current, option))
         return Advice(best, _difference(current.config, best.config), True)
     least = min(result.options, key=lambda option: option.estimate.peak_nbytes)
     size = _leading(batch)
@@ -212,6 +212,14 @@ def advise(result: Survey, smaller: Callable[[Any], Estimator], batch: Any) -> A
                 best = Option(option.stage, option.offload, option.recompute, changed, option.price, found)
                 return Advice(best, _difference(current.config, changed), True)
     return Advice(least, _difference(current.config, least.config), False)
+
+
+def _cost_of_change(current: Option, option: Option) -> float:
+    """How much slower a step becomes, and half a point for each thing that changes."""
+    changes = (
+        (current.stage != option.stage) + (current.offload != option.offload) + (current.recompute != option.recompute)
+    )
+    return max(0.0, option.price - current.price) + 0.5 * changes
 
 
 def _leading(batch: Any) -> int:
