@@ -27,10 +27,11 @@ from deepspeed.config import Config, load_config
 from deepspeed.engine import assemble
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.plan import plan_buckets
-from deepspeed.memory.replay import EngineSettings, Replay
+from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
 from deepspeed.zero.offload import make_placing
+from deepspeed.zero.param import slot_of
 from deepspeed.zero.policy import Tier
 
 ASSUMED_OPTIMIZER = "AdamW"
@@ -128,7 +129,7 @@ class Estimator:
             max_reuse_distance=zero.stage3_max_reuse_distance,
             wire_dtype=config.communication_data_type or policy.gradients.dtype,
             state_nbytes=state_nbytes_per_element(optimizer, policy.optimizer.dtype),
-            model_dtypes={i: param.dtype for i, param in enumerate(self._model.parameters())},
+            given=[_given(param, zero.stage) for param in self._model.parameters()],
         )
         recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)
         return Estimate(
@@ -170,6 +171,13 @@ class Estimator:
             return made, []
         note = f"the configuration names no optimizer; {ASSUMED_OPTIMIZER} is assumed"
         return build_optimizer(ASSUMED_OPTIMIZER, {}, groups), [note]
+
+
+def _given(param: Tensor, stage: int) -> Given:
+    """Where a parameter is before the engine is made. Meta tensors stand for what the host holds, or `zero.Init` makes."""
+    if slot_of(param) is not None or (param.is_meta and stage == 3):
+        return Given(param.dtype, None)
+    return Given(param.dtype, Tier.CPU if param.device.type in ("cpu", "meta") else Tier.DEVICE)
 
 
 def _name_of(plan: Sequence[Recompute]) -> str:

@@ -20,8 +20,9 @@ from __future__ import annotations
 
 import functools
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import nn
@@ -54,6 +55,13 @@ LIKELY_IN_FLIGHT_DIRECTLY = 3
 threads share the cores with the computation, one more (seen on two ranks)."""
 
 
+class Given(NamedTuple):
+    """A parameter of the user's model: its dtype, and where it is (None: made by `zero.Init`, in its shard)."""
+
+    dtype: torch.dtype
+    tier: Tier | None
+
+
 @dataclass(frozen=True, kw_only=True)
 class EngineSettings:
     """What of an engine decides about memory, beside its buckets. Sizes in elements unless they say bytes."""
@@ -71,8 +79,8 @@ class EngineSettings:
     wire_dtype: torch.dtype = torch.float32
     state_nbytes: tuple[float, ...] = (8.0,)
     """Bytes of optimizer state per element, by parameter group; masters aside."""
-    model_dtypes: dict[int, torch.dtype] | None = None
-    """The dtype the user's model has, by position of the parameter, where it is not the policy's."""
+    given: Sequence[Given] = ()
+    """What the user's model has, by position of the parameter."""
 
     @property
     def policy(self) -> ZeroPolicy:
@@ -390,24 +398,27 @@ class Replay:
         """`zero.build`: each bucket is filled from the user's parameters, which go as it is adopted."""
         ledger, policy = self.ledger, self.settings.policy
         dtype, master = policy.parameters.dtype, policy.optimizer.dtype
-        given = {
-            param: param.numel() * (self.settings.model_dtypes or {}).get(i, dtype).itemsize
-            for param, i in self._position_of.items()
-        }
-        for nbytes in given.values():
-            ledger.add(PARAMETERS, nbytes)
+        given: dict[nn.Parameter, tuple[int, Tier]] = {}
+        for param, i in self._position_of.items():
+            is_there = i < len(self.settings.given) and self.settings.given[i].tier is not None
+            nbytes = param.numel() * self.settings.given[i].dtype.itemsize if is_there else 0
+            given[param] = (
+                nbytes,
+                self.settings.tier(self.settings.given[i].tier or Tier.DEVICE) if is_there else Tier.DEVICE,
+            )
+            ledger.add(PARAMETERS, *given[param])
         for buffer in self.trace.model.buffers():
             ledger.add(PARAMETERS, buffer.numel() * buffer.element_size())
         for param in self.plan.loose:
             nbytes = param.numel() * (dtype if param.is_floating_point() else param.dtype).itemsize
-            if nbytes != given[param]:
+            if given[param] != (nbytes, Tier.DEVICE):
                 ledger.add(PARAMETERS, nbytes)
-                ledger.drop(PARAMETERS, given[param])
+                ledger.drop(PARAMETERS, *given[param])
         for bucket in self.plan.buckets:
             layout = bucket.layout
             full = layout.padded_numel * dtype.itemsize
             shard = layout.shard_numel * dtype.itemsize
-            is_exact = all(given[p] == p.numel() * dtype.itemsize for p in bucket.params) or master == dtype
+            is_exact = master == dtype or all(given[p][0] == p.numel() * dtype.itemsize for p in bucket.params)
             kind = PARAMETERS if bucket.keeps_storage else UNSHARDED
             ledger.add(kind, full)
             if not bucket.keeps_storage:
@@ -415,7 +426,7 @@ class Replay:
             source = 0 if is_exact else layout.padded_numel * master.itemsize
             ledger.add(TEMPORARIES, source)
             for param in bucket.params:
-                ledger.drop(PARAMETERS, given[param])
+                ledger.drop(PARAMETERS, *given[param])
             if bucket.trains and not bucket.places.is_alias:
                 tier = self.settings.tier(bucket.places.optimizer)
                 ledger.add(OPTIMIZER, self._master_numel(bucket) * master.itemsize, tier)

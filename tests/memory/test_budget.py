@@ -20,7 +20,15 @@ SECTION = "activation_checkpointing"
 
 def test_the_ladder_climbs_from_nothing_to_everything() -> None:
     letters = {Recompute.NONE: ".", Recompute.SELECTIVE: "s", Recompute.FULL: "F"}
-    assert ["".join(letters[r] for r in plan) for plan in ladder(3)] == ["...", "s..", "ss.", "sss", "Fss", "FFs", "FFF"]
+    assert ["".join(letters[r] for r in plan) for plan in ladder(3)] == [
+        "...",
+        "s..",
+        "ss.",
+        "sss",
+        "Fss",
+        "FFs",
+        "FFF",
+    ]
 
 
 def gpt() -> TinyGpt:
@@ -43,9 +51,7 @@ def test_the_chosen_rung_fits_and_the_one_below_does_not() -> None:
     model = gpt()
     batch = model.example(64, 0, torch.Generator())
     for budget in found:
-        chosen, estimate = choose_plan(
-            model, config, batch, {}, world_size=2, budget_nbytes=budget, device_type="cpu"
-        )
+        chosen, estimate = choose_plan(model, config, batch, {}, world_size=2, budget_nbytes=budget, device_type="cpu")
         assert estimate.peak_nbytes == found[chosen] <= budget
         assert chosen == 0 or found[chosen - 1] > budget
     with pytest.raises(ValueError, match="with every block recomputed whole a rank still needs"):
