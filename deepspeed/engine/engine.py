@@ -30,6 +30,7 @@ from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
 from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.engine.out_of_memory import explained
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
@@ -252,7 +253,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         self.timers("forward").start()
-        with self._forward_contexts():
+        with explained(self, "forward"), self._forward_contexts():
             output = self.module(*inputs, **kwargs)
         self.timers("forward").stop()
         if self._hooks is None and torch.is_grad_enabled():
@@ -296,7 +297,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         )
         self._reducer.hide()
         self.timers("backward").start()
-        self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+        with explained(self, "backward"):
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
         self.watch.end()
         self.timers("backward").stop()
         self.losses = loss.detach()
@@ -347,7 +349,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
         self.timers("step").start()
-        self.optimizer.step()
+        with explained(self, "step"):
+            self.optimizer.step()
         self.timers("step").stop()
         if self.optimizer.overflow:
             self.skipped_steps += 1
