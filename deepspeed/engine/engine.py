@@ -30,7 +30,9 @@ from deepspeed.engine.agreement import describe_inputs, describe_model, flatten,
 from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.observe import announce, make_observers, run_directory
+from deepspeed.engine.out_of_memory import explained
 from deepspeed.engine.queries import ConfigQueries
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
@@ -152,6 +154,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
+        self._recomputation = Recomputation(model, self._config, self.mpu)
+        undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
         self._checkpoints = Checkpoints(self._config)
@@ -270,6 +274,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
+        self._recomputation.settle(self, inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
@@ -294,7 +299,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     @contextlib.contextmanager
     def _phase(self, name: str, value: Any = None) -> Iterator[None]:
         """A part of the step, as a span and for the observers."""
-        with torch.profiler.record_function(f"engine.{name}"):
+        with torch.profiler.record_function(f"engine.{name}"), explained(self, name):
             self.timers(name).start()
             for observer in self._observers:
                 observer.begins(name, value)
