@@ -29,7 +29,9 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.base_optimizer": invert({"deepspeed.zero.optimizer": "DeepSpeedOptimizer"}),
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
-    "deepspeed.runtime.utils": invert({"deepspeed.accelerator.memory": "see_memory_usage"}),
+    "deepspeed.runtime.utils": invert(
+        {"deepspeed.accelerator.memory": "see_memory_usage", "deepspeed.utils.nested": "move_to_device"}
+    ),
     "deepspeed.runtime.zero": {},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(
@@ -44,6 +46,9 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
     "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.parameter_offload": {
+        "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload"
+    },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),

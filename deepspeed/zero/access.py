@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from deepspeed.utils.errors import ShardError
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.param import buckets_of, slot_of
+from deepspeed.zero.parameter_offload import EXTERNALS
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
@@ -116,13 +117,13 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         raise RuntimeError(
             f"register_external_parameter: the second argument is a {type(parameter).__name__}, not an nn.Parameter."
         )
-    externals = module.__dict__.setdefault("_ds_external_params", {})
+    externals = module.__dict__.setdefault(EXTERNALS, {})
     externals[id(parameter)] = parameter
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
     """Undo `register_external_parameter`. Raises RuntimeError if it was not registered."""
-    if module.__dict__.get("_ds_external_params", {}).pop(id(parameter), None) is None:
+    if module.__dict__.get(EXTERNALS, {}).pop(id(parameter), None) is None:
         raise RuntimeError(
             f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}."
         )
@@ -188,7 +189,8 @@ class _Place:
 
     def gradient(self) -> Tensor:
         """This rank's reduced gradients [S]; delivers them first. Collective."""
-        self.optimizer.reducer.finish()
+        if self.optimizer.reducer.saw_backward:
+            self.optimizer.reducer.finish()
         return self.optimizer.reducer.gradients[self.position].result
 
 
@@ -226,11 +228,11 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The full gradient, averaged over all ranks; valid from backward at the boundary until step. Collective."""
+    """The full gradient, averaged over all ranks; from backward at the boundary to the next backward. Collective."""
     place = _place(param)
     if place is None:
         return param.grad
-    scale = place.optimizer.scale.scale
+    scale = place.optimizer.gradient_scale
     full = place.gather(place.gradient())
     return full if scale == 1.0 else full / scale
 
@@ -293,7 +295,7 @@ def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) ->
 def safe_get_local_grad(param: nn.Parameter) -> Tensor:
     """This rank's part of the averaged gradient, 1-D. Stage 3. Collective."""
     place = _local_place(param)
-    return place.local(place.gradient()) / place.optimizer.scale.scale
+    return place.local(place.gradient()) / place.optimizer.gradient_scale
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:

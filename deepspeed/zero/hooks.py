@@ -118,22 +118,30 @@ class ModuleHooks:
         self._frames: list[Frame] = []
         self._held: dict[Bucket, None] = {}
         """Buckets that this backward has requested and not released."""
-        self._handles: list[Handle] = []
+        self.handles: list[Handle] = []
         self.attach()
 
     def attach(self) -> None:
         """Put the hooks in place."""
-        for module in self.users:
-            self._attach_to(module)
+        self.attach_to_modules()
         self.watch.on_begin.append(self._begin_backward)
         self.watch.on_end.append(self._end_backward)
         zero_param.add_resolver(self._resolve)
 
+    def attach_to_modules(self) -> None:
+        """Put the hooks on the modules; once, whether they are there or not."""
+        self._detach_from_modules()
+        for module in self.users:
+            self._attach_to(module)
+
+    def _detach_from_modules(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
     def detach(self) -> None:
         """Take every hook away; parameters stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._detach_from_modules()
         zero_param.remove_resolver(self._resolve)
         for listeners, listener in (
             (self.watch.on_begin, self._begin_backward),
@@ -151,7 +159,7 @@ class ModuleHooks:
             self.users[module].append(bucket)
 
     def _attach_to(self, module: nn.Module) -> None:
-        self._handles += [
+        self.handles += [
             module.register_forward_pre_hook(ModuleHook(self._pre_forward), prepend=True, with_kwargs=True),
             module.register_forward_hook(ModuleHook(self._post_forward), always_call=True),
         ]

@@ -15,7 +15,7 @@ After ZeRO (arXiv:1910.02054), section 5, and Mixed Precision Training (arXiv:17
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import BucketLayout, RunSpan
+from deepspeed.zero.param import slot_of
+from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.sharding import RunSharding
@@ -37,6 +39,25 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer the engine returns; `.optimizer` is the wrapped torch optimizer."""
 
     optimizer: torch.optim.Optimizer
+
+
+class Members(list[Tensor]):
+    """The runs of one parameter group, which also answers for the model's parameters that lie in them."""
+
+    def __init__(self, runs: Iterable[Tensor], owner: ZeroOptimizer, group: int) -> None:
+        super().__init__(runs)
+        self._owner, self._group = owner, group
+
+    def __contains__(self, tensor: object) -> bool:
+        if any(run is tensor for run in self):
+            return True
+        slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        trained = slot is not None and any(master.bucket is slot.bucket for master in self._owner.masters)
+        return trained and slot.bucket.layout.groups[slot.index] == self._group  # type: ignore[union-attr]
+
+    def __reduce__(self) -> Any:
+        """A copy is a plain list."""
+        return list, (list(self),)
 
 
 class Master:
@@ -111,6 +132,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.grad_norm: float | None = None
         """Norm of the last step's gradients, unscaled, before clipping."""
         self.before_update: Callable[[], None] | None = None
+        self.parameter_offload: ParameterOffload | None = None
+        """Stage 3: the hooks on the model's modules, for libraries that take them off for a while."""
+        self._kept_scale = 1.0
         self._unused: list[tuple[int, int]] = []
         self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
         self._sub_group_numel = sub_group_numel
@@ -148,8 +172,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
             for group, tensor in self.steppable[-1]:
                 tensors[group].append(tensor)
-        for param_group, members in zip(self.optimizer.param_groups, tensors, strict=True):
-            param_group["params"] = members
+        for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
+            param_group["params"] = Members(members, self, i)
         if self.optimizer.state:
             warn_once(
                 f"{type(self.optimizer).__name__} was given with state from earlier steps; it starts anew, since its parameters "
@@ -189,6 +213,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     cur_scale = loss_scale
 
     @property
+    def gradient_scale(self) -> float:
+        """By how much the reducer's results are larger than gradients: until a step by the loss scale; after it they stay,
+        as the step left them, until the next backward."""
+        return self.scale.scale if self.reducer.saw_backward else self._kept_scale
+
+    @property
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale changes by itself."""
         return self.scale.is_dynamic
@@ -218,10 +248,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.before_update is not None:
             self.before_update()
         self.reducer.finish()
-        factor = self._decide()
+        scale, factor = self.scale.scale, self._decide()
+        self._kept_scale = scale
         if factor is not None:
             self._update(factor)
             self._publish()
+            if self.policy.gradients.dtype == self.policy.optimizer.dtype:
+                self._kept_scale *= factor
         self.reducer.drop()
         return loss
 
