@@ -52,6 +52,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
+    "deepspeed.checkpoint": {},
+    "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
     "deepspeed.ops": {},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),

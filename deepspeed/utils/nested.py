@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, MutableMapping
 from typing import Any
 
 
@@ -18,18 +19,39 @@ def recursive_setattr(root: Any, path: str, value: Any) -> None:
     setattr(recursive_getattr(root, holder) if holder else root, name, value)
 
 
-def move_to_device(item: Any, device: Any, criterion_func: Any = None) -> Any:
-    """The tensors in nested lists, tuples and mappings on `device`; of these, only those for which `criterion_func` is true.
+def map_tensors(function: Callable[[Any], Any], item: Any) -> Any:
+    """`item` with `function` applied to whatever has a `.to` (tensors, batches of Transformers) in nested containers.
 
-    Containers keep their type; everything else is passed on as it is.
+    Lists, tuples and mappings keep their type, and a state dict its `_metadata`; everything else is passed on as it is.
     """
-    if hasattr(item, "to") and callable(item.to):
-        return item.to(device) if criterion_func is None or criterion_func(item) else item
-    if isinstance(item, tuple) and hasattr(item, "_fields"):
-        return type(item)(*(move_to_device(value, device, criterion_func) for value in item))
-    if isinstance(item, (list, tuple)):
-        return type(item)(move_to_device(value, device, criterion_func) for value in item)
+    if callable(getattr(item, "to", None)):
+        return function(item)
     if isinstance(item, Mapping):
-        moved = {key: move_to_device(value, device, criterion_func) for key, value in item.items()}
-        return moved if type(item) is dict else type(item)(moved)  # type: ignore[call-arg]
+        mapped = copy.copy(item) if isinstance(item, MutableMapping) else dict(item)
+        mapped.update({key: map_tensors(function, value) for key, value in item.items()})
+        return mapped
+    if isinstance(item, (list, tuple)):
+        values = [map_tensors(function, value) for value in item]
+        return type(item)(*values) if hasattr(item, "_fields") else type(item)(values)
     return item
+
+
+def move_to_device(item: Any, device: Any, criterion_func: Callable[[Any], bool] | None = None) -> Any:
+    """The tensors in nested containers on `device`; of these, where `criterion_func` is given, those it is true for."""
+    return map_tensors(lambda t: t.to(device) if criterion_func is None or criterion_func(t) else t, item)
+
+
+def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
+    """Copies of the tensors in nested containers, on `device`, each in memory of its own, as a file should have them.
+
+    A parameter is a view of its bucket, and saving a view saves the bucket. One tensor under two names stays one.
+    """
+    clones: dict[Any, Any] = {}
+
+    def clone(tensor: Any) -> Any:
+        place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
+        if place not in clones:
+            clones[place] = tensor.detach().to(device, copy=True)
+        return clones[place]
+
+    return map_tensors(clone, item)
