@@ -40,6 +40,8 @@ from deepspeed.zero.access import trainers
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
+from deepspeed.zero.master import gradient_rest
+from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS, ParameterOffload
@@ -174,9 +176,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.watch = BackwardWatch()
         self.watch.on_begin.append(self._scale_guard.check)
         assemble.cast_buffers(model, config)
-        built = build(
-            model, assemble.group_indices(basic), self.policy, self.mesh, self._device, assemble.make_limits(config)
-        )
+        placing = make_placing(config, self.policy, self._device)
+        built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
         self._gatherer: Gatherer | None = None
         self._parameter_offload: ParameterOffload | None = None
@@ -192,6 +193,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             self.policy,
             should_reduce=self.accumulation.should_reduce,
             on_complete=self._hooks.bucket_completed if self._hooks else None,
+            rests=[gradient_rest(placing, master) for master in built.masters],
             **assemble.reduction_arguments(config, self.mesh, self._device),
         )
         undo.callback(self._reducer.close)
@@ -208,6 +210,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 clip=config.gradient_clipping,
                 skip_non_finite=config.bf16.enabled and config.bf16.check_grad_overflow,
                 sub_group_numel=config.zero_optimization.sub_group_size,
+                placing=placing,
                 allow_untested=config.zero_allow_untested_optimizer,
                 zero_stage=stage,
             )
@@ -605,22 +608,17 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 ) from None
 
     def memory_by_kind(self) -> dict[str, int]:
-        """Bytes at rest on this rank: parameters, gradients, optimizer (masters and states)."""
+        """Bytes at rest on this rank, on whatever tier: parameters, gradients, optimizer (masters and states)."""
         trained = {id(master.bucket) for master in self._built.masters}
         in_buckets = {id(param) for bucket in self._built.buckets for param in bucket.params}
-        params = sum(
-            (b.full.untyped_storage().nbytes() if b._keeps_storage else b.shard.nbytes) for b in self._built.buckets
-        )
+        params = sum(bucket.nbytes for bucket in self._built.buckets)
         params += sum(p.nbytes for p in self.module.parameters() if id(p) not in in_buckets)
-        states = self.zero_optimizer.state.values() if self.zero_optimizer is not None else ()
-        moments = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
-        masters = sum(0 if master.is_alias else master.tensor.nbytes for master in self._built.masters)
-        live = sum(b.full.untyped_storage().nbytes() for b in self._built.buckets if not b._keeps_storage)
+        live = sum(bucket.unsharded_nbytes for bucket in self._built.buckets)
         return {
             "parameters": params,
             "unsharded": live,
             "gradients": sum(gradients.nbytes for gradients in self._reducer.gradients),
-            "optimizer": moments + masters,
+            "optimizer": self.zero_optimizer.nbytes if self.zero_optimizer is not None else 0,
             "num_trained_buckets": len(trained),
         }
 

@@ -30,3 +30,7 @@ class TrainingStateError(DeepSpeedError, RuntimeError):
 
 class NotAvailableError(DeepSpeedError, NotImplementedError):
     """A documented feature that this version validates but does not have yet."""
+
+
+class TierError(DeepSpeedError, OSError):
+    """Bytes could not be moved to or from where they rest: disk full, folder gone, file short or damaged."""
