@@ -69,6 +69,7 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
         self.enabled = enabled
         self._buckets: list[Bucket] = []
+        self._num_views: list[int] = []
         if fwd_module is not None and enabled:
             for param in self.params:
                 register_external_parameter(fwd_module, param)
@@ -81,6 +82,7 @@ class GatheredParameters:
                 bucket.hold()
             for bucket in self._buckets:
                 bucket.finish_unshard()
+            self._num_views = [bucket.num_views() for bucket in self._buckets]
 
     @torch.no_grad()
     def __exit__(
@@ -88,9 +90,11 @@ class GatheredParameters:
     ) -> None:
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
-        for bucket in self._buckets:
+        for bucket, num_views in zip(self._buckets, self._num_views, strict=True):
             bucket.let_go()
             if bucket.holders == 0:
+                if bucket.num_views() > num_views:
+                    bucket.leave_full()
                 bucket.reshard()
         self._buckets = []
 

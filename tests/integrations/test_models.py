@@ -26,7 +26,6 @@ def test_a_loop_of_one_s_own_with_hf_deep_speed_config_equals_plain_pytorch(mode
     plain = jobs.plain_loop(model, precision, 6)
     assert found["all_sharded"] and found["marked"] and found["tied"]
     assert found["dtypes"] == {torch.bfloat16 if precision == "bf16" else torch.float32}
-    assert found["num_parameters"] == plain["num_parameters"]
     assert found["inv_freq"].dtype == torch.float32
     torch.testing.assert_close(found["inv_freq"], plain["inv_freq"], rtol=0, atol=0)
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-5 if precision == "fp32" else 5e-3)
@@ -40,7 +39,7 @@ def test_a_loop_of_one_s_own_with_hf_deep_speed_config_equals_plain_pytorch(mode
 @pytest.mark.parametrize("tied", [True, False])
 def test_token_embeddings_can_be_resized_while_sharded(tied: bool, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", tie_word_embeddings=tied)
-    found = run_job(jobs.resize, folder, str(tmp_path / "out"), tied)
+    found = run_job(jobs.resize, folder, str(tmp_path / "out"))
     assert found["kept"] and found["shape"] == (VOCAB + 16, 32) and found["tied"] is tied
     from transformers import AutoModelForCausalLM
 
@@ -56,8 +55,14 @@ def test_weights_that_a_checkpoint_lacks_are_initialised_alike_on_every_rank(mod
 
 def test_weight_norm_inside_a_gather_replaces_a_sharded_parameter() -> None:
     found = run_job(jobs.speech)
-    assert found["losses"][-1] < found["losses"][0]
-    assert any(name.endswith(("original0", "weight_g")) for name in found["names"]), found["names"]
+    plain = jobs.plain_speech(found["initial"])
+    assert found["external"] == [32 * 8 * 16, 16]
+    assert found["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    # Softmax does not see a bias of the keys: its gradient is rounding, which Adam blows up.
+    kept = [
+        {n: w for n, w in weights.items() if "k_proj.bias" not in n} for weights in (found["weights"], plain["weights"])
+    ]
+    assert_close_weights(*kept, tolerance=1e-3)
 
 
 def test_a_trainer_that_never_trains_evaluates_at_stage_3(model: str, tmp_path: Path) -> None:

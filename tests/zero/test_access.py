@@ -250,3 +250,48 @@ DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_can_be_read_until_the_next_backward_unscaled_and_unclipped(stage: int, precision: str) -> None:
     run_ranks(2, gradient_after_step, stage, precision)
+
+
+def kept_views(rank: int, world_size: int) -> None:
+    with sharded_engine(rank, world_size) as engine:
+        weight = engine.module.head.weight
+        state, made = {}, None
+        batch = make_batches(engine.module, num_steps=1, accumulation=1, samples=2)[0][0]
+        loss = total_loss(engine(*batch))
+        with GatheredParameters(engine.module.parameters()):
+            expected = {name: param.clone() for name, param in engine.module.named_parameters()}
+            state = engine.module.state_dict()
+            made = nn.Parameter(weight)
+            assert isinstance(made, nn.Parameter) and not hasattr(made, "ds_id") and torch.equal(made, weight)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert torch.equal(made, expected["head.weight"]) and type(copy.deepcopy(made)) is nn.Parameter
+        with pytest.raises(ShardError, match=r"head.weight is sharded and cannot be used in 'nn.Parameter"):
+            nn.Parameter(weight)
+        engine.backward(loss)
+        engine.step()
+        assert all(torch.equal(state[name], value) for name, value in expected.items()), "what was kept is a copy"
+        with GatheredParameters(weight):
+            assert not torch.equal(weight, expected["head.weight"])
+
+
+def test_views_taken_inside_a_gather_outlive_it() -> None:
+    run_ranks(2, kept_views)
+
+
+class PairUser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Linear(4, 4)
+        self.total = (
+            torch.dot(self.pair.weight[0], self.pair.bias)
+            + torch.nn.functional.linear(torch.ones(1, 4), self.pair.weight, self.pair.bias).sum()
+        )
+
+
+def two_of_one_bucket(rank: int, world_size: int) -> None:
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
+        assert torch.isfinite(PairUser().total)
+
+
+def test_one_call_may_use_two_parameters_of_a_sharded_bucket() -> None:
+    run_ranks(2, two_of_one_bucket)
