@@ -52,13 +52,13 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
-    "deepspeed.checkpoint": {},
     "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
     "deepspeed.ops": {},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
+    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 
