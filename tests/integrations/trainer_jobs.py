@@ -94,3 +94,72 @@ def train(
         "is_deepspeed": trainer.is_deepspeed_enabled,
     }
     return found
+
+
+def resume(
+    rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any, from_step: int | None, **changes: Any
+) -> dict[str, Any]:
+    """Train from the start, or from the checkpoint of `from_step`; saves every third step."""
+    args = arguments(folder, deepspeed, save_strategy="steps", save_steps=3, **changes)
+    trainer = make_trainer(model_folder, args)
+    trainer.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{from_step}") if from_step else None)
+    return {"losses": curve(trainer), "eval": trainer.evaluate()["eval_loss"], "step": trainer.state.global_step}
+
+
+def keep_best(rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any) -> dict[str, Any]:
+    """`load_best_model_at_end` where the best is the first checkpoint, with rotation of the others."""
+    args = arguments(
+        folder,
+        deepspeed,
+        eval_strategy="steps",
+        eval_steps=2,
+        save_strategy="steps",
+        save_steps=2,
+        save_total_limit=1,
+        load_best_model_at_end=True,
+        metric_for_best_model="eval_loss",
+        greater_is_better=True,
+    )
+    trainer = make_trainer(model_folder, args)
+    trainer.train()
+    evaluated = {entry["step"]: entry["eval_loss"] for entry in trainer.state.log_history if "eval_loss" in entry}
+    return {
+        "best": trainer.state.best_model_checkpoint,
+        "evaluated": evaluated,
+        "eval": trainer.evaluate()["eval_loss"],
+        "left": sorted(path.name for path in Path(folder).glob("checkpoint-*")),
+    }
+
+
+def second_trainer(rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any) -> list[float]:
+    """Two Trainers, one after the other, on one model: the second takes the model over from the first's engine."""
+    from transformers import Trainer
+
+    trainer = make_trainer(model_folder, arguments(folder, deepspeed, max_steps=2))
+    trainer.train()
+    again = Trainer(model=trainer.model, args=arguments(folder, deepspeed, max_steps=2), train_dataset=ByteDataset(64))
+    again.train()
+    return curve(trainer) + curve(again)
+
+
+def find_batch_size(rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any) -> dict[str, Any]:
+    """`auto_find_batch_size`: the first try runs out of memory, the second has half the batch and a new engine."""
+    args = arguments(
+        folder,
+        deepspeed,
+        auto_find_batch_size=True,
+        per_device_train_batch_size=8,
+        max_steps=2,
+        gradient_accumulation_steps=1,
+    )
+    trainer = make_trainer(model_folder, args)
+    compute_loss = trainer.compute_loss
+
+    def limited(model: Any, inputs: Any, **kwargs: Any) -> Any:
+        if len(inputs["input_ids"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return compute_loss(model, inputs, **kwargs)
+
+    trainer.compute_loss = limited
+    trainer.train()
+    return {"losses": curve(trainer), "batch": trainer._train_batch_size}
