@@ -59,6 +59,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
     "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
+    "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

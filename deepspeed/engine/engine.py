@@ -29,8 +29,11 @@ from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
 from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.engine.observe import announce, make_observers, run_directory
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.mesh import Mesh
+from deepspeed.monitor.master import MonitorMaster
+from deepspeed.monitor.trace import trace
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
@@ -109,6 +112,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._device = _own_device()
         with contextlib.ExitStack() as undo:
             self._build(undo, model, optimizer, model_parameters, lr_scheduler)
+            self._build_observers(undo)
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
@@ -116,8 +120,12 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.global_samples = 0
         self.skipped_steps = 0
         self.losses: Tensor | None = None
-        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown
-        self.timers = SynchronizedWallClockTimer() if self.wall_clock_breakdown_enabled else NoopTimer()
+        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown or self._config.flops_profiler.enabled
+        self.timers = (
+            SynchronizedWallClockTimer(get_accelerator().synchronize)
+            if self.wall_clock_breakdown_enabled
+            else NoopTimer()
+        )
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
@@ -127,6 +135,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             gc.disable()
         if self._config.dump_state:
             logger.warning("%s", self._config)
+        announce(self)
 
     # Building. -----------------------------------------------------------------------------------------------------
 
@@ -250,6 +259,15 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._autocast_dtype = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         self._casts_inputs = dtype if self._config.fp16.enabled and self._config.fp16.auto_cast else None
 
+    def _build_observers(self, undo: contextlib.ExitStack) -> None:
+        if self._config.comms_logger.enabled:
+            comm.configure(self._config)
+        self.monitor = MonitorMaster(self._config, run_directory(self._config, self.mesh))
+        undo.callback(self.monitor.close)
+        self._observers = make_observers(self._config, self.monitor, self.module, self.watch)
+        for observer in self._observers:
+            undo.callback(observer.close)
+
     # The training step. --------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -257,10 +275,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._before_forward((inputs, kwargs))
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
-        self.timers("forward").start()
-        with self._forward_contexts():
+        with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
             output = self.module(*inputs, **kwargs)
-        self.timers("forward").stop()
         if self._hooks is None and torch.is_grad_enabled():
             self.watch.watch(output)
         return output
@@ -279,6 +295,20 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
                 self._knows_inputs = True
                 cure = "Give every rank micro-batches of the same kind and size (train_micro_batch_size_per_gpu)."
                 require_equal(self.mesh, "inputs", describe_inputs(inputs), cure)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, value: Any = None) -> Iterator[None]:
+        """A part of the step, as a span and for the observers."""
+        with torch.profiler.record_function(f"engine.{name}"):
+            self.timers(name).start()
+            for observer in self._observers:
+                observer.begins(name, value)
+            try:
+                yield
+            finally:
+                for observer in reversed(self._observers):
+                    observer.ends(name)
+                self.timers(name).stop()
 
     @contextlib.contextmanager
     def _forward_contexts(self) -> Iterator[None]:
@@ -304,11 +334,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             else loss
         )
         self._reducer.hide()
-        self.timers("backward").start()
-        self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
-        self.watch.end()
-        self.timers("backward").stop()
         self.losses = loss.detach()
+        with self._phase("backward", self.losses):
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+            self.watch.end()
         return divided
 
     def _check_loss(self, loss: Any) -> None:
@@ -355,9 +384,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.zero_optimizer is not None
-        self.timers("step").start()
-        self.zero_optimizer.step()
-        self.timers("step").stop()
+        with self._phase("step"):
+            self.zero_optimizer.step()
         if self.zero_optimizer.overflow:
             self.skipped_steps += 1
         else:
@@ -366,9 +394,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._learn_order()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
-        every = self._config.steps_per_print
-        if every and self.global_steps % every == 0:
-            self._report_progress()
+        for observer in self._observers:
+            observer.step_ended(self)
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is not None:
@@ -382,19 +409,6 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         if not self._knows_order:
             self._knows_order = True
             self._reducer.set_order(self.mesh.gather_objects("dp", self._reducer.completion_order())[0])
-
-    def _report_progress(self) -> None:
-        if self.mesh.dp_rank == 0:
-            loss = f"{self.losses.item():.4f}" if self.losses is not None else "-"
-            rate = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
-            names = ["forward", "backward", "step"]
-            times = (
-                [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
-            )
-            print(
-                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]),
-                flush=True,
-            )
 
     # Accumulation. -------------------------------------------------------------------------------------------------
 
@@ -622,6 +636,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             "optimizer": self.zero_optimizer.nbytes if self.zero_optimizer is not None else 0,
             "num_trained_buckets": len(trained),
         }
+
+    def trace(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Trace what runs inside of the context into a file for Chrome or Perfetto (.json or .json.gz), on this rank."""
+        return trace(path)
 
     def compile(
         self,

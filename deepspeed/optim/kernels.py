@@ -10,7 +10,7 @@ dtypes of one position may differ. Nothing waits for a device.
 
 Invariant: each function gives, within rounding, the update its docstring states, on every device and dtype.
 Adam: arXiv:1412.6980, algorithm 1; AdamW: arXiv:1711.05101, algorithm 2; Lion: arXiv:2302.06675, algorithm 2;
-Adagrad: Duchi et al., JMLR 12 (2011).
+Adagrad: Duchi et al., JMLR 12 (2011); LAMB: arXiv:1904.00962, algorithm 2.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,18 @@ from torch import Tensor
 from deepspeed.optim.native_kernels import Columns, Decay, Lows, Operation, step_
 
 Tensors = list[Tensor]
+
+
+class LambSettings(NamedTuple):
+    """A parameter group's settings for LAMB."""
+
+    lr: float
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+    bias_correction: bool
+    eps_inside_sqrt: bool
+
 
 _FUSED_ADAM_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
 """Device types for which torch has its fused Adam; elsewhere the foreach kernels run."""
@@ -66,19 +79,20 @@ def adam_(
     if not params:
         return
     if params[0].device.type == "cpu":
-        rate = float(lr) * weight_decay if decoupled else weight_decay
+        lr_now = float(lr)
+        shared = (
+            grad_factor,
+            betas[0],
+            1 - betas[0],
+            betas[1],
+            1 - betas[1],
+            weight_decay * (lr_now if decoupled else 1),
+        )
         scalars = [
-            (
-                grad_factor,
-                betas[0],
-                1 - betas[0],
-                betas[1],
-                1 - betas[1],
-                rate,
-                float(lr) * of_mean,
-                math.sqrt(of_square),
-                eps,
-            )
+            # An infinite denominator is a step of size 0.
+            (*shared, math.sqrt(of_square) / (lr_now * of_mean), eps / (lr_now * of_mean))
+            if lr_now
+            else (*shared, 1.0, math.inf)
             for of_mean, of_square in _inverse_corrections(steps, betas, bias_correction)
         ]
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs, lows)
@@ -129,7 +143,11 @@ def _alike(
         changed = [(to, by) for to, by in zip(outer, inner, strict=True) if to is not by]
         if changed:
             torch._foreach_copy_([to for to, _ in changed], [by for _, by in changed])
-    for low, param in zip(lows or (), written[0], strict=False):
+    _write_lows(written[0], lows)
+
+
+def _write_lows(params: Tensors, lows: Lows | None) -> None:
+    for low, param in zip(lows or (), params, strict=False):
         if low is not None:
             low.copy_(param)
 
@@ -157,6 +175,72 @@ def adam_foreach_(
     update = adam_direction(exp_avgs, exp_avg_sqs, steps, betas=betas, eps=eps, bias_correction=bias_correction)
     torch._foreach_mul_(update, lr)
     torch._foreach_sub_(params, update)
+
+
+def lamb_moments_(
+    params: Tensors,
+    grads: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    settings: LambSettings,
+    grad_factor: float = 1.0,
+) -> tuple[Tensor, Tensors | None]:
+    """Advance the moments as Adam does, and propose updates: u = mhat / (sqrt(vhat) + eps) + weight_decay * p.
+
+    Returns [num_params, 2] sums of squares, of p and of u, and the updates for `lamb_apply_`: None where it makes them
+    anew, which costs less than to write and read them.
+    """
+    if not params:
+        return torch.zeros(0, 2), None
+    if params[0].device.type == "cpu":
+        squares = torch.empty(len(params), 2, dtype=torch.float64)
+        scalars = _lamb_scalars(steps, settings, grad_factor, [0.0] * len(steps))
+        columns = Columns(params, grads, exp_avgs, exp_avg_sqs)
+        if step_(Operation.LAMB_MOMENTS, settings.eps_inside_sqrt, columns, scalars, squares):
+            return squares.float(), None
+    with _alike([exp_avgs, exp_avg_sqs], grads, grad_factor, None) as ((means, squares_of), wide_grads):
+        advance_moments_(means, squares_of, wide_grads, settings.betas)
+        updates = adam_direction(
+            means, squares_of, steps, betas=settings.betas, eps=settings.eps,
+            bias_correction=settings.bias_correction, eps_inside_sqrt=settings.eps_inside_sqrt,
+        )  # fmt: skip
+    if settings.weight_decay:
+        torch._foreach_add_(updates, params, alpha=settings.weight_decay)
+    norms = [torch.stack(torch._foreach_norm(tensors, 2, dtype=torch.float32)) for tensors in (params, updates)]
+    return torch.stack(norms, dim=1).square(), updates
+
+
+def lamb_apply_(
+    params: Tensors,
+    exp_avgs: Tensors,
+    exp_avg_sqs: Tensors,
+    steps: Tensors,
+    settings: LambSettings,
+    updates: Tensors | None,
+    ratios: Tensor,
+    lows: Lows | None = None,
+) -> None:
+    """p -= lr * ratio * u, with what `lamb_moments_` returned. `ratios` [num_params]."""
+    if updates is None:
+        rates = [settings.lr * ratio for ratio in ratios.tolist()]
+        scalars = _lamb_scalars(steps, settings, 1.0, rates)
+        columns = Columns(params, None, exp_avgs, exp_avg_sqs, lows)
+        is_done = step_(Operation.LAMB_APPLY, settings.eps_inside_sqrt, columns, scalars)
+        assert is_done, "the loops take what they took a moment ago"
+        return
+    torch._foreach_mul_(updates, list(ratios.unbind()))
+    torch._foreach_add_(params, updates, alpha=-settings.lr)
+    _write_lows(params, lows)
+
+
+def _lamb_scalars(
+    steps: Tensors, settings: LambSettings, grad_factor: float, rates: Sequence[float]
+) -> list[tuple[float, ...]]:
+    betas = settings.betas
+    shared = (grad_factor, betas[0], 1 - betas[0], betas[1], 1 - betas[1], settings.weight_decay)
+    corrections = _inverse_corrections(steps, betas, settings.bias_correction)
+    return [(*shared, *pair, settings.eps, rate) for pair, rate in zip(corrections, rates, strict=True)]
 
 
 def advance_moments_(exp_avgs: Tensors, exp_avg_sqs: Tensors, grads: Tensors, betas: tuple[float, float]) -> None:

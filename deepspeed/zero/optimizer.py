@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.utils.logging import warn_once
+from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
@@ -296,7 +297,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
-            torch.distributed.all_reduce(both, group=self._own_group)
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
         if self._is_sharded and self.mesh.num_replicas > 1:
             missed = torch.tensor(
@@ -400,14 +402,22 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     ) -> None:
         """Step loaded segments; their parameters in low precision go to `low`."""
         stepped = [i for i, segment in enumerate(segments) if segment not in skipped]
-        for i in stepped:
-            grad = gradients[i].to(segments[i].param.dtype)
-            segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
-        self._step_only([(segments[i].group, segments[i].param) for i in stepped])
+        rounds = isinstance(self.optimizer, StepsFused)
+        if isinstance(self.optimizer, StepsFused):
+            runs = [(i, FusedRun(segments[i].param, gradients[i], _if_narrow(low[i]))) for i in stepped]
+            self.optimizer.step_fused([(self.param_groups[segments[i].group], run) for i, run in runs], factor)
+            # What torch's learning-rate schedulers look for: they watch `step`, which a fused step does not go through.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        else:
+            for i in stepped:
+                grad = gradients[i].to(segments[i].param.dtype)
+                segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
+            self._step_only([(segments[i].group, segments[i].param) for i in stepped])
         for i, segment in enumerate(segments):
             segment.param.grad = None
             target = low[i]
-            if target is not None:
+            is_written = rounds and _if_narrow(target) is not None and segment not in skipped
+            if target is not None and not is_written:
                 target.copy_(segment.param.data)
 
     def _sub_groups(self) -> Iterator[list[int]]:
@@ -595,6 +605,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for master in self.masters:
             if master.bucket in buckets:
                 master.from_params()
+
+
+def _if_narrow(low: Tensor | None) -> Tensor | None:
+    """`low` where it is narrower than fp32, which is what a fused step can write."""
+    return low if low is not None and low.dtype.itemsize < 4 else None
 
 
 def _cut(value: Any, old: Tensor, start: int, numel: int) -> Any:

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from deepspeed.ops.adam import DeepSpeedCPUAdam
 from tests.engine.runs import EPS, LR, make_config, train
 from tests.engine.test_equals_plain_pytorch import SAMPLES, assert_equals, oracle
 from tests.harness import run_ranks
@@ -38,16 +39,31 @@ def offloaded(stage: int, optimizer: str, param: str, path: Path, **options: Any
 
 
 @functools.lru_cache(maxsize=None)
-def in_memory(name: str, stage: int, world_size: int, clip: float, precision: str | None = None) -> Any:
+def in_memory(
+    name: str, stage: int, world_size: int, clip: float, precision: str | None = None, make_kwargs: Any = None
+) -> Any:
     """The run without offload that every tier must equal bit for bit."""
-    return _run(name, stage, world_size, clip, precision, {"stage3_max_reuse_distance": 300})
+    return _run(name, stage, world_size, clip, precision, {"stage3_max_reuse_distance": 300}, make_kwargs)
 
 
-def _run(name: str, stage: int, world_size: int, clip: float, precision: str | None, zero: dict[str, Any]) -> Any:
+def cpu_adam(model: Any) -> dict[str, Any]:
+    """The optimizer that offload takes by itself, given by the user: so it runs without offload too."""
+    return {"optimizer": DeepSpeedCPUAdam(model.parameters(), lr=LR, eps=EPS, weight_decay=0.01)}
+
+
+def _run(
+    name: str,
+    stage: int,
+    world_size: int,
+    clip: float,
+    precision: str | None,
+    zero: dict[str, Any],
+    make_kwargs: Any = None,
+) -> Any:
     low = {precision: {"enabled": True, **({"loss_scale": 128} if precision == "fp16" else {})}} if precision else {}
     config = make_config(stage, micro=SAMPLES // world_size, accumulation=2, clip=clip, zero=zero, **low)
     config["optimizer"] = {"type": "AdamW", "params": {"lr": LR, "eps": EPS, "weight_decay": 0.01, "torch_adam": True}}
-    return run_ranks(world_size, train, name, config, num_steps=5)[0]
+    return run_ranks(world_size, train, name, config, num_steps=5, make_kwargs=make_kwargs)[0]
 
 
 def assert_same_bits(run: Any, expected: Any) -> None:
@@ -74,6 +90,16 @@ def test_low_precision_gives_the_bits_of_no_offload(
 ) -> None:
     run = _run("gpt_untied", stage, 2, 0.5, precision, offloaded(stage, optimizer, param, tmp_path))
     assert_same_bits(run, in_memory("gpt_untied", stage, 2, 0.5, precision))
+
+
+@pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
+@pytest.mark.parametrize(("stage", "optimizer", "param"), [(2, "cpu", "none"), (3, "cpu", "cpu"), (3, "nvme", "nvme")])
+def test_the_fused_cpu_step_gives_the_bits_of_the_same_optimizer_in_memory(
+    stage: int, optimizer: str, param: str, precision: str | None, tmp_path: Path
+) -> None:
+    zero = offloaded(stage, optimizer, param, tmp_path)
+    run = _run("gpt_tied", stage, 2, 0.5, precision, zero, cpu_adam)
+    assert_same_bits(run, in_memory("gpt_tied", stage, 2, 0.5, precision, cpu_adam))
 
 
 @pytest.mark.parametrize("ratio", [0.0, 0.4])
