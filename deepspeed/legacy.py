@@ -19,6 +19,7 @@ _SCHEDULES = (
     "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES add_tuning_arguments "
     "get_config_from_args get_lr_from_config"
 )
+_ESTIMATORS = " ".join(f"estimate_zero{{0}}_model_states_mem_needs{kind}" for kind in ("", "_all_live", "_all_cold"))
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime": {},
@@ -32,6 +33,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.utils": invert(
         {"deepspeed.accelerator.memory": "see_memory_usage", "deepspeed.utils.nested": "move_to_device"}
     ),
+    "deepspeed.runtime.activation_checkpointing": {},
+    "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.zero": {},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(
@@ -44,8 +47,14 @@ PATHS: dict[str, dict[str, str]] = {
             }
         )
     },
-    "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
-    "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.stage_1_and_2": {
+        "DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(2)}),
+    },
+    "deepspeed.runtime.zero.stage3": {
+        "DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
+    },
     "deepspeed.runtime.zero.parameter_offload": {
         "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload"
     },

@@ -23,7 +23,7 @@ LADDER = [
     "parallel activation",
     "checkpoint profiling",
     "engine",
-    "inference autotuning launcher",
+    "memory inference autotuning launcher",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

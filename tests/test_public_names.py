@@ -196,6 +196,36 @@ deepspeed.runtime.zero.partition_parameters._orig_torch_arange
 deepspeed.runtime.zero.partition_parameters.get_accelerator()
 deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
 deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node, num_nodes, \
+cpu_offload, additional_buffer_factor)
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes, \
+additional_buffer_factor)
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_cold(total_params, num_gpus_per_node, \
+num_nodes, additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs(total_params, largest_layer_params, \
+num_gpus_per_node, num_nodes, cpu_offload, cpu_offload_params, zero_init, additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes, \
+additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_cold(total_params, largest_layer_params, \
+num_gpus_per_node, num_nodes, additional_buffer_factor)
+deepspeed.runtime.activation_checkpointing.checkpointing.configure(mpu_, deepspeed_config, partition_activations, \
+contiguous_checkpointing, num_checkpoints, checkpoint_in_cpu, synchronize, profile)
+deepspeed.runtime.activation_checkpointing.checkpointing.is_configured()
+deepspeed.runtime.activation_checkpointing.checkpointing.checkpoint(function, args, kwargs)
+deepspeed.runtime.activation_checkpointing.checkpointing.non_reentrant_checkpoint(function, args)
+deepspeed.runtime.activation_checkpointing.checkpointing.reset()
+deepspeed.runtime.activation_checkpointing.checkpointing.get_cuda_rng_tracker()
+deepspeed.runtime.activation_checkpointing.checkpointing.model_parallel_cuda_manual_seed(seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.model_parallel_reconfigure_tp_seed(seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.partition_activations_in_checkpoint(partition_activation)
+deepspeed.runtime.activation_checkpointing.checkpointing.set_num_layers(nlayers)
+deepspeed.runtime.activation_checkpointing.checkpointing.CheckpointFunction
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.add(self, name, seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.fork(self, name)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.get_states(self)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.set_states(self, states)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.reset(self)
+deepspeed.checkpointing.checkpoint(function, args, kwargs)
 deepspeed.runtime.zero.tiling.TiledLinear
 deepspeed.runtime.zero.muon.original_muon.Muon(params, lr, weight_decay, momentum, ns_method)
 deepspeed.runtime.zero.muon.original_muon.MuonWithAuxAdam(param_groups)
@@ -304,7 +334,7 @@ fp32_partitioned_groups_flat
 """
 
 
-CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus", "AsyncIOBuilder", "GDSBuilder"}
+CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus", "AsyncIOBuilder", "GDSBuilder", "CudaRNGStatesTracker"}
 """Whose members are listed by legacy paths."""
 
 

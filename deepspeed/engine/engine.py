@@ -31,6 +31,7 @@ from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.observe import announce, make_observers, run_directory
 from deepspeed.engine.queries import ConfigQueries
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
@@ -129,7 +130,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
-        self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
+        self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
             gc.disable()
@@ -155,6 +156,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
+        self._recomputation = Recomputation(model, self._config, self.mpu)
+        undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
         self._checkpoints = Checkpoints(self._config)
@@ -273,6 +276,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
+        self._recomputation.settle(self, inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
