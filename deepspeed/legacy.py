@@ -30,7 +30,9 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.base_optimizer": invert({"deepspeed.zero.optimizer": "DeepSpeedOptimizer"}),
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
-    "deepspeed.runtime.utils": invert({"deepspeed.accelerator.memory": "see_memory_usage"}),
+    "deepspeed.runtime.utils": invert(
+        {"deepspeed.accelerator.memory": "see_memory_usage", "deepspeed.utils.nested": "move_to_device"}
+    ),
     "deepspeed.runtime.activation_checkpointing": {},
     "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.zero": {},
@@ -54,9 +56,13 @@ PATHS: dict[str, dict[str, str]] = {
         "DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer",
         **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
     },
+    "deepspeed.runtime.zero.parameter_offload": {
+        "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload"
+    },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
+    "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
     "deepspeed.ops": {},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),

@@ -184,7 +184,7 @@ class CheckpointMethods:
                 return None, None
         folder = Path(ranks.on_first(what, lambda: str(checkpoint_folder(Path(load_dir), str(tag)))))
         subject = _subject(engine)
-        has_optimizer = engine.optimizer is not None and load_optimizer_states and not load_module_only
+        has_optimizer = engine.zero_optimizer is not None and load_optimizer_states and not load_module_only
 
         def check() -> tuple[Source, Any, Any]:
             source = open_checkpoint(folder)
@@ -278,7 +278,7 @@ class CheckpointMethods:
 
 
 def _subject(engine: Any) -> Subject:
-    return Subject(engine.module, engine._built, engine.optimizer, engine.mesh)
+    return Subject(engine.module, engine._built, engine.zero_optimizer, engine.mesh)
 
 
 def _refuse_model_parallel(engine: Any) -> None:
@@ -326,8 +326,8 @@ def _shared_state(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {"client_state": client_state}
     if engine.lr_scheduler is not None:
         state["lr_scheduler"] = engine.lr_scheduler.state_dict()
-    if engine.optimizer is not None:
-        scale = engine.optimizer.scale
+    if engine.zero_optimizer is not None:
+        scale = engine.zero_optimizer.scale
         state["loss_scale"] = {"is_dynamic": scale.is_dynamic, **scale.state_dict()}
     return state
 
@@ -377,8 +377,8 @@ def _load_rest(
     engine.global_samples = int(about["global_samples"])
     engine.skipped_steps = int(about["skipped_steps"])
     saved = state.get("loss_scale")
-    if has_optimizer and saved and saved["is_dynamic"] and engine.optimizer.scale.is_dynamic:
-        engine.optimizer.scale.load_state_dict(saved)
+    if has_optimizer and saved and saved["is_dynamic"] and engine.zero_optimizer.scale.is_dynamic:
+        engine.zero_optimizer.scale.load_state_dict(saved)
     if has_schedule and engine.lr_scheduler is not None and "lr_scheduler" in state:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
     for prefix, extra in state.get("module_extra", {}).items():

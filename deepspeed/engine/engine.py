@@ -50,9 +50,14 @@ from deepspeed.zero.master import gradient_rest
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
+from deepspeed.zero.parameter_offload import EXTERNALS, ParameterOffload
 from deepspeed.zero.reduce import Reducer
 
 _engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
+
+
+UNCOMPILED = "_uncompiled_forward"
+"""Where a unit that `compile` changed keeps the `forward` it had of its own, if any."""
 
 
 class LossScaleGuard:
@@ -101,7 +106,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         super().__init__()
         assemble.check_model(model)
         assert model is not None
-        _refuse_second_engine(model)
+        _take_over(model)
         self._user_config = config if isinstance(config, dict) else read_config(config)
         self._config: Config = load_config(config)
         check_available(self._config)
@@ -192,10 +197,13 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
         self._gatherer: Gatherer | None = None
+        self._parameter_offload: ParameterOffload | None = None
         self._hooks: ModuleHooks | None = None
         if built.sharded:
             self._hooks = self._make_hooks(model, built)
             undo.callback(_detach_hooks, self._hooks)
+            self._parameter_offload = ParameterOffload(self._hooks)
+            undo.callback(self._parameter_offload.close)
             self._gatherer = self._hooks.gatherer
         self._reducer = Reducer(
             [master.bucket for master in built.masters],
@@ -208,10 +216,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._reducer.set_order(assemble.order_of_backward(model, built.masters))
         undo.callback(self._reducer.close)
         self.basic_optimizer = basic
-        self.optimizer: ZeroOptimizer | None = None
+        self.zero_optimizer: ZeroOptimizer | None = None
         self._put_away: PutAway | None = None
         if basic is not None:
-            self.optimizer = ZeroOptimizer(
+            self.zero_optimizer = ZeroOptimizer(
                 basic,
                 built.masters,
                 self._reducer,
@@ -225,10 +233,11 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
                 allow_untested=config.zero_allow_untested_optimizer,
                 zero_stage=stage,
             )
-            self._put_away = PutAway(self.optimizer, built.buckets)
-            self.optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
-            trainers.add(self.optimizer)
-            undo.callback(trainers.remove, self.optimizer)
+            self._put_away = PutAway(self.zero_optimizer, built.buckets)
+            self.zero_optimizer.parameter_offload = self._parameter_offload
+            self.zero_optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
+            trainers.add(self.zero_optimizer)
+            undo.callback(trainers.remove, self.zero_optimizer)
         if not self.policy.optimizer.is_sharded:
             self.watch.on_begin.append(self._reducer.hide)
             self.watch.on_end.append(functools.partial(_expose, self._reducer, self.accumulation))
@@ -245,7 +254,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         )
         hooks = ModuleHooks(model, built.users, gatherer, self.watch)
         for module in model.modules():
-            for param in module.__dict__.get("_ds_external_params", {}).values():
+            for param in module.__dict__.get(EXTERNALS, {}).values():
                 slot = slot_of(param)
                 if slot and slot.bucket.is_sharded:
                     hooks.add_user(module, slot.bucket)
@@ -285,7 +294,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def _before_forward(self, inputs: Any) -> None:
         if self._finalizer.peek() is None:
-            raise TrainingStateError("this engine was destroyed.\n  Make a new one with deepspeed.initialize.")
+            raise TrainingStateError(
+                "this engine was destroyed, or its model given to a newer engine.\n"
+                "  Use the newer one, or make one with deepspeed.initialize."
+            )
         self.watch.end()
         self.reload_states()
         if torch.is_grad_enabled():
@@ -341,7 +353,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         return divided
 
     def _check_loss(self, loss: Any) -> None:
-        if self.optimizer is None:
+        if self.zero_optimizer is None:
             raise TrainingStateError(
                 'engine.backward: the engine has no optimizer.\n  Pass optimizer=... or add an "optimizer" section to train.'
             )
@@ -363,7 +375,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         """
         if self.accumulation.no_sync_depth:
             raise TrainingStateError("engine.step() inside of engine.no_sync().\n  Leave the context first.")
-        if self.optimizer is None:
+        if self.zero_optimizer is None:
             raise TrainingStateError("engine.step(): the engine has no optimizer, it can only evaluate.")
         if not self._reducer.saw_backward and self._reducer.gradients:
             raise TrainingStateError(
@@ -384,10 +396,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.accumulation.micro_steps += 1
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
-        assert self.optimizer is not None
+        assert self.zero_optimizer is not None
         with self._phase("step"):
-            self.optimizer.step()
-        if self.optimizer.overflow:
+            self.zero_optimizer.step()
+        if self.zero_optimizer.overflow:
             self.skipped_steps += 1
         else:
             self._was_step_applied = True
@@ -480,9 +492,9 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def get_global_grad_norm(self) -> float | None:
         """Norm of the last step's averaged gradients before clipping; None before the first step."""
-        if self.optimizer is None or self.optimizer.grad_norm is None:
+        if self.zero_optimizer is None or self.zero_optimizer.grad_norm is None:
             return None
-        return self.optimizer.grad_norm
+        return self.zero_optimizer.grad_norm
 
     def get_lr(self) -> list[float]:
         """Learning rate per parameter group."""
@@ -562,6 +574,11 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     # What the engine is. -------------------------------------------------------------------------------------------
 
     @property
+    def optimizer(self) -> Any:
+        """The optimizer; of a ZeRO stage 3 engine without one, the owner of the hooks on its modules. Else None."""
+        return self.zero_optimizer if self.zero_optimizer is not None else self._parameter_offload
+
+    @property
     def config(self) -> dict[str, Any]:
         """The user's own dictionary, unchanged."""
         return self._user_config
@@ -629,7 +646,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             "parameters": params,
             "unsharded": live,
             "gradients": sum(gradients.nbytes for gradients in self._reducer.gradients),
-            "optimizer": self.optimizer.nbytes if self.optimizer is not None else 0,
+            "optimizer": self.zero_optimizer.nbytes if self.zero_optimizer is not None else 0,
             "num_trained_buckets": len(trained),
         }
 
@@ -659,6 +676,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         else:
             for unit, buckets in self._hooks.users.items():
                 if buckets and unit is not self.module:
+                    unit.__dict__[UNCOMPILED] = unit.__dict__.get("forward")
                     unit.forward = torch.compile(unit.forward, **kwargs)
         self._is_compiled = True
 
@@ -754,19 +772,23 @@ def _expose(reducer: Reducer, accumulation: Accumulation, always: bool = False) 
         reducer.expose()
 
 
-def _refuse_second_engine(model: nn.Module) -> None:
+def _take_over(model: nn.Module) -> None:
+    """End the engine that a model belongs to, whose hooks would run beside the new one's: Lightning makes an engine to
+    train and another to test, TRL one to score and another to train, and neither ends the first."""
     if isinstance(model, DeepSpeedEngine):
         raise DeepSpeedError("the model is already a DeepSpeedEngine.\n  Pass engine.module, after engine.destroy().")
-    other = _engine_of.get(model)
-    if other is not None and other() is not None:
-        raise DeepSpeedError(
-            "the model already belongs to a live DeepSpeedEngine, whose hooks would run beside the new one's.\n"
-            "  Call destroy() on that engine first."
-        )
+    previous = _engine_of.get(model, lambda: None)()
+    if previous is not None:
+        logger.info("the model of a live DeepSpeedEngine is given to a new one; the earlier engine is destroyed.")
+        previous.destroy()
 
 
 def _detach_hooks(hooks: ModuleHooks) -> None:
     """Take the hooks away, and what `compile` put in place of the units' forward."""
     hooks.detach()
     for module in hooks.users:
-        module.__dict__.pop("forward", None)
+        if UNCOMPILED in module.__dict__:
+            del module.__dict__["forward"]
+            own = module.__dict__.pop(UNCOMPILED)
+            if own is not None:
+                module.forward = own

@@ -79,7 +79,7 @@ def initialize(
         collate_fn=collate_fn,
         config=config,
     )
-    return engine, engine.optimizer, engine.training_dataloader, engine.lr_scheduler
+    return engine, engine.zero_optimizer, engine.training_dataloader, engine.lr_scheduler
 
 
 def choose_config(args: Any, config: Any, config_params: Any = None) -> Any:

@@ -31,7 +31,9 @@ class DeepSpeedCPUAdagrad(CpuOptimizer):
         weight_decay: float = 0.0,
         amsgrad: bool = False,
         fp32_optimizer_states: bool = True,
+        adamw_mode: bool = False,
     ) -> None:
+        """`adamw_mode` has no effect: Accelerate passes it to every CPU optimizer."""
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad})
 

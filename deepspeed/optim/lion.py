@@ -62,7 +62,9 @@ class DeepSpeedCPULion(CpuOptimizer):
         betas: tuple[float, float] = (0.9, 0.999),
         weight_decay: float = 0.0,
         fp32_optimizer_states: bool = True,
+        adamw_mode: bool = False,
     ) -> None:
+        """`adamw_mode` has no effect: Accelerate passes it to every CPU optimizer."""
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 

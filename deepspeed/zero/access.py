@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deepspeed.utils.errors import ShardError
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.param import buckets_of, slot_of
+from deepspeed.zero.parameter_offload import EXTERNALS
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
@@ -68,6 +69,7 @@ class GatheredParameters:
         self.modifier_rank = modifier_rank
         self.enabled = enabled
         self._buckets: list[Bucket] = []
+        self._num_views: list[int] = []
         if fwd_module is not None and enabled:
             for param in self.params:
                 register_external_parameter(fwd_module, param)
@@ -80,6 +82,7 @@ class GatheredParameters:
                 bucket.hold()
             for bucket in self._buckets:
                 bucket.finish_unshard()
+            self._num_views = [bucket.num_views() for bucket in self._buckets]
 
     @torch.no_grad()
     def __exit__(
@@ -87,9 +90,11 @@ class GatheredParameters:
     ) -> None:
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
-        for bucket in self._buckets:
+        for bucket, num_views in zip(self._buckets, self._num_views, strict=True):
             bucket.let_go()
             if bucket.holders == 0:
+                if bucket.num_views() > num_views:
+                    bucket.leave_full()
                 bucket.reshard()
         self._buckets = []
 
@@ -117,13 +122,13 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         raise RuntimeError(
             f"register_external_parameter: the second argument is a {type(parameter).__name__}, not an nn.Parameter."
         )
-    externals = module.__dict__.setdefault("_ds_external_params", {})
+    externals = module.__dict__.setdefault(EXTERNALS, {})
     externals[id(parameter)] = parameter
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
     """Undo `register_external_parameter`. Raises RuntimeError if it was not registered."""
-    if module.__dict__.get("_ds_external_params", {}).pop(id(parameter), None) is None:
+    if module.__dict__.get(EXTERNALS, {}).pop(id(parameter), None) is None:
         raise RuntimeError(
             f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}."
         )
@@ -184,7 +189,8 @@ class _Place:
 
     def gradients(self) -> Tensor:
         """This rank's reduced gradients [S]; delivers them first. Collective."""
-        self.optimizer.reducer.finish()
+        if self.optimizer.reducer.saw_backward:
+            self.optimizer.reducer.finish()
         return self.optimizer.reducer.gradients[self.position].values()
 
     def replace_gradients(self, values: Tensor) -> None:
@@ -211,11 +217,11 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
-    """The full gradient, averaged over all ranks; valid from backward at the boundary until step. Collective."""
+    """The full gradient, averaged over all ranks; from backward at the boundary to the next backward. Collective."""
     place = _place(param)
     if place is None:
         return param.grad
-    scale = place.optimizer.scale.scale
+    scale = place.optimizer.gradient_scale(place.position)
     mine = place.gradients()
     full = place.gather(lambda start, stop: mine[start:stop])
     return full if scale == 1.0 else full / scale
@@ -283,7 +289,8 @@ def safe_get_local_grad(param: nn.Parameter) -> Tensor:
     """This rank's part of the averaged gradient, 1-D. Stage 3. Collective."""
     place = _local_place(param)
     mine = place.gradients()
-    return place.local(lambda start, stop: mine[start:stop]) / place.optimizer.scale.scale
+    scale = place.optimizer.gradient_scale(place.position)
+    return place.local(lambda start, stop: mine[start:stop]) / scale
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:

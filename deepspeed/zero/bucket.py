@@ -12,7 +12,7 @@ Note [Loads keep the order of launches]
     `LoadQueue`, and gathers are started from the queue's head; whoever needs one starts those before it.
 
 Note [Storage resize and autograd]
-    `full` is one tensor object for life. Unsharding resizes its storage up and the all-gather lands in place;
+    `full` is one tensor object for life (but for `leave_full`). Unsharding resizes its storage up and the all-gather lands in place;
     resharding resizes it to zero. Views that autograd saved (`weight.t()`, an expanded bias) share the storage and are
     valid again when it is back, so nothing of torch needs patching. A parameter itself is a leaf: autograd saves the
     object, not its data, so `param.data` may be an empty tensor in between. Writing through `full` does not touch the
@@ -336,6 +336,17 @@ class Bucket:
         if not self._keeps_storage:
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
+
+    def num_views(self) -> int:
+        """Tensors that share the memory of `full`."""
+        return torch._C._storage_Use_Count(self.full.untyped_storage()._cdata)
+
+    def leave_full(self) -> None:
+        """Before `reshard`: leave the memory of `full` to those who kept views of it (a state dict made inside a gather, a
+        parameter made from another), and have another for the next time. Resharding would take theirs away."""
+        if not self._keeps_storage:
+            self.full = torch.empty_like(self.full)
+            self.views = self.split(self.full)
 
     def publish(self) -> Pending | None:
         """Start giving every rank the shards that the optimizer wrote; None where nothing has to move."""

@@ -78,9 +78,9 @@ class BackwardWatch:
                 listener()
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(eq=False)
 class Frame:
-    """One running call of a hooked module."""
+    """One call of a hooked module, from its forward to the end of its backward."""
 
     module: nn.Module
     buckets: list[Bucket]
@@ -117,24 +117,33 @@ class ModuleHooks:
         self.users.setdefault(root, [])
         self._names = {module: name for name, module in root.named_modules()}
         self._frames: list[Frame] = []
-        self._held: dict[Bucket, None] = {}
-        """Buckets that this backward has requested and not released."""
-        self._handles: list[Handle] = []
+        self._held: dict[Bucket, set[Frame]] = {}
+        """Buckets that this backward has requested and not released, with the calls that still need them: one bucket may
+        serve modules whose backward passes overlap, such as the projections of an attention."""
+        self.handles: list[Handle] = []
         self.attach()
 
     def attach(self) -> None:
         """Put the hooks in place."""
-        for module in self.users:
-            self._attach_to(module)
+        self.attach_to_modules()
         self.watch.on_begin.append(self._begin_backward)
         self.watch.on_end.append(self._end_backward)
         zero_param.add_resolver(self._resolve)
 
+    def attach_to_modules(self) -> None:
+        """Put the hooks on the modules; once, whether they are there or not."""
+        self._detach_from_modules()
+        for module in self.users:
+            self._attach_to(module)
+
+    def _detach_from_modules(self) -> None:
+        for handle in self.handles:
+            handle.remove()
+        self.handles.clear()
+
     def detach(self) -> None:
         """Take every hook away; parameters stay as they are."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        self._detach_from_modules()
         zero_param.remove_resolver(self._resolve)
         for listeners, listener in (
             (self.watch.on_begin, self._begin_backward),
@@ -152,7 +161,7 @@ class ModuleHooks:
             self.users[module].append(bucket)
 
     def _attach_to(self, module: nn.Module) -> None:
-        self._handles += [
+        self.handles += [
             module.register_forward_pre_hook(ModuleHook(self._pre_forward), prepend=True, with_kwargs=True),
             module.register_forward_hook(ModuleHook(self._post_forward), always_call=True),
         ]
@@ -168,17 +177,17 @@ class ModuleHooks:
         for bucket in frame.buckets:
             self.gatherer.request(bucket)
         if torch.is_grad_enabled():
-            self._watch_frozen(frame.buckets, (args, kwargs))
+            self._watch_frozen(frame, (args, kwargs))
 
     def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._frames.pop()
         assert frame.module is module, "module calls nest"
         if torch.is_grad_enabled() and frame.buckets:
-            self._hook_outputs(frame.buckets, output)
+            self._hook_outputs(frame, output)
             if self.watch.is_running:
                 # Recomputed in backward (checkpointing): autograd keeps frozen parameters themselves, not views of them,
                 # and compares their shapes when the recomputation ends. Their own backward comes right after it.
-                self._hold([bucket for bucket in frame.buckets if not bucket.requires_grad])
+                self._hold([bucket for bucket in frame.buckets if not bucket.requires_grad], frame)
         if frame.module is self.root and torch.is_grad_enabled():
             self.watch.watch(output)
         for bucket in frame.buckets:
@@ -186,17 +195,17 @@ class ModuleHooks:
         if frame.opened_phase:
             self.gatherer.end()
 
-    def _hook_outputs(self, buckets: list[Bucket], output: Any) -> None:
+    def _hook_outputs(self, frame: Frame, output: Any) -> None:
         def before_backward(gradient: Tensor) -> None:
             self.watch.begin()
-            self._hold(buckets)
+            self._hold(frame.buckets, frame)
 
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(before_backward)
 
-    def _watch_frozen(self, buckets: Iterable[Bucket], inputs: Any) -> None:
-        frozen = [bucket for bucket in buckets if not bucket.requires_grad]
+    def _watch_frozen(self, frame: Frame, inputs: Any) -> None:
+        frozen = [bucket for bucket in frame.buckets if not bucket.requires_grad]
         tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad] if frozen else []
         count = len(tensors)
         waits_for = set(range(count))
@@ -207,20 +216,25 @@ class ModuleHooks:
             waits_for.discard(i)
             if not waits_for:
                 waits_for.update(range(count))
-                self._let_go(frozen)
+                self._let_go(frozen, frame)
 
         for i, tensor in enumerate(tensors):
             tensor.register_hook(functools.partial(seen, i))
 
-    def _hold(self, buckets: Iterable[Bucket]) -> None:
+    def _hold(self, buckets: Iterable[Bucket], frame: Frame) -> None:
         for bucket in buckets:
             if bucket not in self._held:
-                self._held[bucket] = None
+                self._held[bucket] = set()
                 self.gatherer.request(bucket)
+            self._held[bucket].add(frame)
 
-    def _let_go(self, buckets: Iterable[Bucket]) -> None:
+    def _let_go(self, buckets: Iterable[Bucket], frame: Frame | None = None) -> None:
+        """The backward of one call (or of all) needs the buckets no more."""
         for bucket in buckets:
-            if bucket in self._held:
+            calls = self._held.get(bucket, set())
+            if frame is not None:
+                calls.discard(frame)
+            if bucket in self._held and (frame is None or not calls):
                 del self._held[bucket]
                 self.gatherer.release(bucket)
                 self.gatherer.drop(bucket)

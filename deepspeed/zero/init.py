@@ -190,14 +190,15 @@ class Init:
     def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
         self._settle(only_unused=True)
         bucket.unshard()
-        self._touched.setdefault(bucket, _num_views(bucket))
+        self._touched.setdefault(bucket, bucket.num_views())
         return True
 
     @torch.no_grad()
     def _settle(self, only_unused: bool = False) -> None:
         """Reshard what initialisation code touched, with the first rank's values; or of that, what it let go of."""
         for bucket, num_own_views in list(self._touched.items()):
-            if bucket.holders or (only_unused and _num_views(bucket) > num_own_views):
+            is_viewed = bucket.num_views() > num_own_views
+            if bucket.holders or (only_unused and is_viewed):
                 continue
             del self._touched[bucket]
             if not bucket.is_unsharded:
@@ -205,12 +206,9 @@ class Init:
             bucket.take_assigned()
             self._exchange.broadcast(bucket.full)
             bucket.write_shard()
+            if is_viewed:
+                bucket.leave_full()
             bucket.reshard()
-
-
-def _num_views(bucket: Bucket) -> int:
-    """Tensors that share the bucket's full storage."""
-    return torch._C._storage_Use_Count(bucket.full.untyped_storage()._cdata)
 
 
 def _make_placing(

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
+from deepspeed.zero.param import slot_of
+from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
@@ -43,6 +45,25 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer the engine returns; `.optimizer` is the wrapped torch optimizer."""
 
     optimizer: torch.optim.Optimizer
+
+
+class Members(list[Tensor]):
+    """The runs of one parameter group, which also answers for the model's parameters that lie in them."""
+
+    def __init__(self, runs: Iterable[Tensor], owner: ZeroOptimizer, group: int) -> None:
+        super().__init__(runs)
+        self._owner, self._group = owner, group
+
+    def __contains__(self, tensor: object) -> bool:
+        if any(run is tensor for run in self):
+            return True
+        slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        trained = slot is not None and any(master.bucket is slot.bucket for master in self._owner.masters)
+        return trained and slot.bucket.layout.groups[slot.index] == self._group  # type: ignore[union-attr]
+
+    def __reduce__(self) -> Any:
+        """A copy is a plain list."""
+        return list, (list(self),)
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -82,6 +103,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.grad_norm: float | None = None
         """Norm of the last step's gradients, unscaled, before clipping."""
         self.before_update: Callable[[], None] | None = None
+        self.parameter_offload: ParameterOffload | None = None
+        """Stage 3: the hooks on the model's modules, for libraries that take them off for a while."""
+        self._kept = (1.0, 1.0)
+        """What the last step's gradients were larger by, and what it multiplied them by where it changed them in place."""
         self._unused: list[tuple[int, int]] = []
         self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
         self._sub_group_numel = sub_group_numel
@@ -132,8 +157,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             streamed = self.stream.segments(i) if self.stream else ()
             for group, tensor in [*self.steppable[i], *((segment.group, segment.param) for segment in streamed)]:
                 tensors[group].append(tensor)
-        for param_group, members in zip(self.optimizer.param_groups, tensors, strict=True):
-            param_group["params"] = members
+        for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
+            param_group["params"] = Members(members, self, i)
         if self.optimizer.state:
             warn_once(
                 f"{type(self.optimizer).__name__} was given with state from earlier steps; it starts anew, since its parameters "
@@ -183,6 +208,18 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     cur_scale = loss_scale
 
+    def gradient_scale(self, index: int) -> float:
+        """By how much the reducer's results for one bucket are larger than gradients: until a step by the loss scale; then
+        they stay as the step left them until the next backward."""
+        if self.reducer.saw_backward:
+            return self.scale.scale
+        scale, factor = self._kept
+        master = self.masters[index]
+        is_changed = self.policy.gradients.dtype == self.policy.optimizer.dtype and (
+            self.reducer.gradients[index].rest().view(0, master.numel) is not None
+        )
+        return scale * factor if is_changed else scale
+
     @property
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale changes by itself."""
@@ -226,7 +263,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self.before_update()
         self.reducer.finish()
         self._agree_on_failure(self.reducer.failure)
-        factor = self._decide()
+        scale, factor = self.scale.scale, self._decide()
+        self._kept = (scale, factor or 1.0)
         if factor is not None:
             self._update(factor)
             self._publish()

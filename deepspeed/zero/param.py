@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import enum
 import itertools
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -72,36 +73,42 @@ class ZeroParameter(nn.Parameter):
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @property
+    def _slot(self) -> Slot:
+        slot = slot_of(self)
+        if slot is None:
+            raise AttributeError("a parameter that ZeRO does not manage has no ds_ attributes")
+        return slot
+
+    @property
     def ds_id(self) -> int:
         """A number unique to the parameter in this process."""
+        assert self._slot is not None
         return self.__dict__.setdefault("_ds_id", next(_ids))
 
     @property
     def ds_shape(self) -> torch.Size:
         """Full shape."""
-        return full_shape(self)
+        return self._slot.bucket.shapes[self._slot.index]
 
     @property
     def ds_numel(self) -> int:
         """Full element count."""
-        return full_numel(self)
+        return self._slot.bucket.layout.numels[self._slot.index]
 
     @property
     def ds_status(self) -> ZeroParamStatus:
         """Whether the full values are here."""
-        slot = slot_of(self)
-        return ZeroParamStatus[_STATUS[slot.bucket.state.value]] if slot else ZeroParamStatus.AVAILABLE
+        return ZeroParamStatus[_STATUS[self._slot.bucket.state.value]]
 
     @property
     def ds_persist(self) -> bool:
         """Whether the parameter is small enough never to be sharded."""
-        slot = slot_of(self)
-        return slot is not None and not slot.bucket.is_sharded
+        return not self._slot.bucket.is_sharded
 
     @property
     def ds_tensor(self) -> Tensor:
         """This rank's elements, 1-D; empty if other ranks hold them all."""
-        slot = self._zero_slot  # type: ignore[attr-defined]
+        slot = self._slot
         bucket, index = slot.bucket, slot.index
         for piece in bucket.layout.pieces(bucket.exchange.rank):
             if piece.param == index:
@@ -111,7 +118,7 @@ class ZeroParameter(nn.Parameter):
     @property
     def ds_process_group(self) -> Any:
         """The process group over which the parameter is sharded."""
-        return self._zero_slot.bucket.exchange.group  # type: ignore[attr-defined]
+        return self._slot.bucket.exchange.group
 
     @property
     def ds_active_sub_modules(self) -> set[int]:
@@ -133,6 +140,19 @@ class ZeroParameter(nn.Parameter):
             if has_been_updated:
                 bucket.write_shard()
             bucket.reshard()
+
+    def detach(self) -> Tensor:
+        """A plain tensor of the same memory.
+
+        But `nn.Parameter(param)`, with which `weight_norm` makes a parameter from another, insists that detaching gives the
+        class it was given; it gets that, not managed by anybody.
+        """
+        detached = Tensor.detach(self)
+        if sys._getframe(1).f_code is nn.Parameter.__new__.__code__:
+            if type(self) is not ZeroParameter:
+                raise ShardError(refusal(self, "nn.Parameter(...)"))
+            return Tensor._make_subclass(ZeroParameter, detached)
+        return detached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         copy = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
@@ -217,7 +237,9 @@ class _Sharded(Tensor):
         held = []
         try:
             for value in _sharded_in(args, kwargs):
-                bucket = value._zero_slot.bucket
+                if not isinstance(value, _Sharded):
+                    continue  # of a bucket that an earlier argument had unsharded
+                bucket = value._zero_slot.bucket  # type: ignore[attr-defined]
                 if isinstance(value, ShardedParameter) and any(resolve(bucket, func) for resolve in list(_resolvers)):
                     bucket.hold()
                     held.append(bucket)

@@ -71,6 +71,31 @@ def test_a_model_goes_from_one_engine_to_the_next(stages: tuple[int, int], by_de
     assert_close_weights(run_ranks(2, in_turn, stages, by_destroy)[0], expected.weights)
 
 
+def taken_over(rank: int, world_size: int, stage: int) -> None:
+    model = build("gpt_tied")
+    batch = batches_of("gpt_tied", 1)[0][0]
+    evaluator = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": {"stage": stage if stage == 3 else 0}}
+    with small_units():
+        scorer, optimizer, *_ = deepspeed.initialize(model=model, config=evaluator)
+    assert optimizer is None
+    with torch.no_grad():
+        before = scorer(*batch)
+    trainer = make_engine(model, stage, world_size)
+    with torch.no_grad():
+        torch.testing.assert_close(trainer(*batch), before)
+    with pytest.raises(TrainingStateError, match="this engine was destroyed, or its model given to a newer engine"):
+        scorer(*batch)
+    with engine_of(model, evaluator) as second, torch.no_grad():
+        torch.testing.assert_close(second(*batch), before)
+        with pytest.raises(TrainingStateError, match="this engine was destroyed"):
+            trainer(*batch)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_newer_engine_takes_the_model_over(stage: int) -> None:
+    run_ranks(2, taken_over, stage)
+
+
 def freed(rank: int, world_size: int, stage: int) -> None:
     batches = batches_of("mlp", 2)
     model = build("mlp")

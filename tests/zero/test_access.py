@@ -12,9 +12,9 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.utils.errors import ShardError
 from deepspeed.zero import GatheredParameters, ZeroParamStatus
-from tests.engine.runs import EPS, LR
+from tests.engine.runs import EPS, LR, engine_of, make_config
 from tests.harness import run_ranks
-from tests.models import build, make_batches, total_loss
+from tests.models import build, make_batches, to_dtype, total_loss
 from tests.zero.sharded import ROWS, backward, sharded_engine, step, whole_values
 
 STAGES = (0, 1, 2, 3)
@@ -223,3 +223,75 @@ def misuse(rank: int, world_size: int) -> None:
 
 def test_misused_accessors_say_what_is_wrong() -> None:
     run_ranks(2, misuse)
+
+
+def gradient_after_step(rank: int, world_size: int, stage: int, precision: str) -> None:
+    section = {"enabled": True, **({"initial_scale_power": 8} if precision == "fp16" else {})}
+    config = make_config(stage, micro=2, clip=0.01, **({precision: section} if precision else {}))
+    model = build("mlp")
+    batch = to_dtype(make_batches(model, num_steps=1, accumulation=1, samples=2)[0][0], DTYPES[precision])
+    with engine_of(model, config) as engine:
+        named = dict(model.named_parameters())
+        engine.backward(total_loss(engine(*batch)))
+        before = {name: deepspeed.utils.safe_get_full_grad(param).clone() for name, param in named.items()}
+        norm = torch.stack([g.norm() for g in before.values()]).norm().item()
+        engine.step()
+        assert engine.was_step_applied() and engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-3)
+        for name, param in named.items():
+            torch.testing.assert_close(deepspeed.utils.safe_get_full_grad(param), before[name], rtol=1e-5, atol=1e-7)
+        engine.backward(total_loss(engine(*batch)))
+        engine.step()
+
+
+DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@pytest.mark.parametrize("precision", ["", "bf16", "fp16"])
+@pytest.mark.parametrize("stage", STAGES)
+def test_gradients_can_be_read_until_the_next_backward_unscaled_and_unclipped(stage: int, precision: str) -> None:
+    run_ranks(2, gradient_after_step, stage, precision)
+
+
+def kept_views(rank: int, world_size: int) -> None:
+    with sharded_engine(rank, world_size) as engine:
+        weight = engine.module.head.weight
+        state, made = {}, None
+        batch = make_batches(engine.module, num_steps=1, accumulation=1, samples=2)[0][0]
+        loss = total_loss(engine(*batch))
+        with GatheredParameters(engine.module.parameters()):
+            expected = {name: param.clone() for name, param in engine.module.named_parameters()}
+            state = engine.module.state_dict()
+            made = nn.Parameter(weight)
+            assert isinstance(made, nn.Parameter) and not hasattr(made, "ds_id") and torch.equal(made, weight)
+        assert all(torch.equal(state[name], value) for name, value in expected.items())
+        assert torch.equal(made, expected["head.weight"]) and type(copy.deepcopy(made)) is nn.Parameter
+        with pytest.raises(ShardError, match=r"head.weight is sharded and cannot be used in 'nn.Parameter"):
+            nn.Parameter(weight)
+        engine.backward(loss)
+        engine.step()
+        assert all(torch.equal(state[name], value) for name, value in expected.items()), "what was kept is a copy"
+        with GatheredParameters(weight):
+            assert not torch.equal(weight, expected["head.weight"])
+
+
+def test_views_taken_inside_a_gather_outlive_it() -> None:
+    run_ranks(2, kept_views)
+
+
+class PairUser(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.pair = nn.Linear(4, 4)
+        self.total = (
+            torch.dot(self.pair.weight[0], self.pair.bias)
+            + torch.nn.functional.linear(torch.ones(1, 4), self.pair.weight, self.pair.bias).sum()
+        )
+
+
+def two_of_one_bucket(rank: int, world_size: int) -> None:
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
+        assert torch.isfinite(PairUser().total)
+
+
+def test_one_call_may_use_two_parameters_of_a_sharded_bucket() -> None:
+    run_ranks(2, two_of_one_bucket)
