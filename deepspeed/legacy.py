@@ -47,6 +47,7 @@ PATHS: dict[str, dict[str, str]] = {
             }
         )
     },
+    "deepspeed.runtime.zero.offload_config": invert({"deepspeed.zero.away": "OffloadDeviceEnum OffloadStateTypeEnum"}),
     "deepspeed.runtime.zero.stage_1_and_2": {
         "DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
         **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(2)}),
@@ -67,9 +68,18 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
-    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
+    "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},
+    "deepspeed.monitor.monitor": invert(
+        {"deepspeed.monitor.master": "MonitorMaster", "deepspeed.monitor.backend": "Monitor"}
+    ),
+    "deepspeed.monitor.config": {
+        **invert({"deepspeed.monitor.master": "get_monitor_config"}),
+        "DeepSpeedMonitorConfig": "deepspeed.config:Config",
+    },
+    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

@@ -245,10 +245,6 @@ def main(args: Sequence[str] | None = None) -> int:
     if not words:
         _parser().print_help()
         return 0
-    if words[0] == "estimate":
-        from deepspeed.memory.cli import main as estimate
-
-        return estimate(words[1:])
     code = run_command(words)
     if code is not None:
         return code

