@@ -258,7 +258,7 @@ class _Sharded(Tensor):
             warn_once(
                 "converting a module leaves sharded parameters as they are: dtype and device are the configuration's."
             )
-            return args[0]
+            return None if func in _SET_DATA else args[0]  # torch never lets go of what a setter returns
         held = []
         try:
             for value in _sharded_in(args, kwargs):

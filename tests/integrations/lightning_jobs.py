@@ -67,7 +67,9 @@ class Rows(Dataset[Tensor]):
 class Classifier(pl.LightningModule):
     """Two layers, with a schedule that Lightning steps."""
 
-    def __init__(self, width: int = 32) -> None:
+    def __init__(self, width: int = 32, divide: float = 1.0) -> None:
+        """`divide`: Lightning divides the loss by the micro-batches of a step, and DeepSpeed's `backward` does it again; a
+        plain run divides once more to be compared."""
         super().__init__()
         self.save_hyperparameters()
         self.layers: nn.Module | None = None
@@ -87,7 +89,7 @@ class Classifier(pl.LightningModule):
         loss = nn.functional.cross_entropy(self(batch[0]).float(), batch[1])
         self.log("loss", loss)
         self.losses.append(self.all_gather(loss.detach()).mean().item())
-        return loss
+        return loss / self.hparams["divide"]
 
     def validation_step(self, batch: Any, index: int) -> None:
         self.log("val_loss", nn.functional.cross_entropy(self(batch[0]).float(), batch[1]), sync_dist=True)
@@ -139,7 +141,7 @@ def make_trainer(folder: str, stage: int | None, **options: Any) -> Any:
 def fit(rank: int, world_size: int, folder: str, stage: int | None, **options: Any) -> dict[str, Any]:
     """Fit, validate, test and predict with one module; losses, and what its weights are at the end."""
     os.environ["TORCHELASTIC_RUN_ID"] = "job"
-    module = Classifier()
+    module = Classifier(divide=2.0 if stage is None else 1.0)
     trainer = make_trainer(folder, stage, **options)
     trainer.fit(module, loader(), loader(16))
     found: dict[str, Any] = {
