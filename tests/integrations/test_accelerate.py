@@ -48,7 +48,7 @@ def test_offload_swaps_the_optimizer_and_changes_nothing(stage: int, model: str,
 def test_a_configuration_file_with_dummy_optimizer_and_scheduler(stage: int, model: str, tmp_path: Path) -> None:
     found = run_job(jobs.train_by_config, model, jobs.write_config(tmp_path / "ds.json", stage), 8)
     assert found["kinds"] == ["DeepSpeedOptimizerWrapper", "DeepSpeedSchedulerWrapper"]
-    assert found["rates"] == pytest.approx([0, 0, jobs.LR / 2, jobs.LR], rel=1e-6)
+    assert found["rates"][:3] == pytest.approx([0, jobs.LR / 2, jobs.LR], rel=1e-6) and found["rates"][3] < jobs.LR
     assert found["losses"][-1] < found["losses"][0]
 
 
