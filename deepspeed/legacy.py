@@ -63,7 +63,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
     "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
-    "deepspeed.ops": {},
+    "deepspeed.ops": {"__compatible_ops__": "deepspeed.utils.compatible_ops:COMPATIBLE"},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
