@@ -16,8 +16,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import TorchElasticEnvironment
 from lightning.fabric.strategies import DeepSpeedStrategy as FabricStrategy
-from lightning.pytorch.strategies import DeepSpeedStrategy, ParallelStrategy
-from lightning.pytorch.strategies.ddp import DDPStrategy
+from lightning.pytorch.strategies import DDPStrategy, DeepSpeedStrategy
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -28,7 +27,7 @@ class OnCpu(DeepSpeedStrategy):
     """Lightning's strategy without its insistence on CUDA."""
 
     def setup_environment(self) -> None:
-        ParallelStrategy.setup_environment(self)
+        DDPStrategy.setup_environment(self)
 
     def setup_distributed(self) -> None:
         self.set_world_ranks()

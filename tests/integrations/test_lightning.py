@@ -19,23 +19,30 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_job(jobs.fit, str(tmp_path_factory.mktemp("plain")), None)
 
 
-@pytest.mark.parametrize(("stage", "offload"), [(1, False), (2, False), (3, False), (2, True), (3, True)])
+@pytest.mark.compat("Lightning Trainer", "fit, validate, test, predict; accumulation, clipping, schedule")
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "optimizer"), (3, "optimizer, parameters")]
+)
 def test_a_trainer_fits_tests_and_predicts_like_plain_pytorch(
-    stage: int, offload: bool, tmp_path: Path, plain: dict[str, Any]
+    stage: int, offload: str, tmp_path: Path, plain: dict[str, Any]
 ) -> None:
-    run = run_job(jobs.fit, str(tmp_path), stage, offload=offload)
+    run = run_job(jobs.fit, str(tmp_path), stage, offload=bool(offload))
     assert run["losses"] == pytest.approx(plain["losses"], rel=1e-4) and run["losses"][-1] < run["losses"][0]
     assert run["val"] == pytest.approx(plain["val"], rel=1e-4) and run["test"] == pytest.approx(plain["test"], rel=1e-4)
     assert run["steps"] == run["engine_steps"] == plain["steps"] == 4
     torch.testing.assert_close(run["predictions"], plain["predictions"], rtol=1e-3, atol=1e-4)
 
 
+@pytest.mark.compat("Lightning Trainer", "fit", precision="bf16")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16(stage: int, tmp_path: Path, plain: dict[str, Any]) -> None:
     run = run_job(jobs.fit, str(tmp_path), stage, precision="bf16-true")
     assert run["losses"] == pytest.approx(plain["losses"], rel=5e-2)
 
 
+@pytest.mark.compat(
+    "Lightning Trainer", "resume, test from a checkpoint, whole weights by `convert_zero_checkpoint_to_fp32_state_dict`"
+)
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_fit_follows_the_uninterrupted_one_exactly(stage: int, tmp_path: Path) -> None:
     whole = run_job(jobs.resume, str(tmp_path), stage, False)
@@ -45,6 +52,7 @@ def test_a_resumed_fit_follows_the_uninterrupted_one_exactly(stage: int, tmp_pat
     assert whole["whole"]["layers.0.weight"].shape == (32, 16)
 
 
+@pytest.mark.compat("Fabric", "setup, backward, step of the optimizer, save, load")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fabric_steps_the_optimizer_alone(stage: int, tmp_path: Path) -> None:
     run = run_job(jobs.fabric, str(tmp_path), stage)
