@@ -52,11 +52,10 @@ def train_twice(rank: int, world_size: int, model_folder: str, folder: str, conf
 
 def lightning_on_cpu(rank: int, world_size: int) -> str:
     import lightning.pytorch as pl
+    from lightning.pytorch.demos.boring_classes import BoringModel
 
     with pytest.raises(RuntimeError) as caught:
-        pl.Trainer(accelerator="cpu", devices=1, strategy="deepspeed_stage_2", logger=False).fit(
-            pl.demos.boring_classes.BoringModel()
-        )
+        pl.Trainer(accelerator="cpu", devices=1, strategy="deepspeed_stage_2", logger=False).fit(BoringModel())
     return str(caught.value)
 
 
