@@ -10,13 +10,17 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-monitors lint format bench native clean
+.PHONY: demo test test-integrations test-monitors lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+# Every ZeRO stage and combination under the newest libraries; writes docs/compatibility.md.
+test-integrations: $(INSTALLED)
+	$(BIN)/python -m pytest tests/integrations --matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
 
 test-monitors: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[dev,monitor]'
@@ -46,5 +50,5 @@ clean:
 $(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
-	$(PIP_INSTALL) -e '.[dev]'
+	$(PIP_INSTALL) -e '.[dev,hf,lightning]'
 	touch $@

@@ -22,7 +22,7 @@ __getattr__, __dir__ = _lazy_exports(
     __name__,
     _invert(
         {
-            "deepspeed.engine.initialize": "initialize add_config_arguments",
+            "deepspeed.engine.initialize": "initialize add_config_arguments tp_model_init",
             "deepspeed.engine.engine": "DeepSpeedEngine",
             "deepspeed.engine.data": "DeepSpeedDataLoader",
             "deepspeed.comm": "init_distributed",
@@ -34,7 +34,10 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.zero.optimizer": "DeepSpeedOptimizer ZeroOptimizer",
         }
     )
-    | {name: f"deepspeed.{name}:" for name in "accelerator comm config memory monitor profiling utils zero".split()}
+    | {
+        name: f"deepspeed.{name}:"
+        for name in "accelerator comm config launcher memory monitor profiling utils zero".split()
+    }
     | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
     | _legacy.names(),
 )

@@ -63,7 +63,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
     "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
-    "deepspeed.ops": {},
+    "deepspeed.ops": {"__compatible_ops__": "deepspeed.utils.compatible_ops:COMPATIBLE"},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
@@ -79,7 +79,6 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.monitor.master": "get_monitor_config"}),
         "DeepSpeedMonitorConfig": "deepspeed.config:Config",
     },
-    "deepspeed.checkpoint.utils": invert({"deepspeed.checkpoint.compat": "clone_tensors_for_torch_save"}),
     "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }

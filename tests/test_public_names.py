@@ -20,6 +20,7 @@ dist_init_required, collate_fn, config, mesh_param, config_params)
 deepspeed.init_distributed(dist_backend, auto_mpi_discovery, distributed_port, verbose, timeout, init_method, \
 dist_init_required, config, rank, world_size)
 deepspeed.add_config_arguments(parser)
+deepspeed.tp_model_init(model, tp_size, dtype, config)
 deepspeed.OnDevice(dtype, device, enabled)
 deepspeed.DeepSpeedEngine(args, model, optimizer, model_parameters, training_data, lr_scheduler, mpu, dist_init_required, \
 collate_fn, config, config_class, mesh_device, dont_change_device)
@@ -81,6 +82,10 @@ deepspeed.utils.set_log_level_from_string(level)
 deepspeed.utils.instrument_w_nvtx(func)
 deepspeed.utils.OnDevice
 deepspeed.utils.recursive_getattr
+deepspeed.utils.zero_to_fp32.get_fp32_state_dict_from_zero_checkpoint
+deepspeed.utils.zero_to_fp32.load_state_dict_from_zero_checkpoint
+deepspeed.utils.zero_to_fp32.get_model_state_file(checkpoint_dir, zero_stage)
+deepspeed.utils.zero_to_fp32.get_optim_files(checkpoint_dir)
 deepspeed.utils.recursive_setattr
 deepspeed.utils.is_initialized()
 deepspeed.utils.timer.SynchronizedWallClockTimer
@@ -253,6 +258,9 @@ deepspeed.runtime.zero.tiling.TiledLinear
 deepspeed.runtime.zero.muon.original_muon.Muon(params, lr, weight_decay, momentum, ns_method)
 deepspeed.runtime.zero.muon.original_muon.MuonWithAuxAdam(param_groups)
 deepspeed.runtime.utils.see_memory_usage(message, force)
+deepspeed.runtime.utils.move_to_device(item, device, criterion_func)
+deepspeed.runtime.zero.parameter_offload.DeepSpeedZeRoOffload
+deepspeed.ops.__compatible_ops__
 deepspeed.ops.adam.FusedAdam(params, lr, bias_correction, betas, eps, adam_w_mode, weight_decay, amsgrad, set_grad_none)
 deepspeed.ops.adam.DeepSpeedCPUAdam(model_params, lr, bias_correction, betas, eps, weight_decay, amsgrad, adamw_mode, \
 fp32_optimizer_states)
@@ -304,6 +312,8 @@ save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
 save_fp16_model(self, save_dir, save_filename, exclude_frozen_parameters)
 module_state_dict(self, destination, prefix, keep_vars, exclude_frozen_parameters)
 _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters)
+_consolidated_16bit_state_dict(self, exclude_frozen_parameters)
+optimizer
 zero_gather_16bit_weights_on_model_save(self)
 zero_optimization(self)
 zero_optimization_stage(self)
@@ -421,6 +431,20 @@ def test_both_spellings_of_a_name_are_one_object() -> None:
         "WarmupDecayLR",
         "WarmupCosineLR",
     ]
+
+
+def test_cloned_tensors_have_memory_of_their_own_and_containers_their_types() -> None:
+    from deepspeed.checkpoint.utils import clone_tensors_for_torch_save
+
+    flat = torch.arange(6.0)
+    tied = flat[2:4]
+    state = torch.nn.Linear(2, 1).state_dict()
+    state |= {"a": flat[:2], "b": tied, "c": tied, "n": {"list": [flat[4:], 1], "pair": (flat[:1], "x")}}
+    cloned = clone_tensors_for_torch_save(state)
+    assert type(cloned) is type(state) and cloned._metadata == state._metadata and list(cloned) == list(state)
+    assert cloned["a"].untyped_storage().nbytes() == 8 and torch.equal(cloned["a"], flat[:2])
+    assert cloned["b"] is cloned["c"] and cloned["n"]["list"][1] == 1 and type(cloned["n"]["pair"]) is tuple
+    assert deepspeed.runtime.utils.move_to_device({"x": [flat]}, "meta")["x"][0].is_meta
 
 
 def test_the_launcher_s_name_of_the_environment_file_imports() -> None:

@@ -12,7 +12,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.engine import assemble
 from deepspeed.engine.engine import DeepSpeedEngine
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.init import Init
 
@@ -64,8 +64,6 @@ def initialize(
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
     if mesh_param is not None and mesh_param[1] != 1:
-        from deepspeed.utils.errors import NotAvailableError
-
         raise NotAvailableError(f"mesh_param = {mesh_param}: sequence parallelism is not available yet.")
     engine = DeepSpeedEngine(
         args=args,
@@ -80,6 +78,18 @@ def initialize(
         config=config,
     )
     return engine, engine.zero_optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def tp_model_init(
+    model: nn.Module, tp_size: int = 1, dtype: Any = None, config: Any = None, **kwargs: Any
+) -> nn.Module:
+    """Cut a model's layers over `tp_size` ranks before `initialize`; 1 leaves it as it is. Raises NotAvailableError."""
+    if tp_size != 1:
+        raise NotAvailableError(
+            f"tp_model_init(tp_size={tp_size}): automatic tensor parallelism is not available yet.\n"
+            '  Remove "tensor_parallel": {"autotp_size": ...} and use ZeRO stage 3.'
+        )
+    return model
 
 
 def choose_config(args: Any, config: Any, config_params: Any = None) -> Any:

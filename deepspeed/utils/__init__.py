@@ -26,7 +26,7 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.comm": "is_initialized",
         }
     )
-    | {"groups": "deepspeed.mesh.groups:"},
+    | {"groups": "deepspeed.mesh.groups:", "zero_to_fp32": "deepspeed.checkpoint.zero_to_fp32:"},
 )
 
 __all__ = ["log_dist", "logger", "set_log_level_from_string"]

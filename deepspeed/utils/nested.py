@@ -51,7 +51,7 @@ def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
     def clone(tensor: Any) -> Any:
         place = (tensor.data_ptr(), tensor.shape, tensor.stride(), tensor.dtype) if tensor.numel() else id(tensor)
         if place not in clones:
-            clones[place] = tensor.detach().to(device, copy=True)
+            clones[place] = tensor.detach().to(device or tensor.device, copy=True)
         return clones[place]
 
     return map_tensors(clone, item)

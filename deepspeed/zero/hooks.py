@@ -182,6 +182,7 @@ class ModuleHooks:
     def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
         frame = self._frames.pop()
         assert frame.module is module, "module calls nest"
+        kept = self._hand_on_views(frame, output)
         if torch.is_grad_enabled() and frame.buckets:
             self._hook_outputs(frame, output)
             if self.watch.is_running:
@@ -191,9 +192,25 @@ class ModuleHooks:
         if frame.module is self.root and torch.is_grad_enabled():
             self.watch.watch(output)
         for bucket in frame.buckets:
-            self.gatherer.release(bucket)
+            if bucket not in kept:
+                self.gatherer.release(bucket)
         if frame.opened_phase:
             self.gatherer.end()
+
+    def _hand_on_views(self, frame: Frame, output: Any) -> list[Bucket]:
+        """A module may return a piece of its parameter (`self.weight[:n]`), which is used after it. Then the calling module
+        needs the bucket too, in forward and backward; where nobody calls, the returned piece keeps the memory it is in."""
+        storages = {tensor.untyped_storage()._cdata for tensor in tensors_in(output)} if frame.buckets else set()
+        kept = [bucket for bucket in frame.buckets if bucket.full.untyped_storage()._cdata in storages]
+        for bucket in kept:
+            if self._frames:
+                self._frames[-1].buckets.append(bucket)
+            else:
+                self.gatherer.release(bucket)
+                if bucket.holders == 0:
+                    bucket.leave_full()
+                    self.gatherer.drop(bucket)
+        return kept
 
     def _hook_outputs(self, frame: Frame, output: Any) -> None:
         def before_backward(gradient: Tensor) -> None:

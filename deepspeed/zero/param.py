@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.utils.errors import ShardError
-from deepspeed.utils.logging import current_rank
+from deepspeed.utils.logging import current_rank, warn_once
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
@@ -212,11 +212,31 @@ _ANSWERED = {
     torch.is_floating_point,
     torch.is_complex,
     torch.numel,
+    torch._has_compatible_shallow_copy_type,
 }
 """Questions about the tensor object itself: answered as they stand."""
 
 _HANDED_OUT = {Tensor.detach, *_attribute("data", "__get__")}
 """What `state_dict()` and the like take: they get a placeholder that refuses in the same way."""
+
+
+_SET_DATA = set(_attribute("data", "__set__"))
+_CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SET_DATA}
+
+
+def _converts_module(func: Callable[..., Any], args: Sequence[Any]) -> bool:
+    """Whether `module.to(...)` and the like ask: Lightning converts modules before and after training. Sharded parameters
+    then stay as they are; the same call on the parameter alone is refused like any other use."""
+    if func not in _CONVERSIONS or (func in _SET_DATA and args[0] is not args[1]):
+        return False
+    frame = sys._getframe(2)
+    for _ in range(3):
+        if frame.f_code is nn.Module._apply.__code__:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
 
 
 def _sharded_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
@@ -234,6 +254,11 @@ class _Sharded(Tensor):
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
+        if func in _CONVERSIONS and _converts_module(func, args):
+            warn_once(
+                "converting a module leaves sharded parameters as they are: dtype and device are the configuration's."
+            )
+            return None if func in _SET_DATA else args[0]  # torch never lets go of what a setter returns
         held = []
         try:
             for value in _sharded_in(args, kwargs):

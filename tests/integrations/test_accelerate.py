@@ -26,6 +26,9 @@ def plain(model: str) -> dict[str, Any]:
     return run_job(jobs.train, model, None)
 
 
+@pytest.mark.compat(
+    "Accelerate", "`DeepSpeedPlugin`, `accumulate`, `clip_grad_norm_`, `get_state_dict`, `unwrap_model`, `free_memory`"
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_plugin_in_the_script_trains_like_plain_pytorch(stage: int, model: str, plain: dict[str, Any]) -> None:
     found = run_job(jobs.train, model, stage)
@@ -37,21 +40,28 @@ def test_a_plugin_in_the_script_trains_like_plain_pytorch(stage: int, model: str
     assert found["state"].keys() == plain["state"].keys()
 
 
-@pytest.mark.parametrize("stage", [2, 3])
-def test_offload_swaps_the_optimizer_and_changes_nothing(stage: int, model: str, plain: dict[str, Any]) -> None:
-    where = {"offload_optimizer_device": "cpu", **({"offload_param_device": "cpu"} if stage == 3 else {})}
+@pytest.mark.compat(
+    "Accelerate", "`DeepSpeedPlugin`, `accumulate`, `clip_grad_norm_`, `get_state_dict`, `unwrap_model`, `free_memory`"
+)
+@pytest.mark.parametrize(("stage", "offload"), [(2, "optimizer"), (3, "optimizer, parameters")])
+def test_offload_swaps_the_optimizer_and_changes_nothing(
+    stage: int, offload: str, model: str, plain: dict[str, Any]
+) -> None:
+    where = {"offload_optimizer_device": "cpu", **({"offload_param_device": "cpu"} if "parameters" in offload else {})}
     found = run_job(jobs.train, model, stage, **where)
     assert found["losses"] == pytest.approx(plain["losses"], rel=2e-4)
 
 
+@pytest.mark.compat("Accelerate", "configuration file, `DummyOptim`, `DummyScheduler`")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_configuration_file_with_dummy_optimizer_and_scheduler(stage: int, model: str, tmp_path: Path) -> None:
     found = run_job(jobs.train_by_config, model, jobs.write_config(tmp_path / "ds.json", stage), 8)
     assert found["kinds"] == ["DeepSpeedOptimizerWrapper", "DeepSpeedSchedulerWrapper"]
-    assert found["rates"] == pytest.approx([0, 0, jobs.LR / 2, jobs.LR], rel=1e-6)
+    assert found["rates"][:3] == pytest.approx([0, jobs.LR / 2, jobs.LR], rel=1e-6) and found["rates"][3] < jobs.LR
     assert found["losses"][-1] < found["losses"][0]
 
 
+@pytest.mark.compat("Accelerate", "`save_state`, `load_state`, exactly")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_load_state_continues_exactly(stage: int, model: str, tmp_path: Path) -> None:
     whole = run_job(jobs.resume, model, stage, str(tmp_path), False)
@@ -60,6 +70,7 @@ def test_load_state_continues_exactly(stage: int, model: str, tmp_path: Path) ->
     assert "pytorch_model" in whole["files"] and "latest" in whole["files"]
 
 
+@pytest.mark.compat("Accelerate", "`get_state_dict` into a plain model", stage=3)
 def test_zero_3_s_state_dict_is_on_the_cpu_and_loads_into_a_plain_model(model: str) -> None:
     state = run_job(jobs.train, model, 3, num_micro=2)["state"]
     assert {value.device.type for value in state.values()} == {"cpu"}

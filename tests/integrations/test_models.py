@@ -20,6 +20,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.compat(
+    "Transformers models", "`HfDeepSpeedConfig`, `from_pretrained` under `zero.Init`, tied weights, `generate`", stage=3
+)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_loop_of_one_s_own_with_hf_deep_speed_config_equals_plain_pytorch(model: str, precision: str) -> None:
     found = run_job(jobs.own_loop, model, precision, 6)
@@ -36,6 +39,7 @@ def test_a_loop_of_one_s_own_with_hf_deep_speed_config_equals_plain_pytorch(mode
     assert found["uneven"].shape[1] > 8
 
 
+@pytest.mark.compat("Transformers models", "`resize_token_embeddings`", stage=3)
 @pytest.mark.parametrize("tied", [True, False])
 def test_token_embeddings_can_be_resized_while_sharded(tied: bool, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", tie_word_embeddings=tied)
@@ -47,12 +51,14 @@ def test_token_embeddings_can_be_resized_while_sharded(tied: bool, tmp_path: Pat
     assert saved.get_output_embeddings().weight.shape == (VOCAB + 16, 32)
 
 
+@pytest.mark.compat("Transformers models", "missing weights initialised", stage=3)
 def test_weights_that_a_checkpoint_lacks_are_initialised_alike_on_every_rank(model: str) -> None:
     found = run_job(jobs.from_scratch, model)
     assert found["equal"] and found["shape"] == (3, 32) and 0.01 < found["std"] < 0.04
     assert found["embedding"] == (VOCAB, 32)
 
 
+@pytest.mark.compat("Transformers models", "`weight_norm` inside a gather (speech)", stage=3)
 def test_weight_norm_inside_a_gather_replaces_a_sharded_parameter() -> None:
     found = run_job(jobs.speech)
     plain = jobs.plain_speech(found["initial"])
@@ -65,6 +71,7 @@ def test_weight_norm_inside_a_gather_replaces_a_sharded_parameter() -> None:
     assert_close_weights(*kept, tolerance=1e-3)
 
 
+@pytest.mark.compat("Transformers Trainer", "evaluate and predict without training", stage=3)
 def test_a_trainer_that_never_trains_evaluates_at_stage_3(model: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -33,6 +33,9 @@ def plain(model: str, adapter: str, tmp_path_factory: pytest.TempPathFactory) ->
     return run_job(jobs.lora, model, adapter, str(tmp_path_factory.mktemp("plain")), None)
 
 
+@pytest.mark.compat(
+    "PEFT", "LoRA: train with and without checkpointing (both modes), save, load into a plain model, merge"
+)
 @pytest.mark.parametrize("reentrant", [None, True, False])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_lora_trains_like_plain_pytorch_and_its_adapter_loads_into_a_plain_model(
@@ -56,6 +59,7 @@ def test_lora_trains_like_plain_pytorch_and_its_adapter_loads_into_a_plain_model
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
 
 
+@pytest.mark.compat("PEFT", "resume an adapter, exactly")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_resumed_adapter_follows_the_uninterrupted_run_exactly(
     stage: int, model: str, adapter: str, tmp_path: Path
@@ -67,6 +71,7 @@ def test_a_resumed_adapter_follows_the_uninterrupted_run_exactly(
     assert torch.equal(rest["predictions"], whole["predictions"])
 
 
+@pytest.mark.compat("PEFT", "merge and unmerge while sharded", stage=3)
 def test_an_adapter_merges_inside_of_a_gather(model: str, adapter: str) -> None:
     config = own_config(3)
     del config["optimizer"]
@@ -75,6 +80,7 @@ def test_an_adapter_merges_inside_of_a_gather(model: str, adapter: str) -> None:
     torch.testing.assert_close(found["unmerged"], found["before"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compat("PEFT", "`modules_to_save`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_modules_to_save_copies_a_sharded_module(stage: int, tmp_path: Path) -> None:
     folder = save_model(tmp_path / "model", tie_word_embeddings=False)
@@ -83,6 +89,7 @@ def test_modules_to_save_copies_a_sharded_module(stage: int, tmp_path: Path) -> 
     assert found["losses"] == pytest.approx(plain["losses"], rel=2e-5)
 
 
+@pytest.mark.compat("TRL", "SFT and DPO, whole model and LoRA")
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])
 @pytest.mark.parametrize("method", [jobs.sft, jobs.dpo])
@@ -92,6 +99,7 @@ def test_trl_trains_like_plain_pytorch(method: Any, stage: int, with_lora: bool,
     assert len(found["losses"]) == 4 and found["losses"] == pytest.approx(plain["losses"], rel=1e-4)
 
 
+@pytest.mark.compat("TRL", "`unwrap_model_for_generation`", stage=3)
 def test_trl_takes_the_hooks_off_to_generate(model: str) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -36,6 +36,9 @@ def assert_equal_runs(run: dict[str, Any], plain: dict[str, Any], rel: float = 2
     assert run["losses"][-1] < run["losses"][0] - 0.5
 
 
+@pytest.mark.compat(
+    "Transformers Trainer", "train, evaluate, predict; optimizer and schedule of DeepSpeed or Transformers"
+)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("scheduler", ["ds", "hf"])
 @pytest.mark.parametrize("optimizer", ["ds", "hf"])
@@ -50,6 +53,7 @@ def test_every_stage_and_pair_of_optimizer_and_scheduler_trains_like_plain_pytor
     assert_equal_runs(run_job(jobs.train, model, str(tmp_path), config), plain[scheduler])
 
 
+@pytest.mark.compat("Transformers Trainer", "train, evaluate", precision="bf16")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_bf16_trains_close_to_fp32(stage: int, model: str, tmp_path: Path, plain: dict[str, Any]) -> None:
     run = run_job(jobs.train, model, str(tmp_path), ds_config(stage, optimizer=ADAMW), bf16=True)
@@ -57,6 +61,7 @@ def test_bf16_trains_close_to_fp32(stage: int, model: str, tmp_path: Path, plain
     assert run["eval"] == pytest.approx(plain["hf"]["eval"], rel=1e-2)
 
 
+@pytest.mark.compat("Transformers Trainer", "gradient checkpointing, both modes")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("stage", [2, 3])
 def test_gradient_checkpointing_changes_nothing(
@@ -72,20 +77,26 @@ def test_gradient_checkpointing_changes_nothing(
 
 OFFLOAD = {
     "optimizer": {"offload_optimizer": {"device": "cpu"}},
-    "both": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    "optimizer, parameters": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
 }
 
 
-@pytest.mark.parametrize(("stage", "what"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "both")])
+@pytest.mark.compat(
+    "Transformers Trainer", "train, evaluate, predict; optimizer and schedule of DeepSpeed or Transformers"
+)
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, "optimizer"), (2, "optimizer"), (3, "optimizer"), (3, "optimizer, parameters")]
+)
 @pytest.mark.parametrize("optimizer", ["ds", "hf"])
 def test_offload_changes_nothing(
-    stage: int, what: str, optimizer: str, model: str, tmp_path: Path, plain: dict[str, Any]
+    stage: int, offload: str, optimizer: str, model: str, tmp_path: Path, plain: dict[str, Any]
 ) -> None:
     own = {"optimizer": ADAMW} if optimizer == "ds" else {}
-    run = run_job(jobs.train, model, str(tmp_path), ds_config(stage, zero=OFFLOAD[what], **own))
+    run = run_job(jobs.train, model, str(tmp_path), ds_config(stage, zero=OFFLOAD[offload], **own))
     assert_equal_runs(run, plain["hf"])
 
 
+@pytest.mark.compat("Transformers Trainer", "resume from a checkpoint, exactly")
 @pytest.mark.parametrize("optimizer", ["ds", "hf"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_a_resumed_run_follows_the_uninterrupted_one_exactly(
@@ -98,6 +109,7 @@ def test_a_resumed_run_follows_the_uninterrupted_one_exactly(
     assert rest["losses"][-3:] == whole["losses"][-3:] and rest["eval"] == whole["eval"]
 
 
+@pytest.mark.compat("Transformers Trainer", "`load_best_model_at_end`, rotation")
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_best_model_is_loaded_at_the_end(stage: int, model: str, tmp_path: Path) -> None:
     found = run_job(jobs.keep_best, model, str(tmp_path), ds_config(stage, optimizer=ADAMW))
@@ -106,6 +118,7 @@ def test_the_best_model_is_loaded_at_the_end(stage: int, model: str, tmp_path: P
     assert found["evaluated"][6] < found["evaluated"][2]
 
 
+@pytest.mark.compat("Transformers Trainer", "a second Trainer on the same model")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_second_trainer_takes_the_model_over(stage: int, model: str, tmp_path: Path) -> None:
     losses = run_job(jobs.second_trainer, model, str(tmp_path), ds_config(stage, optimizer=ADAMW))
@@ -113,12 +126,14 @@ def test_a_second_trainer_takes_the_model_over(stage: int, model: str, tmp_path:
     assert losses == pytest.approx(plain, rel=2e-5)
 
 
+@pytest.mark.compat("Transformers Trainer", "`auto_find_batch_size`")
 @pytest.mark.parametrize("stage", [1, 2])  # Transformers refuses it at stage 3
 def test_a_batch_size_that_does_not_fit_is_halved_with_a_new_engine(stage: int, model: str, tmp_path: Path) -> None:
     found = run_job(jobs.find_batch_size, model, str(tmp_path), ds_config(stage))
     assert found["batch"] == 4 and len(found["losses"]) == 2
 
 
+@pytest.mark.compat("Transformers Trainer", "`save_model`, loaded into a plain model")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_saved_model_is_the_trained_one(stage: int, model: str, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM

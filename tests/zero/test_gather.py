@@ -11,11 +11,15 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import deepspeed
 from deepspeed.zero.bucket import BucketState, LoadQueue
 from deepspeed.zero.gather import Gatherer, PhaseKind
+from tests.engine.runs import small_units
+from tests.harness import run_ranks
 
 KINDS = {"f": PhaseKind.FORWARD, "b": PhaseKind.BACKWARD, "i": PhaseKind.INFERENCE}
 NUMEL = 10
@@ -255,3 +259,64 @@ def test_gather_contexts_between_phases_do_not_upset_the_count_of_what_is_live(r
             bucket.reshard()
         ranks.run(["b2 1 0"])
     assert ranks.gatherers[0]._live_numel == 0
+
+
+class Positions(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.linspace(-1, 1, 64).view(16, 4))
+
+    def forward(self, count: int) -> Any:
+        return {"rows": (self.table[:count],)}
+
+
+class UsesViews(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.positions = Positions()
+        self.layers = torch.nn.ModuleList(torch.nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Any) -> Any:
+        (rows,) = self.positions(len(x))["rows"]
+        for layer in self.layers:
+            x = torch.tanh(layer(x)) * rows
+        return x.square().mean()
+
+
+def views_of_parameters(rank: int, world_size: int) -> tuple[list[float], list[float]]:
+    x = torch.linspace(0, 1, 32).view(8, 4)
+    plain, losses = UsesViews(), []
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    for _ in range(3):
+        loss = plain(x)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    model, found = UsesViews(), []
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "zero_optimization": zero,
+    }
+    with small_units():
+        engine, *_ = deepspeed.initialize(model=model, config=config)
+    for _ in range(3):
+        loss = engine(x)
+        alone = model.positions(2)["rows"][0]
+        with deepspeed.zero.GatheredParameters(model.positions.table):
+            expected = model.positions.table[:2].clone()
+        assert torch.equal(alone, expected)
+        engine.backward(loss)
+        engine.step()
+        found.append(loss.item())
+    assert len(engine._built.sharded) > 2
+    return losses, found
+
+
+def test_a_module_may_return_a_piece_of_its_parameter() -> None:
+    for losses, found in run_ranks(2, views_of_parameters):
+        assert found == pytest.approx(losses, rel=1e-6)

@@ -217,3 +217,20 @@ def test_no_unsharded_bytes_stay_alive_after_a_step_of_stage_3() -> None:
     for counted, found, nbytes in run_ranks(2, live_after_a_step):
         assert counted == found == sum(nbytes) == 0
         assert nbytes
+
+
+def converted(rank: int, world_size: int) -> None:
+    with deepspeed.zero.Init(config_dict_or_path={"train_batch_size": 2}):
+        model = nn.Linear(4, 4)
+    weight = model.weight
+    assert model.to(dtype=torch.float32).weight is weight and model.cpu().weight is weight
+    assert model.half().weight is weight and weight.dtype == torch.float32
+    for refused in (weight.float, weight.cpu, lambda: setattr(weight, "data", torch.zeros(4, 4))):
+        with pytest.raises(ShardError):
+            refused()
+    with deepspeed.zero.GatheredParameters(weight):
+        assert weight.shape == (4, 4)
+
+
+def test_converting_a_module_leaves_sharded_parameters_as_they_are() -> None:
+    run_ranks(2, converted)

@@ -1,0 +1,21 @@
+"""What these libraries, or this package, refuse: sentences for docs/compatibility.md. Tests beside this file show them."""
+
+REASONS = (
+    "Transformers, `TrainingArguments(deepspeed=...)` on a machine without accelerators and without `use_cpu=True`: Accelerate knows "
+    "no backend for it, counts one process, and computes `train_batch_size` for one. Add `--use_cpu`.",
+    "Transformers, `ACCELERATE_USE_CPU=true`: Accelerate then does not use DeepSpeed at all, without a word.",
+    "Transformers, `Trainer.train()` twice on one Trainer: the second call keeps the first's engine, which Accelerate has destroyed. "
+    "A second Trainer on the same model works.",
+    "Transformers, `auto_find_batch_size` at ZeRO stage 3: refused by the Trainer.",
+    "Transformers, Wav2Vec2 and its relatives, `from_pretrained` at ZeRO stage 3: the initialisation of version 5 reads a weight-normed "
+    "weight outside of any gather. Here that is a `ShardError`. Built under `deepspeed.zero.Init` the model works.",
+    "Accelerate and Transformers, sequence and tensor parallelism (`sp_size`, `autotp_size` above 1): not available in this version of "
+    "the package; `deepspeed.tp_model_init(tp_size=2)` says so, and `deepspeed.runtime.sequence_parallel` does not exist.",
+    "Lightning and Fabric on CPU: their DeepSpeed strategies insist on CUDA. The tests and `examples/lightning` lift that check in a "
+    "subclass of Lightning's own strategy.",
+    "Lightning, `accumulate_grad_batches`: Lightning divides the loss by it and so does `engine.backward`, whose count Lightning sets; "
+    "gradients are that much smaller than without DeepSpeed. It is so with every DeepSpeed; Adam hardly notices, SGD does.",
+    "Fabric: gradients are clipped at norm 1.0 unless the configuration says otherwise, which is DeepSpeed's default and which Fabric "
+    "never sets.",
+    "PEFT, `TrainableTokens` at ZeRO stage 3: PEFT asks for CUDA by name.",
+)

@@ -1,0 +1,44 @@
+"""What docs/compatibility.md says is refused, is refused, in these words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("transformers")
+pytest.importorskip("accelerate")
+
+from tests.integrations import refused_jobs as jobs
+from tests.integrations.common import ADAMW, ds_config, run_job, save_model
+
+
+def test_tensor_parallelism_says_that_it_is_not_there() -> None:
+    assert "tp_model_init(tp_size=2): automatic tensor parallelism is not available yet" in run_job(
+        jobs.tensor_parallel
+    )
+
+
+def test_a_weight_normed_model_cannot_be_loaded_sharded(tmp_path: Path) -> None:
+    assert "is sharded and cannot be used in 'weight_norm'" in run_job(jobs.speech, str(tmp_path))
+
+
+def test_transformers_refuses_the_search_for_a_batch_size_at_stage_3(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    words = run_job(jobs.batch_size_search, folder, str(tmp_path), ds_config(3))
+    assert "`auto_find_batch_size` isn't supported yet with DeepSpeed Zero-3" in words
+
+
+def test_a_trainer_that_trains_twice_uses_an_engine_that_was_destroyed(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    words = run_job(jobs.train_twice, folder, str(tmp_path), ds_config(2, optimizer=ADAMW))
+    assert "this engine was destroyed" in words
+
+
+def test_lightning_insists_on_cuda() -> None:
+    pytest.importorskip("lightning")
+    assert "only supported on CUDA GPUs but `CPUAccelerator` is used" in run_job(jobs.lightning_on_cpu, world_size=1)
+
+
+def test_gradients_are_clipped_at_1_unless_the_configuration_says_otherwise() -> None:
+    assert run_job(jobs.default_clipping, world_size=1) == 1.0
