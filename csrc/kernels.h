@@ -15,6 +15,7 @@ enum Decay : int { kNoDecay = 0, kDecoupled = 1, kL2 = 2 };
 enum Momentum : int { kPlain = 0, kHeavyBall = 1, kNesterov = 2 };
 
 constexpr int kNumScalars = 10;  // per run; the meaning of each is beside the loop that reads it
+constexpr int kBlock = 1024;     // the most elements a loop is called for
 constexpr int kNumLanes = 16;    // sums are made in this many lanes on every instruction set
 
 // One step on n elements. `sums` [2 * kNumLanes] is for LAMB alone.

@@ -15,8 +15,30 @@ static inline float float_of(uint32_t bits) {
     return x;
 }
 
+#ifdef __clang__
+#define DS_INDEPENDENT _Pragma("clang loop vectorize(assume_safety)")
+#else
+#define DS_INDEPENDENT _Pragma("GCC ivdep")
+#endif
+
+// body(i) for each i in [0, n), in any order. Asks for the arrays' memory 2 KiB ahead: four streams keep more requests
+// under way than the processor's own prefetcher makes (Sapphire Rapids, one thread, 100M elements of Adam: 23 -> 26 GB/s).
+template <class Body, class... Arrays>
+static inline __attribute__((always_inline)) void for_each(size_t n, Body body, const Arrays*... arrays) {
+    constexpr size_t line = 16, ahead = 2048;
+    size_t start = 0;
+    for (; start + line <= n; start += line) {
+        (__builtin_prefetch(arrays + start + ahead / sizeof *arrays), ...);
+        DS_INDEPENDENT
+        for (size_t j = 0; j < line; ++j) body(start + j);
+    }
+    for (; start < n; ++start) body(start);
+}
+
 static void widen_bf16(const uint16_t* __restrict from, float* __restrict to, size_t n) {
-    for (size_t i = 0; i < n; ++i) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
+        to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
+    }, from);
 }
 
 static void narrow_bf16(const float* __restrict from, uint16_t* __restrict to, size_t n) {
@@ -34,28 +56,31 @@ static inline float mix(float a, float b, float w, float keep) {
     return w < 0.5f ? a + w * distance : b - keep * distance;
 }
 
-// The same for second moments, which stay infinite once they have overflowed, where the form above gives NaN.
-static inline float mix_squares(float v, float square, float w, float keep) {
-    const float mixed = mix(v, square, w, keep);
+// (1-w) v + w g^2. The square is weighed while it is made, so that it overflows no sooner than need be; what is infinite
+// stays so, where the first form alone would give NaN.
+static inline float mix_square(float v, float g, float w, float keep) {
+    const float square = w * g * g;
+    const float mixed = w < 0.5f ? v + (square - w * v) : keep * v + square;
     return v == float_of(0x7f800000) ? v + square : mixed;
 }
 
-// The decay is added to the update rather than taken off the parameter first, so that the parameter is rounded once.
-// 0 gradient factor, 1 b1, 2 1-b1, 3 b2, 4 1-b2, 5 lr*decay or L2 decay, 6 lr/(1-b1^t), 7 1/sqrt(1-b2^t), 8 eps
+// The decay is added to the update rather than taken off the parameter first, so that the parameter is rounded once; the
+// step's size s = lr/(1-b1^t) is in the denominator, where it costs no rounding.
+// 0 gradient factor, 1 b1, 2 1-b1, 3 b2, 4 1-b2, 5 lr*decay or L2 decay, 6 1/(s sqrt(1-b2^t)), 7 eps/s
 template <int decay>
 static void adam(float* __restrict p, const float* __restrict g, float* __restrict m, float* __restrict v, size_t n,
                  const float* scalars, double*) {
     const float factor = scalars[0], keep1 = scalars[1], w1 = scalars[2], keep2 = scalars[3], w2 = scalars[4],
-                rate = scalars[5], step = scalars[6], root_factor = scalars[7], eps = scalars[8];
-    for (size_t i = 0; i < n; ++i) {
+                rate = scalars[5], root_factor = scalars[6], eps = scalars[7];
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
         float grad = g[i] * factor;
         if (decay == kL2) grad += rate * p[i];
         const float mean = m[i] = mix(m[i], grad, w1, keep1);
-        const float square = v[i] = mix_squares(v[i], grad * grad, w2, keep2);
-        float update = step * (mean / (std::sqrt(square) * root_factor + eps));
+        const float square = v[i] = mix_square(v[i], grad, w2, keep2);
+        float update = mean / (std::sqrt(square) * root_factor + eps);
         if (decay == kDecoupled) update += rate * p[i];
         p[i] -= update;
-    }
+    }, p, g, m, v);
 }
 
 // 0 gradient factor, 1 b1, 2 1-b1, 3 b2, 4 1-b2, 5 lr*decay, 6 lr
@@ -64,14 +89,14 @@ static void lion(float* __restrict p, const float* __restrict g, float* __restri
                  const float* scalars, double*) {
     const float factor = scalars[0], keep1 = scalars[1], w1 = scalars[2], keep2 = scalars[3], w2 = scalars[4],
                 rate = scalars[5], lr = scalars[6];
-    for (size_t i = 0; i < n; ++i) {
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
         const float grad = g[i] * factor;
         const float direction = mix(m[i], grad, w1, keep1);
         float update = direction > 0 ? lr : direction < 0 ? -lr : 0.0f;  // as torch.sign, also for NaN
         if (decay == kDecoupled) update += rate * p[i];
         p[i] -= update;
         m[i] = mix(m[i], grad, w2, keep2);
-    }
+    }, p, g, m);
 }
 
 // 0 gradient factor, 1 L2 decay, 2 lr, 3 eps
@@ -79,12 +104,12 @@ template <int decay>
 static void adagrad(float* __restrict p, const float* __restrict g, float* __restrict sum, float*, size_t n,
                     const float* scalars, double*) {
     const float factor = scalars[0], rate = scalars[1], lr = scalars[2], eps = scalars[3];
-    for (size_t i = 0; i < n; ++i) {
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
         float grad = g[i] * factor;
         if (decay) grad += rate * p[i];
         const float total = sum[i] += grad * grad;
         p[i] -= lr * (grad / (std::sqrt(total) + eps));
-    }
+    }, p, g, sum);
 }
 
 // 0 gradient factor, 1 L2 decay, 2 lr, 3 momentum, 4 weight of the gradient in it
@@ -92,7 +117,7 @@ template <int momentum>
 static void sgd(float* __restrict p, const float* __restrict g, float* __restrict buffer, float*, size_t n,
                 const float* scalars, double*) {
     const float factor = scalars[0], rate = scalars[1], lr = scalars[2], keep = scalars[3], w = scalars[4];
-    for (size_t i = 0; i < n; ++i) {
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
         float grad = g[i] * factor;
         if (rate != 0) grad += rate * p[i];
         if (momentum != kPlain) {
@@ -100,7 +125,17 @@ static void sgd(float* __restrict p, const float* __restrict g, float* __restric
             grad = momentum == kNesterov ? grad + keep * moved : moved;
         }
         p[i] -= lr * grad;
-    }
+    }, p, g, momentum == kPlain ? g : buffer);
+}
+
+static void add_squares(const float* __restrict x, size_t n, double* __restrict sums) {
+    double lanes[kNumLanes];
+    std::memcpy(lanes, sums, sizeof lanes);
+    size_t start = 0;
+    for (; start + kNumLanes <= n; start += kNumLanes)
+        for (size_t j = 0; j < kNumLanes; ++j) lanes[j] += static_cast<double>(x[start + j]) * x[start + j];
+    for (size_t j = 0; start + j < n; ++j) lanes[j] += static_cast<double>(x[start + j]) * x[start + j];
+    std::memcpy(sums, lanes, sizeof lanes);
 }
 
 // LAMB's update before its ratio. 5 decay, 6 1/(1-b1^t), 7 1/(1-b2^t), 8 eps
@@ -120,31 +155,16 @@ static void lamb_moments(float* __restrict p, const float* __restrict g, float* 
     const float factor = scalars[0], keep1 = scalars[1], w1 = scalars[2], keep2 = scalars[3], w2 = scalars[4];
     float s[kNumScalars];
     std::memcpy(s, scalars, sizeof s);
-    double of_param[kNumLanes], of_update[kNumLanes];
-    std::memcpy(of_param, sums, sizeof of_param);
-    std::memcpy(of_update, sums + kNumLanes, sizeof of_update);
-    for (size_t start = 0; start < n; start += kNumLanes) {
-        const size_t lanes = n - start < kNumLanes ? n - start : kNumLanes;
-        float update[kNumLanes] = {}, param[kNumLanes] = {};
-        const auto lane = [&](size_t j) __attribute__((always_inline)) {
-            const size_t i = start + j;
-            const float grad = g[i] * factor;
-            const float mean = m[i] = mix(m[i], grad, w1, keep1);
-            const float square = v[i] = mix_squares(v[i], grad * grad, w2, keep2);
-            param[j] = p[i];
-            update[j] = lamb_update<eps_inside>(p[i], mean, square, s);
-        };
-        if (lanes == kNumLanes)
-            for (size_t j = 0; j < kNumLanes; ++j) lane(j);
-        else
-            for (size_t j = 0; j < lanes; ++j) lane(j);
-        for (int j = 0; j < kNumLanes; ++j) {
-            of_param[j] += static_cast<double>(param[j]) * param[j];
-            of_update[j] += static_cast<double>(update[j]) * update[j];
-        }
-    }
-    std::memcpy(sums, of_param, sizeof of_param);
-    std::memcpy(sums + kNumLanes, of_update, sizeof of_update);
+    alignas(64) float updates[kBlock];
+    float* const update = updates;
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
+        const float grad = g[i] * factor;
+        const float mean = m[i] = mix(m[i], grad, w1, keep1);
+        const float square = v[i] = mix_square(v[i], grad, w2, keep2);
+        update[i] = lamb_update<eps_inside>(p[i], mean, square, s);
+    }, p, g, m, v);
+    add_squares(p, n, sums);
+    add_squares(update, n, sums + kNumLanes);
 }
 
 // Those of lamb_update, and 9 lr*ratio
@@ -153,7 +173,9 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
                        const float* scalars, double*) {
     float s[kNumScalars];
     std::memcpy(s, scalars, sizeof s);
-    for (size_t i = 0; i < n; ++i) p[i] -= s[9] * lamb_update<eps_inside>(p[i], m[i], v[i], s);
+    for_each(n, [=](size_t i) __attribute__((always_inline)) {
+        p[i] -= s[9] * lamb_update<eps_inside>(p[i], m[i], v[i], s);
+    }, p, m, v);
 }
 
 static constexpr Kernels kTable = {

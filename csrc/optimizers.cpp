@@ -23,7 +23,7 @@
 
 namespace {
 
-constexpr int64_t kChunk = 32 * 1024, kBlock = 1024;
+constexpr int64_t kChunk = 32 * 1024;
 
 // As deepspeed/optim/native_kernels.py fills it; addresses are 0 where an optimizer has no such tensor.
 struct Run {
@@ -127,7 +127,7 @@ struct Step {
         const int64_t start = (index - first_chunk[low]) * kChunk;
         const int64_t stop = run.numel - start < kChunk ? run.numel : start + kChunk;
         for (int64_t at = start; at < stop; at += kBlock) {
-            const size_t n = stop - at < kBlock ? stop - at : kBlock;
+            const size_t n = static_cast<size_t>(stop - at < kBlock ? stop - at : kBlock);
             float* p = read(run.param, dtypes.param, at, n, param_f);
             float* g = read(run.grad, dtypes.grad, at, n, grad_f);
             float* first = read(run.first, dtypes.state, at, n, first_f);

@@ -21,9 +21,9 @@ LADDER = [
     "tiers precision quant optim",
     "zero",
     "parallel activation",
-    "checkpoint",
+    "checkpoint profiling",
     "engine",
-    "inference profiling autotuning launcher",
+    "memory inference autotuning launcher",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

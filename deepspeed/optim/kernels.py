@@ -79,19 +79,20 @@ def adam_(
     if not params:
         return
     if params[0].device.type == "cpu":
-        rate = float(lr) * weight_decay if decoupled else weight_decay
+        lr_now = float(lr)
+        shared = (
+            grad_factor,
+            betas[0],
+            1 - betas[0],
+            betas[1],
+            1 - betas[1],
+            weight_decay * (lr_now if decoupled else 1),
+        )
         scalars = [
-            (
-                grad_factor,
-                betas[0],
-                1 - betas[0],
-                betas[1],
-                1 - betas[1],
-                rate,
-                float(lr) * of_mean,
-                math.sqrt(of_square),
-                eps,
-            )
+            # An infinite denominator is a step of size 0.
+            (*shared, math.sqrt(of_square) / (lr_now * of_mean), eps / (lr_now * of_mean))
+            if lr_now
+            else (*shared, 1.0, math.inf)
             for of_mean, of_square in _inverse_corrections(steps, betas, bias_correction)
         ]
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs, lows)
