@@ -2,8 +2,8 @@
 
     python benchmarks/file_io.py [--folder DIR] [--mb 512] [--rounds 9] [--peer PYTHON-with-deepspeed-0.19.8]
 
-A shared disk swings by a factor of two within seconds, so contestants alternate, A B A B, each a second or less at a time,
-and what counts is the median of the ratios of neighbours. fio runs with --direct=1 and the same block size, queue depth and
+A shared disk swings by a factor of two within seconds, so contestants alternate, in a new order each round, each a second or less at a
+time, and what counts is the median of the ratios of neighbours. fio runs with --direct=1 and the same block size, queue depth and
 file size by each of its engines in turn; the one with the best median is the measure. Files are laid out before. `handle` is
 `aio_handle.sync_pread/pwrite`; `store` is the nvme tier, with its checksums.
 """
@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -149,8 +150,8 @@ def main() -> None:
             with contestants(args, block << 20, depth) as runs:
                 for _ in range(args.rounds):
                     for is_write in (True, False):
-                        for name, run in runs.items():
-                            seconds.setdefault((name, is_write), []).append(run(is_write))
+                        for name in random.sample([*runs], len(runs)):  # who goes first has it colder
+                            seconds.setdefault((name, is_write), []).append(runs[name](is_write))
             for is_write in (True, False):
                 print(f"{'write' if is_write else 'read'}, block {block} MiB, queue depth {depth}")
                 best = min(
