@@ -1,7 +1,7 @@
 """Page-aligned memory: what direct I/O moves without a copy.
 
-Used by the store and the handle. Large buffers ask for huge pages, because the kernel pins a buffer page by page for
-every transfer.
+Used by the store and the handle. No huge pages are asked for: on a virtual disk (virtio, Linux 6.18) they made reads and
+writes 10 to 15 % slower, for less CPU time.
 """
 
 from __future__ import annotations
@@ -12,22 +12,10 @@ import mmap
 import torch
 from torch import Tensor
 
-from deepspeed.tiers.pieces import PAGE
-
-HUGE_PAGE = 2 * 1024 * 1024
-
 
 def aligned_buffer(nbytes: int, *, is_locked: bool = False) -> Tensor:
     """`nbytes` zeros as uint8 at a page boundary; locked in memory if asked and allowed (RLIMIT_MEMLOCK)."""
-    if nbytes < HUGE_PAGE:
-        memory = mmap.mmap(-1, max(PAGE, -(-nbytes // PAGE) * PAGE))
-        start = 0
-    else:
-        memory = mmap.mmap(-1, (-(-nbytes // HUGE_PAGE) + 1) * HUGE_PAGE)
-        if hasattr(mmap, "MADV_HUGEPAGE"):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-        start = -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % HUGE_PAGE
-    tensor = torch.frombuffer(memory, dtype=torch.uint8)[start : start + nbytes]
+    tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)[:nbytes]
     if is_locked and nbytes:
         lock(tensor)
     return tensor
