@@ -1,6 +1,5 @@
 """Communication: `deepspeed.comm` stands in for `torch.distributed`, and more.
 
-    launch_env.py    what the launcher said: rank, world size, meeting point       (pure)
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py      counts, times, bandwidths

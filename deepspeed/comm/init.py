@@ -1,7 +1,7 @@
 """Bringing torch.distributed up, and asking it about ranks and groups.
 
 `init_distributed` is called by `initialize`, by `zero.Init` and by users and libraries first. What the launcher said is
-read by `launch_env`; this module writes it back to the environment, where user scripts look, and starts the process
+read by `utils.launch_env`; this module writes it back to the environment, where user scripts look, and starts the process
 group. Invariant: a process group somebody else started is adopted as it is, and never started twice.
 """
 
@@ -19,8 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import collectives
-from deepspeed.comm.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.logging import log_dist, warn_once
 
 DEFAULT_TIMEOUT_MINUTES = 10

@@ -30,3 +30,7 @@ class TrainingStateError(DeepSpeedError, RuntimeError):
 
 class NotAvailableError(DeepSpeedError, NotImplementedError):
     """A documented feature that this version validates but does not have yet."""
+
+
+class LaunchError(DeepSpeedError, RuntimeError):
+    """A job cannot be started: a program is not installed, a host cannot be reached."""

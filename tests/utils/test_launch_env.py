@@ -7,7 +7,7 @@ import socket
 
 import pytest
 
-from deepspeed.comm.launch_env import LaunchEnv, discover, expand_hosts
+from deepspeed.utils.launch_env import LaunchEnv, discover, expand_hosts
 from deepspeed.utils.errors import DeepSpeedError
 
 OMPI = {
