@@ -256,7 +256,12 @@ class Coordinator:
         mac = proof(self._token, "member", member.nonce, canonical(hello))
         index = int(hello["member"])
         if not hmac.compare_digest(str(message["mac"]), mac) or not 0 <= index < len(self._names):
-            self._send(member, {"refused": "the coordinator does not know this node: it is of another job."})
+            self._send(
+                member,
+                {
+                    "refused": "the coordinator does not know this member: another job's, or its token was not passed on."
+                },
+            )
             self._drop(member)
             return
         if index in self._here:

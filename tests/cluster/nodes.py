@@ -26,7 +26,7 @@ from typing import Any
 REPOSITORY = Path(__file__).resolve().parents[2]
 SSHD = "/usr/sbin/sshd"
 PROGRAMS = ("ip", "unshare", "nsenter", "ssh", "ssh-keygen", SSHD)
-SERVICES = ("sshd", "munged", "slurmd", "slurmctld", "slurmstepd", "bash", "sleep")
+SERVICES = ("sshd", "munged", "slurmd", "slurmctld", "slurmscriptd", "slurmstepd", "bash", "sleep")
 """What runs on a node whether or not a job does."""
 
 INIT = """
@@ -105,7 +105,7 @@ class Node:
                 if (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
                     continue
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if Path(words[0].decode().split(":")[0]).name not in SERVICES:
+                if Path(words[0].decode().lstrip(": ").split(":")[0].strip()).name not in SERVICES:
                     found[int(entry.name)] = b" ".join(words).decode(errors="replace")
         return found
 

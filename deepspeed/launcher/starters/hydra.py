@@ -1,7 +1,7 @@
 """The family of mpirun that is built on Hydra: MPICH, Intel MPI and MVAPICH2.
 
-They share their flags (-n, -ppn, -hosts, -genvlist) and differ in the variables they need. Variables travel by name
-from mpirun's own environment. Source: mpiexec(1) of MPICH, Intel MPI's developer reference, the MVAPICH2-GDR guide.
+They share their flags (-n, -ppn, -hosts, -genvall) and differ in the variables they need. Variables travel in mpirun's
+own environment, all of which -genvall sends, so that their values appear in no process list. Source: mpiexec(1) of MPICH, Intel MPI's developer reference, the MVAPICH2-GDR guide.
 """
 
 from __future__ import annotations
@@ -44,7 +44,8 @@ class Hydra(Starter):
             )
         variables = {**self.extra(), **plan.variables}
         argv = [self.detect() or "mpirun", "-n", str(plan.num_ranks), "-ppn", str(per_node), *plan.launcher_args]
-        argv += ["-hosts", ",".join(plan.world), "-genvlist", ",".join(sorted(variables))]
+        # Not -genvlist: Hydra 4.0.2 drops names of the list on remote nodes.
+        argv += ["-hosts", ",".join(plan.world), "-genvall"]
         return [Start(argv=[*argv, *rank_words(plan, self.name)], environ={**plan.environ, **variables})]
 
 
