@@ -69,7 +69,6 @@ _NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("csv_monitor.enabled", bool, "events as CSV"),
     ("comet.enabled", bool, "events for Comet"),
     ("autotuning.enabled", bool, "autotuning"),
-    ("elasticity.enabled", bool, "elastic batch sizes"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),
     ("progressive_layer_drop.enabled", bool, "progressive layer dropping"),

@@ -130,7 +130,13 @@ def _elastic_worker(job: Job, elastic: Elastic, environ: Mapping[str, str]) -> W
     names = {job.visible_devices: ",".join(map(str, job.world[job.host]))} if job.visible_devices else {}
     if job.threads_per_rank is not None and "OMP_NUM_THREADS" not in environ:
         names["OMP_NUM_THREADS"] = str(job.threads_per_rank)
-    rest = [*log, *([] if job.no_local_rank else ["--local_rank"]), "--", *_python(job), *job.script_args]
+    rest = [
+        *log,
+        *([] if job.no_local_rank else [f"--local_rank_at={len(_python(job))}"]),
+        "--",
+        *_python(job),
+        *job.script_args,
+    ]
     return Worker(
         rank=job.node_rank, command=[*agent, *flags, *rest], environ={**environ, **names}, label=f"node {job.host}"
     )

@@ -13,6 +13,7 @@ Invariant: no program outlives this process (prctl(2)), and no member outlives i
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import selectors
@@ -287,8 +288,6 @@ def _split_lines(data: bytes, *, is_end: bool) -> tuple[list[bytes], bytes]:
 
 
 def _signal(program: _Program, number: int) -> None:
-    if program.popen.returncode is None:
-        try:
-            os.killpg(program.popen.pid, number)
-        except (ProcessLookupError, PermissionError):
-            """It has just ended."""
+    """Also to what the program has left behind: pdsh's ssh may outlive pdsh."""
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(program.popen.pid, number)

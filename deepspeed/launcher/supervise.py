@@ -317,7 +317,7 @@ class _Leash:
     The kernel's own signal (`die_with_parent`) reaches a worker, but not what the worker has started.
     """
 
-    _SCRIPT = 'g=; while read -r p; do [ "$p" = done ] && exit; g="$g -$p"; done; [ -z "$g" ] || kill -KILL -- $g'
+    _SCRIPT = 'g=; while read -r p; do [ "$p" = done ] && exit; g="$g -$p"; done; [ -z "$g" ] || kill -s KILL -- $g'
 
     def __enter__(self) -> _Leash:
         self._shell = subprocess.Popen(
@@ -365,16 +365,17 @@ def _any_alive(groups: set[int]) -> bool:
     return False
 
 
-def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None] | None:
-    """What a child does before it executes its command: ask the kernel to signal it when this process ends."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to signal this process when `parent`, which started it, ends (Linux)."""
     if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+        return
     pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+    if os.getppid() != parent:
+        os._exit(1)
 
-    def ask() -> None:
-        prctl(pr_set_pdeathsig, number)
-        if os.getppid() != parent:
-            os._exit(1)
 
-    return ask
+def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
+    """What a child does before it executes its command: `die_with` this process."""
+    parent = os.getpid()
+    return lambda: die_with(parent, number)

@@ -34,3 +34,15 @@ class NotAvailableError(DeepSpeedError, NotImplementedError):
 
 class LaunchError(DeepSpeedError, RuntimeError):
     """A job cannot be started: a program is not installed, a host cannot be reached."""
+
+
+class ElasticityError(DeepSpeedConfigError):
+    """Elastic batch sizes cannot be computed."""
+
+
+class ElasticityConfigError(ElasticityError):
+    """The `elasticity` section is missing, off, or contradicts itself."""
+
+
+class ElasticityIncompatibleWorldSize(ElasticityError):  # noqa: N818 - the public name
+    """No batch of the elastic configuration fits this many GPUs."""

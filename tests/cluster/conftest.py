@@ -85,7 +85,11 @@ class Running:
 
     def rank_pid(self, node: str) -> int:
         """The first rank on a node."""
-        found = [p for p, line in self.nodes[node].processes().items() if "loop.py" in line and "launcher" not in line]
+        found = [
+            p
+            for p, line in self.nodes[node].processes().items()
+            if "loop.py" in line and "deepspeed.launcher" not in line
+        ]
         return min(found)
 
     def ends(self, within_s: float = 30.0) -> tuple[int, str, float]:
