@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint format bench clean
+.PHONY: demo test lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -27,15 +27,19 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/step_time.py --model gpt
 	$(BIN)/python benchmarks/step_time.py --model layers
 
+# Compile csrc/ into this checkout again, without installing.
+native:
+	$(BIN)/python setup.py --quiet build_ext --inplace
+
 format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
 clean:
-	rm -rf .venv build *.egg-info
+	rm -rf .venv build *.egg-info deepspeed/lib
 
-# torch first and alone, so that the build chosen here is the one everything else resolves against.
-$(INSTALLED): pyproject.toml constraints.txt
+# csrc/ is compiled by the last line. torch first and alone, so that the build chosen here is the one everything else resolves against.
+$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
 	$(PIP_INSTALL) -e '.[dev]'

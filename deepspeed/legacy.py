@@ -52,6 +52,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
+    "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

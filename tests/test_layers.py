@@ -15,14 +15,15 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deepspeed"
 
 LADDER = [
     "utils accelerator",
+    "native",
     "config comm",
     "mesh monitor",
     "tiers precision quant optim",
     "zero",
     "parallel activation",
-    "checkpoint",
+    "checkpoint profiling",
     "engine",
-    "inference profiling autotuning launcher",
+    "inference autotuning launcher",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

@@ -208,6 +208,10 @@ max_coeff, min_coeff, amsgrad)
 deepspeed.ops.lion.FusedLion(params, lr, betas, weight_decay, set_grad_none)
 deepspeed.ops.lion.DeepSpeedCPULion(model_params, lr, betas, weight_decay, fp32_optimizer_states)
 deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(model_params, lr, eps, weight_decay, amsgrad, fp32_optimizer_states)
+deepspeed.ops.aio.AsyncIOBuilder.NAME
+deepspeed.ops.op_builder.AsyncIOBuilder.load(self, verbose)
+deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible(self, verbose)
+deepspeed.ops.op_builder.GDSBuilder.load(self, verbose)
 """
 
 ENGINE = """
@@ -296,7 +300,7 @@ fp32_partitioned_groups_flat
 """
 
 
-CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus"}
+CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus", "AsyncIOBuilder", "GDSBuilder"}
 """Whose members are listed by legacy paths."""
 
 

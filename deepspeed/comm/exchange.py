@@ -69,6 +69,19 @@ class Pending:
         """Whether `wait` would not wait; False where that cannot be told."""
         return self._finish is None or (self._work is not None and self._work.is_completed())
 
+    def after(self, first: Callable[[], None]) -> Pending:
+        """The same communication; `first` is called before it is finished, to have its target ready."""
+
+        def finish() -> None:
+            first()
+            self.wait()
+
+        return Pending(finish, self._work)
+
+    def within(self, around: Callable[[Callable[[], None]], None]) -> Pending:
+        """The same, taking this one's place: its wait, if there is something to wait for, is `around(finish)`."""
+        return self if self._finish is None else Pending(partial(around, self._finish), self._work)
+
     def wait(self) -> None:
         """Finish; on an accelerator, order the current stream after it. A second call does nothing."""
         finish, self._finish = self._finish, None
@@ -123,8 +136,16 @@ def _deliver(value: Tensor, out: Tensor, divide_by: float, accumulate: bool) -> 
         value.div_(divide_by)
     if accumulate:
         out.add_(value)
-    elif value is not out:
+    elif value.data_ptr() != out.data_ptr():
         out.copy_(value)
+
+
+class _Ready:
+    """The work of a single rank: there is nothing to wait for."""
+
+    def is_completed(self) -> bool:
+        """True."""
+        return True
 
 
 @final
@@ -144,11 +165,11 @@ class LocalExchange:
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
-        return Pending(partial(_deliver, full, out, divide_by, accumulate))
+        return Pending(partial(_deliver, full, out, divide_by, accumulate), _Ready())
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
-        return Pending(partial(_deliver, full, full, divide_by, False))
+        return Pending(partial(_deliver, full, full, divide_by, False), _Ready())
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""

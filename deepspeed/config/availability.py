@@ -21,16 +21,8 @@ def _is_given(value: Any) -> bool:
     return value is not None
 
 
-def _offloads(device: str | None) -> bool:
-    return device not in (None, "none")
-
-
 def _is_above_1(value: float | None) -> bool:
     return value is not None and value > 1
-
-
-def _is_below_1(value: float | None) -> bool:
-    return value is not None and value < 1
 
 
 def _is_missing_optimizer(name: str | None) -> bool:
@@ -38,10 +30,7 @@ def _is_missing_optimizer(name: str | None) -> bool:
 
 
 _NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
-    ("zero_optimization.offload_optimizer.device", _offloads, "offload of optimizer states"),
-    ("zero_optimization.offload_optimizer.ratio", _is_below_1, "a step shared between CPU and device"),
     ("zero_optimization.offload_optimizer.super_offload", bool, "offload for Superchips"),
-    ("zero_optimization.offload_param.device", _offloads, "offload of parameters"),
     ("zero_optimization.zenflow", _is_given, "ZenFlow"),
     ("zero_optimization.zero_quantized_weights", bool, "quantized all-gathers"),
     ("zero_optimization.zero_quantized_nontrainable_weights", bool, "quantized frozen parameters"),
@@ -62,12 +51,6 @@ _NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("checkpoint.writer", _is_given, "the fast checkpoint writer"),
     ("datastates_ckpt", _is_given, "DataStates checkpoints"),
     ("nebula.enabled", bool, "Nebula checkpoints"),
-    ("flops_profiler.enabled", bool, "the FLOPS profiler"),
-    ("comms_logger.enabled", bool, "the log of collectives"),
-    ("tensorboard.enabled", bool, "events for TensorBoard"),
-    ("wandb.enabled", bool, "events for Weights & Biases"),
-    ("csv_monitor.enabled", bool, "events as CSV"),
-    ("comet.enabled", bool, "events for Comet"),
     ("autotuning.enabled", bool, "autotuning"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),

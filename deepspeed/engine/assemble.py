@@ -19,9 +19,11 @@ from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
 from deepspeed.precision import DynamicLossScale, StaticLossScale
+from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.cut import LEAF_MARK
+from deepspeed.zero.offload import optimizer_tier, param_tier
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
@@ -64,6 +66,8 @@ def make_policy(config: Config) -> ZeroPolicy:
         param_dtype=dtype,
         grad_dtype=config.data_types.grad_accum_dtype,
         master_dtype=dtype if keeps_low_master else torch.float32,
+        param_tier=param_tier(config),
+        optimizer_tier=optimizer_tier(config),
     )
 
 
@@ -118,7 +122,10 @@ def make_optimizer(
         )
     if config.optimizer.type.lower() == "muon":
         groups = split_for_muon(model.named_parameters(), groups)
-    return build_optimizer(config.optimizer.type, dict(config.optimizer.params), groups)
+    offload = config.zero_optimization.offload_optimizer
+    # With a ratio below 1 one optimizer steps shards on both sides.
+    steps_on_cpu = optimizer_tier(config) is not Tier.DEVICE and (offload is None or offload.ratio == 1)
+    return build_optimizer(config.optimizer.type, dict(config.optimizer.params), groups, offload=steps_on_cpu)
 
 
 def _is_flat(groups: Sequence[dict[str, Any]]) -> bool:

@@ -30,8 +30,11 @@ from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
 from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.engine.observe import announce, make_observers, run_directory
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.mesh import Mesh
+from deepspeed.monitor.master import MonitorMaster
+from deepspeed.monitor.trace import trace
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
@@ -40,6 +43,8 @@ from deepspeed.zero.access import trainers
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
+from deepspeed.zero.master import gradient_rest
+from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
 from deepspeed.zero.reduce import Reducer
@@ -103,6 +108,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._device = _own_device()
         with contextlib.ExitStack() as undo:
             self._build(undo, model, optimizer, model_parameters, lr_scheduler)
+            self._build_observers(undo)
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
@@ -110,8 +116,12 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.global_samples = 0
         self.skipped_steps = 0
         self.losses: Tensor | None = None
-        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown
-        self.timers = SynchronizedWallClockTimer() if self.wall_clock_breakdown_enabled else NoopTimer()
+        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown or self._config.flops_profiler.enabled
+        self.timers = (
+            SynchronizedWallClockTimer(get_accelerator().synchronize)
+            if self.wall_clock_breakdown_enabled
+            else NoopTimer()
+        )
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
@@ -121,6 +131,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             gc.disable()
         if self._config.dump_state:
             logger.warning("%s", self._config)
+        announce(self)
 
     # Building. -----------------------------------------------------------------------------------------------------
 
@@ -169,9 +180,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.watch = BackwardWatch()
         self.watch.on_begin.append(self._scale_guard.check)
         assemble.cast_buffers(model, config)
-        built = build(
-            model, assemble.group_indices(basic), self.policy, self.mesh, self._device, assemble.make_limits(config)
-        )
+        placing = make_placing(config, self.policy, self._device)
+        built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
         self._gatherer: Gatherer | None = None
         self._hooks: ModuleHooks | None = None
@@ -184,6 +194,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             self.policy,
             should_reduce=self.accumulation.should_reduce,
             on_complete=self._hooks.bucket_completed if self._hooks else None,
+            rests=[gradient_rest(placing, master) for master in built.masters],
             **assemble.reduction_arguments(config, self.mesh, self._device),
         )
         undo.callback(self._reducer.close)
@@ -200,6 +211,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 clip=config.gradient_clipping,
                 skip_non_finite=config.bf16.enabled and config.bf16.check_grad_overflow,
                 sub_group_numel=config.zero_optimization.sub_group_size,
+                placing=placing,
                 allow_untested=config.zero_allow_untested_optimizer,
                 zero_stage=stage,
             )
@@ -237,6 +249,15 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._autocast_dtype = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         self._casts_inputs = dtype if self._config.fp16.enabled and self._config.fp16.auto_cast else None
 
+    def _build_observers(self, undo: contextlib.ExitStack) -> None:
+        if self._config.comms_logger.enabled:
+            comm.configure(self._config)
+        self.monitor = MonitorMaster(self._config, run_directory(self._config, self.mesh))
+        undo.callback(self.monitor.close)
+        self._observers = make_observers(self._config, self.monitor, self.module, self.watch)
+        for observer in self._observers:
+            undo.callback(observer.close)
+
     # The training step. --------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
@@ -244,10 +265,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._before_forward((inputs, kwargs))
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
-        self.timers("forward").start()
-        with self._forward_contexts():
+        with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
             output = self.module(*inputs, **kwargs)
-        self.timers("forward").stop()
         if self._hooks is None and torch.is_grad_enabled():
             self.watch.watch(output)
         return output
@@ -263,6 +282,20 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 self._knows_inputs = True
                 cure = "Give every rank micro-batches of the same kind and size (train_micro_batch_size_per_gpu)."
                 require_equal(self.mesh, "inputs", describe_inputs(inputs), cure)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, value: Any = None) -> Iterator[None]:
+        """A part of the step, as a span and for the observers."""
+        with torch.profiler.record_function(f"engine.{name}"):
+            self.timers(name).start()
+            for observer in self._observers:
+                observer.begins(name, value)
+            try:
+                yield
+            finally:
+                for observer in reversed(self._observers):
+                    observer.ends(name)
+                self.timers(name).stop()
 
     @contextlib.contextmanager
     def _forward_contexts(self) -> Iterator[None]:
@@ -288,11 +321,10 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             else loss
         )
         self._reducer.hide()
-        self.timers("backward").start()
-        self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
-        self.watch.end()
-        self.timers("backward").stop()
         self.losses = loss.detach()
+        with self._phase("backward", self.losses):
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+            self.watch.end()
         return divided
 
     def _check_loss(self, loss: Any) -> None:
@@ -339,9 +371,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
-        self.timers("step").start()
-        self.optimizer.step()
-        self.timers("step").stop()
+        with self._phase("step"):
+            self.optimizer.step()
         if self.optimizer.overflow:
             self.skipped_steps += 1
         else:
@@ -350,9 +381,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._learn_order()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
-        every = self._config.steps_per_print
-        if every and self.global_steps % every == 0:
-            self._report_progress()
+        for observer in self._observers:
+            observer.step_ended(self)
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is not None:
@@ -366,19 +396,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if not self._knows_order:
             self._knows_order = True
             self._reducer.set_order(self.mesh.gather_objects("dp", self._reducer.completion_order())[0])
-
-    def _report_progress(self) -> None:
-        if self.mesh.dp_rank == 0:
-            loss = f"{self.losses.item():.4f}" if self.losses is not None else "-"
-            rate = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
-            names = ["forward", "backward", "step"]
-            times = (
-                [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
-            )
-            print(
-                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]),
-                flush=True,
-            )
 
     # Accumulation. -------------------------------------------------------------------------------------------------
 
@@ -588,24 +605,23 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 ) from None
 
     def memory_by_kind(self) -> dict[str, int]:
-        """Bytes at rest on this rank: parameters, gradients, optimizer (masters and states)."""
+        """Bytes at rest on this rank, on whatever tier: parameters, gradients, optimizer (masters and states)."""
         trained = {id(master.bucket) for master in self._built.masters}
         in_buckets = {id(param) for bucket in self._built.buckets for param in bucket.params}
-        params = sum(
-            (b.full.untyped_storage().nbytes() if b._keeps_storage else b.shard.nbytes) for b in self._built.buckets
-        )
+        params = sum(bucket.nbytes for bucket in self._built.buckets)
         params += sum(p.nbytes for p in self.module.parameters() if id(p) not in in_buckets)
-        states = self.optimizer.state.values() if self.optimizer is not None else ()
-        moments = sum(v.nbytes for state in states for v in state.values() if isinstance(v, Tensor) and v.dim() > 0)
-        masters = sum(0 if master.is_alias else master.tensor.nbytes for master in self._built.masters)
-        live = sum(b.full.untyped_storage().nbytes() for b in self._built.buckets if not b._keeps_storage)
+        live = sum(bucket.unsharded_nbytes for bucket in self._built.buckets)
         return {
             "parameters": params,
             "unsharded": live,
             "gradients": sum(gradients.nbytes for gradients in self._reducer.gradients),
-            "optimizer": moments + masters,
+            "optimizer": self.optimizer.nbytes if self.optimizer is not None else 0,
             "num_trained_buckets": len(trained),
         }
+
+    def trace(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Trace what runs inside of the context into a file for Chrome or Perfetto (.json or .json.gz), on this rank."""
+        return trace(path)
 
     def compile(
         self,

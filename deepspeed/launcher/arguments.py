@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepspeed.launcher.agent import DEFAULT_PORT
+from deepspeed.launcher.commands import COMMANDS
 from deepspeed.launcher.coordinator import START_S
 from deepspeed.launcher.hostfile import is_host
 from deepspeed.launcher.launch import add_elastic_arguments, add_job_arguments
@@ -25,7 +26,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed",
         description="Start a training script on every device of one or more machines. Flags come before the script; "
-        "everything after it is passed to it.",
+        f"everything after it is passed to it. Other commands: {', '.join(f'deepspeed {word}' for word in COMMANDS)}.",
         allow_abbrev=False,
     )
     where = parser.add_argument_group("where to run")

@@ -24,6 +24,7 @@ from deepspeed.accelerator.platforms import Platform, cpu_device_count, known_wi
 from deepspeed.launcher import arguments, hostfile
 from deepspeed.launcher.agent import DEFAULT_PORT, Membership, meeting_port, take_part
 from deepspeed.launcher.arguments import HOSTFILE, make_parser, parse_args
+from deepspeed.launcher.commands import run_command
 from deepspeed.launcher.control import TOKEN_VARIABLE, address_towards, new_token
 from deepspeed.launcher.coordinator import START_S, Coordinator
 from deepspeed.launcher.hostfile import World, encode_world
@@ -290,9 +291,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Called as a command, it prints what is wrong with its arguments; called with `args`, it raises DeepSpeedError.
     """
-    if not (sys.argv[1:] if args is None else args):
+    words = sys.argv[1:] if args is None else args
+    if not words:
         make_parser().print_help()
         return 0
+    code = run_command(words)
+    if code is not None:
+        return code
     try:
         parsed = parse_args(args)
         set_up_logging(parsed)

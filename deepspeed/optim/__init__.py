@@ -7,20 +7,24 @@ from deepspeed.optim.lamb import FusedLamb
 from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import Muon, MuonWithAuxAdam, split_for_muon
 from deepspeed.optim.schedules import build_scheduler
-from deepspeed.optim.traits import Needs, Piece, Sharding, needs_of
+from deepspeed.optim.sgd import DeepSpeedCPUSGD
+from deepspeed.optim.traits import FusedRun, Needs, Piece, Sharding, StepsFused, needs_of
 
 __all__ = [
     "DeepSpeedCPUAdagrad",
     "DeepSpeedCPUAdam",
     "DeepSpeedCPULion",
+    "DeepSpeedCPUSGD",
     "FusedAdam",
     "FusedLamb",
     "FusedLion",
+    "FusedRun",
     "Muon",
     "MuonWithAuxAdam",
     "Needs",
     "Piece",
     "Sharding",
+    "StepsFused",
     "build_optimizer",
     "build_scheduler",
     "needs_of",

@@ -1,25 +1,27 @@
 """Adagrad for parameters in main memory.
 
 Built by `optim.build` where the optimizer state is offloaded (torch.optim.Adagrad otherwise), or by the user. The
-arithmetic is `kernels.adagrad_`. State per tensor: `sum`, under torch.optim.Adagrad's key. After Duchi et al., JMLR 12.
+arithmetic is `kernels.adagrad_`. State per tensor: `step` and `sum`, under torch.optim.Adagrad's keys. After Duchi et al., JMLR 12.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
-import torch
+from torch import Tensor
 
 from deepspeed.optim import kernels
-from deepspeed.optim.adam import check_on_cpu, state_dtype
-from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
+from deepspeed.optim.cpu import CpuOptimizer, State
+from deepspeed.optim.native_kernels import Lows
+from deepspeed.optim.traits import Needs
 
 
-class DeepSpeedCPUAdagrad(ShardableOptimizer):
+class DeepSpeedCPUAdagrad(CpuOptimizer):
     """Adagrad with L2 weight decay and fp32 sums unless `fp32_optimizer_states` is False."""
 
     needs = Needs.ELEMENTWISE
+    state_keys = ("sum",)
 
     def __init__(
         self,
@@ -33,24 +35,17 @@ class DeepSpeedCPUAdagrad(ShardableOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every tensor that has a gradient. Raises DeepSpeedError for a tensor not on the CPU."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            self._step_group(group)
-        return loss
-
-    def _step_group(self, group: dict[str, Any]) -> None:
-        params, grads = with_gradients(group)
-        if not params:
-            return
-        sums = []
-        for param in params:
-            check_on_cpu(self, param.device)
-            state = self.state[param]
-            if not state:
-                dtype = state_dtype(param) if self.fp32_optimizer_states else param.dtype
-                state["sum"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-            sums.append(state["sum"])
-        kernels.adagrad_(params, grads, sums, lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"])
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lows: Lows | None,
+        grad_factor: float,
+    ) -> None:
+        kernels.count_steps_([state["step"] for state in states])
+        kernels.adagrad_(
+            params, grads, [state["sum"] for state in states], lows=lows, grad_factor=grad_factor,
+            lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"],
+        )  # fmt: skip

@@ -17,11 +17,13 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim import kernels
+from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
+from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedError
 
 
-class _Batch(NamedTuple):
+class AdamBatch(NamedTuple):
     """Tensors one kernel call may take together; the fields are its leading arguments."""
 
     params: list[Tensor]
@@ -30,41 +32,32 @@ class _Batch(NamedTuple):
     exp_avg_sqs: list[Tensor]
     steps: list[Tensor]
 
+    def add(self, param: Tensor, grad: Tensor, state: State) -> None:
+        """One more tensor."""
+        self.params.append(param)
+        self.grads.append(grad)
+        self.exp_avgs.append(state["exp_avg"])
+        self.exp_avg_sqs.append(state["exp_avg_sq"])
+        self.steps.append(state["step"])
 
-Batches = dict[tuple[torch.device, torch.dtype], _Batch]
+
+ADAM_STATE = ("exp_avg", "exp_avg_sq")
+
+Batches = dict[tuple[torch.device, torch.dtype], AdamBatch]
 
 
 def adam_batches(optimizer: torch.optim.Optimizer, group: dict[str, Any], *, fp32_states: bool) -> Batches:
     """A group's tensors that have a gradient with their Adam state, made here at first, by device and dtype."""
     batches: Batches = {}
     for param, grad in zip(*with_gradients(group), strict=True):
-        state = optimizer.state[param]
-        if not state:
-            state.update(_new_state(param, fp32_states))
+        dtype = state_dtype(param) if fp32_states else param.dtype
+        state = complete_state(optimizer.state[param], param, ADAM_STATE, dtype)
         key = (param.device, param.dtype)
         batch = batches.get(key)
         if batch is None:
-            batch = batches[key] = _Batch([], [], [], [], [])
-        batch.params.append(param)
-        batch.grads.append(grad)
-        batch.exp_avgs.append(state["exp_avg"])
-        batch.exp_avg_sqs.append(state["exp_avg_sq"])
-        batch.steps.append(state["step"])
+            batch = batches[key] = AdamBatch([], [], [], [], [])
+        batch.add(param, grad, state)
     return batches
-
-
-def _new_state(param: Tensor, fp32_states: bool) -> dict[str, Tensor]:
-    dtype = state_dtype(param) if fp32_states else param.dtype
-    return {
-        "step": torch.zeros((), dtype=torch.float32, device=param.device),
-        "exp_avg": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-        "exp_avg_sq": torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format),
-    }
-
-
-def state_dtype(param: Tensor) -> torch.dtype:
-    """fp32, or wider where the parameter is."""
-    return torch.promote_types(param.dtype, torch.float32)
 
 
 class FusedAdam(ShardableOptimizer):
@@ -121,10 +114,11 @@ class FusedAdam(ShardableOptimizer):
         return loss
 
 
-class DeepSpeedCPUAdam(ShardableOptimizer):
+class DeepSpeedCPUAdam(CpuOptimizer):
     """`FusedAdam` for parameters in main memory, with fp32 moments unless `fp32_optimizer_states` is False."""
 
     needs = Needs.ELEMENTWISE
+    state_keys = ADAM_STATE
 
     def __init__(
         self,
@@ -142,19 +136,21 @@ class DeepSpeedCPUAdam(ShardableOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, _defaults(lr, bias_correction, betas, eps, weight_decay, amsgrad))
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every tensor that has a gradient. Raises DeepSpeedError for a tensor not on the CPU."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            self._step_tensors(group)
-        return loss
-
-    @torch.no_grad()
-    def step_subgroup(self, subgroup_id: int) -> None:
-        """Update only the tensor at this position, counted through all groups."""
-        group, param = self._subgroup(subgroup_id)
-        self._step_tensors({**group, "params": [param]})
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lows: Lows | None,
+        grad_factor: float,
+    ) -> None:
+        steps = [state["step"] for state in states]
+        kernels.count_steps_(steps)
+        kernels.adam_(
+            params, grads, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], steps,
+            decoupled=self.adam_w_mode, lows=lows, grad_factor=grad_factor, **adam_settings(group),
+        )  # fmt: skip
 
     @torch.no_grad()
     def rollback_subgroup(self, subgroup_id: int) -> None:
@@ -171,20 +167,8 @@ class DeepSpeedCPUAdam(ShardableOptimizer):
             decoupled=self.adam_w_mode, **adam_settings(group),
         )  # fmt: skip
 
-    def _step_tensors(self, group: dict[str, Any]) -> None:
-        batches = adam_batches(self, group, fp32_states=self.fp32_optimizer_states)
-        for (device, _), batch in batches.items():
-            check_on_cpu(self, device)
-            adam_step_(batch, group, decoupled=self.adam_w_mode)
 
-    def _subgroup(self, subgroup_id: int) -> tuple[dict[str, Any], Tensor]:
-        members = [(group, param) for group in self.param_groups for param in group["params"]]
-        if not 0 <= subgroup_id < len(members):
-            raise DeepSpeedError(f"sub-group {subgroup_id} does not exist: this optimizer has {len(members)} tensors.")
-        return members[subgroup_id]
-
-
-def adam_step_(batch: _Batch, group: dict[str, Any], *, decoupled: bool) -> None:
+def adam_step_(batch: AdamBatch, group: dict[str, Any], *, decoupled: bool) -> None:
     """Count and take one step of a batch with its group's settings."""
     kernels.count_steps_(batch.steps)
     kernels.adam_(*batch, decoupled=decoupled, **adam_settings(group))
@@ -193,16 +177,6 @@ def adam_step_(batch: _Batch, group: dict[str, Any], *, decoupled: bool) -> None
 def adam_settings(group: dict[str, Any]) -> dict[str, Any]:
     """The keywords of `kernels.adam_` that a group holds; what it has of other optimizers stays behind."""
     return {name: group[name] for name in ("lr", "betas", "eps", "weight_decay", "bias_correction")}
-
-
-def check_on_cpu(optimizer: torch.optim.Optimizer, device: torch.device) -> None:
-    """Raise DeepSpeedError where a CPU optimizer is stepped on a tensor elsewhere."""
-    if device.type != "cpu":
-        name = type(optimizer).__name__
-        raise DeepSpeedError(
-            f"{name} updates parameters in main memory, this one is on {device}.\n"
-            '  Set "zero_optimization": {"offload_optimizer": {"device": "cpu"}}, or use the optimizer\'s device variant.'
-        )
 
 
 def _defaults(

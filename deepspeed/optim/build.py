@@ -1,7 +1,7 @@
 """From `optimizer.type` and `optimizer.params` of the configuration to an optimizer.
 
-Called by the engine. Names of the table below are matched whatever their letter case; every other name is looked up,
-spelled exactly, in torch.optim.
+Called by the engine. Names of the first table below are matched whatever their letter case; every other name is looked
+up, spelled exactly, in torch.optim.
 
 Invariant: a setting either reaches the optimizer's constructor, or warns that it has no effect, or raises.
 """
@@ -21,6 +21,7 @@ from deepspeed.optim.arguments import check_keys, construct, did_you_mean, read_
 from deepspeed.optim.lamb import FusedLamb
 from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import MuonWithAuxAdam
+from deepspeed.optim.sgd import DeepSpeedCPUSGD
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import warn_once
 
@@ -48,7 +49,7 @@ def build_optimizer(
         )
     builder = _BUILDERS.get(type_name.lower())
     if builder is None:
-        builder = _plain(_torch_class(type_name))
+        builder = _sgd if type_name == "SGD" else _plain(_torch_class(type_name))
     return builder(settings, list(param_groups), offload)
 
 
@@ -70,6 +71,17 @@ def _adam(params: Params, groups: Groups, offload: bool, *, always_decoupled: bo
         return _plain(torch.optim.AdamW if decoupled else torch.optim.Adam)(params, groups, offload)
     params["adamw_mode" if offload else "adam_w_mode"] = decoupled
     return _plain(FusedAdam, DeepSpeedCPUAdam)(params, groups, offload)
+
+
+_TORCH_SGD_ONLY = ("maximize", "foreach", "differentiable", "fused")
+"""Switches of torch.optim.SGD that choose what DeepSpeedCPUSGD is not."""
+
+
+def _sgd(params: Params, groups: Groups, offload: bool) -> Optimizer:
+    if not offload or any(params.get(switch) for switch in _TORCH_SGD_ONLY):
+        return _plain(torch.optim.SGD)(params, groups, offload)
+    params = {key: value for key, value in params.items() if key not in _TORCH_SGD_ONLY}
+    return construct(DeepSpeedCPUSGD, groups, params, WHERE)
 
 
 _MUON_HALVES = {

@@ -1,7 +1,7 @@
 """Lion: the sign of an interpolated momentum, on any device (`FusedLion`) or in main memory (`DeepSpeedCPULion`).
 
 Built by `optim.build` or by the user; stepped by ZeRO on runs, or alone. The arithmetic is `kernels.lion_`.
-State per tensor: `exp_avg`. After arXiv:2302.06675, algorithm 2.
+State per tensor: `step` and `exp_avg`. After arXiv:2302.06675, algorithm 2.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim import kernels
-from deepspeed.optim.adam import check_on_cpu, state_dtype
+from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
+from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 
 
@@ -42,14 +43,17 @@ class FusedLion(ShardableOptimizer):
         """One update of every tensor that has a gradient."""
         loss = loss_of(closure)
         for group in self.param_groups:
-            _lion_step_(self, group, *with_gradients(group), fp32_states=True)
+            params, grads = with_gradients(group)
+            states = [complete_state(self.state[p], p, ("exp_avg",), state_dtype(p)) for p in params]
+            _lion_(group, params, grads, states)
         return loss
 
 
-class DeepSpeedCPULion(ShardableOptimizer):
+class DeepSpeedCPULion(CpuOptimizer):
     """Lion for parameters in main memory, with fp32 momentum unless `fp32_optimizer_states` is False."""
 
     needs = Needs.ELEMENTWISE
+    state_keys = ("exp_avg",)
 
     def __init__(
         self,
@@ -62,33 +66,30 @@ class DeepSpeedCPULion(ShardableOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One update of every tensor that has a gradient. Raises DeepSpeedError for a tensor not on the CPU."""
-        loss = loss_of(closure)
-        for group in self.param_groups:
-            params, grads = with_gradients(group)
-            for param in params:
-                check_on_cpu(self, param.device)
-            _lion_step_(self, group, params, grads, fp32_states=self.fp32_optimizer_states)
-        return loss
+    def _update(
+        self,
+        group: dict[str, Any],
+        params: list[Tensor],
+        grads: list[Tensor],
+        states: list[State],
+        lows: Lows | None,
+        grad_factor: float,
+    ) -> None:
+        _lion_(group, params, grads, states, lows, grad_factor)
 
 
-def _lion_step_(
-    optimizer: torch.optim.Optimizer,
+def _lion_(
     group: dict[str, Any],
     params: list[Tensor],
     grads: list[Tensor],
-    *,
-    fp32_states: bool,
+    states: list[State],
+    lows: Lows | None = None,
+    grad_factor: float = 1.0,
 ) -> None:
     if not params:
         return
-    exp_avgs = []
-    for param in params:
-        state = optimizer.state[param]
-        if not state:
-            dtype = state_dtype(param) if fp32_states else param.dtype
-            state["exp_avg"] = torch.zeros_like(param, dtype=dtype, memory_format=torch.preserve_format)
-        exp_avgs.append(state["exp_avg"])
-    kernels.lion_(params, grads, exp_avgs, lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"])
+    kernels.count_steps_([state["step"] for state in states])
+    kernels.lion_(
+        params, grads, [state["exp_avg"] for state in states], lows=lows, grad_factor=grad_factor,
+        lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"],
+    )  # fmt: skip

@@ -21,7 +21,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.optim.adam import adam_batches, adam_step_, state_dtype
+from deepspeed.optim.adam import adam_batches, adam_step_
+from deepspeed.optim.cpu import state_dtype
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 

@@ -10,12 +10,16 @@ ZeRO steps optimizers on *runs*: contiguous 1-D pieces of a rank's flat shard, e
 Adam does not care: its update is element-wise. LAMB needs norms of whole parameters, Muon needs whole matrices. Those
 declare it (`needs`) and ask `sharding`, which ZeRO installs; where it is None every tensor is a whole parameter.
 
+Where optimizer state rests in main memory or on disk, ZeRO hands the same runs over with their gradients as they were
+reduced and takes the low-precision parameters in the same pass: `StepsFused`.
+
 Invariant: an optimizer that declares PARAMETER_NORMS or WHOLE_MATRICES calls the collectives of `Sharding` in the same
 order on every rank, also where a rank holds no run; and it is stepped with all its runs at once.
 """
 
 from __future__ import annotations
 
+import abc
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -133,6 +137,41 @@ class ShardableOptimizer(torch.optim.Optimizer):
 
     def _sharding(self) -> Sharding:
         return self.sharding if self.sharding is not None else WholeParameters(self._tensors())
+
+
+@dataclass(frozen=True, slots=True)
+class FusedRun:
+    """A run to step in one pass over memory. 1-D CPU tensors of one numel, without gaps.
+
+    `master` (fp32, or the parameters themselves in bf16 or fp16) is the key in `optimizer.state`; `grad` may be fp32,
+    bf16 or fp16, whatever the master is; `low`, bf16 or fp16, receives the new parameters rounded to nearest even.
+    """
+
+    master: Tensor
+    grad: Tensor
+    low: Tensor | None = None
+
+
+class StepsFused(abc.ABC):
+    """Optimizers that update runs in main memory from gradients of any precision.
+
+    State is in `optimizer.state[run.master]`, ordinary tensors that are looked up anew at every call: a caller may
+    replace them between calls by others with the same values, such as views of a buffer that streams from disk. What is
+    missing of them starts at zero. Each run counts its own steps, so that a call may cover any part of the runs (all of
+    them, where `needs` is not ELEMENTWISE).
+    """
+
+    @property
+    @abc.abstractmethod
+    def state_names(self) -> dict[str, torch.dtype]:
+        """The state tensors of a run that have its numel, and their dtypes where this optimizer makes them."""
+
+    @abc.abstractmethod
+    def step_fused(self, runs: Sequence[tuple[dict[str, Any], FusedRun]], grad_factor: float) -> None:
+        """One step of each (parameter group, run), from `grad * grad_factor`. Gradients stay as they are.
+
+        Raises DeepSpeedError for tensors elsewhere than in main memory or that do not fit their master.
+        """
 
 
 def needs_of(optimizer: torch.optim.Optimizer) -> Needs | None:

@@ -46,3 +46,7 @@ class ElasticityConfigError(ElasticityError):
 
 class ElasticityIncompatibleWorldSize(ElasticityError):  # noqa: N818 - the public name
     """No batch of the elastic configuration fits this many GPUs."""
+
+
+class TierError(DeepSpeedError, OSError):
+    """Bytes could not be moved to or from where they rest: disk full, folder gone, file short or damaged."""

@@ -6,7 +6,8 @@ Public: `deepspeed.zero.GatheredParameters`, `register_external_parameter` and t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
@@ -140,71 +141,55 @@ class _Place:
         self.shape = self.master.bucket.shapes[index]
         self.pieces: list[Piece] = [p for p in self.master.layout.pieces(self.master.rank) if p.param == index]
 
-    def gather(self, flat: Tensor | None) -> Tensor:
-        """The full value from every rank's flat shard [S]; fp32, on the device. Collective where O is sharded."""
-        full = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.master.tensor.device)
-        if flat is not None:
-            for piece in self.pieces:
-                full.narrow(0, piece.in_param, piece.numel).copy_(flat.narrow(0, piece.in_shard, piece.numel))
+    def gather(self, read: Callable[[int, int], Tensor]) -> Tensor:
+        """The full value, fp32, on the device; `read(start, stop)` gives elements of this rank's shard. Collective where
+        O is sharded."""
+        full = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.master.bucket.full.device)
+        for piece in self.pieces:
+            values = read(piece.in_shard, piece.in_shard + piece.numel)
+            full.narrow(0, piece.in_param, piece.numel).copy_(values)
         if self.master.is_sharded:
             # Every element is non-zero on one rank alone, so the sum is exact.
             self.master.bucket.exchange.start_all_reduce(full).wait()
         return full.view(self.shape)
 
-    def scatter(self, flat: Tensor | None, value: Tensor) -> None:
-        """Write this rank's pieces of a full value into its flat shard."""
+    def cut(self, value: Tensor) -> Iterator[tuple[Piece, Tensor]]:
+        """This rank's pieces of a full value. Raises ShardError for a value of another size."""
         if value.numel() != self.shape.numel():
             raise ShardError(
                 f"value has {value.numel()} elements, the parameter {tuple(self.shape)} has {self.shape.numel()}."
             )
-        if flat is not None:
-            for piece in self.pieces:
-                flat.narrow(0, piece.in_shard, piece.numel).copy_(
-                    value.reshape(-1).narrow(0, piece.in_param, piece.numel)
-                )
+        for piece in self.pieces:
+            yield piece, value.reshape(-1).narrow(0, piece.in_param, piece.numel)
 
-    def local(self, flat: Tensor | None) -> Tensor:
-        """A view of this rank's pieces, 1-D."""
-        if flat is None or not self.pieces:
-            return torch.empty(0, device=self.master.tensor.device)
-        return flat.narrow(0, self.pieces[0].in_shard, self.pieces[0].numel)
+    def reader(self, kind: str) -> Callable[[int, int], Tensor]:
+        """Reads "master" or a state of the optimizer. The KeyError of a state that does not exist is raised when read."""
+        return functools.partial(self.optimizer.read_state, self.position, kind)
 
-    def state(self, key: str) -> Tensor | None:
-        """The optimizer's state `key` over the shard, as one flat tensor [S] of which writes go through.
+    def write(self, kind: str, value: Tensor) -> None:
+        """Write this rank's pieces of a full value into the masters or a state."""
+        for piece, part in self.cut(value):
+            self.optimizer.write_state(self.position, kind, piece.in_shard, part)
 
-        None if this rank has no piece. Raises KeyError if the optimizer has no such state.
-        """
-        for (_, tensor), span in zip(self.optimizer.steppable[self.position], self._spans(), strict=True):
-            if any(span.start <= piece.in_shard < span.stop for piece in self.pieces):
-                value = self.optimizer.state[tensor][key]
-                return _Offset(value, span.start)  # type: ignore[return-value]
-        return None
+    def local(self, read: Callable[[int, int], Tensor]) -> Tensor:
+        """This rank's piece, 1-D: a view where it is in memory."""
+        for piece in self.pieces:
+            return read(piece.in_shard, piece.in_shard + piece.numel)
+        return torch.empty(0, device=self.master.bucket.full.device)
 
-    def _spans(self) -> Sequence[Any]:
-        if len(self.optimizer.steppable[self.position]) == len(self.master.spans) and not self.optimizer._gives_whole:
-            return self.master.spans
-        layout = self.master.bucket.layout
-        return [_Span(start, start + numel) for start, numel in zip(layout.starts, layout.numels, strict=True)]
+    def write_local(self, kind: str, value: Tensor) -> None:
+        """Write this rank's piece."""
+        for piece in self.pieces:
+            self.optimizer.write_state(self.position, kind, piece.in_shard, value.reshape(-1))
 
-    def gradient(self) -> Tensor:
+    def gradients(self) -> Tensor:
         """This rank's reduced gradients [S]; delivers them first. Collective."""
         self.optimizer.reducer.finish()
-        return self.optimizer.reducer.gradients[self.position].result
+        return self.optimizer.reducer.gradients[self.position].values()
 
-
-class _Span:
-    def __init__(self, start: int, stop: int) -> None:
-        self.start, self.stop = start, stop
-
-
-class _Offset:
-    """A run's state addressed by positions in the shard."""
-
-    def __init__(self, value: Tensor, start: int) -> None:
-        self._value, self._start = value.view(-1), start
-
-    def narrow(self, dim: int, start: int, length: int) -> Tensor:
-        return self._value.narrow(dim, start - self._start, length)
+    def replace_gradients(self, values: Tensor) -> None:
+        """Put back what `gradients` gave, changed."""
+        self.optimizer.reducer.gradients[self.position].replace(values)
 
 
 def _place(param: nn.Parameter) -> _Place | None:
@@ -216,13 +201,13 @@ def _place(param: nn.Parameter) -> _Place | None:
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The full fp32 master value of a parameter, in its shape; None if no engine trains it. Collective."""
     place = _place(param)
-    return place.gather(place.master.tensor) if place else None
+    return place.gather(place.reader("master")) if place else None
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
     """The full optimizer state ("exp_avg", ...) of a parameter, fp32, in its shape. Collective."""
     place = _place(param)
-    return place.gather(place.state(optim_state_key)) if place else None
+    return place.gather(place.reader(optim_state_key)) if place else None
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -231,7 +216,8 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     if place is None:
         return param.grad
     scale = place.optimizer.scale.scale
-    full = place.gather(place.gradient())
+    mine = place.gradients()
+    full = place.gather(lambda start, stop: mine[start:stop])
     return full if scale == 1.0 else full / scale
 
 
@@ -239,14 +225,14 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Write a full value, the same on every rank, into the fp32 master; parameters follow with the next step."""
     place = _place(param)
     if place is not None:
-        place.scatter(place.master.tensor, value)
+        place.write("master", value)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Write a full value, the same on every rank, into an optimizer state."""
     place = _place(param)
     if place is not None:
-        place.scatter(place.state(optim_state_key), value)
+        place.write(optim_state_key, value)
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
@@ -255,7 +241,10 @@ def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     if place is None:
         param.grad = value
     else:
-        place.scatter(place.gradient(), value * place.optimizer.scale.scale)
+        mine = place.gradients()
+        for piece, part in place.cut(value * place.optimizer.scale.scale):
+            mine.narrow(0, piece.in_shard, piece.numel).copy_(part)
+        place.replace_gradients(mine)
 
 
 def safe_update_full_grad_vectorized(
@@ -281,34 +270,37 @@ def _local_place(param: nn.Parameter) -> _Place:
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor:
     """This rank's part of the fp32 master, 1-D. Stage 3."""
     place = _local_place(param)
-    return place.local(place.master.tensor)
+    return place.local(place.reader("master"))
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor:
     """This rank's part of an optimizer state, 1-D. Stage 3."""
     place = _local_place(param)
-    return place.local(place.state(optim_state_key))
+    return place.local(place.reader(optim_state_key))
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor:
     """This rank's part of the averaged gradient, 1-D. Stage 3. Collective."""
     place = _local_place(param)
-    return place.local(place.gradient()) / place.optimizer.scale.scale
+    mine = place.gradients()
+    return place.local(lambda start, stop: mine[start:stop]) / place.optimizer.scale.scale
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Write this rank's part of the fp32 master. Stage 3."""
     place = _local_place(param)
-    place.local(place.master.tensor).copy_(value.view(-1))
+    place.write_local("master", value)
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Write this rank's part of an optimizer state. Stage 3."""
     place = _local_place(param)
-    place.local(place.state(optim_state_key)).copy_(value.view(-1))
+    place.write_local(optim_state_key, value)
 
 
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
     """Write this rank's part of the gradient. Stage 3. Collective."""
     place = _local_place(param)
-    place.local(place.gradient()).copy_(value.view(-1) * place.optimizer.scale.scale)
+    mine = place.gradients()
+    place.local(lambda start, stop: mine[start:stop]).copy_(value.view(-1) * place.optimizer.scale.scale)
+    place.replace_gradients(mine)

@@ -4,7 +4,12 @@ Made by `zero.build` and `zero.init`; the gatherer unshards and reshards it, the
 optimizer steps its shard. What a stage or a tier changes is only which of its memories exist.
 
     full    [world_size * S]  every rank's slices; parameters are views of it      (storage comes and goes if sharded)
-    shard   [S]               this rank's slice: own memory if sharded, else a view of `full`
+    rest    [S]               this rank's slice: own memory or a file if sharded, else a view of `full`
+
+Note [Loads keep the order of launches]
+    An all-gather needs every rank's slice, and a slice on the nvme tier has to be read first. Reads end when they end,
+    but gathers must be started in the same order on every rank. So a bucket that is being loaded queues up in its
+    `LoadQueue`, and gathers are started from the queue's head; whoever needs one starts those before it.
 
 Note [Storage resize and autograd]
     `full` is one tensor object for life. Unsharding resizes its storage up and the all-gather lands in place;
@@ -19,13 +24,15 @@ Invariant: outside of `unshard` and `reshard` nobody sets `param.data` of a buck
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
-from deepspeed.utils.errors import ShardError
+from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.utils.errors import ShardError, TierError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 
@@ -39,6 +46,38 @@ class BucketState(enum.Enum):
     """`full` has storage that an all-gather is filling; parameters are still empty."""
     UNSHARDED = "unsharded"
     """Parameters are views of `full`; they may be used by holders (see `hold`)."""
+
+
+class LoadQueue:
+    """Buckets whose slices are being loaded, in launch order; see Note [Loads keep the order of launches]."""
+
+    def __init__(self) -> None:
+        self._buckets: deque[Bucket] = deque()
+        self.failure: TierError | None = None
+        """The first load that failed here. Its gather goes on, with NaN, so that no rank waits for this one."""
+
+    def add(self, bucket: Bucket) -> None:
+        """Queue a bucket up; its gather starts at once where nothing has to be waited for."""
+        self._buckets.append(bucket)
+        while self._buckets and self._buckets[0].is_loaded:
+            self._start_first()
+
+    def settle(self, until: Bucket | None = None) -> None:
+        """Start the gathers of all buckets in the queue, or of those up to `until`, waiting for their loads."""
+        while self._buckets and (until is None or until in self._buckets):
+            self._start_first()
+
+    def raise_failure(self) -> None:
+        """Raise the load that failed, if one did."""
+        failure, self.failure = self.failure, None
+        if failure is not None:
+            raise failure
+
+    def _start_first(self) -> None:
+        try:
+            self._buckets.popleft().gather_loaded()
+        except TierError as error:
+            self.failure = self.failure or error
 
 
 class Bucket:
@@ -61,6 +100,8 @@ class Bucket:
         device: torch.device,
         exchange: Exchange,
         secondary: Exchange | None = None,
+        rest: Rest | None = None,
+        loads: LoadQueue | None = None,
     ) -> None:
         self.index = index
         self.params = list(params)
@@ -78,8 +119,12 @@ class Bucket:
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
-        self._keeps_storage = not is_sharded or exchange.world_size == 1
-        self.shard = own if self._keeps_storage else torch.zeros_like(own)
+        self._keeps_storage = not is_sharded or (exchange.world_size == 1 and rest is None)
+        self.rest: Rest = rest or InMemory(own if self._keeps_storage else torch.zeros_like(own))
+        """Where this rank's slice is between uses."""
+        self.loads = loads or LoadQueue()
+        self._load: Transfer | None = None
+        self._source: Tensor | None = None
         self._pending: Pending | None = None
         # hpZ (ZeRO++, arXiv:2306.10209, section 4.2): a second, coarser sharding over few, near ranks. The first
         # gather after an update fills it, later ones read it.
@@ -104,6 +149,25 @@ class Bucket:
         return flat.narrow(0, self.exchange.rank * self.layout.shard_numel, self.layout.shard_numel)
 
     @property
+    def shard(self) -> Tensor:
+        """This rank's slice [S]: the bytes themselves where they are in memory, on the nvme tier a copy read now."""
+        view = self.rest.view(0, self.layout.shard_numel)
+        if view is None:
+            view = torch.empty(self.layout.shard_numel, dtype=self.dtype)
+            self.rest.start_load(0, view).wait()
+        return view
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of this rank's part at rest, on whatever tier."""
+        return (self.layout.padded_numel if not self.is_sharded else self.layout.shard_numel) * self.dtype.itemsize
+
+    @property
+    def unsharded_nbytes(self) -> int:
+        """Bytes that are here only while the parameters are unsharded."""
+        return 0 if self._keeps_storage else self.full.untyped_storage().nbytes()
+
+    @property
     def is_unsharded(self) -> bool:
         """Whether the parameters may be used now."""
         return self.state is BucketState.UNSHARDED
@@ -119,7 +183,7 @@ class Bucket:
     def write_shard(self) -> None:
         """Take this rank's shard from the full values, after somebody changed those in place."""
         if not self._keeps_storage:
-            self.shard.copy_(self.own_slice(self.full))
+            self.rest.start_store(0, self.own_slice(self.full)).wait()
         self._near_is_fresh = False
 
     def take_assigned(self) -> None:
@@ -142,6 +206,8 @@ class Bucket:
         pairs = zip(self.params, self.views, strict=True)
         kept = [(param, view) for param, view in pairs if (slot := slot_of(param)) and slot.bucket is self]
         self.params, self.views = [param for param, _ in kept], [view for _, view in kept]
+        if not kept:
+            self.rest.release()
 
     def _name_of(self, param: nn.Parameter) -> str:
         slot = slot_of(param)
@@ -164,6 +230,7 @@ class Bucket:
 
     def regather(self) -> None:
         """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather)."""
+        self.loads.settle(until=self)
         if self._pending is not None:
             self.finish_unshard()
         if not self._keeps_storage:
@@ -171,13 +238,38 @@ class Bucket:
             if self._near is not None and self._near_is_fresh:
                 self._pending = self._near.start_all_gather(self.full, self._near_shard)
             else:
-                self._pending = self.exchange.start_all_gather(self.full, self.shard)
                 self._fills_near = self._near_is_fresh = self._near is not None
+                self._start_load()
         if self.state is BucketState.SHARDED:
             self.state = BucketState.GATHERING
 
+    def _start_load(self) -> None:
+        here = self.rest.view(0, self.layout.shard_numel)
+        self._source = here if here is not None and here.device == self.full.device else None
+        self._load = None if self._source is not None else self.rest.start_load(0, self.own_slice(self.full))
+        self.loads.add(self)
+
+    @property
+    def is_loaded(self) -> bool:
+        """Whether this rank's slice is there, so that its gather may start without waiting."""
+        return self._load is None or self._load.is_done
+
+    def gather_loaded(self) -> None:
+        """Wait for this rank's slice and start the all-gather. Raises TierError, having started it all the same."""
+        load, self._load = self._load, None
+        source, self._source = self._source, None
+        try:
+            if load is not None:
+                load.wait()
+        except TierError:
+            self.own_slice(self.full).fill_(torch.nan)
+            raise
+        finally:
+            self._pending = self.exchange.start_all_gather(self.full, source)
+
     def finish_unshard(self) -> None:
         """Wait for the all-gather and make the parameters usable."""
+        self.loads.settle(until=self)
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
@@ -198,6 +290,7 @@ class Bucket:
         self.start_unshard()
         self.finish_unshard()
         self._set_class(ZeroParameter)
+        self.loads.raise_failure()
 
     def hold(self) -> None:
         """One more user; while there are users the parameters may be used freely and are not resharded."""

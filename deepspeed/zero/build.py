@@ -14,12 +14,12 @@ from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.bucket import Bucket, LoadQueue
 from deepspeed.zero.cut import Unit, cut_by_module, cut_by_size, users_of
 from deepspeed.zero.layout import BucketLayout, group_neighbours
-from deepspeed.zero.optimizer import Master
+from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, full_numel, full_shape, slot_of
-from deepspeed.zero.policy import ZeroPolicy
+from deepspeed.zero.placing import Placing
 
 MAX_BUCKET_NUMEL = 8 * 2**20
 """Elements of a bucket that is cut by size, unless the configuration says less: enough buckets to overlap with
@@ -50,12 +50,7 @@ class Built:
 
 
 def build(
-    module: nn.Module,
-    group_of: Mapping[nn.Parameter, int],
-    policy: ZeroPolicy,
-    mesh: Mesh,
-    device: torch.device,
-    limits: Limits,
+    module: nn.Module, group_of: Mapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
 ) -> Built:
     """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group.
 
@@ -69,11 +64,11 @@ def build(
                 f"{name} has no values (it is on the meta device).\n"
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
-    builder = _Builder(group_of, policy, mesh, device)
+    builder = _Builder(group_of, placing, mesh)
     for param in [param for param in named if not param.is_floating_point()]:
         builder.place(param, named.pop(param))
     trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
-    if policy.parameters.is_sharded:
+    if placing.policy.parameters.is_sharded:
         resident, units = _choose_units(module, named, limits)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p in trained}, limits.bucket_numel)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p not in trained}, limits.bucket_numel)
@@ -126,11 +121,12 @@ def _fill_units(
 class _Builder:
     """Makes buckets one at a time and keeps count of them."""
 
-    def __init__(
-        self, group_of: Mapping[nn.Parameter, int], policy: ZeroPolicy, mesh: Mesh, device: torch.device
-    ) -> None:
+    def __init__(self, group_of: Mapping[nn.Parameter, int], placing: Placing, mesh: Mesh) -> None:
         self.built = Built()
-        self._group_of, self._policy, self._device = group_of, policy, device
+        self._group_of, self._placing = group_of, placing
+        self._policy, self._device = placing.policy, placing.device
+        self._loads = LoadQueue()
+        device = placing.device
         self._exchange = {purpose: mesh.exchange("dp_shard", purpose, device) for purpose in ("reduce", "gather")}
         self._near = mesh.exchange("dp_near", "gather", device) if mesh.near_size > 1 else None
         self._everyone = mesh.exchange("dp", "build", device)
@@ -147,6 +143,7 @@ class _Builder:
         layout = BucketLayout(
             tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), exchange.world_size
         )
+        places = self._placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains)
         bucket = Bucket(
             len(self.built.sharded) if is_sharded else -1,
             params,
@@ -158,12 +155,14 @@ class _Builder:
             device=self._device,
             exchange=exchange,
             secondary=self._near if is_sharded else None,
+            rest=self._placing.params(places.params, layout.shard_numel) if is_sharded else None,
+            loads=self._loads,
         )
         source = self._fill(bucket, sources)
         bucket.adopt()
         self.built.buckets.append(bucket)
         if trains:
-            self.built.masters.append(Master(bucket, self._policy, source))
+            self.built.masters.append(Master(bucket, self._policy, source, places, self._placing))
         if is_sharded:
             self.built.sharded.append(bucket)
             bucket.reshard()

@@ -37,13 +37,17 @@ from typing import NamedTuple
 
 import torch
 
-from deepspeed.zero.bucket import Bucket, BucketState
+from deepspeed.utils.errors import TierError
+from deepspeed.zero.bucket import Bucket, BucketState, LoadQueue
 
 Agree = Callable[[int, int], list[tuple[int, int]]]
 """Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
 
 END = -1
 """The wish of a rank that has finished its phase."""
+
+FAILED = -1
+"""The digest of a rank that could not load a bucket in its phase."""
 
 
 class PhaseKind(enum.Enum):
@@ -108,6 +112,7 @@ class Gatherer:
         """How often a request was not what the plan expected, for the step summary."""
         self.num_agreements = 0
         self._agree_on = agree
+        self._loads = buckets[0].loads if buckets else LoadQueue()
         self._is_alone = not buckets or buckets[0].exchange.world_size == 1
         self._prefetch_numel = prefetch_numel
         self._max_live_numel = max_live_numel
@@ -166,6 +171,8 @@ class Gatherer:
         elif bucket.state is BucketState.SHARDED:
             self._launch(bucket)
         bucket.finish_unshard()
+        if self._is_alone or phase is None:
+            self._loads.raise_failure()
         if phase is not None:
             self._prefetch()
 
@@ -181,7 +188,10 @@ class Gatherer:
             self._reshard(bucket)
 
     def end(self) -> None:
-        """End the phase: keep step with the other ranks until all have ended theirs. Collective."""
+        """End the phase: keep step with the other ranks until all have ended theirs. Collective.
+
+        Raises TierError on every rank if one of them could not load parameters in this phase.
+        """
         phase = self._phase
         if phase is None:
             return
@@ -189,8 +199,15 @@ class Gatherer:
         if self._is_alone:
             phase.record.plan = phase.needed
         else:
-            digest = zlib.crc32(repr(phase.needed).encode())
+            self._loads.settle()
+            digest = FAILED if self._loads.failure else zlib.crc32(repr(phase.needed).encode())
             digests = self._answer_until_all_end(digest)
+            if FAILED in digests:
+                self._phase = None
+                self._loads.raise_failure()
+                raise TierError(
+                    f"rank {digests.index(FAILED)} of the shard group could not load parameters; see its error."
+                )
             self._learn(phase, len(set(digests)) == 1)
         phase.record.uses = phase.uses
         self._phase = None
@@ -261,6 +278,8 @@ class Gatherer:
 
     def _agree(self, wish: int, digest: int) -> list[tuple[int, int]]:
         self.num_agreements += 1
+        # A rank that waits for a gather which is queued here cannot answer.
+        self._loads.settle()
         return self._agree_on(wish, digest)
 
     def _serve(self, answers: Iterable[tuple[int, int]]) -> None:

@@ -17,6 +17,7 @@ a hooked module runs, and belongs to that module from then on.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
@@ -197,8 +198,19 @@ class ModuleHooks:
     def _watch_frozen(self, buckets: Iterable[Bucket], inputs: Any) -> None:
         frozen = [bucket for bucket in buckets if not bucket.requires_grad]
         tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad] if frozen else []
-        if tensors:
-            torch.autograd.graph.register_multi_grad_hook(tensors, lambda _: self._let_go(frozen))
+        count = len(tensors)
+        waits_for = set(range(count))
+
+        # Not torch's register_multi_grad_hook: its hooks hold the nodes that hold them, and the model is never freed.
+        # For the same reason this one must not mention `tensors`.
+        def seen(i: int, gradient: Tensor) -> None:
+            waits_for.discard(i)
+            if not waits_for:
+                waits_for.update(range(count))
+                self._let_go(frozen)
+
+        for i, tensor in enumerate(tensors):
+            tensor.register_hook(functools.partial(seen, i))
 
     def _hold(self, buckets: Iterable[Bucket]) -> None:
         for bucket in buckets:

@@ -11,6 +11,7 @@ sharded parameter; inside the context that gathers it, and the first rank's new 
 
 from __future__ import annotations
 
+import dataclasses
 import weakref
 from collections.abc import Callable
 from types import TracebackType
@@ -25,13 +26,17 @@ from torch.nn.modules.module import (
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
-from deepspeed.config import load_config
+from deepspeed.config import Config, load_config
 from deepspeed.mesh import data_parallel_mesh
+from deepspeed.tiers import Rest, Tier
 from deepspeed.utils.errors import NotAvailableError
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.offload import make_placing, param_tier
 from deepspeed.zero.param import slot_of
+from deepspeed.zero.placing import Placing
+from deepspeed.zero.policy import policy_of_stage
 
 
 class Init:
@@ -71,19 +76,17 @@ class Init:
             return
         if data_parallel_group is not None and sequence_data_parallel_group is not None:
             raise ValueError("give data_parallel_group or sequence_data_parallel_group, not both")
-        if remote_device in ("cpu", "nvme") and get_accelerator().device_name() != remote_device:
-            raise NotAvailableError(
-                f"zero.Init(remote_device={remote_device!r}): parameter offload is not available yet."
-            )
         if zero_quantized_weights or zero_quantized_nontrainable_weights:
             raise NotAvailableError("zero.Init with quantized weights (ZeRO++) is not available yet.")
         comm.init_distributed()
-        self.dtype = _param_dtype(dtype, config_dict_or_path if config_dict_or_path is not None else config)
+        given = config_dict_or_path if config_dict_or_path is not None else config
+        self.dtype = _param_dtype(dtype, given)
+        self._device = torch.device(get_accelerator().current_device_name())
+        self._placing = _make_placing(given, remote_device, pin_memory, self.dtype, self._device)
         group = data_parallel_group or sequence_data_parallel_group
         if group is None and mpu is not None:
             group = mpu.get_data_parallel_group()
         self._mesh = data_parallel_mesh(torch.distributed.get_process_group_ranks(group) if group is not None else None)
-        self._device = torch.device(get_accelerator().current_device_name())
         weakref.finalize(self, self._mesh.release).atexit = False
         self._exchange = self._mesh.exchange("dp_shard", "gather", self._device)
         self._seen: dict[nn.Module, None] = {}
@@ -166,6 +169,7 @@ class Init:
             dtype=dtype,
             device=self._device,
             exchange=self._exchange,
+            rest=self._rest(layout.shard_numel, dtype),
         )
         self._mesh.num_users += 1
         weakref.finalize(bucket, self._mesh.release).atexit = False
@@ -173,6 +177,11 @@ class Init:
         self._exchange.broadcast(bucket.full)
         bucket.adopt()
         bucket.reshard()
+
+    def _rest(self, numel: int, dtype: torch.dtype) -> Rest | None:
+        if dtype != self.dtype:
+            return None
+        return self._placing.params(self._placing.decide(numel, is_sharded=True, trains=False).params, numel)
 
     def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
         self._settle(only_unused=True)
@@ -198,6 +207,21 @@ class Init:
 def _num_views(bucket: Bucket) -> int:
     """Tensors that share the bucket's full storage."""
     return torch._C._storage_Use_Count(bucket.full.untyped_storage()._cdata)
+
+
+def _make_placing(
+    given: Any, remote_device: str | None, pin_memory: bool, dtype: torch.dtype, device: torch.device
+) -> Placing:
+    """The configuration's placing of parameters, or what `remote_device` and `pin_memory` say over it."""
+    config = load_config(given) if given is not None else Config()
+    tier = Tier(remote_device) if remote_device in ("cpu", "nvme") else param_tier(config)
+    placing = make_placing(config, policy_of_stage(3, param_dtype=dtype, param_tier=tier), device)
+    if tier is Tier.NVME and placing.param_path is None:
+        raise ValueError(
+            'zero.Init(remote_device="nvme") needs to know where.\n'
+            '  Give a configuration with "offload_param": {"device": "nvme", "nvme_path": ...}.'
+        )
+    return dataclasses.replace(placing, pins_params=placing.pins_params or pin_memory)
 
 
 def _param_dtype(dtype: torch.dtype | None, config: Any) -> torch.dtype:

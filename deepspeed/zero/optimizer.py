@@ -14,6 +14,7 @@ After ZeRO (arXiv:1910.02054), section 5, and Mixed Precision Training (arXiv:17
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -22,57 +23,26 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.tiers import Tier
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.utils.logging import warn_once
+from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.layout import BucketLayout, RunSpan
+from deepspeed.zero.layout import RunSpan
+from deepspeed.zero.master import Master, read
+from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.sharding import RunSharding
+from deepspeed.zero.stream import Segment, TileStream
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer the engine returns; `.optimizer` is the wrapped torch optimizer."""
 
     optimizer: torch.optim.Optimizer
-
-
-class Master:
-    """One bucket's optimizer-side weights: `tensor` [S] (or [W*S] where O is replicated) and its runs."""
-
-    def __init__(self, bucket: Bucket, policy: ZeroPolicy, source: Tensor | None) -> None:
-        self.bucket = bucket
-        self.is_sharded = policy.optimizer.is_sharded
-        own = bucket.shard if self.is_sharded else bucket.full
-        self.is_alias = policy.optimizer.dtype == bucket.dtype
-        if self.is_alias:
-            self.tensor = own
-        elif source is not None:
-            self.tensor = (bucket.own_slice(source) if self.is_sharded else source).clone()
-        else:
-            self.tensor = own.to(policy.optimizer.dtype)
-        layout, rank = bucket.layout, bucket.exchange.rank
-        if not self.is_sharded:
-            layout, rank = BucketLayout(layout.numels, layout.groups, 1), 0
-        self.layout, self.rank = layout, rank
-        self.spans: tuple[RunSpan, ...] = layout.runs(rank)
-        self.runs = [self.tensor.narrow(0, span.start, span.stop - span.start) for span in self.spans]
-
-    def whole_params(self) -> list[tuple[int, Tensor]]:
-        """(group, tensor in full shape) per parameter; only where O is replicated."""
-        return list(zip(self.bucket.layout.groups, self.bucket.split(self.tensor), strict=True))
-
-    def to_params(self) -> None:
-        """Write the parameters' own slice from the master."""
-        if not self.is_alias:
-            (self.bucket.shard if self.is_sharded else self.bucket.full).copy_(self.tensor)
-
-    def from_params(self) -> None:
-        """Take the master from the parameters' own slice, after those were changed from outside."""
-        if not self.is_alias:
-            self.tensor.copy_(self.bucket.shard if self.is_sharded else self.bucket.full)
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -94,6 +64,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         clip: float = 0.0,
         skip_non_finite: bool = False,
         sub_group_numel: int = 10**9,
+        placing: Placing | None = None,
         allow_untested: bool = False,
         zero_stage: int = 0,
     ) -> None:
@@ -117,7 +88,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._own_group = (
             mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
         )
-        self._install_runs(allow_untested)
+        self.stream: TileStream | None = None
+        """The step of masters that rest on a tier, if there are any."""
+        self._install_runs(allow_untested, placing)
 
     @property
     def _is_sharded(self) -> bool:
@@ -125,9 +98,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     @property
     def _device(self) -> torch.device:
-        return self.masters[0].tensor.device if self.masters else torch.device("cpu")
+        return self.masters[0].bucket.full.device if self.masters else torch.device("cpu")
 
-    def _install_runs(self, allow_untested: bool) -> None:
+    def _install_runs(self, allow_untested: bool, placing: Placing | None) -> None:
         needs = needs_of(self.optimizer)
         if needs is None and self._is_sharded and not allow_untested:
             name = type(self.optimizer).__name__
@@ -137,16 +110,25 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 '  If it is element-wise set "zero_allow_untested_optimizer": true; otherwise use stage 0.'
             )
         gives_whole = not self._is_sharded and needs is not Needs.ELEMENTWISE
-        tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
-        self.steppable: list[list[tuple[int, Tensor]]] = []
-        for master in self.masters:
-            mine = (
-                master.whole_params()
-                if gives_whole
-                else [(s.group, run) for s, run in zip(master.spans, master.runs, strict=True)]
+        self._refuse_tiers(needs)
+        is_elementwise = needs is Needs.ELEMENTWISE or (needs is None and allow_untested)
+        if placing is not None and is_elementwise and any(master.is_streamed for master in self.masters):
+            self.stream = TileStream(
+                self.optimizer, self.masters, self.reducer.gradients, placing, self._sub_group_numel
             )
+        self.steppable: list[list[tuple[int, Tensor]]] = []
+        """Per master in the device's memory, (group, tensor) that the wrapped optimizer steps; else none."""
+        for master in self.masters:
+            mine: list[tuple[int, Tensor]] = []
+            if gives_whole:
+                mine = master.whole_params()
+            elif not self._is_streamed(master):
+                mine = [(s.group, master.tensor.narrow(0, s.start, s.stop - s.start)) for s in master.spans]
             self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
-            for group, tensor in self.steppable[-1]:
+        tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
+        for i in range(len(self.masters)):
+            streamed = self.stream.segments(i) if self.stream else ()
+            for group, tensor in [*self.steppable[i], *((segment.group, segment.param) for segment in streamed)]:
                 tensors[group].append(tensor)
         for param_group, members in zip(self.optimizer.param_groups, tensors, strict=True):
             param_group["params"] = members
@@ -159,6 +141,17 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._gives_whole = gives_whole
         if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not gives_whole:
             self.optimizer.sharding = RunSharding(self)  # type: ignore[attr-defined]
+
+    def _refuse_tiers(self, needs: Needs | None) -> None:
+        """Optimizers that ask for more than elements cannot stream tile by tile from a disk."""
+        if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and any(m.tier is Tier.NVME for m in self.masters):
+            raise DeepSpeedConfigError(
+                f"{type(self.optimizer).__name__} needs {needs.value}, but on the nvme tier a step sees one tile at a time.\n"
+                '  Use "offload_optimizer": {"device": "cpu"}, or an element-wise optimizer such as Adam.'
+            )
+
+    def _is_streamed(self, master: Master) -> bool:
+        return self.stream is not None and master.is_streamed
 
     # What other libraries read. ------------------------------------------------------------------------------------
 
@@ -195,10 +188,22 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     @property
     def single_partition_of_fp32_groups(self) -> list[Tensor]:
-        """This rank's fp32 masters, one flat tensor per bucket."""
+        """This rank's fp32 masters, one flat tensor per bucket; copies where they rest on the nvme tier."""
         return [master.tensor for master in self.masters]
 
     fp32_partitioned_groups_flat = single_partition_of_fp32_groups
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of masters (but for those that are the parameters) and states, on whatever tier."""
+        on_tier = [rest for states in self.stream.states for rest in states.values()] if self.stream else []
+        rests = [*on_tier, *(master.weights for master in self.masters if not master.is_alias)]
+        resident = [
+            value for members in self.steppable for _, tensor in members for value in self.optimizer.state.get(tensor, {}).values()
+        ]  # fmt: skip
+        return sum(rest.numel * rest.dtype.itemsize for rest in rests) + sum(
+            value.nbytes for value in resident if isinstance(value, Tensor) and value.dim() > 0
+        )
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer(stage {self.zero_stage}, {self.optimizer!r})"
@@ -218,6 +223,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.before_update is not None:
             self.before_update()
         self.reducer.finish()
+        self._agree_on_failure(self.reducer.failure)
         factor = self._decide()
         if factor is not None:
             self._update(factor)
@@ -250,11 +256,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         missed = torch.tensor(float(any(g.misses_any for g in gradients)), device=self._device)
         if not self._is_sharded and self.mesh.dp_world_size > 1:
             missed = torch.cat([g.take_missed_flag() for g in gradients]).float().sum()
-        norms = torch._foreach_norm([g.result for g in gradients], 2, dtype=torch.float32)
-        total = torch.linalg.vector_norm(torch.stack(list(norms)))
+        total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
-            torch.distributed.all_reduce(both, group=self._own_group)
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
         if self._is_sharded and self.mesh.num_replicas > 1:
             missed = torch.tensor(
@@ -282,7 +288,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             for i, text in enumerate(self.mesh.gather_objects("dp_shard", found))
             if text
         ]
-        largest = max((m.tensor.abs().max().item() for m in self.masters if m.tensor.numel()), default=0.0)
+        largest = max((m.tensor.abs().max().item() for m in self.masters if m.numel), default=0.0)
         hint = "the weights themselves exceed fp16's largest value" if largest > 65504 else "values of fp16's range"
         return "\n".join(
             [*lines, f"  Largest weight {largest:.4g} (fp16 ends at 65504): {hint}. A model pretrained in bf16 often overflows in "
@@ -290,7 +296,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         )  # fmt: skip
 
     def _first_non_finite(self, index: int) -> str | None:
-        master, result = self.masters[index], self.reducer.gradients[index].result
+        master, result = self.masters[index], self.reducer.gradients[index].values()
         for piece in master.layout.pieces(master.rank):
             part = result.narrow(0, piece.in_shard, piece.numel)
             if not torch.isfinite(part).all():
@@ -307,16 +313,84 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 self._step_only(stepped)
             for _, tensor in stepped:
                 tensor.grad = None
+        if self.stream is not None:
+            failure = None
+            skipped = {
+                segment
+                for i, j in self._unused
+                if self._is_streamed(self.masters[i])
+                for segment in self._cut_out(i, j)
+            }
+            try:
+                self.stream.step(functools.partial(self._step_segments, factor, skipped))
+            except TierError as error:
+                failure = error
+            self._agree_on_failure(failure)
+
+    def _agree_on_failure(self, failure: TierError | None) -> None:
+        """Raise TierError on every rank if bytes could not be moved on one. Collective where there is an nvme tier."""
+        if not any(master.tier is Tier.NVME for master in self.masters):
+            return
+        if self.mesh.dp_world_size == 1:
+            messages = [str(failure) if failure else None]
+        else:
+            messages = self.mesh.gather_objects("dp", str(failure) if failure else None)
+        failed = {rank: message for rank, message in enumerate(messages) if message}
+        if failed:
+            told = "\n".join(f"  [dp rank {rank}] {message}" for rank, message in failed.items())
+            raise TierError(
+                f"the step failed on {len(failed)} of {len(messages)} ranks, because bytes could not be moved to or from a tier:\n"
+                f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
+            ) from failure
+
+    def _cut_out(self, index: int, param: int) -> list[Segment]:
+        """The segments of one parameter, made segments of their own."""
+        assert self.stream is not None
+        master = self.masters[index]
+        return [
+            segment
+            for piece in master.layout.pieces(master.rank)
+            if piece.param == param
+            for segment in self.stream.isolate(index, piece.in_shard, piece.in_shard + piece.numel)
+        ]
+
+    def _step_segments(
+        self,
+        factor: float,
+        skipped: set[Segment],
+        segments: list[Segment],
+        gradients: dict[int, Tensor],
+        low: dict[int, Tensor | None],
+    ) -> None:
+        """Step loaded segments; their parameters in low precision go to `low`."""
+        stepped = [i for i, segment in enumerate(segments) if segment not in skipped]
+        rounds = isinstance(self.optimizer, StepsFused)
+        if isinstance(self.optimizer, StepsFused):
+            runs = [(i, FusedRun(segments[i].param, gradients[i], _if_narrow(low[i]))) for i in stepped]
+            self.optimizer.step_fused([(self.param_groups[segments[i].group], run) for i, run in runs], factor)
+        else:
+            for i in stepped:
+                grad = gradients[i].to(segments[i].param.dtype)
+                segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
+            self._step_only([(segments[i].group, segments[i].param) for i in stepped])
+        for i, segment in enumerate(segments):
+            segment.param.grad = None
+            target = low[i]
+            is_written = rounds and _if_narrow(target) is not None and segment not in skipped
+            if target is not None and not is_written:
+                target.copy_(segment.param.data)
 
     def _sub_groups(self) -> Iterator[list[int]]:
         members: list[int] = []
         numel = 0
         for i, master in enumerate(self.masters):
-            if members and numel + master.tensor.numel() > self._sub_group_numel and not self._is_one_step:
+            if self._is_streamed(master):
+                continue
+            if members and numel + master.numel > self._sub_group_numel and not self._is_one_step:
                 yield members
                 members, numel = [], 0
             members.append(i)
-            numel += master.tensor.numel()
+            numel += master.numel
         if members:
             yield members
 
@@ -328,7 +402,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _with_gradients(self, index: int, factor: float) -> list[tuple[int, Tensor]]:
         """Give one bucket's runs their gradients in the master dtype, times `factor`."""
         master, gradients = self.masters[index], self.reducer.gradients[index]
-        result = gradients.result.to(master.tensor.dtype)
+        result = gradients.rest().view(0, master.numel)
+        assert result is not None, "what is not streamed is in memory"
+        result = result.to(master.weights.dtype)
         if factor != 1.0:
             result.mul_(factor)
         if self._gives_whole:
@@ -392,7 +468,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _publish(self) -> None:
         pending = []
         for master in self.masters:
-            master.to_params()
+            if not self._is_streamed(master):
+                master.to_params()
             if master.is_sharded:
                 pending.append(master.bucket.publish())
         for gather in pending:
@@ -411,6 +488,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: base state, masters, loss scale. Tensors are not copied."""
+        if any(master.tier is Tier.NVME for master in self.masters):
+            raise NotAvailableError(
+                "the optimizer's state rests on the nvme tier and does not fit a dictionary of tensors.\n"
+                "  Use engine.save_checkpoint(folder), which streams it."
+            )
         return {
             "zero_stage": self.zero_stage,
             "loss_scaler": self.scale.state_dict(),
@@ -430,14 +512,64 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.scale.load_state_dict(state["loss_scaler"])
         self.optimizer.load_state_dict(state["base_optimizer_state"])
         for master, flat in zip(self.masters, state["fp32_flat_groups"], strict=True):
-            master.tensor.copy_(flat)
+            master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
         self._publish()
+
+    def state_kinds(self, index: int) -> list[str]:
+        """Names of the states that are as long as the masters of one bucket: "exp_avg", ...; none before the first step."""
+        if self._is_streamed(self.masters[index]):
+            assert self.stream is not None
+            return list(self.stream.states[index])
+        found: dict[str, None] = {}
+        for _, tensor in self.steppable[index]:
+            state = self.optimizer.state.get(tensor, {})
+            found.update((k, None) for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape)
+        return list(found)
+
+    def read_state(self, index: int, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
+        memory. They lie in one run. Raises KeyError for a state that does not exist."""
+        master = self.masters[index]
+        if kind == "master":
+            return read(master.weights, start, stop)
+        if self._is_streamed(master):
+            assert self.stream is not None
+            return read(self.stream.states[index][kind], start, stop)
+        span_start, value = self._state_around(index, kind, start)
+        return value.view(-1)[start - span_start : stop - span_start]
+
+    def write_state(self, index: int, kind: str, start: int, values: Tensor) -> None:
+        """Replace the elements from `start` on; see `read_state`."""
+        master = self.masters[index]
+        rest = master.weights if kind == "master" else None
+        if rest is None and self._is_streamed(master):
+            assert self.stream is not None
+            rest = self.stream.states[index][kind]
+        if rest is not None:
+            rest.start_store(start, values.to(rest.dtype).contiguous()).wait()
+        else:
+            self.read_state(index, kind, start, start + values.numel()).copy_(values)
+
+    def _state_around(self, index: int, kind: str, position: int) -> tuple[int, Tensor]:
+        """The state tensor that holds element `position` of the shard, and its first element's position."""
+        master = self.masters[index]
+        layout = master.layout
+        starts = layout.starts if self._gives_whole else [span.start for span in master.spans]
+        for start, (_, tensor) in zip(starts, self.steppable[index], strict=True):
+            if start <= position < start + tensor.numel():
+                return start, self.optimizer.state[tensor][kind]
+        raise KeyError(kind)
 
     def refresh_from_params(self, buckets: Sequence[Bucket]) -> None:
         """Take masters anew from parameters that were changed from outside."""
         for master in self.masters:
             if master.bucket in buckets:
                 master.from_params()
+
+
+def _if_narrow(low: Tensor | None) -> Tensor | None:
+    """`low` where it is narrower than fp32, which is what a fused step can write."""
+    return low if low is not None and low.dtype.itemsize < 4 else None
 
 
 def _cut(value: Any, old: Tensor, start: int, numel: int) -> Any:

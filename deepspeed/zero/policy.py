@@ -19,22 +19,12 @@ offload is the third field of a placement.
 
 from __future__ import annotations
 
-import enum
 import itertools
 from dataclasses import dataclass
 
 import torch
 
-
-class Tier(enum.Enum):
-    """Where bytes rest between uses."""
-
-    DEVICE = "device"
-    """In the accelerator's memory; on a CPU-only machine, main memory."""
-    CPU = "cpu"
-    """In pinned main memory."""
-    NVME = "nvme"
-    """In files on a local disk."""
+from deepspeed.tiers import Tier
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -88,11 +78,16 @@ def policy_of_stage(
     param_dtype: torch.dtype = torch.float32,
     grad_dtype: torch.dtype | None = None,
     master_dtype: torch.dtype = torch.float32,
+    param_tier: Tier = Tier.DEVICE,
+    optimizer_tier: Tier = Tier.DEVICE,
 ) -> ZeroPolicy:
-    """The policy of a ZeRO stage: parameters in `param_dtype`, gradients in `grad_dtype` (default: the same)."""
+    """The policy of a ZeRO stage: parameters in `param_dtype`, gradients in `grad_dtype` (default: the same).
+
+    Gradients rest where the optimizer's state does, because that is where they are read.
+    """
     parameters, gradients, optimizer = (_LADDER[i] for i in _STAGES[stage])
     return ZeroPolicy(
-        parameters=Placement(sharded_over=parameters, dtype=param_dtype),
-        gradients=Placement(sharded_over=gradients, dtype=grad_dtype or param_dtype),
-        optimizer=Placement(sharded_over=optimizer, dtype=master_dtype),
+        parameters=Placement(sharded_over=parameters, tier=param_tier, dtype=param_dtype),
+        gradients=Placement(sharded_over=gradients, tier=optimizer_tier, dtype=grad_dtype or param_dtype),
+        optimizer=Placement(sharded_over=optimizer, tier=optimizer_tier, dtype=master_dtype),
     )

@@ -7,6 +7,8 @@ and the bucket is reduced on the wire while backward goes on.
     G replicated (stages 0, 1)   flat [W*S] stays; micro-batches add up in it; at the boundary it is reduced into
                                  itself (0) or into this rank's slice of itself (1): delivered to O's placement
     G sharded (stages 2, 3)      flat [W*S] is borrowed for one reduction; the result [S] stays and adds up
+    G on a tier                  the result moves to its rest as it arrives, while backward goes on: out of the
+                                 borrowed buffer where G is sharded, at the boundary where it is not
 
 Launch order is the same on every rank, whatever order gradients arrive in: a *round* launches every bucket exactly
 once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, before the next forward or
@@ -19,6 +21,7 @@ After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's Dis
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
 
@@ -26,7 +29,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
-from deepspeed.utils.errors import TrainingStateError
+from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.policy import ZeroPolicy
 
@@ -36,6 +40,10 @@ MAX_IN_FLIGHT = 4
 Not where parameters are sharded: there another rank may need a gather from us before it comes to launch its side of
 the reduction, and waiting for it would be waiting for each other. Those that are done are taken in all the same.
 """
+
+
+MAX_STORING = 2
+"""Borrowed buffers that may wait for their gradients to reach a tier; the next one waits for the oldest."""
 
 
 class FlatBuffer:
@@ -55,8 +63,18 @@ class FlatBuffer:
 class FlatPool:
     """Flat buffers lent to reductions and taken back: a few of each size, reused, so that memory is not mapped anew."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_kept: int = MAX_IN_FLIGHT) -> None:
         self._free: dict[tuple[int, torch.dtype], list[FlatBuffer]] = {}
+        self._max_kept = max_kept
+        self._storing: deque[BucketGradients] = deque()
+
+    def note_storing(self, gradients: BucketGradients) -> None:
+        """A buffer's bytes are on their way to a tier: at most MAX_STORING may be, or backward outruns the disk."""
+        self._storing.append(gradients)
+        while len(self._storing) > MAX_STORING:
+            oldest = self._storing.popleft()
+            if oldest.is_storing:
+                oldest.finish_oldest_store()
 
     def take(self, numel: int, dtype: torch.dtype, device: torch.device) -> FlatBuffer:
         """A 1-D buffer, uninitialised."""
@@ -66,7 +84,7 @@ class FlatPool:
     def give_back(self, buffer: FlatBuffer) -> None:
         """Return a buffer that nothing reads any more; it is freed if as many wait as are normally on the wire."""
         free = self._free.setdefault((buffer.flat.numel(), buffer.flat.dtype), [])
-        if len(free) < MAX_IN_FLIGHT:
+        if len(free) < self._max_kept:
             free.append(buffer)
 
     def clear(self) -> None:
@@ -82,13 +100,28 @@ class FlatPool:
 class BucketGradients:
     """The gradients of one bucket: those that arrived, the flat buffer they are laid in, the reduced result."""
 
-    def __init__(self, bucket: Bucket, *, is_sharded: bool, delivers_shard: bool, dtype: torch.dtype, pool: FlatPool):
+    def __init__(
+        self,
+        bucket: Bucket,
+        *,
+        is_sharded: bool,
+        delivers_shard: bool,
+        dtype: torch.dtype,
+        pool: FlatPool,
+        rest: Rest | None = None,
+    ):
         layout, device = bucket.layout, bucket.full.device
         self.bucket = bucket
         self.dtype = dtype
         self.pool = pool
+        self.on_tier = rest
+        """Where reduced gradients rest, if that is not the device's memory."""
+        self.failure: TierError | None = None
+        """A gradient that could not be moved to its rest; told at the step, on every rank."""
+        self._norm: Tensor | None = None
+        self._storing: deque[tuple[FlatBuffer | None, Tensor, Transfer]] = deque()
         # One rank's shard is the whole: nothing to scatter, so the flat buffer is the result.
-        self.is_sharded = is_sharded and bucket.exchange.world_size > 1
+        self.is_sharded = is_sharded and (bucket.exchange.world_size > 1 or rest is not None)
         self.delivers_shard = delivers_shard
         self.arrived: list[Tensor | None] = [None] * len(bucket.params)
         self.num_missing = len(bucket.params)
@@ -98,8 +131,9 @@ class BucketGradients:
         """Whether `flat` holds gradients of this rank alone."""
         self.flat: Tensor | None = None
         self.result: Tensor
+        """[S], or [W*S] where O is replicated; without elements where gradients rest on a tier."""
         if self.is_sharded:
-            self.result = torch.zeros(layout.shard_numel, dtype=dtype, device=device)
+            self.result = torch.zeros(layout.shard_numel if rest is None else 0, dtype=dtype, device=device)
         else:
             self.flat = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
             self.views = bucket.split(self.flat)
@@ -109,7 +143,7 @@ class BucketGradients:
         self.all_used = False
         self._carry: Tensor | None = None
         self._borrowed: FlatBuffer | None = None
-        self._on_wire: deque[FlatBuffer] = deque()
+        self._on_wire: deque[tuple[FlatBuffer, Tensor]] = deque()
 
     @property
     def has_arrivals(self) -> bool:
@@ -165,10 +199,13 @@ class BucketGradients:
             self.flat.div_(predivide)
         wire = self.flat if dtype == self.flat.dtype else self.flat.to(dtype)
         if self.is_sharded:
-            pending = exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=self.is_reduced)
+            into, loaded = self._landing()
+            pending = exchange.start_reduce_scatter(wire, into, divide_by=divide_by, accumulate=self.is_reduced)
+            if loaded is not None:
+                pending = pending.after(functools.partial(self._finish_load, loaded, into))
             # The flat buffer belongs to the reduction now; the next backward takes another.
             assert self._borrowed is not None
-            self._on_wire.append(self._borrowed)
+            self._on_wire.append((self._borrowed, into))
             self._let_go()
             self.has_local, self.is_reduced = False, True
             return pending
@@ -184,15 +221,107 @@ class BucketGradients:
     def finish_reduce(self) -> None:
         """Settle after the reduction ended: give back what was borrowed, add what was put aside."""
         if self.is_sharded:
-            self.pool.give_back(self._on_wire.popleft())
+            self._deliver(*self._on_wire.popleft())
             return
         if self._carry is not None:
             self.result.add_(self._carry)
             self._carry = None
         self.is_reduced, self.has_local = True, False
 
+    def _landing(self) -> tuple[Tensor, Transfer | None]:
+        """Where the reduction's result goes, and the load of what it is added to there."""
+        assert self.flat is not None, "nothing was laid down"
+        if self.on_tier is None:
+            return self.result, None
+        if not self.is_reduced:
+            return self.bucket.own_slice(self.flat), None
+        while self._storing:
+            self.finish_oldest_store()
+        into = torch.empty(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device)
+        return into, self.on_tier.start_load(0, into)
+
+    def _finish_load(self, loaded: Transfer, into: Tensor) -> None:
+        try:
+            loaded.wait()
+        except TierError as error:
+            self.failure = self.failure or error
+            into.zero_()
+
+    def _deliver(self, buffer: FlatBuffer, values: Tensor) -> None:
+        """Give a borrowed buffer back; where gradients rest on a tier, once they have arrived there."""
+        if self.on_tier is None:
+            self.pool.give_back(buffer)
+            return
+        try:
+            self._store(values, buffer)
+        except TierError as error:
+            self.failure = self.failure or error
+            self.pool.give_back(buffer)
+
+    def _store(self, values: Tensor, buffer: FlatBuffer | None) -> None:
+        assert self.on_tier is not None, "only gradients on a tier are stored"
+        self._norm = torch.linalg.vector_norm(values, 2, dtype=torch.float32)
+        self._storing.append((buffer, values, self.on_tier.start_store(0, values)))
+        self.pool.note_storing(self)
+
+    @property
+    def is_storing(self) -> bool:
+        """Whether gradients are on their way to their rest."""
+        return bool(self._storing)
+
+    def finish_oldest_store(self) -> None:
+        """Wait until the oldest buffer's gradients have arrived at their rest, and give it back."""
+        buffer, _, transfer = self._storing.popleft()
+        try:
+            transfer.wait()
+        except TierError as error:
+            self.failure = self.failure or error
+        if buffer is not None:
+            self.pool.give_back(buffer)
+
+    def rest(self) -> Rest:
+        """Where this step's reduced gradients are; after `Reducer.finish`."""
+        return self.on_tier or InMemory(self.result)
+
+    def norm(self) -> Tensor:
+        """Their 2-norm, fp32."""
+        return torch.linalg.vector_norm(self.result, 2, dtype=torch.float32) if self._norm is None else self._norm
+
+    def values(self) -> Tensor:
+        """This step's reduced gradients: the bytes themselves, or a copy on the device where they rest on a tier."""
+        if self.on_tier is None:
+            return self.result
+        while self._storing:
+            self.finish_oldest_store()
+        copy = torch.empty(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device)
+        self.on_tier.start_load(0, copy).wait()
+        return copy
+
+    def replace(self, values: Tensor) -> None:
+        """Put back what `values` gave, changed."""
+        if self.on_tier is not None:
+            if not self.is_sharded and values is not self.result:
+                self.result.copy_(values)
+            self._store(values, None)
+            self.finish_oldest_store()
+
+    def settle_at_boundary(self) -> None:
+        """Have the gradients complete and at their rest."""
+        if not self.is_reduced:
+            self.result.zero_()
+            self.is_reduced = True
+            if self.on_tier is not None and self.is_sharded:
+                self.replace(torch.zeros(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device))
+        if self.on_tier is not None and not self.is_sharded:
+            self.replace(self.result)
+        while self._storing:
+            self.finish_oldest_store()
+
     def drop(self) -> None:
         """Forget this step's gradients, keeping the memory."""
+        while self._storing:
+            self.finish_oldest_store()
+        self._norm = self.failure = None
         self.arrived = [None] * len(self.arrived)
         self.num_missing = len(self.arrived)
         self.is_reduced = self.has_local = self.all_used = False
@@ -207,14 +336,16 @@ class BucketGradients:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of gradients at rest between micro-batches."""
-        return self.result.nbytes if self.is_sharded else (self.flat.nbytes if self.flat is not None else 0)
+        """Bytes of gradients at rest between micro-batches, on whatever tier."""
+        on_tier = self.on_tier.numel * self.on_tier.dtype.itemsize if self.on_tier is not None else 0
+        here = self.result.nbytes if self.is_sharded else (self.flat.nbytes if self.flat is not None else 0)
+        return here + on_tier
 
 
 class Reducer:
     """Takes gradients over from autograd and reduces them, bucket by bucket.
 
-    `should_reduce()` says whether this backward is the one whose sum leaves the rank (the boundary) where gradients
+    `rests[i]` is where the gradients of bucket i rest, None for the device's memory. `should_reduce()` says whether this backward is the one whose sum leaves the rank (the boundary) where gradients
     rest replicated; sharded gradients are reduced by every backward. `on_complete(bucket)` is called when a bucket's
     parameters have been used for the last time in this backward.
     """
@@ -231,8 +362,9 @@ class Reducer:
         wire_dtype: torch.dtype | None = None,
         should_reduce: Callable[[], bool] = lambda: True,
         on_complete: Callable[[Bucket], None] | None = None,
+        rests: Sequence[Rest | None] = (),
     ) -> None:
-        self.pool = FlatPool()
+        self.pool = FlatPool(MAX_STORING if any(rests) else MAX_IN_FLIGHT)
         self.gradients = [
             BucketGradients(
                 bucket,
@@ -240,8 +372,9 @@ class Reducer:
                 delivers_shard=policy.optimizer.is_sharded,
                 dtype=policy.gradients.dtype,
                 pool=self.pool,
+                rest=rest,
             )
-            for bucket in buckets
+            for bucket, rest in itertools.zip_longest(buckets, rests)
         ]
         self.order = list(self.gradients)
         self.saw_backward = False
@@ -358,11 +491,16 @@ class Reducer:
         while self._in_flight:
             self._wait_oldest()
         for gradients in self.order:
-            if not gradients.is_reduced:
-                gradients.result.zero_()
-                gradients.is_reduced = True
-            elif self._replicas is not None:
-                self._replicas.start_all_reduce(gradients.result, divide_by=self._replicas.world_size).wait()
+            if self._replicas is not None and gradients.is_reduced:
+                values = gradients.values()
+                self._replicas.start_all_reduce(values, divide_by=self._replicas.world_size).wait()
+                gradients.replace(values)
+            gradients.settle_at_boundary()
+
+    @property
+    def failure(self) -> TierError | None:
+        """The first gradient of this step that could not be moved to its tier on this rank."""
+        return next((gradients.failure for gradients in self.gradients if gradients.failure), None)
 
     def expose(self) -> None:
         """Show reduced, replicated gradients as `param.grad` (stage 0), as views, until `hide`."""

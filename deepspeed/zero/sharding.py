@@ -52,10 +52,10 @@ class RunSharding:
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks that share parameters. Collective."""
-        values = values.to(self._optimizer._device)
+        on_device = values.to(self._optimizer._device)
         if self._optimizer._own_group is not None:
-            torch.distributed.all_reduce(values, group=self._optimizer._own_group)
-        return values
+            torch.distributed.all_reduce(on_device, group=self._optimizer._own_group)
+        return on_device
 
     def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:
         """Full values of every parameter with a piece in `runs` here, by index, shaped. Collective over the shards.
@@ -67,7 +67,7 @@ class RunSharding:
             by_bucket.setdefault(self._place[id(run)][0], []).append((run, value))
         found: dict[int, Tensor] = {}
         for i, master in enumerate(self._optimizer.masters):
-            full = torch.zeros(master.layout.padded_numel, dtype=master.tensor.dtype, device=master.tensor.device)
+            full = torch.zeros(master.layout.padded_numel, dtype=master.weights.dtype, device=master.bucket.full.device)
             mine = full.narrow(0, master.rank * master.layout.shard_numel, master.layout.shard_numel)
             wanted: set[int] = set()
             for run, value in by_bucket.get(i, ()):
@@ -76,6 +76,7 @@ class RunSharding:
                 wanted.update(piece.index for piece in self.pieces(run))
             if master.is_sharded:
                 master.bucket.exchange.start_all_gather(full, None).wait()
+            full = full.to(master.tensor.device)
             for j, view in enumerate(master.bucket.split(full)):
                 if self._first_id[i] + j in wanted:
                     found[self._first_id[i] + j] = view

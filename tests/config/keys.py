@@ -173,6 +173,7 @@ _TREE: dict[str, Any] = {
         "output_file": None,
     },
     "comms_logger": {"enabled": False, "verbose": False, "prof_all": True, "prof_ops": [], "debug": False},
+    "monitor": {"enabled": None, "run_dir": "", "peak_tflops": None, "trace_step": None, "trace_num_steps": 1},
     "tensorboard": {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"},
     "wandb": {"enabled": False, "group": None, "team": None, "project": "deepspeed"},
     "csv_monitor": {"enabled": False, "output_path": "", "job_name": "DeepSpeedJobName"},

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from deepspeed.optim import FusedAdam
 from tests.engine.runs import EPS, LR, make_config, train
 from tests.harness import run_ranks
 from tests.models import MODELS, build, make_batches
@@ -88,11 +89,19 @@ def native_products(engine: Any) -> None:
     engine._widening.detach()
 
 
-def mixed(name: str, num_steps: int, accumulation: int, dtype: torch.dtype, stage: int, **kwargs: Any) -> Trained:
+def mixed(
+    name: str,
+    num_steps: int,
+    accumulation: int,
+    dtype: torch.dtype,
+    stage: int,
+    make_optimizer: Any = adamw,
+    **kwargs: Any,
+) -> Trained:
     model = build(name)
     batches = make_batches(model, num_steps=num_steps, accumulation=accumulation, samples=SAMPLES)
     reduce_at = "micro_batch" if stage >= 2 else "boundary"
-    return train_plain(model, batches, adamw, world_size=2, dtype=dtype, reduce_at=reduce_at, **kwargs)
+    return train_plain(model, batches, make_optimizer, world_size=2, dtype=dtype, reduce_at=reduce_at, **kwargs)
 
 
 @pytest.mark.parametrize("fp16", [{"loss_scale": 128}, {"initial_scale_power": 10, "loss_scale_window": 2}])
@@ -119,7 +128,14 @@ def test_fp16_skips_steps_that_overflow_and_lowers_the_scale(stage: int) -> None
 def test_torch_autocast_computes_low_and_keeps_fp32_weights(stage: int) -> None:
     config = make_config(stage, micro=3, torch_autocast={"enabled": True, "dtype": "bfloat16"})
     run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=4)
-    expected = mixed("gpt_tied", 4, 1, torch.float32, stage, autocast=torch.bfloat16)
+
+    # One fp32 ulp in a weight can flip its bf16 rounding, and from there the gradients. Torch's AdamW rounds a weight
+    # twice per step, ours once; four steps of torch's differ from exact AdamW (float64, rounded once) by 2e-2 here, of
+    # ours by 2e-7. So plain PyTorch trains with ours; that it equals torch's is shown in tests/optim.
+    def same_adamw(params: Any) -> torch.optim.Optimizer:
+        return FusedAdam(params, lr=LR, weight_decay=0.01, eps=EPS)
+
+    expected = mixed("gpt_tied", 4, 1, torch.float32, stage, same_adamw, autocast=torch.bfloat16)
     assert_equals(run, expected, loss_tolerance=1e-4, weight_tolerance=1e-2)
 
 

@@ -11,6 +11,7 @@ from deepspeed.optim import (
     DeepSpeedCPUAdagrad,
     DeepSpeedCPUAdam,
     DeepSpeedCPULion,
+    DeepSpeedCPUSGD,
     FusedAdam,
     FusedLamb,
     FusedLion,
@@ -34,7 +35,7 @@ def build(name: str, offload: bool = False, **params: Any) -> torch.optim.Optimi
         ("Lamb", FusedLamb, FusedLamb),
         ("lion", FusedLion, DeepSpeedCPULion),
         ("Adagrad", torch.optim.Adagrad, DeepSpeedCPUAdagrad),
-        ("SGD", torch.optim.SGD, torch.optim.SGD),
+        ("SGD", torch.optim.SGD, DeepSpeedCPUSGD),
         ("RMSprop", torch.optim.RMSprop, torch.optim.RMSprop),
     ],
 )
@@ -57,6 +58,13 @@ def test_torch_adam_is_torchs_own(offload: bool) -> None:
     assert type(build("Adam", offload, torch_adam=True, foreach=False)) is torch.optim.AdamW
     assert type(build("Adam", offload, torch_adam=True, adam_w_mode=False)) is torch.optim.Adam
     assert type(build("AdamW", offload, torch_adam=False)) is (DeepSpeedCPUAdam if offload else FusedAdam)
+
+
+def test_offloaded_sgd_is_torchs_own_where_only_that_has_the_switch() -> None:
+    assert type(build("SGD", offload=True, lr=0.1, maximize=True)) is torch.optim.SGD
+    assert type(build("SGD", offload=True, lr=0.1, maximize=False, momentum=0.9)) is DeepSpeedCPUSGD
+    with pytest.raises(DeepSpeedConfigError, match=r"optimizer.params.momentun = 0: DeepSpeedCPUSGD has no setting"):
+        build("SGD", offload=True, momentun=0)
 
 
 def test_settings_reach_the_constructor_also_as_json_writes_them() -> None:

@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deepspeed.zero.bucket import BucketState
+from deepspeed.zero.bucket import BucketState, LoadQueue
 from deepspeed.zero.gather import Gatherer, PhaseKind
 
 KINDS = {"f": PhaseKind.FORWARD, "b": PhaseKind.BACKWARD, "i": PhaseKind.INFERENCE}
@@ -32,6 +32,7 @@ class FakeBucket:
         self.layout = SimpleNamespace(numel=NUMEL)
         self.state = BucketState.SHARDED
         self.holders = 0
+        self.loads = LoadQueue()
 
     def hold(self) -> None:
         self.holders += 1

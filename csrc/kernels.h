@@ -1,0 +1,38 @@
+// The loops of the optimizers, once per instruction set, behind one table of functions.
+//
+// Every loop works on fp32 arrays in the first-level cache or in memory and does only IEEE additions, multiplications,
+// divisions and square roots, each rounded once (-ffp-contract=off). So an element's result depends on nothing but its
+// inputs: not on the instruction set, the thread, its neighbours, or where in an array it lies.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+enum Precision : int { kNone = 0, kFloat32 = 1, kBFloat16 = 2, kFloat16 = 3 };
+
+enum Decay : int { kNoDecay = 0, kDecoupled = 1, kL2 = 2 };
+
+enum Momentum : int { kPlain = 0, kHeavyBall = 1, kNesterov = 2 };
+
+constexpr int kNumScalars = 10;  // per run; the meaning of each is beside the loop that reads it
+constexpr int kBlock = 1024;     // the most elements a loop is called for
+constexpr int kNumLanes = 16;    // sums are made in this many lanes on every instruction set
+
+// One step on n elements. `sums` [2 * kNumLanes] is for LAMB alone.
+using Loop = void (*)(float* param, const float* grad, float* first, float* second, size_t n, const float* scalars,
+                      double* sums);
+
+struct Kernels {
+    void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
+    void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
+    Loop adam[3];                                                  // by Decay
+    Loop lion[2];                                                  // by Decay: there is no L2 form
+    Loop adagrad[2];                                               // without and with L2 decay
+    Loop sgd[3];                                                   // by Momentum
+    Loop lamb_moments[2], lamb_apply[2];                           // eps outside and inside of the root
+};
+
+extern const Kernels kPortableKernels;
+#if defined(__x86_64__)
+extern const Kernels kAvx2Kernels, kAvx512Kernels;
+#endif

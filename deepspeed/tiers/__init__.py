@@ -1,0 +1,23 @@
+"""Tiers: where bytes rest when the device is too small, and the asynchronous file I/O below that.
+
+Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle people use themselves) and by two commands.
+
+| file | one noun |
+|---|---|
+| `tier.py` | the three tiers |
+| `rest.py` | flat bytes at rest, in memory or on disk, with one way to move them |
+| `pieces.py` | how a transfer is cut for direct I/O: pure arithmetic |
+| `block_file.py` | an open file: direct where the file system allows it, buffered beside |
+| `io_queue.py` | a transfer's request, its outcome, and the queue that carries it out |
+| `native_queue.py`, `python_queue.py` | the two queues: `csrc/aio.cpp`, and threads in Python |
+| `buffers.py` | page-aligned memory |
+| `swap_folder.py` | where a rank's swap files lie, who owns them, and cleaning after the dead |
+| `nvme.py` | the store: put, get, wait, with checksums |
+| `aio.py` | the `aio_handle` API |
+| `io_trial.py` | measuring a disk: what `ds_io` and `ds_nvme_tune` share |
+"""
+
+from deepspeed.tiers.rest import InMemory, OnDisk, Rest, Transfer
+from deepspeed.tiers.tier import Tier
+
+__all__ = ["InMemory", "OnDisk", "Rest", "Tier", "Transfer"]

@@ -1,0 +1,16 @@
+"""The three places where bytes can rest between uses."""
+
+from __future__ import annotations
+
+import enum
+
+
+class Tier(enum.Enum):
+    """Where bytes rest between uses."""
+
+    DEVICE = "device"
+    """In the accelerator's memory; on a CPU-only machine, main memory."""
+    CPU = "cpu"
+    """In main memory, pinned where the device copies from there."""
+    NVME = "nvme"
+    """In files on a local disk."""

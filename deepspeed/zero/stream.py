@@ -1,0 +1,327 @@
+"""The optimizer's step where masters and states rest on a tier: a stream of tiles through main memory.
+
+Made by `zero.optimizer` for the masters that are not in the device's memory; element-wise optimizers only.
+
+    disk     read tile 1 | read 2       | read 3, write 1 | ...                        masters, moments, gradients
+    cpu                  | step tile 1  | step 2          | step 3  | ...              the wrapped optimizer
+    device                              | copy 1 up       | copy 2  | ...              low-precision parameters
+
+A **tile** is an interval of one bucket's shard. It is what is read, stepped and written together, so a step needs the
+memory of three tiles, however large the model is. In a tile each **segment** belongs to one parameter group and is a
+tensor in the wrapped optimizer's `param_groups`; its data and its state are views of a tile's buffers while it is
+stepped, or, where they rest in main memory, of those bytes themselves: then nothing moves.
+
+Invariant: each element is read, stepped and written at most once per step, and the update of an element does not
+depend on how the shard is cut, so that every tier gives the same bits.
+
+After ZeRO-Infinity (arXiv:2104.07857), section 5.2 (the infinity offload engine) and ZeRO-Offload (2101.06840),
+section 5. Different: tiles are cut by size, not by parameter; reads, step and writes always overlap.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.optim.traits import StepsFused
+from deepspeed.tiers import Rest, Transfer
+from deepspeed.utils.waits import OFFLOAD_S
+from deepspeed.zero.master import Master
+from deepspeed.zero.placing import Placing
+from deepspeed.zero.reduce import BucketGradients
+
+TILE_NUMEL = 1 << 22
+"""Elements of a tile unless `sub_group_size` is smaller: 16 MB per fp32 state, long enough for a disk's full speed."""
+
+TILE_UNIT = 1 << 11
+"""Tiles start at multiples of this, so that each begins on a disk's page in any dtype."""
+
+NUM_SETS = 3
+"""Tiles in memory: one being read, one stepped, one written."""
+
+WEIGHTS, GRADIENT, LOW = "master", "gradient", "low"
+"""Kinds of bytes in a tile besides the optimizer's states, which go by their own names."""
+
+
+@dataclasses.dataclass(eq=False)
+class Segment:
+    """The elements [start, stop) of a shard, of one parameter group; `param` is what the optimizer knows them by."""
+
+    group: int
+    start: int
+    stop: int
+    param: nn.Parameter
+    states: set[str] = dataclasses.field(default_factory=set)
+    """States that exist for these elements: none before their first step."""
+
+
+@dataclasses.dataclass(eq=False)
+class Tile:
+    """The elements [start, stop) of one master's shard."""
+
+    index: int
+    """Of the master."""
+    start: int
+    stop: int
+    segments: list[Segment]
+
+
+class _Buffers:
+    """The memory of one tile, by kind; made at first use."""
+
+    def __init__(self, numel: int, allocate: Callable[[int, torch.dtype], Tensor]) -> None:
+        self._numel, self._allocate = numel, allocate
+        self._tensors: dict[str, Tensor] = {}
+        self.writes: list[Transfer] = []
+
+    def get(self, kind: str, numel: int, dtype: torch.dtype) -> Tensor:
+        """A buffer [numel]."""
+        if kind not in self._tensors:
+            self._tensors[kind] = self._allocate(self._numel, dtype)
+        return self._tensors[kind][:numel]
+
+
+@dataclasses.dataclass
+class _Loaded:
+    """A tile in memory: each kind's elements, and what is still on its way."""
+
+    tile: Tile
+    buffers: _Buffers
+    values: dict[str, Tensor]
+    reads: list[Transfer]
+
+
+class TileStream:
+    """Steps `optimizer` on the masters at `indices`, whose bytes rest on tiers.
+
+    The optimizer's state is in `states[index][name]`, one flat rest per master and state; `optimizer.state` shows it where
+    it is in memory, and empty tensors where it is on disk.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        masters: Sequence[Master],
+        gradients: Sequence[BucketGradients],
+        placing: Placing,
+        sub_group_numel: int,
+    ) -> None:
+        self.optimizer = optimizer
+        self.masters, self.gradients = masters, gradients
+        self.placing = placing
+        self.tile_numel = max(TILE_UNIT, min(TILE_NUMEL, sub_group_numel) // TILE_UNIT * TILE_UNIT)
+        self.states: list[dict[str, Rest]] = [{} for _ in masters]
+        self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
+        """States that the optimizer will have: their space is taken now, and they start as zeros in a tile's buffers."""
+        for i, master in enumerate(masters):
+            for name, dtype in self._known.items() if master.is_streamed else ():
+                self._state_rest(i, name, dtype)
+        self.tiles = [tile for i, master in enumerate(masters) if master.is_streamed for tile in self._cut(i, master)]
+
+    def _cut(self, index: int, master: Master) -> Iterator[Tile]:
+        for start in range(0, master.numel, self.tile_numel):
+            stop = min(start + self.tile_numel, master.numel)
+            segments = [
+                Segment(span.group, max(span.start, start), min(span.stop, stop), nn.Parameter(torch.empty(0)))
+                for span in master.spans
+                if max(span.start, start) < min(span.stop, stop)
+            ]
+            tile = Tile(index, start, stop, segments)
+            self._show(tile)
+            yield tile
+
+    def _show(self, tile: Tile) -> None:
+        """Give segments whose masters are in memory their data between steps too, for whoever looks at param_groups."""
+        for segment in tile.segments:
+            here = self.masters[tile.index].weights.view(segment.start, segment.stop)
+            segment.param.data = here if here is not None else torch.empty(0)
+
+    def segments(self, index: int | None = None) -> Iterator[Segment]:
+        """All segments, or those of one master, in the order of the shard."""
+        return (s for tile in self.tiles if index is None or tile.index == index for s in tile.segments)
+
+    # The step. -----------------------------------------------------------------------------------------------------
+
+    def step(self, update: Callable[[list[Segment], dict[int, Tensor], dict[int, Tensor | None]], None]) -> None:
+        """Step every tile. `update(segments, gradients, low)` steps loaded segments, given by position.
+
+        Raises TierError where bytes could not be moved; masters and states of this rank are then half updated.
+        """
+        sets = [_Buffers(self._largest_tile(), self._allocate) for _ in range(NUM_SETS)]
+        tiles = [tile for tile in self.tiles if tile.segments]
+        ahead = self._start_reading(tiles[0], sets[0]) if tiles else None
+        for position, _ in enumerate(tiles):
+            loaded = ahead
+            assert loaded is not None
+            following = position + 1
+            ahead = (
+                self._start_reading(tiles[following], sets[following % NUM_SETS]) if following < len(tiles) else None
+            )
+            _wait(loaded.reads)
+            self._update(loaded, update)
+            self._start_writing(loaded)
+        for buffers in sets:
+            _wait(buffers.writes)
+
+    def _largest_tile(self) -> int:
+        return max((tile.stop - tile.start for tile in self.tiles), default=0)
+
+    def _allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
+        return self.placing.buffer(numel, dtype)
+
+    def _low_rest(self, master: Master) -> Rest | None:
+        """Where the parameters' own slice rests, if the step has to write it apart from the master."""
+        return None if master.is_alias else master.bucket.rest
+
+    def _start_reading(self, tile: Tile, buffers: _Buffers) -> _Loaded:
+        _wait(buffers.writes)
+        master = self.masters[tile.index]
+        states = self.states[tile.index]
+        kinds = {name for segment in tile.segments for name in segment.states}
+        rests = {WEIGHTS: master.weights, GRADIENT: self.gradients[tile.index].rest(), **{k: states[k] for k in kinds}}
+        values, reads = {}, []
+        for kind, rest in rests.items():
+            here = rest.view(tile.start, tile.stop)
+            if here is None or here.device.type != "cpu":
+                here = buffers.get(kind, tile.stop - tile.start, rest.dtype)
+                reads.append(rest.start_load(tile.start, here))
+            values[kind] = here
+        low = self._low_rest(master)
+        if low is not None:
+            here = low.view(tile.start, tile.stop)
+            is_here = here is not None and here.device.type == "cpu"
+            values[LOW] = here if is_here else buffers.get(LOW, tile.stop - tile.start, low.dtype)  # type: ignore[assignment]
+        return _Loaded(tile, buffers, values, reads)
+
+    def _update(self, loaded: _Loaded, update: Callable[..., None]) -> None:
+        began = time.perf_counter()
+        tile, values = loaded.tile, loaded.values
+        low = values.get(LOW)
+        for name in self._known:
+            if name not in values:
+                values[name] = self._zeros(loaded, name)
+        for segment in tile.segments:
+            segment.states.update(self._known)
+            segment.param.data = self._part(tile, segment, values[WEIGHTS])
+            for name in segment.states:
+                self.optimizer.state[segment.param][name] = self._part(tile, segment, values[name])
+        update(
+            tile.segments,
+            {i: self._part(tile, s, values[GRADIENT]) for i, s in enumerate(tile.segments)},
+            {i: None if low is None else self._part(tile, s, low) for i, s in enumerate(tile.segments)},
+        )
+        for segment in tile.segments:
+            self._keep_states(loaded, segment)
+        OFFLOAD_S["compute"] += time.perf_counter() - began
+
+    def _part(self, tile: Tile, segment: Segment, values: Tensor) -> Tensor:
+        return values[segment.start - tile.start : segment.stop - tile.start]
+
+    def _keep_states(self, loaded: _Loaded, segment: Segment) -> None:
+        """Take over states that the optimizer made or replaced: as long as the segment, they rest with the others."""
+        numel = segment.stop - segment.start
+        state = self.optimizer.state.get(segment.param, {})
+        for name, value in state.items():
+            if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != numel:
+                continue
+            self._state_rest(loaded.tile.index, name, value.dtype)
+            if name not in loaded.values:
+                loaded.values[name] = self._zeros(loaded, name)
+            part = self._part(loaded.tile, segment, loaded.values[name])
+            if part.data_ptr() != value.data_ptr():
+                part.copy_(value)
+                state[name] = part
+            segment.states.add(name)
+
+    def _zeros(self, loaded: _Loaded, name: str) -> Tensor:
+        """A tile's elements of a state that it has not had yet."""
+        tile, rest = loaded.tile, self.states[loaded.tile.index][name]
+        here = rest.view(tile.start, tile.stop)
+        return here if here is not None else loaded.buffers.get(name, tile.stop - tile.start, rest.dtype).zero_()
+
+    def _state_rest(self, index: int, name: str, dtype: torch.dtype) -> Rest:
+        states, master = self.states[index], self.masters[index]
+        if name not in states:
+            states[name] = self.placing.optimizer(master.tier, name, master.numel, dtype)
+        return states[name]
+
+    def _start_writing(self, loaded: _Loaded) -> None:
+        tile, buffers = loaded.tile, loaded.buffers
+        master, states = self.masters[tile.index], self.states[tile.index]
+        targets = {WEIGHTS: master.weights, **states}
+        low = self._low_rest(master)
+        if low is not None:
+            targets[LOW] = low
+        for kind, rest in targets.items():
+            values = loaded.values.get(kind)
+            if values is not None and not _is_at_rest(values, rest, tile.start):
+                buffers.writes.append(rest.start_store(tile.start, values))
+        for segment in tile.segments:
+            # No reference may stay to a buffer that another tile will fill.
+            for name in segment.states:
+                self.optimizer.state[segment.param][name] = self._piece_of_state(
+                    tile.index, name, segment.start, segment.stop
+                )
+        self._show(tile)
+
+    # Cutting out parameters that are not stepped. -----------------------------------------------------------------------
+
+    def isolate(self, index: int, start: int, stop: int) -> list[Segment]:
+        """Have the elements [start, stop) of a shard be segments of their own, for good; returns them."""
+        found = []
+        for tile in self.tiles:
+            if tile.index != index:
+                continue
+            for segment in list(tile.segments):
+                low, high = max(segment.start, start), min(segment.stop, stop)
+                if low < high:
+                    found.append(self._cut_out(tile, segment, low, high))
+        return found
+
+    def _cut_out(self, tile: Tile, segment: Segment, start: int, stop: int) -> Segment:
+        bounds = [segment.start, start, stop, segment.stop]
+        cuts = [(a, b) for a, b in itertools.pairwise(bounds) if a < b]
+        if len(cuts) == 1:
+            return segment
+        state = self.optimizer.state.pop(segment.param, {})
+        made = []
+        for a, b in cuts:
+            piece = Segment(segment.group, a, b, nn.Parameter(torch.empty(0)), set(segment.states))
+            if state:
+                self.optimizer.state[piece.param] = {
+                    name: self._piece_of_state(tile.index, name, a, b) if name in segment.states else _copy(value)
+                    for name, value in state.items()
+                }
+            made.append(piece)
+        at = tile.segments.index(segment)
+        tile.segments[at : at + 1] = made
+        members = self.optimizer.param_groups[segment.group]["params"]
+        position = next(i for i, tensor in enumerate(members) if tensor is segment.param)
+        members[position : position + 1] = [piece.param for piece in made]
+        self._show(tile)
+        return made[cuts.index((start, stop))]
+
+    def _piece_of_state(self, index: int, name: str, start: int, stop: int) -> Tensor:
+        rest = self.states[index][name]
+        here = rest.view(start, stop)
+        return here if here is not None else torch.empty(0, dtype=rest.dtype)
+
+
+def _wait(transfers: list[Transfer]) -> None:
+    while transfers:
+        transfers.pop().wait()
+
+
+def _is_at_rest(values: Tensor, rest: Rest, start: int) -> bool:
+    here = rest.view(start, start + values.numel())
+    return here is not None and here.data_ptr() == values.data_ptr()
+
+
+def _copy(value: Any) -> Any:
+    return value.clone() if isinstance(value, Tensor) else value
