@@ -54,6 +54,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
     "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

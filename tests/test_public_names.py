@@ -245,6 +245,10 @@ deepspeed_io(self, dataset, batch_size, route, pin_memory, data_sampler, collate
 save_checkpoint(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, \
 load_module_only, custom_load_fn)
+wait_for_checkpoint(self)
+load_module_state_dict(self, checkpoint, strict, custom_load_fn, fetch_z3_params)
+save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+save_fp16_model(self, save_dir, save_filename, exclude_frozen_parameters)
 module_state_dict(self, destination, prefix, keep_vars, exclude_frozen_parameters)
 _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters)
 zero_gather_16bit_weights_on_model_save(self)

@@ -72,7 +72,14 @@ class CheckpointConfig(Section):
     checkpoint_serialization: bool = True
     """Let the fast writer use torch's zip format. Files are safetensors here; no effect."""
     writer: CheckpointWriterConfig | None = None
-    """The fast writer; off when not given."""
+    """Writing in the background, if `decoupled`. Its other keys have no effect: files are always written by direct I/O."""
+    async_save: bool = False
+    """Return to training once the state is copied to main memory, and write files in the background."""
+    staging_bytes: PositiveSize | None = None
+    """Bytes of main memory per rank for an asynchronous save; a save that needs more blocks until its rest has found
+    room. When not given: as much as the rank's share, at most half of what is free."""
+    keep_last_n: PositiveInt | None = None
+    """Checkpoints kept in a folder: a save deletes older ones once it is durable. All when not given."""
 
 
 class NebulaConfig(Section):

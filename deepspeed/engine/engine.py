@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import os
-import pathlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,6 +27,7 @@ from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
+from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.observe import announce, make_observers, run_directory
 from deepspeed.engine.queries import ConfigQueries
@@ -72,7 +71,7 @@ class LossScaleGuard:
         self.is_scaled = False
 
 
-class DeepSpeedEngine(ConfigQueries, nn.Module):
+class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     """A model under ZeRO, with its optimizer. Made by `deepspeed.initialize`; see there for the arguments.
 
     Collective to build, and in `step`; at stages 2 and 3 in `backward`, at stage 3 in forward. Attributes that the
@@ -153,6 +152,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.module = model
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
+        self._checkpoints = Checkpoints(self._config)
+        undo.callback(self._checkpoints.background.join)
         self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
         self.client_lr_scheduler = lr_scheduler
 
@@ -677,98 +678,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         raise DeepSpeedError(
             "an engine cannot be pickled: it owns process groups.\n  Save its weights: engine.save_16bit_model(...)."
         )
-
-    # Weights. ------------------------------------------------------------------------------------------------------
-
-    def module_state_dict(
-        self,
-        destination: Any = None,
-        prefix: str = "",
-        keep_vars: bool = False,
-        exclude_frozen_parameters: bool = False,
-    ) -> Any:
-        """The model's state dict; sharded parameters are placeholders that name the cure when used."""
-        state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if exclude_frozen_parameters:
-            for name, param in self.module.named_parameters():
-                if not param.requires_grad:
-                    state.pop(prefix + name, None)
-        return state
-
-    @torch.no_grad()
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
-        keeps = self.mesh.dp_rank == 0
-        values: dict[nn.Parameter, Tensor] = {}
-        for bucket in self._built.buckets:
-            bucket.unshard()
-            if keeps:
-                values.update({param: param.detach().cpu().clone() for param in bucket.params})
-            if bucket.holders == 0:
-                bucket.reshard()
-        if not keeps:
-            return None
-        state: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter):
-                if not (exclude_frozen_parameters and not value.requires_grad):
-                    state[name] = values[value] if value in values else value.detach().cpu().clone()
-            else:
-                state[name] = value.detach().cpu().clone()
-        return state
-
-    def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
-    ) -> bool:
-        """Rank 0 writes the whole state dict, in the model's dtype, as torch.save does. Collective.
-
-        The file appears whole or not at all. At stage 3 this needs
-        `zero_optimization.stage3_gather_16bit_weights_on_model_save`, else nothing is written and False returned.
-        """
-        zero = self._config.zero_optimization
-        if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
-            warn_once(
-                "save_16bit_model wrote nothing: at ZeRO stage 3 it gathers the whole model on rank 0, which has to be allowed "
-                "with zero_optimization.stage3_gather_16bit_weights_on_model_save = true."
-            )
-            return False
-        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        if state is not None:
-            folder = pathlib.Path(save_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".{save_filename}.tmp"
-            torch.save(state, aside)
-            os.replace(aside, folder / save_filename)
-        self.mesh.agree("dp", 0)
-        return True
-
-    save_fp16_model = save_16bit_model
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Not available yet."""
-        raise NotAvailableError(
-            "engine.save_checkpoint is not available yet.\n  engine.save_16bit_model(folder) writes the weights."
-        )
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., Any] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Not available yet."""
-        raise NotAvailableError("engine.load_checkpoint is not available yet.")
 
     def num_parameters(self) -> int:
         """Elements of all parameters, sharded or not."""

@@ -194,6 +194,9 @@ _TREE: dict[str, Any] = {
         "use_node_local_storage": False,
         "parallel_write": {"pipeline_stage": False},
         "checkpoint_serialization": True,
+        "async_save": False,
+        "staging_bytes": None,
+        "keep_last_n": None,
         "writer": {
             "type": "fast",
             "io_buffer_size": 64 * 1024 * 1024,
