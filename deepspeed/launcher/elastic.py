@@ -52,6 +52,8 @@ def main(args: Sequence[str] | None = None) -> int:
     from deepspeed.elasticity.agent import DSElasticAgent
 
     parsed = _parse(args)
+    # Otherwise all worlds of a job meet at the store of the first world's rank 0, which may be on the node that is lost.
+    os.environ.setdefault("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "1")
     host, _ = split_address(parsed.meet)
     least, _, most = parsed.nodes.partition(":")
     parameters = RendezvousParameters(
