@@ -17,8 +17,8 @@ from tests.cluster import slurm
 from tests.cluster.nodes import Cluster, cluster, deepspeed, environment, why_not
 
 LOOP = """
-import os, subprocess, sys, time, torch, torch.distributed as dist, deepspeed
-deepspeed.init_distributed()
+import datetime, os, subprocess, sys, time, torch, torch.distributed as dist, deepspeed
+deepspeed.init_distributed(timeout=datetime.timedelta(seconds=float(os.environ.get("DS_TEST_TIMEOUT_S", "600"))))
 subprocess.Popen(["tail", "-f", "/dev/null"])  # something that a rank leaves behind
 folder, rank = sys.argv[-1], dist.get_rank()
 open(f"{folder}/ready{rank}", "w").close()

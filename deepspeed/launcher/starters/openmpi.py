@@ -11,6 +11,9 @@ from typing import final
 
 from deepspeed.launcher.starters.base import Plan, Start, Starter, find_program, rank_words, require_first_slots
 
+_KEEPALIVE = {"oob_tcp_keepalive_time": "5", "oob_tcp_keepalive_intvl": "2", "oob_tcp_keepalive_probes": "3"}
+"""Seconds, seconds, and how many: after a cut network its daemons end; by default they would stay for minutes."""
+
 
 @final
 class OpenMpi(Starter):
@@ -31,8 +34,10 @@ class OpenMpi(Starter):
         argv = [self.detect() or "mpirun", "-n", str(plan.num_ranks), "--host", hosts, "--mca", "btl", "^openib"]
         if not any(word in ("--bind-to", "-bind-to") for word in plan.launcher_args):
             argv += ["--bind-to", "none"]
-        if plan.ssh_port:
-            argv += ["--mca", "plm_rsh_args", f"-p {plan.ssh_port}"]
+        port = f" -p {plan.ssh_port}" if plan.ssh_port else ""
+        argv += ["--mca", "plm_rsh_args", f"-o BatchMode=yes -o ServerAliveInterval=5 -o ServerAliveCountMax=3{port}"]
+        for name, value in _KEEPALIVE.items():
+            argv += ["--mca", name, value]
         argv += plan.launcher_args
         for name in sorted(variables):
             argv += ["-x", name]
