@@ -8,7 +8,7 @@ this module's loop; the members they bring up on the nodes report to a `Coordina
     SIGINT, SIGTERM, SIGHUP  -->  Coordinator.stop; a second one kills the programs at once
     the coordinator is done  -->  programs get a moment, then SIGTERM, then SIGKILL; the summary is written last
 
-Invariant: no program outlives this process (prctl(2)), and no member outlives its program or this process (`control`).
+Invariant: no program outlives this process (prctl(2)), nor what it started in sessions of its own, as mpirun does ssh, and no member outlives its program or this process (`control`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,13 @@ from deepspeed.launcher.failure import TAIL_NBYTES, Failure, describe_exit, last
 from deepspeed.launcher.outlet import Outlet
 from deepspeed.launcher.starters import Plan, Start, Starter
 from deepspeed.launcher.starters.ssh import ssh_words
-from deepspeed.launcher.supervise import DRAIN_S, die_with_parent, signals_wake
+from deepspeed.launcher.supervise import (
+    DRAIN_S,
+    adopt_orphans,
+    die_with_parent,
+    kill_children,
+    signals_wake,
+)
 from deepspeed.launcher.variables import shown_command
 from deepspeed.utils.errors import LaunchError
 
@@ -106,6 +112,7 @@ class RemoteRun:
     def run(self) -> int:
         """Start, watch, end; the job's exit code."""
         with signals_wake(self._selector, self._signals), self._selector:
+            not_ours = adopt_orphans()
             try:
                 if self._coordinator:
                     self._coordinator.start()
@@ -118,6 +125,7 @@ class RemoteRun:
                 for program in self._programs:
                     _signal(program, signal.SIGKILL)
                     program.popen.wait()
+                kill_children(but=not_ours)
         return self._result()
 
     def _launch(self, start: Start, index: int | None) -> None:

@@ -379,3 +379,28 @@ def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
     """What a child does before it executes its command: `die_with` this process."""
     parent = os.getpid()
     return lambda: die_with(parent, number)
+
+
+def adopt_orphans() -> set[int]:
+    """Become the parent of whatever this process's children leave behind (Linux, prctl(2)); the children it has now."""
+    if sys.platform.startswith("linux"):
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    return _children()
+
+
+def kill_children(but: set[int]) -> None:
+    """Kill and reap all children but those, again and again, as theirs become ours."""
+    for _ in range(100):
+        pids = _children() - but
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return {int(pid) for pid in path.read_text().split()} if path.exists() else set()
