@@ -205,8 +205,9 @@ class Coordinator:
         return len(self._names) if self._min is None else len(self._ended) + len(self._lost) + len(self._here)
 
     def _tick_gathering(self, now_s: float) -> None:
-        if now_s >= self._blame.stop_at_s:
-            self._stop(self._blame.summary(), 1)
+        first = self._blame.first
+        if first is not None and now_s >= self._blame.stop_at_s:
+            self._stop(self._blame.summary(), first.exit_code)
         elif now_s >= self._deadline_s:
             missing = ", ".join(self.missing()) or "some"
             text = f"---- {missing} did not report within {self._start_s:.0f} s; nothing was started ----"

@@ -8,8 +8,11 @@ rank ends with the job even where mpirun or srun are gone.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -28,6 +31,9 @@ from deepspeed.launcher.launch import (
 from deepspeed.launcher.supervise import Supervisor
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.launch_env import LOCALHOST, TORCH_VARIABLES, LaunchEnv, discover
+
+MPI_DAEMONS = ("orted", "prted", "hydra_pmi_proxy")
+DAEMON_GRACE_S = 2.0
 
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -83,6 +89,21 @@ def worker_of(job: Job, env: LaunchEnv, environ: Mapping[str, str], numa: Mappin
     )
 
 
+def end_daemon(pid: int) -> None:
+    """End the MPI's daemon that started this rank, once its mpirun is out of reach.
+
+    It would wait for TCP to give up sending to it, a quarter of an hour; and it serves this one job.
+    """
+    comm = Path(f"/proc/{pid}/comm")
+    if comm.exists() and comm.read_text().strip() in MPI_DAEMONS:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            with contextlib.suppress(OSError):
+                os.kill(pid, number)
+            until_s = time.monotonic() + DAEMON_GRACE_S
+            while os.getppid() == pid and time.monotonic() < until_s:
+                time.sleep(0.05)
+
+
 def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     """Run this rank to its end; the exit code."""
     env = place(environ, args.launcher)
@@ -107,7 +128,11 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
     def supervise(job: Job, link: Link | None) -> int:
         numa = binding.numa_nodes() if job.bind_cores is not None else {}
         name = f"rank {env.rank}"
-        return Supervisor([worker_of(job, env, environ, numa)], grace_s=args.grace_period, link=link, name=name).run()
+        supervisor = Supervisor([worker_of(job, env, environ, numa)], grace_s=args.grace_period, link=link, name=name)
+        code = supervisor.run()
+        if supervisor.has_lost_link:
+            end_daemon(os.getppid())
+        return code
 
     if not args.control:
         if not (args.master_addr and args.master_port):

@@ -135,6 +135,8 @@ class Supervisor:
         self._stopped_by: tuple[str, int] | None = None
         self._selector = selectors.DefaultSelector()
         self._stderr = Outlet(2)
+        self.has_lost_link = False
+        """Whether the coordinator was gone before it said how the job ended."""
 
     def run(self) -> int:
         """Start all, wait for all; 0, or the first failing worker's code as a shell sees it, or 1 after a signal.
@@ -237,7 +239,7 @@ class Supervisor:
             link.beat()
         except LinkLostError as error:
             self._selector.unregister(link)
-            self._link = None
+            self._link, self.has_lost_link = None, True
             self._stopped_by = (f"\n---- stopping this node's ranks: {error} ----\n", 1)
             self._stop(hurry=False)
 
