@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import itertools
 import os
 import time
 import weakref
@@ -158,6 +159,7 @@ class NvmeStore:
         self._stats = StoreStats()
         self._stripe_nbytes = -(-aio.block_size // CHECKED) * CHECKED
         self._extents: dict[str, _Extent] = {}
+        self._numbers = itertools.count()
         self._reserved = 0
         self._free: list[tuple[int, int]] = []
         """(start, bytes) of extents that were given up, for keys to come."""
@@ -192,6 +194,10 @@ class NvmeStore:
         self.stats.seconds_waiting += seconds
         OFFLOAD.add(seconds, op, nbytes)
         OFFLOAD_S["disk"] += self._stats.seconds_busy - busy_before
+
+    def new_key(self, kind: str) -> str:
+        """A key that nobody has, which starts with `kind`."""
+        return f"{kind}-{next(self._numbers)}"
 
     def reserve(self, key: str, nbytes: int) -> None:
         """Take disk space for a key, now. Raises TierError if there is not enough, or the key has another size already."""

@@ -368,6 +368,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if isinstance(self.optimizer, StepsFused):
             runs = [(i, FusedRun(segments[i].param, gradients[i], _if_narrow(low[i]))) for i in stepped]
             self.optimizer.step_fused([(self.param_groups[segments[i].group], run) for i, run in runs], factor)
+            # What torch's learning-rate schedulers look for: they watch `step`, which a fused step does not go through.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             for i in stepped:
                 grad = gradients[i].to(segments[i].param.dtype)
