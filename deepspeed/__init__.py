@@ -34,7 +34,7 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.zero.optimizer": "DeepSpeedOptimizer ZeroOptimizer",
         }
     )
-    | {name: f"deepspeed.{name}:" for name in "accelerator comm config utils zero".split()}
+    | {name: f"deepspeed.{name}:" for name in "accelerator comm config elasticity env_report utils zero".split()}
     | {"dist": "deepspeed.comm:"}
     | _legacy.names(),
 )

@@ -23,7 +23,7 @@ LADDER = [
     "parallel activation",
     "checkpoint profiling",
     "engine",
-    "inference autotuning launcher",
+    "inference autotuning elasticity launcher env_report",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]
