@@ -231,15 +231,14 @@ def general_report(hide_warnings: bool = False) -> list[str]:
     """Versions, paths, devices, shared memory."""
     import torch
 
-    import deepspeed
     from deepspeed.accelerator import get_accelerator
 
-    accelerator = get_accelerator()
+    accelerator, package = get_accelerator(), sys.modules["deepspeed"]
     facts = {
         "torch install path": list(torch.__path__),
         "torch version": torch.__version__,
-        "deepspeed install path": list(deepspeed.__path__),
-        "deepspeed info": f"{deepspeed.__version__}, {deepspeed.__git_hash__}, {deepspeed.__git_branch__}",
+        "deepspeed install path": list(package.__path__),
+        "deepspeed info": f"{package.__version__}, {package.__git_hash__}, {package.__git_branch__}",
         "torch cuda version": torch.version.cuda,
         "torch hip version": torch.version.hip,
         "nvcc": shutil.which("nvcc") or "not needed",

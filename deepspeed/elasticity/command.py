@@ -13,8 +13,6 @@ from deepspeed.elasticity.compute import SECTION, compute_elastic_config, read_s
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """The command; its exit code."""
-    import deepspeed
-
     parser = argparse.ArgumentParser(prog="ds_elastic", description=__doc__)
     parser.add_argument("-c", "--config", type=Path, required=True, help="the configuration (JSON)")
     parser.add_argument("-w", "--world-size", type=int, default=0, help="the micro-batch for so many GPUs, too")
@@ -24,7 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         section = read_section(config)
         # Version 0.2 speaks about a given number of GPUs only; without one, the fewest stand for it.
         world_size = args.world_size or (section.num_gpus_per_node if section.version != 0.1 else 0)
-        batch, valid, *micro = compute_elastic_config(config, deepspeed.__version__, world_size)
+        batch, valid, *micro = compute_elastic_config(config, sys.modules["deepspeed"].__version__, world_size)
     except (OSError, ValueError) as error:
         print(f"ds_elastic: {error}", file=sys.stderr)
         return 1

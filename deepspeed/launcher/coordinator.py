@@ -21,6 +21,7 @@ import logging
 import secrets
 import selectors
 import socket
+import sys
 import threading
 import time
 import traceback
@@ -376,12 +377,10 @@ def hello_of_this_node(index: int, **more: Any) -> Message:
     import platform
     from importlib import metadata
 
-    import deepspeed
-
     try:
         torch = metadata.version("torch")
     except metadata.PackageNotFoundError:
         torch = "not installed"
     python = ".".join(platform.python_version_tuple()[:2])
-    versions = {"deepspeed": deepspeed.__version__, "torch": torch, "python": python}
+    versions = {"deepspeed": sys.modules["deepspeed"].__version__, "torch": torch, "python": python}
     return {"member": index, "host": socket.gethostname(), **versions, **more}
