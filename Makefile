@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-cluster lint format bench native clean
+.PHONY: demo test test-cluster test-monitors lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -25,6 +25,10 @@ test-cluster: $(INSTALLED)
 	apt-get update -qq
 	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES)
 	DS_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
+
+test-monitors: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[dev,monitor]'
+	$(BIN)/python -m pytest tests/monitor $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -23,7 +23,7 @@ LADDER = [
     "parallel activation",
     "checkpoint profiling",
     "engine",
-    "inference autotuning elasticity launcher env_report",
+    "memory inference autotuning elasticity launcher env_report",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

@@ -106,3 +106,14 @@ def write_script(folder: Path) -> None:
     if not path.exists():
         replace_durably(path, SCRIPT.encode())
         path.chmod(0o755)
+
+
+def clone_tensors_for_torch_save(item: Any, device: Any = "cpu") -> Any:
+    """The same containers with tensors copied to `device`, each with memory of its own rather than a view of a bucket."""
+    if isinstance(item, torch.Tensor):
+        return item.detach().clone().to(device) if device is not None else item.detach().clone()
+    if isinstance(item, (list, tuple)):
+        return type(item)(clone_tensors_for_torch_save(value, device) for value in item)
+    if isinstance(item, Mapping):
+        return type(item)({key: clone_tensors_for_torch_save(value, device) for key, value in item.items()})  # type: ignore[call-arg]
+    return item

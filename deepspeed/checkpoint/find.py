@@ -16,15 +16,19 @@ from deepspeed.checkpoint.store import Stored
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import logger
 
-LATEST = "latest"
+LATEST, LATEST_UNIVERSAL = "latest", "latest_universal"
 
 
-def latest_tag(folder: Path) -> str | None:
-    """What `latest` says; None where there is no such file. Raises CheckpointError if it leads out of the folder."""
-    path = folder / LATEST
-    if not path.exists() and not path.is_symlink():
-        return None
-    return check_tag(read_plain(path, 4096).decode(errors="replace").strip())
+def latest_tag(folder: Path, is_universal: bool = False) -> str | None:
+    """What `latest` says (`latest_universal`, where that is asked for and there); None where there is no such file.
+
+    Raises CheckpointError if it leads out of the folder.
+    """
+    for name in [LATEST_UNIVERSAL, LATEST] if is_universal else [LATEST]:
+        path = folder / name
+        if path.exists() or path.is_symlink():
+            return check_tag(read_plain(path, 4096).decode(errors="replace").strip())
+    return None
 
 
 def checkpoint_folder(folder: Path, tag: str) -> Path:

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed.checkpoint.container import DTYPE_OF, parse_json
+from deepspeed.checkpoint.digest import digest_function
 from deepspeed.checkpoint.files import check_name
 from deepspeed.checkpoint.staging import BLOCK
 from deepspeed.checkpoint.writer import FileRecord
@@ -30,6 +31,8 @@ from deepspeed.utils.errors import CheckpointError
 FILE_NAME = "manifest.json"
 STATE_NAME = "state.json"
 FORMAT, VERSION = "deepspeed.checkpoint", 1
+SEAL = "seal"
+"""The manifest's last field: the digest of everything before it."""
 MAX_MANIFEST = 1 << 30
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
@@ -112,7 +115,7 @@ class Manifest:
             "tied": self.tied,
             "tensors": tensors,
         }
-        return json.dumps(value, separators=(",", ":"), allow_nan=False).encode()
+        return seal(json.dumps(value, separators=(",", ":"), allow_nan=False).encode(), self.algorithm)
 
     def check_coverage(self) -> None:
         """Raise CheckpointError, naming the tensors, unless the pieces of each cover it exactly once."""
@@ -141,6 +144,18 @@ def coverage_problem(extents: Sequence[Extent], numel: int) -> str | None:
     return None
 
 
+def seal(text: bytes, algorithm: str) -> bytes:
+    """A JSON object with a last field that digests all of the text before it."""
+    body = text[:-1]
+    return body + f',"{SEAL}":"{digest_function(algorithm)(body)}"}}'.encode()
+
+
+def _check_seal(text: bytes, algorithm: str, path: str) -> None:
+    body, _, rest = text.rpartition(f',"{SEAL}":"'.encode())
+    if rest != f'{digest_function(algorithm)(body)}"}}'.encode():
+        raise CheckpointError(f"{path} is damaged: it does not match its own digest.\n  Load another checkpoint.")
+
+
 def piece_key(kind: str, name: str, start: int, stop: int) -> str:
     """The name of a piece inside its safetensors file."""
     return f"{kind}/{name}[{start}:{stop}]"
@@ -157,13 +172,14 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         )
     place = "its top level"
     try:
-        rest = {"format", "version", "digest", "shards", "files", "parameters", "tied", "tensors"}
+        rest = {"format", "version", "digest", "shards", "files", "parameters", "tied", "tensors", SEAL}
         about = {key: item for key, item in value.items() if key not in rest}
         place = "digest"
         block = _count(value["digest"]["block"])
         if not 4096 <= block <= 1 << 30 or block % 4096:
             raise ValueError(f"a block of {block} bytes")
         manifest = Manifest(about, _text(value["digest"]["algorithm"]), block=block)
+        _check_seal(text, manifest.algorithm, path)
         place = "shards"
         manifest.shards = [check_name(_text(name), path) for name in value["shards"]]
         for name, record in value["files"].items():

@@ -5,12 +5,22 @@ Read by `deepspeed.tiers`, `deepspeed.checkpoint` and `deepspeed.activation`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deepspeed.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveSize, Section, also, any_case
+from deepspeed.config.base import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveSize,
+    Problem,
+    Section,
+    also,
+    any_case,
+)
 
 
 class AioConfig(Section):
@@ -109,7 +119,7 @@ class DataStatesConfig(Section, extra="allow"):
 class ActivationCheckpointingConfig(Section):
     """`activation_checkpointing`: what `deepspeed.checkpointing.configure` uses where its arguments do not say.
 
-    The engine does not apply this section by itself.
+    The engine applies it by itself only where `recompute` or `memory_budget_gb` asks it to checkpoint the model's blocks.
     """
 
     partition_activations: bool = False
@@ -123,4 +133,18 @@ class ActivationCheckpointingConfig(Section):
     synchronize_checkpoint_boundary: bool = False
     """Wait for the device at each boundary; for debugging."""
     profile: bool = False
-    """Time the forward and backward of each checkpoint."""
+    """Time the forward and the recomputation of each checkpoint."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Have the engine checkpoint the model's repeated blocks: keep only their inputs ("full"), or the results of
+    matrix products and attention, too ("selective")."""
+    memory_budget_gb: PositiveFloat | None = None
+    """Recompute in as few blocks, and as little, as is predicted to keep a rank's device memory below this many GiB."""
+
+    def rules(self) -> Iterator[Problem]:
+        """A budget chooses by itself."""
+        if self.memory_budget_gb is not None and self.recompute != "none":
+            yield Problem(
+                ("recompute", "memory_budget_gb"),
+                "the budget chooses what is recomputed",
+                "Leave one of them out.",
+            )

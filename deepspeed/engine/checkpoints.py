@@ -178,7 +178,7 @@ class CheckpointMethods:
         ranks = Ranks(engine.mesh)
         what = f"load_checkpoint({str(load_dir)!r}, tag={tag!r})"
         if tag is None:
-            tag = ranks.on_first(what, lambda: latest_tag(Path(load_dir)))
+            tag = ranks.on_first(what, lambda: latest_tag(Path(load_dir), engine._config.checkpoint.load_universal))
             if tag is None:
                 log_dist(f"{what}: no file {Path(load_dir) / 'latest'}, nothing is loaded. Give tag=...", [0], 30)
                 return None, None

@@ -30,15 +30,19 @@ from deepspeed.engine.agreement import describe_inputs, describe_model, flatten,
 from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.observe import announce, make_observers, run_directory
+from deepspeed.engine.out_of_memory import explained
 from deepspeed.engine.queries import ConfigQueries
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
+from deepspeed.tiers import Tier
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.zero.access import trainers
+from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
@@ -124,7 +128,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
-        self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
+        self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
             gc.disable()
@@ -150,6 +154,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
+        self._recomputation = Recomputation(model, self._config, self.mpu)
+        undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
         self._checkpoints = Checkpoints(self._config)
@@ -182,6 +188,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.watch.on_begin.append(self._scale_guard.check)
         assemble.cast_buffers(model, config)
         placing = make_placing(config, self.policy, self._device)
+        assemble.open_disks(config, self.mesh, placing, model, basic)
         built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
         self._gatherer: Gatherer | None = None
@@ -198,9 +205,11 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             rests=[gradient_rest(placing, master) for master in built.masters],
             **assemble.reduction_arguments(config, self.mesh, self._device),
         )
+        self._reducer.set_order(assemble.order_of_backward(model, built.masters))
         undo.callback(self._reducer.close)
         self.basic_optimizer = basic
         self.optimizer: ZeroOptimizer | None = None
+        self._put_away: PutAway | None = None
         if basic is not None:
             self.optimizer = ZeroOptimizer(
                 basic,
@@ -216,6 +225,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
                 allow_untested=config.zero_allow_untested_optimizer,
                 zero_stage=stage,
             )
+            self._put_away = PutAway(self.optimizer, built.buckets)
             self.optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
             trainers.add(self.optimizer)
             undo.callback(trainers.remove, self.optimizer)
@@ -264,6 +274,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
+        self._recomputation.settle(self, inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
@@ -276,6 +287,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         if self._finalizer.peek() is None:
             raise TrainingStateError("this engine was destroyed.\n  Make a new one with deepspeed.initialize.")
         self.watch.end()
+        self.reload_states()
         if torch.is_grad_enabled():
             self._reducer.hide()
             self._reducer.flush()
@@ -287,7 +299,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     @contextlib.contextmanager
     def _phase(self, name: str, value: Any = None) -> Iterator[None]:
         """A part of the step, as a span and for the observers."""
-        with torch.profiler.record_function(f"engine.{name}"):
+        with torch.profiler.record_function(f"engine.{name}"), explained(self, name):
             self.timers(name).start()
             for observer in self._observers:
                 observer.begins(name, value)
@@ -359,6 +371,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
                 "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
             )
         self.watch.end()
+        self.reload_states()
         self.accumulation.is_stepping = True
         self._was_step_applied = False
         try:
@@ -662,6 +675,31 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     def collect_python_gc(self) -> int:
         """Collect Python's cyclic garbage now, for runs with `disable_python_gc`; the number of objects found."""
         return gc.collect()
+
+    def offload_states(
+        self,
+        include: Iterable[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Put states (a set of OffloadStateTypeEnum; default all) away into main memory between steps, stages 1 to 3.
+
+        The next forward or step brings them back, or `reload_states`. Raises DeepSpeedConfigError (a ValueError and an
+        AssertionError) for another device, stage 0, and where parameters are offloaded already.
+        """
+        stage = self._config.zero_optimization.stage
+        if self._put_away is None or stage == 0 or self.policy.parameters.tier is not Tier.DEVICE:
+            what = "stage 0" if stage == 0 else "offload_param" if self._put_away else "an engine without optimizer"
+            raise DeepSpeedConfigError(
+                f"offload_states does not go with {what}.\n  Use it at ZeRO stages 1 to 3 without offload_param."
+            )
+        self._put_away.put(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` put away."""
+        if self._put_away is not None and not self._put_away.is_empty:
+            self._put_away.bring_back(non_blocking)
 
     def empty_partition_cache(self) -> None:
         """Stage 3: reshard everything that is unsharded and not in use."""

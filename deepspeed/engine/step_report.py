@@ -105,7 +105,11 @@ class StepReport(Observer):
         self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
 
     def _count_rows(self, inputs: Any) -> None:
-        tensors = [leaf for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        args, kwargs = inputs
+        leaves = [*args, *kwargs.values()]
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            leaves = tree_leaves(leaves)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
         tokens = next((t for t in tensors if t.dim() == 2 and t.dtype in (torch.int64, torch.int32)), None)
         if tokens is not None:
             self._tokens = (self._tokens or 0) + tokens.numel()
@@ -118,7 +122,7 @@ class StepReport(Observer):
         if self._peak is None and self._flops.model:
             peak = self._config.monitor.peak_tflops
             self._peak = peak * 1e12 if peak else measured_peak(computing_dtype(self._config))
-        numbers = self._numbers(engine, is_line)
+        numbers = self._numbers(engine)
         times = _elapsed_events(numbers) if engine.wall_clock_breakdown_enabled else {}
         self._monitor.write_step(numbers, [(name, value, numbers.samples) for name, value in times.items()])
         if self._every:
@@ -134,12 +138,14 @@ class StepReport(Observer):
     def _write_comm(self, engine: DeepSpeedEngine) -> None:
         recorder = Current.recorder
         if recorder is not None:
-            measure_alone(recorder)
+            number = engine.global_steps // (self._every or COMM_EVERY)
+            if number & (number - 1) == 0:  # after a while there is nothing new; to ask costs a collective
+                measure_alone(recorder)
             ops = recorder.summary(engine.world_size)
             hidden = hidden_share(recorder.flows.values())
             self._monitor.write_line("comm", {"step": engine.global_steps, "hidden": hidden, "ops": ops})
 
-    def _numbers(self, engine: DeepSpeedEngine, is_line: bool) -> StepNumbers:
+    def _numbers(self, engine: DeepSpeedEngine) -> StepNumbers:
         now_s = time.perf_counter()
         step_s = now_s - (self._ended_s if self._ended_s is not None else now_s)
         self._ended_s = now_s
@@ -152,7 +158,7 @@ class StepReport(Observer):
             samples=engine.global_samples,
             time=time.time(),
             step_s=step_s,
-            loss=torch.stack(self._losses).float().mean().item() if self._losses else None,
+            loss=sum(loss.item() for loss in self._losses) / len(self._losses) if self._losses else None,
             lr=engine.get_lr(),
             grad_norm=engine.get_global_grad_norm(),
             loss_scale=engine.loss_scale(),
@@ -168,7 +174,7 @@ class StepReport(Observer):
             wait_offload_s=offload_s - self._seen_offload_s,
             offload_s={key: offload[key] for key in OFFLOAD_S},
             offload_nbytes={key: int(offload[key]) for key in OFFLOAD.nbytes},
-            memory=self._read_memory(now_s, is_line),
+            memory=self._read_memory(now_s),
             comm_nbytes={op: n for op, n in sent.items() if n},
         )
         self._seen_comm_s, self._seen_offload_s = comm_s, offload_s
@@ -183,8 +189,8 @@ class StepReport(Observer):
         counted = self._flops.model if saw_backward else 3 * self._flops.by_phase[Phase.FORWARD]
         return counted * self._rows / self._counted_rows
 
-    def _read_memory(self, now_s: float, is_line: bool) -> dict[str, int]:
-        if not is_line and now_s - self._memory_read_s < MEMORY_EVERY_S:
+    def _read_memory(self, now_s: float) -> dict[str, int]:
+        if now_s - self._memory_read_s < MEMORY_EVERY_S:
             return self._memory
         self._memory_read_s = now_s
         accelerator = get_accelerator()

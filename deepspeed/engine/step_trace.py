@@ -23,23 +23,26 @@ class StepTrace(Observer):
         self._path = folder / f"trace-rank{current_rank()}.json"
         self._before, self._last = first_step - 1, first_step + num_steps - 1
         self._profiler: torch.profiler.profile | None = None
-        self._is_done = False
+        self._is_started = False
 
     def begins(self, phase: str, value: Any) -> None:
         """See Observer."""
-        if self._before == 0 and self._profiler is None and not self._is_done:
-            self._profiler = start_trace()
+        if self._before == 0:
+            self._start()
 
     def step_ended(self, engine: DeepSpeedEngine) -> None:
         """See Observer."""
         if engine.global_steps == self._before:
-            self._profiler = start_trace()
+            self._start()
         elif engine.global_steps >= self._last:
             self.close()
+
+    def _start(self) -> None:
+        if not self._is_started:
+            self._is_started = True
+            self._profiler = start_trace()
 
     def close(self) -> None:
         """See Observer."""
         profiler, self._profiler = self._profiler, None
-        if profiler is not None:
-            self._is_done = True
-            stop_trace(profiler, self._path)
+        stop_trace(profiler, self._path)

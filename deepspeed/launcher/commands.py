@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMMANDS: dict[str, str] = {
+    "estimate": "deepspeed.memory.cli",
     "report": "deepspeed.monitor.report",
     "top": "deepspeed.monitor.top",
 }

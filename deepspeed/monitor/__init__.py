@@ -28,5 +28,6 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.monitor.wandb": "WandbMonitor",
             "deepspeed.monitor.comet": "CometMonitor",
         }
-    ),
+    )
+    | {name: f"deepspeed.monitor.{name}:" for name in "comet config csv_monitor monitor tensorboard wandb".split()},
 )

@@ -9,6 +9,7 @@ Invariant: nothing that a backend does reaches the training loop as an exception
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -24,6 +25,22 @@ class Event(NamedTuple):
     name: str
     value: Any
     step: int
+
+
+class FlushEvery:
+    """Says when to flush: at the first write, and then at most once in `seconds`, so that fast steps are not slowed."""
+
+    def __init__(self, seconds: float = 1.0) -> None:
+        self._seconds = seconds
+        self._next_s = 0.0
+
+    def is_due(self) -> bool:
+        """Whether to flush now."""
+        now_s = time.monotonic()
+        if now_s < self._next_s:
+            return False
+        self._next_s = now_s + self._seconds
+        return True
 
 
 class Backend(Protocol):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TextIO
 
 from deepspeed.config.monitors import CsvMonitorConfig
-from deepspeed.monitor.backend import Event, Monitor
+from deepspeed.monitor.backend import Event, FlushEvery, Monitor
 from deepspeed.utils.logging import current_rank
 
 
@@ -19,16 +19,16 @@ class CsvBackend:
         self.folder = Path(config.output_path, config.job_name)
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, TextIO] = {}
+        self._flush = FlushEvery()
 
     def write(self, events: Sequence[Event]) -> None:
         """See Backend."""
-        touched = set()
         for name, value, step in events:
             file = self._files.get(name) or self._open(name)
             file.write(f"{step},{value}\n")
-            touched.add(file)
-        for file in touched:
-            file.flush()
+        if self._flush.is_due():
+            for file in self._files.values():
+                file.flush()
 
     def _open(self, name: str) -> TextIO:
         path = self.folder / f"{re.sub('[/ ]', '_', name)}.csv"

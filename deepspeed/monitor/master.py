@@ -71,7 +71,8 @@ class MonitorMaster:
         for monitor in self.monitors:
             if monitor.enabled:
                 monitor.write_events([*numbers.as_events(), *more_events])
-        self.write_line("step", numbers.as_record())
+        if self.record.enabled:
+            self.write_line("step", numbers.as_record())
 
     def write_line(self, kind: str, values: dict[str, Any]) -> None:
         """Write a line of the record."""

@@ -41,7 +41,7 @@ class RunWriter:
     def add(self, kind: str, **values: Any) -> None:
         """Write one line; it is in the file when this returns."""
         try:
-            text = json.dumps({"kind": kind, **_finite(values)}, separators=(",", ":"), default=str)
+            text = _to_json({"kind": kind, **values})
             self._file.write(f"{self._separator}{text}\n")
             self._file.flush()
             self._separator = ""
@@ -58,6 +58,16 @@ class RunWriter:
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+
+
+def _to_json(values: dict[str, Any]) -> str:
+    try:
+        return _ENCODER.encode(values)
+    except ValueError:
+        return _ENCODER.encode(_finite(values))
+
+
+_ENCODER = json.JSONEncoder(separators=(",", ":"), default=str, allow_nan=False)
 
 
 def _finite(value: Any) -> Any:

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from deepspeed.config.monitors import TensorBoardConfig
-from deepspeed.monitor.backend import Event, Monitor
+from deepspeed.monitor.backend import Event, FlushEvery, Monitor
 from deepspeed.utils.logging import current_rank
 
 
 class TensorBoardBackend:
-    """Torch's own writer, which buffers for two minutes; flushed here with every write, so that the page is live."""
+    """Torch's own writer, which buffers for two minutes; flushed here every second, so that the page is live."""
 
     def __init__(self, folder: Path) -> None:
         try:
@@ -19,12 +19,14 @@ class TensorBoardBackend:
         except ImportError as error:
             raise ImportError("the package tensorboard is missing. pip install tensorboard") from error
         self.summary_writer = SummaryWriter(log_dir=str(folder))
+        self._flush = FlushEvery()
 
     def write(self, events: Sequence[Event]) -> None:
         """See Backend."""
         for name, value, step in events:
             self.summary_writer.add_scalar(name, value, step)
-        self.summary_writer.flush()
+        if self._flush.is_due():
+            self.summary_writer.flush()
 
     def close(self) -> None:
         """See Backend."""

@@ -19,8 +19,11 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import logger
 
 
-def start_trace() -> torch.profiler.profile:
-    """A profiler that records from now on."""
+def start_trace() -> torch.profiler.profile | None:
+    """A profiler that records from now on; None where it cannot, for example beside another one."""
+    if torch.autograd._profiler_enabled():
+        logger.warning("no trace is taken: another profiler is running, and torch has room for one.")
+        return None
     kinds = [torch.profiler.ProfilerActivity.CPU]
     name = get_accelerator().device_name().upper()
     if name != "CPU" and name in torch.profiler.ProfilerActivity.__members__:
@@ -30,10 +33,12 @@ def start_trace() -> torch.profiler.profile:
     return profiler
 
 
-def stop_trace(profiler: torch.profiler.profile, path: Path) -> None:
+def stop_trace(profiler: torch.profiler.profile | None, path: Path) -> None:
     """End it and write its file."""
-    profiler.stop()
+    if profiler is None:
+        return
     try:
+        profiler.stop()
         path.parent.mkdir(parents=True, exist_ok=True)
         profiler.export_chrome_trace(str(path))
     except Exception as error:  # training goes on without

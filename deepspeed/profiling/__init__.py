@@ -12,5 +12,7 @@ from deepspeed.utils.lazy import invert as _invert
 from deepspeed.utils.lazy import lazy_exports as _lazy_exports
 
 __getattr__, __dir__ = _lazy_exports(
-    __name__, _invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"})
+    __name__,
+    _invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"})
+    | {"flops_profiler": "deepspeed.profiling.flops_profiler:"},
 )

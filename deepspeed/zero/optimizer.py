@@ -26,7 +26,7 @@ from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
@@ -88,6 +88,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._own_group = (
             mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
         )
+        self.is_away = False
+        """Whether `engine.offload_states` has put masters or states away."""
         self.stream: TileStream | None = None
         """The step of masters that rest on a tier, if there are any."""
         self._install_runs(allow_untested, placing)
@@ -532,6 +534,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
         memory. They lie in one run. Raises KeyError for a state that does not exist."""
         master = self.masters[index]
+        if self.is_away:
+            raise TrainingStateError(
+                "masters or states were put away by engine.offload_states.\n  Call engine.reload_states() first."
+            )
         if kind == "master":
             return read(master.weights, start, stop)
         if self._is_streamed(master):

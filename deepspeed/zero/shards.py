@@ -16,20 +16,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.tiers import InMemory, Rest
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.layout import RunSpan
+from deepspeed.zero.master import read
 from deepspeed.zero.param import slot_of
 
 if TYPE_CHECKING:
     from deepspeed.zero.build import Built
     from deepspeed.zero.optimizer import Master, ZeroOptimizer
+    from deepspeed.zero.stream import Segment
 
 PARAM = "param"
 OPTIM = "optim."
@@ -71,19 +74,26 @@ class RunValues:
     """Kinds of the states that have the run's length."""
 
 
-def _flat_of_tensor(kind: str, tensor: Tensor, spans: Sequence[Span], replicas: tuple[int, int]) -> Flat:
-    flat = tensor.detach().view(-1)
+def _flat_of_rest(kind: str, rest: Rest, first: int, spans: Sequence[Span], replicas: tuple[int, int]) -> Flat:
+    """The elements of a rest from `first` on, whatever tier it is on."""
 
     def write(at: int, values: Tensor) -> None:
-        flat.narrow(0, at, values.numel()).copy_(values)
+        rest.start_store(first + at, values.to(rest.dtype).contiguous()).wait()
 
-    return Flat(kind, flat.dtype, tuple(spans), *replicas, lambda at, numel: flat.narrow(0, at, numel).cpu(), write)
+    def read_at(at: int, numel: int) -> Tensor:
+        return read(rest, first + at, first + at + numel).cpu()
+
+    return Flat(kind, rest.dtype, tuple(spans), *replicas, read_at, write)
+
+
+def _flat_of_tensor(kind: str, tensor: Tensor, spans: Sequence[Span], replicas: tuple[int, int]) -> Flat:
+    return _flat_of_rest(kind, InMemory(tensor.detach().view(-1)), 0, spans, replicas)
 
 
 def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
     """Every parameter of the model: masters where it trains, the parameters themselves where not."""
     for master in built.masters:
-        yield _flat_of_tensor(PARAM, master.tensor, _spans(master), _replicas(mesh, master.is_sharded))
+        yield _flat_of_rest(PARAM, master.weights, 0, _spans(master), _replicas(mesh, master.is_sharded))
     trained = {id(master.bucket) for master in built.masters}
     for bucket in built.buckets:
         if id(bucket) not in trained:
@@ -92,8 +102,8 @@ def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
             if not bucket.is_sharded:
                 starts = zip(bucket.names, bucket.layout.starts, bucket.layout.numels, strict=True)
                 spans = [Span(name, 0, start, numel) for name, start, numel in starts]
-            memory = bucket.shard if bucket.is_sharded else bucket.full
-            yield _flat_of_tensor(PARAM, memory, spans, _replicas(mesh, bucket.is_sharded))
+            rest = bucket.rest if bucket.is_sharded else InMemory(bucket.full)
+            yield _flat_of_rest(PARAM, rest, 0, spans, _replicas(mesh, bucket.is_sharded))
     for name, param in module.named_parameters():
         if slot_of(param) is None:
             yield _placed(param, name, mesh)
@@ -126,51 +136,83 @@ def _spans(master: Master) -> list[Span]:
     return [Span(names[p.param], p.in_param, p.in_shard, p.numel) for p in master.layout.pieces(master.rank)]
 
 
-def _spans_of_run(optimizer: ZeroOptimizer, index: int, position: int) -> list[Span]:
-    """The spans of one steppable tensor, positions relative to it."""
-    master = optimizer.masters[index]
-    if optimizer._gives_whole:
-        return [Span(master.bucket.names[position], 0, 0, master.layout.numels[position])]
-    run = master.spans[position]
-    return [
-        Span(span.name, span.in_param, span.at - run.start, span.numel)
-        for span in _spans(master)
-        if run.start <= span.at < run.stop
-    ]
+class _Run(NamedTuple):
+    """What the optimizer knows by one tensor: a run, a whole parameter, or a segment of a shard on a tier."""
+
+    master: int
+    """Its master's index."""
+    group: int
+    tensor: nn.Parameter
+    start: int
+    """First element in the master."""
+    numel: int
+    spans: list[Span]
+    """Positions relative to the run."""
+    segment: Segment | None
+
+    def state_kinds(self, optimizer: ZeroOptimizer) -> list[str]:
+        """Names of the states that have an element for each of the run's."""
+        if self.segment is not None:
+            return sorted(self.segment.states)
+        state = optimizer.state.get(self.tensor, {})
+        return [
+            key for key, v in state.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape == self.tensor.shape
+        ]
 
 
-def _runs(optimizer: ZeroOptimizer) -> Iterator[tuple[int, int, nn.Parameter]]:
-    for index, members in enumerate(optimizer.steppable):
-        for position, (_, tensor) in enumerate(members):
-            yield index, position, tensor  # type: ignore[misc]
+def _runs(optimizer: ZeroOptimizer) -> Iterator[_Run]:
+    for index, master in enumerate(optimizer.masters):
+        segments = optimizer.stream.segments(index) if optimizer.stream is not None else ()
+        for segment in segments:
+            spans = _spans_within(master, segment.start, segment.stop)
+            numel = segment.stop - segment.start
+            yield _Run(index, segment.group, segment.param, segment.start, numel, spans, segment)
+        for position, (group, tensor) in enumerate(optimizer.steppable[index]):
+            if optimizer._gives_whole:
+                start, numel = master.layout.starts[position], master.layout.numels[position]
+                spans = [Span(master.bucket.names[position], 0, 0, numel)]
+            else:
+                run = master.spans[position]
+                start, numel, spans = run.start, run.stop - run.start, _spans_within(master, run.start, run.stop)
+            yield _Run(index, group, tensor, start, numel, spans, None)  # type: ignore[arg-type]
 
 
-def _is_elementwise(value: Any, run: Tensor) -> bool:
-    return isinstance(value, Tensor) and value.shape == run.shape and run.dim() > 0
+def _spans_within(master: Master, start: int, stop: int) -> list[Span]:
+    """What lies in the elements [start, stop) of a master, positions relative to `start`."""
+    found = []
+    for span in _spans(master):
+        low, high = max(span.at, start), min(span.at + span.numel, stop)
+        if low < high:
+            found.append(Span(span.name, span.in_param + low - span.at, low - start, high - low))
+    return found
 
 
 def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
     """Every optimizer state that has an element for each of the weights'."""
-    for index, position, run in _runs(optimizer):
-        master = optimizer.masters[index]
-        spans = _spans_of_run(optimizer, index, position)
-        for key, value in optimizer.state.get(run, {}).items():
-            if _is_elementwise(value, run):
+    for run in _runs(optimizer):
+        replicas = _replicas(mesh, optimizer.masters[run.master].is_sharded)
+        for key in run.state_kinds(optimizer):
+            if run.segment is not None:
+                assert optimizer.stream is not None
+                yield _flat_of_rest(
+                    OPTIM + key, optimizer.stream.states[run.master][key], run.start, run.spans, replicas
+                )
+            else:
                 # States keep the optimizer's memory format; a run or a bucket's view is always contiguous.
-                yield _flat_of_tensor(OPTIM + key, value, spans, _replicas(mesh, master.is_sharded))
+                yield _flat_of_tensor(OPTIM + key, optimizer.state[run.tensor][key], run.spans, replicas)
 
 
 def run_values(optimizer: ZeroOptimizer) -> list[RunValues]:
     """What runs keep besides (`step`, factored moments, ...); runs that were never stepped are left out."""
     found = []
-    for index, position, run in _runs(optimizer):
-        state = optimizer.state.get(run, {})
+    for run in _runs(optimizer):
+        state = optimizer.state.get(run.tensor, {})
         if state:
-            names = dict.fromkeys(span.name for span in _spans_of_run(optimizer, index, position))
-            kinds = [OPTIM + key for key, value in state.items() if _is_elementwise(value, run)]
-            rest = {str(key): value for key, value in state.items() if not _is_elementwise(value, run)}
+            names = dict.fromkeys(span.name for span in run.spans)
+            keys = run.state_kinds(optimizer)
+            rest = {str(key): value for key, value in state.items() if key not in keys}
             _check_values(optimizer, rest)
-            found.append(RunValues(tuple(names), rest, tuple(kinds)))
+            found.append(RunValues(tuple(names), rest, tuple(OPTIM + key for key in keys)))
     return found
 
 
@@ -215,26 +257,35 @@ def renew_states(
     optimizer.state.clear()
     _cut_runs(optimizer, spec_of)
     flats = []
-    for index, position, run in _runs(optimizer):
-        spans = _spans_of_run(optimizer, index, position)
-        specs = [(span.name, spec_of[span.name]) for span in spans if span.name in spec_of]
+    for run in _runs(optimizer):
+        specs = [(span.name, spec_of[span.name]) for span in run.spans if span.name in spec_of]
+        if run.segment is not None:
+            run.segment.states.clear()
         if not specs:
             continue
         name, spec = specs[0]
+        master = optimizer.masters[run.master]
         state: dict[str, Any] = {}
-        group = optimizer.param_groups[optimizer.steppable[index][position][0]]
+        group = optimizer.param_groups[run.group]
         on_device = bool(group.get("fused") or group.get("capturable"))
         for key, value in spec.values.items():
             if isinstance(value, Tensor):
-                state[key] = value.to(run.device, copy=True) if on_device or value.dim() else value.clone()
+                state[key] = value.to(run.tensor.device, copy=True) if on_device or value.dim() else value.clone()
             else:
                 state[key] = value
+        optimizer.state[run.tensor] = state
+        held = [span for span in run.spans if span.name in spec_of]
+        replicas = _replicas(mesh, master.is_sharded)
         for kind, stored in spec.dtypes.items():
-            dtype = stored if run.dtype == master_dtype_of[name] or not stored.is_floating_point else run.dtype
-            state[kind.removeprefix(OPTIM)] = tensor = torch.zeros_like(run.detach(), dtype=dtype)
-            held = [span for span in spans if span.name in spec_of]
-            flats.append(_flat_of_tensor(kind, tensor, held, _replicas(mesh, optimizer.masters[index].is_sharded)))
-        optimizer.state[run] = state
+            keeps = master.weights.dtype == master_dtype_of[name] or not stored.is_floating_point
+            key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype
+            if run.segment is not None:
+                assert optimizer.stream is not None
+                rest = optimizer.stream.adopt_state(run.master, run.segment, key, dtype)
+                flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
+            else:
+                state[key] = tensor = torch.zeros_like(run.tensor.detach(), dtype=dtype)
+                flats.append(_flat_of_tensor(kind, tensor, held, replicas))
     return flats
 
 
@@ -257,4 +308,7 @@ def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> Non
                     wanted.append(RunSpan(run.group, span.at, span.at + span.numel))
                 previous = signature
         for span_ in wanted:
-            optimizer._isolate(index, span_.start, span_.stop)
+            if optimizer.stream is not None and optimizer._is_streamed(master):
+                optimizer.stream.isolate(index, span_.start, span_.stop)
+            else:
+                optimizer._isolate(index, span_.start, span_.stop)

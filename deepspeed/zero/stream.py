@@ -251,6 +251,18 @@ class TileStream:
             states[name] = self.placing.optimizer(master.tier, name, master.numel, dtype)
         return states[name]
 
+    def adopt_state(self, index: int, segment: Segment, name: str, dtype: torch.dtype) -> Rest:
+        """The rest of a state that a segment is about to be given from outside; what nobody writes there is zero."""
+        is_new = not any(name in other.states for other in self.segments(index))
+        rest = self._state_rest(index, name, dtype)
+        if is_new:
+            for tile in self.tiles:
+                if tile.index == index:
+                    rest.start_store(tile.start, torch.zeros(tile.stop - tile.start, dtype=rest.dtype)).wait()
+        segment.states.add(name)
+        self.optimizer.state[segment.param][name] = self._piece_of_state(index, name, segment.start, segment.stop)
+        return rest
+
     def _start_writing(self, loaded: _Loaded) -> None:
         tile, buffers = loaded.tile, loaded.buffers
         master, states = self.masters[tile.index], self.states[tile.index]

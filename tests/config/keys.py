@@ -152,6 +152,8 @@ _TREE: dict[str, Any] = {
         "number_checkpoints": None,
         "synchronize_checkpoint_boundary": False,
         "profile": False,
+        "recompute": "none",
+        "memory_budget_gb": None,
     },
     "steps_per_print": None,
     "wall_clock_breakdown": False,

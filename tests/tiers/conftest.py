@@ -1,10 +1,9 @@
-"""Folders on a real disk and in memory, means of I/O, and small disks that fill up."""
+"""Folders on a real disk and in memory, and means of I/O."""
 
 from __future__ import annotations
 
-import subprocess
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -42,26 +41,3 @@ def in_memory() -> Iterator[Path]:
         pytest.skip("this machine has no /dev/shm")
     with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
         yield Path(folder)
-
-
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
-    """Mounts a file system of its own, of that size: `small_disk("1m", "ro")`; `kind` ramfs has no direct I/O."""
-    mounted: list[Path] = []
-
-    def mount(nbytes: str, *options: str, kind: str = "tmpfs") -> Path:
-        at = tmp_path / f"disk{len(mounted)}"
-        at.mkdir()
-        command = ["mount", "-t", kind, "-o", ",".join((f"size={nbytes}", *options)), kind, str(at)]
-        try:
-            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
-        except FileNotFoundError:
-            pytest.skip("this machine has no mount command")
-        if done.returncode:
-            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
-        mounted.append(at)
-        return at
-
-    yield mount
-    for at in mounted:
-        subprocess.run(["umount", "-l", str(at)], capture_output=True, timeout=30)
