@@ -21,6 +21,7 @@ folder = sys.argv[-1]
 config = {
     "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.01}},
     "zero_optimization": {"stage": 2},
+    "gradient_clipping": 0.0,
     "elasticity": {
         "enabled": True, "version": 0.1, "max_train_batch_size": 8, "micro_batch_sizes": [2, 4], "max_gpus": 4,
     },
