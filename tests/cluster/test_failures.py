@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -137,11 +138,10 @@ def test_the_wrong_python_on_a_node_is_named(nodes: Cluster, tmp_path: Path) -> 
     nodes["b"].run("mount", "-t", "tmpfs", "tmpfs", str(tmp_path))
     python = tmp_path / "python"
     try:
-        nodes["a"].run("ln", "-s", os.path.realpath("/usr/bin/env"), str(tmp_path / "unused"))
-        python.symlink_to(os.path.realpath(os.sys.executable))  # type: ignore[attr-defined]
+        python.symlink_to(os.path.realpath(sys.executable))
         done = subprocess.run(
             nodes.head.enter(str(python), *deepspeed("-H", nodes.hostfile(a=1, b=1), "--launcher", "pdsh", "x.py")[1:]),
-            env={**environment(), "PYTHONPATH": os.pathsep.join(p for p in os.sys.path if p)},  # type: ignore[attr-defined]
+            env={**environment(), "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)},
             timeout=90,
             capture_output=True,
             text=True,
@@ -157,7 +157,7 @@ def test_the_wrong_python_on_a_node_is_named(nodes: Cluster, tmp_path: Path) -> 
 
 def test_a_taken_port_is_named_with_its_host(nodes: Cluster) -> None:
     listen = "import socket, time; s = socket.create_server(('', 23456)); print('up', flush=True); time.sleep(60)"
-    taken = nodes["a"].start(os.sys.executable, "-c", listen, stdout=subprocess.PIPE)  # type: ignore[attr-defined]
+    taken = nodes["a"].start(sys.executable, "-c", listen, stdout=subprocess.PIPE)
     assert taken.stdout is not None and taken.stdout.readline() == "up\n"
     flags = ["-H", nodes.hostfile(a=1, b=1), "--launcher", "pdsh", "--master_port", "23456", "x.py"]
     try:
