@@ -16,6 +16,7 @@ that meet again and again at the same place are not taken for waiting.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import linecache
@@ -221,6 +222,9 @@ def watch(master_addr: str, master_port: int, rank: int, world_size: int, timeou
         return dist.PrefixStore(f"deepspeed_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
     unwatch()
+    # A thread that is inside native code while the interpreter shuts down aborts the process: "terminate called".
+    atexit.unregister(unwatch)
+    atexit.register(unwatch)
     _Running.current = Watchdog(open_store, rank, world_size, timeout_s)
     _Running.current.start()
 

@@ -179,16 +179,6 @@ class Cluster:
         config.write_text(SSHD_CONFIG.format(folder=self.folder, name=name))
         self.nodes[name].run(SSHD, "-f", str(config), "-E", str(self.folder / f"sshd_{name}.log"))
 
-    def revive(self, name: str) -> None:
-        """A node that was killed comes back."""
-        address = self.nodes[name].address
-        (self.folder / f"{name}.ready").unlink()
-        with contextlib.suppress(subprocess.CalledProcessError):
-            self._in_switch("ip", "link", "del", f"v-{name}")
-        self.nodes[name] = Node(name, address, self.folder, own_pids=True)
-        self.connect(name)
-        self.start_sshd(name)
-
     def hostfile(self, **slots: int) -> str:
         """Write a hostfile; its path."""
         path = self.folder / "hostfile"

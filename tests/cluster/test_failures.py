@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.conftest import Running, until
-from tests.cluster.nodes import Cluster, deepspeed, environment
+from tests.cluster.nodes import Cluster, cluster, deepspeed, environment
 
 Start = Callable[..., Running]
 BY_NODE = ["pdsh", "ssh"]
@@ -35,8 +35,6 @@ def start(job: Start, request: pytest.FixtureRequest) -> Start:
 def mended(nodes: Cluster) -> Iterator[None]:
     """Whatever the test does to node b is undone."""
     yield
-    if not nodes["b"].is_alive():
-        nodes.revive("b")
     nodes.mend("b")
 
 
@@ -85,10 +83,16 @@ def test_a_cut_network_ends_all_on_both_sides(launcher: str, start: Start, nodes
     print(f"{launcher}: all ended {took_s:.1f} s after the cut")
 
 
-def test_a_node_that_dies_ends_all(start: Start, nodes: Cluster, mended: None) -> None:
-    running = start("ssh")
-    nodes["b"].kill()
-    code, written, _ = running.ends()
+def test_a_node_that_dies_ends_all(tmp_path: Path) -> None:
+    """On a cluster of its own, which does not get the node back."""
+    (tmp_path / "own").mkdir()
+    with cluster(tmp_path / "own") as nodes:
+        running = Running(nodes, tmp_path, "--launcher", "ssh")
+        try:
+            nodes["b"].kill()
+            code, written, _ = running.ends()
+        finally:
+            running.close()
     assert code == 1
     assert "---- node b failed first (host b): lost ----" in written
 
