@@ -218,6 +218,7 @@ def test_the_commands_log_has_no_token(
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("DS_SOME_SECRET", "hush")
+    monkeypatch.setattr(logging.getLogger("DeepSpeed.launcher"), "handlers", [])
     (tmp_path / "hosts").write_text("127.0.0.1 slots=1\n127.0.0.2 slots=1\n")
     flags = ["-H", str(tmp_path / "hosts"), "--launcher", "ssh", "--no_ssh_check", "--log_level", "debug"]
     assert runner.main([*flags, "train.py"]) == 3
