@@ -94,7 +94,7 @@ class Node:
         """Start a command. On a node with ids of its own, the process returned is nsenter."""
         return subprocess.Popen(self.enter(*command), text=True, stdin=subprocess.DEVNULL, **more)
 
-    def processes(self) -> dict[int, str]:
+    def processes(self, but: Sequence[str] = SERVICES) -> dict[int, str]:
         """Process id -> command line of what runs on this node, services aside; ids as this machine sees them."""
         kind = "pid" if self.own_pids else "net"
         found = {}
@@ -105,7 +105,7 @@ class Node:
                 if (entry / "stat").read_text().rpartition(")")[2].split()[0] in "ZX":
                     continue
                 words = (entry / "cmdline").read_bytes().split(b"\0")
-                if Path(words[0].decode().lstrip(": ").split(":")[0].strip()).name not in SERVICES:
+                if Path(words[0].decode().lstrip(": ").split(":")[0].strip()).name not in but:
                     found[int(entry.name)] = b" ".join(words).decode(errors="replace")
         return found
 
@@ -192,7 +192,7 @@ class Cluster:
     def close(self) -> None:
         """End all of it."""
         for node in self.nodes.values():
-            for pid in node.processes():
+            for pid in node.processes(but=()) if node.is_alive() else ():
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
             node.kill()
