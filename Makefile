@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-integrations test-monitors lint format bench native clean
+.PHONY: demo test test-cluster test-integrations test-monitors lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -21,6 +21,14 @@ test: $(INSTALLED)
 # Every ZeRO stage and combination under the newest libraries; writes docs/compatibility.md.
 test-integrations: $(INSTALLED)
 	$(BIN)/python -m pytest tests/integrations --matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
+
+# Debian or Ubuntu, root: the real sshd, pdsh, Open MPI, MPICH and Slurm on nodes made of network namespaces.
+CLUSTER_PACKAGES = openssh-server openssh-client pdsh openmpi-bin mpich slurm-wlm slurmctld slurmd munge iproute2 numactl
+
+test-cluster: $(INSTALLED)
+	apt-get update -qq
+	DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends $(CLUSTER_PACKAGES)
+	DS_TEST_CLUSTER=1 $(BIN)/python -m pytest tests/cluster $(PYTEST_ARGS)
 
 test-monitors: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[dev,monitor]'

@@ -36,7 +36,7 @@ __getattr__, __dir__ = _lazy_exports(
     )
     | {
         name: f"deepspeed.{name}:"
-        for name in "accelerator comm config launcher memory monitor profiling utils zero".split()
+        for name in "accelerator comm config elasticity env_report launcher memory monitor profiling utils zero".split()
     }
     | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
     | _legacy.names(),

@@ -23,7 +23,7 @@ LADDER = [
     "parallel activation",
     "checkpoint profiling",
     "engine",
-    "memory inference autotuning launcher",
+    "memory inference autotuning elasticity launcher env_report",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

@@ -31,6 +31,15 @@ deepspeed.DeepSpeedOptimizer
 deepspeed.ZeroOptimizer
 deepspeed.get_accelerator()
 deepspeed.accelerator.get_accelerator()
+deepspeed.elasticity.compute_elastic_config(ds_config, target_deepspeed_version, world_size, return_microbatch)
+deepspeed.elasticity.elasticity_enabled(ds_config)
+deepspeed.elasticity.ensure_immutable_elastic_config(runtime_elastic_config_dict)
+deepspeed.elasticity.DSElasticAgent
+deepspeed.elasticity.ElasticityError
+deepspeed.elasticity.ElasticityConfigError
+deepspeed.elasticity.ElasticityIncompatibleWorldSize
+deepspeed.env_report.main(hide_operator_status, hide_errors_and_warnings)
+deepspeed.env_report.cli_main
 deepspeed.logger
 deepspeed.log_dist(message, ranks, level)
 deepspeed.dist

@@ -1,9 +1,9 @@
 """Communication: `deepspeed.comm` stands in for `torch.distributed`, and more.
 
-    launch_env.py    what the launcher said: rank, world size, meeting point       (pure)
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py      counts, times, bandwidths
+    watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers
 
 Names that are torch.distributed's and not listed here are torch.distributed's own.

@@ -1,7 +1,7 @@
 """Bringing torch.distributed up, and asking it about ranks and groups.
 
 `init_distributed` is called by `initialize`, by `zero.Init` and by users and libraries first. What the launcher said is
-read by `launch_env`; this module writes it back to the environment, where user scripts look, and starts the process
+read by `utils.launch_env`; this module writes it back to the environment, where user scripts look, and starts the process
 group. Invariant: a process group somebody else started is adopted as it is, and never started twice.
 """
 
@@ -18,9 +18,9 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm import collectives
-from deepspeed.comm.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
+from deepspeed.comm import collectives, watchdog
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.logging import log_dist, warn_once
 
 DEFAULT_TIMEOUT_MINUTES = 10
@@ -65,6 +65,7 @@ def init_distributed(
             "dist_init_required=False, but torch.distributed is not initialized.\n"
             "  Call torch.distributed.init_process_group first, or leave dist_init_required out."
         )
+    env = None
     if init_method is None or rank < 0 or world_size < 1:
         env = _launch_env(rank, world_size, distributed_port, auto_mpi_discovery)
         env.apply(os.environ)
@@ -80,6 +81,9 @@ def init_distributed(
         timeout=timeout or default_timeout(),
         **_known_to_torch(kwargs),
     )
+    if env is not None and init_method is None and world_size > 1:
+        timeout_s = (timeout or default_timeout()).total_seconds()
+        watchdog.watch(env.master_addr, env.master_port, rank, world_size, timeout_s)
 
 
 def _launch_env(rank: int, world_size: int, port: int, other_launchers: bool) -> LaunchEnv:
@@ -125,6 +129,8 @@ def is_initialized() -> bool:
 
 def destroy_process_group(group: ProcessGroup | None = None) -> None:
     """End a group, or all of them."""
+    if group is None or group is dist.group.WORLD:
+        watchdog.unwatch()
     dist.destroy_process_group(group)
 
 

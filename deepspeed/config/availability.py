@@ -49,7 +49,6 @@ _NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("weight_quantization.post_init_quant", bool, "quantized weights"),
     ("aio.use_gds", bool, "GPUDirect Storage"),
     ("autotuning.enabled", bool, "autotuning"),
-    ("elasticity.enabled", bool, "elastic batch sizes"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),
     ("progressive_layer_drop.enabled", bool, "progressive layer dropping"),

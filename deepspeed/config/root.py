@@ -36,6 +36,7 @@ from deepspeed.config.compression import (
     SparseAttentionConfig,
 )
 from deepspeed.config.data import CurriculumLearningConfig, DataEfficiencyConfig, ProgressiveLayerDropConfig
+from deepspeed.config.elastic import elastic_batch
 from deepspeed.config.execution import CompileConfig, HybridEngineConfig, WeightQuantConfig
 from deepspeed.config.explain import read_section
 from deepspeed.config.monitors import (
@@ -245,8 +246,16 @@ class Config(Section):
 
     def batch_sizes(self, *, data_parallel_size: int, size_source: str) -> BatchSizes:
         """The three batch sizes for this many data-parallel ranks; `size_source` says in errors who counted them."""
+        if self.elasticity.enabled:
+            return self._elastic_sizes(data_parallel_size)
         given: list[Given] = [AUTO if key in self.auto_keys else getattr(self, key) for key in KEYS]
         return resolve_batch(*given, data_parallel_size=data_parallel_size, size_source=size_source)
+
+    def _elastic_sizes(self, data_parallel_size: int) -> BatchSizes:
+        found = elastic_batch(self.elasticity, data_parallel_size * self.elasticity.model_parallel_size)
+        accumulation = found.batch // (found.micro * data_parallel_size)
+        origins = dict.fromkeys(KEYS, "elasticity")
+        return BatchSizes(train=found.batch, micro=found.micro, accumulation=accumulation, origins=origins)
 
     @classmethod
     def adapt(cls, data: dict[str, Any]) -> dict[str, Any]:

@@ -6,13 +6,16 @@ The runner reads a hostfile into a pool {host: slots}, filters it to {host: slot
     line    := host WS+ "slots=" digits [anything]          "#..." and empty lines are skipped
     LIST    := NODE ("@" NODE)*        NODE := host [":" slot ("," slot)*]
 
-Invariant: the order of hosts is that of the file, whatever the order in a filter; it is the order of ranks.
+Invariants. The order of hosts is that of the file, whatever the order in a filter; it is the order of ranks. A hostfile
+is data: what is no host name and no IP address goes no further, so nothing in one reaches a shell or looks like a flag.
+Source: RFC 1123, section 2.1, and underscores, which container networks use.
 """
 
 from __future__ import annotations
 
 import base64
 import binascii
+import ipaddress
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -23,12 +26,28 @@ from deepspeed.utils.errors import DeepSpeedError
 World = dict[str, list[int]]
 """Host -> ids of its devices in use, in rank order."""
 
-_LINE = re.compile(r"(\S+)\s+slots=(\d+)")
+MAX_SLOTS = 4096
+_LINE = re.compile(r"(\S+)\s+slots=([0-9]+)")
+_HOST = re.compile(r"[A-Za-z0-9_]([A-Za-z0-9._-]{0,251}[A-Za-z0-9_])?")
+
+
+def is_host(text: str) -> bool:
+    """Whether this is a host name or an IP address."""
+    if _HOST.fullmatch(text):
+        return True
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return "%" not in text  # a zone is anything at all
 
 
 def read_hostfile(path: Path) -> dict[str, int]:
     """The pool {host: slots} of a hostfile. Raises DeepSpeedError, naming file and line, for what is no hostfile."""
-    return parse_hostfile(path.read_text(), str(path))
+    try:
+        return parse_hostfile(path.read_text(), str(path))
+    except (OSError, UnicodeDecodeError) as error:
+        raise DeepSpeedError(f"hostfile {path} cannot be read: {error}.") from None
 
 
 def parse_hostfile(text: str, name: str) -> dict[str, int]:
@@ -41,6 +60,13 @@ def parse_hostfile(text: str, name: str) -> dict[str, int]:
         if match is None:
             raise DeepSpeedError(f'{name}, line {number}: {line!r} is not a host.\n  Write "<host> slots=<number>".')
         host, slots = match.groups()
+        if not is_host(host):
+            raise DeepSpeedError(
+                f"{name}, line {number}: {host!r} is no host name and no IP address.\n"
+                "  Names have letters, digits, dots, hyphens and underscores. A user or a port goes into ~/.ssh/config."
+            )
+        if len(slots) > 6 or int(slots) > MAX_SLOTS:
+            raise DeepSpeedError(f"{name}, line {number}: slots={slots} is more than {MAX_SLOTS}.\n  Count devices.")
         if host in pool:
             raise DeepSpeedError(f"{name}, line {number}: host {host} is listed twice.\n  Remove one of the lines.")
         pool[host] = int(slots)

@@ -1,7 +1,7 @@
 """What to run and where, and from it every worker of one node: command and environment. Pure.
 
-A `Job` is made by the `deepspeed` command or by `python -m deepspeed.launcher.launch` from their arguments. A `Backend`
-runs one; `launch.LocalBackend` does so on this machine. Ranks are numbered through the hosts in order:
+A `Job` is made by the `deepspeed` command or by `python -m deepspeed.launcher.launch` from their arguments; one node's
+part of it is run by `launch.run_here`. Ranks are numbered through the hosts in order:
 
     {"a": [0, 1], "b": [4, 5, 6]}   ->   a: ranks 0 1     b: ranks 2 3 4 (local ranks 0 1 2)
 """
@@ -14,10 +14,17 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
-from typing import Protocol
 
 from deepspeed.launcher.binding import numactl_command, slice_of
 from deepspeed.launcher.hostfile import World
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Elastic:
+    """Between how many nodes a job may run."""
+
+    min_nodes: int
+    max_nodes: int
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +51,8 @@ class Job:
     """Cores to share out among the ranks with numactl; None binds none."""
     threads_per_rank: int | None = None
     """OMP_NUM_THREADS where the caller has not set it; None sets none."""
+    elastic: Elastic | None = None
+    """The number of nodes may change; None: it is fixed."""
 
     @property
     def host(self) -> str:
@@ -74,13 +83,13 @@ class Worker:
     command: Sequence[str]
     environ: Mapping[str, str]
     log: Path | None = None
+    label: str = ""
+    """Its name in messages, if it is not a rank."""
 
-
-class Backend(Protocol):
-    """A way of running a job: one class each."""
-
-    def run(self, job: Job) -> int:
-        """Run it to its end; the exit code."""
+    @property
+    def name(self) -> str:
+        """Its name in messages."""
+        return self.label or f"rank {self.rank}"
 
 
 def workers(
@@ -91,7 +100,8 @@ def workers(
     now: datetime | None = None,
 ) -> list[Worker]:
     """This node's workers. `environ` is the caller's; `numa` {node: cores} is needed for binding only."""
-    stamp = (now or datetime.now()).strftime("%Y%m%d%H%M%S")
+    if job.elastic is not None:
+        return [_elastic_worker(job, job.elastic, environ)]
     made = []
     for local_rank in range(job.local_size):
         rank = job.first_rank + local_rank
@@ -100,10 +110,46 @@ def workers(
                 rank=rank,
                 command=_command(job, local_rank, numa or {}),
                 environ={**environ, **_variables(job, local_rank, environ)},
-                log=job.log_dir / f"{stamp}_rank{rank}.log" if job.log_dir else None,
+                log=log_path(job.log_dir, rank, now) if job.log_dir else None,
             )
         )
     return made
+
+
+def _elastic_worker(job: Job, elastic: Elastic, environ: Mapping[str, str]) -> Worker:
+    """torchrun's agent, which starts this node's ranks and starts them again when nodes come and go."""
+    agent = [
+        sys.executable,
+        "-u",
+        "-m",
+        "deepspeed.launcher.elastic",
+        f"--nodes={elastic.min_nodes}:{elastic.max_nodes}",
+    ]
+    flags = [f"--ranks={job.local_size}", f"--meet={job.master_addr}:{job.master_port}"]
+    log = [f"--log_dir={job.log_dir}"] if job.log_dir else []
+    names = {job.visible_devices: ",".join(map(str, job.world[job.host]))} if job.visible_devices else {}
+    if job.threads_per_rank is not None and "OMP_NUM_THREADS" not in environ:
+        names["OMP_NUM_THREADS"] = str(job.threads_per_rank)
+    rest = [
+        *log,
+        *([] if job.no_local_rank else [f"--local_rank_at={len(_python(job))}"]),
+        "--",
+        *_python(job),
+        *job.script_args,
+    ]
+    return Worker(
+        rank=job.node_rank, command=[*agent, *flags, *rest], environ={**environ, **names}, label=f"node {job.host}"
+    )
+
+
+def _python(job: Job) -> list[str]:
+    """What runs the script, up to the script's own arguments."""
+    return [*([] if job.no_python else [sys.executable, "-u", *(["-m"] if job.module else [])]), job.script]
+
+
+def log_path(folder: Path, rank: int, now: datetime | None = None) -> Path:
+    """The file for a rank's output."""
+    return folder / f"{(now or datetime.now()):%Y%m%d%H%M%S}_rank{rank}.log"
 
 
 def _variables(job: Job, local_rank: int, environ: Mapping[str, str]) -> dict[str, str]:
@@ -132,9 +178,8 @@ def _command(job: Job, local_rank: int, numa: Mapping[int, Sequence[int]]) -> li
     binding: list[str] = []
     if job.bind_cores is not None:
         binding = numactl_command(slice_of(job.bind_cores, local_rank, job.local_size), numa)
-    python = [] if job.no_python else [sys.executable, "-u", *(["-m"] if job.module else [])]
     own = [] if job.no_local_rank else [f"--local_rank={local_rank}"]
-    return [*binding, *python, job.script, *own, *job.script_args]
+    return [*binding, *_python(job), *own, *job.script_args]
 
 
 def available_cores() -> int:

@@ -1,7 +1,8 @@
 """One node's part of a job: `python -m deepspeed.launcher.launch --world_info=... script args`.
 
 Remote starters (pdsh, ssh, a user's own scripts) run this on every node; on one node the `deepspeed` command uses
-`LocalBackend` itself, without a process in between. The arguments are those of the original launcher, because cluster
+`run_here` itself, without a process in between. With --control the node is a member of a job that a coordinator holds
+together (`agent`); without, it stands alone. The arguments are those of the original launcher, because cluster
 scripts spell them out.
 
 Invariant: exits with the first failing worker's code, 256 - s if signal s killed it, and 1 after SIGINT or SIGTERM.
@@ -19,45 +20,41 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import final
 
 from deepspeed.accelerator.platforms import Platform, known_without_torch
 from deepspeed.launcher import binding
+from deepspeed.launcher.agent import CONNECT_S, DEFAULT_PORT, Membership, take_part
+from deepspeed.launcher.control import TOKEN_VARIABLE, Link
+from deepspeed.launcher.coordinator import START_S
 from deepspeed.launcher.hostfile import decode_world
-from deepspeed.launcher.job import Job, available_cores, workers
+from deepspeed.launcher.job import Elastic, Job, available_cores, workers
 from deepspeed.launcher.supervise import GRACE_S, Supervisor
+from deepspeed.launcher.variables import shown
 from deepspeed.utils.errors import DeepSpeedError
 
 logger = logging.getLogger("DeepSpeed.launcher")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
-DEFAULT_PORT = 29500
 
 
-@final
-class LocalBackend:
-    """Runs this node's workers as children of this process."""
-
-    def __init__(self, *, grace_s: float = GRACE_S) -> None:
-        self._grace_s = grace_s
-
-    def run(self, job: Job) -> int:
-        """Start the workers, wait for them; the exit code."""
-        if job.log_dir is not None:
-            _make_folder(job.log_dir)
-        numa = binding.numa_nodes() if job.bind_cores is not None else {}
-        logger.info(
-            "%d of %d ranks on this node, meeting at %s:%d",
-            job.local_size,
-            job.world_size,
-            job.master_addr,
-            job.master_port,
-        )
-        for name in sorted(name for name in os.environ if name.startswith("NCCL")):
-            logger.info("%s=%s", name, os.environ[name])
-        started = workers(job, os.environ, numa=numa)
-        for worker in started:
-            logger.debug("rank %d: %s", worker.rank, worker.command)
-        return Supervisor(started, grace_s=self._grace_s).run()
+def run_here(job: Job, *, link: Link | None = None, grace_s: float = GRACE_S, tells: bool = False) -> int:
+    """Start this node's workers and wait for them; the exit code. With a link, as a member of a job on several nodes."""
+    if job.log_dir is not None:
+        make_folder(job.log_dir)
+    numa = binding.numa_nodes() if job.bind_cores is not None else {}
+    logger.info(
+        "%d of %d ranks on this node, meeting at %s:%d",
+        job.local_size,
+        job.world_size,
+        job.master_addr,
+        job.master_port,
+    )
+    for name in sorted(name for name in os.environ if name.startswith("NCCL")):
+        logger.info("%s", shown(name, os.environ[name]))
+    environ = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    started = workers(job, environ, numa=numa)
+    for worker in started:
+        logger.debug("%s: %s", worker.name, worker.command)
+    return Supervisor(started, grace_s=grace_s, link=link, name=f"node {job.host}", tells=tells).run()
 
 
 def add_job_arguments(parser: argparse.ArgumentParser) -> None:
@@ -77,8 +74,36 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
         "--bind_cores_to_rank", action="store_true", help="share the physical cores out among the ranks, with numactl"
     )
     parser.add_argument("--bind_core_list", metavar="CORES", help="the cores to share out, such as 1,3-5,7")
+    parser.add_argument(
+        "--grace_period", type=float, default=GRACE_S, metavar="S", help="seconds from SIGTERM to SIGKILL (%(default)g)"
+    )
     parser.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="of the launcher itself")
     parser.add_argument("-q", "--quiet", action="store_true", help="the same as --log_level error")
+
+
+def add_member_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of whoever takes part in a job on several nodes; the `deepspeed` command writes them."""
+    parser.add_argument("--control", default="", metavar="HOST:PORT", help="where the job's coordinator listens")
+    parser.add_argument("--start_timeout", type=float, default=START_S, help="seconds for all nodes to come up")
+
+
+def add_elastic_arguments(parser: argparse.ArgumentParser, flag: str) -> None:
+    """Elastic training, under the name that the command or a node's launcher has for it."""
+    elastic = parser.add_argument_group("elastic training")
+    elastic.add_argument(flag, dest="elastic_training", action="store_true", help="let the number of nodes change")
+    elastic.add_argument("--min_elastic_nodes", type=int, default=-1, help="at least so many; by default 1")
+    elastic.add_argument("--max_elastic_nodes", type=int, default=-1, help="at most so many; by default all")
+
+
+def elastic_of(args: argparse.Namespace, num_nodes: int) -> Elastic | None:
+    """The limits that the flags give; None without elastic training. Raises DeepSpeedError where they make no sense."""
+    if not args.elastic_training:
+        return None
+    least = args.min_elastic_nodes if args.min_elastic_nodes > 0 else 1
+    most = args.max_elastic_nodes if args.max_elastic_nodes > 0 else max(num_nodes, least)
+    if least > most:
+        raise DeepSpeedError(f"--min_elastic_nodes {least} is more than --max_elastic_nodes {most}.\n  Exchange them.")
+    return Elastic(min_nodes=least, max_nodes=most)
 
 
 def job_options(args: argparse.Namespace, platform: Platform | None, local_size: int) -> dict[str, object]:
@@ -95,7 +120,7 @@ def job_options(args: argparse.Namespace, platform: Platform | None, local_size:
         "no_local_rank": args.no_local_rank,
         "visible_devices": None if keeps_visible else visible,
         "log_dir": None if args.enable_each_rank_log == "None" else Path(args.enable_each_rank_log),
-        "bind_cores": _cores_to_bind(args) if args.bind_cores_to_rank else None,
+        "bind_cores": cores_to_bind(args) if args.bind_cores_to_rank else None,
         # Ranks that compute on the CPU would each start a thread per core.
         "threads_per_rank": max(1, available_cores() // local_size) if is_cpu and local_size > 1 else None,
     }
@@ -130,7 +155,7 @@ def pid_file(owner: int | None) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def _cores_to_bind(args: argparse.Namespace) -> list[int]:
+def cores_to_bind(args: argparse.Namespace) -> list[int]:
     if "KMP_AFFINITY" in os.environ:
         raise DeepSpeedError(
             f"--bind_cores_to_rank with KMP_AFFINITY={os.environ['KMP_AFFINITY']}: both bind threads to cores.\n"
@@ -143,7 +168,7 @@ def _cores_to_bind(args: argparse.Namespace) -> list[int]:
     return binding.parse_cores(args.bind_core_list) if args.bind_core_list else binding.physical_cores()
 
 
-def _make_folder(path: Path) -> None:
+def make_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise DeepSpeedError(f"--enable_each_rank_log {path} is a file.\n  Name a directory; it is made if missing.")
     path.mkdir(parents=True, exist_ok=True)
@@ -158,6 +183,8 @@ def _parse(args: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--master_port", type=int, default=DEFAULT_PORT, help="rank 0's port")
     parser.add_argument("--world_info", default="None", help='{"host": [slot, ...]} as URL-safe base64 of JSON')
     parser.add_argument("--save_pid", type=int, default=0, help="id of the process to name a file with our id after")
+    add_elastic_arguments(parser, "--enable_elastic_training")
+    add_member_arguments(parser)
     add_job_arguments(parser)
     parser.add_argument("training_script")
     parser.add_argument("training_script_args", nargs=argparse.REMAINDER)
@@ -181,6 +208,7 @@ def _job(args: argparse.Namespace) -> Job:
         script_args=args.training_script_args,
     )
     options = job_options(args, known_without_torch(os.environ) or _ask_torch(), job.local_size)
+    options["elastic"] = elastic_of(args, len(world))
     return dataclasses.replace(job, **options)  # type: ignore[arg-type]
 
 
@@ -191,11 +219,38 @@ def _ask_torch() -> Platform:
 
 
 def main(args: Sequence[str] | None = None) -> int:
-    """Run this node's part of a job; the exit code. Raises DeepSpeedError for arguments that make no sense."""
+    """Run this node's part of a job; the exit code.
+
+    Called as a command, it prints what is wrong with its arguments; called with `args`, it raises DeepSpeedError.
+    """
     parsed = _parse(args)
     set_up_logging(parsed)
-    with pid_file(parsed.save_pid or None):
-        return LocalBackend().run(_job(parsed))
+    try:
+        with pid_file(parsed.save_pid or None):
+            return run_node(parsed)
+    except DeepSpeedError as error:
+        if args is not None:
+            raise
+        print(f"deepspeed: {error}", file=sys.stderr)
+        return 2
+
+
+def run_node(args: argparse.Namespace) -> int:
+    """Run the node's part, on its own or as a member."""
+    if not args.control:
+        return run_here(_job(args), grace_s=args.grace_period)
+    hosts = list(decode_world(args.world_info)) if args.world_info != "None" else []
+    membership = Membership(
+        address=args.control,
+        token=os.environ.get(TOKEN_VARIABLE, ""),
+        index=args.node_rank,
+        name=f"node {hosts[args.node_rank]}" if 0 <= args.node_rank < len(hosts) else f"node {args.node_rank}",
+        connect_s=CONNECT_S,
+        start_s=args.start_timeout,
+    )
+    return take_part(
+        membership, lambda: _job(args), lambda job, link: run_here(job, link=link, grace_s=args.grace_period)
+    )
 
 
 if __name__ == "__main__":

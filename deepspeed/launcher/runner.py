@@ -1,8 +1,8 @@
 """The `deepspeed` command: find the machines and devices, choose a meeting point, start the script on every slot.
 
-Everything after the script's name goes to the script verbatim. What is asked for becomes a `Job`; on one node
-`launch.LocalBackend` runs it in this process. Backends for several nodes are to be one class each, chosen by
---launcher; until then asking for several nodes says so (--no_ssh, by hand on every node, works).
+Everything after the script's name goes to the script verbatim. On one node `launch.run_here` runs the job in this
+process; on several, `remote` has one of the `starters` start it there; with --no_ssh this process is one node's part of
+it, and node 0's holds the coordinator for all.
 
 Invariant: nothing here imports torch unless devices have to be counted, so that the command answers at once.
 Source: the public contract of the original's command line.
@@ -13,113 +13,51 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import hashlib
 import os
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
 
 from deepspeed.accelerator.platforms import Platform, cpu_device_count, known_without_torch
-from deepspeed.launcher import hostfile
-from deepspeed.launcher.commands import COMMANDS, run_command
-from deepspeed.launcher.hostfile import World
+from deepspeed.launcher import arguments, hostfile
+from deepspeed.launcher.agent import DEFAULT_PORT, Membership, meeting_port, take_part
+from deepspeed.launcher.arguments import HOSTFILE, make_parser, parse_args
+from deepspeed.launcher.commands import run_command
+from deepspeed.launcher.control import TOKEN_VARIABLE, address_towards, new_token
+from deepspeed.launcher.coordinator import START_S, Coordinator
+from deepspeed.launcher.hostfile import World, encode_world
 from deepspeed.launcher.job import Job
-from deepspeed.launcher.launch import (
-    DEFAULT_PORT,
-    LocalBackend,
-    add_job_arguments,
-    job_options,
-    logger,
-    pid_file,
-    set_up_logging,
-)
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
-from deepspeed.utils.ports import is_free, reserve_port
+from deepspeed.launcher.launch import elastic_of, job_options, logger, pid_file, run_here, set_up_logging
+from deepspeed.launcher.remote import RemoteRun, check_reachable
+from deepspeed.launcher.starters import STARTERS, Plan, Starter
+from deepspeed.launcher.variables import FILE_NAME, exported
+from deepspeed.utils.errors import DeepSpeedError, LaunchError, NotAvailableError
+from deepspeed.utils.launch_env import expand_hosts
 
-DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", ".deepspeed_env")
+DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", FILE_NAME)
 """The file with variables for remote nodes; Accelerate appends to it."""
 
-HOSTFILE = Path("/job/hostfile")
-LAUNCHERS = ("pdsh", "openmpi", "mvapich", "slurm", "mpich", "impi")
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="deepspeed",
-        description="Start a training script on every device of one or more machines. Flags come before the script; "
-        f"everything after it is passed to it. Other commands: {', '.join(f'deepspeed {word}' for word in COMMANDS)}.",
-        allow_abbrev=False,
-    )
-    where = parser.add_argument_group("where to run")
-    where.add_argument("-H", "--hostfile", type=Path, default=HOSTFILE, help='lines "<host> slots=<n>" (%(default)s)')
-    where.add_argument("-i", "--include", default="", help='slots to use: "host1@host2:0,2"')
-    where.add_argument("-e", "--exclude", default="", help="slots not to use, written alike")
-    where.add_argument("--num_nodes", type=int, default=-1, help="use the first N hosts")
-    where.add_argument("--num_gpus", "--num_accelerators", type=int, default=-1, help="ranks on each host")
-    where.add_argument("--node_rank", type=int, default=-1, help="this host's place in the hostfile, with --no_ssh")
-    meet = parser.add_argument_group("where ranks meet")
-    meet.add_argument(
-        "--master_port", type=int, help=f"rank 0's port; by default {DEFAULT_PORT}, or a free one if it is taken"
-    )
-    meet.add_argument("--master_addr", default="", help="rank 0's host; 127.0.0.1 on one machine")
-    multi = parser.add_argument_group("several machines")
-    multi.add_argument("--launcher", default="pdsh", help=f"one of {', '.join(LAUNCHERS)}")
-    multi.add_argument("--launcher_args", default="", help="more arguments for that launcher, as one string")
-    multi.add_argument("--no_ssh", action="store_true", help="start this node's ranks only; run this on every node")
-    multi.add_argument("--no_ssh_check", action="store_true", help="do not try whether ssh works first")
-    multi.add_argument("--force_multi", action="store_true", help="use the launcher for one host, too")
-    multi.add_argument("--ssh_port", type=int, help="ssh's port on the hosts")
-    multi.add_argument("--venv_script", type=Path, help="a script to source on the hosts first (pdsh)")
-    elastic = parser.add_argument_group("elastic training")
-    elastic.add_argument("--elastic_training", action="store_true", help="let the number of nodes change")
-    elastic.add_argument("--min_elastic_nodes", type=int, default=-1, help="at least so many")
-    elastic.add_argument("--max_elastic_nodes", type=int, default=-1, help="at most so many")
-    parser.add_argument("--save_pid", action="store_true", help="write our process id to <tmp>/<id>.deepspeed")
-    parser.add_argument("--autotuning", choices=("tune", "run"), default="", help="search for a fast configuration")
-    add_job_arguments(parser)
-    parser.add_argument("user_script", help="what to start")
-    parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments")
-    return parser
-
-
-def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:
-    """The command line as a namespace. Raises DeepSpeedError for flags that contradict each other."""
-    parsed = _parser().parse_args(args)
-    _check(parsed)
-    return parsed
-
-
-def _check(args: argparse.Namespace) -> None:
-    if (args.num_nodes >= 0 or args.num_gpus >= 0) and (args.include or args.exclude):
-        raise DeepSpeedError(
-            "--num_nodes and --num_gpus do not go with --include and --exclude.\n"
-            "  Name the slots with --include alone, or count them with --num_nodes and --num_gpus."
-        )
-    for flag, count in (("--num_nodes", args.num_nodes), ("--num_gpus", args.num_gpus)):
-        if count == 0 or count < -1:
-            raise DeepSpeedError(f"{flag} {count} starts nothing.\n  Give a number of at least 1, or leave it out.")
-    if args.master_port is not None and not 1 <= args.master_port <= 65535:
-        raise DeepSpeedError(f"--master_port {args.master_port} is no TCP port.\n  Give a number from 1 to 65535.")
-    if args.node_rank >= 0 and not args.no_ssh:
-        raise DeepSpeedError(
-            f"--node_rank {args.node_rank} only goes with --no_ssh.\n  Other launchers number the nodes."
-        )
-    if args.elastic_training and not args.master_addr:
-        raise DeepSpeedError("--elastic_training needs --master_addr, where nodes come and go.\n  Give rank 0's host.")
-    if args.elastic_training and args.no_local_rank:
-        raise DeepSpeedError("--elastic_training does not go with --no_local_rank.\n  Leave one of them out.")
-    if args.launcher.lower() not in LAUNCHERS:
-        raise NotAvailableError(f"--launcher {args.launcher} is not known.\n  Use one of {', '.join(LAUNCHERS)}.")
+BY_HAND_START_S = 600.0
+"""How long nodes that are started by hand may be apart."""
+CONTROL_PORT_OFFSET = 1000
+"""With --no_ssh, from the master port to node 0's control port."""
 
 
 def find_world(args: argparse.Namespace, environ: MutableMapping[str, str], platform: Platform | None) -> World:
     """The slots to run on, by host.
 
-    From the hostfile where there is one, else this machine's devices; then the filters, then the counts. A
-    visible-devices variable that lists indices is taken as an --include and removed from `environ`.
+    From the hostfile where there is one, else Slurm's allocation with its launcher, else this machine's devices; then
+    the filters, then the counts. A visible-devices variable that lists indices is taken as an --include and removed
+    from `environ`.
     """
     if args.hostfile.is_file():
         pool, include = hostfile.read_hostfile(args.hostfile), args.include
         _take_visible_devices(environ, platform)
+    elif args.launcher.lower() == "slurm" and environ.get("SLURM_JOB_NODELIST") and not args.no_ssh:
+        slots = args.num_gpus if args.num_gpus > 0 else _slurm_slots(environ, platform)
+        pool, include = dict.fromkeys(expand_hosts(environ["SLURM_JOB_NODELIST"]), slots), args.include
     else:
         if args.hostfile != HOSTFILE:
             logger.warning("no hostfile at %s, using this machine only", args.hostfile)
@@ -131,6 +69,14 @@ def find_world(args: argparse.Namespace, environ: MutableMapping[str, str], plat
         pool, include = _local_pool(args, environ, platform)
     world = hostfile.select(pool, include, args.exclude)
     return hostfile.first(world, args.num_nodes, args.num_gpus)
+
+
+def _slurm_slots(environ: Mapping[str, str], platform: Platform | None) -> int:
+    """Ranks per node of an allocation: its tasks per node, else its GPUs, else what this machine has."""
+    for name in ("SLURM_NTASKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        if environ.get(name, "").isdecimal():
+            return int(environ[name])
+    return _device_count(platform, environ)
 
 
 def _local_pool(
@@ -175,14 +121,12 @@ def _platform(environ: Mapping[str, str]) -> Platform:
 
 
 def make_job(args: argparse.Namespace, environ: MutableMapping[str, str]) -> Job:
-    """The job that the arguments ask for, but for the port, which is the flag's or the default."""
+    """This process's part of the job that the arguments ask for; port 0 where they name none."""
     platform = _platform(environ)
-    world = find_world(args, environ, platform)
-    if (len(world) > 1 or args.force_multi) and not args.no_ssh:
-        raise NotAvailableError(
-            f"{len(world)} hosts ({', '.join(world)}) need --launcher {args.launcher}, which this version does not have "
-            "yet.\n  Run the same command on every node with --no_ssh --node_rank N --master_addr HOST."
-        )
+    return _job(args, environ, platform, find_world(args, environ, platform))
+
+
+def _job(args: argparse.Namespace, environ: Mapping[str, str], platform: Platform, world: World) -> Job:
     node_rank = max(0, args.node_rank)
     if node_rank >= len(world):
         raise DeepSpeedError(f"--node_rank {node_rank} is not in [0, {len(world)}): hosts are {', '.join(world)}.")
@@ -196,44 +140,150 @@ def make_job(args: argparse.Namespace, environ: MutableMapping[str, str]) -> Job
         world=world,
         node_rank=node_rank,
         master_addr=args.master_addr or "127.0.0.1",
-        master_port=args.master_port or DEFAULT_PORT,
+        master_port=args.master_port or 0,
         script=args.user_script,
         script_args=args.user_args,
+        elastic=elastic_of(args, len(world)),
         **options,  # type: ignore[arg-type]
     )
 
 
-@contextlib.contextmanager
-def meeting_port(asked: int | None, *, may_choose: bool) -> Iterator[int]:
-    """The port ranks meet at, kept from other launchers on this machine while open.
-
-    `asked` is --master_port. Without it and with `may_choose` (one node), another free port replaces a default that is
-    taken. Raises DeepSpeedError where `asked` is taken.
-    """
-    port = asked or DEFAULT_PORT
-    kept = reserve_port(port)
-    if kept is None and asked is None and may_choose:
-        kept = reserve_port(0)
-    if kept is None and not is_free(port):
-        raise DeepSpeedError(
-            f"--master_port {port} is taken on this machine.\n"
-            "  Give another one, or leave the flag out to have a free one chosen."
-        )
-    with kept or contextlib.nullcontext():
-        yield kept.getsockname()[1] if kept else port
-
-
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask for; the exit code."""
-    for flag, is_used in (("--autotuning", args.autotuning), ("--elastic_training", args.elastic_training)):
-        if is_used:
-            raise NotAvailableError(f"{flag} is not available in this version yet.\n  Leave the flag out.")
-    job = make_job(args, os.environ)
-    with pid_file(os.getpid() if args.save_pid else None), contextlib.ExitStack() as stack:
-        if job.node_rank == 0:
-            port = stack.enter_context(meeting_port(args.master_port, may_choose=len(job.world) == 1))
-            job = dataclasses.replace(job, master_port=port)
-        return LocalBackend().run(job)
+    if args.autotuning:
+        raise NotAvailableError("--autotuning is not available in this version yet.\n  Leave the flag out.")
+    platform = _platform(os.environ)
+    world = find_world(args, os.environ, platform)
+    with pid_file(os.getpid() if args.save_pid else None):
+        if (len(world) > 1 or args.force_multi) and not args.no_ssh:
+            return run_remote(args, world, platform)
+        job = _job(args, os.environ, platform, world)
+        if len(world) > 1 and not args.no_control:
+            return run_by_hand(args, job)
+        with contextlib.ExitStack() as stack:
+            if job.node_rank == 0:
+                port = stack.enter_context(meeting_port(args.master_port, may_choose=len(world) == 1))
+            else:
+                port = job.master_port or DEFAULT_PORT
+            return run_here(dataclasses.replace(job, master_port=port), grace_s=args.grace_period)
+
+
+def run_remote(args: argparse.Namespace, world: World, platform: Platform) -> int:
+    """Start the job on its hosts from here."""
+    starter = _starter(args)
+    if starter.needs_ssh and not args.no_ssh_check:
+        check_reachable(list(world), args.ssh_port)
+    elastic = elastic_of(args, len(world))
+    port = args.master_port or (DEFAULT_PORT if elastic or args.no_control else 0)
+    variables = exported(os.environ, platform, Path.cwd(), Path.home(), args.env_file)
+    coordinator = None
+    if args.no_control:
+        if not args.master_addr:
+            raise DeepSpeedError("--no_control needs --master_addr.\n  Give the first host's address.")
+    else:
+        variables[TOKEN_VARIABLE] = new_token()
+        members = _member_names(world, starter)
+        coordinator = Coordinator(
+            members,
+            variables[TOKEN_VARIABLE],
+            grace_s=args.grace_period,
+            bind=("", args.control_port),
+            master=(args.master_addr, port),
+            min_members=elastic.min_nodes if elastic else None,
+            start_s=args.start_timeout if args.start_timeout > 0 else START_S,
+            check_versions=not os.environ.get("DS_SKIP_VERSION_CHECK"),
+        )
+    plan = Plan(
+        world=world,
+        script=args.user_script,
+        script_args=args.user_args,
+        flags=[*arguments.node_flags(args), *([] if starter.members_are_ranks else arguments.launch_flags(args))],
+        variables=variables,
+        environ=os.environ,
+        cwd=os.getcwd(),
+        control=f"{args.control_addr or _address_for(world)}:{coordinator.port}" if coordinator else None,
+        master_addr=args.master_addr,
+        master_port=port,
+        launcher_args=shlex.split(args.launcher_args),
+        ssh_port=args.ssh_port,
+        venv_script=str(args.venv_script) if args.venv_script else None,
+        names_hosts=args.hostfile.is_file(),
+    )
+    return RemoteRun(plan, starter, coordinator, retries_nodes=elastic is not None).run()
+
+
+def _starter(args: argparse.Namespace) -> Starter:
+    """The launcher asked for. Elastic training starts its nodes one by one, so that a lost one can be started again."""
+    starter = STARTERS[args.launcher.lower()]
+    if starter.name == "pdsh" and args.elastic_training:
+        starter = STARTERS["ssh"]
+    if starter.detect() is None:
+        cure = "or use --launcher ssh" if starter.name == "pdsh" else "or use another --launcher"
+        raise LaunchError(
+            f"launcher '{starter.name}' not installed.\n  Install it, {cure} (there are {', '.join(STARTERS)})."
+        )
+    return starter
+
+
+def _member_names(world: World, starter: Starter) -> list[str]:
+    if starter.members_are_ranks:
+        return [f"rank {rank}" for rank in range(sum(map(len, world.values())))]
+    return [f"node {host}" for host in world]
+
+
+def _address_for(world: World) -> str:
+    """This machine's address as the hosts see it."""
+    addresses = [address for address in map(address_towards, world) if address]
+    outside = [address for address in addresses if not address.startswith("127.") and address != "::1"]
+    if not addresses:
+        raise DeepSpeedError(
+            f"no way to any of {', '.join(world)} is known here.\n"
+            "  Check that the names resolve, or give this machine's address with --control_addr."
+        )
+    address = (outside or addresses)[0]
+    return f"[{address}]" if ":" in address else address
+
+
+def run_by_hand(args: argparse.Namespace, job: Job) -> int:
+    """This node's part of a job whose nodes are started one by one, by hand or by Kubernetes."""
+    port = args.master_port or DEFAULT_PORT
+    control_port = args.control_port or port + CONTROL_PORT_OFFSET * (1 if port + CONTROL_PORT_OFFSET < 65536 else -1)
+    # Without a secret of the user's, the token only keeps the nodes of different jobs apart.
+    public = hashlib.sha256(f"{encode_world(job.world)} {args.master_addr} {port}".encode()).hexdigest()
+    token = os.environ.get(TOKEN_VARIABLE) or public
+    start_s = args.start_timeout if args.start_timeout > 0 else BY_HAND_START_S
+    names = [f"node {host}" for host in job.world]
+    coordinator = None
+    if job.node_rank == 0:
+        coordinator = Coordinator(
+            names,
+            token,
+            grace_s=args.grace_period,
+            bind=("", control_port),
+            master=(args.master_addr, port),
+            min_members=job.elastic.min_nodes if job.elastic else None,
+            start_s=start_s,
+            check_versions=not os.environ.get("DS_SKIP_VERSION_CHECK"),
+        )
+        coordinator.start()
+    host = "127.0.0.1" if coordinator else args.control_addr or args.master_addr
+    membership = Membership(
+        address=f"[{host}]:{control_port}" if ":" in host else f"{host}:{control_port}",
+        token=token,
+        index=job.node_rank,
+        name=names[job.node_rank],
+        connect_s=start_s,
+        start_s=start_s,
+    )
+    code = take_part(
+        membership,
+        lambda: dataclasses.replace(job, master_port=port),
+        lambda joined, link: run_here(joined, link=link, grace_s=args.grace_period, tells=True),
+    )
+    if coordinator is not None:
+        coordinator.done.wait()
+        code = coordinator.code
+    return code
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -243,7 +293,7 @@ def main(args: Sequence[str] | None = None) -> int:
     """
     words = sys.argv[1:] if args is None else args
     if not words:
-        _parser().print_help()
+        make_parser().print_help()
         return 0
     code = run_command(words)
     if code is not None:

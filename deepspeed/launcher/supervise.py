@@ -1,14 +1,15 @@
 """The worker processes of one node: start them, pass their output on, and end them all when one fails.
 
 `launch.LocalBackend` calls `Supervisor(workers).run()`. One thread, one loop over a selector: the workers' stderr, of
-which the end is kept, and a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop).
+which the end is kept; a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop); and, on
+several nodes, the link to the job's coordinator, which then decides when a failure stops everybody.
 
-    RUNNING  --a worker failed, or a signal-->  STOPPING (SIGTERM to all trees)  --grace is over, or a second
-    signal-->  SIGKILL to all trees  -->  ENDED
+    RUNNING  --a worker failed, a signal, the link says so or is lost-->  STOPPING (SIGTERM to all trees)
+             --grace is over, or a second signal-->  SIGKILL to all trees  -->  ENDED
 
 Invariants. Every worker leads a process group of its own, so that its children end with it. No worker outlives this
-process, however it ends: the kernel sends SIGKILL to a worker whose parent is gone (Linux, prctl(2)). The first
-failing rank's last words are the last thing written.
+process, however it ends: the kernel sends SIGKILL to a worker whose parent is gone (Linux, prctl(2)), and a leash, a
+shell that waits on a pipe, to its group. The first failing rank's last words are the last thing written.
 """
 
 from __future__ import annotations
@@ -17,70 +18,28 @@ import contextlib
 import ctypes
 import enum
 import os
-import re
+import select
 import selectors
 import signal
 import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
 
+from deepspeed.launcher.control import BEAT_S, Link, LinkLostError
+from deepspeed.launcher.failure import TAIL_NBYTES, Blame, Failure, last_words
 from deepspeed.launcher.job import Worker
+from deepspeed.launcher.outlet import Outlet
 from deepspeed.utils.errors import DeepSpeedError
 
-GRACE_S = 30.0
+GRACE_S = 15.0
 """Between SIGTERM and SIGKILL."""
-TAIL_NBYTES = 1 << 16
-"""How much of a worker's stderr is kept."""
-TAIL_LINES = 20
-"""How much of that is shown where there is no traceback in it."""
 DRAIN_S = 1.0
 """How long to read on after the last worker ended, if a process it left behind holds its stderr open."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-
-_REASONS: Mapping[int, str] = {
-    signal.SIGKILL: "killed from outside, probably because memory ran out; the kernel's log (dmesg) has the details",
-    signal.SIGBUS: "bus error, often a small /dev/shm; in a container, start it with a larger --shm-size",
-    signal.SIGSEGV: "invalid memory access in native code",
-    signal.SIGABRT: "native code gave up: a failed assertion, an uncaught C++ exception or a communication watchdog",
-    signal.SIGTERM: "asked to end from outside, for example by the job scheduler",
-    signal.SIGINT: "interrupted",
-    signal.SIGILL: "illegal instruction: a binary built for another CPU",
-    signal.SIGFPE: "arithmetic error in native code, such as an integer division by zero",
-}
-_TRACEBACK = re.compile(rb"^.*Traceback \(most recent call last\):", re.MULTILINE)
-_CHAINED = (b"During handling of the above exception", b"The above exception was the direct cause")
-
-
-def describe_exit(code: int) -> str:
-    """An exit code in words: -9 or 137 -> "exit code -9, SIGKILL: killed from outside, ..."."""
-    number = -code if code < 0 else code - 128
-    if code in range(0, 129):
-        return f"exit code {code}"
-    try:
-        name = signal.Signals(number).name
-    except ValueError:
-        return f"exit code {code}"
-    reason = _REASONS.get(number)
-    return f"exit code {code}, {name}" + (f": {reason}" if reason else "")
-
-
-def shell_code(code: int) -> int:
-    """The exit code to leave with: of a worker that signal s killed, 256 - s."""
-    return code if code >= 0 else 256 + code
-
-
-def last_words(stderr: bytes) -> str:
-    """The last traceback in what a worker wrote, with the exceptions it came from; without one, the last lines."""
-    starts = [match.start() for match in _TRACEBACK.finditer(stderr)]
-    while len(starts) > 1 and any(phrase in stderr[starts[-2] : starts[-1]] for phrase in _CHAINED):
-        starts.pop()
-    if starts:
-        return stderr[starts[-1] :].decode(errors="replace").rstrip()
-    return "\n".join(stderr.decode(errors="replace").rstrip().splitlines()[-TAIL_LINES:])
 
 
 class State(enum.Enum):
@@ -108,7 +67,7 @@ class _Process:
                 stdout=log,
                 stderr=subprocess.STDOUT if log else subprocess.PIPE,
                 start_new_session=True,
-                preexec_fn=_die_with_parent(),
+                preexec_fn=die_with_parent(),
             )
         except OSError as error:
             raise DeepSpeedError(
@@ -126,11 +85,23 @@ class _Process:
         self.tail = (self.tail + chunk)[-TAIL_NBYTES:]
         return chunk
 
-    def last_words(self) -> str:
-        """The end of what it wrote."""
-        if self.worker.log:
-            return last_words(_end_of(self.worker.log))
-        return last_words(self.tail)
+    def rest(self) -> Iterator[bytes]:
+        """What is still in its pipe, up to as much as is kept: the last words of a process that has ended."""
+        for _ in range(TAIL_NBYTES // 4096):
+            if self.popen.stderr is None or not select.select([self.popen.stderr], [], [], 0)[0]:
+                return
+            yield self.read()
+
+    def failure(self) -> Failure:
+        """How it failed, with the end of what it wrote."""
+        return Failure(
+            who=self.worker.name,
+            host=socket.gethostname(),
+            code=self.popen.returncode,
+            words=last_words(_end_of(self.worker.log) if self.worker.log else self.tail),
+            pid=self.popen.pid,
+            log=str(self.worker.log or ""),
+        )
 
     def signal_tree(self, number: int) -> None:
         """Send a signal to the worker and the processes it started."""
@@ -141,35 +112,70 @@ class _Process:
 class Supervisor:
     """Runs workers to their end. `run` may be called once, in the main thread."""
 
-    def __init__(self, workers: Sequence[Worker], *, grace_s: float = GRACE_S) -> None:
+    def __init__(
+        self,
+        workers: Sequence[Worker],
+        *,
+        grace_s: float = GRACE_S,
+        link: Link | None = None,
+        name: str = "",
+        tells: bool = False,
+    ) -> None:
+        """With a `link`: the `name` this member has in the job, and whether it `tells` why the coordinator stops it."""
         self._workers = workers
         self._grace_s = grace_s
+        self._link = link
+        self._name = name
+        self._tells = tells
         self._processes: list[_Process] = []
         self._state = State.RUNNING
         self._deadline_s = float("inf")
-        self._first_failed: _Process | None = None
+        self._blame = Blame()
         self._signals: list[int] = []
+        self._stopped_by: tuple[str, int] | None = None
         self._selector = selectors.DefaultSelector()
+        self._stderr = Outlet(2)
+        self.has_lost_link = False
+        """Whether the coordinator was gone before it said how the job ended."""
 
     def run(self) -> int:
-        """Start all, wait for all; 0, or the first failing worker's code as a shell sees it, or 1 after a signal."""
-        with self._signals_wake(), self._selector:
+        """Start all, wait for all; 0, or the first failing worker's code as a shell sees it, or 1 after a signal.
+
+        With a link, where another node failed first, the code is the job's; the coordinator's owner writes the summary.
+        """
+        with signals_wake(self._selector, self._signals), self._selector, _Leash() as leash:
             try:
+                if self._link:
+                    self._selector.register(self._link, selectors.EVENT_READ)
                 for worker in self._workers:
-                    self._start(worker)
+                    self._start(worker, leash)
                 while self._is_busy():
                     self._turn()
                 self._drain()
             finally:
                 self._kill_all()
-        if self._first_failed is not None:
-            self._report(self._first_failed)
-            return shell_code(self._first_failed.popen.returncode)
-        return 1 if self._signals else 0
+        return self._result()
 
-    def _start(self, worker: Worker) -> None:
+    def _result(self) -> int:
+        first = self._blame.first
+        code = first.exit_code if first else 1 if self._signals else 0
+        if self._stopped_by is not None:
+            text, code = self._stopped_by
+        elif self._link is None:
+            text = self._blame.summary()
+        else:
+            text = ""
+        sys.stdout.flush()
+        self._stderr.write(text.encode())
+        self._stderr.flush(DRAIN_S)
+        if self._link:
+            self._link.send({"ended": code})
+        return code
+
+    def _start(self, worker: Worker, leash: _Leash) -> None:
         process = _Process(worker)
         self._processes.append(process)
+        leash.hold(process.popen.pid)
         if process.popen.stderr is not None:
             self._selector.register(process.popen.stderr, selectors.EVENT_READ, process)
 
@@ -177,6 +183,8 @@ class Supervisor:
         """Whether a worker runs, or, while stopping, a process that one of them left."""
         if any(process.popen.returncode is None for process in self._processes):
             return True
+        if self._state is State.RUNNING and self._blame.failures and self._link and not self._signals:
+            return True  # the coordinator's word is on its way, or its loss
         return self._state is State.STOPPING and _any_alive({process.popen.pid for process in self._processes})
 
     def _turn(self) -> None:
@@ -185,32 +193,71 @@ class Supervisor:
         for process in self._processes:
             if process.popen.returncode is None and process.popen.poll():
                 self._failed(process)
-        if self._signals:
+        if self._link:
+            self._listen(self._link)
+        if self._signals and self._link and self._state is State.RUNNING:
+            what = f"asked to end by {signal.Signals(self._signals[0]).name}"
+            self._tell_failure(Failure(who=self._name, host=socket.gethostname(), code=None, what=what))
+        if self._signals or time.monotonic() >= self._blame.stop_at_s:
             self._stop(hurry=len(self._signals) > 1)
         if self._state is State.STOPPING and time.monotonic() >= self._deadline_s:
             self._kill_all()
 
     def _wait_s(self) -> float | None:
         """None: until something happens. What workers left behind sends no signal when it ends, so that is polled."""
-        if self._state is State.RUNNING:
-            return None
+        if self._state is State.RUNNING and not self._stderr.is_waiting:
+            beat = BEAT_S / 2 if self._link else float("inf")
+            wait_s = min(beat, max(0.0, self._blame.stop_at_s - time.monotonic()))
+            return None if wait_s == float("inf") else wait_s
         return min(0.05, max(0.0, self._deadline_s - time.monotonic()))
 
     def _pass_on(self, timeout_s: float | None) -> None:
+        self._stderr.push()
         for key, _ in self._selector.select(timeout_s):
             if isinstance(key.data, _Process):
+                if self._stderr.is_full:
+                    time.sleep(0.02)  # the workers wait with us, and nothing else does
+                    continue
                 chunk = key.data.read()
                 if chunk:
-                    _write(chunk)
+                    self._stderr.write(chunk)
                 else:
                     self._selector.unregister(key.fileobj)
-            else:
+            elif key.fileobj is not self._link:
                 os.read(key.fd, 4096)
 
-    def _failed(self, process: _Process) -> None:
-        if self._first_failed is None and not self._signals:
-            self._first_failed = process
+    def _listen(self, link: Link) -> None:
+        """Do what the coordinator says; without it, end."""
+        try:
+            for message in link.receive():
+                if "stop" in message and self._stopped_by is None:
+                    self._stopped_by = (str(message["stop"]) if self._tells else "", int(message["code"]))
+                    self._stop(hurry=False)
+                elif "lost" in message and self._state is State.RUNNING:
+                    for process in self._processes:
+                        process.popen.send_signal(signal.SIGUSR1)
+            link.beat()
+        except LinkLostError as error:
+            self._selector.unregister(link)
+            self._link, self.has_lost_link = None, True
+            self._stopped_by = (f"\n---- stopping this node's ranks: {error} ----\n", 1)
             self._stop(hurry=False)
+
+    def _failed(self, process: _Process) -> None:
+        if self._state is not State.RUNNING or self._signals:
+            return
+        for chunk in process.rest():
+            self._stderr.write(chunk)
+        failure = process.failure()
+        if self._link:
+            self._tell_failure(failure)
+        else:
+            self._blame.add(failure, time.monotonic())
+
+    def _tell_failure(self, failure: Failure) -> None:
+        assert self._link is not None
+        self._blame.failures.append(failure)  # without a time to stop: that is the coordinator's to say
+        self._link.send({"failed": failure.to_json()})
 
     def _stop(self, *, hurry: bool) -> None:
         if self._state is State.RUNNING:
@@ -237,53 +284,69 @@ class Supervisor:
                 return
             self._pass_on(0.05)
 
-    def _report(self, process: _Process) -> None:
-        code = process.popen.returncode
-        where = f"host {socket.gethostname()}, pid {process.popen.pid}"
-        words = process.last_words()
-        lines = ["", f"---- rank {process.worker.rank} failed first ({where}): {describe_exit(code)} ----"]
-        if process.worker.log:
-            lines.append(f"its output is in {process.worker.log}")
-        if words:
-            lines.append(words)
-        if shell_code(code) > 128 or not words:
-            lines.append(f"rank {process.worker.rank}: {describe_exit(code)}")
-        sys.stdout.flush()
-        _write(("\n".join(lines) + "\n").encode())
 
-    @contextlib.contextmanager
-    def _signals_wake(self) -> Iterator[None]:
-        """Have signals noted and wake the selector; as before afterwards."""
+@contextlib.contextmanager
+def signals_wake(selector: selectors.BaseSelector, noted: list[int]) -> Iterator[None]:
+    """Have signals that ask to stop noted, and have them and SIGCHLD wake the selector; as before afterwards."""
 
-        def note(number: int, frame: FrameType | None) -> None:
-            self._signals.append(number)
+    def note(number: int, frame: FrameType | None) -> None:
+        noted.append(number)
 
-        def wake(number: int, frame: FrameType | None) -> None:
-            """The wake-up descriptor does the work; a handler must be there for it to."""
+    def wake(number: int, frame: FrameType | None) -> None:
+        """The wake-up descriptor does the work; a handler must be there for it to."""
 
-        ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        self._selector.register(ours, selectors.EVENT_READ)
-        # A signal that is ignored stays so: that is how nohup and background jobs of a shell are protected.
-        heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
-        before = {number: signal.signal(number, note) for number in heeded}
-        before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, wake)
-        descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-        try:
-            yield
-        finally:
-            signal.set_wakeup_fd(descriptor)
-            for number, handler in before.items():
-                signal.signal(number, handler)
-            ours.close()
-            theirs.close()
+    ours, theirs = socket.socketpair()
+    theirs.setblocking(False)
+    selector.register(ours, selectors.EVENT_READ)
+    # A signal that is ignored stays so: that is how nohup and background jobs of a shell are protected.
+    heeded = [number for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, note) for number in heeded}
+    before[signal.SIGCHLD] = signal.signal(signal.SIGCHLD, wake)
+    descriptor = signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(descriptor)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        ours.close()
+        theirs.close()
 
 
-def _write(data: bytes) -> None:
-    """To stderr, unless nobody reads it any more."""
-    with contextlib.suppress(OSError):
-        while data:
-            data = data[os.write(2, data) :]
+class _Leash:
+    """A shell that kills the workers' process groups when this process is gone without having let go of it.
+
+    The kernel's own signal (`die_with_parent`) reaches a worker, but not what the worker has started.
+    """
+
+    _SCRIPT = 'g=; while read -r p; do [ "$p" = done ] && exit; g="$g -$p"; done; [ -z "$g" ] || kill -s KILL -- $g'
+
+    def __enter__(self) -> _Leash:
+        self._shell = subprocess.Popen(
+            ["/bin/sh", "-c", self._SCRIPT],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        return self
+
+    def hold(self, group: int) -> None:
+        """Put a process group on it."""
+        self._say(f"{group}\n")
+
+    def __exit__(self, *exception: object) -> None:
+        self._say("done\n")
+        assert self._shell.stdin is not None
+        with contextlib.suppress(OSError):
+            self._shell.stdin.close()
+        self._shell.wait()
+
+    def _say(self, line: str) -> None:
+        assert self._shell.stdin is not None
+        with contextlib.suppress(OSError):
+            self._shell.stdin.write(line.encode())
+            self._shell.stdin.flush()
 
 
 def _end_of(path: Path) -> bytes:
@@ -304,16 +367,42 @@ def _any_alive(groups: set[int]) -> bool:
     return False
 
 
-def _die_with_parent() -> Callable[[], None] | None:
-    """What a worker does before it executes its command: ask the kernel to kill it when this process ends."""
+def die_with(parent: int, number: int = signal.SIGKILL) -> None:
+    """Ask the kernel to signal this process when `parent`, which started it, ends (Linux)."""
     if not sys.platform.startswith("linux"):
-        return None
-    prctl, parent = ctypes.CDLL(None).prctl, os.getpid()
+        return
     pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, number)
+    if os.getppid() != parent:
+        os._exit(1)
 
-    def ask() -> None:
-        prctl(pr_set_pdeathsig, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
 
-    return ask
+def die_with_parent(number: int = signal.SIGKILL) -> Callable[[], None]:
+    """What a child does before it executes its command: `die_with` this process."""
+    parent = os.getpid()
+    return lambda: die_with(parent, number)
+
+
+def adopt_orphans() -> set[int]:
+    """Become the parent of whatever this process's children leave behind (Linux, prctl(2)); the children it has now."""
+    if sys.platform.startswith("linux"):
+        pr_set_child_subreaper = 36
+        ctypes.CDLL(None).prctl(pr_set_child_subreaper, 1)
+    return _children()
+
+
+def kill_children(but: set[int]) -> None:
+    """Kill and reap all children but those, again and again, as theirs become ours."""
+    for _ in range(100):
+        pids = _children() - but
+        if not pids:
+            return
+        for pid in pids:
+            with contextlib.suppress(OSError):
+                os.kill(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+
+
+def _children() -> set[int]:
+    path = Path(f"/proc/self/task/{os.getpid()}/children")
+    return {int(pid) for pid in path.read_text().split()} if path.exists() else set()

@@ -32,6 +32,22 @@ class NotAvailableError(DeepSpeedError, NotImplementedError):
     """A documented feature that this version validates but does not have yet."""
 
 
+class LaunchError(DeepSpeedError, RuntimeError):
+    """A job cannot be started: a program is not installed, a host cannot be reached."""
+
+
+class ElasticityError(DeepSpeedConfigError):
+    """Elastic batch sizes cannot be computed."""
+
+
+class ElasticityConfigError(ElasticityError):
+    """The `elasticity` section is missing, off, or contradicts itself."""
+
+
+class ElasticityIncompatibleWorldSize(ElasticityError):  # noqa: N818 - the public name
+    """No batch of the elastic configuration fits this many GPUs."""
+
+
 class TierError(DeepSpeedError, OSError):
     """Bytes could not be moved to or from where they rest: disk full, folder gone, file short or damaged."""
 

@@ -61,10 +61,6 @@ def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -
     ("written", "path"),
     [
         (
-            {"elasticity": {"enabled": True, "max_train_batch_size": 8, "micro_batch_sizes": [2]}},
-            "elasticity.enabled",
-        ),
-        (
             {
                 "compression_training": {
                     "sparse_pruning": {"shared_parameters": {"enabled": True, "method": "snip_momentum"}}

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from deepspeed.launcher.failure import describe_exit, last_words, shell_code
 from deepspeed.launcher.job import Worker
-from deepspeed.launcher.supervise import Supervisor, describe_exit, last_words, shell_code
+from deepspeed.launcher.supervise import Supervisor
 from deepspeed.utils.errors import DeepSpeedError
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX processes")

@@ -7,8 +7,8 @@ import socket
 
 import pytest
 
-from deepspeed.comm.launch_env import LaunchEnv, discover, expand_hosts
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.launch_env import LaunchEnv, discover, expand_hosts
 
 OMPI = {
     "OMPI_COMM_WORLD_RANK": "3",

@@ -1,6 +1,6 @@
 """What the program that started this process said about rank, world size and meeting point: a table over variables.
 
-`comm.init_distributed` calls `discover` and `apply`; nothing else in the package reads these variables from the
+`comm.init_distributed` and `launcher.launcher_helper` call `discover`; nothing else in the package reads these variables from the
 environment. `discover` is pure: a mapping goes in, a `LaunchEnv` comes out, the first row that applies decides:
 
     torch variables (torchrun, deepspeed, Accelerate, Lightning)  >  AzureML  >  SageMaker  >  Open MPI  >  MVAPICH

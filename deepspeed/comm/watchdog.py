@@ -1,0 +1,237 @@
+"""Says who is missing while a collective waits: the ranks, the collective and the call site, before the timeout.
+
+Started by `init_distributed` for jobs of several ranks, on every backend. A thread of each rank looks, a few times per
+`report_after_s`, whether another thread of its process has been blocked inside a collective ever since the last look.
+Only then does it write anything: it raises an alarm in the job's store. All ranks' threads see the alarm, write where
+they are, and the lowest waiting rank logs it:
+
+    all_reduce has waited for 60 s; it fails after 600 s.
+      ranks 0, 1, 2 wait in all_reduce at train.py:40
+      rank 3 has not come: it is at data.py:12 in read
+
+Invariant: no collective is wrapped, counted or timed; training pays one look at the threads' frames and one question to
+the store per interval. A blocked thread is one that the kernel has not run in between (its context switches), so ranks
+that meet again and again at the same place are not taken for waiting.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import linecache
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import FrameType
+from typing import Any, NamedTuple
+
+from deepspeed.utils.logging import logger
+
+MAX_REPORT_AFTER_S = 120.0
+LOOKS = 6
+"""Looks per `report_after_s`."""
+_OWN = str(Path(__file__).resolve().parent)
+_TORCH = os.path.join("torch", "distributed")
+_OPERATIONS = (
+    *("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier", "gather", "scatter"),
+    *("reduce", "send", "recv", "wait"),
+)
+
+
+class Place(NamedTuple):
+    """Where a thread is: in which collective ("" if in none), and the line of the caller's code."""
+
+    operation: str
+    site: str
+
+
+def place_of(frame: FrameType | None) -> Place:
+    """The collective a stack is in, and the innermost line that is not the communication library's."""
+    operation = ""
+    innermost = frame
+    while frame is not None:
+        path = frame.f_code.co_filename
+        if not (path.startswith(_OWN) or _TORCH in path):
+            break
+        name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.11
+        operation = next((known for known in _OPERATIONS if known in name), operation)
+        frame = frame.f_back
+    if (
+        frame is innermost
+        and frame is not None
+        and ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    ):
+        operation = "wait"  # of an asynchronous operation: native code, called from the user's line
+    frame = frame or innermost
+    if frame is None:
+        return Place(operation, "?")
+    return Place(operation, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
+
+
+def _switches(native_id: int | None) -> str | None:
+    """A text that changes whenever the kernel runs the thread; None where it cannot be told."""
+    try:
+        lines = Path(f"/proc/self/task/{native_id}/status").read_text().splitlines()
+    except OSError:
+        return None
+    return "".join(line for line in lines if "ctxt_switches" in line)
+
+
+class Watchdog:
+    """The looking thread of one rank. `open_store` is called in the thread, so that it has a connection of its own."""
+
+    def __init__(
+        self,
+        open_store: Callable[[], Any],
+        rank: int,
+        world_size: int,
+        timeout_s: float,
+        report_after_s: float | None = None,
+    ) -> None:
+        self._open_store = open_store
+        self._rank = rank
+        self._world_size = world_size
+        self._timeout_s = timeout_s
+        self._after_s = report_after_s or min(MAX_REPORT_AFTER_S, timeout_s / 2)
+        self._blocked: dict[int, tuple[str, float]] = {}
+        """Thread -> its context switches at the first look that found it blocked, and when that was."""
+        self._alarm_s: float | None = None
+        self._has_reported = False
+        self._ended = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="deepspeed-watchdog", daemon=True)
+
+    def start(self) -> None:
+        """Begin to look."""
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End. The thread may still be in a question to the store."""
+        self._ended.set()
+        self._thread.join(1.0)
+
+    def _run(self) -> None:
+        pause_s = self._after_s / LOOKS
+        try:
+            if self._ended.wait(pause_s):
+                return
+            store = self._open_store()
+            while not self._ended.wait(pause_s):
+                self._look(store, time.monotonic())
+        except Exception as error:  # the store ends with rank 0: nobody is left to tell
+            logger.debug("the watchdog ends: %s", error)
+
+    def _look(self, store: Any, now_s: float) -> None:
+        place, since_s = self._longest_wait(now_s)
+        waits = place is not None and now_s - since_s >= self._after_s * (LOOKS - 2) / LOOKS
+        alarm = self._alarm(store, raises=waits)
+        if not alarm:
+            self._alarm_s, self._has_reported = None, False
+            return
+        if not waits and alarm.startswith(f"{self._rank}:"):
+            store.set("alarm", "")  # ours, and over
+            return
+        mine = place or place_of(sys._current_frames().get(threading.main_thread().ident or 0))
+        text = {"waits": waits, "operation": mine.operation, "site": mine.site}
+        store.set(f"{alarm}/{self._rank}", json.dumps(text))
+        if not waits:
+            return
+        self._alarm_s = self._alarm_s or now_s
+        if not self._has_reported and now_s - self._alarm_s >= 2 * self._after_s / LOOKS:
+            self._has_reported = True
+            assert place is not None
+            self._report(store, alarm, place, now_s - since_s)
+
+    def _alarm(self, store: Any, *, raises: bool) -> str:
+        """The alarm that is on, "" if none is; this rank's, if it `raises` one and nobody else has."""
+        if raises:
+            current = store.compare_set("alarm", "", f"{self._rank}:{time.time():.0f}")
+        elif store.check(["alarm"]):
+            current = store.get("alarm")
+        else:
+            return ""
+        return current.decode() if isinstance(current, bytes) else str(current)
+
+    def _longest_wait(self, now_s: float) -> tuple[Place | None, float]:
+        """The collective in which a thread has been blocked longest, and since when; None if none is."""
+        native = {thread.ident: thread.native_id for thread in threading.enumerate()}
+        found: dict[int, tuple[str, float]] = {}
+        longest: tuple[Place | None, float] = (None, now_s)
+        for ident, frame in sys._current_frames().items():
+            place = place_of(frame)
+            if ident == threading.get_ident() or not place.operation:
+                continue
+            switches = _switches(native.get(ident)) or f"{id(frame)}:{frame.f_lasti}"
+            before = self._blocked.get(ident)
+            found[ident] = before if before is not None and before[0] == switches else (switches, now_s)
+            if found[ident][1] < longest[1]:
+                longest = (place, found[ident][1])
+        self._blocked = found
+        return longest
+
+    def _report(self, store: Any, alarm: str, place: Place, waited_s: float) -> None:
+        told: dict[int, dict[str, Any] | None] = {}
+        for rank in range(self._world_size):
+            key = f"{alarm}/{rank}"
+            told[rank] = json.loads(store.get(key)) if store.check([key]) else None
+            entry = told[rank]
+            if rank < self._rank and entry is not None and entry["waits"]:
+                return  # that rank says it
+        logger.error(describe(told, place.operation, waited_s, self._timeout_s))
+
+
+def describe(told: dict[int, dict[str, Any] | None], operation: str, waited_s: float, timeout_s: float) -> str:
+    """The report: who waits where, who has not come and where it is instead, who does not answer."""
+    waiting: dict[tuple[str, str], list[int]] = {}
+    lines = [f"{operation} has waited for {waited_s:.0f} s; it fails after {timeout_s:.0f} s."]
+    missing = []
+    for rank, entry in told.items():
+        if entry is None:
+            missing.append(f"  rank {rank} does not answer: its process or machine is gone, stopped or cut off")
+        elif entry["waits"]:
+            waiting.setdefault((entry["operation"], entry["site"]), []).append(rank)
+        else:
+            missing.append(f"  rank {rank} has not come: it is at {entry['site']}")
+    lines += [f"  {_ranks(ranks)} in {name} at {site}" for (name, site), ranks in waiting.items()]
+    if not missing:
+        missing = ["  all ranks wait: they call different collectives, or a message between two of them is lost"]
+    return "\n".join([*lines, *missing])
+
+
+def _ranks(ranks: Iterable[int]) -> str:
+    listed = [str(rank) for rank in ranks]
+    return f"rank {listed[0]} waits" if len(listed) == 1 else f"ranks {', '.join(listed)} wait"
+
+
+class _Running:
+    """The watchdog of this process's default group."""
+
+    current: Watchdog | None = None
+
+
+def watch(master_addr: str, master_port: int, rank: int, world_size: int, timeout_s: float) -> None:
+    """Start this process's watchdog; the store is the one at which the ranks met."""
+
+    def open_store() -> Any:
+        import torch.distributed as dist
+
+        store = dist.TCPStore(master_addr, master_port, is_master=False, wait_for_workers=False)
+        return dist.PrefixStore(f"deepspeed_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+    unwatch()
+    # A thread that is inside native code while the interpreter shuts down aborts the process: "terminate called".
+    atexit.unregister(unwatch)
+    atexit.register(unwatch)
+    _Running.current = Watchdog(open_store, rank, world_size, timeout_s)
+    _Running.current.start()
+
+
+def unwatch() -> None:
+    """Stop it, if it runs."""
+    running, _Running.current = _Running.current, None
+    if running is not None:
+        with contextlib.suppress(RuntimeError):
+            running.stop()

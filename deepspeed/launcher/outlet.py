@@ -1,0 +1,59 @@
+"""Writing to the terminal or a pipe without ever waiting for its reader. Used by `supervise` and `remote`.
+
+A reader that stops (Ctrl-S, a pager, ssh over a network that is cut) must not keep a supervisor from noticing that a
+rank died or that the job is over. So what cannot be written now is kept, and the loop goes on; its owner stops reading
+from workers while `is_full`, and the workers wait instead. Source: pipe(7), a pipe that poll(2) calls writable takes at
+least PIPE_BUF bytes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+
+PIPE_BUF = 4096
+FULL_NBYTES = 1 << 16
+
+
+class Outlet:
+    """One file descriptor of this process."""
+
+    def __init__(self, descriptor: int) -> None:
+        self._descriptor = descriptor
+        self._waiting = bytearray()
+        self._poll = select.poll()
+        self._poll.register(descriptor, select.POLLOUT)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether the reader is so far behind that no more should be taken from workers."""
+        return len(self._waiting) >= FULL_NBYTES
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether anything is left to write."""
+        return bool(self._waiting)
+
+    def write(self, data: bytes) -> None:
+        """Write now what can be written now."""
+        self._waiting += data
+        self.push()
+
+    def push(self) -> None:
+        """Write of the rest what can be written now. Where nobody reads any more, all of it is dropped."""
+        while self._waiting and self._poll.poll(0):
+            try:
+                written = os.write(self._descriptor, self._waiting[:PIPE_BUF])
+            except OSError:
+                self._waiting.clear()
+                return
+            del self._waiting[:written]
+
+    def flush(self, timeout_s: float) -> None:
+        """Wait until all is written, but not longer than this."""
+        until_s = time.monotonic() + timeout_s
+        self.push()
+        while self._waiting and time.monotonic() < until_s:
+            self._poll.poll(50)
+            self.push()

@@ -1,0 +1,88 @@
+"""A collective that waits: who is missing, what is waited for and where, while the ranks that meet are left alone."""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed.comm.watchdog import Watchdog, describe, place_of
+from deepspeed.utils.logging import logger
+from tests.harness import free_port, run_ranks
+
+
+class _Notes(logging.Handler):
+    def __init__(self) -> None:
+        super().__init__()
+        self.texts: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.texts.append(record.getMessage())
+
+
+def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
+    """Meet often, then let the last rank be late for one all-reduce, or not."""
+    notes = _Notes()
+    logger.addHandler(notes)
+    server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if rank == 0 else None
+
+    def open_store() -> Any:
+        client = dist.TCPStore(
+            "127.0.0.1", port, is_master=False, wait_for_workers=False, timeout=timedelta(seconds=20)
+        )
+        return dist.PrefixStore("watch", client)
+
+    dog = Watchdog(open_store, rank, world_size, timeout_s=60, report_after_s=0.9)
+    dist.barrier()
+    dog.start()
+    until = time.monotonic() + 2
+    going = torch.ones(1)
+    while going.item():
+        dist.all_reduce(torch.ones(1))
+        time.sleep(0.001)
+        going.fill_(float(time.monotonic() < until))
+        dist.broadcast(going, 0)
+    before = len(notes.texts)
+    if hangs and rank == world_size - 1:
+        time.sleep(3)
+    dist.all_reduce(torch.ones(1))
+    dog.stop()
+    dist.barrier()
+    logger.removeHandler(notes)
+    del server
+    assert before == 0, notes.texts
+    return notes.texts
+
+
+def test_the_late_rank_is_named_once_with_the_line_it_is_at() -> None:
+    texts = run_ranks(3, _meet, free_port(), True)
+    assert [len(lines) for lines in texts] == [1, 0, 0]
+    first, waiting, missing = texts[0][0].splitlines()
+    assert first.startswith("all_reduce has waited for ") and first.endswith("it fails after 60 s.")
+    assert waiting.startswith("  ranks 0, 1 wait in all_reduce at ") and "test_watchdog.py" in waiting
+    assert missing.startswith("  rank 2 has not come: it is at ") and missing.endswith(" in _meet")
+
+
+def test_ranks_that_meet_are_never_reported() -> None:
+    assert run_ranks(2, _meet, free_port(), False) == [[], []]
+
+
+def test_a_report_tells_silence_and_disagreement() -> None:
+    waits = {"waits": True, "operation": "all_gather", "site": "b.py:2 in g"}
+    told: dict[int, dict[str, Any] | None] = {0: {**waits, "operation": "all_reduce"}, 1: waits, 2: None}
+    assert "rank 2 does not answer" in describe(told, "all_reduce", 60, 600)
+    both = describe({0: told[0], 1: told[1]}, "all_reduce", 60, 600)
+    assert "rank 0 waits in all_reduce" in both and "rank 1 waits in all_gather" in both
+    assert both.endswith("all ranks wait: they call different collectives, or a message between two of them is lost")
+
+
+def test_a_place_outside_of_collectives_has_no_operation() -> None:
+    frame = sys._current_frames()[threading.get_ident()]
+    place = place_of(frame)
+    assert place.operation == "" and "test_watchdog.py" in place.site
