@@ -52,6 +52,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
+    "deepspeed.ops.op_builder": {"*": "deepspeed.op_builders:"},
+    "deepspeed.ops.op_builder.all_ops": invert({"deepspeed.op_builders": "ALL_OPS"}),
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

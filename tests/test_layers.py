@@ -24,6 +24,7 @@ LADDER = [
     "checkpoint",
     "engine",
     "inference profiling autotuning launcher",
+    "op_builders",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]
