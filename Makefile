@@ -10,13 +10,17 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test lint format bench native clean
+.PHONY: demo test test-monitors lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+test-monitors: $(INSTALLED)
+	$(PIP_INSTALL) -e '.[dev,monitor]'
+	$(BIN)/python -m pytest tests/monitor $(PYTEST_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -34,7 +34,7 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.zero.optimizer": "DeepSpeedOptimizer ZeroOptimizer",
         }
     )
-    | {name: f"deepspeed.{name}:" for name in "accelerator comm config utils zero".split()}
-    | {"dist": "deepspeed.comm:"}
+    | {name: f"deepspeed.{name}:" for name in "accelerator comm config memory monitor profiling utils zero".split()}
+    | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
     | _legacy.names(),
 )

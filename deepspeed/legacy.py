@@ -19,6 +19,7 @@ _SCHEDULES = (
     "LRRangeTest OneCycle WarmupLR WarmupDecayLR WarmupCosineLR VALID_LR_SCHEDULES add_tuning_arguments "
     "get_config_from_args get_lr_from_config"
 )
+_ESTIMATORS = " ".join(f"estimate_zero{{0}}_model_states_mem_needs{kind}" for kind in ("", "_all_live", "_all_cold"))
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime": {},
@@ -30,6 +31,8 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
     "deepspeed.runtime.utils": invert({"deepspeed.accelerator.memory": "see_memory_usage"}),
+    "deepspeed.runtime.activation_checkpointing": {},
+    "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.zero": {},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(
@@ -42,8 +45,15 @@ PATHS: dict[str, dict[str, str]] = {
             }
         )
     },
-    "deepspeed.runtime.zero.stage_1_and_2": {"DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
-    "deepspeed.runtime.zero.stage3": {"DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.offload_config": invert({"deepspeed.zero.away": "OffloadDeviceEnum OffloadStateTypeEnum"}),
+    "deepspeed.runtime.zero.stage_1_and_2": {
+        "DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(2)}),
+    },
+    "deepspeed.runtime.zero.stage3": {
+        "DeepSpeedZeroOptimizer_Stage3": "deepspeed.zero.optimizer:ZeroOptimizer",
+        **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
+    },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
     "deepspeed.runtime.zero.muon.original_muon": invert({"deepspeed.optim.muon": "Muon MuonWithAuxAdam"}),
@@ -52,8 +62,20 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
+    "deepspeed.ops.aio": invert({"deepspeed.op_builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.ops.op_builder": {"*": "deepspeed.op_builders:"},
     "deepspeed.ops.op_builder.all_ops": invert({"deepspeed.op_builders": "ALL_OPS"}),
+    "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
+    "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},
+    "deepspeed.monitor.monitor": invert(
+        {"deepspeed.monitor.master": "MonitorMaster", "deepspeed.monitor.backend": "Monitor"}
+    ),
+    "deepspeed.monitor.config": {
+        **invert({"deepspeed.monitor.master": "get_monitor_config"}),
+        "DeepSpeedMonitorConfig": "deepspeed.config:Config",
+    },
+    "deepspeed.checkpoint.utils": invert({"deepspeed.checkpoint.compat": "clone_tensors_for_torch_save"}),
+    "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
 }
 

@@ -74,8 +74,13 @@ _NO_KERNELS = "It is computed by torch; call the module or function that you nee
 _COLLECTIVES = "deepspeed.comm has the collectives, on torch.distributed."
 
 _TABLE: dict[str, tuple[str, str | None, tuple[str, ...], str]] = {
-    "AsyncIOBuilder": ("async_io", "deepspeed.tiers.aio", ("csrc/aio.cpp",), "Use torch.save and torch.load."),
-    "GDSBuilder": ("gds", None, (), "Use AsyncIOBuilder: it takes tensors on a GPU too, through a buffer on the CPU."),
+    "AsyncIOBuilder": ("async_io", "deepspeed.tiers.aio", ("csrc/aio.cpp",), ""),
+    "GDSBuilder": (
+        "gds",
+        None,
+        (),
+        "GPUDirect Storage needs CUDA and cuFile, which are not used: AsyncIOBuilder's aio_handle takes tensors on a GPU too.",
+    ),
     "CPUAdamBuilder": ("cpu_adam", "deepspeed.optim.adam", _KERNELS, ""),
     "CPUAdagradBuilder": ("cpu_adagrad", "deepspeed.optim.adagrad", _KERNELS, ""),
     "CPULionBuilder": ("cpu_lion", "deepspeed.optim.lion", _KERNELS, ""),

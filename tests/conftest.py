@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 
@@ -19,6 +21,29 @@ def _no_leaked_environment() -> Iterator[None]:
         os.environ.pop(name, None)
     os.environ.update({name: before[name] for name in leaked if name in before})
     assert not leaked, f"the test left environment variables changed: {', '.join(leaked)}"
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Callable[..., Path]]:
+    """Mounts a file system of its own, of that size: `small_disk("1m", "ro")`; `kind` ramfs has no direct I/O."""
+    mounted: list[Path] = []
+
+    def mount(nbytes: str, *options: str, kind: str = "tmpfs") -> Path:
+        at = tmp_path / f"disk{len(mounted)}"
+        at.mkdir()
+        command = ["mount", "-t", kind, "-o", ",".join((f"size={nbytes}", *options)), kind, str(at)]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=30)
+        except FileNotFoundError:
+            pytest.skip("this machine has no mount command")
+        if done.returncode:
+            pytest.skip(f"mounting is not allowed here: {done.stderr.strip()}")
+        mounted.append(at)
+        return at
+
+    yield mount
+    for at in mounted:
+        subprocess.run(["umount", "-l", str(at)], capture_output=True, timeout=30)
 
 
 def pytest_sessionfinish() -> None:

@@ -21,9 +21,9 @@ LADDER = [
     "tiers precision quant optim",
     "zero",
     "parallel activation",
-    "checkpoint",
+    "checkpoint profiling",
     "engine",
-    "inference profiling autotuning launcher",
+    "memory inference autotuning launcher",
     "op_builders",
     "__init__ legacy",
 ]

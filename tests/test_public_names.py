@@ -105,6 +105,29 @@ deepspeed.utils.groups.get_model_parallel_world_size()
 deepspeed.utils.groups.get_tensor_model_parallel_rank()
 deepspeed.utils.groups.get_tensor_model_parallel_world_size()
 
+deepspeed.monitor.monitor.MonitorMaster(monitor_config)
+deepspeed.monitor.monitor.MonitorMaster.write_events(self, event_list)
+deepspeed.monitor.config.get_monitor_config(param_dict)
+deepspeed.monitor.csv_monitor.csvMonitor(csv_config)
+deepspeed.monitor.tensorboard.TensorBoardMonitor(tensorboard_config)
+deepspeed.monitor.wandb.WandbMonitor(wandb_config)
+deepspeed.monitor.comet.CometMonitor(comet_config)
+deepspeed.profiling.flops_profiler.get_model_profile(model, input_shape, args, kwargs, print_profile, detailed, module_depth, \
+top_modules, warm_up, as_string, output_file, ignore_modules, mode)
+deepspeed.profiling.flops_profiler.FlopsProfiler(model, ds_engine, recompute_fwd_factor)
+deepspeed.profiling.flops_profiler.FlopsProfiler.start_profile(self, ignore_list)
+deepspeed.profiling.flops_profiler.FlopsProfiler.stop_profile(self)
+deepspeed.profiling.flops_profiler.FlopsProfiler.reset_profile(self)
+deepspeed.profiling.flops_profiler.FlopsProfiler.end_profile(self)
+deepspeed.profiling.flops_profiler.FlopsProfiler.get_total_flops(self, as_string)
+deepspeed.profiling.flops_profiler.FlopsProfiler.get_total_macs(self, as_string)
+deepspeed.profiling.flops_profiler.FlopsProfiler.get_total_duration(self, as_string)
+deepspeed.profiling.flops_profiler.FlopsProfiler.get_total_params(self, as_string)
+deepspeed.profiling.flops_profiler.FlopsProfiler.print_model_profile(self, profile_step, module_depth, top_modules, detailed, \
+output_file)
+deepspeed.profiling.flops_profiler.FlopsProfiler.print_model_aggregated_profile(self, module_depth, top_modules)
+deepspeed.profiling.flops_profiler.profiler.FlopsProfiler
+
 deepspeed.comm.broadcast(tensor, src, group, async_op, prof, log_name, debug)
 deepspeed.comm.broadcast_object_list(object_list, src, group, device)
 deepspeed.comm.all_gather(tensor_list, tensor, group, async_op, prof, log_name, debug)
@@ -196,6 +219,36 @@ deepspeed.runtime.zero.partition_parameters._orig_torch_arange
 deepspeed.runtime.zero.partition_parameters.get_accelerator()
 deepspeed.runtime.zero.stage_1_and_2.DeepSpeedZeroOptimizer
 deepspeed.runtime.zero.stage3.DeepSpeedZeroOptimizer_Stage3
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs(total_params, num_gpus_per_node, num_nodes, \
+cpu_offload, additional_buffer_factor)
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes, \
+additional_buffer_factor)
+deepspeed.runtime.zero.stage_1_and_2.estimate_zero2_model_states_mem_needs_all_cold(total_params, num_gpus_per_node, \
+num_nodes, additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs(total_params, largest_layer_params, \
+num_gpus_per_node, num_nodes, cpu_offload, cpu_offload_params, zero_init, additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_live(model, num_gpus_per_node, num_nodes, \
+additional_buffer_factor)
+deepspeed.runtime.zero.stage3.estimate_zero3_model_states_mem_needs_all_cold(total_params, largest_layer_params, \
+num_gpus_per_node, num_nodes, additional_buffer_factor)
+deepspeed.runtime.activation_checkpointing.checkpointing.configure(mpu_, deepspeed_config, partition_activations, \
+contiguous_checkpointing, num_checkpoints, checkpoint_in_cpu, synchronize, profile)
+deepspeed.runtime.activation_checkpointing.checkpointing.is_configured()
+deepspeed.runtime.activation_checkpointing.checkpointing.checkpoint(function, args, kwargs)
+deepspeed.runtime.activation_checkpointing.checkpointing.non_reentrant_checkpoint(function, args)
+deepspeed.runtime.activation_checkpointing.checkpointing.reset()
+deepspeed.runtime.activation_checkpointing.checkpointing.get_cuda_rng_tracker()
+deepspeed.runtime.activation_checkpointing.checkpointing.model_parallel_cuda_manual_seed(seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.model_parallel_reconfigure_tp_seed(seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.partition_activations_in_checkpoint(partition_activation)
+deepspeed.runtime.activation_checkpointing.checkpointing.set_num_layers(nlayers)
+deepspeed.runtime.activation_checkpointing.checkpointing.CheckpointFunction
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.add(self, name, seed)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.fork(self, name)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.get_states(self)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.set_states(self, states)
+deepspeed.runtime.activation_checkpointing.checkpointing.CudaRNGStatesTracker.reset(self)
+deepspeed.checkpointing.checkpoint(function, args, kwargs)
 deepspeed.runtime.zero.tiling.TiledLinear
 deepspeed.runtime.zero.muon.original_muon.Muon(params, lr, weight_decay, momentum, ns_method)
 deepspeed.runtime.zero.muon.original_muon.MuonWithAuxAdam(param_groups)
@@ -208,6 +261,10 @@ max_coeff, min_coeff, amsgrad)
 deepspeed.ops.lion.FusedLion(params, lr, betas, weight_decay, set_grad_none)
 deepspeed.ops.lion.DeepSpeedCPULion(model_params, lr, betas, weight_decay, fp32_optimizer_states)
 deepspeed.ops.adagrad.DeepSpeedCPUAdagrad(model_params, lr, eps, weight_decay, amsgrad, fp32_optimizer_states)
+deepspeed.ops.aio.AsyncIOBuilder.NAME
+deepspeed.ops.op_builder.AsyncIOBuilder.load(self, verbose)
+deepspeed.ops.op_builder.AsyncIOBuilder.is_compatible(self, verbose)
+deepspeed.ops.op_builder.GDSBuilder.load(self, verbose)
 """
 
 ENGINE = """
@@ -241,6 +298,10 @@ deepspeed_io(self, dataset, batch_size, route, pin_memory, data_sampler, collate
 save_checkpoint(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 load_checkpoint(self, load_dir, tag, load_module_strict, load_optimizer_states, load_lr_scheduler_states, \
 load_module_only, custom_load_fn)
+wait_for_checkpoint(self)
+load_module_state_dict(self, checkpoint, strict, custom_load_fn, fetch_z3_params)
+save_16bit_model(self, save_dir, save_filename, exclude_frozen_parameters)
+save_fp16_model(self, save_dir, save_filename, exclude_frozen_parameters)
 module_state_dict(self, destination, prefix, keep_vars, exclude_frozen_parameters)
 _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters)
 zero_gather_16bit_weights_on_model_save(self)
@@ -296,7 +357,7 @@ fp32_partitioned_groups_flat
 """
 
 
-CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus"}
+CLASSES = {"OneCycle", "WarmupLR", "ZeroParamStatus", "AsyncIOBuilder", "GDSBuilder", "CudaRNGStatesTracker"}
 """Whose members are listed by legacy paths."""
 
 

@@ -21,16 +21,11 @@ from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup, ReduceOp
 
 from deepspeed.comm.exchange import all_gather_single, reduce_scatter_single
-from deepspeed.comm.recorder import Recorder, straggling_ms, table
+from deepspeed.comm.observe import measure_alone
+from deepspeed.comm.recorder import Current, Recorder, straggling_ms, table
 
 Group = ProcessGroup | None
 SUM = ReduceOp.SUM
-
-
-class _Log:
-    """Holds the recorder while there is one."""
-
-    recorder: Recorder | None = None
 
 
 def run(
@@ -43,7 +38,7 @@ def run(
     **kwargs: Any,
 ) -> Any:
     """`call(*args, **kwargs)`, recorded if something records. `message` is the tensor, or tensors, whose bytes count."""
-    recorder = _Log.recorder
+    recorder = Current.recorder
     if recorder is None or not recorder.wants(log_name, prof):
         return call(*args, **kwargs)
     tensors = [message] if isinstance(message, Tensor) else message or []
@@ -479,7 +474,7 @@ def configure(
 ) -> None:
     """Start, change or stop recording collectives: from the config's `comms_logger` section, then from the arguments."""
     section = getattr(deepspeed_config, "comms_logger", None)
-    before = _Log.recorder
+    before = Current.recorder
     if enabled is None:
         enabled = section.enabled if section is not None else before is not None
     recorder = before or Recorder()
@@ -489,17 +484,19 @@ def configure(
             value = getattr(section, name)
         if value is not None:
             setattr(recorder, name, value)
-    _Log.recorder = recorder if enabled else None
+    Current.recorder = recorder if enabled else None
 
 
 def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict[str, Any] | None:
     """Print on rank 0 what was recorded; with `return_dict`, return this rank's numbers. Collective.
 
-    The dict: "summary" -> op -> message bytes -> numbers, "straggler_analysis" (None unless asked for: milliseconds
-    this rank took longer than the fastest), "metadata".
+    ZeRO's own traffic is asynchronous: its latency is measured here, on scratch memory with nothing beside it, at the first
+    call for each message size. The dict: "summary" -> op -> message bytes -> numbers, "straggler_analysis" (None unless
+    asked for: milliseconds this rank waited longer than the rank that waited least), "metadata".
     """
-    recorder = _Log.recorder or Recorder()
+    recorder = Current.recorder or Recorder()
     dist.barrier()
+    measure_alone(recorder)
     world_size, rank = dist.get_world_size(), dist.get_rank()
     summary = recorder.summary(world_size)
     straggling = straggling_ms(summary) if show_straggler else {}
@@ -516,21 +513,23 @@ def log_summary(show_straggler: bool = False, return_dict: bool = False) -> dict
 
 def reset_log() -> None:
     """Forget what was recorded; go on recording."""
-    if _Log.recorder is not None:
-        _Log.recorder.records.clear()
+    if Current.recorder is not None:
+        Current.recorder.clear()
 
 
 def has_comm_data() -> bool:
     """Whether anything was recorded."""
-    return _Log.recorder is not None and bool(_Log.recorder.records)
+    return get_comm_operation_count() > 0
 
 
 def get_comm_operation_count() -> int:
     """How many operations were recorded."""
-    records = _Log.recorder.records if _Log.recorder is not None else {}
-    return sum(len(latencies) for sizes in records.values() for latencies in sizes.values())
+    recorder = Current.recorder or Recorder()
+    timed = sum(len(latencies) for sizes in recorder.records.values() for latencies in sizes.values())
+    return timed + sum(flow.count for flow in recorder.flows.values())
 
 
 def get_logged_comm_ops() -> list[str]:
     """The names of the recorded operations."""
-    return list(_Log.recorder.records) if _Log.recorder is not None else []
+    recorder = Current.recorder or Recorder()
+    return list(dict.fromkeys([*recorder.records, *(op for (op, _, _), flow in recorder.flows.items() if flow.count)]))

@@ -78,6 +78,10 @@ class Pending:
 
         return Pending(finish, self._work)
 
+    def within(self, around: Callable[[Callable[[], None]], None]) -> Pending:
+        """The same, taking this one's place: its wait, if there is something to wait for, is `around(finish)`."""
+        return self if self._finish is None else Pending(partial(around, self._finish), self._work)
+
     def wait(self) -> None:
         """Finish; on an accelerator, order the current stream after it. A second call does nothing."""
         finish, self._finish = self._finish, None

@@ -1,9 +1,11 @@
 """Counts and times collectives, per operation and message size; off unless configured.
 
-`collectives.run` hands every collective to the recorder while there is one. A timed collective is waited for on the
-spot, so recording changes how communication overlaps; without a recorder nothing here runs.
+While there is a recorder, two things reach it. `collectives.run` hands it every collective that is called through
+`deepspeed.comm`; it is waited for on the spot and timed. ZeRO's own traffic stays asynchronous: `comm.observe` counts it
+in `Flow`s, with the time it was waited for, and how long it takes by itself. Without a recorder nothing here runs.
 
     records[op][message bytes] = latencies in ms
+    flows[op, message bytes, mesh dim] = count, waits, seconds alone
 
 Algorithm bandwidth is message bytes / time. Bus bandwidth scales it by what the operation must move per link, so that
 it compares to the hardware whatever the world size: the factors of nccl-tests (doc/PERFORMANCE.md). The message of an
@@ -21,6 +23,7 @@ import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import logger
+from deepspeed.utils.waits import Waits
 
 _BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -36,6 +39,19 @@ def bus_factor(op: str, world_size: int) -> float:
     return _BUS_FACTORS[name](world_size) if name and world_size > 1 else 1.0
 
 
+@dataclass(eq=False)
+class Flow:
+    """One asynchronous operation of one message size over one group."""
+
+    make_call: Callable[[], Callable[[], None]]
+    """Makes a call of the operation on scratch memory, to time it alone."""
+    count: int = 0
+    waits: Waits = field(default_factory=Waits)
+    """How long this rank stood still for it, in all."""
+    alone_s: float | None = None
+    """How long it takes with nothing beside it; None until measured."""
+
+
 @dataclass
 class Recorder:
     """What was recorded since the last reset, and what is to be recorded."""
@@ -45,6 +61,7 @@ class Recorder:
     verbose: bool = False
     debug: bool = False
     records: dict[str, dict[int, list[float]]] = field(default_factory=dict)
+    flows: dict[tuple[str, int, str], Flow] = field(default_factory=dict)
 
     def wants(self, log_name: str, prof: bool) -> bool:
         """Whether this operation is recorded: all are, or it is listed, or the call asks for it."""
@@ -61,26 +78,61 @@ class Recorder:
         synchronize()
         latency_ms = (time.perf_counter() - start_s) * 1e3
         self.records.setdefault(log_name, {}).setdefault(nbytes, []).append(latency_ms)
-        if self.verbose:
-            by = f" from {caller}" if self.debug else ""
-            logger.warning(f"comm op: {log_name}{by} | time (ms): {latency_ms:.2f} | msg size: {size_text(nbytes)}")
+        self.tell(log_name, nbytes, latency_ms, caller)
         return handle
 
+    def flow(self, op: str, nbytes: int, dim: str, make_call: Callable[[], Callable[[], None]]) -> Flow:
+        """The flow of an asynchronous operation, made at its first use."""
+        key = (op, nbytes, dim)
+        if key not in self.flows:
+            self.flows[key] = Flow(make_call)
+        return self.flows[key]
+
+    def tell(self, log_name: str, nbytes: int, time_ms: float, caller: str) -> None:
+        """With `verbose`, a line per operation: how long it took, or was waited for."""
+        if self.verbose:
+            by = f" from {caller}" if self.debug else ""
+            logger.warning(f"comm op: {log_name}{by} | time (ms): {time_ms:.2f} | msg size: {size_text(nbytes)}")
+
+    def clear(self) -> None:
+        """Forget what was recorded; what was measured alone stays known."""
+        self.records.clear()
+        for flow in self.flows.values():
+            flow.count, flow.waits = 0, Waits()
+
     def summary(self, world_size: int) -> dict[str, dict[int, dict[str, Any]]]:
-        """op -> message bytes -> count, total and average latency, bandwidths."""
-        return {
-            op: {nbytes: _line(op, nbytes, latencies, world_size) for nbytes, latencies in sorted(sizes.items())}
-            for op, sizes in self.records.items()
-        }
+        """op -> message bytes -> count, total and average latency, bandwidths, time waited, share hidden."""
+        found: dict[str, dict[int, dict[str, Any]]] = {}
+        for op, sizes in self.records.items():
+            for nbytes, latencies in sorted(sizes.items()):
+                total_ms = sum(latencies)
+                found.setdefault(op, {})[nbytes] = _line(op, nbytes, len(latencies), total_ms, total_ms, world_size)
+        for op, nbytes in sorted({key[:2] for key, flow in self.flows.items() if flow.count}):
+            same = [flow for key, flow in self.flows.items() if key[:2] == (op, nbytes) and flow.count]
+            waited_ms = sum(flow.waits.seconds for flow in same) * 1e3
+            # Not measured alone: that it took at least as long as it was waited for is all that is known.
+            total_ms = sum(
+                flow.count * flow.alone_s * 1e3 if flow.alone_s else flow.waits.seconds * 1e3 for flow in same
+            )
+            count = sum(flow.count for flow in same)
+            found.setdefault(op, {})[nbytes] = _line(op, nbytes, count, total_ms, waited_ms, world_size)
+        return found
 
 
-def _line(op: str, nbytes: int, latencies_ms: Sequence[float], world_size: int) -> dict[str, Any]:
-    total_ms = sum(latencies_ms)
-    gbps = nbytes * 8 * len(latencies_ms) / (total_ms / 1e3) / 1e9 if total_ms > 0 else 0.0
+class Current:
+    """Holds the recorder while there is one."""
+
+    recorder: Recorder | None = None
+
+
+def _line(op: str, nbytes: int, count: int, total_ms: float, waited_ms: float, world_size: int) -> dict[str, Any]:
+    gbps = nbytes * 8 * count / (total_ms / 1e3) / 1e9 if total_ms > 0 else 0.0
     return {
-        "count": len(latencies_ms),
+        "count": count,
         "total_latency_ms": total_ms,
-        "avg_latency_ms": total_ms / len(latencies_ms),
+        "avg_latency_ms": total_ms / count,
+        "waited_ms": waited_ms,
+        "hidden": max(0.0, 1 - waited_ms / total_ms) if total_ms > 0 else 0.0,
         "tput_avg_gbps": gbps,
         "busbw_avg_gbps": gbps * bus_factor(op, world_size),
         "msg_size_bytes": nbytes,
@@ -89,8 +141,11 @@ def _line(op: str, nbytes: int, latencies_ms: Sequence[float], world_size: int) 
 
 
 def straggling_ms(summary: dict[str, dict[int, dict[str, Any]]]) -> dict[str, dict[int, float]]:
-    """op -> message bytes -> how much longer this rank took than the fastest one, in all. Collective."""
-    mine = {(op, nbytes): line["total_latency_ms"] for op, sizes in summary.items() for nbytes, line in sizes.items()}
+    """op -> message bytes -> how much longer this rank waited than the one that waited least, in all. Collective.
+
+    The rank that waits least is the one that the others wait for.
+    """
+    mine = {(op, nbytes): line["waited_ms"] for op, sizes in summary.items() for nbytes, line in sizes.items()}
     of_ranks: list[dict[tuple[str, int], float]] = [{} for _ in range(dist.get_world_size())]
     dist.all_gather_object(of_ranks, mine)
     result: dict[str, dict[int, float]] = {}
@@ -102,13 +157,14 @@ def straggling_ms(summary: dict[str, dict[int, dict[str, Any]]]) -> dict[str, di
 
 def table(summary: dict[str, dict[int, dict[str, Any]]], straggling: dict[str, dict[int, float]]) -> str:
     """The summary as aligned text, with a column of straggling times if there are any."""
-    header = f"{'op':<26}{'message':>12}{'count':>8}{'total ms':>12}{'avg ms':>10}{'Gbps':>10}{'bus Gbps':>10}"
+    header = f"{'op':<26}{'message':>12}{'count':>8}{'total ms':>12}{'avg ms':>10}{'Gbps':>10}{'bus Gbps':>10}{'waited ms':>12}{'hidden':>8}"
     lines = [header + (f"{'straggler ms':>14}" if straggling else "")]
     for op, sizes in summary.items():
         for nbytes, line in sizes.items():
             text = (
                 f"{op:<26}{line['msg_size_str']:>12}{line['count']:>8}{line['total_latency_ms']:>12.2f}"
                 f"{line['avg_latency_ms']:>10.2f}{line['tput_avg_gbps']:>10.2f}{line['busbw_avg_gbps']:>10.2f}"
+                f"{line['waited_ms']:>12.2f}{line['hidden']:>8.0%}"
             )
             lines.append(text + (f"{straggling[op][nbytes]:>14.2f}" if straggling else ""))
     return "\n".join(lines)

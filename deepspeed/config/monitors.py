@@ -1,17 +1,39 @@
-"""Sections that only watch: `tensorboard`, `wandb`, `csv_monitor`, `comet`, `flops_profiler`, `comms_logger`, `timers`.
+"""Sections that only watch: `monitor`, `tensorboard`, `wandb`, `csv_monitor`, `comet`, `flops_profiler`, `comms_logger`,
+`timers`.
 
 Read by `deepspeed.monitor`, `deepspeed.profiling`, `deepspeed.comm` and the engine's timers. None changes training.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated, Literal
 
 from annotated_types import Ge
 from pydantic import Field
 
-from deepspeed.config.base import Int, Names, NonNegativeFloat, PositiveInt, Section
+from deepspeed.config.base import Int, Names, NonNegativeFloat, PositiveFloat, PositiveInt, Section
+
+
+class MonitorConfig(Section):
+    """`monitor`: the run's own record, `run.jsonl` in the run directory, and what is computed for it. Not in the original."""
+
+    enabled: bool | None = None
+    """Keep the record. When not given: if `run_dir` or the environment variable DS_RUN_DIR names a directory, if
+    `steps_per_print` asks for progress, or if another monitor is on."""
+    run_dir: str = ""
+    """The run directory; "" means $DS_RUN_DIR, or else `runs/<date>-<time>` below the current directory."""
+    peak_tflops: PositiveFloat | None = None
+    """What one rank's device can do, for the utilisation (MFU); measured with matrix products when not given."""
+    trace_step: PositiveInt | None = None
+    """Step from which on a trace for Chrome or Perfetto is written to the run directory, by every rank; none when not given."""
+    trace_num_steps: PositiveInt = 1
+    """Steps in the trace."""
+
+    def named_dir(self) -> str:
+        """The run directory that the configuration or the environment names; "" for none."""
+        return self.run_dir or os.environ.get("DS_RUN_DIR", "")
 
 
 class TensorBoardConfig(Section):
@@ -20,7 +42,7 @@ class TensorBoardConfig(Section):
     enabled: bool = False
     """Write them, on rank 0."""
     output_path: str = ""
-    """Folder; "" means one of TensorBoard's own choice."""
+    """Folder; "" means `tensorboard` in the run directory."""
     job_name: str = "DeepSpeedJobName"
     """Folder below it, so that runs stay apart."""
 

@@ -43,6 +43,7 @@ from deepspeed.config.monitors import (
     CommsLoggerConfig,
     CsvMonitorConfig,
     FlopsProfilerConfig,
+    MonitorConfig,
     TensorBoardConfig,
     TimersConfig,
     WandbConfig,
@@ -178,6 +179,8 @@ class Config(Section):
     """Operations and time per module."""
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)
     """Count and time collectives."""
+    monitor: MonitorConfig = Field(default_factory=MonitorConfig)
+    """The run's own record, and traces."""
     tensorboard: TensorBoardConfig = Field(default_factory=TensorBoardConfig)
     """Events for TensorBoard."""
     wandb: WandbConfig = Field(default_factory=WandbConfig)

@@ -5,12 +5,22 @@ Read by `deepspeed.tiers`, `deepspeed.checkpoint` and `deepspeed.activation`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
 
-from deepspeed.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, PositiveSize, Section, also, any_case
+from deepspeed.config.base import (
+    NonNegativeFloat,
+    PositiveFloat,
+    PositiveInt,
+    PositiveSize,
+    Problem,
+    Section,
+    also,
+    any_case,
+)
 
 
 class AioConfig(Section):
@@ -72,7 +82,14 @@ class CheckpointConfig(Section):
     checkpoint_serialization: bool = True
     """Let the fast writer use torch's zip format. Files are safetensors here; no effect."""
     writer: CheckpointWriterConfig | None = None
-    """The fast writer; off when not given."""
+    """Writing in the background, if `decoupled`. Its other keys have no effect: files are always written by direct I/O."""
+    async_save: bool = False
+    """Return to training once the state is copied to main memory, and write files in the background."""
+    staging_bytes: PositiveSize | None = None
+    """Bytes of main memory per rank for an asynchronous save; a save that needs more blocks until its rest has found
+    room. When not given: as much as the rank's share, at most half of what is free."""
+    keep_last_n: PositiveInt | None = None
+    """Checkpoints kept in a folder: a save deletes older ones once it is durable. All when not given."""
 
 
 class NebulaConfig(Section):
@@ -102,7 +119,7 @@ class DataStatesConfig(Section, extra="allow"):
 class ActivationCheckpointingConfig(Section):
     """`activation_checkpointing`: what `deepspeed.checkpointing.configure` uses where its arguments do not say.
 
-    The engine does not apply this section by itself.
+    The engine applies it by itself only where `recompute` or `memory_budget_gb` asks it to checkpoint the model's blocks.
     """
 
     partition_activations: bool = False
@@ -116,4 +133,18 @@ class ActivationCheckpointingConfig(Section):
     synchronize_checkpoint_boundary: bool = False
     """Wait for the device at each boundary; for debugging."""
     profile: bool = False
-    """Time the forward and backward of each checkpoint."""
+    """Time the forward and the recomputation of each checkpoint."""
+    recompute: Literal["none", "selective", "full"] = "none"
+    """Have the engine checkpoint the model's repeated blocks: keep only their inputs ("full"), or the results of
+    matrix products and attention, too ("selective")."""
+    memory_budget_gb: PositiveFloat | None = None
+    """Recompute in as few blocks, and as little, as is predicted to keep a rank's device memory below this many GiB."""
+
+    def rules(self) -> Iterator[Problem]:
+        """A budget chooses by itself."""
+        if self.memory_budget_gb is not None and self.recompute != "none":
+            yield Problem(
+                ("recompute", "memory_budget_gb"),
+                "the budget chooses what is recomputed",
+                "Leave one of them out.",
+            )

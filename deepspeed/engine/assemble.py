@@ -18,12 +18,16 @@ from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
+from deepspeed.optim.traits import StepsFused
 from deepspeed.precision import DynamicLossScale, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.cut import LEAF_MARK
-from deepspeed.zero.offload import optimizer_tier, param_tier
+from deepspeed.zero.master import Master
+from deepspeed.zero.offload import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
+from deepspeed.zero.param import full_numel
+from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
@@ -155,6 +159,26 @@ def group_indices(optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter,
     """Each optimized parameter's group."""
     groups = optimizer.param_groups if optimizer is not None else []
     return {param: i for i, group in enumerate(groups) for param in group["params"]}
+
+
+def open_disks(
+    config: Config, mesh: Mesh, placing: Placing, model: nn.Module, optimizer: torch.optim.Optimizer | None
+) -> None:
+    """Open the nvme tier before anything is built, and see that the model fits it. Collective. Raises TierError."""
+    if Tier.NVME not in (placing.policy.parameters.tier, placing.policy.optimizer.tier):
+        return
+    ranks = len(mesh.ranks_of("dp_shard"))
+    numel, trained = (sum(full_numel(p) for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
+    states = optimizer.state_names.values() if isinstance(optimizer, StepsFused) else [torch.float32] * 2
+    open_on_all_ranks(config, mesh, bytes_on_disk(placing, numel // ranks, trained // ranks, states))
+
+
+def order_of_backward(model: nn.Module, masters: Sequence[Master]) -> list[int]:
+    """The buckets in the order in which their last gradients will probably arrive: that of their first parameters,
+    backwards. A guess until a step has been seen; buckets that are launched late keep their gradients for so long."""
+    position = {name: i for i, (name, _) in enumerate(model.named_parameters())}
+    first = [min(position[name] for name in master.bucket.names) for master in masters]
+    return sorted(range(len(masters)), key=lambda i: -first[i])
 
 
 def make_scale(config: Config) -> StaticLossScale:

@@ -14,8 +14,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import gc
-import os
-import pathlib
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -29,14 +27,22 @@ from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
+from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.engine.observe import announce, make_observers, run_directory
+from deepspeed.engine.out_of_memory import explained
 from deepspeed.engine.queries import ConfigQueries
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
+from deepspeed.monitor.master import MonitorMaster
+from deepspeed.monitor.trace import trace
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
+from deepspeed.tiers import Tier
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
 from deepspeed.zero.access import trainers
+from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
@@ -69,7 +75,7 @@ class LossScaleGuard:
         self.is_scaled = False
 
 
-class DeepSpeedEngine(ConfigQueries, nn.Module):
+class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     """A model under ZeRO, with its optimizer. Made by `deepspeed.initialize`; see there for the arguments.
 
     Collective to build, and in `step`; at stages 2 and 3 in `backward`, at stage 3 in forward. Attributes that the
@@ -105,6 +111,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._device = _own_device()
         with contextlib.ExitStack() as undo:
             self._build(undo, model, optimizer, model_parameters, lr_scheduler)
+            self._build_observers(undo)
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
@@ -112,17 +119,22 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.global_samples = 0
         self.skipped_steps = 0
         self.losses: Tensor | None = None
-        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown
-        self.timers = SynchronizedWallClockTimer() if self.wall_clock_breakdown_enabled else NoopTimer()
+        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown or self._config.flops_profiler.enabled
+        self.timers = (
+            SynchronizedWallClockTimer(get_accelerator().synchronize)
+            if self.wall_clock_breakdown_enabled
+            else NoopTimer()
+        )
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.dp_world_size == 1
-        self._knows_order = len(self._reducer.gradients) < 2 or self.mesh.dp_world_size == 1
+        self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
             gc.disable()
         if self._config.dump_state:
             logger.warning("%s", self._config)
+        announce(self)
 
     # Building. -----------------------------------------------------------------------------------------------------
 
@@ -142,8 +154,12 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
+        self._recomputation = Recomputation(model, self._config, self.mpu)
+        undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
+        self._checkpoints = Checkpoints(self._config)
+        undo.callback(self._checkpoints.background.join)
         self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
         self.client_lr_scheduler = lr_scheduler
 
@@ -172,6 +188,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self.watch.on_begin.append(self._scale_guard.check)
         assemble.cast_buffers(model, config)
         placing = make_placing(config, self.policy, self._device)
+        assemble.open_disks(config, self.mesh, placing, model, basic)
         built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
         self._gatherer: Gatherer | None = None
@@ -188,9 +205,11 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             rests=[gradient_rest(placing, master) for master in built.masters],
             **assemble.reduction_arguments(config, self.mesh, self._device),
         )
+        self._reducer.set_order(assemble.order_of_backward(model, built.masters))
         undo.callback(self._reducer.close)
         self.basic_optimizer = basic
         self.optimizer: ZeroOptimizer | None = None
+        self._put_away: PutAway | None = None
         if basic is not None:
             self.optimizer = ZeroOptimizer(
                 basic,
@@ -206,6 +225,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 allow_untested=config.zero_allow_untested_optimizer,
                 zero_stage=stage,
             )
+            self._put_away = PutAway(self.optimizer, built.buckets)
             self.optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
             trainers.add(self.optimizer)
             undo.callback(trainers.remove, self.optimizer)
@@ -240,17 +260,25 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._autocast_dtype = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         self._casts_inputs = dtype if self._config.fp16.enabled and self._config.fp16.auto_cast else None
 
+    def _build_observers(self, undo: contextlib.ExitStack) -> None:
+        if self._config.comms_logger.enabled:
+            comm.configure(self._config)
+        self.monitor = MonitorMaster(self._config, run_directory(self._config, self.mesh))
+        undo.callback(self.monitor.close)
+        self._observers = make_observers(self._config, self.monitor, self.module, self.watch)
+        for observer in self._observers:
+            undo.callback(observer.close)
+
     # The training step. --------------------------------------------------------------------------------------------
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
+        self._recomputation.settle(self, inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
-        self.timers("forward").start()
-        with self._forward_contexts():
+        with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
             output = self.module(*inputs, **kwargs)
-        self.timers("forward").stop()
         if self._hooks is None and torch.is_grad_enabled():
             self.watch.watch(output)
         return output
@@ -259,6 +287,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if self._finalizer.peek() is None:
             raise TrainingStateError("this engine was destroyed.\n  Make a new one with deepspeed.initialize.")
         self.watch.end()
+        self.reload_states()
         if torch.is_grad_enabled():
             self._reducer.hide()
             self._reducer.flush()
@@ -266,6 +295,20 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 self._knows_inputs = True
                 cure = "Give every rank micro-batches of the same kind and size (train_micro_batch_size_per_gpu)."
                 require_equal(self.mesh, "inputs", describe_inputs(inputs), cure)
+
+    @contextlib.contextmanager
+    def _phase(self, name: str, value: Any = None) -> Iterator[None]:
+        """A part of the step, as a span and for the observers."""
+        with torch.profiler.record_function(f"engine.{name}"), explained(self, name):
+            self.timers(name).start()
+            for observer in self._observers:
+                observer.begins(name, value)
+            try:
+                yield
+            finally:
+                for observer in reversed(self._observers):
+                    observer.ends(name)
+                self.timers(name).stop()
 
     @contextlib.contextmanager
     def _forward_contexts(self) -> Iterator[None]:
@@ -291,11 +334,10 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             else loss
         )
         self._reducer.hide()
-        self.timers("backward").start()
-        self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
-        self.watch.end()
-        self.timers("backward").stop()
         self.losses = loss.detach()
+        with self._phase("backward", self.losses):
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+            self.watch.end()
         return divided
 
     def _check_loss(self, loss: Any) -> None:
@@ -329,6 +371,7 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
                 "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
             )
         self.watch.end()
+        self.reload_states()
         self.accumulation.is_stepping = True
         self._was_step_applied = False
         try:
@@ -342,9 +385,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.optimizer is not None
-        self.timers("step").start()
-        self.optimizer.step()
-        self.timers("step").stop()
+        with self._phase("step"):
+            self.optimizer.step()
         if self.optimizer.overflow:
             self.skipped_steps += 1
         else:
@@ -353,9 +395,8 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         self._learn_order()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
-        every = self._config.steps_per_print
-        if every and self.global_steps % every == 0:
-            self._report_progress()
+        for observer in self._observers:
+            observer.step_ended(self)
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is not None:
@@ -369,19 +410,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         if not self._knows_order:
             self._knows_order = True
             self._reducer.set_order(self.mesh.gather_objects("dp", self._reducer.completion_order())[0])
-
-    def _report_progress(self) -> None:
-        if self.mesh.dp_rank == 0:
-            loss = f"{self.losses.item():.4f}" if self.losses is not None else "-"
-            rate = ", ".join(f"{lr:.3g}" for lr in self.get_lr())
-            names = ["forward", "backward", "step"]
-            times = (
-                [f"{n} {self.timers(n).elapsed():.1f} ms" for n in names] if self.wall_clock_breakdown_enabled else []
-            )
-            print(
-                " ".join([f"step {self.global_steps}: loss {loss}, lr {rate}, skipped {self.skipped_steps}", *times]),
-                flush=True,
-            )
 
     # Accumulation. -------------------------------------------------------------------------------------------------
 
@@ -605,6 +633,10 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
             "num_trained_buckets": len(trained),
         }
 
+    def trace(self, path: str) -> contextlib.AbstractContextManager[None]:
+        """Trace what runs inside of the context into a file for Chrome or Perfetto (.json or .json.gz), on this rank."""
+        return trace(path)
+
     def compile(
         self,
         backend: Any = "inductor",
@@ -644,6 +676,31 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         """Collect Python's cyclic garbage now, for runs with `disable_python_gc`; the number of objects found."""
         return gc.collect()
 
+    def offload_states(
+        self,
+        include: Iterable[Any] | None = None,
+        device: Any = "cpu",
+        pin_memory: bool = True,
+        non_blocking: bool = False,
+    ) -> None:
+        """Put states (a set of OffloadStateTypeEnum; default all) away into main memory between steps, stages 1 to 3.
+
+        The next forward or step brings them back, or `reload_states`. Raises DeepSpeedConfigError (a ValueError and an
+        AssertionError) for another device, stage 0, and where parameters are offloaded already.
+        """
+        stage = self._config.zero_optimization.stage
+        if self._put_away is None or stage == 0 or self.policy.parameters.tier is not Tier.DEVICE:
+            what = "stage 0" if stage == 0 else "offload_param" if self._put_away else "an engine without optimizer"
+            raise DeepSpeedConfigError(
+                f"offload_states does not go with {what}.\n  Use it at ZeRO stages 1 to 3 without offload_param."
+            )
+        self._put_away.put(include, device, pin_memory, non_blocking)
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what `offload_states` put away."""
+        if self._put_away is not None and not self._put_away.is_empty:
+            self._put_away.bring_back(non_blocking)
+
     def empty_partition_cache(self) -> None:
         """Stage 3: reshard everything that is unsharded and not in use."""
         if self._gatherer is not None:
@@ -659,98 +716,6 @@ class DeepSpeedEngine(ConfigQueries, nn.Module):
         raise DeepSpeedError(
             "an engine cannot be pickled: it owns process groups.\n  Save its weights: engine.save_16bit_model(...)."
         )
-
-    # Weights. ------------------------------------------------------------------------------------------------------
-
-    def module_state_dict(
-        self,
-        destination: Any = None,
-        prefix: str = "",
-        keep_vars: bool = False,
-        exclude_frozen_parameters: bool = False,
-    ) -> Any:
-        """The model's state dict; sharded parameters are placeholders that name the cure when used."""
-        state = self.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
-        if exclude_frozen_parameters:
-            for name, param in self.module.named_parameters():
-                if not param.requires_grad:
-                    state.pop(prefix + name, None)
-        return state
-
-    @torch.no_grad()
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
-        """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
-        keeps = self.mesh.dp_rank == 0
-        values: dict[nn.Parameter, Tensor] = {}
-        for bucket in self._built.buckets:
-            bucket.unshard()
-            if keeps:
-                values.update({param: param.detach().cpu().clone() for param in bucket.params})
-            if bucket.holders == 0:
-                bucket.reshard()
-        if not keeps:
-            return None
-        state: dict[str, Tensor] = {}
-        for name, value in self.module.state_dict(keep_vars=True).items():
-            if isinstance(value, nn.Parameter):
-                if not (exclude_frozen_parameters and not value.requires_grad):
-                    state[name] = values[value] if value in values else value.detach().cpu().clone()
-            else:
-                state[name] = value.detach().cpu().clone()
-        return state
-
-    def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
-    ) -> bool:
-        """Rank 0 writes the whole state dict, in the model's dtype, as torch.save does. Collective.
-
-        The file appears whole or not at all. At stage 3 this needs
-        `zero_optimization.stage3_gather_16bit_weights_on_model_save`, else nothing is written and False returned.
-        """
-        zero = self._config.zero_optimization
-        if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
-            warn_once(
-                "save_16bit_model wrote nothing: at ZeRO stage 3 it gathers the whole model on rank 0, which has to be allowed "
-                "with zero_optimization.stage3_gather_16bit_weights_on_model_save = true."
-            )
-            return False
-        state = self._zero3_consolidated_16bit_state_dict(exclude_frozen_parameters)
-        if state is not None:
-            folder = pathlib.Path(save_dir)
-            folder.mkdir(parents=True, exist_ok=True)
-            aside = folder / f".{save_filename}.tmp"
-            torch.save(state, aside)
-            os.replace(aside, folder / save_filename)
-        self.mesh.agree("dp", 0)
-        return True
-
-    save_fp16_model = save_16bit_model
-
-    def save_checkpoint(
-        self,
-        save_dir: str,
-        tag: str | None = None,
-        client_state: dict[str, Any] | None = None,
-        save_latest: bool = True,
-        exclude_frozen_parameters: bool = False,
-    ) -> bool:
-        """Not available yet."""
-        raise NotAvailableError(
-            "engine.save_checkpoint is not available yet.\n  engine.save_16bit_model(folder) writes the weights."
-        )
-
-    def load_checkpoint(
-        self,
-        load_dir: str,
-        tag: str | None = None,
-        load_module_strict: bool = True,
-        load_optimizer_states: bool = True,
-        load_lr_scheduler_states: bool = True,
-        load_module_only: bool = False,
-        custom_load_fn: Callable[..., Any] | None = None,
-    ) -> tuple[str | None, dict[str, Any] | None]:
-        """Not available yet."""
-        raise NotAvailableError("engine.load_checkpoint is not available yet.")
 
     def num_parameters(self) -> int:
         """Elements of all parameters, sharded or not."""

@@ -20,6 +20,7 @@ from pathlib import Path
 
 from deepspeed.accelerator.platforms import Platform, cpu_device_count, known_without_torch
 from deepspeed.launcher import hostfile
+from deepspeed.launcher.commands import COMMANDS, run_command
 from deepspeed.launcher.hostfile import World
 from deepspeed.launcher.job import Job
 from deepspeed.launcher.launch import (
@@ -45,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="deepspeed",
         description="Start a training script on every device of one or more machines. Flags come before the script; "
-        "everything after it is passed to it.",
+        f"everything after it is passed to it. Other commands: {', '.join(f'deepspeed {word}' for word in COMMANDS)}.",
         allow_abbrev=False,
     )
     where = parser.add_argument_group("where to run")
@@ -240,9 +241,13 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Called as a command, it prints what is wrong with its arguments; called with `args`, it raises DeepSpeedError.
     """
-    if not (sys.argv[1:] if args is None else args):
+    words = sys.argv[1:] if args is None else args
+    if not words:
         _parser().print_help()
         return 0
+    code = run_command(words)
+    if code is not None:
+        return code
     try:
         parsed = parse_args(args)
         set_up_logging(parsed)

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.exchange import Exchange, LocalExchange, make_exchange
+from deepspeed.comm.exchange import Exchange, LocalExchange
+from deepspeed.comm.observe import make_observed
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 
@@ -103,7 +105,7 @@ class Mesh:
     def exchange(self, dim: str, purpose: str, device: torch.device) -> Exchange:
         """The way flat buffers on `device` move over `dim`. Collective over the ranks of the group at first use."""
         group = self.group(dim, purpose)
-        return LocalExchange(None) if group is None else make_exchange(group, device)
+        return LocalExchange(None) if group is None else make_observed(group, device)
 
     def agree(self, dim: str, *values: int) -> list[tuple[int, ...]]:
         """Tell every rank of `dim` some integers; theirs in rank order. Collective, and waits on the host."""
@@ -112,7 +114,8 @@ class Mesh:
             return [values]
         mine = torch.tensor(values, dtype=torch.int64)
         theirs = [torch.empty_like(mine) for _ in ranks]
-        dist.all_gather(theirs, mine, group=self.group(dim, "control", "gloo"))
+        with COMMUNICATION.during("zero.agree", mine.nbytes * len(ranks)):
+            dist.all_gather(theirs, mine, group=self.group(dim, "control", "gloo"))
         return [tuple(other.tolist()) for other in theirs]
 
     def gather_objects(self, dim: str, value: Any) -> list[Any]:

@@ -15,6 +15,8 @@ failed put should have written cannot be read.
 from __future__ import annotations
 
 import contextlib
+import errno
+import itertools
 import os
 import time
 import weakref
@@ -35,6 +37,7 @@ from deepspeed.tiers.request import CHECKED, Failure, IoQueue, Means, Request, T
 from deepspeed.tiers.swap_folder import SwapFolder
 from deepspeed.utils.errors import TierError
 from deepspeed.utils.logging import logger
+from deepspeed.utils.waits import OFFLOAD, OFFLOAD_S, RESTING
 
 NEVER, FAILED = 0, 1
 """Instead of a checksum: nothing was written yet, or a write did not succeed. No checksum has these values."""
@@ -117,7 +120,9 @@ class Transfer:
                         self._store.has_warned = True
                         logger.warning("[rank %d] waiting for %s for %g s", self._store.rank, self._what(), SLOW_S)
         finally:
-            self._store.stats.seconds_waiting += time.monotonic() - begun
+            self._store.count_wait(
+                time.monotonic() - begun, "write" if self._is_write else "read", self._end - self._begin
+            )
         for part in self._parts:
             if part.ticket.failure is not None:
                 self._error = self._error or self._store.error_of(part.ticket.failure, self._what())
@@ -154,6 +159,7 @@ class NvmeStore:
         self._stats = StoreStats()
         self._stripe_nbytes = -(-aio.block_size // CHECKED) * CHECKED
         self._extents: dict[str, _Extent] = {}
+        self._numbers = itertools.count()
         self._reserved = 0
         self._free: list[tuple[int, int]] = []
         """(start, bytes) of extents that were given up, for keys to come."""
@@ -182,6 +188,17 @@ class NvmeStore:
         self._stats.seconds_busy = self._queue.busy_s
         return self._stats
 
+    def count_wait(self, seconds: float, op: str, nbytes: int) -> None:
+        """The host was blocked so long for a transfer; told to whoever reports steps, too."""
+        busy_before = self._stats.seconds_busy
+        self.stats.seconds_waiting += seconds
+        OFFLOAD.add(seconds, op, nbytes)
+        OFFLOAD_S["disk"] += self._stats.seconds_busy - busy_before
+
+    def new_key(self, kind: str) -> str:
+        """A key that nobody has, which starts with `kind`."""
+        return f"{kind}-{next(self._numbers)}"
+
     def reserve(self, key: str, nbytes: int) -> None:
         """Take disk space for a key, now. Raises TierError if there is not enough, or the key has another size already."""
         self._check_process()
@@ -200,6 +217,7 @@ class NvmeStore:
             self._grow(self._reserved + num_checked * CHECKED, key, nbytes)
             start = self._reserved
             self._reserved += num_checked * CHECKED
+            RESTING["nvme"] = RESTING.get("nvme", 0) + num_checked * CHECKED
         self._extents[key] = _Extent(start, nbytes, np.zeros(num_checked, dtype=np.uint64))
 
     def remove(self, key: str) -> None:
@@ -249,6 +267,8 @@ class NvmeStore:
         """Wait for what is under way, remove the files and give the folder's locks back. Again is nothing."""
         for transfer in [*self._in_flight]:
             transfer._settle()
+        if self._finalizer.alive:
+            RESTING["nvme"] = RESTING.get("nvme", 0) - self._reserved
         self._finalizer()
 
     def _start(self, key: str, tensor: Tensor, offset: int, *, is_write: bool) -> Transfer:
@@ -345,10 +365,10 @@ class NvmeStore:
             had = os.fstat(file.fd).st_size
             if per_file <= had:
                 continue
+            disk = os.fstatvfs(file.fd)
             try:
-                os.posix_fallocate(file.fd, had, per_file - had)
+                _allocate(file.fd, had, per_file)
             except OSError as error:
-                disk = os.fstatvfs(file.fd)
                 with contextlib.suppress(OSError):
                     os.ftruncate(file.fd, had)
                 raise TierError(
@@ -385,12 +405,26 @@ class NvmeStore:
             raise TierError(f"[rank {self.rank}] the store at {self.folder.folders} is closed.")
 
 
+def _allocate(fd: int, had: int, nbytes: int) -> None:
+    """Have the file, of `had` bytes, take `nbytes` on disk, or promise to where the file system cannot allocate ahead."""
+    try:
+        os.posix_fallocate(fd, had, nbytes - had)
+    except OSError as error:
+        if error.errno not in (errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL):
+            raise
+        disk = os.fstatvfs(fd)
+        if nbytes - had > disk.f_bavail * disk.f_frsize:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
+        os.ftruncate(fd, nbytes)
+
+
 _CURE = "See that the disk is mounted, healthy and has space left; then load the last checkpoint."
 
 
 def _close(pid: int, queue: IoQueue, files: list[BlockFile], folder: SwapFolder, pinned: list[Tensor]) -> None:
-    if os.getpid() == pid:
-        queue.close()
+    if os.getpid() != pid:
+        return  # a forked child: all of it is still the parent's
+    queue.close()
     for file in files:
         file.close()
     folder.close()

@@ -6,7 +6,6 @@ microseconds, which large blocks hide and small ones do not. Checksums are zlib'
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import errno
 import mmap
@@ -36,7 +35,7 @@ class PythonTicket:
     """A request under way in a PythonQueue."""
 
     def __init__(self, request: Request, num_pieces: int) -> None:
-        self.request: Request | None = request
+        self._request: Request | None = request
         self.failure: Failure | None = None
         self._left = num_pieces
         self._done = threading.Event()
@@ -52,12 +51,13 @@ class PythonTicket:
         """Wait for the outcome; False when it is not there after that time."""
         return self._done.wait(timeout_s)
 
-    def piece_done(self) -> None:
-        """Called with the queue's lock held."""
+    def piece_done(self) -> bool:
+        """Whether that was the last one. Called with the queue's lock held."""
         self._left -= 1
         if not self._left:
-            self.request = None
+            self._request = None
             self._done.set()
+        return not self._left
 
 
 @final
@@ -72,15 +72,24 @@ class PythonQueue:
             min(MAX_THREADS, aio.queue_depth * aio.intra_op_parallelism), thread_name_prefix="deepspeed-aio"
         )
         self._lock = threading.Lock()
-        self._num_in_flight, self._since = 0, 0.0
-        self.busy_s = 0.0
+        self._num_requests, self._since, self._busy_s = 0, 0.0, 0.0
         self._fault, self._fault_after = Fault.NONE, 0
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one request was under way."""
+        with self._lock:
+            return self._busy_s + (time.monotonic() - self._since if self._num_requests else 0.0)
 
     def start(self, request: Request) -> PythonTicket:
         """Begin; returns at once."""
         files = len(request.files)
         pieces = list(cut(request.offset, request.nbytes, self._block_nbytes, files, request.stripe_nbytes))
         ticket = PythonTicket(request, len(pieces))
+        if pieces:
+            with self._lock:
+                self._since = self._since if self._num_requests else time.monotonic()
+                self._num_requests += 1
         for piece in pieces:
             self._pool.submit(self._run, ticket, request, piece)
         return ticket
@@ -94,27 +103,24 @@ class PythonQueue:
         self._pool.shutdown(wait=True)
 
     def _run(self, ticket: PythonTicket, request: Request, piece: Piece) -> None:
-        failure: Failure | None = None
-        with self._lock:
-            skip, fault = ticket.failure is not None, self._next_fault()
-            if not self._num_in_flight:
-                self._since = time.monotonic()
-            self._num_in_flight += 1
-        if not skip:
-            try:
+        file = request.files[piece.file_index]
+        failure: Failure | None = Failure("os", errno.EIO, file, piece.file_offset, piece.nbytes, 0)
+        try:
+            with self._lock:
+                is_dropped, fault = ticket.failure is not None, self._next_fault()
+            if not is_dropped:
                 self._move(request, piece, fault)
-            except _PieceError as error:
-                file = request.files[piece.file_index]
-                failure = Failure(error.kind, error.errno, file, error.offset, error.expected, error.got)
-            except OSError as error:
-                file = request.files[piece.file_index]
-                failure = Failure("os", error.errno or errno.EIO, file, piece.file_offset, piece.nbytes, 0)
-        with self._lock:
-            self._num_in_flight -= 1
-            if not self._num_in_flight:
-                self.busy_s += time.monotonic() - self._since
-            ticket.failure = ticket.failure or failure
-            ticket.piece_done()
+            failure = None
+        except _PieceError as error:
+            failure = Failure(error.kind, error.errno, file, error.offset, error.expected, error.got)
+        except OSError as error:
+            failure = Failure("os", error.errno or errno.EIO, file, piece.file_offset, piece.nbytes, 0)
+        finally:  # whatever happened: somebody waits
+            with self._lock:
+                ticket.failure = ticket.failure or failure
+                if ticket.piece_done():
+                    self._num_requests -= 1
+                    self._busy_s += 0.0 if self._num_requests else time.monotonic() - self._since
 
     def _next_fault(self) -> Fault:
         if self._fault is Fault.NONE:
@@ -135,12 +141,12 @@ class PythonQueue:
         file = request.files[piece.file_index]
         is_direct = piece.is_whole_pages and file.direct_fd >= 0
         if is_direct and address % PAGE:
-            with contextlib.closing(mmap.mmap(-1, piece.nbytes)) as bounce, memoryview(bounce) as view:
-                if request.is_write:
-                    view[:] = data
-                _transfer(file.direct_fd, file.fd, view, piece, request.is_write, fault)
-                if not request.is_write:
-                    data[:] = view
+            view = memoryview(mmap.mmap(-1, piece.nbytes))
+            if request.is_write:
+                view[:] = data
+            _transfer(file.direct_fd, file.fd, view, piece, request.is_write, fault)
+            if not request.is_write:
+                data[:] = view
         else:
             _transfer(file.direct_fd if is_direct else file.fd, file.fd, data, piece, request.is_write, fault)
         if not request.is_write and request.checksums is not None:
@@ -171,6 +177,8 @@ def _transfer(fd: int, buffered_fd: int, data: memoryview, piece: Piece, is_writ
     while moved < piece.nbytes:
         rest = data[moved : (moved + piece.nbytes) // 2] if fault in (Fault.SHORT, Fault.END) else data[moved:]
         try:
+            if fault is Fault.REFUSE and fd != buffered_fd:
+                raise OSError(errno.EINVAL, "injected")
             now = (os.pwritev if is_write else os.preadv)(fd, [rest], piece.file_offset + moved)
         except OSError as error:
             if error.errno != errno.EINVAL or fd == buffered_fd:

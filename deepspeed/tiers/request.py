@@ -43,6 +43,8 @@ class Fault(IntEnum):
     """Half of it is moved, and no more ever will be."""
     FLIP = 5
     """One bit of what was read is wrong."""
+    REFUSE = 6
+    """Direct I/O is refused although the file could be opened for it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -96,8 +98,10 @@ class IoQueue(Protocol):
     """Carries requests out, several pieces at a time, in no promised order."""
 
     means: Means
-    busy_s: float
-    """Seconds in which at least one piece was in flight."""
+
+    @property
+    def busy_s(self) -> float:
+        """Seconds in which at least one request was under way."""
 
     def start(self, request: Request) -> Ticket:
         """Begin; returns at once."""

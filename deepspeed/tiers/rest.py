@@ -108,14 +108,14 @@ def _copied(source: Tensor, target: Tensor) -> Transfer:
 
 @final
 class OnDisk:
-    """A file of the nvme store."""
+    """A key of the nvme store, of its own; `kind` says in errors what the bytes are."""
 
-    def __init__(self, store: NvmeStore, key: str, numel: int, dtype: torch.dtype) -> None:
+    def __init__(self, store: NvmeStore, kind: str, numel: int, dtype: torch.dtype) -> None:
         self.store = store
-        self.key = key
+        self.key = store.new_key(kind)
         self.numel = numel
         self.dtype = dtype
-        store.reserve(key, numel * dtype.itemsize)
+        store.reserve(self.key, numel * dtype.itemsize)
 
     def view(self, start: int, stop: int) -> Tensor | None:
         """See Rest."""

@@ -96,7 +96,9 @@ class SwapFolder:
     def _enter(self, path: Path, folders: list[Path]) -> None:
         path.mkdir(exist_ok=True)  # the leaf only: a missing parent is a typo, or a disk that is not mounted
         root = path / ROOT
-        root.mkdir(exist_ok=True)
+        with contextlib.suppress(FileExistsError):
+            root.mkdir()
+            root.chmod(0o1777)  # several users may share a disk; what is in it stays each one's own
         kind = file_system(path)
         if kind in MEMORY_FILE_SYSTEMS:
             warn_once(f"nvme_path {path} is in memory ({kind}): what is offloaded there still takes memory.")
@@ -173,7 +175,11 @@ def file_system(path: Path) -> str:
 @contextlib.contextmanager
 def _hold(path: Path, rank: int) -> Iterator[None]:
     """The lock of the folder's root, for a moment."""
-    lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    try:
+        lock = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        lock = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC)
+        os.fchmod(lock, 0o666)
     try:
         deadline = time.monotonic() + WAIT_S
         while not _try_lock(lock):

@@ -34,3 +34,7 @@ class NotAvailableError(DeepSpeedError, NotImplementedError):
 
 class TierError(DeepSpeedError, OSError):
     """Bytes could not be moved to or from where they rest: disk full, folder gone, file short or damaged."""
+
+
+class CheckpointError(DeepSpeedError, RuntimeError):
+    """A checkpoint that cannot be written, read or trusted, or does not fit the model it is loaded into."""

@@ -32,7 +32,7 @@ from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.tiers import InMemory, Rest, Transfer
-from deepspeed.utils.errors import ShardError, TierError
+from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 
@@ -113,6 +113,8 @@ class Bucket:
         self.is_sharded = is_sharded
         self.requires_grad = any(param.requires_grad for param in params)
         self.state = BucketState.UNSHARDED
+        self.is_away = False
+        """Whether `engine.offload_states` has put the values away."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
         self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
@@ -223,6 +225,15 @@ class Bucket:
         numel = self.layout.padded_numel // self._near.world_size
         return self.full.narrow(0, self._near.rank * numel, numel)
 
+    def set_away(self, is_away: bool) -> None:
+        """The values are about to be put away, or are back (see zero.away); the bucket is sharded or replicated."""
+        if is_away:
+            self.reshard()
+        if not self.is_sharded and is_away != self.is_away:
+            for param, view in zip(self.params, self.views, strict=True):
+                param.data = self._nothing if is_away else view
+        self.is_away = is_away
+
     def start_unshard(self) -> None:
         """Start the all-gather of the parameters; a no-op unless sharded. Collective: every rank, same order."""
         if self.state is BucketState.SHARDED:
@@ -230,6 +241,10 @@ class Bucket:
 
     def regather(self) -> None:
         """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather)."""
+        if self.is_away:
+            raise TrainingStateError(
+                f"{self.names[0]} and others were put away by engine.offload_states.\n  Call engine.reload_states() first."
+            )
         self.loads.settle(until=self)
         if self._pending is not None:
             self.finish_unshard()

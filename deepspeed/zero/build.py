@@ -69,7 +69,7 @@ def build(
         builder.place(param, named.pop(param))
     trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
     if placing.policy.parameters.is_sharded:
-        resident, units = _choose_units(module, named, limits)
+        resident, units = choose_units(module, named, limits)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p in trained}, limits.bucket_numel)
         _fill_by_size(builder, {p: n for p, n in resident.items() if p not in trained}, limits.bucket_numel)
         _fill_units(builder, module, units, trained)
@@ -84,7 +84,7 @@ def build(
     return builder.built
 
 
-def _choose_units(
+def choose_units(
     module: nn.Module, named: Mapping[nn.Parameter, str], limits: Limits
 ) -> tuple[dict[nn.Parameter, str], list[Unit]]:
     """Split parameters into those that stay whole on every rank and units of those that are sharded."""

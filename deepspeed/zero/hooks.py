@@ -198,13 +198,15 @@ class ModuleHooks:
     def _watch_frozen(self, buckets: Iterable[Bucket], inputs: Any) -> None:
         frozen = [bucket for bucket in buckets if not bucket.requires_grad]
         tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad] if frozen else []
-        waits_for = set(range(len(tensors)))
+        count = len(tensors)
+        waits_for = set(range(count))
 
         # Not torch's register_multi_grad_hook: its hooks hold the nodes that hold them, and the model is never freed.
+        # For the same reason this one must not mention `tensors`.
         def seen(i: int, gradient: Tensor) -> None:
             waits_for.discard(i)
             if not waits_for:
-                waits_for.update(range(len(tensors)))
+                waits_for.update(range(count))
                 self._let_go(frozen)
 
         for i, tensor in enumerate(tensors):

@@ -33,7 +33,7 @@ from deepspeed.utils.errors import NotAvailableError
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.offload import make_placing, param_tier
+from deepspeed.zero.offload import make_placing, open_on_all_ranks, param_tier
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import policy_of_stage
@@ -88,6 +88,10 @@ class Init:
             group = mpu.get_data_parallel_group()
         self._mesh = data_parallel_mesh(torch.distributed.get_process_group_ranks(group) if group is not None else None)
         weakref.finalize(self, self._mesh.release).atexit = False
+        if self._placing.policy.parameters.tier is Tier.NVME and self._placing.param_path is not None:
+            open_on_all_ranks(
+                load_config(given) if given is not None else Config(), self._mesh, {self._placing.param_path: 0}
+            )
         self._exchange = self._mesh.exchange("dp_shard", "gather", self._device)
         self._seen: dict[nn.Module, None] = {}
         self._touched: dict[Bucket, int] = {}

@@ -23,11 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.utils.logging import warn_once
+from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
@@ -87,6 +88,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._own_group = (
             mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
         )
+        self.is_away = False
+        """Whether `engine.offload_states` has put masters or states away."""
         self.stream: TileStream | None = None
         """The step of masters that rest on a tier, if there are any."""
         self._install_runs(allow_untested, placing)
@@ -258,7 +261,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
-            torch.distributed.all_reduce(both, group=self._own_group)
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
         if self._is_sharded and self.mesh.num_replicas > 1:
             missed = torch.tensor(
@@ -362,14 +366,22 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     ) -> None:
         """Step loaded segments; their parameters in low precision go to `low`."""
         stepped = [i for i, segment in enumerate(segments) if segment not in skipped]
-        for i in stepped:
-            grad = gradients[i].to(segments[i].param.dtype)
-            segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
-        self._step_only([(segments[i].group, segments[i].param) for i in stepped])
+        rounds = isinstance(self.optimizer, StepsFused)
+        if isinstance(self.optimizer, StepsFused):
+            runs = [(i, FusedRun(segments[i].param, gradients[i], _if_narrow(low[i]))) for i in stepped]
+            self.optimizer.step_fused([(self.param_groups[segments[i].group], run) for i, run in runs], factor)
+            # What torch's learning-rate schedulers look for: they watch `step`, which a fused step does not go through.
+            self.optimizer._opt_called = True  # type: ignore[attr-defined]
+        else:
+            for i in stepped:
+                grad = gradients[i].to(segments[i].param.dtype)
+                segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
+            self._step_only([(segments[i].group, segments[i].param) for i in stepped])
         for i, segment in enumerate(segments):
             segment.param.grad = None
             target = low[i]
-            if target is not None:
+            is_written = rounds and _if_narrow(target) is not None and segment not in skipped
+            if target is not None and not is_written:
                 target.copy_(segment.param.data)
 
     def _sub_groups(self) -> Iterator[list[int]]:
@@ -522,6 +534,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
         memory. They lie in one run. Raises KeyError for a state that does not exist."""
         master = self.masters[index]
+        if self.is_away:
+            raise TrainingStateError(
+                "masters or states were put away by engine.offload_states.\n  Call engine.reload_states() first."
+            )
         if kind == "master":
             return read(master.weights, start, stop)
         if self._is_streamed(master):
@@ -557,6 +573,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for master in self.masters:
             if master.bucket in buckets:
                 master.from_params()
+
+
+def _if_narrow(low: Tensor | None) -> Tensor | None:
+    """`low` where it is narrower than fp32, which is what a fused step can write."""
+    return low if low is not None and low.dtype.itemsize < 4 else None
 
 
 def _cut(value: Any, old: Tensor, start: int, numel: int) -> Any:

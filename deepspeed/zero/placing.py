@@ -12,9 +12,8 @@ Invariant: every rank decides alike, because the decisions depend on sizes that 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -48,7 +47,6 @@ class Placing:
     pins_optimizer: bool = False
     max_in_cpu_numel: int = 0
     ratio: float = 1.0
-    _names: itertools.count[int] = field(default_factory=itertools.count)
     _in_cpu_numel: int = 0
     _optimizer_numel: int = 0
     _off_device_numel: int = 0
@@ -109,7 +107,7 @@ class Placing:
         if tier is Tier.NVME:
             assert path is not None, "the configuration asks for nvme_path"
             assert self.store is not None, "whoever asks for nvme gives a store"
-            return OnDisk(self.store(path), f"{kind}-{next(self._names)}", numel, dtype)
+            return OnDisk(self.store(path), kind, numel, dtype)
         if tier is Tier.DEVICE:
             return InMemory(torch.zeros(numel, dtype=dtype, device=self.device))
         return InMemory(torch.zeros(numel, dtype=dtype, pin_memory=pins and not self.is_host))

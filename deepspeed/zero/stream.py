@@ -29,7 +29,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed.optim.traits import StepsFused
 from deepspeed.tiers import Rest, Transfer
+from deepspeed.utils.waits import OFFLOAD_S
 from deepspeed.zero.master import Master
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.reduce import BucketGradients
@@ -68,17 +70,6 @@ class Tile:
     start: int
     stop: int
     segments: list[Segment]
-
-
-@dataclasses.dataclass
-class StreamStats:
-    """What streaming did since the last `reset`; bytes of tiles that rest on disk, seconds of this process."""
-
-    wait_s: float = 0.0
-    """Spent waiting for reads and writes."""
-    compute_s: float = 0.0
-    """Spent in the optimizer."""
-    total_s: float = 0.0
 
 
 class _Buffers:
@@ -124,9 +115,13 @@ class TileStream:
         self.optimizer = optimizer
         self.masters, self.gradients = masters, gradients
         self.placing = placing
-        self.stats = StreamStats()
         self.tile_numel = max(TILE_UNIT, min(TILE_NUMEL, sub_group_numel) // TILE_UNIT * TILE_UNIT)
         self.states: list[dict[str, Rest]] = [{} for _ in masters]
+        self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
+        """States that the optimizer will have: their space is taken now, and they start as zeros in a tile's buffers."""
+        for i, master in enumerate(masters):
+            for name, dtype in self._known.items() if master.is_streamed else ():
+                self._state_rest(i, name, dtype)
         self.tiles = [tile for i, master in enumerate(masters) if master.is_streamed for tile in self._cut(i, master)]
 
     def _cut(self, index: int, master: Master) -> Iterator[Tile]:
@@ -158,7 +153,6 @@ class TileStream:
 
         Raises TierError where bytes could not be moved; masters and states of this rank are then half updated.
         """
-        began = time.perf_counter()
         sets = [_Buffers(self._largest_tile(), self._allocate) for _ in range(NUM_SETS)]
         tiles = [tile for tile in self.tiles if tile.segments]
         ahead = self._start_reading(tiles[0], sets[0]) if tiles else None
@@ -169,12 +163,11 @@ class TileStream:
             ahead = (
                 self._start_reading(tiles[following], sets[following % NUM_SETS]) if following < len(tiles) else None
             )
-            self._wait(loaded.reads)
+            _wait(loaded.reads)
             self._update(loaded, update)
             self._start_writing(loaded)
         for buffers in sets:
-            self._wait(buffers.writes)
-        self.stats.total_s += time.perf_counter() - began
+            _wait(buffers.writes)
 
     def _largest_tile(self) -> int:
         return max((tile.stop - tile.start for tile in self.tiles), default=0)
@@ -182,18 +175,12 @@ class TileStream:
     def _allocate(self, numel: int, dtype: torch.dtype) -> Tensor:
         return self.placing.buffer(numel, dtype)
 
-    def _wait(self, transfers: list[Transfer]) -> None:
-        began = time.perf_counter()
-        while transfers:
-            transfers.pop().wait()
-        self.stats.wait_s += time.perf_counter() - began
-
     def _low_rest(self, master: Master) -> Rest | None:
         """Where the parameters' own slice rests, if the step has to write it apart from the master."""
         return None if master.is_alias else master.bucket.rest
 
     def _start_reading(self, tile: Tile, buffers: _Buffers) -> _Loaded:
-        self._wait(buffers.writes)
+        _wait(buffers.writes)
         master = self.masters[tile.index]
         states = self.states[tile.index]
         kinds = {name for segment in tile.segments for name in segment.states}
@@ -216,7 +203,11 @@ class TileStream:
         began = time.perf_counter()
         tile, values = loaded.tile, loaded.values
         low = values.get(LOW)
+        for name in self._known:
+            if name not in values:
+                values[name] = self._zeros(loaded, name)
         for segment in tile.segments:
+            segment.states.update(self._known)
             segment.param.data = self._part(tile, segment, values[WEIGHTS])
             for name in segment.states:
                 self.optimizer.state[segment.param][name] = self._part(tile, segment, values[name])
@@ -227,7 +218,7 @@ class TileStream:
         )
         for segment in tile.segments:
             self._keep_states(loaded, segment)
-        self.stats.compute_s += time.perf_counter() - began
+        OFFLOAD_S["compute"] += time.perf_counter() - began
 
     def _part(self, tile: Tile, segment: Segment, values: Tensor) -> Tensor:
         return values[segment.start - tile.start : segment.stop - tile.start]
@@ -239,23 +230,38 @@ class TileStream:
         for name, value in state.items():
             if not isinstance(value, Tensor) or value.dim() != 1 or value.numel() != numel:
                 continue
-            rest = self._state_rest(loaded.tile.index, name, value.dtype)
+            self._state_rest(loaded.tile.index, name, value.dtype)
             if name not in loaded.values:
-                here = rest.view(loaded.tile.start, loaded.tile.stop)
-                if here is None:
-                    here = loaded.buffers.get(name, loaded.tile.stop - loaded.tile.start, rest.dtype).zero_()
-                loaded.values[name] = here
+                loaded.values[name] = self._zeros(loaded, name)
             part = self._part(loaded.tile, segment, loaded.values[name])
             if part.data_ptr() != value.data_ptr():
                 part.copy_(value)
                 state[name] = part
             segment.states.add(name)
 
+    def _zeros(self, loaded: _Loaded, name: str) -> Tensor:
+        """A tile's elements of a state that it has not had yet."""
+        tile, rest = loaded.tile, self.states[loaded.tile.index][name]
+        here = rest.view(tile.start, tile.stop)
+        return here if here is not None else loaded.buffers.get(name, tile.stop - tile.start, rest.dtype).zero_()
+
     def _state_rest(self, index: int, name: str, dtype: torch.dtype) -> Rest:
         states, master = self.states[index], self.masters[index]
         if name not in states:
             states[name] = self.placing.optimizer(master.tier, name, master.numel, dtype)
         return states[name]
+
+    def adopt_state(self, index: int, segment: Segment, name: str, dtype: torch.dtype) -> Rest:
+        """The rest of a state that a segment is about to be given from outside; what nobody writes there is zero."""
+        is_new = not any(name in other.states for other in self.segments(index))
+        rest = self._state_rest(index, name, dtype)
+        if is_new:
+            for tile in self.tiles:
+                if tile.index == index:
+                    rest.start_store(tile.start, torch.zeros(tile.stop - tile.start, dtype=rest.dtype)).wait()
+        segment.states.add(name)
+        self.optimizer.state[segment.param][name] = self._piece_of_state(index, name, segment.start, segment.stop)
+        return rest
 
     def _start_writing(self, loaded: _Loaded) -> None:
         tile, buffers = loaded.tile, loaded.buffers
@@ -317,6 +323,11 @@ class TileStream:
         rest = self.states[index][name]
         here = rest.view(start, stop)
         return here if here is not None else torch.empty(0, dtype=rest.dtype)
+
+
+def _wait(transfers: list[Transfer]) -> None:
+    while transfers:
+        transfers.pop().wait()
 
 
 def _is_at_rest(values: Tensor, rest: Rest, start: int) -> bool:

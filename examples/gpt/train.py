@@ -67,7 +67,12 @@ def warmup_then_cosine(steps: int) -> Callable[[torch.optim.Optimizer], torch.op
 
 def make_engine(args: argparse.Namespace) -> Any:
     torch.manual_seed(args.seed)
-    model = Gpt(GptConfig(seq=args.seq, width=args.width, layers=args.layers, heads=args.heads, tied=args.tied))
+    # A model whose parameters rest on another tier need not fit into memory while it is built, either.
+    zero = json.loads(Path(args.deepspeed_config).read_text()).get("zero_optimization", {})
+    with deepspeed.zero.Init(
+        config_dict_or_path=args.deepspeed_config, enabled="offload_param" in zero and not args.plain
+    ):
+        model = Gpt(GptConfig(seq=args.seq, width=args.width, layers=args.layers, heads=args.heads, tied=args.tied))
     scheduler = warmup_then_cosine(args.steps)
     if args.plain:
         return PlainEngine(model, args.deepspeed_config, args.plain, scheduler)

@@ -34,7 +34,7 @@ def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int
         engine._reducer.pool.clear()
         for bucket in engine._built.buckets:
             for name in ("_pool", "_totals", "_retired"):
-                getattr(bucket.exchange, name).clear()
+                getattr(bucket.exchange.inner, name).clear()
         counted = engine.memory_by_kind()
         return numel, counted, _found(engine, before)
 

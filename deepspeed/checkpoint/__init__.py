@@ -1,0 +1,1 @@
+"""Checkpoints: tensors and JSON, published whole, loaded anywhere. See docs/checkpoint-format.md."""

@@ -1,0 +1,220 @@
+"""Loading: from the names and intervals of any checkpoint into this run's own flats, whatever wrote it and on how many ranks.
+
+Called by `api`. Everything that can be refused is refused before anything is overwritten: names, shapes, sizes,
+headers. Only damage inside the data can be found later; then the error says that the model is half loaded.
+
+    check     names against the model's, shapes, what is missing and unexpected            all ranks agree
+    weights   each flat's spans are fetched into it; masters published to parameters
+    states    runs are cut where the checkpoint's parameters differ, states made and fetched
+    rest      groups' settings, loss scale, schedule, counters, random generators          by `api`
+
+Invariant: after `load` all ranks have loaded the same checkpoint, or all raise.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspeed.checkpoint.container import DTYPE_OF
+from deepspeed.checkpoint.manifest import StoredTensor
+from deepspeed.checkpoint.source import Source, Wanted
+from deepspeed.checkpoint.subject import BUFFER, Subject
+from deepspeed.checkpoint.values import encode
+from deepspeed.utils.errors import CheckpointError
+from deepspeed.utils.logging import log_dist, logger
+from deepspeed.zero.optimizer import ZeroOptimizer
+from deepspeed.zero.param import full_shape
+from deepspeed.zero.shards import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
+
+
+@dataclass
+class Names:
+    """Which stored name each of the model's has, and what has no counterpart."""
+
+    params: dict[str, str] = field(default_factory=dict)
+    buffers: dict[str, str] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+
+
+def match_names(subject: Subject, source: Source, is_strict: bool) -> Names:
+    """Pair the model's names with the checkpoint's. Raises CheckpointError for differing shapes, and if `is_strict` for
+    names without counterpart."""
+    stored, stored_buffers = source.tensors.get(PARAM, {}), source.tensors.get(BUFFER, {})
+    names, problems = Names(), []
+    ours = subject.tied()
+    for name, param in subject.module.named_parameters():
+        aliases = [name, *(alias for alias, first in ours.items() if first == name)]
+        found = next((source.tied.get(a, a) for a in aliases if source.tied.get(a, a) in stored), None)
+        if found is None:
+            names.missing.append(name)
+        elif stored[found].shape != tuple(full_shape(param)):
+            problems.append(
+                f"{name} is {list(stored[found].shape)} in the checkpoint, {list(full_shape(param))} in the model"
+            )
+        else:
+            names.params[name] = found
+    buffers = subject.buffers()
+    for name, buffer in buffers.items():
+        if name not in stored_buffers:
+            names.missing.append(name)
+        elif stored_buffers[name].shape != tuple(buffer.shape):
+            problems.append(
+                f"{name} is {list(stored_buffers[name].shape)} in the checkpoint, {list(buffer.shape)} in the model"
+            )
+        else:
+            names.buffers[name] = name
+    used = {*names.params.values(), *(name for name in ours if name in stored)}
+    names.unexpected = [n for n in stored if n not in used] + [n for n in stored_buffers if n not in buffers]
+    if problems:
+        raise CheckpointError(f"{source.folder}: shapes differ.\n  " + "\n  ".join(_some(problems)))
+    if is_strict and (names.missing or names.unexpected):
+        raise CheckpointError(f"{source.folder} does not fit the model.\n  {_describe(names, source)}")
+    if names.missing or names.unexpected:
+        log_dist(f"{source.folder} was loaded in part. {_describe(names, source)}", [0], 30)
+    return names
+
+
+def _describe(names: Names, source: Source) -> str:
+    left_out = set(source.about.get("excluded_frozen", ())) & set(names.missing)
+    lines = []
+    if left_out:
+        lines.append(
+            f"Saved with exclude_frozen_parameters, so without {len(left_out)} frozen parameters: {', '.join(_some(sorted(left_out)))}. "
+            "They keep the values that the model has now."
+        )
+    missing = [name for name in names.missing if name not in left_out]
+    if missing:
+        lines.append(f"Not in the checkpoint, and unchanged: {', '.join(_some(missing))}.")
+    if names.unexpected:
+        lines.append(f"Not in the model, and ignored: {', '.join(_some(names.unexpected))}.")
+    lines.append("load_module_strict=False loads what fits.")
+    return "\n  ".join(lines)
+
+
+def _some(items: list[str], limit: int = 8) -> list[str]:
+    return items if len(items) <= limit else [*items[:limit], f"... ({len(items)} in all)"]
+
+
+# Weights. ----------------------------------------------------------------------------------------------------------
+
+
+def load_weights(subject: Subject, source: Source, names: Names) -> None:
+    """Write the stored weights into masters, shards and unsharded parameters; publish. Collective."""
+    flats = list(weights(subject.built, subject.module, subject.mesh))
+    wanted = [want for flat in flats for want in _wanted(flat, names.params)]
+    buffers = subject.buffers()
+    wanted += [
+        Wanted(BUFFER, stored, 0, buffers[name].numel(), _writes_to(buffers[name]))
+        for name, stored in names.buffers.items()
+        if buffers[name].numel()
+    ]
+    with torch.no_grad():
+        source.fetch(wanted)
+
+
+def publish(subject: Subject, from_masters: bool) -> None:
+    """After masters were written: parameters from them. With `from_masters` False, masters are rounded to parameters."""
+    with torch.no_grad():
+        for master in subject.built.masters:
+            master.to_params()
+            if not from_masters:
+                master.from_params()
+        waiting = [master.bucket.publish() for master in subject.built.masters if master.is_sharded]
+        for pending in waiting:
+            if pending is not None:
+                pending.wait()
+        for bucket in subject.built.buckets:
+            bucket.shard_changed()
+
+
+def _wanted(flat: Flat, stored_name: Mapping[str, str]) -> Iterable[Wanted]:
+    for span in flat.spans:
+        if span.name in stored_name:
+            yield Wanted(flat.kind, stored_name[span.name], span.in_param, span.numel, _writes_at(flat, span.at))
+
+
+def _writes_at(flat: Flat, at: int) -> Callable[[int, Tensor], None]:
+    return lambda offset, values: flat.write(at + offset, values)
+
+
+def _writes_to(tensor: Tensor) -> Callable[[int, Tensor], None]:
+    def write(offset: int, values: Tensor) -> None:
+        if tensor.is_contiguous():
+            tensor.detach().view(-1).narrow(0, offset, values.numel()).copy_(values)
+        else:
+            whole = tensor.detach().contiguous().view(-1)
+            whole.narrow(0, offset, values.numel()).copy_(values)
+            tensor.detach().copy_(whole.view_as(tensor))
+
+    return write
+
+
+# Optimizer. --------------------------------------------------------------------------------------------------------
+
+
+def load_optimizer(subject: Subject, source: Source, state: Mapping[str, Any], names: Names) -> None:
+    """Take over the optimizer's states and its groups' settings."""
+    optimizer = subject.optimizer
+    assert optimizer is not None, "the caller has checked"
+    saved = state["optimizer"]
+    current = type(optimizer.optimizer).__name__
+    if saved["class"] != current:
+        logger.warning("optimizer state of %s is loaded into %s.", saved["class"], current)
+    _load_groups(optimizer, saved["groups"], names)
+    specs = state_specs(source, saved["values"], names)
+    stored = source.tensors.get(PARAM, {})
+    masters = {name: DTYPE_OF[stored[other].dtype] for name, other in names.params.items()}
+    with torch.no_grad():
+        flats = renew_states(optimizer, subject.mesh, specs, masters)
+        source.fetch([want for flat in flats for want in _wanted(flat, names.params)])
+
+
+def state_specs(source: Source, listed: Iterable[Mapping[str, Any]], names: Names) -> dict[str, StateSpec]:
+    """What state each of the model's parameters gets. Raises CheckpointError where states are not of the weights' shape."""
+    ours = {stored: name for name, stored in names.params.items()}
+    specs: dict[str, StateSpec] = {}
+    for entry in listed:
+        for stored in entry["params"]:
+            name = ours.get(stored)
+            if name is None:
+                continue
+            dtypes = {kind: DTYPE_OF[_state_tensor(source, kind, stored).dtype] for kind in entry["kinds"]}
+            key = json.dumps(
+                [sorted((k, str(d)) for k, d in dtypes.items()), repr(encode(entry["values"], {}, stored))]
+            )
+            specs[name] = StateSpec(dtypes, entry["values"], key)
+    return specs
+
+
+def _state_tensor(source: Source, kind: str, name: str) -> StoredTensor:
+    found = source.tensors.get(kind, {}).get(name)
+    if found is None or found.shape != source.tensors[PARAM][name].shape or not kind.startswith(OPTIM):
+        raise CheckpointError(f"{source.folder}: the optimizer state {kind} of {name} is missing or has another shape.")
+    return found
+
+
+def _load_groups(optimizer: ZeroOptimizer, saved: list[Mapping[str, Any]], names: Names) -> None:
+    """Settings by the parameters' names, so that groups may have another order or other members."""
+    group_of = {name: i for i, group in enumerate(saved) for name in group["params"]}
+    for i, (group, members) in enumerate(zip(optimizer.param_groups, group_names(optimizer), strict=True)):
+        sources = {group_of[names.params[name]] for name in members if names.params.get(name) in group_of}
+        if not sources and not members and len(saved) == len(optimizer.param_groups):
+            sources = {i}  # a group without parameters: by position
+        settings = [saved[j]["settings"] for j in sorted(sources)]
+        if not settings:
+            continue
+        if any(other != settings[0] for other in settings[1:]):
+            logger.warning(
+                "parameter group %d has members of %d saved groups with different settings; it keeps its own.",
+                i,
+                len(settings),
+            )
+            continue
+        group.update(settings[0])

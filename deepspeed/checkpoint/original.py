@@ -1,0 +1,307 @@
+"""Checkpoints that the original DeepSpeed (0.19) wrote with ZeRO stages 1, 2 and 3, opened for reading.
+
+Made by `find.open_checkpoint`; answers `source.Source`, so that loading, consolidation and inspection work on them as on
+ours. Nothing in the files is run: they are read with `torch.load(weights_only=True)`, where the few classes that the
+original pickles stand for inert records of the same fields (`STAND_INS`, listed in the log). Any other name is refused.
+
+    stages 1, 2   a group's fp32 weights end to end, cut into equal partitions; `param_slice_mappings` says which interval
+                  of a rank's partition belongs to which parameter
+    stage 3       each parameter cut into ceil(numel / world_size) elements per rank; a rank's pieces end to end in the
+                  order of `param_shapes`; frozen parameters likewise, in `frozen_param_fragments`
+
+Tensors are mapped from the files, not read, until they are fetched. Source: the files themselves, looked at as data.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspeed.checkpoint.container import dtype_key
+from deepspeed.checkpoint.files import open_plain
+from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
+from deepspeed.checkpoint.source import Wanted
+from deepspeed.checkpoint.subject import BUFFER
+from deepspeed.utils.errors import CheckpointError
+from deepspeed.utils.logging import warn_once
+from deepspeed.zero.shards import OPTIM, PARAM
+
+
+class Inert:
+    """Stands for one of the original's objects: its arguments and fields as plain data, no behaviour."""
+
+    def __init__(self, *args: Any) -> None:
+        self.args = args
+
+    def __setstate__(self, state: Any) -> None:
+        self.__dict__.update(state if isinstance(state, dict) else {})
+
+
+STAND_INS = (
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+)
+_SETTINGS_LEFT_OUT = {
+    "params",
+    "foreach",
+    "fused",
+    "capturable",
+    "differentiable",
+    "maximize",
+    "step",
+    "decoupled_weight_decay",
+}
+"""Settings of a group that belong to the implementation that wrote them."""
+_INTERNAL = set(
+    "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
+    "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version".split()
+)
+_OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
+_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+
+
+def read_torch_file(path: Path) -> Any:
+    """The content of a torch file, as data. Raises CheckpointError for classes that are not in STAND_INS, and damage."""
+    with open_plain(path):
+        pass
+    try:
+        names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
+        unknown = sorted(set(names) - set(STAND_INS))
+        if unknown:
+            raise CheckpointError(
+                f"{path} holds pickled objects of {', '.join(unknown[:5])}: refused, because reading those would run code.\n"
+                "  Load it with the software that wrote it and save it without them, or export its weights as safetensors."
+            )
+        if names:
+            warn_once(f"classes of the original's checkpoints that are read as plain records: {', '.join(STAND_INS)}.")
+        allowed = [(type(name.rpartition(".")[2], (Inert,), {}), name) for name in names]
+        with torch.serialization.safe_globals(allowed):  # type: ignore[arg-type]
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except CheckpointError:
+        raise
+    except Exception as error:
+        first = (str(error).strip().splitlines() or [""])[0]
+        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {first[:300]}") from error
+
+
+class Original:
+    """See `source.Source`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.parameters: dict[str, ParameterInfo] = {}
+        self.tied: dict[str, str] = {}
+        self.tensors: dict[str, dict[str, StoredTensor]] = {}
+        self._pieces: dict[tuple[str, str], list[Tensor]] = {}
+        self._values: list[dict[str, Any]] = []
+        self._groups: list[dict[str, Any]] = []
+        try:
+            self._open()
+        except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            raise CheckpointError(
+                f"{folder} looks like a checkpoint of the original DeepSpeed but is not laid out as version 0.19 does: {error!r}."
+            ) from error
+
+    def _open(self) -> None:
+        models = _by_rank(self.folder, _MODEL)
+        optims = _by_rank(self.folder, _OPTIM)
+        self._model: dict[str, Any] = read_torch_file(models[0])
+        model = self._model
+        if (
+            int(model.get("mp_world_size") or 1) != 1
+            or any(self.folder.glob("*expert*"))
+            or any(self.folder.glob("layer_*"))
+        ):
+            raise CheckpointError(
+                f"{self.folder} was written with tensor, pipeline or expert parallelism, which cannot be imported.\n"
+                "  Load it with the software that wrote it, export whole weights, and start from those."
+            )
+        states = [read_torch_file(path) for path in optims]
+        stage = _stage(states[0]["optimizer_state_dict"]) if states else 0
+        self.about: dict[str, Any] = {
+            "deepspeed_version": model.get("ds_version"),
+            "zero_stage": stage,
+            "world_size": int(model["dp_world_size"]),
+            "global_steps": int(model.get("global_steps") or 0),
+            "global_samples": int(model.get("global_samples") or 0),
+            "skipped_steps": int(model.get("skipped_steps") or 0),
+            "original": True,
+        }
+        world_size = self.about["world_size"]
+        if states and len(states) != world_size:
+            raise CheckpointError(
+                f"{self.folder} was written by {world_size} ranks; it has optimizer files of {len(states)}."
+            )
+        self.tied = dict(model.get("shared_params") or {})
+        shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []]
+        optimizers = [state["optimizer_state_dict"] for state in states]
+        if stage in (1, 2):
+            self._read_partitions(optimizers, shapes)
+        elif stage == 3:
+            self._read_sharded(optimizers, shapes, world_size)
+            self._read_frozen(models, world_size)
+        self._read_module(stage)
+        if states:
+            self._scaler = optimizers[0].get("loss_scaler")
+        self._finish(shapes)
+
+    def _add(self, kind: str, name: str, values: Tensor) -> None:
+        self._pieces.setdefault((kind, name), []).append(values)
+
+    def _read_partitions(self, ranks: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]]) -> None:
+        for group, members in enumerate(shapes):
+            self._note_group(ranks[0]["base_optimizer_state"], group, list(members))
+            for rank in ranks:
+                flat = rank["single_partition_of_fp32_groups"][group]
+                state = rank["base_optimizer_state"]["state"].get(group, {})
+                for name, place in rank["param_slice_mappings"][group].items():
+                    # The last parameter's interval may reach into the padding, which the weights lack.
+                    self._add_state(name, flat, state, place.start, min(place.numel, flat.numel() - place.start))
+
+    def _add_state(self, name: str, flat: Tensor, state: Mapping[str, Any], start: int, numel: int) -> None:
+        self._add(PARAM, name, flat.narrow(0, start, numel))
+        for key, value in state.items():
+            if isinstance(value, Tensor) and value.dim() > 0:
+                self._add(OPTIM + key, name, value.view(-1).narrow(0, start, numel))
+
+    def _read_sharded(
+        self, ranks: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]], world_size: int
+    ) -> None:
+        for sub_group, members in enumerate(shapes):
+            self._note_group(ranks[0]["optimizer_state_dict"], sub_group, list(members))
+            for index, rank in enumerate(ranks):
+                flat, position = rank["fp32_flat_groups"][sub_group], 0
+                state = rank["optimizer_state_dict"]["state"].get(sub_group, {})
+                for name, shape in members.items():
+                    numel = math.prod(shape)
+                    part = -(-numel // world_size)
+                    self._add_state(name, flat, state, position, max(0, min(part, numel - index * part)))
+                    position += part
+
+    def _note_group(self, base: Mapping[str, Any], index: int, names: list[str]) -> None:
+        """Settings and values besides tensors of the flat group `index`, for its parameters."""
+        group = next(group for group in base["param_groups"] if index in group["params"])
+        settings = {k: v for k, v in group.items() if k not in _SETTINGS_LEFT_OUT}
+        self._groups.append({"params": names, "settings": settings})
+        state = dict(base["state"].get(index, {}))
+        step = state.get("step", group.get("step"))
+        if state and step is not None:
+            state["step"] = torch.tensor(float(step))
+        kinds = [OPTIM + key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
+        values = {key: value for key, value in state.items() if OPTIM + key not in kinds}
+        if state:
+            self._values.append({"params": names, "kinds": kinds, "values": values})
+
+    def _read_frozen(self, models: Sequence[Path], world_size: int) -> None:
+        frozen = {name: math.prod(shape) for name, shape in (self._model.get("frozen_param_shapes") or {}).items()}
+        for index, path in enumerate(models if frozen else []):
+            fragments = read_torch_file(path)["frozen_param_fragments"]
+            for name, numel in frozen.items():
+                part = -(-numel // world_size)
+                own = max(0, min(part, numel - index * part))
+                self._add(PARAM, name, fragments[name].view(-1).narrow(0, 0, own))
+
+    def _read_module(self, stage: int) -> None:
+        module = self._model.get("module") or {}
+        buffers = set(self._model.get("buffer_names") or ())
+        for name, value in module.items():
+            if not isinstance(value, Tensor):
+                continue
+            is_buffer = name in buffers
+            kind = BUFFER if is_buffer else PARAM
+            if not is_buffer:
+                is_trained = any(name in group for group in self._model.get("param_shapes") or ())
+                self.parameters[name] = ParameterInfo(dtype_key(value.dtype, name), tuple(value.shape), not is_trained)
+            if name in self.tied or (kind, name) in self._pieces or (stage == 3 and not is_buffer):
+                continue
+            self._add(kind, name, value.reshape(-1))
+
+    def _finish(self, shapes: Iterable[Mapping[str, Any]]) -> None:
+        known = {name: shape for group in shapes for name, shape in group.items()}
+        known |= {name: tuple(shape) for name, shape in (self._model.get("frozen_param_shapes") or {}).items()}
+        for name in self.tied:
+            self.parameters.pop(name, None)
+        for name, info in self.parameters.items():  # at stage 3 the module holds placeholders without elements
+            self.parameters[name] = ParameterInfo(info.dtype, known.get(name, info.shape), info.is_frozen)
+        for (kind, name), pieces in self._pieces.items():
+            shape = known.get(name, ()) if kind != BUFFER else tuple(self._model["module"][name].shape)
+            if kind != BUFFER and name not in known:
+                shape = self.parameters[name].shape
+            extents, start = [], 0
+            for index, piece in enumerate(pieces):
+                extents.append(Extent(start, start + piece.numel(), index))
+                start += piece.numel()
+            problem = coverage_problem(extents, math.prod(shape))
+            if problem:
+                raise CheckpointError(f"{self.folder}: {kind} {name}: {problem}.")
+            dtype = dtype_key(pieces[0].dtype, name)
+            self.tensors.setdefault(kind, {})[name] = StoredTensor(dtype, shape, tuple(extents))
+
+    def state(self) -> dict[str, Any]:
+        """The state, in the words of ours."""
+        model = self._model
+        state: dict[str, Any] = {"client_state": {k: v for k, v in model.items() if k not in _INTERNAL}}
+        if model.get("lr_scheduler") is not None:
+            state["lr_scheduler"] = dict(model["lr_scheduler"])
+        if self._groups:
+            state["optimizer"] = {"class": "the original's optimizer", "groups": self._groups, "values": self._values}
+            scaler = vars(self._scaler) if isinstance(self._scaler, Inert) else {}
+            state["loss_scale"] = {
+                "is_dynamic": bool(scaler.get("dynamic", "cur_iter" in scaler)),
+                "scale": float(scaler.get("cur_scale", 1.0)),
+                "tolerance_left": int(scaler.get("cur_hysteresis", 1)),
+                "num_steps": int(scaler.get("cur_iter", 0)),
+                "last_overflow": int(scaler.get("last_overflow_iter", -1)),
+            }
+        return state
+
+    def rank_state(self, rank: int) -> dict[str, Any] | None:
+        """The original keeps no random state and no loader position."""
+        return None
+
+    def fetch(self, wanted: Sequence[Wanted]) -> None:
+        """Deliver elements to their sinks."""
+        for want in wanted:
+            start = 0
+            for piece in self._pieces[want.kind, want.name]:
+                low, high = max(start, want.start), min(start + piece.numel(), want.start + want.numel)
+                if low < high:
+                    want.sink(low - want.start, piece.narrow(0, low - start, high - low))
+                start += piece.numel()
+
+
+def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
+    found = {}
+    for path in folder.iterdir():
+        match = pattern.fullmatch(path.name)
+        if match:
+            if int(match[2]) != 0:
+                raise CheckpointError(
+                    f"{folder} was written with tensor, pipeline or expert parallelism ({path.name}), which cannot be imported.\n"
+                    "  Load it with the software that wrote it, export whole weights, and start from those."
+                )
+            found[int(match[1] or 0)] = path
+    missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
+    if missing:
+        raise CheckpointError(
+            f"{folder}: the file of rank {missing[0]} is missing (others: {next(iter(found.values())).name})."
+        )
+    if not found and pattern is _MODEL:
+        raise CheckpointError(f"{folder} has no model state file of the first rank.")
+    return [found[rank] for rank in sorted(found)]
+
+
+def _stage(optimizer: Mapping[str, Any]) -> int:
+    stage = optimizer["zero_stage"]
+    return int(stage.args[0] if isinstance(stage, Inert) else stage)

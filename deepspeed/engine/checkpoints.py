@@ -1,0 +1,395 @@
+"""The engine's checkpoint methods: what the run is made of, handed to `checkpoint`, and taken back from it.
+
+A mixin of the engine. `save` and `load` there know flats, files and ranks; here are the parts that only the engine
+knows: counters, schedule, loss scale, data loader, and when gradients and unsharded copies have to go.
+"""
+
+from __future__ import annotations
+
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.checkpoint import compat, export, rng
+from deepspeed.checkpoint.background import Background, SaveTimes
+from deepspeed.checkpoint.find import checkpoint_folder, latest_tag, open_checkpoint
+from deepspeed.checkpoint.load import load_optimizer, load_weights, match_names, publish
+from deepspeed.checkpoint.ranks import Ranks
+from deepspeed.checkpoint.save import Save, SaveRequest
+from deepspeed.checkpoint.source import Source
+from deepspeed.checkpoint.staging import BLOCK, Staging
+from deepspeed.checkpoint.subject import Subject
+from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
+from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailableError
+from deepspeed.utils.logging import log_dist, warn_once
+from deepspeed.zero.access import GatheredParameters
+
+if TYPE_CHECKING:
+    from deepspeed.config import Config
+
+SYNC_BLOCKS = 8
+"""Staging blocks of a synchronous save: 32 MiB keep the disk busy."""
+RESERVED = ("ds_version", "ds_config")
+"""Keys of the client state that `load_checkpoint` adds."""
+
+
+class Checkpoints:
+    """What an engine keeps between saves: staging memory, the save in flight, what the last one cost."""
+
+    def __init__(self, config: Config) -> None:
+        section = config.checkpoint
+        self.is_async = bool(
+            section.async_save
+            or (section.writer is not None and section.writer.decoupled)
+            or config.datastates_ckpt is not None
+            or config.nebula.enabled
+        )
+        self.keep_last_n = section.keep_last_n or (
+            config.nebula.num_of_version_in_retention if config.nebula.enabled else None
+        )
+        cache = config.datastates_ckpt.host_cache_size if config.datastates_ckpt is not None else None
+        self._limit = section.staging_bytes or (int(cache * 2**30) if cache else None)
+        self.background = Background()
+        self.times = SaveTimes()
+        self._staging = Staging(SYNC_BLOCKS)
+        _warn_of_keys_without_effect(config)
+
+    def staging_for(self, nbytes: int, ranks_on_node: int) -> Staging:
+        """Blocks for a save of `nbytes` by this rank: all of it if asynchronous, within the limit."""
+        if self.is_async:
+            limit = self._limit or psutil.virtual_memory().available // (2 * ranks_on_node)
+            self._staging.grow(min(nbytes, max(limit, SYNC_BLOCKS * BLOCK)) // BLOCK + 4)
+        return self._staging
+
+
+def _warn_of_keys_without_effect(config: Config) -> None:
+    keys = []
+    writer = config.checkpoint.writer
+    if writer is not None:
+        keys += [f"checkpoint.writer.{name}" for name in sorted(writer.model_fields_set - {"decoupled"})]
+    if config.nebula.enabled:
+        keys += [
+            f"nebula.{name}"
+            for name in sorted(config.nebula.model_fields_set - {"enabled", "num_of_version_in_retention"})
+        ]
+    if config.datastates_ckpt is not None:
+        given = config.datastates_ckpt.model_fields_set | set(config.datastates_ckpt.model_extra or {})
+        keys += [f"datastates_ckpt.{name}" for name in sorted(given - {"host_cache_size"})]
+    if keys:
+        warn_once(f"no effect on how checkpoints are written here: {', '.join(keys)}.")
+
+
+class CheckpointMethods:
+    """Mixin of the engine."""
+
+    def save_checkpoint(
+        self,
+        save_dir: str,
+        tag: str | None = None,
+        client_state: dict[str, Any] | None = None,
+        save_latest: bool = True,
+        exclude_frozen_parameters: bool = False,
+    ) -> bool:
+        """Write weights, optimizer, schedule, counters, loader and random state to `save_dir/tag`, whole or not at all.
+
+        tag: default "global_step<N>". client_state: numbers, strings, containers, tensors and arrays of the user's, given
+        back by `load_checkpoint`. Writes `save_dir/latest` unless told not to. Collective. With `checkpoint.async_save`
+        returns once the state is copied; `wait_for_checkpoint` says when it is durable.
+
+        Returns True. Raises CheckpointError on every rank if any rank could not write its part; then the checkpoints that
+        were there are untouched. Raises ValueError without `save_dir`.
+        """
+        engine: Any = self
+        begun = time.perf_counter()
+        if not save_dir:
+            raise DeepSpeedError(f"save_checkpoint(save_dir={save_dir!r}): a folder is needed.")
+        client_state = dict(client_state or {})
+        _check_client_state(client_state)
+        _refuse_model_parallel(engine)
+        checkpoints: Checkpoints = engine._checkpoints
+        checkpoints.background.wait()
+        waited = time.perf_counter() - begun
+        engine.watch.end()
+        if engine._reducer.saw_backward:
+            warn_once("save_checkpoint between the micro-batches of a step: the gradients so far are not saved.")
+        ranks = Ranks(engine.mesh)
+        request = SaveRequest(
+            folder=Path(save_dir),
+            tag=_agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}"),
+            about=_about(engine),
+            shared=_shared_state(engine, client_state),
+            own={"loader": engine.training_dataloader.state_dict()} if engine.training_dataloader is not None else {},
+            save_latest=save_latest,
+            exclude_frozen=exclude_frozen_parameters,
+            keep_last_n=checkpoints.keep_last_n,
+            is_node_local=engine._config.checkpoint.use_node_local_storage,
+        )
+        hosts = ranks.all(socket.gethostname())
+        num_near = hosts.count(socket.gethostname())
+        save = Save(_subject(engine), request, ranks, lambda nbytes: checkpoints.staging_for(nbytes, num_near))
+        save.fill()
+        times = checkpoints.times = SaveTimes(waited_ms=waited * 1e3, nbytes=save.nbytes)
+        if checkpoints.is_async:
+            times.blocked_ms = (time.perf_counter() - begun) * 1e3
+            checkpoints.background.start(save, times, begun)
+        else:
+            save.commit()
+            times.blocked_ms = times.total_ms = (time.perf_counter() - begun) * 1e3
+        log_dist(f"checkpoint {request.tag}: training was blocked for {times.blocked_ms:.0f} ms", [0])
+        return True
+
+    def wait_for_checkpoint(self) -> SaveTimes:
+        """Wait until the last asynchronous save is durable; what it cost. Raises its error on every rank."""
+        engine: Any = self
+        engine._checkpoints.background.wait()
+        return engine._checkpoints.times
+
+    def load_checkpoint(
+        self,
+        load_dir: str,
+        tag: str | None = None,
+        load_module_strict: bool = True,
+        load_optimizer_states: bool = True,
+        load_lr_scheduler_states: bool = True,
+        load_module_only: bool = False,
+        custom_load_fn: Callable[..., Any] | None = None,
+    ) -> tuple[str | None, dict[str, Any] | None]:
+        """Continue from a checkpoint of any ZeRO stage, world size, offload setting or precision.
+
+        tag: default what `load_dir/latest` says; without that file nothing is loaded and (None, None) returned.
+        load_module_strict: False keeps parameters that the checkpoint lacks, ignores those that the model lacks, and says so.
+        load_module_only: weights alone; counters, schedule, optimizer and random state stay.
+        custom_load_fn: called as `custom_load_fn(src=state_dict, dst=module)` instead of loading the weights.
+
+        Returns the path of the model state and the client state. Collective. Raises CheckpointError on every rank.
+        """
+        engine: Any = self
+        _refuse_model_parallel(engine)
+        engine._checkpoints.background.wait()
+        ranks = Ranks(engine.mesh)
+        what = f"load_checkpoint({str(load_dir)!r}, tag={tag!r})"
+        if tag is None:
+            tag = ranks.on_first(what, lambda: latest_tag(Path(load_dir), engine._config.checkpoint.load_universal))
+            if tag is None:
+                log_dist(f"{what}: no file {Path(load_dir) / 'latest'}, nothing is loaded. Give tag=...", [0], 30)
+                return None, None
+        folder = Path(ranks.on_first(what, lambda: str(checkpoint_folder(Path(load_dir), str(tag)))))
+        subject = _subject(engine)
+        has_optimizer = engine.optimizer is not None and load_optimizer_states and not load_module_only
+
+        def check() -> tuple[Source, Any, Any]:
+            source = open_checkpoint(folder)
+            names = match_names(subject, source, load_module_strict and custom_load_fn is None)
+            return source, names, source.state()
+
+        source, names, state = ranks.together(what, check)
+        _settle(engine)
+        if custom_load_fn is None:
+            ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names)))
+            rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
+            publish(subject, from_masters=not rounded)
+        else:
+            _load_custom(engine, custom_load_fn, source)
+        if has_optimizer and "optimizer" not in state:
+            log_dist(f"{folder} holds no optimizer state: it starts anew. Weights are loaded.", [0], 30)
+        elif has_optimizer:
+            ranks.together(what, lambda: _load_step(lambda: load_optimizer(subject, source, state, names)))
+        if not load_module_only:
+            own = ranks.together(what, lambda: source.rank_state(ranks.rank)) or {}
+            _load_rest(engine, source, state, own, has_optimizer, load_lr_scheduler_states)
+        if int(source.about["world_size"]) != ranks.world_size:
+            log_dist(f"{folder}: resharded {source.about['world_size']} -> {ranks.world_size} ranks", [0])
+        client = {**state.get("client_state", {}), "ds_version": source.about.get("deepspeed_version")}
+        return str(folder / compat.model_file_name(int(source.about["zero_stage"]))), client
+
+    # Weights alone. ------------------------------------------------------------------------------------------------
+
+    def module_state_dict(
+        self,
+        destination: Any = None,
+        prefix: str = "",
+        keep_vars: bool = False,
+        exclude_frozen_parameters: bool = False,
+    ) -> Any:
+        """The model's state dict; sharded parameters are placeholders that name the cure when used."""
+        engine: Any = self
+        state = engine.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
+        if exclude_frozen_parameters:
+            for name, param in engine.module.named_parameters():
+                if not param.requires_grad:
+                    state.pop(prefix + name, None)
+        return state
+
+    def load_module_state_dict(
+        self,
+        checkpoint: Mapping[str, Any],
+        strict: bool = True,
+        custom_load_fn: Callable[..., Any] | None = None,
+        fetch_z3_params: bool = False,
+    ) -> None:
+        """Load `checkpoint["module"]`, a whole state dict that every rank has, into the model and the masters. Collective."""
+        engine: Any = self
+        with _whole_module(engine):
+            if custom_load_fn is not None:
+                custom_load_fn(src=checkpoint["module"], dst=engine.module)
+            else:
+                engine.module.load_state_dict(checkpoint["module"], strict=strict)
+
+    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+        """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
+        engine: Any = self
+        return export.consolidated_state_dict(engine.module, engine._built, engine.mesh, exclude_frozen_parameters)
+
+    _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
+
+    def save_16bit_model(
+        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+    ) -> bool:
+        """Write the whole weights in the model's dtype. Collective.
+
+        A name that ends in ".safetensors" gives Hugging Face's layout: one file, or with more than 5 GB shards and an
+        index; tensors go to disk one after the other. Any other name gives one file as torch.save writes it. Files appear
+        whole or not at all. At stage 3 this needs `zero_optimization.stage3_gather_16bit_weights_on_model_save`, else
+        nothing is written and False returned.
+        """
+        engine: Any = self
+        zero = engine._config.zero_optimization
+        if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
+            warn_once(
+                "save_16bit_model wrote nothing: at ZeRO stage 3 it gathers the whole model on rank 0, which has to be allowed "
+                "with zero_optimization.stage3_gather_16bit_weights_on_model_save = true."
+            )
+            return False
+        export.save_weights(
+            engine.module, engine._built, engine.mesh, Path(save_dir), save_filename, exclude_frozen_parameters
+        )
+        return True
+
+    save_fp16_model = save_16bit_model
+
+
+def _subject(engine: Any) -> Subject:
+    return Subject(engine.module, engine._built, engine.optimizer, engine.mesh)
+
+
+def _refuse_model_parallel(engine: Any) -> None:
+    if engine.mp_world_size > 1:
+        raise NotAvailableError(
+            f"checkpoints of a model that an mpu divides over {engine.mp_world_size} model-parallel ranks are not available yet."
+        )
+
+
+def _check_client_state(client_state: Mapping[str, Any]) -> None:
+    taken = [key for key in client_state if key in RESERVED]
+    if taken:
+        raise KeyError(
+            f"client_state[{taken[0]!r}]: load_checkpoint gives this key another meaning. Choose another name."
+        )
+
+
+def _agree_on_tag(engine: Any, ranks: Ranks, tag: str) -> str:
+    """The first rank's tag; what happens where others name another is `checkpoint.tag_validation`."""
+    tags = ranks.all(tag)
+    mode = engine._config.checkpoint.tag_validation
+    if len(set(tags)) > 1 and mode != "Ignore":
+        text = f"save_checkpoint: ranks name different tags: {dict(zip(ranks.members, tags, strict=True))}."
+        if mode == "Fail":
+            raise CheckpointError(f"{text}\n  Give every rank the same tag.")
+        log_dist(f"{text} The first is used.", [0], 30)
+    return tags[0]
+
+
+def _about(engine: Any) -> dict[str, Any]:
+    return {
+        "deepspeed_version": sys.modules["deepspeed"].__version__,
+        "torch_version": torch.__version__,
+        "zero_stage": engine._config.zero_optimization.stage,
+        "world_size": engine.mesh.dp_world_size,
+        "global_steps": engine.global_steps,
+        "global_samples": engine.global_samples,
+        "skipped_steps": engine.skipped_steps,
+        "bf16": engine._config.bf16.enabled,
+        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+    }
+
+
+def _shared_state(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
+    state: dict[str, Any] = {"client_state": client_state}
+    if engine.lr_scheduler is not None:
+        state["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    if engine.optimizer is not None:
+        scale = engine.optimizer.scale
+        state["loss_scale"] = {"is_dynamic": scale.is_dynamic, **scale.state_dict()}
+    return state
+
+
+def _load_step(step: Callable[[], None]) -> None:
+    try:
+        step()
+    except Exception as error:
+        raise CheckpointError(
+            f"{error}\n  The model is half loaded: load another checkpoint before using it."
+        ) from error
+
+
+def _settle(engine: Any) -> None:
+    """Before memory is overwritten: no open backward, no gradients, no unsharded copies."""
+    engine.watch.end()
+    engine.zero_grad()
+    engine.empty_partition_cache()
+    engine.accumulation.micro_steps = 0
+
+
+@contextmanager
+def _whole_module(engine: Any) -> Iterator[None]:
+    """The module whole and writable on every rank; what the first rank writes is kept, also in the masters."""
+    with GatheredParameters(engine.module.parameters(), modifier_rank=0):
+        yield
+    for master in engine._built.masters:
+        if not master.bucket.is_sharded:
+            master.from_params()
+
+
+def _load_custom(engine: Any, load: Callable[..., Any], source: Source) -> None:
+    with _whole_module(engine):
+        load(src=state_dict_of(source, None), dst=engine.module)
+
+
+def _load_rest(
+    engine: Any,
+    source: Source,
+    state: Mapping[str, Any],
+    own: Mapping[str, Any],
+    has_optimizer: bool,
+    has_schedule: bool,
+) -> None:
+    about = source.about
+    engine.global_steps = int(about["global_steps"])
+    engine.global_samples = int(about["global_samples"])
+    engine.skipped_steps = int(about["skipped_steps"])
+    saved = state.get("loss_scale")
+    if has_optimizer and saved and saved["is_dynamic"] and engine.optimizer.scale.is_dynamic:
+        engine.optimizer.scale.load_state_dict(saved)
+    if has_schedule and engine.lr_scheduler is not None and "lr_scheduler" in state:
+        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    for prefix, extra in state.get("module_extra", {}).items():
+        module = dict(engine.module.named_modules()).get(prefix)
+        if module is not None and type(module).set_extra_state is not nn.Module.set_extra_state:
+            module.set_extra_state(extra)
+    if engine.training_dataloader is not None and "loader" in own:
+        engine.training_dataloader.load_state_dict(own["loader"])
+    same_ranks = int(about["world_size"]) == engine.mesh.dp_world_size
+    if has_optimizer and "rng" in own and same_ranks:
+        rng.restore(own["rng"])
+    elif has_optimizer and not same_ranks:
+        log_dist("random generators are not restored: the number of ranks has changed.", [0])
+    get_accelerator().synchronize()

@@ -1,0 +1,60 @@
+"""The engine's activation checkpointing: what `activation_checkpointing.recompute` and `memory_budget_gb` ask for.
+
+Made by the engine before it builds anything, asked before each forward. A fixed choice is applied at once; a budget at
+the first training forward, when the shapes of a micro-batch are known, and then for good. All ranks use the most
+cautious rank's choice.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from deepspeed.activation.blocks import Blocks, Recompute, blocks_of
+from deepspeed.activation.settings import Settings
+from deepspeed.config import Config
+from deepspeed.utils.logging import log_dist
+
+if TYPE_CHECKING:
+    from deepspeed.engine.engine import DeepSpeedEngine
+
+
+class Recomputation:
+    """Which blocks of the engine's model recompute; `blocks` is None where the configuration does not ask."""
+
+    def __init__(self, model: nn.Module, config: Config, mpu: Any) -> None:
+        section = config.activation_checkpointing
+        self._budget_gb = section.memory_budget_gb
+        self.blocks: Blocks | None = None
+        if section.recompute != "none" or self._budget_gb is not None:
+            self.blocks = blocks_of(model, Settings.of_section(section, mpu))
+            self.blocks.apply([Recompute(section.recompute)] * len(self.blocks.blocks))
+
+    def detach(self) -> None:
+        """Take the checkpoints away."""
+        if self.blocks is not None:
+            self.blocks.detach()
+
+    def settle(self, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Choose for the budget, once, from the shapes of a training micro-batch. Collective then."""
+        if self._budget_gb is None or not torch.is_grad_enabled():
+            return
+        # The planner knows engines, so it is to the right of this layer: named, not imported.
+        planner = importlib.import_module("deepspeed.memory.budget")
+        assert self.blocks is not None, "a budget has blocks"
+        budget_gb, self._budget_gb = self._budget_gb, None
+        rung, estimate = planner.choose_plan(
+            engine.module,
+            engine._config,
+            args,
+            kwargs,
+            world_size=engine.mesh.dp_world_size,
+            budget_nbytes=int(budget_gb * 2**30),
+            device_type=engine.device.type,
+        )
+        rung = max(theirs for (theirs,) in engine.mesh.agree("dp", rung))
+        self.blocks.apply(planner.ladder(len(self.blocks.blocks))[rung])
+        log_dist(f"{self.blocks}: {estimate.peak_nbytes / 2**30:.2f} GiB predicted for {budget_gb:g} GiB", ranks=[0])

@@ -1,0 +1,119 @@
+"""The section `flops_profiler`: an observer that drives a `FlopsProfiler` through two steps and prints what it found.
+
+Counting slows a micro-batch down, and a first step allocates, so the step that is timed comes after the step that is
+counted, and is at least the second:
+
+    profile_step N > 1   count in step N - 1, time step N, report
+    profile_step 1       count in step 1, time step 2, report
+
+Counted is the first micro-batch and the update; times are means over the micro-batches of their step. Where the script
+calls `loss.backward()` itself, backward is neither counted nor timed, but estimated.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import enum
+from typing import TYPE_CHECKING, Any, final
+
+import torch
+
+from deepspeed.accelerator.peak import measured_peak
+from deepspeed.config import FlopsProfilerConfig
+from deepspeed.engine.observer import Observer, PhaseClock, computing_dtype
+from deepspeed.profiling.profiler import FlopsProfiler
+from deepspeed.utils.logging import current_rank, logger
+
+if TYPE_CHECKING:
+    from deepspeed.engine.engine import DeepSpeedEngine
+
+
+class State(enum.Enum):
+    """Where a profile is."""
+
+    WAITING = "waiting"
+    """Nothing is attached."""
+    COUNTING = "counting"
+    """Hooks are on the model; operations are counted."""
+    TIMING = "timing"
+    """Hooks are on the model; modules are timed."""
+    DONE = "done"
+    """Nothing is attached."""
+
+
+@final
+class StepProfiler(Observer):
+    """One profile per run."""
+
+    def __init__(self, config: FlopsProfilerConfig, model: torch.nn.Module) -> None:
+        self.profiler = FlopsProfiler(model, recompute_fwd_factor=config.recompute_fwd_factor)
+        self.state = State.WAITING
+        self._config = config
+        self._count_step = max(1, config.profile_step - 1)
+        self._running = contextlib.ExitStack()
+        self._clocks = {"backward": PhaseClock(), "step": PhaseClock()}
+        self._num_forwards = 0
+        if self._count_step == 1:
+            self._start()
+
+    def _start(self) -> None:
+        self.profiler.open()
+        self.state = State.COUNTING
+
+    def begins(self, phase: str, value: Any) -> None:
+        """See Observer."""
+        watch = self.profiler.watch
+        if watch is None or (phase == "forward" and not torch.is_grad_enabled()):
+            return
+        self._num_forwards += phase == "forward"
+        if self.state is State.COUNTING and (phase == "step" or self._num_forwards == 1):
+            self._running.enter_context(watch.counting(is_updating=phase == "step"))
+        elif self.state is State.TIMING:
+            if phase != "step":
+                self._running.enter_context(watch.timing())
+            if phase != "forward":
+                self._clocks[phase].begin()
+
+    def ends(self, phase: str) -> None:
+        """See Observer."""
+        if self.state is State.TIMING and phase != "forward":
+            self._clocks[phase].end()
+        self._running.close()
+
+    def step_ended(self, engine: DeepSpeedEngine) -> None:
+        """See Observer."""
+        if self.state is State.WAITING and engine.global_steps >= self._count_step - 1:
+            self._start()
+        elif self.state is State.COUNTING:
+            self.state = State.TIMING
+        elif self.state is State.TIMING:
+            self._report(engine)
+            self.close()
+        self._num_forwards = 0
+
+    def _report(self, engine: DeepSpeedEngine) -> None:
+        profile = self.profiler.profile
+        num_micro_batches = max(1, self._num_forwards)
+        for module in profile.root.walk():
+            module.forward_s /= num_micro_batches
+            module.backward_s /= num_micro_batches
+        profile.root.backward_s = self._clocks["backward"].take_s() / num_micro_batches
+        profile.update_s = self._clocks["step"].take_s()
+        profile.peak_flops = measured_peak(computing_dtype(engine._config))
+        profile.title = f"{profile.root.name}, step {engine.global_steps}, rank {current_rank()}"
+        if current_rank() == 0:
+            try:
+                self.profiler.print_model_profile(
+                    module_depth=self._config.module_depth,
+                    top_modules=self._config.top_modules,
+                    detailed=self._config.detailed,
+                    output_file=self._config.output_file,
+                )
+            except OSError as error:
+                logger.warning("flops_profiler.output_file could not be written, training goes on: %s", error)
+
+    def close(self) -> None:
+        """See Observer."""
+        self._running.close()
+        self.profiler.end_profile()
+        self.state = State.DONE

@@ -1,0 +1,274 @@
+"""The step report: what each step took, to the monitors, the run's record and the progress line.
+
+An observer, made where progress lines, monitors, a run directory or the log of collectives are asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, final
+
+import psutil
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.peak import measured_peak
+from deepspeed.comm.observe import hidden_share, measure_alone
+from deepspeed.comm.recorder import Current
+from deepspeed.config import Config
+from deepspeed.engine.observer import Observer, PhaseClock, computing_dtype
+from deepspeed.mesh import Mesh
+from deepspeed.monitor.line import RankNumbers, progress_line
+from deepspeed.monitor.master import MonitorMaster
+from deepspeed.monitor.step import StepNumbers
+from deepspeed.profiling.counter import OpCounter, Phase, StepFlops
+from deepspeed.utils.logging import current_rank
+from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, OFFLOAD_S, RESTING
+from deepspeed.zero.hooks import BackwardWatch
+
+if TYPE_CHECKING:
+    from deepspeed.engine.engine import DeepSpeedEngine
+
+COMM_EVERY = 10
+"""Steps between two logs of collectives in the record, where `steps_per_print` does not say."""
+MEMORY_EVERY_S = 0.5
+"""Reading the process's memory takes the system a tenth of a millisecond; small models step that fast."""
+
+
+@final
+class StepReport(Observer):
+    """Fills a `StepNumbers` per step, for the monitors, the record and the progress line.
+
+    The operations of a step are counted in the first micro-batch and scaled by the number of tokens (or samples) after
+    that. Where the script calls `loss.backward()` itself, backward is taken for twice forward.
+    """
+
+    def __init__(self, config: Config, monitor: MonitorMaster, watch: BackwardWatch) -> None:
+        self._config = config
+        self._monitor = monitor
+        self._every = config.steps_per_print
+        self._clocks = {phase: PhaseClock() for phase in ("forward", "backward", "step")}
+        self._since_line: list[StepNumbers] = []
+        self._ended_s: float | None = None
+        self._losses: list[Tensor] = []
+        self._num_forwards = self._rows = 0
+        self._tokens: int | None = None
+        self._flops = StepFlops()
+        self._counted_rows = 0
+        self._is_first_micro_batch: bool | None = None
+        """None before the first forward of training, whose operations are counted."""
+        self._counting = contextlib.ExitStack()
+        self._peak: float | None = None
+        self._memory: dict[str, int] = {}
+        self._memory_read_s = 0.0
+        self._seen_comm_s = self._seen_offload_s = 0.0
+        self._seen_nbytes: dict[str, int] = {}
+        self._seen_offload: dict[str, float] = {}
+        COMMUNICATION.times_device = OFFLOAD.times_device = True
+        watch.on_begin.append(self._clocks["backward"].begin)
+        watch.on_end.append(self._clocks["backward"].end)
+
+    def begins(self, phase: str, value: Any) -> None:
+        """See Observer."""
+        if phase == "forward" and not torch.is_grad_enabled():
+            return  # evaluation is no training step
+        if phase == "forward":
+            if self._ended_s is None:
+                self._start_counters()
+            self._count_rows(value)
+            self._num_forwards += 1
+            self._is_first_micro_batch = self._is_first_micro_batch is None
+        elif phase == "backward":
+            self._losses.append(value)
+        if phase != "step" and self._is_first_micro_batch:
+            self._counting.enter_context(OpCounter(self._flops.add))
+        if phase != "backward":  # the watch sees it, also where the script calls loss.backward()
+            self._clocks[phase].begin()
+
+    def ends(self, phase: str) -> None:
+        """See Observer."""
+        self._counting.close()
+        if phase != "backward":
+            self._clocks[phase].end()
+        if phase == "forward" and self._flops.by_phase[Phase.FORWARD] and not self._counted_rows:
+            self._counted_rows = self._rows
+
+    def _start_counters(self) -> None:
+        self._ended_s = time.perf_counter()
+        self._seen_comm_s, self._seen_offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
+        self._seen_nbytes = dict(COMMUNICATION.nbytes)
+        self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
+
+    def _count_rows(self, inputs: Any) -> None:
+        args, kwargs = inputs
+        leaves = [*args, *kwargs.values()]
+        if not all(isinstance(leaf, Tensor) for leaf in leaves):
+            leaves = tree_leaves(leaves)
+        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
+        tokens = next((t for t in tensors if t.dim() == 2 and t.dtype in (torch.int64, torch.int32)), None)
+        if tokens is not None:
+            self._tokens = (self._tokens or 0) + tokens.numel()
+        counted = tokens.numel() if tokens is not None else tensors[0].shape[0] if tensors else 1
+        self._rows += counted
+
+    def step_ended(self, engine: DeepSpeedEngine) -> None:
+        """See Observer."""
+        is_line = bool(self._every) and engine.global_steps % (self._every or 1) == 0
+        if self._peak is None and self._flops.model:
+            peak = self._config.monitor.peak_tflops
+            self._peak = peak * 1e12 if peak else measured_peak(computing_dtype(self._config))
+        numbers = self._numbers(engine)
+        times = _elapsed_events(numbers) if engine.wall_clock_breakdown_enabled else {}
+        self._monitor.write_step(numbers, [(name, value, numbers.samples) for name, value in times.items()])
+        if self._every:
+            self._since_line.append(numbers)
+        if is_line:
+            self._write_line(engine)
+        if self._config.comms_logger.enabled and engine.global_steps % (self._every or COMM_EVERY) == 0:
+            self._write_comm(engine)
+        self._losses.clear()
+        self._num_forwards = self._rows = 0
+        self._tokens = None
+
+    def _write_comm(self, engine: DeepSpeedEngine) -> None:
+        recorder = Current.recorder
+        if recorder is not None:
+            number = engine.global_steps // (self._every or COMM_EVERY)
+            if number & (number - 1) == 0:  # after a while there is nothing new; to ask costs a collective
+                measure_alone(recorder)
+            ops = recorder.summary(engine.world_size)
+            hidden = hidden_share(recorder.flows.values())
+            self._monitor.write_line("comm", {"step": engine.global_steps, "hidden": hidden, "ops": ops})
+
+    def _numbers(self, engine: DeepSpeedEngine) -> StepNumbers:
+        now_s = time.perf_counter()
+        step_s = now_s - (self._ended_s if self._ended_s is not None else now_s)
+        self._ended_s = now_s
+        comm_s, offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
+        sent = {op: n - self._seen_nbytes.get(op, 0) for op, n in COMMUNICATION.nbytes.items()}
+        offload = {key: now - self._seen_offload.get(key, 0) for key, now in (OFFLOAD.nbytes | OFFLOAD_S).items()}
+        ranks = engine.dp_world_size
+        numbers = StepNumbers(
+            step=engine.global_steps,
+            samples=engine.global_samples,
+            time=time.time(),
+            step_s=step_s,
+            loss=sum(loss.item() for loss in self._losses) / len(self._losses) if self._losses else None,
+            lr=engine.get_lr(),
+            grad_norm=engine.get_global_grad_norm(),
+            loss_scale=engine.loss_scale(),
+            skipped=engine.skipped_steps,
+            step_samples=self._num_forwards * engine.train_micro_batch_size_per_gpu() * ranks,
+            step_tokens=self._tokens * ranks if self._tokens is not None else None,
+            flops=self._step_flops(),
+            peak_flops=self._peak,
+            forward_s=self._clocks["forward"].take_s(),
+            backward_s=self._clocks["backward"].take_s(),
+            update_s=self._clocks["step"].take_s(),
+            wait_comm_s=comm_s - self._seen_comm_s,
+            wait_offload_s=offload_s - self._seen_offload_s,
+            offload_s={key: offload[key] for key in OFFLOAD_S},
+            offload_nbytes={key: int(offload[key]) for key in OFFLOAD.nbytes},
+            memory=self._read_memory(now_s),
+            comm_nbytes={op: n for op, n in sent.items() if n},
+        )
+        self._seen_comm_s, self._seen_offload_s = comm_s, offload_s
+        self._seen_nbytes = dict(COMMUNICATION.nbytes)
+        self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
+        return numbers
+
+    def _step_flops(self) -> float | None:
+        if not self._counted_rows:
+            return None
+        saw_backward = self._flops.by_phase[Phase.BACKWARD] > 0
+        counted = self._flops.model if saw_backward else 3 * self._flops.by_phase[Phase.FORWARD]
+        return counted * self._rows / self._counted_rows
+
+    def _read_memory(self, now_s: float) -> dict[str, int]:
+        if now_s - self._memory_read_s < MEMORY_EVERY_S:
+            return self._memory
+        self._memory_read_s = now_s
+        accelerator = get_accelerator()
+        self._memory = {"device": accelerator.memory_allocated(), "device_peak": accelerator.max_memory_allocated()}
+        if accelerator.device_name() != "cpu":  # there the device's memory is the process's
+            self._memory["cpu"] = psutil.Process().memory_info().rss
+        self._memory.update(RESTING)
+        return self._memory
+
+    def _write_line(self, engine: DeepSpeedEngine) -> None:
+        steps, self._since_line = self._since_line, []
+        last = steps[-1]
+        mine = RankNumbers(
+            loss=last.loss,
+            wall_s=sum(step.step_s for step in steps),
+            wait_comm_s=sum(step.wait_comm_s for step in steps),
+            device_nbytes=last.memory["device"],
+            device_peak_nbytes=last.memory["device_peak"],
+        )
+        ranks = _of_all_ranks(engine.mesh, mine)
+        if current_rank() != 0:
+            return
+        times = None
+        if engine.wall_clock_breakdown_enabled:
+            times = {
+                "forward": _mean_ms(step.forward_s for step in steps),
+                "backward": _mean_ms(step.backward_s for step in steps),
+                "step": _mean_ms(step.update_s for step in steps),
+            }
+        by_kind = engine.memory_by_kind() if self._config.memory_breakdown else {}
+        by_kind.pop("num_trained_buckets", None)
+        print(progress_line(steps, ranks, times, by_kind), flush=True)
+
+
+def _mean_ms(seconds: Iterable[float | None]) -> float:
+    known = [value for value in seconds if value is not None]
+    return 1e3 * sum(known) / len(known) if known else 0.0
+
+
+def _elapsed_events(numbers: StepNumbers) -> dict[str, float]:
+    """The contract's times. What of backward is not waiting for other ranks is `backward_inner`."""
+    backward_s = numbers.backward_s or 0.0
+    times = {
+        "forward": numbers.forward_s or 0.0,
+        "backward": backward_s,
+        "backward_inner": max(0.0, backward_s - numbers.wait_comm_s),
+        "backward_allreduce": numbers.wait_comm_s,
+        "step": numbers.update_s or 0.0,
+    }
+    return {f"Train/Samples/elapsed_time_ms_{name}": 1e3 * value for name, value in times.items()}
+
+
+def _of_all_ranks(mesh: Mesh, mine: RankNumbers) -> list[RankNumbers]:
+    """Every data-parallel rank's numbers. Collective."""
+    has_loss = mine.loss is not None
+    values = (
+        int(has_loss),
+        _bits(mine.loss if mine.loss is not None else 0.0),
+        _bits(mine.wall_s),
+        _bits(mine.wait_comm_s),
+        mine.device_nbytes,
+        mine.device_peak_nbytes,
+    )
+    return [
+        RankNumbers(
+            loss=_float(loss) if has else None,
+            wall_s=_float(wall),
+            wait_comm_s=_float(wait),
+            device_nbytes=device,
+            device_peak_nbytes=peak,
+        )
+        for has, loss, wall, wait, device, peak in mesh.agree("dp", *values)
+    ]
+
+
+def _bits(value: float) -> int:
+    return int(struct.unpack("<q", struct.pack("<d", value))[0])
+
+
+def _float(bits: int) -> float:
+    return float(struct.unpack("<d", struct.pack("<q", bits))[0])

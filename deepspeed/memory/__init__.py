@@ -1,0 +1,34 @@
+"""How much memory a run will need, and why: predicted without allocating, measured, explained.
+
+    trace     a training step of a model on fake tensors: what happens to memory, and where the engine acts
+    plan      the buckets an engine would make
+    replay    an engine played to the trace, on a ledger
+    ledger    bytes by kind and tier, and their peak
+    estimator one configuration          options  all of them, and the smallest change that fits
+    budget    the least recomputation that fits        measure  the peak of something that is run
+    cli, html `deepspeed estimate`       model_states  the original's formulas
+
+What users reach as `deepspeed.memory.<name>` is in the table below.
+"""
+
+from deepspeed.utils.lazy import invert as _invert
+from deepspeed.utils.lazy import lazy_exports as _lazy_exports
+
+_STATES = " ".join(
+    f"estimate_zero{stage}_model_states_mem_needs{kind}" for stage in (2, 3) for kind in ("", "_all_live", "_all_cold")
+)
+
+__getattr__, __dir__ = _lazy_exports(
+    __name__,
+    _invert(
+        {
+            "deepspeed.memory.estimator": "estimate Estimate Estimator",
+            "deepspeed.memory.options": "survey Survey Limits",
+            "deepspeed.memory.trace": "TraceError trace_step",
+            "deepspeed.memory.measure": "Measured measure_peak",
+            "deepspeed.memory.budget": "choose_plan ladder",
+            "deepspeed.memory.html": "write_page",
+            "deepspeed.memory.model_states": _STATES,
+        }
+    ),
+)

@@ -1,0 +1,212 @@
+"""Predict the peak memory of a rank, on each tier, before anything is allocated.
+
+    estimate(model, config, batch, world_size=8)        one engine
+    survey(model, config, batch, world_size=8)          every stage x offload x checkpointing, one trace each way
+
+Called by users (`deepspeed.memory`), by `deepspeed estimate`, and by the recomputation budget. Traces the model once
+(`memory.trace`), cuts it as the engine would (`memory.plan`), and plays an engine to the trace (`memory.replay`). The
+engine's own functions read the configuration (`engine.assemble`), so there is one meaning of every key.
+
+What is predicted is what an allocator hands out: the CPU's as torch's profiler counts it, an accelerator's
+`max_memory_allocated`. Beyond that an estimate names an allowance: what rounding every block to the caching allocator's
+granules adds at the peak.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.activation.blocks import Recompute
+from deepspeed.config import Config, load_config
+from deepspeed.engine import assemble
+from deepspeed.memory.ledger import Ledger
+from deepspeed.memory.plan import plan_buckets
+from deepspeed.memory.replay import EngineSettings, Given, Replay
+from deepspeed.memory.trace import Trace, trace_step
+from deepspeed.optim import build_optimizer
+from deepspeed.zero.offload import make_placing
+from deepspeed.zero.param import slot_of
+from deepspeed.zero.policy import Tier
+
+ASSUMED_OPTIMIZER = "AdamW"
+"""What is predicted where neither the configuration nor the caller names an optimizer."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Estimate:
+    """The predicted memory of one rank. Bytes; "device" is the accelerator's memory, on a CPU-only machine main memory."""
+
+    world_size: int
+    stage: int
+    dtype: torch.dtype
+    recompute: str
+    ledger: Ledger
+    num_params: int
+    notes: Sequence[str] = ()
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The highest total on the device."""
+        return self.ledger.peaks[Tier.DEVICE].nbytes
+
+    @property
+    def phase(self) -> str:
+        """When that is: initialize, forward, backward or step."""
+        return self.ledger.peaks[Tier.DEVICE].phase
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """The device's bytes by kind at its peak."""
+        return dict(self.ledger.peaks[Tier.DEVICE].by_kind)
+
+    @property
+    def allowance_nbytes(self) -> int:
+        """What rounding the blocks of that moment to the caching allocator's granules adds."""
+        return self.ledger.peaks[Tier.DEVICE].rounding_nbytes
+
+    def on(self, tier: Tier | str) -> int:
+        """The highest total on a tier: "device", "cpu" or "nvme"."""
+        return self.ledger.peaks[Tier(tier)].nbytes
+
+
+def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """A batch as the arguments it is given to the model as: a mapping by name, a tuple in order, else alone."""
+    if isinstance(batch, Mapping):
+        return (), dict(batch)
+    return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
+
+
+class Estimator:
+    """Estimates of one model and batch shape; traces are kept and shared by all configurations that compute alike."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        batch: Any,
+        *,
+        device_type: str | None = None,
+        optimizer: Any = None,
+        loss_of: Callable[[Any], Tensor] | None = None,
+    ) -> None:
+        self._model = model
+        self.args, self.kwargs = as_call(batch)
+        self.device_type = device_type or get_accelerator().device_name()
+        self._optimizer = optimizer
+        self._loss_of = loss_of
+        self._traces: dict[Any, Trace] = {}
+
+    def estimate(self, config: Any, *, world_size: int = 1, plan: Sequence[Recompute] | None = None) -> Estimate:
+        """Predict for a configuration (dict, path or `Config`) on `world_size` data-parallel ranks.
+
+        plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`.
+        """
+        config = config if isinstance(config, Config) else load_config(config)
+        trace = self._trace(config, plan)
+        policy = assemble.make_policy(config)
+        assemble.mark_leaves(trace.model, config)
+        optimizer, notes = self._make_optimizer(trace.model, config)
+        zero = config.zero_optimization
+        shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
+        placing = make_placing(config, policy, torch.device(self.device_type))
+        buckets = plan_buckets(
+            trace.model, assemble.group_indices(optimizer), placing, assemble.make_limits(config), shard_size
+        )
+        settings = EngineSettings(
+            placing=placing,
+            shard_size=shard_size,
+            num_replicas=world_size // shard_size,
+            sends_directly=self.device_type == "cpu",
+            accumulation=config.gradient_accumulation_steps or 1,
+            sub_group_numel=zero.sub_group_size,
+            prefetch_numel=zero.stage3_prefetch_bucket_size,
+            max_live_numel=zero.stage3_max_live_parameters,
+            max_reuse_distance=zero.stage3_max_reuse_distance,
+            wire_dtype=config.communication_data_type or policy.gradients.dtype,
+            state_nbytes=state_nbytes_per_element(optimizer, policy.optimizer.dtype),
+            given=[_given(param, zero.stage) for param in self._model.parameters()],
+        )
+        recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)
+        return Estimate(
+            world_size=world_size,
+            stage=zero.stage,
+            dtype=policy.parameters.dtype,
+            recompute=recompute,
+            ledger=Replay(trace, buckets, settings).run(),
+            num_params=sum(param.numel() for param in trace.params),
+            notes=notes,
+        )
+
+    def _trace(self, config: Config, plan: Sequence[Recompute] | None) -> Trace:
+        recompute = config.activation_checkpointing.recompute
+        chosen: Any = tuple(plan) if plan is not None else Recompute(recompute)
+        autocast = config.torch_autocast
+        low = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
+        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen
+        if key not in self._traces:
+            self._traces[key] = trace_step(
+                self._model,
+                self.args,
+                self.kwargs,
+                dtype=config.precision_dtype,
+                device_type=self.device_type,
+                autocast=low,
+                plan=list(chosen) if isinstance(chosen, tuple) else chosen,
+                prepare=lambda model: assemble.cast_buffers(model, config),
+                loss_of=self._loss_of,
+            )
+        return self._traces[key]
+
+    def _make_optimizer(self, model: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, list[str]]:
+        groups = assemble.parameter_groups(model, None)
+        if callable(self._optimizer):
+            return self._optimizer([param for group in groups for param in group["params"]]), []
+        made = assemble.make_optimizer(config, None, groups, model)
+        if made is not None:
+            return made, []
+        note = f"the configuration names no optimizer; {ASSUMED_OPTIMIZER} is assumed"
+        return build_optimizer(ASSUMED_OPTIMIZER, {}, groups), [note]
+
+
+def _given(param: Tensor, stage: int) -> Given:
+    """Where a parameter is before the engine is made. Meta tensors stand for what the host holds, or `zero.Init` makes."""
+    if slot_of(param) is not None or (param.is_meta and stage == 3):
+        return Given(param.dtype, None)
+    return Given(param.dtype, Tier.CPU if param.device.type in ("cpu", "meta") else Tier.DEVICE)
+
+
+def _name_of(plan: Sequence[Recompute]) -> str:
+    kinds = {recompute.value for recompute in plan}
+    return kinds.pop() if len(kinds) == 1 else "some blocks"
+
+
+def state_nbytes_per_element(optimizer: torch.optim.Optimizer, dtype: torch.dtype) -> tuple[float, ...]:
+    """Bytes of state that an optimizer keeps per element, by group: found by stepping a small tensor of each."""
+    side = 8
+    found = []
+    for group in optimizer.param_groups:
+        param = nn.Parameter(torch.zeros(side, side, dtype=dtype))
+        param.grad = torch.zeros_like(param)
+        twin = type(optimizer)([{**group, "params": [param]}])  # type: ignore[call-arg]
+        twin.step()
+        state = twin.state[param].values()
+        found.append(sum(v.nbytes for v in state if isinstance(v, Tensor) and v.dim() > 0) / side**2)
+    return tuple(found)
+
+
+def estimate(model: nn.Module, config: Any, batch: Any, *, world_size: int = 1, **options: Any) -> Estimate:
+    """Predict the peak memory of a rank. Nothing is allocated and no rank is started.
+
+    model: an nn.Module, on any device; "meta" costs nothing. config: dict, path, base64 or Config. batch: a micro-batch
+    as the model takes it (a tuple in order, a mapping by name); only shapes and dtypes count, so meta tensors do.
+    world_size: data-parallel ranks. options: `device_type` ("cuda", "cpu", ...; default: this machine's), `optimizer` (a
+    callable on parameters, over the configuration's), `loss_of` (from the model's output to the scalar to differentiate).
+
+    Raises TraceError where the model looks at values; DeepSpeedConfigError for a configuration that contradicts itself.
+    """
+    return Estimator(model, batch, **options).estimate(config, world_size=world_size)

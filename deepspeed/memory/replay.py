@@ -1,0 +1,533 @@
+"""An engine's memory, played to a traced step: the same verbs as ZeRO's, on a ledger instead of tensors.
+
+Called by `memory.estimator` with a trace (what the model does), a plan (its buckets) and an engine's settings. Gathering is
+decided by the real `zero.gather.Gatherer`; reductions, the update and publication follow `zero.reduce` and
+`zero.optimizer`, each with a short counterpart here that says what it borrows and when it gives it back.
+
+    initialize    parameters are laid into buckets, one at a time; masters
+    forward       gathers come and go (stage 3); activations grow
+    backward      gradients arrive, are laid into flat buffers, and reduced; recomputation
+    step          gradients in the master dtype; moments exist from the first step on
+
+How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
+predicted (`zero.reduce.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
+
+Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
+the allocator of real runs.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from deepspeed.comm.exchange import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.memory.ledger import (
+    ACTIVATIONS,
+    BUCKETS,
+    COMMUNICATION,
+    GRADIENTS,
+    OPTIMIZER,
+    PARAMETERS,
+    STREAMING,
+    TEMPORARIES,
+    UNSHARDED,
+    Ledger,
+)
+from deepspeed.memory.plan import Plan, PlannedBucket
+from deepspeed.memory.trace import Trace, What
+from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.placing import Placing
+from deepspeed.zero.policy import Tier, ZeroPolicy
+from deepspeed.zero.reduce import MAX_IN_FLIGHT, MAX_STORING
+from deepspeed.zero.stream import NUM_SETS, TILE_NUMEL, TILE_UNIT
+
+LIKELY_IN_FLIGHT = 2
+LIKELY_IN_FLIGHT_DIRECTLY = 3
+"""Reductions taken to be on the wire at stage 3: one that is ending and one that was just launched; over gloo, whose
+threads share the cores with the computation, one more (seen on two ranks)."""
+
+
+class Given(NamedTuple):
+    """A parameter of the user's model: its dtype, and where it is (None: made by `zero.Init`, in its shard)."""
+
+    dtype: torch.dtype
+    tier: Tier | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineSettings:
+    """What of an engine decides about memory, beside its buckets. Sizes in elements unless they say bytes."""
+
+    placing: Placing
+    shard_size: int = 1
+    num_replicas: int = 1
+    sends_directly: bool = True
+    """gloo on CPUs (`comm.exchange.DirectExchange`), which receives into scratch; else a device's collectives."""
+    accumulation: int = 1
+    sub_group_numel: int = 10**9
+    prefetch_numel: int = 50_000_000
+    max_live_numel: int = 10**9
+    max_reuse_distance: int = 10**9
+    wire_dtype: torch.dtype = torch.float32
+    state_nbytes: tuple[float, ...] = (8.0,)
+    """Bytes of optimizer state per element, by parameter group; masters aside."""
+    given: Sequence[Given] = ()
+    """What the user's model has, by position of the parameter."""
+
+    @property
+    def policy(self) -> ZeroPolicy:
+        """The placement table."""
+        return self.placing.policy
+
+    def tier(self, tier: Tier) -> Tier:
+        """Where a ledger counts bytes of a tier: device and cpu are one where the device is a CPU."""
+        return Tier.DEVICE if tier is Tier.CPU and self.placing.is_host else tier
+
+
+class Pool:
+    """Blocks of equal sizes kept for reuse: what `zero.reduce.FlatPool` and the exchange's scratch do."""
+
+    def __init__(self, ledger: Ledger, kind: str, max_free: int) -> None:
+        self._ledger, self._kind, self._max_free = ledger, kind, max_free
+        self._free: Counter[int] = Counter()
+
+    def take(self, nbytes: int) -> int:
+        """Lend a block; returns its size."""
+        if self._free[nbytes]:
+            self._free[nbytes] -= 1
+        else:
+            self._ledger.add(self._kind, nbytes)
+        return nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Take a block back; it is freed if enough wait."""
+        if self._free[nbytes] < self._max_free:
+            self._free[nbytes] += 1
+        else:
+            self._ledger.drop(self._kind, nbytes)
+
+
+class Gathers:
+    """Unshard and reshard, driven by the trace's modules as `zero.hooks.ModuleHooks` drives them."""
+
+    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings, ledger: Ledger) -> None:
+        self._users = {trace.modules.index(module): buckets for module, buckets in plan.users.items()}
+        self._users.setdefault(0, [])
+        itemsize = settings.policy.parameters.dtype.itemsize
+        for bucket in plan.sharded:
+            bucket.on_storage = functools.partial(  # type: ignore[method-assign]
+                _count_storage, ledger, bucket.layout.padded_numel * itemsize
+            )
+        self._gatherer = Gatherer(
+            plan.sharded,  # type: ignore[arg-type]
+            lambda wish, digest: [(wish, digest)] * settings.shard_size,
+            prefetch_numel=settings.prefetch_numel,
+            max_live_numel=settings.max_live_numel,
+            max_reuse_distance=settings.max_reuse_distance,
+        )
+        self._frames: list[tuple[list[PlannedBucket], bool]] = []
+        self._held: dict[PlannedBucket, None] = {}
+        self._in_backward = False
+
+    def enter(self, module: int) -> None:
+        """A module's call begins."""
+        if module in self._users:
+            opens = not self._gatherer.in_phase
+            if opens:
+                self._gatherer.begin(PhaseKind.FORWARD, str(module))
+            self._frames.append((self._users[module], opens))
+            for bucket in self._users[module]:
+                self._gatherer.request(bucket)  # type: ignore[arg-type]
+
+    def leave(self, module: int) -> None:
+        """It ends."""
+        if module in self._users:
+            buckets, opened = self._frames.pop()
+            if self._in_backward:
+                self._hold([bucket for bucket in buckets if not bucket.requires_grad])
+            for bucket in buckets:
+                self._gatherer.release(bucket)  # type: ignore[arg-type]
+            if opened:
+                self._gatherer.end()
+
+    def reach_output(self, module: int) -> None:
+        """Its backward begins."""
+        if module in self._users:
+            self.begin_backward()
+            self._hold(self._users[module])
+
+    def leave_input(self, module: int) -> None:
+        """Its backward is over, as far as frozen parameters are concerned."""
+        self._let_go([bucket for bucket in self._users.get(module, ()) if not bucket.requires_grad])
+
+    def begin_backward(self) -> None:
+        """The first gradient."""
+        if not self._in_backward:
+            self._in_backward = True
+            if not self._gatherer.in_phase:
+                self._gatherer.begin(PhaseKind.BACKWARD)
+
+    def complete(self, bucket: PlannedBucket) -> None:
+        """All gradients of a bucket are there."""
+        self._let_go([bucket])
+
+    def end_backward(self) -> None:
+        """Autograd is done."""
+        self._in_backward = False
+        self._let_go(list(self._held))
+        self._gatherer.end()
+
+    def before_update(self) -> None:
+        """Nothing stays unsharded over an update."""
+        self._gatherer.reshard_all()
+
+    def _hold(self, buckets: list[PlannedBucket]) -> None:
+        for bucket in buckets:
+            if bucket not in self._held:
+                self._held[bucket] = None
+                self._gatherer.request(bucket)  # type: ignore[arg-type]
+
+    def _let_go(self, buckets: list[PlannedBucket]) -> None:
+        for bucket in buckets:
+            if bucket in self._held:
+                del self._held[bucket]
+                self._gatherer.release(bucket)  # type: ignore[arg-type]
+                self._gatherer.drop(bucket)  # type: ignore[arg-type]
+
+
+def _count_storage(ledger: Ledger, nbytes: int, count: int) -> None:
+    ledger.add(UNSHARDED, nbytes, count=count)
+
+
+class Reductions:
+    """Gradients on their way, as `zero.reduce.Reducer` takes, lays down and sends them."""
+
+    def __init__(
+        self,
+        plan: Plan,
+        settings: EngineSettings,
+        ledger: Ledger,
+        position_of: dict[nn.Parameter, int],
+        on_complete: Callable[[PlannedBucket], None],
+    ) -> None:
+        self._settings, self._ledger, self._on_complete = settings, ledger, on_complete
+        policy = settings.policy
+        self._delivers_shard = policy.optimizer.is_sharded
+        self._itemsize = policy.gradients.dtype.itemsize
+        self.order = plan.trained
+        self._bucket_of = {
+            position_of[param]: bucket for bucket in plan.trained for param in bucket.params if param in position_of
+        }
+        self._missing = {bucket: len(bucket.params) for bucket in self.order}
+        self._arrived: Counter[PlannedBucket] = Counter()
+        self._ready: set[PlannedBucket] = set()
+        self._completed: list[PlannedBucket] = []
+        self._next = 0
+        self._in_flight: deque[Callable[[], None]] = deque()
+        on_tier = any(map(self._on_tier, self.order))
+        self._flats = Pool(ledger, BUCKETS, MAX_STORING if on_tier else MAX_IN_FLIGHT)
+        self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
+        self._lent: dict[PlannedBucket, int] = {}
+        self._storing: deque[Callable[[], None]] = deque()
+        likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
+        self._max_in_flight = likely if policy.parameters.is_sharded else MAX_IN_FLIGHT
+        if settings.shard_size == 1:
+            self._max_in_flight = 1
+        self.reduces_now = self.is_first = True
+        """Whether this micro-batch is the last, and whether it is the first, of its step."""
+        for bucket in self.order:
+            if self._on_tier(bucket):
+                ledger.add(GRADIENTS, self.result_nbytes(bucket), bucket.places.optimizer)
+            if not self._is_sharded(bucket):
+                ledger.add(GRADIENTS, self._flat_nbytes(bucket))
+            elif not self._on_tier(bucket):
+                ledger.add(GRADIENTS, self.result_nbytes(bucket))
+        if settings.sends_directly and settings.shard_size > 1:
+            ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
+
+    def _on_tier(self, bucket: PlannedBucket) -> bool:
+        """Whether reduced gradients rest apart from the device, with the optimizer's state."""
+        return self._settings.placing.is_apart(bucket.places.optimizer)
+
+    def _is_sharded(self, bucket: PlannedBucket) -> bool:
+        """Whether each reduction borrows a flat buffer and leaves its result elsewhere."""
+        settings = self._settings
+        return settings.policy.gradients.is_sharded and (settings.shard_size > 1 or self._on_tier(bucket))
+
+    def _flat_nbytes(self, bucket: PlannedBucket) -> int:
+        return bucket.layout.padded_numel * self._itemsize
+
+    def result_nbytes(self, bucket: PlannedBucket) -> int:
+        """Bytes of a bucket's reduced gradients on this rank."""
+        layout = bucket.layout
+        return (layout.shard_numel if self._delivers_shard else layout.padded_numel) * self._itemsize
+
+    def take(self, param: int, nbytes: int) -> None:
+        """A parameter's gradient arrives."""
+        bucket = self._bucket_of.get(param)
+        if bucket is None:
+            return
+        self._ledger.add(BUCKETS, nbytes)
+        self._arrived[bucket] += nbytes
+        self._missing[bucket] -= 1
+        if self._missing[bucket] == 0:
+            self._complete(bucket)
+
+    def _complete(self, bucket: PlannedBucket) -> None:
+        self._on_complete(bucket)
+        if not (self._is_sharded(bucket) or self.reduces_now):
+            self._lay_down(bucket)
+            return
+        self._completed.append(bucket)
+        self._ready.add(bucket)
+        while self._next < len(self.order) and self.order[self._next] in self._ready:
+            self._launch(self.order[self._next])
+
+    def _lay_down(self, bucket: PlannedBucket) -> None:
+        if self._is_sharded(bucket):
+            self._lent[bucket] = self._flats.take(self._flat_nbytes(bucket))
+        self._ledger.drop(BUCKETS, self._arrived.pop(bucket, 0))
+        self._missing[bucket] = len(bucket.params)
+
+    def _launch(self, bucket: PlannedBucket) -> None:
+        self._next += 1
+        if self._missing[bucket] < len(bucket.params) or self._is_sharded(bucket):
+            self._lay_down(bucket)
+        self._settle(self._max_in_flight - 1)
+        layout, settings = bucket.layout, self._settings
+        wire = settings.wire_dtype.itemsize
+        numel = layout.padded_numel
+        held = [] if settings.wire_dtype == settings.policy.gradients.dtype else [numel * wire]
+        if self._is_sharded(bucket) and self._on_tier(bucket) and not self.is_first:
+            held.append(self.result_nbytes(bucket))  # what is already at rest comes back to be added to
+        for nbytes in held:
+            self._ledger.add(COMMUNICATION, nbytes)
+        scratch = self._scratch_nbytes(layout.padded_numel, wire)
+        for nbytes in scratch:
+            self._scratch.take(nbytes)
+
+        def finish() -> None:
+            for nbytes in scratch:
+                self._scratch.give_back(nbytes)
+            for nbytes in held:
+                self._ledger.drop(COMMUNICATION, nbytes)
+            if self._is_sharded(bucket):
+                give_back = functools.partial(self._flats.give_back, self._lent.pop(bucket))
+                if self._on_tier(bucket):
+                    self._storing.append(give_back)
+                    self._end_stores(MAX_STORING)
+                else:
+                    give_back()
+
+        self._in_flight.append(finish)
+
+    def _end_stores(self, num_left: int = 0) -> None:
+        while len(self._storing) > num_left:
+            self._storing.popleft()()
+
+    def _scratch_nbytes(self, numel: int, itemsize: int) -> list[int]:
+        """What a reduction receives into, beside its destination."""
+        size = self._settings.shard_size
+        if size == 1:
+            return []
+        if not self._settings.sends_directly:
+            return [numel // size * itemsize] if self._delivers_shard else []
+        if self._delivers_shard:
+            return [numel * itemsize]
+        whole = size == 2 or numel <= ONE_PHASE_NUMEL
+        return [numel * itemsize if whole else -(-numel // size) * itemsize] * (size - 1)
+
+    def _settle(self, num_left: int = 0) -> None:
+        while len(self._in_flight) > num_left:
+            self._in_flight.popleft()()
+
+    def flush(self) -> None:
+        """The end of a round: launch what is left."""
+        if not (self.order and self._is_sharded(self.order[0])) and not self.reduces_now:
+            for bucket in self.order:
+                if self._missing[bucket] < len(bucket.params):
+                    self._lay_down(bucket)
+            return
+        if self._next or self._ready or any(self._missing[b] < len(b.params) for b in self.order):
+            while self._next < len(self.order):
+                self._launch(self.order[self._next])
+        self._next = 0
+        self._ready.clear()
+
+    def finish(self) -> None:
+        """Deliver everything; the next round is in the order in which buckets filled."""
+        self.flush()
+        self._settle()
+        self._end_stores()
+        seen = list(dict.fromkeys(self._completed))
+        self.order = seen + [bucket for bucket in self.order if bucket not in seen]
+        self._completed.clear()
+
+
+class Replay:
+    """One rank's engine on a ledger. `run` plays initialization and a few steps; then `ledger` has the peaks."""
+
+    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings) -> None:
+        self.trace, self.plan, self.settings = trace, plan, settings
+        self.ledger = Ledger()
+        self._position_of = {param: i for i, param in enumerate(trace.params)}
+        self._has_moments = False
+
+    def run(self, num_steps: int = 4) -> Ledger:
+        """Play initialization and `num_steps` steps: the gatherer knows its order from the third on."""
+        self._initialize()
+        self._gathers = Gathers(self.trace, self.plan, self.settings, self.ledger)
+        self._reductions = Reductions(self.plan, self.settings, self.ledger, self._position_of, self._gathers.complete)
+        micro_batches = min(2, self.settings.accumulation)
+        for _ in range(num_steps):
+            for i in range(micro_batches):
+                self._reductions.reduces_now, self._reductions.is_first = i == micro_batches - 1, i == 0
+                self._micro_batch()
+            self._step()
+        return self.ledger
+
+    def _initialize(self) -> None:
+        """`zero.build`: each bucket is filled from the user's parameters, which go as it is adopted."""
+        ledger, policy = self.ledger, self.settings.policy
+        dtype, master = policy.parameters.dtype, policy.optimizer.dtype
+        given: dict[nn.Parameter, tuple[int, Tier]] = {}
+        for param, i in self._position_of.items():
+            is_there = i < len(self.settings.given) and self.settings.given[i].tier is not None
+            nbytes = param.numel() * self.settings.given[i].dtype.itemsize if is_there else 0
+            given[param] = (
+                nbytes,
+                self.settings.tier(self.settings.given[i].tier or Tier.DEVICE) if is_there else Tier.DEVICE,
+            )
+            ledger.add(PARAMETERS, *given[param])
+        for buffer in self.trace.model.buffers():
+            ledger.add(PARAMETERS, buffer.numel() * buffer.element_size())
+        for param in self.plan.loose:
+            nbytes = param.numel() * (dtype if param.is_floating_point() else param.dtype).itemsize
+            if given[param] != (nbytes, Tier.DEVICE):
+                ledger.add(PARAMETERS, nbytes)
+                ledger.drop(PARAMETERS, *given[param])
+        for bucket in self.plan.buckets:
+            layout = bucket.layout
+            full = layout.padded_numel * dtype.itemsize
+            shard = layout.shard_numel * dtype.itemsize
+            is_exact = master == dtype or all(given[p][0] == p.numel() * dtype.itemsize for p in bucket.params)
+            kind = PARAMETERS if bucket.keeps_storage else UNSHARDED
+            ledger.add(kind, full)
+            if not bucket.keeps_storage:
+                ledger.add(PARAMETERS, shard, self.settings.tier(bucket.places.params))
+            source = 0 if is_exact else layout.padded_numel * master.itemsize
+            ledger.add(TEMPORARIES, source)
+            for param in bucket.params:
+                ledger.drop(PARAMETERS, *given[param])
+            if bucket.trains and not bucket.places.is_alias:
+                tier = self.settings.tier(bucket.places.optimizer)
+                ledger.add(OPTIMIZER, self._master_numel(bucket) * master.itemsize, tier)
+            ledger.drop(TEMPORARIES, source)
+            if not bucket.keeps_storage:
+                ledger.drop(UNSHARDED, full)
+
+    def _master_numel(self, bucket: PlannedBucket) -> int:
+        return bucket.layout.shard_numel if self.settings.policy.optimizer.is_sharded else bucket.layout.padded_numel
+
+    def _micro_batch(self) -> None:
+        ledger, gathers, reductions = self.ledger, self._gathers, self._reductions
+        kind = ACTIVATIONS
+        live: dict[int, tuple[str, int]] = {}
+        for what, index, nbytes in self.trace.events:
+            if what is What.ALLOCATE:
+                live[index] = kind, nbytes
+                ledger.add(kind, nbytes)
+            elif what is What.FREE:
+                ledger.drop(*live.pop(index))
+            elif what is What.ENTER:
+                gathers.enter(index)
+            elif what is What.LEAVE:
+                gathers.leave(index)
+            elif what is What.OUTPUT:
+                gathers.reach_output(index)
+            elif what is What.INPUT:
+                gathers.leave_input(index)
+            elif what is What.GRADIENT:
+                reductions.take(index, nbytes)
+            elif what is What.FORWARD:
+                ledger.phase, kind = "forward", ACTIVATIONS
+                reductions.flush()
+            elif what is What.BACKWARD:
+                ledger.phase, kind = "backward", TEMPORARIES
+                gathers.begin_backward()
+            else:
+                gathers.end_backward()
+        for entry in live.values():
+            ledger.drop(*entry)
+
+    def _step(self) -> None:
+        ledger, policy, reductions = self.ledger, self.settings.policy, self._reductions
+        ledger.phase = "step"
+        self._gathers.before_update()
+        reductions.finish()
+        itemsize = policy.optimizer.dtype.itemsize
+        copies = policy.gradients.dtype != policy.optimizer.dtype
+        pending: list[int] = []
+        numel = 0
+        is_first, self._has_moments = not self._has_moments, True
+        resident = [bucket for bucket in self.plan.trained if bucket.places.optimizer is Tier.DEVICE]
+        for bucket in resident:
+            size = self._master_numel(bucket)
+            if pending and numel + size > self.settings.sub_group_numel:
+                self._release(pending)
+                numel = 0
+            numel += size
+            if copies:
+                pending.append(size * itemsize)
+                ledger.add(TEMPORARIES, pending[-1])
+            if is_first:
+                ledger.add(OPTIMIZER, self._state_nbytes(bucket))
+        self._release(pending)
+        streamed = [bucket for bucket in self.plan.trained if bucket.places.optimizer is not Tier.DEVICE]
+        if streamed:
+            self._stream(streamed, is_first)
+
+    def _stream(self, buckets: list[PlannedBucket], is_first: bool) -> None:
+        """`zero.stream`: tiles of masters that rest on a tier, through three sets of buffers in main memory."""
+        settings, ledger, policy = self.settings, self.ledger, self.settings.policy
+        host = settings.tier(Tier.CPU)
+        for bucket in buckets if is_first else ():
+            ledger.add(OPTIMIZER, self._state_nbytes(bucket), settings.tier(bucket.places.optimizer))
+        tile_numel = max(TILE_UNIT, min(TILE_NUMEL, settings.sub_group_numel) // TILE_UNIT * TILE_UNIT)
+        largest = max(min(self._master_numel(bucket), tile_numel) for bucket in buckets)
+        num_tiles = sum(-(-self._master_numel(bucket) // tile_numel) for bucket in buckets)
+        per_element = 0.0
+        if any(bucket.places.optimizer is Tier.NVME for bucket in buckets):
+            per_element += (
+                policy.optimizer.dtype.itemsize + policy.gradients.dtype.itemsize + max(settings.state_nbytes)
+            )
+        if any(
+            not b.places.is_alias and (b.places.params is Tier.NVME or not settings.placing.is_host) for b in buckets
+        ):
+            per_element += policy.parameters.dtype.itemsize
+        buffers = int(per_element * largest)
+        ledger.add(STREAMING, buffers, host, min(NUM_SETS, num_tiles))
+        if policy.gradients.dtype != policy.optimizer.dtype:
+            ledger.add(STREAMING, largest * policy.optimizer.dtype.itemsize, host)
+            ledger.drop(STREAMING, largest * policy.optimizer.dtype.itemsize, host)
+        ledger.add(STREAMING, buffers, host, -min(NUM_SETS, num_tiles))
+
+    def _release(self, pending: list[int]) -> None:
+        for nbytes in pending:
+            self.ledger.drop(TEMPORARIES, nbytes)
+        pending.clear()
+
+    def _state_nbytes(self, bucket: PlannedBucket) -> int:
+        """Bytes of optimizer state for a bucket: of the elements, not of their padding."""
+        layout, share = bucket.layout, self.settings.policy.optimizer.is_sharded
+        runs = (layout if share else BucketLayout(layout.numels, layout.groups, 1)).runs(0)
+        per_group = self.settings.state_nbytes
+        return int(sum((run.stop - run.start) * per_group[run.group] for run in runs))

@@ -1,0 +1,151 @@
+"""Counts floating-point operations as they run, by phase.
+
+Used by `tree.py` for the profile of every module, and by the engine's step monitor for the operations of a step. A torch
+dispatch mode: it sees each operation below autograd, so it counts what is computed however it was written (functional,
+einsum, a custom autograd.Function, a recomputation, an expert that got no token), forward and backward.
+
+What an operation costs is torch's knowledge (`torch.utils.flop_counter.flop_registry`): matrix products, convolutions and
+attention at 2 operations per multiply-add; element-wise operations are not counted. Two things are added here: the CPU's
+attention kernel, which torch leaves out, and what is model work and what is not. An attention kernel's backward computes
+the scores a second time; that is counted as recomputation, like the forward that activation checkpointing repeats, so
+that the model's own operations (MFU's numerator, PaLM, arXiv:2204.02311, appendix B) are the same whatever kernel runs
+and whatever is checkpointed. Attention is counted over the full square also where a causal mask halves it, as everybody
+does.
+
+Invariant: results are those of the unwatched program. Operations launched behind torch's back (Triton kernels called
+directly, c10d) are not seen.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+
+class Phase(enum.Enum):
+    """What an operation belongs to."""
+
+    FORWARD = "forward"
+    BACKWARD = "backward"
+    """Gradients, without anything that forward had computed before."""
+    RECOMPUTE = "recompute"
+    """Work of forward done again in backward."""
+    UPDATE = "update"
+    """The optimizer's (Muon multiplies matrices)."""
+
+
+def current_node() -> Any:
+    """The autograd node whose backward is running; None outside of backward."""
+    return torch._C._current_autograd_node()
+
+
+def _attention(query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Scores and mix, [B, H, S, D]; grouped heads count by the queries' number of heads."""
+    batch, heads, num_queries, width = query.shape
+    return 2 * batch * heads * num_queries * key.shape[-2] * (width + value.shape[-1])
+
+
+def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Five products: the scores again, and twice forward's two."""
+    batch, heads, num_queries, width = query.shape
+    return 2 * batch * heads * num_queries * key.shape[-2] * (3 * width + 2 * value.shape[-1])
+
+
+_OURS: dict[Any, Callable[..., int]] = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+for _name in ("flash", "efficient", "cudnn", "fused"):  # torch's formulas refuse grouped heads
+    for _suffix, _formula in (("", _attention), ("_backward", _attention_backward)):
+        _packet = getattr(torch.ops.aten, f"_scaled_dot_product_{_name}_attention{_suffix}", None)
+        if _packet is not None:
+            _OURS[_packet] = _formula
+
+_METADATA = {
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "sym_is_contiguous is_contiguous is_strides_like_format is_non_overlapping_and_dense size sym_size stride "
+        "sym_stride storage_offset sym_storage_offset numel sym_numel dim"
+    ).split()
+    if hasattr(torch.ops.aten, name)
+} | {torch.ops.prim.device.default, torch.ops.prim.layout.default}
+"""Questions about a tensor subclass, which it answers itself."""
+
+
+class OpCounter(TorchDispatchMode):
+    """While entered, calls `add(phase, operation, flops)` for every counted operation.
+
+    `is_updating` is to be set while the optimizer steps. Entered anew for each stretch that is to be counted.
+    """
+
+    supports_higher_order_operators = True
+
+    def __init__(self, add: Callable[[Phase, str, int], None]) -> None:
+        super().__init__()
+        self._add = add
+        self.is_updating = False
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _METADATA:
+            return NotImplemented
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            return self._higher_order(func, args, kwargs)
+        packet = func._overloadpacket
+        formula = _OURS.get(packet) or flop_registry.get(packet)
+        if formula is None:
+            with self:  # in inference mode composite operations arrive whole
+                decomposed = func.decompose(*args, **kwargs)
+            return func(*args, **kwargs) if decomposed is NotImplemented else decomposed
+        out = func(*args, **kwargs)
+        self._count(packet, args, formula(*args, **kwargs, out_val=out))
+        return out
+
+    def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        formula = flop_registry.get(func)
+        if formula is None:
+            return NotImplemented
+        out = func(*args, **kwargs)
+        self._count(func, args, formula(*args, **kwargs, out_val=out))
+        return out
+
+    def _count(self, op: Any, args: Any, flops: int) -> None:
+        name = str(op).rpartition(".")[2]
+        if self.is_updating:
+            self._add(Phase.UPDATE, name, flops)
+        elif current_node() is None:
+            self._add(Phase.FORWARD, name, flops)
+        elif torch.is_grad_enabled():  # autograd runs without gradients, but for what is to be differentiated again
+            self._add(Phase.RECOMPUTE, name, flops)
+        elif "attention" in name and name.endswith("backward"):
+            scores = flops // 5 if op not in _OURS else _scores(args)
+            self._add(Phase.RECOMPUTE, name, scores)
+            self._add(Phase.BACKWARD, name, flops - scores)
+        else:
+            self._add(Phase.BACKWARD, name, flops)
+
+
+def _scores(args: Any) -> int:
+    _, query, key = args[:3]
+    return 2 * query.numel() * key.shape[-2]
+
+
+class StepFlops:
+    """Totals by phase: `model` is the step's useful work on this rank."""
+
+    def __init__(self) -> None:
+        self.by_phase = dict.fromkeys(Phase, 0)
+
+    def add(self, phase: Phase, op: str, flops: int) -> None:
+        """For an `OpCounter`."""
+        self.by_phase[phase] += flops
+
+    @property
+    def model(self) -> int:
+        """Forward and backward."""
+        return self.by_phase[Phase.FORWARD] + self.by_phase[Phase.BACKWARD]

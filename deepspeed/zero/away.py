@@ -1,0 +1,124 @@
+"""States put away into main memory between steps, and brought back: `engine.offload_states` and `reload_states`.
+
+For scripts that lend the device to something else for a while, such as generation in reinforcement learning. Where the
+tiers move bytes in every step, this moves everything once and back.
+
+The idea: a tensor keeps its object and its views, only its *storage* is copied away and resized to zero; bringing back
+resizes it and copies. So masters, runs and parameters need not know (see Note [Storage resize and autograd] in bucket.py).
+
+Invariant: nothing uses a storage that is away; buckets and the optimizer refuse while `is_away`.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.optimizer import ZeroOptimizer
+
+
+class OffloadDeviceEnum(str, enum.Enum):
+    """Where bytes can be offloaded to; the names of the original."""
+
+    none = "none"
+    cpu = "cpu"
+    nvme = "nvme"
+
+
+class OffloadStateTypeEnum(str, enum.Enum):
+    """What can be put away; the names of the original."""
+
+    optim_states = "optim_states"
+    """The optimizer's moments."""
+    hp_params = "hp_params"
+    """Master weights."""
+    lp_params = "lp_params"
+    """The parameters themselves."""
+    lp_grads = "lp_grads"
+    """Reduced gradients."""
+    contiguous_grad_buffer = "contiguous_grad_buffer"
+    """Working buffers of reductions, which are freed rather than copied."""
+
+
+class PutAway:
+    """What of one engine is away."""
+
+    def __init__(self, optimizer: ZeroOptimizer, buckets: Sequence[Bucket]) -> None:
+        self._optimizer, self._buckets = optimizer, buckets
+        self._copies: list[tuple[torch.UntypedStorage, Tensor]] = []
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether everything is at its place."""
+        return not self._copies
+
+    def put(self, include: Iterable[Any] | None, device: Any, pin_memory: bool, non_blocking: bool) -> None:
+        """Move the kinds in `include` (None: all) into main memory and free their storages on the device.
+
+        Raises DeepSpeedConfigError for a device or kind that does not exist here. What is away already stays.
+        """
+        target = OffloadDeviceEnum(getattr(device, "value", getattr(device, "type", device)))
+        if target is OffloadDeviceEnum.none:
+            warn_once('offload_states(device="none") does nothing.')
+            return
+        if target is OffloadDeviceEnum.nvme:
+            raise DeepSpeedConfigError(
+                "offload_states moves states into main memory only, not to nvme.\n"
+                '  Use device "cpu"; for training from a disk set zero_optimization.offload_optimizer.'
+            )
+        kinds = {OffloadStateTypeEnum(kind) for kind in include} if include is not None else set(OffloadStateTypeEnum)
+        with torch.no_grad():
+            for kind in kinds:
+                for tensor in self._tensors(kind):
+                    self._put(tensor, pin_memory, non_blocking)
+        if OffloadStateTypeEnum.contiguous_grad_buffer in kinds:
+            self._optimizer.reducer.pool.clear()
+        if OffloadStateTypeEnum.lp_params in kinds:
+            for bucket in self._buckets:
+                bucket.set_away(True)
+        if kinds & {OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params}:
+            self._optimizer.is_away = True
+
+    def bring_back(self, non_blocking: bool = False) -> None:
+        """Have everything at its place again."""
+        copies, self._copies = self._copies, []
+        for storage, copy in copies:
+            storage.resize_(copy.nbytes)
+            storage.copy_(copy.untyped_storage(), non_blocking)
+        for bucket in self._buckets:
+            bucket.set_away(False)
+        self._optimizer.is_away = False
+
+    def _put(self, tensor: Tensor, pin_memory: bool, non_blocking: bool) -> None:
+        storage = tensor.untyped_storage()
+        if not storage.nbytes() or tensor.device != self._optimizer._device:
+            return  # away already, an alias of something that is, or at rest on a tier
+        pins = pin_memory and tensor.device.type != "cpu"
+        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pins)
+        copy.untyped_storage().copy_(storage, non_blocking)
+        if non_blocking and pins:
+            torch.accelerator.current_stream().synchronize()
+        self._copies.append((storage, copy))
+        storage.resize_(0)
+
+    def _tensors(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
+        optimizer = self._optimizer
+        if kind is OffloadStateTypeEnum.optim_states:
+            states = [value for state in optimizer.state.values() for value in state.values()]
+            return [value for value in states if isinstance(value, Tensor) and value.dim() > 0]
+        if kind is OffloadStateTypeEnum.hp_params:
+            views = [master.weights.view(0, master.numel) for master in optimizer.masters if not master.is_alias]
+            return [view for view in views if view is not None]
+        if kind is OffloadStateTypeEnum.lp_params:
+            rests = [bucket.rest.view(0, bucket.layout.shard_numel) for bucket in self._buckets]
+            return [view for view in rests if view is not None]
+        if kind is OffloadStateTypeEnum.lp_grads:
+            return [gradients.result for gradients in optimizer.reducer.gradients]
+        return []

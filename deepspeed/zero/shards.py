@@ -1,0 +1,314 @@
+"""The flat pieces of memory in which this rank holds weights and optimizer states, with what lies where in them.
+
+Used by `checkpoint`, which reads and writes them by chunks and knows nothing of buckets, runs or tiers. This is the one
+place outside the optimizer that touches optimizer-side bytes for saving and loading.
+
+    Flat("param")          a bucket's master [S], a frozen bucket's shard [S], or one unsharded frozen parameter
+    Flat("optim.exp_avg")  one run's moment
+
+Each says which parameter's elements lie at which position, and over how many ranks it is repeated, so that a save can
+have every element written by exactly one of them.
+
+Invariant: over all ranks, the spans of a kind's flats cover each parameter that has it `num_replicas` times.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.mesh import Mesh
+from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.tiers import InMemory, Rest
+from deepspeed.utils.errors import CheckpointError
+from deepspeed.zero.layout import RunSpan
+from deepspeed.zero.master import read
+from deepspeed.zero.param import slot_of
+
+if TYPE_CHECKING:
+    from deepspeed.zero.build import Built
+    from deepspeed.zero.optimizer import Master, ZeroOptimizer
+    from deepspeed.zero.stream import Segment
+
+PARAM = "param"
+OPTIM = "optim."
+"""Prefix of the kinds of optimizer states."""
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """`numel` elements of the parameter `name` from `in_param` on lie at `at` in a flat."""
+
+    name: str
+    in_param: int
+    at: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Flat:
+    """One flat piece of memory. Repeated on `num_replicas` ranks, of which this is number `replica`."""
+
+    kind: str
+    dtype: torch.dtype
+    spans: tuple[Span, ...]
+    num_replicas: int
+    replica: int
+    read: Callable[[int, int], Tensor]
+    """(position, numel) -> a 1-D CPU tensor; may be a view of the memory itself."""
+    write: Callable[[int, Tensor], None]
+    """(position, 1-D CPU tensor of any dtype): store it, rounded to `dtype`."""
+
+
+@dataclass(frozen=True)
+class RunValues:
+    """What an optimizer keeps for a run besides tensors of its length: the same for all parameters with a piece in it."""
+
+    names: tuple[str, ...]
+    values: dict[str, Any]
+    kinds: tuple[str, ...]
+    """Kinds of the states that have the run's length."""
+
+
+def _flat_of_rest(kind: str, rest: Rest, first: int, spans: Sequence[Span], replicas: tuple[int, int]) -> Flat:
+    """The elements of a rest from `first` on, whatever tier it is on."""
+
+    def write(at: int, values: Tensor) -> None:
+        rest.start_store(first + at, values.to(rest.dtype).contiguous()).wait()
+
+    def read_at(at: int, numel: int) -> Tensor:
+        return read(rest, first + at, first + at + numel).cpu()
+
+    return Flat(kind, rest.dtype, tuple(spans), *replicas, read_at, write)
+
+
+def _flat_of_tensor(kind: str, tensor: Tensor, spans: Sequence[Span], replicas: tuple[int, int]) -> Flat:
+    return _flat_of_rest(kind, InMemory(tensor.detach().view(-1)), 0, spans, replicas)
+
+
+def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
+    """Every parameter of the model: masters where it trains, the parameters themselves where not."""
+    for master in built.masters:
+        yield _flat_of_rest(PARAM, master.weights, 0, _spans(master), _replicas(mesh, master.is_sharded))
+    trained = {id(master.bucket) for master in built.masters}
+    for bucket in built.buckets:
+        if id(bucket) not in trained:
+            pieces = bucket.layout.pieces(bucket.exchange.rank) if bucket.is_sharded else ()
+            spans = [Span(bucket.names[p.param], p.in_param, p.in_shard, p.numel) for p in pieces]
+            if not bucket.is_sharded:
+                starts = zip(bucket.names, bucket.layout.starts, bucket.layout.numels, strict=True)
+                spans = [Span(name, 0, start, numel) for name, start, numel in starts]
+            rest = bucket.rest if bucket.is_sharded else InMemory(bucket.full)
+            yield _flat_of_rest(PARAM, rest, 0, spans, _replicas(mesh, bucket.is_sharded))
+    for name, param in module.named_parameters():
+        if slot_of(param) is None:
+            yield _placed(param, name, mesh)
+
+
+def _placed(param: nn.Parameter, name: str, mesh: Mesh) -> Flat:
+    values = param.detach()
+    if values.is_contiguous():
+        return _flat_of_tensor(PARAM, values, [Span(name, 0, 0, values.numel())], _replicas(mesh, False))
+
+    def write(at: int, chunk: Tensor) -> None:
+        whole = values.contiguous().view(-1)
+        whole.narrow(0, at, chunk.numel()).copy_(chunk)
+        values.copy_(whole.view_as(values))
+
+    def read(at: int, numel: int) -> Tensor:
+        return values.reshape(-1).narrow(0, at, numel).cpu()
+
+    return Flat(PARAM, values.dtype, (Span(name, 0, 0, values.numel()),), *_replicas(mesh, False), read, write)
+
+
+def _replicas(mesh: Mesh, is_sharded: bool) -> tuple[int, int]:
+    if not is_sharded:
+        return mesh.dp_world_size, mesh.dp_rank
+    return mesh.num_replicas, mesh.ranks_of("dp_replicate").index(mesh.rank)
+
+
+def _spans(master: Master) -> list[Span]:
+    names = master.bucket.names
+    return [Span(names[p.param], p.in_param, p.in_shard, p.numel) for p in master.layout.pieces(master.rank)]
+
+
+class _Run(NamedTuple):
+    """What the optimizer knows by one tensor: a run, a whole parameter, or a segment of a shard on a tier."""
+
+    master: int
+    """Its master's index."""
+    group: int
+    tensor: nn.Parameter
+    start: int
+    """First element in the master."""
+    numel: int
+    spans: list[Span]
+    """Positions relative to the run."""
+    segment: Segment | None
+
+    def state_kinds(self, optimizer: ZeroOptimizer) -> list[str]:
+        """Names of the states that have an element for each of the run's."""
+        if self.segment is not None:
+            return sorted(self.segment.states)
+        state = optimizer.state.get(self.tensor, {})
+        return [
+            key for key, v in state.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape == self.tensor.shape
+        ]
+
+
+def _runs(optimizer: ZeroOptimizer) -> Iterator[_Run]:
+    for index, master in enumerate(optimizer.masters):
+        segments = optimizer.stream.segments(index) if optimizer.stream is not None else ()
+        for segment in segments:
+            spans = _spans_within(master, segment.start, segment.stop)
+            numel = segment.stop - segment.start
+            yield _Run(index, segment.group, segment.param, segment.start, numel, spans, segment)
+        for position, (group, tensor) in enumerate(optimizer.steppable[index]):
+            if optimizer._gives_whole:
+                start, numel = master.layout.starts[position], master.layout.numels[position]
+                spans = [Span(master.bucket.names[position], 0, 0, numel)]
+            else:
+                run = master.spans[position]
+                start, numel, spans = run.start, run.stop - run.start, _spans_within(master, run.start, run.stop)
+            yield _Run(index, group, tensor, start, numel, spans, None)  # type: ignore[arg-type]
+
+
+def _spans_within(master: Master, start: int, stop: int) -> list[Span]:
+    """What lies in the elements [start, stop) of a master, positions relative to `start`."""
+    found = []
+    for span in _spans(master):
+        low, high = max(span.at, start), min(span.at + span.numel, stop)
+        if low < high:
+            found.append(Span(span.name, span.in_param + low - span.at, low - start, high - low))
+    return found
+
+
+def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
+    """Every optimizer state that has an element for each of the weights'."""
+    for run in _runs(optimizer):
+        replicas = _replicas(mesh, optimizer.masters[run.master].is_sharded)
+        for key in run.state_kinds(optimizer):
+            if run.segment is not None:
+                assert optimizer.stream is not None
+                yield _flat_of_rest(
+                    OPTIM + key, optimizer.stream.states[run.master][key], run.start, run.spans, replicas
+                )
+            else:
+                # States keep the optimizer's memory format; a run or a bucket's view is always contiguous.
+                yield _flat_of_tensor(OPTIM + key, optimizer.state[run.tensor][key], run.spans, replicas)
+
+
+def run_values(optimizer: ZeroOptimizer) -> list[RunValues]:
+    """What runs keep besides (`step`, factored moments, ...); runs that were never stepped are left out."""
+    found = []
+    for run in _runs(optimizer):
+        state = optimizer.state.get(run.tensor, {})
+        if state:
+            names = dict.fromkeys(span.name for span in run.spans)
+            keys = run.state_kinds(optimizer)
+            rest = {str(key): value for key, value in state.items() if key not in keys}
+            _check_values(optimizer, rest)
+            found.append(RunValues(tuple(names), rest, tuple(OPTIM + key for key in keys)))
+    return found
+
+
+def _check_values(optimizer: ZeroOptimizer, values: Mapping[str, Any]) -> None:
+    for key, value in values.items():
+        if isinstance(value, Tensor) and value.dim() > 0 and not optimizer._gives_whole:
+            raise CheckpointError(
+                f"{type(optimizer.optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a run of several parameters: "
+                "neither one number nor one per element, so nobody can say which parameter it belongs to.\n"
+                "  Save with ZeRO stage 0, where this optimizer steps whole parameters."
+            )
+
+
+def group_names(optimizer: ZeroOptimizer) -> list[list[str]]:
+    """The names of each parameter group's parameters, also of those with no piece on this rank."""
+    names: list[list[str]] = [[] for _ in optimizer.param_groups]
+    for master in optimizer.masters:
+        for name, group in zip(master.bucket.names, master.bucket.layout.groups, strict=True):
+            names[group].append(name)
+    return names
+
+
+@dataclass(frozen=True)
+class StateSpec:
+    """The optimizer state to be loaded for one parameter: kinds with their stored dtypes, and the values besides."""
+
+    dtypes: Mapping[str, torch.dtype]
+    values: Any
+    signature: str
+    """Equal for parameters that may share a run."""
+
+
+def renew_states(
+    optimizer: ZeroOptimizer, mesh: Mesh, spec_of: Mapping[str, StateSpec], master_dtype_of: Mapping[str, torch.dtype]
+) -> list[Flat]:
+    """Replace the optimizer's state by empty tensors of the specified kinds, to be filled by the caller.
+
+    Parameters that are not in `spec_of` have no state, as if they had never been stepped. Where one run would have
+    parameters of different specifications it is cut. `master_dtype_of` gives the dtype in which the weights were stored:
+    states follow the weights' dtype where that changed, and keep their own otherwise.
+    """
+    optimizer.state.clear()
+    _cut_runs(optimizer, spec_of)
+    flats = []
+    for run in _runs(optimizer):
+        specs = [(span.name, spec_of[span.name]) for span in run.spans if span.name in spec_of]
+        if run.segment is not None:
+            run.segment.states.clear()
+        if not specs:
+            continue
+        name, spec = specs[0]
+        master = optimizer.masters[run.master]
+        state: dict[str, Any] = {}
+        group = optimizer.param_groups[run.group]
+        on_device = bool(group.get("fused") or group.get("capturable"))
+        for key, value in spec.values.items():
+            if isinstance(value, Tensor):
+                state[key] = value.to(run.tensor.device, copy=True) if on_device or value.dim() else value.clone()
+            else:
+                state[key] = value
+        optimizer.state[run.tensor] = state
+        held = [span for span in run.spans if span.name in spec_of]
+        replicas = _replicas(mesh, master.is_sharded)
+        for kind, stored in spec.dtypes.items():
+            keeps = master.weights.dtype == master_dtype_of[name] or not stored.is_floating_point
+            key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype
+            if run.segment is not None:
+                assert optimizer.stream is not None
+                rest = optimizer.stream.adopt_state(run.master, run.segment, key, dtype)
+                flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
+            else:
+                state[key] = tensor = torch.zeros_like(run.tensor.detach(), dtype=dtype)
+                flats.append(_flat_of_tensor(kind, tensor, held, replicas))
+    return flats
+
+
+def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> None:
+    """Cut runs where neighbours have different specifications; only element-wise optimizers can work on parts."""
+    if optimizer._gives_whole or needs_of(optimizer.optimizer) not in (Needs.ELEMENTWISE, None):
+        return
+    for index, master in enumerate(optimizer.masters):
+        wanted: list[RunSpan] = []
+        for run in master.spans:
+            previous: str | None = None
+            for span in _spans(master):
+                if not run.start <= span.at < run.stop:
+                    continue
+                spec = spec_of.get(span.name)
+                signature = spec.signature if spec else ""
+                if wanted and signature == previous:
+                    wanted[-1] = RunSpan(run.group, wanted[-1].start, span.at + span.numel)
+                else:
+                    wanted.append(RunSpan(run.group, span.at, span.at + span.numel))
+                previous = signature
+        for span_ in wanted:
+            if optimizer.stream is not None and optimizer._is_streamed(master):
+                optimizer.stream.isolate(index, span_.start, span_.stop)
+            else:
+                optimizer._isolate(index, span_.start, span_.stop)
