@@ -68,8 +68,9 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
-    "deepspeed.ops.aio": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
-    "deepspeed.ops.op_builder": invert({"deepspeed.tiers.builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.ops.aio": invert({"deepspeed.op_builders": "AsyncIOBuilder GDSBuilder"}),
+    "deepspeed.ops.op_builder": {"*": "deepspeed.op_builders:"},
+    "deepspeed.ops.op_builder.all_ops": invert({"deepspeed.op_builders": "ALL_OPS"}),
     "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
     "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},
     "deepspeed.monitor.monitor": invert(

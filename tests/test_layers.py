@@ -23,7 +23,8 @@ LADDER = [
     "parallel activation",
     "checkpoint profiling",
     "engine",
-    "memory inference autotuning elasticity launcher env_report",
+    "memory inference autotuning elasticity launcher",
+    "op_builders env_report",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]
