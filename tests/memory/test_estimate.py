@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -12,12 +13,14 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.activation.blocks import Recompute, checkpoint_blocks
+from deepspeed.comm.exchange import Pending
 from deepspeed.config import load_config
 from deepspeed.engine import assemble
 from deepspeed.memory.estimator import Estimator
 from deepspeed.memory.ledger import Ledger, granted
 from deepspeed.memory.measure import measure_peak
 from deepspeed.memory.plan import plan_buckets
+from deepspeed.memory.replay import LIKELY_IN_FLIGHT_DIRECTLY
 from deepspeed.memory.trace import TraceError, What, own_memory, trace_step
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.policy import Tier
@@ -67,19 +70,21 @@ def measured(rank: int, world_size: int, config: dict[str, Any]) -> int:
 
     def run() -> None:
         with engine_of(gpt(), config) as engine:
+            # The network's speed is the machine's: have as many reductions on the wire as are predicted, no fewer, no more.
+            if engine.zero_optimization_stage() == 3:
+                engine._reducer._max_in_flight = LIKELY_IN_FLIGHT_DIRECTLY
             for _ in range(3):
                 engine.backward(engine(tokens.clone(), tokens.clone()))
                 engine.step()
 
     try:
-        return measure_peak(run).allocated_nbytes
+        with patch.object(Pending, "is_done", False):
+            return measure_peak(run).allocated_nbytes
     finally:
         nvme.aligned_buffer = before
         gc.collect()
 
 
-# Not stage 3 with everything recomputed in bf16: so little is left there that how many reductions happen to be on the wire
-# at once, which depends on the machine's speed, is more than 5 % of it.
 CASES = [
     (0, "fp32", "none", "device"),
     (0, "bf16", "full", "device"),
@@ -92,7 +97,7 @@ CASES = [
     (3, "fp32", "none", "device"),
     (3, "fp32", "full", "device"),
     (3, "bf16", "none", "device"),
-    (3, "bf16", "selective", "cpu"),
+    (3, "bf16", "full", "cpu"),
     (3, "fp32", "full", "nvme"),
     (3, "bf16", "none", "nvme"),
 ]
