@@ -296,7 +296,7 @@ class Save:
 
     def _drop_aside(self) -> None:
         if self._ranks.is_first:
-            files.remove_tree(self._aside)
+            remove_if_possible(self._aside)
 
 
 def _key(piece: Piece) -> str:
@@ -357,6 +357,14 @@ def remove_stale(parent: Path) -> None:
             lock.release()
 
 
+def remove_if_possible(folder: Path) -> None:
+    """Delete a folder that nobody needs; a disk that refuses is no reason to call a save failed, or to hide why it was."""
+    try:
+        files.remove_tree(folder)
+    except OSError as error:
+        logger.warning("%s could not be removed: %s", folder, error)
+
+
 def put_in_place(aside: Path, target: Path) -> None:
     """Publish a whole folder under its name. Where the system can exchange folders there is no instant without one."""
     if not target.exists():
@@ -370,7 +378,7 @@ def put_in_place(aside: Path, target: Path) -> None:
         os.rename(aside, target)
     files.sync_folder(target.parent)
     _keep_foreign_files(old, target)
-    files.remove_tree(old)
+    remove_if_possible(old)
 
 
 def _keep_foreign_files(old: Path, new: Path) -> None:
@@ -397,4 +405,4 @@ def retain(folder: Path, keep: int, newest: Path) -> None:
     for _, path in sorted(found, reverse=True)[keep:]:
         if path not in protected:
             logger.info("removing %s: checkpoint.keep_last_n is %d", path, keep)
-            files.remove_tree(path)
+            remove_if_possible(path)
