@@ -35,7 +35,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Without --matrix leave out what differs in the stage or the pair alone."""
+    """Without --matrix leave out what differs in the stage or the pair alone, or is marked `matrix`."""
     if config.getoption("--matrix", default=False):
         return
     left_out = [item for item in items if "integrations" in item.path.parts and _is_repetition(item)]
@@ -47,7 +47,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def _is_repetition(item: Any) -> bool:
     params = item.callspec.params if hasattr(item, "callspec") else {}
-    if params.get("stage") in (0, 1):
+    if params.get("stage") in (0, 1) or item.get_closest_marker("matrix"):
         return True
     return params.get("optimizer", "hf") != params.get("scheduler", params.get("optimizer", "hf"))
 
@@ -59,7 +59,8 @@ def pytest_runtest_makereport(item: Any, call: Any) -> Iterator[None]:
     if call.when == "call" or report.failed:
         for marker in item.iter_markers("compat"):
             params = {**(item.callspec.params if hasattr(item, "callspec") else {}), **marker.kwargs}
-            row = (*marker.args, params.get("precision", "fp32"), params.get("offload") or "-")
+            integration, feature = marker.args
+            row = (integration, feature.format(**params), params.get("precision", "fp32"), params.get("offload") or "-")
             stages = params["stage"] if isinstance(params["stage"], tuple) else (params["stage"],)
             for stage in stages:
                 cells = _cells.setdefault(row, {})
@@ -80,8 +81,8 @@ def _page() -> str:
         "# Compatibility",
         "",
         "Written by `make test-integrations`; do not edit. Every cell is a set of tests in `tests/integrations` that ran two gloo "
-        "ranks on a CPU, unchanged libraries over this package, and compared losses with the same job without it (or, where "
-        "the row says so, a resumed run with an uninterrupted one, exactly).",
+        "ranks on a CPU, unchanged libraries over this package. Most compare losses with the same job without it; "
+        '"exactly" compares a resumed run with an uninterrupted one, bit for bit; the tests have the rest.',
         "",
         f"Versions: {versions}; Python {platform.python_version()}.",
         "",
