@@ -65,7 +65,7 @@ def engine_for(width: int, layers: int, stage: int, extra: dict[str, Any]) -> An
     import deepspeed
 
     sys.path.insert(0, str(ROOT / "examples" / "gpt"))
-    from model import Gpt, GptConfig  # type: ignore[import-not-found]
+    from model import Gpt, GptConfig
 
     torch.manual_seed(0)
     config = {
