@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-cluster test-integrations test-monitors lint format bench native clean
+.PHONY: demo test test-cluster test-integrations test-monitors test-soak lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -33,6 +33,14 @@ test-cluster: $(INSTALLED)
 test-monitors: $(INSTALLED)
 	$(PIP_INSTALL) -e '.[dev,monitor]'
 	$(BIN)/python -m pytest tests/monitor $(PYTEST_ARGS)
+
+# Saving under fire: processes killed, system calls that fail, files damaged, a disk that is full (root), each as often as ROUNDS says.
+ROUNDS ?= 200
+
+test-soak: $(INSTALLED)
+	$(BIN)/python -m tests.soak.crash --rounds $(ROUNDS)
+	$(BIN)/python -m tests.soak.errors --rounds $(ROUNDS)
+	$(BIN)/python -m pytest tests/checkpoint/test_damage.py tests/checkpoint/test_durability.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -170,8 +170,8 @@ class Save:
         """Bytes of this rank's file."""
         self._what = f"save_checkpoint({str(request.folder)!r}, tag={request.tag!r})"
         self._target = request.folder / files.check_tag(request.tag)
+        self._lock: _Lock | None = None
         self._aside = Path(ranks.on_first(self._what, lambda: str(self._open_aside())))
-        self._lock = _Lock(self._aside) if ranks.is_first else None
         self._snapshot = self._together(lambda: take_snapshot(subject, request, ranks.rank))
         self._name = f"shard-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
 
@@ -189,6 +189,11 @@ class Save:
         remove_stale(self._target.parent)
         aside = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex[:8]}.tmp")
         aside.mkdir()
+        try:
+            self._lock = _Lock(aside)
+        except BaseException:
+            remove_if_possible(aside)
+            raise
         return aside
 
     def fill(self) -> None:
@@ -297,6 +302,8 @@ class Save:
     def _drop_aside(self) -> None:
         if self._ranks.is_first:
             remove_if_possible(self._aside)
+        if self._lock is not None:
+            self._lock.release()
 
 
 def _key(piece: Piece) -> str:

@@ -98,7 +98,7 @@ class _Loaded:
 
 
 class TileStream:
-    """Steps `optimizer` on the masters at `indices`, whose bytes rest on tiers.
+    """Steps `optimizer` on the masters whose bytes rest on tiers.
 
     The optimizer's state is in `states[index][name]`, one flat rest per master and state; `optimizer.state` shows it where
     it is in memory, and empty tensors where it is on disk.

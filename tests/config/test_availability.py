@@ -11,8 +11,6 @@ from deepspeed.utils.errors import NotAvailableError
 from tests.config.keys import KEYS, nest
 
 ASKS: dict[str, Any] = {
-    "zero_optimization.offload_optimizer.device": "cpu",
-    "zero_optimization.offload_param.device": "cpu",
     "zero_optimization.zenflow": {},
     "zero_optimization.zero_quantized_weights": True,
     "zero_optimization.zero_quantized_nontrainable_weights": True,
@@ -69,10 +67,6 @@ def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -
             "compression_training.sparse_pruning.enabled",
         ),
         (
-            {"zero_optimization": {"stage": 3, "offload_optimizer": {"ratio": 0.5}}},
-            "zero_optimization.offload_optimizer.ratio",
-        ),
-        (
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
             "zero_optimization.offload_optimizer.super_offload",
         ),
@@ -107,6 +101,8 @@ def test_a_section_that_is_present_and_off_is_fine(section: str) -> None:
         {"zero_optimization": {"stage": 3, "mics_shard_size": 2, "zero_hpz_partition_size": 2}},
         {"optimizer": {"type": "Muon"}},
         {"sequence_parallel_size": 1},
+        {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}},
+        {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": "/disk"}}},
         {"datastates_ckpt": False},
         {"datastates_ckpt": True},
         {"nebula": {"enabled": True}},

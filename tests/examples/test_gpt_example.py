@@ -66,6 +66,21 @@ def test_every_zero_stage_gives_the_losses_of_plain_pytorch(
     assert losses["validation"][1] < losses["validation"][0]
 
 
+def test_training_from_a_disk_gives_the_losses_of_plain_pytorch(text: Path, tmp_path: Path) -> None:
+    run_alone(_example, 0, 1, _arguments("zero3_nvme", text, tmp_path / "plain", "--plain", "2"))
+    run_ranks(2, _example, _arguments("zero3_nvme", text, tmp_path / "nvme"))
+    plain, offloaded = _losses(tmp_path / "plain"), _losses(tmp_path / "nvme")
+    assert offloaded["train"] == pytest.approx(plain["train"], rel=1e-5)
+    assert offloaded["validation"] == pytest.approx(plain["validation"], rel=1e-5)
+
+
+@pytest.mark.parametrize("config", ["zero2_cpu", "zero3_cpu"])
+def test_training_from_main_memory_lowers_the_loss(config: str, text: Path, tmp_path: Path) -> None:
+    run_ranks(2, _example, _arguments(config, text, tmp_path))
+    before, after = _losses(tmp_path)["validation"]
+    assert after < before
+
+
 def test_the_run_folder_has_a_picture_of_the_loss(text: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run_ranks(2, _example, _arguments("zero3_bf16", text, tmp_path, "--tied"))

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import functools
 import hashlib
 import os
 import random
@@ -68,6 +69,10 @@ def train(rank: int, world_size: int, folder: Path, mode: str, tag: str | None, 
         engine.wait_for_checkpoint()
 
 
+def _put(tensor: torch.Tensor, at: int, values: torch.Tensor) -> None:
+    tensor[at : at + values.numel()].copy_(values)
+
+
 def fingerprint(folder: Path, tag: str | None = None) -> tuple[int, str]:
     """Steps and a hash of every weight and optimizer state of a checkpoint; reading it checks its digests."""
     source = open_tag(folder, tag)
@@ -75,7 +80,7 @@ def fingerprint(folder: Path, tag: str | None = None) -> tuple[int, str]:
     for kind in sorted(set(source.tensors) - {"value"}):
         for name, stored in sorted(source.tensors[kind].items()):
             tensor = torch.empty(stored.numel)
-            source.fetch([Wanted(kind, name, 0, stored.numel, lambda at, v, t=tensor: t[at : at + v.numel()].copy_(v))])
+            source.fetch([Wanted(kind, name, 0, stored.numel, functools.partial(_put, tensor))])
             digest.update(tensor.numpy().tobytes())
     source.state()
     for rank in range(2):

@@ -59,6 +59,8 @@ def storages() -> dict[int, int]:
     for thing in gc.get_objects():
         if isinstance(thing, Tensor) and type(thing).__name__ not in ("FakeTensor", "ShardedPlaceholder"):
             with torch._C.DisableTorchFunctionSubclass():
+                if thing.layout is not torch.strided:
+                    continue  # a sparse tensor has no storage of its own
                 storage = thing.untyped_storage()
                 found[storage.data_ptr()] = storage.nbytes()
     found.pop(0, None)
