@@ -157,7 +157,7 @@ class Worker:
             return ""
         written = self.stack_file.stat().st_size
         os.kill(self.process.pid, signal.SIGUSR1)
-        deadline = time.monotonic() + GRACE_S
+        deadline = time.monotonic() + 5 * GRACE_S
         while self.stack_file.stat().st_size == written and time.monotonic() < deadline:
             time.sleep(0.01)
         time.sleep(0.02)  # the dump is several writes

@@ -141,6 +141,12 @@ def test_signal_handlers_are_as_before_afterwards() -> None:
     assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, signal.SIGCHLD)] == before
 
 
+def _heed_signals() -> None:
+    """Undo what `nohup` or a shell's `&` around the tests had this process ignore, and a launcher rightly inherits."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 @pytest.fixture
 def launcher(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A `deepspeed` command with two ranks that write their process ids and wait."""
@@ -156,6 +162,7 @@ def launcher(tmp_path: Path) -> Iterator[subprocess.Popen[bytes]]:
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
         start_new_session=True,
+        preexec_fn=_heed_signals,
     )
     yield process
     process.kill()
