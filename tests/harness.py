@@ -152,16 +152,19 @@ class Worker:
     stack_file: Path
 
     def stack(self) -> str:
-        """Where the rank is now, as faulthandler prints it; empty for a dead process."""
+        """Where the threads of the rank are now, as faulthandler prints it; empty for a dead process."""
         if self.process.pid is None or not self.process.is_alive():
             return ""
-        written = self.stack_file.stat().st_size
+        before = len(self.stack_file.read_text())
         os.kill(self.process.pid, signal.SIGUSR1)
         deadline = time.monotonic() + 5 * GRACE_S
-        while self.stack_file.stat().st_size == written and time.monotonic() < deadline:
-            time.sleep(0.01)
-        time.sleep(0.02)  # the dump is several writes
-        return self.stack_file.read_text()[written:]
+        dump = ""
+        while time.monotonic() < deadline:
+            time.sleep(0.05)
+            dump, seen = self.stack_file.read_text()[before:], dump
+            if dump and dump == seen:  # the dump is several writes
+                break
+        return dump
 
 
 class Pool:
@@ -270,7 +273,8 @@ def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None)
     """The life of one rank: join the process group, then answer messages until the test process hangs up."""
     _die_with_parent()
     with open(stack_file, "ab", buffering=0) as stacks:
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=False)
+        # All threads: whichever the kernel gives the signal to, one of gloo's or torch's own even, the main one is shown.
+        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         for name in DISTRIBUTED_ENV:
             os.environ.pop(name, None)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")

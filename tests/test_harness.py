@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -56,6 +57,11 @@ def _die(rank: int, world_size: int) -> None:
     if rank == 1:
         os._exit(7)
     dist.barrier()
+
+
+def _sleep_deaf_to_signals(rank: int, world_size: int) -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
+    time.sleep(60)
 
 
 def _leak_environment(rank: int, world_size: int) -> None:
@@ -124,6 +130,11 @@ def test_a_timeout_names_the_ranks_and_where_they_are() -> None:
     with pytest.raises(RanksFailedError, match="_sleep_in_named_function") as caught:
         run_ranks(2, _sleep_in_named_function, timeout=0.3)
     assert [type(error) for error in caught.value.rank_exceptions.values()] == [TimeoutError, TimeoutError]
+
+
+def test_the_main_thread_is_shown_where_another_thread_takes_the_signal() -> None:
+    with pytest.raises(RanksFailedError, match="_sleep_deaf_to_signals"):
+        run_ranks(2, _sleep_deaf_to_signals, timeout=0.3)
 
 
 def test_a_dead_process_is_reported_with_its_exit_code() -> None:
