@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import itertools
 import json
+import mmap
 import os
 import random
 import statistics
@@ -73,10 +74,15 @@ def fio(engine: str, folder: Path, nbytes: int, block: int, depth: int) -> Run:
     return run
 
 
-def handle(folder: Path, nbytes: int, block: int, depth: int, means: Means) -> Run:
-    """aio_handle."""
+def handle(folder: Path, nbytes: int, block: int, depth: int, means: Means, flags: int | None = None) -> Run:
+    """aio_handle, with memory of its own, or of small pages mapped with these flags."""
     io = aio_handle(block, depth, False, True, 1, means=means)
-    buffer = io.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8)).random_()
+    if flags is None:
+        buffer = io.new_cpu_locked_tensor(nbytes, torch.empty(0, dtype=torch.uint8)).random_()
+    else:
+        memory = mmap.mmap(-1, nbytes, flags=flags | mmap.MAP_ANONYMOUS)
+        memory.madvise(mmap.MADV_NOHUGEPAGE)
+        buffer = torch.frombuffer(memory, dtype=torch.uint8).random_()
     path = folder / "file"
     io.sync_pwrite(buffer, path)
 
@@ -164,6 +170,9 @@ def contestants(args: argparse.Namespace, block: int, depth: int) -> Iterator[di
         runs["queue"] = queue(folder, nbytes, block, depth, stack)
         runs["handle"] = handle(folder, nbytes, block, depth, Means.AUTO)
         runs["store"] = store(folder, nbytes, block, depth, stack)
+        if args.memory:
+            runs["small pages"] = handle(folder, nbytes, block, depth, Means.AUTO, mmap.MAP_PRIVATE)
+            runs["shared"] = handle(folder, nbytes, block, depth, Means.AUTO, mmap.MAP_SHARED)
         for means in args.means:
             runs[means.lower()] = handle(folder, nbytes, block, depth, Means[means.upper()])
         if args.peer:
@@ -181,6 +190,7 @@ def main() -> None:
     parser.add_argument("--blocks", type=int, nargs="+", default=[1, 4, 8], help="MiB")
     parser.add_argument("--depths", type=int, nargs="+", default=[8, 32])
     parser.add_argument("--means", nargs="*", default=[], help="also: io_uring libaio threads python")
+    parser.add_argument("--memory", action="store_true", help="also: the handle in small pages, and in shared memory")
     parser.add_argument("--peer", help="a Python that has DeepSpeed 0.19.8 with async_io built")
     args = parser.parse_args()
     print(

@@ -26,6 +26,7 @@ from deepspeed.checkpoint.manifest import StoredTensor
 from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER, Subject
 from deepspeed.checkpoint.values import encode
+from deepspeed.comm.exchange import Pending
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.zero.optimizer import ZeroOptimizer
@@ -119,19 +120,19 @@ def load_weights(subject: Subject, source: Source, names: Names) -> None:
         source.fetch(wanted)
 
 
-def publish(subject: Subject, from_masters: bool) -> None:
-    """After masters were written: parameters from them. With `from_masters` False, masters are rounded to parameters."""
+def publish(subject: Subject, from_masters: bool) -> list[Pending]:
+    """After masters were written: start giving parameters their values. What comes back is to be waited for before those are
+    used; until then the optimizer's states may be read. With `from_masters` False, masters are rounded to parameters.
+    """
     with torch.no_grad():
         for master in subject.built.masters:
             master.to_params()
             if not from_masters:
                 master.from_params()
         waiting = [master.bucket.publish() for master in subject.built.masters if master.is_sharded]
-        for pending in waiting:
-            if pending is not None:
-                pending.wait()
         for bucket in subject.built.buckets:
             bucket.shard_changed()
+    return [pending for pending in waiting if pending is not None]
 
 
 def _wanted(flat: Flat, stored_name: Mapping[str, str]) -> Iterable[Wanted]:

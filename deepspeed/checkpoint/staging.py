@@ -10,12 +10,12 @@ Invariant: at most `num_blocks * BLOCK` bytes; a block belongs to one holder at 
 
 from __future__ import annotations
 
-import mmap
 import threading
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
+
+from deepspeed.tiers.buffers import aligned_buffer
 
 BLOCK = 4 << 20
 """Bytes of a block, and of what one digest covers: large for the disk, small beside a tensor."""
@@ -67,7 +67,5 @@ class Staging:
 
 
 def _make_block() -> Block:
-    memory = mmap.mmap(-1, BLOCK)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        memory.madvise(mmap.MADV_HUGEPAGE)
-    return Block(torch.frombuffer(memory, dtype=torch.uint8), memoryview(memory))
+    memory = aligned_buffer(BLOCK)
+    return Block(memory, memoryview(memory.numpy()))

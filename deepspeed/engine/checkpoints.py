@@ -29,6 +29,7 @@ from deepspeed.checkpoint.source import Source
 from deepspeed.checkpoint.staging import BLOCK, Staging
 from deepspeed.checkpoint.subject import Subject
 from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
+from deepspeed.comm.exchange import Pending
 from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailableError
 from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.access import GatheredParameters
@@ -193,16 +194,21 @@ class CheckpointMethods:
 
         source, names, state = ranks.together(what, check)
         _settle(engine)
+        published: list[Pending] = []
         if custom_load_fn is None:
             ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names)))
             rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
-            publish(subject, from_masters=not rounded)
+            published = publish(subject, from_masters=not rounded)
         else:
             _load_custom(engine, custom_load_fn, source)
-        if has_optimizer and "optimizer" not in state:
-            log_dist(f"{folder} holds no optimizer state: it starts anew. Weights are loaded.", [0], 30)
-        elif has_optimizer:
-            ranks.together(what, lambda: _load_step(lambda: load_optimizer(subject, source, state, names)))
+        try:
+            if has_optimizer and "optimizer" not in state:
+                log_dist(f"{folder} holds no optimizer state: it starts anew. Weights are loaded.", [0], 30)
+            elif has_optimizer:
+                ranks.together(what, lambda: _load_step(lambda: load_optimizer(subject, source, state, names)))
+        finally:
+            for pending in published:
+                pending.wait()
         if not load_module_only:
             own = ranks.together(what, lambda: source.rank_state(ranks.rank)) or {}
             _load_rest(engine, source, state, own, has_optimizer, load_lr_scheduler_states)

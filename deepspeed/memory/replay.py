@@ -47,7 +47,7 @@ from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import Tier, ZeroPolicy
 from deepspeed.zero.reduce import MAX_IN_FLIGHT, MAX_STORING
-from deepspeed.zero.stream import NUM_SETS, TILE_NUMEL, TILE_UNIT
+from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
 LIKELY_IN_FLIGHT_DIRECTLY = 3
@@ -501,9 +501,9 @@ class Replay:
         host = settings.tier(Tier.CPU)
         for bucket in buckets if is_first else ():
             ledger.add(OPTIMIZER, self._state_nbytes(bucket), settings.tier(bucket.places.optimizer))
-        tile_numel = max(TILE_UNIT, min(TILE_NUMEL, settings.sub_group_numel) // TILE_UNIT * TILE_UNIT)
-        largest = max(min(self._master_numel(bucket), tile_numel) for bucket in buckets)
-        num_tiles = sum(-(-self._master_numel(bucket) // tile_numel) for bucket in buckets)
+        tile = tile_numel(settings.sub_group_numel)
+        largest = max(min(self._master_numel(bucket), tile) for bucket in buckets)
+        num_tiles = sum(-(-self._master_numel(bucket) // tile) for bucket in buckets)
         per_element = 0.0
         if any(bucket.places.optimizer is Tier.NVME for bucket in buckets):
             per_element += (

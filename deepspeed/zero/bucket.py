@@ -32,6 +32,7 @@ from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.tiers.buffers import refill_storage, resizable_buffer
 from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
@@ -117,7 +118,7 @@ class Bucket:
         """Whether `engine.offload_states` has put the values away."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
-        self.full = torch.zeros(layout.padded_numel, dtype=dtype, device=device)
+        self.full = self._make_full(device, is_read=rest is not None and rest.view(0, 0) is None)
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
@@ -137,6 +138,11 @@ class Bucket:
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
             param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
+
+    def _make_full(self, device: torch.device, is_read: bool) -> Tensor:
+        if is_read and device.type == "cpu":
+            return resizable_buffer(self.layout.padded_numel, self.dtype)
+        return torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=device)
 
     def split(self, flat: Tensor) -> list[Tensor]:
         """Views of a flat buffer [world_size * S], one per parameter in its full shape."""
@@ -249,7 +255,7 @@ class Bucket:
         if self._pending is not None:
             self.finish_unshard()
         if not self._keeps_storage:
-            self.full.untyped_storage().resize_(self.full.nbytes)
+            refill_storage(self.full)
             if self._near is not None and self._near_is_fresh:
                 self._pending = self._near.start_all_gather(self.full, self._near_shard)
             else:
@@ -345,7 +351,7 @@ class Bucket:
         """Before `reshard`: leave the memory of `full` to those who kept views of it (a state dict made inside a gather, a
         parameter made from another), and have another for the next time. Resharding would take theirs away."""
         if not self._keeps_storage:
-            self.full = torch.empty_like(self.full)
+            self.full = self._make_full(self.full.device, is_read=self.rest.view(0, 0) is None)
             self.views = self.split(self.full)
 
     def publish(self) -> Pending | None:

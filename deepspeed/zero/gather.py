@@ -238,6 +238,9 @@ class Gatherer:
     def _obtain(self, phase: Phase, bucket: Bucket) -> None:
         plan = phase.record.plan
         if self._is_alone:
+            # Nobody waits for what this rank passes over, so the plan is only a forecast of what to load ahead.
+            if plan is not None and bucket.index in itertools.islice(plan, phase.cursor, None):
+                phase.cursor = plan.index(bucket.index, phase.cursor) + 1
             self._launch(bucket)
             return
         if plan is not None and not phase.is_lost:
@@ -296,7 +299,7 @@ class Gatherer:
 
     def _prefetch(self) -> None:
         phase = self._phase
-        if phase is None or phase.is_lost or self._is_alone or phase.record.plan is None:
+        if phase is None or phase.is_lost or phase.record.plan is None:
             return
         plan = phase.record.plan
         ahead = sum(self.buckets[i].layout.numel for i in self._fresh)

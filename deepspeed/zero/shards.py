@@ -248,12 +248,13 @@ class StateSpec:
 def renew_states(
     optimizer: ZeroOptimizer, mesh: Mesh, spec_of: Mapping[str, StateSpec], master_dtype_of: Mapping[str, torch.dtype]
 ) -> list[Flat]:
-    """Replace the optimizer's state by empty tensors of the specified kinds, to be filled by the caller.
+    """Replace the optimizer's state by tensors of the specified kinds, to be filled by the caller.
 
     Parameters that are not in `spec_of` have no state, as if they had never been stepped. Where one run would have
     parameters of different specifications it is cut. `master_dtype_of` gives the dtype in which the weights were stored:
     states follow the weights' dtype where that changed, and keep their own otherwise.
     """
+    had = dict(optimizer.state)
     optimizer.state.clear()
     _cut_runs(optimizer, spec_of)
     flats = []
@@ -273,6 +274,7 @@ def renew_states(
                 state[key] = value.to(run.tensor.device, copy=True) if on_device or value.dim() else value.clone()
             else:
                 state[key] = value
+        before = had.pop(run.tensor, {})
         optimizer.state[run.tensor] = state
         held = [span for span in run.spans if span.name in spec_of]
         replicas = _replicas(mesh, master.is_sharded)
@@ -284,9 +286,20 @@ def renew_states(
                 rest = optimizer.stream.adopt_state(run.master, run.segment, key, dtype)
                 flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
             else:
-                state[key] = tensor = torch.zeros_like(run.tensor.detach(), dtype=dtype)
+                like = run.tensor.detach()
+                state[key] = tensor = _reusable(before.get(key), like, dtype)
+                if sum(span.numel for span in held) < tensor.numel():
+                    tensor.zero_()
                 flats.append(_flat_of_tensor(kind, tensor, held, replicas))
     return flats
+
+
+def _reusable(before: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
+    """The state that was there, whose memory need not be got from the system again, if it has the right form."""
+    is_same = isinstance(before, Tensor) and (before.shape, before.stride()) == (like.shape, like.stride())
+    if is_same and before.dtype == dtype and before.device == like.device:
+        return before
+    return torch.empty_like(like, dtype=dtype)
 
 
 def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> None:

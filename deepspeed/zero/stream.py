@@ -39,8 +39,9 @@ from deepspeed.zero.reduce import BucketGradients
 TILE_NUMEL = 1 << 22
 """Elements of a tile unless `sub_group_size` is smaller: 16 MB per fp32 state, long enough for a disk's full speed."""
 
-TILE_UNIT = 1 << 11
-"""Tiles start at multiples of this, so that each begins on a disk's page in any dtype."""
+TILE_UNITS = (1 << 15, 1 << 11)
+"""Tiles start at multiples of the first, so that no two share bytes under one checksum in any dtype of two bytes or more, or, where
+they are smaller, of the second, so that each begins on a disk's page."""
 
 NUM_SETS = 3
 """Tiles in memory: one being read, one stepped, one written."""
@@ -115,7 +116,7 @@ class TileStream:
         self.optimizer = optimizer
         self.masters, self.gradients = masters, gradients
         self.placing = placing
-        self.tile_numel = max(TILE_UNIT, min(TILE_NUMEL, sub_group_numel) // TILE_UNIT * TILE_UNIT)
+        self.tile_numel = tile_numel(sub_group_numel)
         self.states: list[dict[str, Rest]] = [{} for _ in masters]
         self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
         """States that the optimizer will have: their space is taken now, and they start as zeros in a tile's buffers."""
@@ -323,6 +324,12 @@ class TileStream:
         rest = self.states[index][name]
         here = rest.view(start, stop)
         return here if here is not None else torch.empty(0, dtype=rest.dtype)
+
+
+def tile_numel(sub_group_numel: int) -> int:
+    """Elements of a tile where `sub_group_size` is given."""
+    most = min(TILE_NUMEL, sub_group_numel)
+    return next((most // unit * unit for unit in TILE_UNITS if most >= unit), TILE_UNITS[-1])
 
 
 def _wait(transfers: list[Transfer]) -> None:
