@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deepspeed.checkpoint import files, writer
 from deepspeed.checkpoint.find import latest_tag
@@ -219,6 +220,33 @@ def test_training_goes_on_while_files_are_written_and_does_not_reach_them(
     saved = torch.load(tmp_path / "t" / "mp_rank_00_model_states.pt", weights_only=True)["weight"]
     assert torch.equal(state["weight"], saved)
     assert not bool((state["weight"] == 7).any())
+
+
+def _end_while_saving(rank: int, world_size: int, folder: Path) -> None:
+    """What a script's last line does, `destroy_process_group()`, to the group that the save in flight uses."""
+    gate = threading.Event()
+    real = writer._write_all
+
+    def slow(*args: Any) -> None:
+        gate.wait(20)
+        real(*args)
+
+    with engine_of(build("mlp"), config_of(2, world_size, **ASYNC)) as engine:
+        writer._write_all = slow
+        try:
+            engine.save_checkpoint(str(folder), tag="last")
+            dist.destroy_process_group(engine.mesh._groups.pop(("dp", "checkpoint")))
+            gate.set()
+            engine.wait_for_checkpoint()
+        finally:
+            gate.set()
+            writer._write_all = real
+
+
+def test_a_save_in_flight_outlives_the_process_group(tmp_path: Path) -> None:
+    run_ranks(2, _end_while_saving, tmp_path)
+    assert latest_tag(tmp_path) == "last"
+    assert get_fp32_state_dict_from_zero_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
