@@ -118,6 +118,11 @@ class Original:
         optims = _by_rank(self.folder, _OPTIM)
         self._model: dict[str, Any] = read_torch_file(models[0])
         model = self._model
+        if not isinstance(model.get("module"), Mapping):
+            raise CheckpointError(
+                f"{models[0]} holds no weights: it is one of the files that stand beside a checkpoint for other libraries' helpers.\n"
+                "  Copy the checkpoint's folder whole, with its manifest.json."
+            )
         if (
             int(model.get("mp_world_size") or 1) != 1
             or any(self.folder.glob("*expert*"))
