@@ -272,6 +272,12 @@ def test_consolidation_writes_hugging_faces_layout(tmp_path: Path, stage: int, i
     assert torch.equal(lazy["head.weight"].contiguous(), saved.weights["head.weight"])
     model = tools.load_state_dict_from_zero_checkpoint(build("gpt_tied"), tmp_path / "ckpt")
     assert torch.equal(model.state_dict()["head.weight"], saved.weights["head.weight"])
+    # What loaders would take before, or beside, the new files must not stay.
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "config.json").touch()
+    for size, expected in (("0", {shards[0].name[: shards[0].name.index("-0")] + shards[0].suffix}), ("8KB", names)):
+        tools.convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "ckpt", tmp_path / "out", size, is_safe)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {"config.json"}
 
 
 def test_consolidation_says_what_is_missing(tmp_path: Path) -> None:
