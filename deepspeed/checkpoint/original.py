@@ -43,6 +43,8 @@ class Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
+THE_ORIGINALS = "the original's optimizer"
+"""Stands for the class, which the files do not name."""
 STAND_INS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
@@ -260,7 +262,7 @@ class Original:
         if model.get("lr_scheduler") is not None:
             state["lr_scheduler"] = dict(model["lr_scheduler"])
         if self._groups:
-            state["optimizer"] = {"class": "the original's optimizer", "groups": self._groups, "values": self._values}
+            state["optimizer"] = {"class": THE_ORIGINALS, "groups": self._groups, "values": self._values}
             scaler = vars(self._scaler) if isinstance(self._scaler, Inert) else {}
             state["loss_scale"] = {
                 "is_dynamic": bool(scaler.get("dynamic", "cur_iter" in scaler)),

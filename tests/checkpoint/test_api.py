@@ -140,6 +140,41 @@ def test_parts_of_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def _change_optimizer(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
+    """What kinds of state an engine has, by optimizer, that loaded a checkpoint of AdamW and went on for a step."""
+    makers = {
+        "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
+        "Adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+        "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-3),
+        "NAdam": lambda params: torch.optim.NAdam(params, lr=1e-3),
+        "SGD": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    }
+    found = {}
+    for name, make in makers.items():
+        model = build("mlp")
+        config = {**config_of(2, world_size), "zero_allow_untested_optimizer": True}
+        config.pop("optimizer")
+        batches = batches_of(model, 2)
+        with engine_of(model, config, optimizer=make(list(model.parameters()))) as engine:
+            if name == "AdamW":
+                train(engine, batches[:1], rank, world_size)
+                engine.save_checkpoint(str(folder))
+            engine.load_checkpoint(str(folder))
+            train(engine, batches[1:], rank, world_size)
+            found[name] = sorted({key for state in engine.optimizer.optimizer.state.values() for key in state})
+    return found
+
+
+def test_an_optimizer_of_another_class_takes_the_state_over_or_starts_anew(tmp_path: Path) -> None:
+    assert run_ranks(2, _change_optimizer, tmp_path)[0] == {
+        "AdamW": ["exp_avg", "exp_avg_sq", "step"],
+        "Adam": ["exp_avg", "exp_avg_sq", "step"],
+        "Adagrad": ["step", "sum"],
+        "NAdam": ["exp_avg", "exp_avg_sq", "mu_product", "step"],
+        "SGD": ["momentum_buffer"],
+    }
+
+
 def _call_wrongly(rank: int, world_size: int, folder: Path) -> list[str]:
     """Calls that are wrong on one rank; the words that this rank gets."""
 
