@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from deepspeed.checkpoint import files, writer
 from deepspeed.checkpoint.find import latest_tag
-from deepspeed.checkpoint.save import remove_stale
+from deepspeed.checkpoint.save import remove_stale, retain
 from deepspeed.checkpoint.staging import BLOCK
 from deepspeed.checkpoint.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from deepspeed.utils.errors import CheckpointError
@@ -134,6 +134,9 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     (tmp_path / "not-a-checkpoint").mkdir()
     run_ranks(2, _save_many, tmp_path, ["a", "b", "c", "d"], {"checkpoint": {"keep_last_n": 2}})
     assert _names(tmp_path) == ["c", "d", "latest", "not-a-checkpoint", "zero_to_fp32.py"]
+    (tmp_path / "latest_universal").write_text("c")
+    retain(tmp_path, 1, tmp_path / "d")
+    assert _names(tmp_path)[:2] == ["c", "d"]
 
 
 @pytest.mark.parametrize("can_swap", [True, False])
@@ -221,6 +224,37 @@ def test_training_goes_on_while_files_are_written_and_does_not_reach_them(
     saved = torch.load(tmp_path / "t" / "mp_rank_00_model_states.pt", weights_only=True)["weight"]
     assert torch.equal(state["weight"], saved)
     assert not bool((state["weight"] == 7).any())
+
+
+def _interrupt(rank: int, world_size: int, folder: Path) -> tuple[list[str], int]:
+    """Ctrl-C while weights are copied; what is left, and how many more files are open than before."""
+    real = writer.FileWriter.fill
+
+    def interrupted(*args: Any) -> None:
+        dist.barrier()  # Ctrl-C reaches all ranks of a node
+        raise KeyboardInterrupt
+
+    with engine_of(build("mlp"), config_of(2, world_size)) as engine:
+        engine.save_checkpoint(str(folder), tag="first")
+        num_open = len(os.listdir("/proc/self/fd"))
+        writer.FileWriter.fill = interrupted  # type: ignore[method-assign]
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                engine.save_checkpoint(str(folder), tag="second")
+        finally:
+            writer.FileWriter.fill = real  # type: ignore[method-assign]
+        dist.barrier()
+        left = _names(folder)
+        num_more = len(os.listdir("/proc/self/fd")) - num_open
+        engine.save_checkpoint(str(folder), tag="third")
+    return left, num_more
+
+
+def test_ctrl_c_in_a_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    for left, num_more in run_ranks(2, _interrupt, tmp_path):
+        assert left == ["first", "latest", "zero_to_fp32.py"]
+        assert num_more == 0
+    assert latest_tag(tmp_path) == "third"
 
 
 def _end_while_saving(rank: int, world_size: int, folder: Path) -> None:
