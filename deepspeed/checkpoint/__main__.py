@@ -44,6 +44,14 @@ def locate(path: Path) -> Path:
     return path
 
 
+def _is_checkpoint(path: Path) -> bool:
+    """Whether there is one to be damaged."""
+    try:
+        return (locate(path) / FILE_NAME).exists()
+    except (CheckpointError, OSError):
+        return False
+
+
 def human(nbytes: float) -> str:
     """Bytes in a readable unit."""
     for unit in ("B", "KiB", "MiB", "GiB"):
@@ -105,7 +113,7 @@ def verify(path: Path) -> int:
             f"{folder} was written by the original DeepSpeed: it has no digests. Every tensor is covered exactly once."
         )
         return 0
-    problems = list(_problems(source))
+    problems = _problems(source)
     for problem in problems:
         print(problem)
     listed = {FILE_NAME, *source.manifest.files}
@@ -113,49 +121,79 @@ def verify(path: Path) -> int:
     if others:
         print(f"not part of the checkpoint: {', '.join(others)}")
     total = sum(record.nbytes for record in source.manifest.files.values())
-    print(
-        f"{folder}: {len(source.manifest.files)} files, {human(total)}: {f'{len(problems)} problems' if problems else 'whole'}"
-    )
+    outcome = f"{len(problems)} problem{'s' if len(problems) > 1 else ''}" if problems else "whole"
+    print(f"{folder}: {len(source.manifest.files)} files, {human(total)}: {outcome}")
     return 1 if problems else 0
 
 
-def _problems(source: Stored) -> Iterable[str]:
+def _problems(source: Stored) -> list[str]:
+    """Every problem once, a line each."""
     manifest = source.manifest
-    digest = digest_function(manifest.algorithm)
+    found: list[str] = []
+    unreadable: set[str] = set()
     for name, record in manifest.files.items():
-        ranges = [ByteRange(0, record.nbytes, lambda *_: None, name)]
+        first, ranges = 0, [ByteRange(0, record.nbytes, _ignore, name)]
         try:
             if name in manifest.shards:
-                ranges = [
-                    ByteRange(entry.start, entry.stop, lambda *_: None, key)
-                    for key, entry in source.layout(name).entries.items()
-                ]
-                ranges.append(ByteRange(0, len(source.layout(name).header), lambda *_: None, "the header"))
-        except CheckpointError as error:
-            yield str(error)
-            continue
-        # Block by block, so that one damaged block does not hide the next.
-        for low in range(0, record.nbytes, manifest.block):
-            high = min(low + manifest.block, record.nbytes)
-            touched = [ByteRange(max(low, r.start), min(high, r.stop), r.sink, r.what) for r in ranges]
-            try:
-                read_ranges(source.folder / name, record, manifest.block, touched, digest)
-            except (CheckpointError, OSError) as error:
-                yield str(error).splitlines()[0]
-                if "do not match" not in str(error):
-                    break
+                ranges = _pieces_of(source, name)
+        except (CheckpointError, OSError) as error:
+            found.append(_first_line(error))
+            unreadable.add(name)
+            if not _is_digest(error):
+                continue
+            first = manifest.block  # without a header nobody knows what lies where, but damage further on is damage
+        found += _damaged_blocks(source, name, first, ranges)
     for kind, by_name in manifest.tensors.items():
         for tensor_name, tensor in by_name.items():
             for extent in tensor.extents:
-                try:
-                    source.entry(kind, tensor_name, extent)
-                except CheckpointError as error:
-                    yield str(error).splitlines()[0]
-    for step in (source.state, lambda: source.rank_state(0)):
+                if manifest.shards[extent.file] not in unreadable:
+                    found += _words_of(lambda: source.entry(kind, tensor_name, extent))  # noqa: B023 - called at once
+    if not found:
+        found += _words_of(source.state)
+        for rank in range(len(manifest.shards)):
+            found += _words_of(lambda: source.rank_state(rank))  # noqa: B023 - called at once
+    return found
+
+
+def _pieces_of(source: Stored, name: str) -> list[ByteRange]:
+    layout = source.layout(name)
+    ranges = [ByteRange(entry.start, entry.stop, _ignore, key) for key, entry in layout.entries.items()]
+    return [*ranges, ByteRange(0, len(layout.header), _ignore, "the header")]
+
+
+def _damaged_blocks(source: Stored, name: str, first: int, ranges: list[ByteRange]) -> Iterable[str]:
+    """Block by block, so that one damaged block does not hide the next."""
+    manifest, record = source.manifest, source.manifest.files[name]
+    digest = digest_function(manifest.algorithm)
+    for low in range(first, record.nbytes, manifest.block):
+        high = min(low + manifest.block, record.nbytes)
+        touched = [ByteRange(max(low, r.start), min(high, r.stop), r.sink, r.what) for r in ranges]
         try:
-            step()
-        except CheckpointError as error:
-            yield str(error).splitlines()[0]
+            read_ranges(source.folder / name, record, manifest.block, touched, digest)
+        except (CheckpointError, OSError) as error:
+            yield _first_line(error)
+            if not _is_digest(error):
+                break
+
+
+def _ignore(offset: int, values: Tensor) -> None:
+    """A sink for bytes that are only digested."""
+
+
+def _is_digest(error: Exception) -> bool:
+    return "do not match their digest" in str(error)
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).splitlines()[0]
+
+
+def _words_of(step: Callable[[], object]) -> list[str]:
+    try:
+        step()
+    except (CheckpointError, OSError) as error:
+        return [_first_line(error)]
+    return []
 
 
 def diff(one: Path, other: Path) -> int:
@@ -231,7 +269,8 @@ def main(arguments: list[str] | None = None) -> None:
         status = actions[options.command]()
     except (CheckpointError, OSError) as error:
         print(f"deepspeed.checkpoint: {error}", file=sys.stderr)
-        status = 2
+        paths = [options.a, options.b] if options.command == "diff" else [options.path]
+        status = 1 if all(_is_checkpoint(path) for path in paths) else 2
     raise SystemExit(status)
 
 

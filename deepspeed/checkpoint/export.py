@@ -75,6 +75,7 @@ def save_weights(
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(aside, folder / file_name)
+            hf_layout.remove_others(folder, {file_name: []}, file_name)
         except BaseException:
             aside.unlink(missing_ok=True)
             raise
@@ -125,6 +126,7 @@ def _publish(folder: Path, planned: dict[str, list[str]], nbytes: dict[str, int]
         os.replace(folder / f".{file}.{nonce}.tmp", folder / file)
     if len(planned) > 1:
         files.replace_durably(folder / f"{file_name}.index.json", hf_layout.index_text(planned, nbytes))
+    hf_layout.remove_others(folder, planned, file_name)
     files.sync_folder(folder)
 
 

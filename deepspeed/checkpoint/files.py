@@ -21,9 +21,20 @@ from pathlib import Path, PurePosixPath
 from deepspeed.utils.errors import CheckpointError
 
 
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Give errors of calls on a descriptor, which know no path, the path: "[Errno 5] Input/output error: 'path'"."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+
+
 def write_durably(path: Path, data: bytes) -> None:
     """Write and fsync a file that nobody looks for yet."""
-    with open(path, "wb") as file:
+    with naming(path), open(path, "wb") as file:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
@@ -45,7 +56,8 @@ def sync_folder(folder: Path) -> None:
     """Make renames and new names in a folder durable."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
-        os.fsync(fd)
+        with naming(folder):
+            os.fsync(fd)
     finally:
         os.close(fd)
 
@@ -78,16 +90,14 @@ def remove_tree(folder: Path) -> None:
 
 
 def check_tag(tag: str) -> str:
-    """A tag as a relative path below the save folder. Raises CheckpointError for one that leads out of it."""
-    path = PurePosixPath(str(tag))
-    if (
-        not str(tag).strip()
-        or path.is_absolute()
-        or ".." in path.parts
-        or path == PurePosixPath(".")
-        or "\0" in str(tag)
-    ):
+    """A tag as a relative path below the save folder. Raises CheckpointError for one that leads out of it, and for one
+    that could not be found again: `latest` loses blanks at its ends, and hidden folders are saves on their way."""
+    text = str(tag)
+    path = PurePosixPath(text)
+    if not text.strip() or path.is_absolute() or ".." in path.parts or path == PurePosixPath(".") or "\0" in text:
         raise CheckpointError(f"tag {tag!r} is not the name of a folder below the checkpoint folder.")
+    if text != text.strip() or any(part.startswith(".") for part in path.parts):
+        raise CheckpointError(f"tag {tag!r} begins with a dot or has blanks at its ends.\n  Choose another tag.")
     return str(path)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from deepspeed.checkpoint.files import check_tag, read_plain
-from deepspeed.checkpoint.manifest import FILE_NAME
+from deepspeed.checkpoint.manifest import FILE_NAME, STATE_NAME
 from deepspeed.checkpoint.original import Original
 from deepspeed.checkpoint.source import Source
 from deepspeed.checkpoint.store import Stored
@@ -55,6 +55,18 @@ def open_checkpoint(path: Path) -> Source:
             f"{path} is a universal checkpoint of the original DeepSpeed.\n"
             "  Load the checkpoint that it was converted from: any world size and ZeRO stage works, without conversion."
         )
+    if any(path.glob("shard-*-of-*.safetensors")) or (path / STATE_NAME).exists():
+        # Its *_states.pt, which hold no weights, must not be taken for the original's.
+        raise CheckpointError(
+            f"{path} has lost its {FILE_NAME}, without which nothing else in it can be trusted; was it copied in part?\n"
+            "  Copy the whole folder again, or load another checkpoint."
+        )
     if any(path.glob("*_states.pt")):
         return Original(path)
-    raise CheckpointError(f"{path} is not a checkpoint: it has no {FILE_NAME}. A save into it may have been cut off.")
+    tags = sorted(p.parent.name for p in path.glob(f"*/{FILE_NAME}"))
+    if tags:
+        raise CheckpointError(
+            f"{path} holds checkpoints and no file {LATEST!r} that says which is the latest.\n"
+            f"  Name one of them: {', '.join(tags[-8:])}."
+        )
+    raise CheckpointError(f"{path} is not a checkpoint: it has no {FILE_NAME}.")

@@ -1,6 +1,6 @@
 """Weights as Hugging Face lays them out: one file, or shards of bounded size with an index.
 
-Used by `export` and `zero_to_fp32`. Pure planning and the index's text; the bytes are written by `writer` (safetensors)
+Used by `export` and `zero_to_fp32`. Planning, and the index's text; the bytes are written by `writer` (safetensors)
 or torch.save (bin).
 
     model.safetensors                                            all of it, if it fits `max_nbytes`
@@ -10,6 +10,7 @@ or torch.save (bin).
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -45,6 +46,18 @@ def plan(nbytes_of: Mapping[str, int], max_nbytes: int | None, file_name: str) -
         return {file_name: files[0]}
     path = Path(file_name)
     return {f"{path.stem}-{i:05d}-of-{len(files):05d}{path.suffix}": names for i, names in enumerate(files, 1)}
+
+
+def remove_others(folder: Path, planned: Mapping[str, list[str]], file_name: str) -> None:
+    """Delete what an earlier export under the same name left: loaders would take the old single file before the new
+    shards, or old shards beside the new ones."""
+    path = Path(file_name)
+    shard = re.compile(rf"{re.escape(path.stem)}-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
+    index = f"{file_name}.index.json"
+    for entry in list(os.scandir(folder)):
+        is_ours = entry.name == file_name or shard.fullmatch(entry.name) or (entry.name == index and len(planned) == 1)
+        if is_ours and entry.name not in planned and entry.is_file(follow_symlinks=False):
+            os.unlink(entry.path)
 
 
 def index_text(files: Mapping[str, list[str]], nbytes_of: Mapping[str, int]) -> bytes:

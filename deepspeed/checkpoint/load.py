@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deepspeed.checkpoint.container import DTYPE_OF
 from deepspeed.checkpoint.manifest import StoredTensor
+from deepspeed.checkpoint.original import THE_ORIGINALS
 from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER, Subject
 from deepspeed.checkpoint.values import encode
@@ -74,9 +75,16 @@ def match_names(subject: Subject, source: Source, is_strict: bool) -> Names:
     used = {*names.params.values(), *(name for name in ours if name in stored)}
     names.unexpected = [n for n in stored if n not in used] + [n for n in stored_buffers if n not in buffers]
     if problems:
-        raise CheckpointError(f"{source.folder}: shapes differ.\n  " + "\n  ".join(_some(problems)))
+        raise CheckpointError(
+            f"{source.folder}: shapes differ.\n  "
+            + "\n  ".join(_some(problems))
+            + "\n  Give the model the checkpoint's shapes; "
+            "or give what is new another name, and load with load_module_strict=False."
+        )
     if is_strict and (names.missing or names.unexpected):
-        raise CheckpointError(f"{source.folder} does not fit the model.\n  {_describe(names, source)}")
+        raise CheckpointError(
+            f"{source.folder} does not fit the model.\n  {_describe(names, source)}\n  load_module_strict=False loads what fits."
+        )
     if names.missing or names.unexpected:
         log_dist(f"{source.folder} was loaded in part. {_describe(names, source)}", [0], 30)
     return names
@@ -95,7 +103,6 @@ def _describe(names: Names, source: Source) -> str:
         lines.append(f"Not in the checkpoint, and unchanged: {', '.join(_some(missing))}.")
     if names.unexpected:
         lines.append(f"Not in the model, and ignored: {', '.join(_some(names.unexpected))}.")
-    lines.append("load_module_strict=False loads what fits.")
     return "\n  ".join(lines)
 
 
@@ -166,15 +173,37 @@ def load_optimizer(subject: Subject, source: Source, state: Mapping[str, Any], n
     assert optimizer is not None, "the caller has checked"
     saved = state["optimizer"]
     current = type(optimizer.optimizer).__name__
-    if saved["class"] != current:
-        logger.warning("optimizer state of %s is loaded into %s.", saved["class"], current)
-    _load_groups(optimizer, saved["groups"], names)
-    specs = state_specs(source, saved["values"], names)
+    listed = saved["values"]
+    if saved["class"] != current and not _has_what_it_needs(optimizer.optimizer, listed):
+        log_dist(f"{current} does not keep the state of {saved['class']}: it starts anew. Weights are loaded.", [0], 30)
+        listed = []
+    else:
+        if saved["class"] not in (current, THE_ORIGINALS):
+            log_dist(f"optimizer state of {saved['class']} is loaded into {current}.", [0], 30)
+        _load_groups(optimizer, saved["groups"], names)
+    specs = state_specs(source, listed, names)
     stored = source.tensors.get(PARAM, {})
     masters = {name: DTYPE_OF[stored[other].dtype] for name, other in names.params.items()}
     with torch.no_grad():
         flats = renew_states(optimizer, subject.mesh, specs, masters)
         source.fetch([want for flat in flats for want in _wanted(flat, names.params)])
+
+
+def _has_what_it_needs(optimizer: torch.optim.Optimizer, listed: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether saved state is what an optimizer of another class makes at its first step, tried on a parameter of one
+    element. True where that cannot be tried."""
+    stored = [{*entry["values"], *(kind.removeprefix(OPTIM) for kind in entry["kinds"])} for entry in listed]
+    probe = torch.nn.Parameter(torch.zeros(1))
+    probe.grad = torch.zeros(1)
+    try:
+        settings = {key: optimizer.param_groups[0][key] for key in optimizer.defaults}
+        tried = type(optimizer)([probe], **settings)
+        tried.step()
+    except Exception:
+        return True
+    needed = {key for key, value in tried.state[probe].items() if value is not None}
+    # Some keep the step count in their groups.
+    return all(needed - {"step"} == state - {"step"} for state in stored)
 
 
 def state_specs(source: Source, listed: Iterable[Mapping[str, Any]], names: Names) -> dict[str, StateSpec]:

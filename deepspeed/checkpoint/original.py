@@ -43,6 +43,8 @@ class Inert:
         self.__dict__.update(state if isinstance(state, dict) else {})
 
 
+THE_ORIGINALS = "the original's optimizer"
+"""Stands for the class, which the files do not name."""
 STAND_INS = (
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
@@ -118,6 +120,11 @@ class Original:
         optims = _by_rank(self.folder, _OPTIM)
         self._model: dict[str, Any] = read_torch_file(models[0])
         model = self._model
+        if not isinstance(model.get("module"), Mapping):
+            raise CheckpointError(
+                f"{models[0]} holds no weights: it is one of the files that stand beside a checkpoint for other libraries' helpers.\n"
+                "  Copy the checkpoint's folder whole, with its manifest.json."
+            )
         if (
             int(model.get("mp_world_size") or 1) != 1
             or any(self.folder.glob("*expert*"))
@@ -255,7 +262,7 @@ class Original:
         if model.get("lr_scheduler") is not None:
             state["lr_scheduler"] = dict(model["lr_scheduler"])
         if self._groups:
-            state["optimizer"] = {"class": "the original's optimizer", "groups": self._groups, "values": self._values}
+            state["optimizer"] = {"class": THE_ORIGINALS, "groups": self._groups, "values": self._values}
             scaler = vars(self._scaler) if isinstance(self._scaler, Inert) else {}
             state["loss_scale"] = {
                 "is_dynamic": bool(scaler.get("dynamic", "cur_iter" in scaler)),

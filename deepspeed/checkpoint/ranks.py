@@ -1,14 +1,21 @@
 """All ranks succeed or all raise: the exchange of small records between the ranks of a save or load.
 
 Used by `save` and `load`, also from the thread of an asynchronous save, for which it has a process group of its own.
+
+The group's own methods are called, not torch.distributed's functions: those know a group no longer once the script has
+called `destroy_process_group()`, which many do as their last line, while a save is still on its way. The connections
+live as long as the group object (torch 2.13, gloo).
 """
 
 from __future__ import annotations
 
+import pickle
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import CheckpointError
@@ -38,17 +45,26 @@ class Ranks:
         """Everybody's value, on the first rank."""
         if self._group is None:
             return [value]
-        found: list[Any] | None = [None] * self.world_size if self.is_first else None
-        dist.gather_object(value, found, dst=self.members[0], group=self._group)
-        return found
+        own = _to_bytes(value)
+        counts = [torch.zeros(1, dtype=torch.int64) for _ in self.members]
+        self._group.allgather([counts], [torch.tensor([own.numel()])]).wait()
+        longest = max(int(count) for count in counts)
+        padded = torch.cat([own, torch.zeros(longest - own.numel(), dtype=torch.uint8)])
+        theirs = [torch.empty_like(padded) for _ in self.members] if self.is_first else []
+        self._group.gather([theirs] if self.is_first else [], [padded], _to_rank_0(dist.GatherOptions())).wait()
+        return [_to_value(data, count) for data, count in zip(theirs, counts, strict=True)] if self.is_first else None
 
     def from_first(self, value: Any) -> Any:
         """The first rank's value, on every rank."""
         if self._group is None:
             return value
-        box = [value]
-        dist.broadcast_object_list(box, src=self.members[0], group=self._group)
-        return box[0]
+        data = _to_bytes(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        count = torch.tensor([data.numel()])
+        self._group.broadcast([count], _to_rank_0(dist.BroadcastOptions())).wait()
+        if not self.is_first:
+            data = torch.empty(int(count), dtype=torch.uint8)
+        self._group.broadcast([data], _to_rank_0(dist.BroadcastOptions())).wait()
+        return value if self.is_first else _to_value(data, count)
 
     def all(self, value: Any) -> list[Any]:
         """Everybody's value, on every rank."""
@@ -89,3 +105,16 @@ def describe(error: BaseException) -> str:
     if isinstance(error, CheckpointError):
         return str(error)
     return f"{type(error).__name__}: {error}"
+
+
+def _to_bytes(value: Any) -> Tensor:
+    return torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8)
+
+
+def _to_value(data: Tensor, count: Tensor) -> Any:
+    return pickle.loads(data[: int(count)].numpy().tobytes())
+
+
+def _to_rank_0(options: Any) -> Any:
+    options.rootRank = 0
+    return options

@@ -29,6 +29,7 @@ from torch import Tensor
 from deepspeed.checkpoint import compat, files, rng
 from deepspeed.checkpoint.container import lay_out
 from deepspeed.checkpoint.digest import default_algorithm
+from deepspeed.checkpoint.find import LATEST, LATEST_UNIVERSAL
 from deepspeed.checkpoint.manifest import (
     FILE_NAME,
     STATE_NAME,
@@ -212,11 +213,14 @@ class Save:
             )
             reads: dict[str, Reads] = {key: share.read for key, share in named.items()}
             self._writer.fill(reads)
-        except Exception as error:
+        except BaseException as error:
             self._error = error
             if self._writer is not None:
                 self._writer.abandon()
                 self._writer = None
+            if not isinstance(error, Exception):  # Ctrl-C: nobody will call `commit`, and a notebook lives on
+                self._drop_aside()
+                raise
 
     def commit(self) -> None:
         """Make the save durable and public, on all ranks or on none. Raises CheckpointError on every rank."""
@@ -401,9 +405,10 @@ def _keep_foreign_files(old: Path, new: Path) -> None:
 
 
 def retain(folder: Path, keep: int, newest: Path) -> None:
-    """Delete the oldest checkpoints of a folder beyond the newest `keep`; never `newest`, nor what `latest` names."""
-    latest = folder / "latest"
-    protected = {newest, folder / latest.read_text().strip()} if latest.exists() else {newest}
+    """Delete the oldest checkpoints of a folder beyond the newest `keep`; never `newest`, nor what `latest` or
+    `latest_universal` names."""
+    named = [folder / name for name in (LATEST, LATEST_UNIVERSAL)]
+    protected = {newest, *(folder / path.read_text().strip() for path in named if path.exists())}
     found = []
     for entry in os.scandir(folder):
         manifest = Path(entry.path, FILE_NAME)

@@ -27,21 +27,32 @@ from torch import Tensor
 
 from deepspeed.utils.errors import CheckpointError
 
+MAX_DEPTH = 100
+"""Containers inside each other. What is written has to be read again, and Python's stack holds some hundreds of levels."""
 
-def encode(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
-    """`value` as JSON; its tensors go to `tensors` under keys that begin with `path`. Raises CheckpointError."""
+
+def encode(value: Any, tensors: dict[str, Tensor], path: str, depth: int = 0) -> Any:
+    """`value`, `depth` containers deep, as JSON; its tensors go to `tensors` under keys that begin with `path`.
+
+    Raises CheckpointError.
+    """
+    if depth > MAX_DEPTH:
+        raise CheckpointError(
+            f"{path[:200]}... is nested more than {MAX_DEPTH} levels deep, or contains itself, which a checkpoint cannot hold.\n"
+            "  Store its parts under names of their own."
+        )
     if value is None or isinstance(value, bool):
         return value
     if isinstance(value, (int, float, complex, np.number, np.bool_)):
-        return _encode_number(value.item() if isinstance(value, np.generic) else value)
+        return _encode_number(_as_python(value, path) if isinstance(value, np.generic) else value)
     if isinstance(value, str):
         return str.__str__(value)
     if isinstance(value, Mapping):
-        return _encode_mapping(value, tensors, path)
+        return _encode_mapping(value, tensors, path, depth)
     if isinstance(value, torch.Size):
         return {"$size": list(value)}
     if isinstance(value, (list, tuple, set, frozenset, deque)):
-        items = [encode(item, tensors, f"{path}.{i}") for i, item in enumerate(value)]
+        items = [encode(item, tensors, f"{path}.{i}", depth + 1) for i, item in enumerate(value)]
         return items if isinstance(value, list) else {_TAG_OF[type_of(value)]: items}
     if isinstance(value, (Tensor, np.ndarray)):
         return _encode_array(value, tensors, path)
@@ -69,6 +80,15 @@ _AS_TEXT: tuple[tuple[type, str, Callable[[Any], Any]], ...] = (
 )
 
 
+def _as_python(value: Any, path: str) -> Any:
+    number = value.item()
+    if isinstance(number, np.generic):  # numpy keeps what no Python number holds
+        raise CheckpointError(
+            f"{path} is a numpy.{type(value).__name__}, which a checkpoint cannot hold.\n  Store it as float() or complex()."
+        )
+    return number
+
+
 def _encode_number(value: Any) -> Any:
     if isinstance(value, bool):
         return value
@@ -82,19 +102,24 @@ def _encode_number(value: Any) -> Any:
     return float(value)
 
 
-def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: str) -> Any:
+def _encode_mapping(value: Mapping[Any, Any], tensors: dict[str, Tensor], path: str, depth: int) -> Any:
     if all(isinstance(key, str) and not key.startswith("$") for key in value):
-        return {str(key): encode(item, tensors, f"{path}.{key}") for key, item in value.items()}
+        return {str(key): encode(item, tensors, f"{path}.{key}", depth + 1) for key, item in value.items()}
     pairs = []
     for i, (key, item) in enumerate(value.items()):
-        pairs.append([encode(key, tensors, f"{path}.key{i}"), encode(item, tensors, f"{path}.{key}")])
+        pairs.append(
+            [
+                encode(key, tensors, f"{path}.key{i}", depth + 1),
+                encode(item, tensors, f"{path}.{key}", depth + 1),
+            ]
+        )
     return {"$dict": pairs}
 
 
 def _encode_array(value: Any, tensors: dict[str, Tensor], path: str) -> Any:
     is_tensor = isinstance(value, Tensor)
     try:
-        tensor = value.detach() if is_tensor else torch.from_numpy(np.array(value))
+        tensor = value.detach() if is_tensor else torch.from_numpy(np.array(value, value.dtype.newbyteorder("=")))
     except TypeError as error:
         raise CheckpointError(f"{path} is an array of {value.dtype}, which a checkpoint cannot hold.") from error
     if tensor.layout is not torch.strided or tensor.is_quantized or tensor.is_meta or tensor.is_nested:

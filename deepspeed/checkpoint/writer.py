@@ -25,7 +25,9 @@ from torch import Tensor
 
 from deepspeed.checkpoint.container import PAGE, Layout
 from deepspeed.checkpoint.digest import digest_function
+from deepspeed.checkpoint.files import naming
 from deepspeed.checkpoint.staging import BLOCK, Block, Staging
+from deepspeed.utils.errors import CheckpointError
 
 NUM_WRITERS = 2
 """Threads per file: one request in the disk's queue while the next is digested."""
@@ -56,7 +58,7 @@ class FileWriter:
         self._fd = _open_for_writing(path)
         try:
             if layout.nbytes:
-                os.posix_fallocate(self._fd, 0, layout.nbytes)
+                _take_space(self._fd, path, layout.nbytes)
         except BaseException:
             os.close(self._fd)
             raise
@@ -101,7 +103,8 @@ class FileWriter:
             if self._error is None:
                 self._digests[index] = self._digest(block.memory[:used])
                 # Direct I/O moves whole pages; `finish` cuts the last one to size.
-                _write_all(self._fd, block.memory[: -(-used // PAGE) * PAGE], index * BLOCK)
+                with naming(self.path):
+                    _write_all(self._fd, block.memory[: -(-used // PAGE) * PAGE], index * BLOCK)
         except BaseException as error:
             self._error = self._error or error
         finally:
@@ -113,8 +116,9 @@ class FileWriter:
             self._threads.shutdown(wait=True)
             if self._error is not None:
                 raise self._error
-            os.ftruncate(self._fd, self._layout.nbytes)
-            os.fsync(self._fd)
+            with naming(self.path):
+                os.ftruncate(self._fd, self._layout.nbytes)
+                os.fsync(self._fd)
         finally:
             os.close(self._fd)
         return FileRecord(self._layout.nbytes, tuple(self._digests))
@@ -148,6 +152,21 @@ def _open_for_writing(path: Path) -> int:
             raise
         path.unlink(missing_ok=True)
         return os.open(path, flags, 0o666)
+
+
+def _take_space(fd: int, path: Path, nbytes: int) -> None:
+    """Give a file its size. Raises CheckpointError where the disk has no room for it."""
+    try:
+        with naming(path):
+            os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        stat = os.fstatvfs(fd)
+        raise CheckpointError(
+            f"{error}: it takes {nbytes} bytes, of which {stat.f_bavail * stat.f_frsize} were left.\n"
+            "  Make room; checkpoint.keep_last_n removes old checkpoints, but only once the new one is whole."
+        ) from error
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

@@ -181,6 +181,7 @@ def convert(
             raise
     if len(planned) > 1:
         files.replace_durably(folder / f"{base}.index.json", hf_layout.index_text(planned, nbytes))
+    hf_layout.remove_others(folder, planned, base)
     files.sync_folder(folder)
     return [folder / file for file in planned]
 

@@ -23,6 +23,7 @@ from deepspeed.checkpoint import compat, export, rng
 from deepspeed.checkpoint.background import Background, SaveTimes
 from deepspeed.checkpoint.find import checkpoint_folder, latest_tag, open_checkpoint
 from deepspeed.checkpoint.load import load_optimizer, load_weights, match_names, publish
+from deepspeed.checkpoint.manifest import FILE_NAME as MANIFEST
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import Save, SaveRequest
 from deepspeed.checkpoint.source import Source
@@ -111,10 +112,6 @@ class CheckpointMethods:
         """
         engine: Any = self
         begun = time.perf_counter()
-        if not save_dir:
-            raise DeepSpeedError(f"save_checkpoint(save_dir={save_dir!r}): a folder is needed.")
-        client_state = dict(client_state or {})
-        _check_client_state(client_state)
         _refuse_model_parallel(engine)
         checkpoints: Checkpoints = engine._checkpoints
         checkpoints.background.wait()
@@ -123,17 +120,24 @@ class CheckpointMethods:
         if engine._reducer.saw_backward:
             warn_once("save_checkpoint between the micro-batches of a step: the gradients so far are not saved.")
         ranks = Ranks(engine.mesh)
-        request = SaveRequest(
-            folder=Path(save_dir),
-            tag=_agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}"),
-            about=_about(engine),
-            shared=_shared_state(engine, client_state),
-            own={"loader": engine.training_dataloader.state_dict()} if engine.training_dataloader is not None else {},
-            save_latest=save_latest,
-            exclude_frozen=exclude_frozen_parameters,
-            keep_last_n=checkpoints.keep_last_n,
-            is_node_local=engine._config.checkpoint.use_node_local_storage,
-        )
+        _check_arguments(ranks, save_dir, client_state)
+        tag = _agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}")
+
+        def make_request() -> SaveRequest:
+            loader = engine.training_dataloader
+            return SaveRequest(
+                folder=Path(save_dir),
+                tag=tag,
+                about=_about(engine),
+                shared=_shared_state(engine, dict(client_state or {})),
+                own={"loader": loader.state_dict()} if loader is not None else {},
+                save_latest=save_latest,
+                exclude_frozen=exclude_frozen_parameters,
+                keep_last_n=checkpoints.keep_last_n,
+                is_node_local=engine._config.checkpoint.use_node_local_storage,
+            )
+
+        request = ranks.together(f"save_checkpoint({str(save_dir)!r}, tag={tag!r})", make_request)
         hosts = ranks.all(socket.gethostname())
         num_near = hosts.count(socket.gethostname())
         save = Save(_subject(engine), request, ranks, lambda nbytes: checkpoints.staging_for(nbytes, num_near))
@@ -178,10 +182,20 @@ class CheckpointMethods:
         engine._checkpoints.background.wait()
         ranks = Ranks(engine.mesh)
         what = f"load_checkpoint({str(load_dir)!r}, tag={tag!r})"
+        chosen = {
+            "tag": tag,
+            "load_module_strict": bool(load_module_strict),
+            "load_optimizer_states": bool(load_optimizer_states),
+            "load_lr_scheduler_states": bool(load_lr_scheduler_states),
+            "load_module_only": bool(load_module_only),
+            "custom_load_fn": "given" if custom_load_fn is not None else None,
+        }
+        _check_load_arguments(ranks, load_dir, chosen)
         if tag is None:
             tag = ranks.on_first(what, lambda: latest_tag(Path(load_dir), engine._config.checkpoint.load_universal))
             if tag is None:
-                log_dist(f"{what}: no file {Path(load_dir) / 'latest'}, nothing is loaded. Give tag=...", [0], 30)
+                cure = _cure(Path(load_dir)) if ranks.is_first else ""
+                log_dist(f"{what}: no file {Path(load_dir) / 'latest'}, nothing is loaded. {cure}", [0], 30)
                 return None, None
         folder = Path(ranks.on_first(what, lambda: str(checkpoint_folder(Path(load_dir), str(tag)))))
         subject = _subject(engine)
@@ -294,12 +308,48 @@ def _refuse_model_parallel(engine: Any) -> None:
         )
 
 
-def _check_client_state(client_state: Mapping[str, Any]) -> None:
-    taken = [key for key in client_state if key in RESERVED]
-    if taken:
-        raise KeyError(
-            f"client_state[{taken[0]!r}]: load_checkpoint gives this key another meaning. Choose another name."
-        )
+def _check_arguments(ranks: Ranks, save_dir: Any, client_state: Any) -> None:
+    """Raise on every rank where any rank gave what cannot be used: often only the first is given a client state."""
+    wrong: tuple[type[Exception], str] | None = None
+    if not save_dir:
+        wrong = DeepSpeedError, f"save_checkpoint(save_dir={save_dir!r}): a folder is needed."
+    elif client_state is not None and not isinstance(client_state, Mapping):
+        text = f"client_state is a {type(client_state).__name__}; it has to be a dict.\n  Put the value under a name of its own."
+        wrong = CheckpointError, text
+    else:
+        taken = [key for key in client_state or () if key in RESERVED]
+        if taken:
+            text = f"client_state[{taken[0]!r}]: load_checkpoint gives this key another meaning. Choose another name."
+            wrong = KeyError, text
+    _raise_first(ranks, wrong)
+
+
+def _check_load_arguments(ranks: Ranks, load_dir: Any, chosen: Mapping[str, Any]) -> None:
+    """Raise on every rank where ranks would load different things, and so wait for each other for ever."""
+    wrong = (DeepSpeedError, f"load_checkpoint(load_dir={load_dir!r}): a folder is needed.") if not load_dir else None
+    _raise_first(ranks, wrong)
+    everyone = ranks.all(dict(chosen))
+    for key in chosen:
+        values = {rank: theirs[key] for rank, theirs in zip(ranks.members, everyone, strict=True)}
+        if any(value != everyone[0][key] for value in values.values()):
+            raise CheckpointError(
+                f"load_checkpoint: ranks differ in {key}: {values}.\n  Every rank has to make the same call."
+            )
+
+
+def _raise_first(ranks: Ranks, wrong: tuple[type[Exception], str] | None) -> None:
+    for rank, found in zip(ranks.members, ranks.all(wrong), strict=True):
+        if found is not None:
+            kind, text = found
+            raise kind(text if ranks.world_size == 1 else f"[rank {rank}] {text}")
+
+
+def _cure(folder: Path) -> str:
+    """What a caller whose folder has no `latest` probably meant."""
+    if (folder / MANIFEST).exists() or any(folder.glob("*_model_states.pt")):
+        return f"It is a checkpoint itself: load_checkpoint({str(folder.parent)!r}, tag={folder.name!r})."
+    tags = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
+    return f"Give tag=..., one of {', '.join(tags[-8:])}." if tags else "There is no checkpoint in it."
 
 
 def _agree_on_tag(engine: Any, ranks: Ranks, tag: str) -> str:

@@ -14,6 +14,7 @@ from torch.utils.data import RandomSampler
 import deepspeed
 from deepspeed.checkpoint.__main__ import main
 from deepspeed.checkpoint.ds_to_universal import main as ds_to_universal
+from deepspeed.engine.checkpoints import _cure
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.utils.errors import CheckpointError
 from tests.checkpoint.runs import batches_of, config_of, resume, save_and_go_on, train
@@ -139,6 +140,101 @@ def test_parts_of_a_checkpoint_can_be_loaded(tmp_path: Path) -> None:
     assert not [path for path in tmp_path.iterdir() if path.name.startswith(".")]
 
 
+def _change_optimizer(rank: int, world_size: int, folder: Path) -> dict[str, list[str]]:
+    """What kinds of state an engine has, by optimizer, that loaded a checkpoint of AdamW and went on for a step."""
+    makers = {
+        "AdamW": lambda params: torch.optim.AdamW(params, lr=1e-3),
+        "Adam": lambda params: torch.optim.Adam(params, lr=1e-3),
+        "Adagrad": lambda params: torch.optim.Adagrad(params, lr=1e-3),
+        "NAdam": lambda params: torch.optim.NAdam(params, lr=1e-3),
+        "SGD": lambda params: torch.optim.SGD(params, lr=1e-3, momentum=0.9),
+    }
+    found = {}
+    for name, make in makers.items():
+        model = build("mlp")
+        config = {**config_of(2, world_size), "zero_allow_untested_optimizer": True}
+        config.pop("optimizer")
+        batches = batches_of(model, 2)
+        with engine_of(model, config, optimizer=make(list(model.parameters()))) as engine:
+            if name == "AdamW":
+                train(engine, batches[:1], rank, world_size)
+                engine.save_checkpoint(str(folder))
+            engine.load_checkpoint(str(folder))
+            train(engine, batches[1:], rank, world_size)
+            found[name] = sorted({key for state in engine.optimizer.optimizer.state.values() for key in state})
+    return found
+
+
+def test_an_optimizer_of_another_class_takes_the_state_over_or_starts_anew(tmp_path: Path) -> None:
+    assert run_ranks(2, _change_optimizer, tmp_path)[0] == {
+        "AdamW": ["exp_avg", "exp_avg_sq", "step"],
+        "Adam": ["exp_avg", "exp_avg_sq", "step"],
+        "Adagrad": ["step", "sum"],
+        "NAdam": ["exp_avg", "exp_avg_sq", "mu_product", "step"],
+        "SGD": ["momentum_buffer"],
+    }
+
+
+def _call_wrongly(rank: int, world_size: int, folder: Path) -> list[str]:
+    """Calls that are wrong on one rank; the words that this rank gets."""
+
+    class Broken(torch.optim.lr_scheduler.ConstantLR):
+        def state_dict(self) -> dict[str, Any]:
+            raise RuntimeError("no state")
+
+    words = []
+
+    def collect(call: Any, *args: Any, **kwargs: Any) -> None:
+        try:
+            call(*args, **kwargs)
+        except (ValueError, KeyError) as error:
+            words.append(str(error))
+
+    with engine_of(build("mlp"), config_of(1, world_size)) as engine:
+        is_last = rank == world_size - 1
+        save, load = engine.save_checkpoint, engine.load_checkpoint
+        collect(save, "" if is_last else str(folder))
+        collect(save, str(folder), client_state=[1] if is_last else None)
+        collect(save, str(folder), client_state={"ds_version": 1} if is_last else {})
+        collect(save, str(folder), tag=" blank ")
+        collect(save, str(folder), tag="a/.b")
+        save(str(folder), tag="good")
+        collect(load, "" if is_last else str(folder))
+        collect(load, str(folder), tag="good" if is_last else None)
+        collect(load, str(folder), load_optimizer_states=is_last)
+        if is_last:
+            engine.lr_scheduler = Broken(torch.optim.SGD([torch.zeros(1)]))
+        collect(save, str(folder), tag="bad")
+    return words
+
+
+def test_a_wrong_call_on_one_rank_is_an_error_on_all(tmp_path: Path) -> None:
+    first, last = run_ranks(2, _call_wrongly, tmp_path)
+    assert first == last
+    expected = [
+        "[rank 1] save_checkpoint(save_dir=''): a folder is needed",
+        "[rank 1] client_state is a list; it has to be a dict",
+        "[rank 1] client_state['ds_version']: load_checkpoint gives this key another meaning",
+        "tag ' blank ' begins with a dot or has blanks at its ends",
+        "tag 'a/.b' begins with a dot",
+        "[rank 1] load_checkpoint(load_dir=''): a folder is needed",
+        "ranks differ in tag: {0: None, 1: 'good'}",
+        "ranks differ in load_optimizer_states: {0: False, 1: True}",
+        "[rank 1] RuntimeError: no state",
+    ]
+    assert len(first) == len(expected)
+    for words, found in zip(expected, first, strict=True):
+        assert words in found
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["good", "latest", "zero_to_fp32.py"]
+
+
+def test_a_folder_that_is_itself_a_checkpoint_gets_the_right_call(tmp_path: Path) -> None:
+    (tmp_path / "tag").mkdir()
+    (tmp_path / "tag" / "manifest.json").touch()
+    assert _cure(tmp_path / "tag") == f"It is a checkpoint itself: load_checkpoint({str(tmp_path)!r}, tag='tag')."
+    assert _cure(tmp_path) == "Give tag=..., one of tag."
+
+
 def test_what_loading_returns(tmp_path: Path) -> None:
     run_ranks(2, save_and_go_on, tmp_path, 3)
     path, client = run_ranks(2, resume, tmp_path, 3)[0].loaded
@@ -211,6 +307,12 @@ def test_consolidation_writes_hugging_faces_layout(tmp_path: Path, stage: int, i
     assert torch.equal(lazy["head.weight"].contiguous(), saved.weights["head.weight"])
     model = tools.load_state_dict_from_zero_checkpoint(build("gpt_tied"), tmp_path / "ckpt")
     assert torch.equal(model.state_dict()["head.weight"], saved.weights["head.weight"])
+    # What loaders would take before, or beside, the new files must not stay.
+    names = {path.name for path in (tmp_path / "out").iterdir()}
+    (tmp_path / "out" / "config.json").touch()
+    for size, expected in (("0", {shards[0].name[: shards[0].name.index("-0")] + shards[0].suffix}), ("8KB", names)):
+        tools.convert_zero_checkpoint_to_fp32_state_dict(tmp_path / "ckpt", tmp_path / "out", size, is_safe)
+        assert {path.name for path in (tmp_path / "out").iterdir()} == expected | {"config.json"}
 
 
 def test_consolidation_says_what_is_missing(tmp_path: Path) -> None:

@@ -260,3 +260,42 @@ def test_verify_lists_all_damage_and_nothing_else(copy: Path, capsys: pytest.Cap
     printed = capsys.readouterr().out
     assert all(name in printed for name in ("state.json", "shard-00001", "rank-00001.json is missing"))
     assert "shard-00000-of" not in printed
+    assert "3 problems" in printed
+
+
+def test_a_damaged_file_is_listed_once(copy: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (copy / "shard-00000-of-00002.safetensors").unlink()
+    with pytest.raises(SystemExit) as status:
+        main(["verify", str(copy)])
+    assert status.value.code == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 2
+    assert "shard-00000-of-00002.safetensors is missing" in lines[0]
+    assert lines[1].endswith("1 problem")
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_checkpoint_without_its_manifest_is_not_taken_for_an_originals(tmp_path: Path, stage: int) -> None:
+    run_ranks(2, save_and_go_on, tmp_path, stage, num_before=1, num_after=0)
+    folder = tmp_path / "global_step1"
+    for name in ("manifest", "state"):
+        (folder / f"{name}.json").unlink(missing_ok=True)
+        with pytest.raises(CheckpointError, match="global_step1 has lost its manifest.json"):
+            open_tag(tmp_path)
+    for path in folder.glob("shard-*"):
+        path.unlink()
+    with pytest.raises(CheckpointError, match="_model_states.pt holds no weights"):
+        open_tag(tmp_path)
+
+
+def test_a_damaged_manifest_is_damage_and_a_folder_without_is_no_checkpoint(copy: Path, tmp_path: Path) -> None:
+    (copy / "manifest.json").write_bytes((copy / "manifest.json").read_bytes()[:-9])
+    (tmp_path / "empty").mkdir()
+    for arguments, code in (
+        (["verify", str(copy)], 1),
+        (["diff", str(copy), str(copy)], 1),
+        (["inspect", str(tmp_path / "empty")], 2),
+    ):
+        with pytest.raises(SystemExit) as status:
+            main(arguments)
+        assert status.value.code == code

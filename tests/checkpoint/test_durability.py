@@ -12,10 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from deepspeed.checkpoint import files, writer
 from deepspeed.checkpoint.find import latest_tag
-from deepspeed.checkpoint.save import remove_stale
+from deepspeed.checkpoint.save import remove_stale, retain
 from deepspeed.checkpoint.staging import BLOCK
 from deepspeed.checkpoint.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from deepspeed.utils.errors import CheckpointError
@@ -111,7 +112,8 @@ def _fill_the_disk(rank: int, world_size: int, folder: Path) -> tuple[int, str]:
 def test_a_full_disk_leaves_the_last_whole_checkpoint(small_disk: Path) -> None:
     (number, text), (other, _) = run_ranks(2, _fill_the_disk, small_disk)
     assert number == other > 2
-    assert "No space left on device" in text
+    assert "No space left on device: '" in text
+    assert "Make room" in text
     assert latest_tag(small_disk) == f"save{number - 1}"
     assert not [name for name in _names(small_disk) if name.startswith(".")]
     assert get_fp32_state_dict_from_zero_checkpoint(small_disk)["weight"].shape == (80, 128)
@@ -132,6 +134,9 @@ def test_retention_keeps_the_newest(tmp_path: Path) -> None:
     (tmp_path / "not-a-checkpoint").mkdir()
     run_ranks(2, _save_many, tmp_path, ["a", "b", "c", "d"], {"checkpoint": {"keep_last_n": 2}})
     assert _names(tmp_path) == ["c", "d", "latest", "not-a-checkpoint", "zero_to_fp32.py"]
+    (tmp_path / "latest_universal").write_text("c")
+    retain(tmp_path, 1, tmp_path / "d")
+    assert _names(tmp_path)[:2] == ["c", "d"]
 
 
 @pytest.mark.parametrize("can_swap", [True, False])
@@ -219,6 +224,64 @@ def test_training_goes_on_while_files_are_written_and_does_not_reach_them(
     saved = torch.load(tmp_path / "t" / "mp_rank_00_model_states.pt", weights_only=True)["weight"]
     assert torch.equal(state["weight"], saved)
     assert not bool((state["weight"] == 7).any())
+
+
+def _interrupt(rank: int, world_size: int, folder: Path) -> tuple[list[str], int]:
+    """Ctrl-C while weights are copied; what is left, and how many more files are open than before."""
+    real = writer.FileWriter.fill
+
+    def interrupted(*args: Any) -> None:
+        dist.barrier()  # Ctrl-C reaches all ranks of a node
+        raise KeyboardInterrupt
+
+    with engine_of(build("mlp"), config_of(2, world_size)) as engine:
+        engine.save_checkpoint(str(folder), tag="first")
+        num_open = len(os.listdir("/proc/self/fd"))
+        writer.FileWriter.fill = interrupted  # type: ignore[method-assign]
+        try:
+            with pytest.raises(KeyboardInterrupt):
+                engine.save_checkpoint(str(folder), tag="second")
+        finally:
+            writer.FileWriter.fill = real  # type: ignore[method-assign]
+        dist.barrier()
+        left = _names(folder)
+        num_more = len(os.listdir("/proc/self/fd")) - num_open
+        engine.save_checkpoint(str(folder), tag="third")
+    return left, num_more
+
+
+def test_ctrl_c_in_a_save_leaves_nothing_behind(tmp_path: Path) -> None:
+    for left, num_more in run_ranks(2, _interrupt, tmp_path):
+        assert left == ["first", "latest", "zero_to_fp32.py"]
+        assert num_more == 0
+    assert latest_tag(tmp_path) == "third"
+
+
+def _end_while_saving(rank: int, world_size: int, folder: Path) -> None:
+    """What a script's last line does, `destroy_process_group()`, to the group that the save in flight uses."""
+    gate = threading.Event()
+    real = writer._write_all
+
+    def slow(*args: Any) -> None:
+        gate.wait(20)
+        real(*args)
+
+    with engine_of(build("mlp"), config_of(2, world_size, **ASYNC)) as engine:
+        writer._write_all = slow
+        try:
+            engine.save_checkpoint(str(folder), tag="last")
+            dist.destroy_process_group(engine.mesh._groups.pop(("dp", "checkpoint")))
+            gate.set()
+            engine.wait_for_checkpoint()
+        finally:
+            gate.set()
+            writer._write_all = real
+
+
+def test_a_save_in_flight_outlives_the_process_group(tmp_path: Path) -> None:
+    run_ranks(2, _end_while_saving, tmp_path)
+    assert latest_tag(tmp_path) == "last"
+    assert get_fp32_state_dict_from_zero_checkpoint(tmp_path)
 
 
 @pytest.mark.parametrize("mode", ["sync", "async"])
