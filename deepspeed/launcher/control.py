@@ -99,6 +99,16 @@ def address_towards(host: str) -> str | None:
     return None
 
 
+def is_here(host: str) -> bool:
+    """Whether `host` is this machine: one can listen at its address."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return True
+    return False
+
+
 class Link:
     """A member's end. Not thread-safe; its owner's loop calls `receive` when `fileno` is readable, and `beat`."""
 

@@ -211,17 +211,17 @@ class RemoteRun:
         """Ignored by the coordinator for a member that has reported: its connection tells more."""
         assert self._coordinator is not None
         host = self._hosts[index]
-        cure = (
-            f"On {host}, this has to work:  cd {self._plan.cwd} && {self._plan.python} -c 'import deepspeed'"
-            if code != 255
-            else f"ssh could not reach {host}, or its connection broke."
-        )
+        # The launcher itself ends with 2, and has said why.
+        python = f"On {host}, this has to work:  cd {self._plan.cwd} && {self._plan.python} -c 'import deepspeed'"
+        cure = {2: "", 255: f"ssh could not reach {host}, or its connection broke."}.get(code, python)
+        mark = f"{host}: ".encode()  # one program for all nodes marks their lines
+        own = b"\n".join(line[len(mark) :] for line in tail.splitlines() if line.startswith(mark))
         failure = Failure(
             who=f"node {host}",
             host=host,
             code=code if code > 0 else None,
             what=f"its launcher did not start ({describe_exit(code)})",
-            words=f"{last_words(tail)}\n{cure}".strip(),
+            words=f"{last_words(own or tail)}\n{cure}".strip(),
         )
         self._coordinator.failed(index, failure)
         if self._retries:
