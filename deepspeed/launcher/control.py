@@ -135,8 +135,8 @@ class Link:
                 if time.monotonic() + pause_s > until_s:
                     raise LinkLostError(
                         f"the job's coordinator at {address} cannot be reached from {socket.gethostname()}: {error}.\n"
-                        "  Let this node connect to that port (--control_port chooses it, --control_addr the address), "
-                        "or start with --no_control."
+                        "  With --no_ssh, start node 0, too. Let this node connect to that port (--control_port chooses "
+                        "it, --control_addr the address), or start with --no_control."
                     ) from None
                 time.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 2)

@@ -14,6 +14,7 @@ Invariant: no program outlives this process (prctl(2)), nor what it started in s
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -141,7 +142,11 @@ class RemoteRun:
                 preexec_fn=die_with_parent(signal.SIGTERM),
             )
         except OSError as error:
-            raise LaunchError(f"{start.argv[0]} cannot be started: {error.strerror}.") from None
+            cure = "Check that it can be executed"
+            if error.errno == errno.E2BIG:
+                name, nbytes = max(((k, len(v)) for k, v in self._plan.variables.items()), key=lambda pair: pair[1])
+                cure = f"The variables for the nodes are too many or too long ({name} has {nbytes} bytes): put such values into files"
+            raise LaunchError(f"{start.argv[0]} cannot be started: {error.strerror}.\n  {cure}.") from None
         program = _Program(start, index, popen)
         self._programs.append(program)
         for number, stream in ((1, popen.stdout), (2, popen.stderr)):
