@@ -117,6 +117,11 @@ def test_what_workers_that_ended_well_leave_running_ends(tmp_path: Path) -> None
     assert not any(map(_is_alive, _pids(tmp_path, 1)))
 
 
+def test_a_job_that_is_asked_to_end_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("kill -s TERM $PPID; sleep 100") == 1
+    assert capfd.readouterr().err == "\n---- stopped by SIGTERM; all ranks were ended ----\n"
+
+
 def test_who_had_ended_well_before_a_peer_missed_it_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert _run("exit 0", "sleep 0.5; echo 'RuntimeError: Connection closed by peer' >&2; exit 1") == 1
     assert "\nended before it, without an error: rank 0. Do all ranks" in capfd.readouterr().err
