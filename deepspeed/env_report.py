@@ -78,7 +78,7 @@ def _optimizer_trial(name: str, oracle: str, device: str, **arguments: Any) -> C
             raise RuntimeError("the step changed nothing")
         if device == "cpu" and native.library() is None:
             raise Slower(f"on torch's kernels: {(native.why_missing() or '').splitlines()[0]}")
-        return f"compiled loops, {native.isas()[-1]}" if device == "cpu" else f"on {where}"
+        return f"compiled loops, {native.isas()[0]}" if device == "cpu" else f"on {where}"
 
     return trial
 
@@ -87,9 +87,9 @@ def _async_io() -> str:
     import torch
 
     from deepspeed import native
-    from deepspeed.tiers.builders import AsyncIOBuilder
+    from deepspeed.tiers.aio import aio_handle
 
-    handle = AsyncIOBuilder().load().aio_handle()
+    handle = aio_handle()
     with tempfile.TemporaryDirectory() as folder:
         path = str(Path(folder) / "block")
         written = torch.arange(1 << 18, dtype=torch.float32)
@@ -104,10 +104,9 @@ def _async_io() -> str:
 
 
 def _gds() -> str:
-    from deepspeed.tiers.builders import GDSBuilder
+    from deepspeed.utils.errors import NotAvailableError
 
-    GDSBuilder().load()
-    return "loaded"
+    raise NotAvailableError("cuFile is not used in this version")
 
 
 def _gloo() -> str:

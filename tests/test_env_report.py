@@ -15,6 +15,8 @@ def test_every_operation_is_run_or_has_a_reason(capsys: pytest.CaptureFixture[st
         [line] = [line for line in lines if line.startswith(f"{row.name} ")]
         state = line.split()[1]
         assert state in ("yes", "slower", "no") and (state == "yes" or line.endswith(f"-> {row.cost}"))
+    assert not any("ImportError" in line or "ModuleNotFoundError: No module named 'deepspeed" in line for line in lines)
+    assert any(line.startswith("async_io ") and line.split()[1] in ("yes", "slower") for line in lines)
     assert any(line.startswith("gloo ") and line.split()[1] == "yes" for line in lines)
 
 

@@ -25,6 +25,7 @@ from torch import Tensor
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.recorder import bus_factor, size_text
+from deepspeed.utils.errors import DeepSpeedError
 
 OPERATIONS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "pt2pt")
 DTYPES = {name: getattr(torch, name) for name in ("float32", "float16", "bfloat16", "float64", "int32", "int8")}
@@ -38,7 +39,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--warmups", type=int, default=2, help="calls before them (%(default)s)")
     parser.add_argument("--minsize", type=int, default=10, help="smallest message: 2**N elements (%(default)s)")
     parser.add_argument("--maxsize", type=int, default=24, help="largest message: 2**N elements (%(default)s)")
-    parser.add_argument("--scan", action="store_true", help="every power of two between them, not every fourth")
+    parser.add_argument("--scan", action="store_true", help="every power of two between them, not every second")
     parser.add_argument("--async-op", action="store_true", help="start all trials before waiting for them")
     parser.add_argument("--bw-unit", choices=("Gbps", "GBps"), default="Gbps")
     parser.add_argument("--backend", help="of torch.distributed; by default the accelerator's")
@@ -53,10 +54,19 @@ def make_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def parse_args(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, checked: `ds_bench` asks before it starts anything, so that no rank has to fail. Exits like argparse."""
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if not 0 <= args.minsize <= args.maxsize <= 40:
+        parser.error(f"--minsize {args.minsize} and --maxsize {args.maxsize}: give 0 <= minsize <= maxsize <= 40")
+    if args.trials < 1 or args.warmups < 0:
+        parser.error(f"--trials {args.trials} and --warmups {args.warmups}: give at least 1 and 0")
+    return args
+
+
 def sizes(args: argparse.Namespace, world_size: int, element_nbytes: int) -> list[int]:
     """Message sizes in elements, each a multiple of the number of ranks."""
-    if not 0 <= args.minsize <= args.maxsize <= 40:
-        raise ValueError(f"--minsize {args.minsize} and --maxsize {args.maxsize}: give 0 <= minsize <= maxsize <= 40.")
     limit = get_accelerator().total_memory() * args.mem_factor / element_nbytes
     powers = [*range(args.minsize, args.maxsize, 1 if args.scan else 2), args.maxsize]
     rounded = [max(1, 2**power // world_size) * world_size for power in powers]
@@ -122,7 +132,7 @@ def sweep(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         for numel in sizes(args, world, dtype.itemsize):
             call = make_call(name, numel, dtype, device, lib)
-            took_s = measure_s(call, max(1, args.trials), args.warmups, args.async_op, device)
+            took_s = measure_s(call, args.trials, args.warmups, args.async_op, device)
             nbytes = numel * dtype.itemsize
             algorithm = nbytes / took_s
             yield {
@@ -144,12 +154,14 @@ def line_of(figure: dict[str, Any], unit: str, raw: bool) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the sweep in this rank; rank 0 prints, and writes the JSON."""
-    args = make_parser().parse_args(arguments)
+    args = parse_args(arguments)
     comm.init_distributed(dist_backend=args.backend, verbose=False)
     figures = []
     is_first = dist.get_rank() == 0
     if args.debug:
         print(f"rank {dist.get_rank()}: {platform.node()}, {get_accelerator().current_device_name()}", flush=True)
+    if is_first and args.json and not args.json.absolute().parent.is_dir():
+        raise DeepSpeedError(f"--json {args.json}: there is no directory {args.json.absolute().parent}.\n  Make it.")
     if is_first:
         print(f"{'op':<16}{'message':>14}{'ms':>12}{'alg ' + args.bw_unit:>12}{'bus ' + args.bw_unit:>12}")
     for figure in sweep(args):

@@ -18,12 +18,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("-w", "--world-size", type=int, default=0, help="the micro-batch for so many GPUs, too")
     args = parser.parse_args(arguments)
     try:
+        if args.world_size < 0:
+            raise ValueError(
+                f"--world-size {args.world_size} is no number of GPUs.\n  Give 1 or more, or leave it out."
+            )
         config = json.loads(args.config.read_text())
         section = read_section(config)
         # Version 0.2 speaks about a given number of GPUs only; without one, the fewest stand for it.
         world_size = args.world_size or (section.num_gpus_per_node if section.version != 0.1 else 0)
         batch, valid, *micro = compute_elastic_config(config, sys.modules["deepspeed"].__version__, world_size)
-    except (OSError, ValueError) as error:
+    except json.JSONDecodeError as error:
+        print(f"ds_elastic: {args.config} is not JSON: {error}.", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"ds_elastic: {args.config} cannot be read: {error.strerror}.", file=sys.stderr)
+        return 1
+    except ValueError as error:
         print(f"ds_elastic: {error}", file=sys.stderr)
         return 1
     print(f"{SECTION}: {json.dumps(config[SECTION], indent=4, sort_keys=True)}")

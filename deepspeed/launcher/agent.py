@@ -11,7 +11,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import ipaddress
+import math
 import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -39,8 +41,8 @@ class Membership:
     """ "node b", "rank 3"."""
     connect_s: float
     """How long the coordinator may take to come up."""
-    start_s: float
-    """How long the others may take to join."""
+    tells: bool = False
+    """Whether this process writes why the coordinator stops it; else the coordinator's owner does, on the same terminal."""
 
 
 def take_part(membership: Membership, make_job: Callable[[], Job], run: Callable[[Job, Link], int]) -> int:
@@ -65,8 +67,10 @@ def take_part(membership: Membership, make_job: Callable[[], Job], run: Callable
         )
         if trouble is not None:
             link.send({"failed": _cannot(membership, trouble).to_json()})
-        answer = link.expect("go", "stop", timeout_s=membership.start_s)
+        answer = link.expect("go", "stop", timeout_s=math.inf)  # the coordinator knows how long others may take
         if "stop" in answer:
+            if membership.tells:
+                print(answer["stop"], end="", file=sys.stderr)
             link.send({"ended": int(answer["code"])})
             return int(answer["code"])
         meeting = answer["go"]

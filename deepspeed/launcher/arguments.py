@@ -7,13 +7,15 @@ Source: the public contract of the original's command line; ours are --env_file,
 from __future__ import annotations
 
 import argparse
+import math
+import shlex
 from collections.abc import Sequence
 from pathlib import Path
 
 from deepspeed.launcher.agent import DEFAULT_PORT
 from deepspeed.launcher.commands import COMMANDS
 from deepspeed.launcher.coordinator import START_S
-from deepspeed.launcher.hostfile import is_host
+from deepspeed.launcher.hostfile import MAX_SLOTS, is_host
 from deepspeed.launcher.launch import add_elastic_arguments, add_job_arguments
 from deepspeed.launcher.starters import STARTERS
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
@@ -96,6 +98,10 @@ def _check(args: argparse.Namespace) -> None:
     for flag, count in (("--num_nodes", args.num_nodes), ("--num_gpus", args.num_gpus)):
         if count == 0 or count < -1:
             raise DeepSpeedError(f"{flag} {count} starts nothing.\n  Give a number of at least 1, or leave it out.")
+    if args.num_gpus > MAX_SLOTS:
+        raise DeepSpeedError(
+            f"--num_gpus {args.num_gpus} is more than {MAX_SLOTS}.\n  Count the devices of one machine."
+        )
     for flag, port in (
         ("--master_port", args.master_port),
         ("--ssh_port", args.ssh_port),
@@ -105,7 +111,17 @@ def _check(args: argparse.Namespace) -> None:
             raise DeepSpeedError(f"{flag} {port} is no TCP port.\n  Give a number from 1 to 65535.")
     for flag, host in (("--master_addr", args.master_addr), ("--control_addr", args.control_addr)):
         if host and not is_host(host):
-            raise DeepSpeedError(f"{flag} {host!r} is no host name and no IP address.")
+            raise DeepSpeedError(f"{flag} {host!r} is no host name and no IP address.\n  Leave ports and users out.")
+    if not 0 <= args.grace_period < math.inf:
+        raise DeepSpeedError(f"--grace_period {args.grace_period:g} is no time.\n  Give seconds, 0 or more.")
+    if args.start_timeout != -1 and not 0 < args.start_timeout < math.inf:
+        raise DeepSpeedError(f"--start_timeout {args.start_timeout:g} is no time.\n  Give seconds, more than 0.")
+    try:
+        shlex.split(args.launcher_args)
+    except ValueError as error:
+        raise DeepSpeedError(
+            f"--launcher_args {args.launcher_args!r} is not a command line: {error}.\n  Quote it as in a shell."
+        ) from None
     if args.node_rank >= 0 and not args.no_ssh:
         raise DeepSpeedError(
             f"--node_rank {args.node_rank} only goes with --no_ssh.\n  Other launchers number the nodes."

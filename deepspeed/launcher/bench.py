@@ -26,6 +26,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     _, for_launcher = parser.parse_known_args(words)
     for_launcher = [word for word in for_launcher if word != "--"]
     own = _without(words, for_launcher)
+    bench.parse_args(own)
     command = [
         sys.executable,
         "-m",

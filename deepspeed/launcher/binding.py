@@ -1,4 +1,4 @@
-"""Which cores each rank of a node runs on, as a numactl command. Pure but for `physical_cores` and `numa_nodes`.
+"""Which cores each rank of a node runs on, as a numactl command. Pure but for the last three.
 
 Used by `job` for --bind_cores_to_rank. Every rank gets an equal, contiguous piece of the list of physical cores; memory
 is taken from the cores' NUMA node where all of them lie in one. Source: numactl(8), Linux's sysfs topology files.
@@ -6,7 +6,9 @@ is taken from the cores' NUMA node where all of them lie in one. Source: numactl
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import os
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 from deepspeed.utils.errors import DeepSpeedError
@@ -42,10 +44,10 @@ def numactl_command(cores: Sequence[int], nodes: Mapping[int, Sequence[int]]) ->
     """numactl with these cores, and their NUMA node's memory where `nodes` {node: cores} has them all in one."""
     home = next((node for node, members in nodes.items() if set(cores) <= set(members)), None)
     memory = [] if home is None else ["-m", str(home)]
-    return ["numactl", *memory, "-C", ",".join(_ranges(cores))]
+    return ["numactl", *memory, "-C", ",".join(ranges(cores))]
 
 
-def _ranges(cores: Sequence[int]) -> list[str]:
+def ranges(cores: Iterable[int]) -> list[str]:
     """[1, 3, 4, 5] -> ["1", "3-5"]."""
     runs: list[list[int]] = []
     for core in sorted(cores):
@@ -56,10 +58,17 @@ def _ranges(cores: Sequence[int]) -> list[str]:
     return [str(low) if low == high else f"{low}-{high}" for low, high in runs]
 
 
-def physical_cores(system: Path = _SYSTEM) -> list[int]:
-    """One logical core of every physical one, those of a socket together."""
+def allowed_cores() -> set[int]:
+    """The logical cores this process may run on: fewer than the machine has in a container or under a batch system."""
+    return os.sched_getaffinity(0) if sys.platform == "linux" else set(range(os.cpu_count() or 1))
+
+
+def physical_cores(allowed: Collection[int], system: Path = _SYSTEM) -> list[int]:
+    """One allowed logical core of every physical one, those of a NUMA node together (some machines number in turn)."""
     siblings = (path.read_text() for path in system.glob("cpu/cpu[0-9]*/topology/thread_siblings_list"))
-    return sorted({parse_cores(text)[0] for text in siblings})
+    usable = ([core for core in parse_cores(text) if core in allowed] for text in siblings)
+    node_of = {core: node for node, cores in numa_nodes(system).items() for core in cores}
+    return sorted({cores[0] for cores in usable if cores}, key=lambda core: (node_of.get(core, 0), core))
 
 
 def numa_nodes(system: Path = _SYSTEM) -> dict[int, list[int]]:

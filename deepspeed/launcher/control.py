@@ -99,6 +99,16 @@ def address_towards(host: str) -> str | None:
     return None
 
 
+def is_here(host: str) -> bool:
+    """Whether `host` is this machine: one can listen at its address."""
+    with contextlib.suppress(OSError):
+        for family, kind, _, _, address in socket.getaddrinfo(host, 0, type=socket.SOCK_DGRAM):
+            with contextlib.suppress(OSError), socket.socket(family, kind) as probe:
+                probe.bind(address)
+                return True
+    return False
+
+
 class Link:
     """A member's end. Not thread-safe; its owner's loop calls `receive` when `fileno` is readable, and `beat`."""
 
@@ -125,8 +135,8 @@ class Link:
                 if time.monotonic() + pause_s > until_s:
                     raise LinkLostError(
                         f"the job's coordinator at {address} cannot be reached from {socket.gethostname()}: {error}.\n"
-                        "  Let this node connect to that port (--control_port chooses it, --control_addr the address), "
-                        "or start with --no_control."
+                        "  With --no_ssh, start node 0, too. Let this node connect to that port (--control_port chooses "
+                        "it, --control_addr the address), or start with --no_control."
                     ) from None
                 time.sleep(pause_s)
                 pause_s = min(1.0, pause_s * 2)

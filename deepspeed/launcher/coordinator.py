@@ -30,7 +30,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from deepspeed.launcher.control import BEAT_S, LEASE_S, Lines, Message, canonical, encode, proof
-from deepspeed.launcher.failure import Blame, Failure
+from deepspeed.launcher.failure import Blame, Failure, listed
 from deepspeed.utils.errors import DeepSpeedError
 
 logger = logging.getLogger("DeepSpeed.launcher")
@@ -81,15 +81,20 @@ class Coordinator:
         master: tuple[str, int] = ("", 0),
         min_members: int | None = None,
         start_s: float = START_S,
+        may_queue: bool = False,
         check_versions: bool = True,
     ) -> None:
-        """`members` are their names ("node b"); `master` is where ranks meet as far as the user said it ("", 0)."""
+        """`members` are their names ("node b"); `master` is where ranks meet as far as the user said it ("", 0).
+
+        With `may_queue` the time for members to come, `start_s`, begins with the first of them.
+        """
         self._names = list(members)
         self._token = token
         self._grace_s = grace_s
         self._master = master
         self._min = min_members
         self._start_s = start_s
+        self._may_queue = may_queue
         self._check_versions = check_versions
         self._blame = Blame()
         self._connections: set[_Member] = set()
@@ -207,15 +212,17 @@ class Coordinator:
 
     def _tick_gathering(self, now_s: float) -> None:
         first = self._blame.first
+        if self._may_queue and not self._here:
+            self._deadline_s = self._remind_s = now_s + self._start_s
         if first is not None and now_s >= self._blame.stop_at_s:
             self._stop(self._blame.summary(), first.exit_code)
         elif now_s >= self._deadline_s:
-            missing = ", ".join(self.missing()) or "some"
+            missing = listed(self.missing()) or "some"
             text = f"---- {missing} did not report within {self._start_s:.0f} s; nothing was started ----"
             self._stop(f"\n{text}\nIs the launcher started there, and may it connect to port {self.port} here?\n", 1)
         elif now_s >= self._remind_s:
             self._remind_s = now_s + REMIND_S
-            logger.warning("waiting for %s", ", ".join(self.missing()))
+            logger.warning("waiting for %s", listed(self.missing()))
 
     def _accept(self) -> None:
         with contextlib.suppress(OSError):
@@ -237,7 +244,7 @@ class Coordinator:
         for message in messages:
             try:
                 self._take(member, message)
-            except (KeyError, TypeError, ValueError):
+            except (KeyError, TypeError, ValueError, OverflowError):
                 data = b""  # somebody who does not speak the protocol
         if not data and member in self._connections:
             self._hung_up(member, "its launcher ended without a word: killed, or the machine went down")
@@ -246,7 +253,7 @@ class Coordinator:
         if member.index is None:
             self._admit(member, message)
         elif "failed" in message:
-            failure = Failure.from_json(message["failed"])
+            failure = Failure.from_json(message["failed"]).after([self._names[index] for index in sorted(self._ended)])
             if self.state in (State.GATHERING, State.RUNNING):
                 self._blame.add(failure, time.monotonic())
         elif "ended" in message:
@@ -261,7 +268,9 @@ class Coordinator:
             self._send(
                 member,
                 {
-                    "refused": "the coordinator does not know this member: another job's, or its token was not passed on."
+                    "refused": f"the job's coordinator on {socket.gethostname()} does not know this member: another job's, "
+                    "or its token was not passed on.\n  With --no_ssh, give all nodes the same hostfile, filters, "
+                    "--master_addr and --master_port."
                 },
             )
             self._drop(member)

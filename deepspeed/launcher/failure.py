@@ -14,14 +14,16 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 TAIL_NBYTES = 1 << 16
 """How much of a worker's stderr is kept."""
 TAIL_LINES = 20
 """How much of that is shown where there is no traceback in it."""
+LINE_LENGTH = 2000
+"""How much of a line is shown."""
 SETTLE_S = 2.0
 """How long to wait for the cause of a consequence."""
 
@@ -73,9 +75,17 @@ def last_words(stderr: bytes) -> str:
     starts = [match.start() for match in _TRACEBACK.finditer(stderr)]
     while len(starts) > 1 and any(phrase in stderr[starts[-2] : starts[-1]] for phrase in _CHAINED):
         starts.pop()
-    if starts:
-        return stderr[starts[-1] :].decode(errors="replace").rstrip()
-    return "\n".join(stderr.decode(errors="replace").rstrip().splitlines()[-TAIL_LINES:])
+    lines = stderr[starts[-1] if starts else 0 :].decode(errors="replace").rstrip().split("\n")
+    return "\n".join(map(_clipped, lines if starts else lines[-TAIL_LINES:]))
+
+
+def _clipped(line: str) -> str:
+    return line if len(line) <= LINE_LENGTH else f"{line[:LINE_LENGTH]}... ({len(line)} characters)"
+
+
+def listed(names: Sequence[str]) -> str:
+    """The names, or the first of them."""
+    return ", ".join([*names[:8], *(["..."] if len(names) > 8 else [])])
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -94,6 +104,8 @@ class Failure:
     """The file with its output, on its host."""
     what: str = ""
     """How it ended, where the code does not say."""
+    before: str = ""
+    """Who had ended without an error before it, if it looks like their loss."""
 
     @property
     def is_consequence(self) -> bool:
@@ -104,6 +116,12 @@ class Failure:
     def exit_code(self) -> int:
         """The job's exit code if this is what ended it."""
         return 1 if self.code is None else shell_code(self.code)
+
+    def after(self, ended: Sequence[str]) -> Failure:
+        """This failure, where `ended` have ended without an error: others may have waited for them in vain."""
+        if not (ended and self.is_consequence):
+            return self
+        return replace(self, before=", ".join(filter(None, [self.before, listed(ended)])))
 
     def to_json(self) -> dict[str, Any]:
         """As it travels."""
@@ -121,6 +139,7 @@ class Failure:
             pid=int(data["pid"]),
             log=str(data["log"])[:4096],
             what=str(data["what"])[:4096],
+            before=str(data["before"])[:4096],
         )
 
     def summary(self, others: Iterable[Failure] = ()) -> str:
@@ -132,9 +151,13 @@ class Failure:
             lines.append(f"its output is in {self.log}")
         if self.words:
             lines.append(self.words)
+        if self.before:
+            lines.append(
+                f"ended before it, without an error: {self.before}. Do all ranks take the same number of steps?"
+            )
         after = [f"{other.who} ({other.host})" for other in others if other != self]
         if after:
-            lines.append(f"failed after it: {', '.join(after[:8])}{', ...' * (len(after) > 8)}")
+            lines.append(f"failed after it: {listed(after)}")
         if self.exit_code > 128 or not self.words:
             lines.append(f"{self.who}: {ending}")
         return "\n".join(lines) + "\n"

@@ -45,7 +45,7 @@ def is_host(text: str) -> bool:
 def read_hostfile(path: Path) -> dict[str, int]:
     """The pool {host: slots} of a hostfile. Raises DeepSpeedError, naming file and line, for what is no hostfile."""
     try:
-        return parse_hostfile(path.read_text(), str(path))
+        return parse_hostfile(path.read_text(encoding="utf-8-sig"), str(path))
     except (OSError, UnicodeDecodeError) as error:
         raise DeepSpeedError(f"hostfile {path} cannot be read: {error}.") from None
 
@@ -53,7 +53,7 @@ def read_hostfile(path: Path) -> dict[str, int]:
 def parse_hostfile(text: str, name: str) -> dict[str, int]:
     """The pool {host: slots} of a hostfile's text."""
     pool: dict[str, int] = {}
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
         if not line or line.startswith("#"):
             continue
         match = _LINE.match(line)
@@ -70,8 +70,9 @@ def parse_hostfile(text: str, name: str) -> dict[str, int]:
         if host in pool:
             raise DeepSpeedError(f"{name}, line {number}: host {host} is listed twice.\n  Remove one of the lines.")
         pool[host] = int(slots)
-    if not pool:
-        raise DeepSpeedError(f'{name} lists no host.\n  Write a line "<host> slots=<number>" for each machine.')
+    if not any(pool.values()):
+        what = "gives no host a slot" if pool else "lists no host"
+        raise DeepSpeedError(f'{name} {what}.\n  Write a line "<host> slots=<number>" for each machine.')
     return pool
 
 
@@ -139,6 +140,8 @@ def decode_world(text: str) -> World:
     """The world that `encode_world` wrote."""
     try:
         world = json.loads(base64.urlsafe_b64decode(text))
+        if not world or not all(isinstance(slots, list) and slots for slots in world.values()):
+            raise ValueError("a host without slots")
         return {str(host): [int(slot) for slot in slots] for host, slots in world.items()}
     except (binascii.Error, ValueError, AttributeError, TypeError):
         raise DeepSpeedError(

@@ -8,7 +8,6 @@ part of it is run by `launch.run_here`. Ranks are numbered through the hosts in 
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -180,8 +179,3 @@ def _command(job: Job, local_rank: int, numa: Mapping[int, Sequence[int]]) -> li
         binding = numactl_command(slice_of(job.bind_cores, local_rank, job.local_size), numa)
     own = [] if job.no_local_rank else [f"--local_rank={local_rank}"]
     return [*binding, *_python(job), *own, *job.script_args]
-
-
-def available_cores() -> int:
-    """How many cores this process may run on."""
-    return len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1

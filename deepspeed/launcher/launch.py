@@ -16,6 +16,7 @@ import dataclasses
 import logging
 import os
 import shutil
+import socket
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,9 @@ from deepspeed.accelerator.platforms import Platform, known_without_torch
 from deepspeed.launcher import binding
 from deepspeed.launcher.agent import CONNECT_S, DEFAULT_PORT, Membership, take_part
 from deepspeed.launcher.control import TOKEN_VARIABLE, Link
-from deepspeed.launcher.coordinator import START_S
 from deepspeed.launcher.hostfile import decode_world
-from deepspeed.launcher.job import Elastic, Job, available_cores, workers
+from deepspeed.launcher.job import Elastic, Job, workers
+from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.supervise import GRACE_S, Supervisor
 from deepspeed.launcher.variables import shown
 from deepspeed.utils.errors import DeepSpeedError
@@ -84,7 +85,6 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
 def add_member_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of whoever takes part in a job on several nodes; the `deepspeed` command writes them."""
     parser.add_argument("--control", default="", metavar="HOST:PORT", help="where the job's coordinator listens")
-    parser.add_argument("--start_timeout", type=float, default=START_S, help="seconds for all nodes to come up")
 
 
 def add_elastic_arguments(parser: argparse.ArgumentParser, flag: str) -> None:
@@ -110,6 +110,8 @@ def job_options(args: argparse.Namespace, platform: Platform | None, local_size:
     """The fields of a Job that come from `add_job_arguments` and from the kind of machine. Checks them."""
     if args.module and args.no_python:
         raise DeepSpeedError("--module and --no_python exclude each other.\n  A module is run by python; give one.")
+    if args.bind_core_list and not args.bind_cores_to_rank:
+        logger.warning("--bind_core_list has no effect without --bind_cores_to_rank")
     is_cpu = platform is not None and platform.name == "cpu"
     visible = platform.visible_devices if platform else "CUDA_VISIBLE_DEVICES"
     # A caller who hides GPUs from a CPU run keeps them hidden.
@@ -122,7 +124,7 @@ def job_options(args: argparse.Namespace, platform: Platform | None, local_size:
         "log_dir": None if args.enable_each_rank_log == "None" else Path(args.enable_each_rank_log),
         "bind_cores": cores_to_bind(args) if args.bind_cores_to_rank else None,
         # Ranks that compute on the CPU would each start a thread per core.
-        "threads_per_rank": max(1, available_cores() // local_size) if is_cpu and local_size > 1 else None,
+        "threads_per_rank": max(1, len(binding.allowed_cores()) // local_size) if is_cpu and local_size > 1 else None,
     }
 
 
@@ -165,13 +167,26 @@ def cores_to_bind(args: argparse.Namespace) -> list[int]:
         raise DeepSpeedError(
             "--bind_cores_to_rank needs numactl, which is not installed.\n  Install it, or drop the flag."
         )
-    return binding.parse_cores(args.bind_core_list) if args.bind_core_list else binding.physical_cores()
+    allowed = binding.allowed_cores()
+    cores = binding.parse_cores(args.bind_core_list) if args.bind_core_list else binding.physical_cores(allowed)
+    missing = [core for core in cores if core not in allowed]
+    if missing:
+        raise DeepSpeedError(
+            f"--bind_core_list {args.bind_core_list}: {socket.gethostname()} has no core {missing[0]} for this process.\n"
+            f"  It may use {','.join(binding.ranges(allowed))}."
+        )
+    return cores
 
 
 def make_folder(path: Path) -> None:
     if path.exists() and not path.is_dir():
         raise DeepSpeedError(f"--enable_each_rank_log {path} is a file.\n  Name a directory; it is made if missing.")
-    path.mkdir(parents=True, exist_ok=True)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DeepSpeedError(
+            f"--enable_each_rank_log {path} cannot be made: {error.strerror}.\n  Name a directory that you may write to."
+        ) from None
 
 
 def _parse(args: Sequence[str] | None) -> argparse.Namespace:
@@ -223,6 +238,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Called as a command, it prints what is wrong with its arguments; called with `args`, it raises DeepSpeedError.
     """
+    open_standard_streams()
     parsed = _parse(args)
     set_up_logging(parsed)
     try:
@@ -246,7 +262,6 @@ def run_node(args: argparse.Namespace) -> int:
         index=args.node_rank,
         name=f"node {hosts[args.node_rank]}" if 0 <= args.node_rank < len(hosts) else f"node {args.node_rank}",
         connect_s=CONNECT_S,
-        start_s=args.start_timeout,
     )
     return take_part(
         membership, lambda: _job(args), lambda job, link: run_here(job, link=link, grace_s=args.grace_period)

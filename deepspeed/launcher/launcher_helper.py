@@ -20,7 +20,7 @@ from deepspeed.launcher import binding
 from deepspeed.launcher.agent import CONNECT_S, Membership, take_part
 from deepspeed.launcher.control import TOKEN_VARIABLE, Link
 from deepspeed.launcher.hostfile import World
-from deepspeed.launcher.job import Job, Worker, available_cores, log_path
+from deepspeed.launcher.job import Job, Worker, log_path
 from deepspeed.launcher.launch import (
     add_job_arguments,
     add_member_arguments,
@@ -28,6 +28,7 @@ from deepspeed.launcher.launch import (
     make_folder,
     set_up_logging,
 )
+from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.supervise import Supervisor
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.launch_env import LOCALHOST, TORCH_VARIABLES, LaunchEnv, discover
@@ -80,7 +81,7 @@ def worker_of(job: Job, env: LaunchEnv, environ: Mapping[str, str], numa: Mappin
         command = [*binding.numactl_command(cores, numa), *command]
         made["OMP_NUM_THREADS"] = str(len(cores))
     elif "OMP_NUM_THREADS" not in environ and env.local_size > 1:
-        made["OMP_NUM_THREADS"] = str(max(1, available_cores() // env.local_size))
+        made["OMP_NUM_THREADS"] = str(max(1, len(binding.allowed_cores()) // env.local_size))
     return Worker(
         rank=env.rank,
         command=[*command, job.script, *job.script_args],
@@ -146,13 +147,13 @@ def run(args: argparse.Namespace, environ: Mapping[str, str]) -> int:
         index=env.rank,
         name=f"rank {env.rank}",
         connect_s=CONNECT_S,
-        start_s=args.start_timeout,
     )
     return take_part(membership, make_job, supervise)
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Called by mpirun and srun; the exit code."""
+    open_standard_streams()
     parsed = _parse(args)
     set_up_logging(parsed)
     try:

@@ -10,10 +10,22 @@ from __future__ import annotations
 
 import os
 import select
+import sys
 import time
 
 PIPE_BUF = 4096
 FULL_NBYTES = 1 << 16
+
+
+def open_standard_streams() -> None:
+    """Where 0, 1 or 2 were closed by whoever started us, have them lead nowhere: a pipe of ours must not be one of them."""
+    for descriptor in range(3):
+        try:
+            os.fstat(descriptor)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest that is free: this one
+    sys.stdout = sys.stdout or open(1, "w", closefd=False)  # noqa: SIM115 - open as long as we run
+    sys.stderr = sys.stderr or open(2, "w", closefd=False)  # noqa: SIM115
 
 
 class Outlet:

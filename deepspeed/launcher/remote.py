@@ -14,6 +14,7 @@ Invariant: no program outlives this process (prctl(2)), nor what it started in s
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -141,7 +142,11 @@ class RemoteRun:
                 preexec_fn=die_with_parent(signal.SIGTERM),
             )
         except OSError as error:
-            raise LaunchError(f"{start.argv[0]} cannot be started: {error.strerror}.") from None
+            cure = "Check that it can be executed"
+            if error.errno == errno.E2BIG:
+                name, nbytes = max(((k, len(v)) for k, v in self._plan.variables.items()), key=lambda pair: pair[1])
+                cure = f"The variables for the nodes are too many or too long ({name} has {nbytes} bytes): put such values into files"
+            raise LaunchError(f"{start.argv[0]} cannot be started: {error.strerror}.\n  {cure}.") from None
         program = _Program(start, index, popen)
         self._programs.append(program)
         for number, stream in ((1, popen.stdout), (2, popen.stderr)):
@@ -211,17 +216,17 @@ class RemoteRun:
         """Ignored by the coordinator for a member that has reported: its connection tells more."""
         assert self._coordinator is not None
         host = self._hosts[index]
-        cure = (
-            f"On {host}, this has to work:  cd {self._plan.cwd} && {self._plan.python} -c 'import deepspeed'"
-            if code != 255
-            else f"ssh could not reach {host}, or its connection broke."
-        )
+        # The launcher itself ends with 2, and has said why.
+        python = f"On {host}, this has to work:  cd {self._plan.cwd} && {self._plan.python} -c 'import deepspeed'"
+        cure = {2: "", 255: f"ssh could not reach {host}, or its connection broke."}.get(code, python)
+        mark = f"{host}: ".encode()  # one program for all nodes marks their lines
+        own = b"\n".join(line[len(mark) :] for line in tail.splitlines() if line.startswith(mark))
         failure = Failure(
             who=f"node {host}",
             host=host,
             code=code if code > 0 else None,
             what=f"its launcher did not start ({describe_exit(code)})",
-            words=f"{last_words(tail)}\n{cure}".strip(),
+            words=f"{last_words(own or tail)}\n{cure}".strip(),
         )
         self._coordinator.failed(index, failure)
         if self._retries:

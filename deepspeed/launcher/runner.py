@@ -25,11 +25,12 @@ from deepspeed.launcher import arguments, hostfile
 from deepspeed.launcher.agent import DEFAULT_PORT, Membership, meeting_port, take_part
 from deepspeed.launcher.arguments import HOSTFILE, make_parser, parse_args
 from deepspeed.launcher.commands import run_command
-from deepspeed.launcher.control import TOKEN_VARIABLE, address_towards, new_token
+from deepspeed.launcher.control import TOKEN_VARIABLE, address_towards, is_here, new_token
 from deepspeed.launcher.coordinator import START_S, Coordinator
 from deepspeed.launcher.hostfile import World, encode_world
 from deepspeed.launcher.job import Job
 from deepspeed.launcher.launch import elastic_of, job_options, logger, pid_file, run_here, set_up_logging
+from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.remote import RemoteRun, check_reachable
 from deepspeed.launcher.starters import STARTERS, Plan, Starter
 from deepspeed.launcher.variables import FILE_NAME, exported
@@ -132,6 +133,11 @@ def _job(args: argparse.Namespace, environ: Mapping[str, str], platform: Platfor
         raise DeepSpeedError(f"--node_rank {node_rank} is not in [0, {len(world)}): hosts are {', '.join(world)}.")
     if len(world) > 1 and not args.master_addr:
         raise DeepSpeedError("--no_ssh with several hosts needs --master_addr.\n  Give the first host's address.")
+    if args.node_rank < 0 and len(world) > 1:
+        raise DeepSpeedError(
+            f"--no_ssh with several hosts needs --node_rank, this one's place among {', '.join(world)}.\n"
+            "  Give 0 on the first, 1 on the second, and so on."
+        )
     visible = platform.visible_devices
     options = job_options(args, platform, len(list(world.values())[node_rank]))
     if visible and visible in environ:  # ids that are no indices: the caller's choice stands
@@ -158,6 +164,8 @@ def run(args: argparse.Namespace) -> int:
         if (len(world) > 1 or args.force_multi) and not args.no_ssh:
             return run_remote(args, world, platform)
         job = _job(args, os.environ, platform, world)
+        if len(world) == 1 and not args.no_ssh and not is_here(job.host):
+            logger.warning("%s is not this machine, but its ranks run here; --force_multi starts them there", job.host)
         if len(world) > 1 and not args.no_control:
             return run_by_hand(args, job)
         with contextlib.ExitStack() as stack:
@@ -191,8 +199,11 @@ def run_remote(args: argparse.Namespace, world: World, platform: Platform) -> in
             master=(args.master_addr, port),
             min_members=elastic.min_nodes if elastic else None,
             start_s=args.start_timeout if args.start_timeout > 0 else START_S,
+            may_queue=starter.may_queue(os.environ),
             check_versions=not os.environ.get("DS_SKIP_VERSION_CHECK"),
         )
+    if args.venv_script and starter.members_are_ranks:
+        logger.warning("--venv_script has no effect with --launcher %s; source it before this command", starter.name)
     plan = Plan(
         world=world,
         script=args.user_script,
@@ -254,6 +265,8 @@ def run_by_hand(args: argparse.Namespace, job: Job) -> int:
     start_s = args.start_timeout if args.start_timeout > 0 else BY_HAND_START_S
     names = [f"node {host}" for host in job.world]
     coordinator = None
+    if job.node_rank == 0 and not is_here(args.master_addr):
+        logger.warning("--node_rank 0, but the others look for it at %s, which is not this machine", args.master_addr)
     if job.node_rank == 0:
         coordinator = Coordinator(
             names,
@@ -273,7 +286,7 @@ def run_by_hand(args: argparse.Namespace, job: Job) -> int:
         index=job.node_rank,
         name=names[job.node_rank],
         connect_s=start_s,
-        start_s=start_s,
+        tells=True,
     )
     code = take_part(
         membership,
@@ -291,6 +304,7 @@ def main(args: Sequence[str] | None = None) -> int:
 
     Called as a command, it prints what is wrong with its arguments; called with `args`, it raises DeepSpeedError.
     """
+    open_standard_streams()
     words = sys.argv[1:] if args is None else args
     if not words:
         make_parser().print_help()

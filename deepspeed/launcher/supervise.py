@@ -70,9 +70,13 @@ class _Process:
                 preexec_fn=die_with_parent(),
             )
         except OSError as error:
+            command = worker.command[0]
+            is_here = "/" not in command and Path(command).is_file()
+            cure = (
+                f"Write ./{command}" if is_here else "Give a script that exists (with --no_python: that is executable)"
+            )
             raise DeepSpeedError(
-                f"rank {worker.rank} cannot be started: {worker.command[0]!r}: {error.strerror}.\n"
-                "  Give a script that exists (with --no_python: that is executable)."
+                f"{worker.name} cannot be started: {command!r}: {error.strerror}.\n  {cure}."
             ) from None
         finally:
             if log:
@@ -151,6 +155,7 @@ class Supervisor:
                     self._start(worker, leash)
                 while self._is_busy():
                     self._turn()
+                self._end_leftovers()
                 self._drain()
             finally:
                 self._kill_all()
@@ -163,6 +168,8 @@ class Supervisor:
             text, code = self._stopped_by
         elif self._link is None:
             text = self._blame.summary()
+            if self._signals and not text:
+                text = f"\n---- stopped by {signal.Signals(self._signals[0]).name}; all ranks were ended ----\n"
         else:
             text = ""
         sys.stdout.flush()
@@ -186,6 +193,13 @@ class Supervisor:
         if self._state is State.RUNNING and self._blame.failures and self._link and not self._signals:
             return True  # the coordinator's word is on its way, or its loss
         return self._state is State.STOPPING and _any_alive({process.popen.pid for process in self._processes})
+
+    def _end_leftovers(self) -> None:
+        """Workers that ended well may have left processes running; those in sessions of their own may stay."""
+        if self._state is State.RUNNING and _any_alive({process.popen.pid for process in self._processes}):
+            self._stop(hurry=False)
+            while self._is_busy():
+                self._turn()
 
     def _turn(self) -> None:
         """Wait for something to happen, and see to it."""
@@ -248,7 +262,8 @@ class Supervisor:
             return
         for chunk in process.rest():
             self._stderr.write(chunk)
-        failure = process.failure()
+        ended = [other.worker.name for other in self._processes if other.popen.returncode == 0]
+        failure = process.failure().after(ended)
         if self._link:
             self._tell_failure(failure)
         else:

@@ -39,7 +39,7 @@ _USERINFO = re.compile(r"(?<=://)[^/@\s]+(?=@)")
 
 def parse_env_file(text: str, name: str) -> Iterator[tuple[str, str]]:
     """The (name, value) pairs of a file, in order. Raises DeepSpeedError, naming file and line, for what is none."""
-    for number, line in enumerate(map(str.strip, text.splitlines()), start=1):
+    for number, line in enumerate(map(str.strip, text.split("\n")), start=1):
         if not line or line.startswith("#"):
             continue
         key, equals, value = (part.strip() for part in line.partition("="))
@@ -95,7 +95,7 @@ def _selected(path: Path, environ: Mapping[str, str], chosen: Mapping[str, str])
 
 def _text(path: Path) -> str:
     try:
-        return path.read_text()
+        return path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise DeepSpeedError(f"{path} cannot be read: {error}.") from None
 

@@ -121,8 +121,13 @@ def test_ds_elastic_prints_the_sizes(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main(["-c", str(path), "-w", "8"]) == 0
     written = capsys.readouterr().out
     assert "final_batch_size .... 1680" in written and "micro_batch_size .... 6" in written
+    assert main(["-c", str(path), "-w", "-4"]) == 1
     path.write_text("{")
     assert main(["-c", str(path)]) == 1
+    assert main(["-c", str(tmp_path / "none")]) == 1
+    written = capsys.readouterr().err
+    assert "--world-size -4 is no number of GPUs" in written
+    assert f"{path} is not JSON" in written and f"{tmp_path}/none cannot be read: No such file" in written
 
 
 def test_names_and_switches() -> None:

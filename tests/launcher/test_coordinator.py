@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from deepspeed.launcher import control, coordinator
+from deepspeed.launcher.agent import Membership, take_part
 from deepspeed.launcher.control import Lines, Link, LinkLostError, split_address
 from deepspeed.launcher.coordinator import Coordinator, State
 from deepspeed.launcher.failure import Blame, Failure
+from deepspeed.launcher.job import Job
 from deepspeed.utils.errors import DeepSpeedError
 
 TOKEN = "t"
@@ -115,7 +117,18 @@ def test_strangers_are_refused(make: Make, wrong: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "rubbish", [b"GET / HTTP/1.1\r\n\r\n", b"[1]\n", b"{}\n", b'{"hello": 3, "mac": 1}\n', b"\xff\xfe\n"]
+    "rubbish",
+    [
+        b"GET / HTTP/1.1\r\n\r\n",
+        b"[1]\n",
+        b"{}\n",
+        b'{"hello": 3, "mac": 1}\n',
+        b"\xff\xfe\n",
+        b'{"hello": {"member": Infinity}, "mac": ""}\n',
+        b'{"hello": {"member": "\\ud800"}, "mac": "\\ud800"}\n',
+        b"[" * 100000 + b"\n",
+        b"9" * 10000 + b"\n",
+    ],
 )
 def test_rubbish_on_the_port_changes_nothing(make: Make, rubbish: bytes) -> None:
     job = make()
@@ -124,6 +137,7 @@ def test_rubbish_on_the_port_changes_nothing(make: Make, rubbish: bytes) -> None
         while stranger.recv(4096):
             """Until it hangs up."""
     assert job.state is State.GATHERING and len(job.missing()) == 2
+    assert all("go" in link.expect("go") for link in [_join(job, 0), _join(job, 1)])
 
 
 def test_different_versions_are_named(make: Make) -> None:
@@ -146,6 +160,27 @@ def test_nodes_that_never_come_are_named(make: Make) -> None:
     assert "node b did not report within 0 s" in link.expect("stop")["stop"]
     link.send({"ended": 1})
     assert job.done.wait(5) and job.code == 1
+
+
+def test_a_job_that_queues_counts_from_its_first_member(make: Make) -> None:
+    job = make(start_s=0.5, may_queue=True)
+    time.sleep(1.2)
+    assert job.state is State.GATHERING
+    assert "node b did not report within 0 s" in _join(job, 0).expect("stop")["stop"]
+
+
+def test_a_member_waits_as_long_as_the_coordinator_does_and_says_why_it_stops(
+    make: Make, capfd: pytest.CaptureFixture[str]
+) -> None:
+    job = make(start_s=1.5)
+    mine = Job(world={"a": [0], "b": [0]}, master_addr="", master_port=1, script="x")
+    for tells, seen in ((True, "---- node a did not report within 2 s"), (False, "")):
+        member = Membership(
+            address=f"127.0.0.1:{job.port}", token=TOKEN, index=1, name="node b", connect_s=3, tells=tells
+        )
+        assert take_part(member, lambda: mine, lambda job, link: 0) == 1
+        assert seen in (written := capfd.readouterr().err) and bool(written) == tells
+        job = make(start_s=1.5)
 
 
 def test_an_elastic_job_survives_a_loss_and_takes_the_node_back(make: Make) -> None:

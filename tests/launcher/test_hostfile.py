@@ -29,6 +29,7 @@ def test_a_hostfile_gives_hosts_in_its_order(tmp_path: Path) -> None:
         ("a slots=", r"line 1"),
         ("a slots=2\n\na slots=3", r"^hosts, line 3: host a is listed twice"),
         ("# nothing\n", r"^hosts lists no host"),
+        ("a slots=0\nb slots=0\n", r"^hosts gives no host a slot"),
     ],
 )
 def test_a_malformed_hostfile_is_refused_with_its_line(text: str, words: str) -> None:

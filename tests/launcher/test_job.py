@@ -111,11 +111,13 @@ def test_numactl_names_single_cores_and_runs() -> None:
 
 
 def test_the_machines_cores_and_nodes_are_read_from_sysfs(tmp_path: Path) -> None:
-    for core, siblings in enumerate(("0,2", "1,3", "0,2", "1,3")):
+    """A machine that numbers the cores of its two NUMA nodes in turn; and a container with a part of it."""
+    for core, siblings in enumerate(("0,4", "1,5", "2,6", "3,7") * 2):
         (tmp_path / f"cpu/cpu{core}/topology").mkdir(parents=True)
         (tmp_path / f"cpu/cpu{core}/topology/thread_siblings_list").write_text(siblings + "\n")
-    for node, cores in enumerate(("0-1", "")):
+    for node, cores in enumerate(("0,2,4,6", "1,3,5,7", "")):
         (tmp_path / f"node/node{node}").mkdir(parents=True)
         (tmp_path / f"node/node{node}/cpulist").write_text(cores + "\n")
-    assert physical_cores(tmp_path) == [0, 1]
-    assert numa_nodes(tmp_path) == {0: [0, 1]}
+    assert physical_cores(range(8), tmp_path) == [0, 2, 1, 3]
+    assert physical_cores([3, 4, 6, 7], tmp_path) == [4, 6, 3]
+    assert numa_nodes(tmp_path) == {0: [0, 2, 4, 6], 1: [1, 3, 5, 7]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import socket
@@ -172,6 +173,11 @@ def test_no_ssh_makes_this_nodes_part_of_the_job(hosts: str) -> None:
         (["--elastic_training"], "--elastic_training needs --master_addr"),
         (["--elastic_training", "--master_addr", "a", "--no_local_rank"], "does not go with --no_local_rank"),
         (["-H", "HOSTS", "--no_ssh"], "--no_ssh with several hosts needs --master_addr"),
+        (["-H", "HOSTS", "--no_ssh", "--master_addr", "a"], "--no_ssh with several hosts needs --node_rank"),
+        (["--num_gpus", "1000000000"], "--num_gpus 1000000000 is more than 4096"),
+        (["--grace_period", "-1"], "--grace_period -1 is no time"),
+        (["--start_timeout", "nan"], "--start_timeout nan is no time"),
+        (["--launcher_args", "'x"], '--launcher_args "\'x" is not a command line: No closing quotation'),
     ],
 )
 def test_contradictions_are_refused_with_the_cure(flags: list[str], words: str, hosts: str) -> None:
@@ -246,6 +252,10 @@ def test_each_rank_may_have_its_own_log(script: Path, tmp_path: Path) -> None:
     logs = tmp_path / "made" / "logs"
     assert runner.main(["--num_gpus", "2", "--enable_each_rank_log", str(logs), "-q", str(script)]) == 0
     assert sorted(file.read_text() for file in logs.glob("*_rank?.log")) == ["I am 0\n", "I am 1\n"]
+    with pytest.raises(
+        DeepSpeedError, match=r"--enable_each_rank_log .*report\.py/logs cannot be made: Not a directory"
+    ):
+        runner.main(["--num_gpus", "1", "--enable_each_rank_log", f"{script}/logs", str(script)])
 
 
 def test_binding_cores_needs_numactl_and_no_other_binding(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -253,14 +263,29 @@ def test_binding_cores_needs_numactl_and_no_other_binding(monkeypatch: pytest.Mo
     with pytest.raises(DeepSpeedError, match="needs numactl, which is not installed"):
         _job("--num_gpus", "1", "--bind_cores_to_rank")
     monkeypatch.setattr(launch.shutil, "which", lambda name: "/usr/bin/numactl")
+    monkeypatch.setattr(launch.binding, "allowed_cores", lambda: {0, 1, 2, 3})
     assert _job("--num_gpus", "1", "--bind_cores_to_rank", "--bind_core_list", "0,2-3").bind_cores == [0, 2, 3]
+    with pytest.raises(DeepSpeedError, match=r"has no core 4 for this process\.\n  It may use 0-3\."):
+        _job("--num_gpus", "1", "--bind_cores_to_rank", "--bind_core_list", "0,2-5")
     monkeypatch.setenv("KMP_AFFINITY", "compact")
     with pytest.raises(DeepSpeedError, match="KMP_AFFINITY=compact: both bind threads"):
         _job("--num_gpus", "1", "--bind_cores_to_rank")
 
 
+def test_a_single_host_that_is_elsewhere_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(runner, "run_here", lambda *args, **more: 0)
+    monkeypatch.setattr(runner.logger, "propagate", True)
+    for host, is_told in (("localhost", False), ("203.0.113.7", True)):
+        (tmp_path / "hosts").write_text(f"{host} slots=1\n")
+        caplog.clear()
+        assert runner.run(runner.parse_args(["-H", str(tmp_path / "hosts"), "train.py"])) == 0
+        assert ("is not this machine, but its ranks run here; --force_multi" in caplog.text) == is_told
+
+
 def test_ranks_on_the_cpu_share_its_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(launch, "available_cores", lambda: 8)
+    monkeypatch.setattr(launch.binding, "allowed_cores", lambda: set(range(8)))
     assert _job("--num_gpus", "2").threads_per_rank == 4
     assert _job("--num_gpus", "1").threads_per_rank is None
 
@@ -277,6 +302,13 @@ def test_world_info_is_required_by_a_nodes_launcher() -> None:
         launch.main(["train.py"])
     with pytest.raises(DeepSpeedError, match=r"--node_rank 3 is not in \[0, 1\)"):
         launch.main([f"--world_info={encode_world({'a': [0]})}", "--node_rank", "3", "train.py"])
+
+
+@pytest.mark.parametrize("world", [{}, {"a": []}, {"a": "01"}, {"a": 1}, ["a"], {"a": ["x"]}])
+def test_a_world_without_slots_is_none(world: object) -> None:
+    text = base64.urlsafe_b64encode(json.dumps(world).encode()).decode()
+    with pytest.raises(DeepSpeedError, match="is not a world"):
+        launch.main([f"--world_info={text}", "train.py"])
 
 
 def test_every_documented_flag_is_accepted() -> None:

@@ -6,6 +6,7 @@ of it that would leave a mark.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -34,6 +35,17 @@ VALUES = [
     "-oProxyCommand=touch pwned",
     "ünï \\ * ? ~ ! #",
     "",
+    "\x1b]0;title\x07 \x01 \x7f",
+    "a\rtouch pwned\r",
+    "\u2028touch pwned\x85touch pwned",
+    "\\",
+    "\\'; touch pwned; '",
+    "!!; !touch",
+    "{a,b} [a-z] <(touch pwned) >pwned",
+    "~ ~root $'\\x41' $((1))",
+    "\udcff invalid bytes",
+    "--help",
+    "@file",
 ]
 HOSTS = [
     "-oProxyCommand=touch${IFS}pwned",
@@ -52,6 +64,24 @@ HOSTS = [
     "-w",
     "a" * 300,
     "hôte",
+    "a\\b",
+    "a'b",
+    'a"b',
+    "a>b",
+    "a\x1bb",
+    "a%h",
+    "a=b",
+    "@a",
+    "a:22",
+    "ssh://a",
+    "~a",
+    "*",
+    "-",
+    "a-",
+    ".a",
+    "::1%lo;id",
+    "[::1]",
+    "١٢",
 ]
 
 
@@ -98,6 +128,17 @@ def test_values_and_arguments_reach_a_node_as_they_are(value: str, tmp_path: Pat
     environ = {**os.environ, "PATH": f"{tmp_path}:{os.environ['PATH']}"}
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, cwd=tmp_path, env=environ, timeout=30)
     assert json.loads(done.stdout) == [value, value], done.stderr
+    assert not list(tmp_path.rglob("pwned"))
+
+
+@pytest.mark.parametrize("name", ["it's; touch pwned", "$(touch pwned)", "missing"])
+def test_a_script_to_source_is_sourced_or_missed(name: str, tmp_path: Path) -> None:
+    if name != "missing":
+        (tmp_path / name).write_text("echo sourced; exit 0\n")
+    line = remote_line(dataclasses.replace(_plan(), venv_script=str(tmp_path / name)), 0)
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, cwd=tmp_path, timeout=30)
+    assert (done.returncode, done.stdout) == ((2, "") if name == "missing" else (0, "sourced\n"))
+    assert ("--venv_script" in done.stderr) == (name == "missing")
     assert not list(tmp_path.rglob("pwned"))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import signal
 import subprocess
 import sys
@@ -109,6 +110,33 @@ def test_children_of_workers_end_with_them(tmp_path: Path) -> None:
     assert _run(child, "sleep 0.3; exit 1") == 1
     [pid] = _pids(tmp_path, 1)
     assert not _is_alive(pid)
+
+
+def test_what_workers_that_ended_well_leave_running_ends(tmp_path: Path) -> None:
+    assert _run(f"sleep 100 & echo $! > {tmp_path}/0.pid") == 0
+    assert not any(map(_is_alive, _pids(tmp_path, 1)))
+
+
+def test_a_job_that_is_asked_to_end_says_so(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("kill -s TERM $PPID; sleep 100") == 1
+    assert capfd.readouterr().err == "\n---- stopped by SIGTERM; all ranks were ended ----\n"
+
+
+def test_who_had_ended_well_before_a_peer_missed_it_is_named(capfd: pytest.CaptureFixture[str]) -> None:
+    assert _run("exit 0", "sleep 0.5; echo 'RuntimeError: Connection closed by peer' >&2; exit 1") == 1
+    assert "\nended before it, without an error: rank 0. Do all ranks" in capfd.readouterr().err
+    assert _run("exit 0", "sleep 0.2; echo 'ValueError' >&2; exit 1") == 1
+    assert "ended before it" not in capfd.readouterr().err
+
+
+def test_the_commands_own_pipes_are_never_its_standard_streams(tmp_path: Path) -> None:
+    """Started with 0, 1 and 2 closed, as some daemons start things."""
+    (tmp_path / "x.py").write_text("import sys; print('x' * 100000); open(sys.argv[-1], 'w').write('done')")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_gpus", "1", str(tmp_path / "x.py")]
+    line = f"exec {shlex.join([*command, str(tmp_path / 'out')])} <&- >&- 2>&-"
+    environ = {**os.environ, "DS_ACCELERATOR": "cpu", "PYTHONPATH": str(REPOSITORY)}
+    assert subprocess.run(["sh", "-c", line], env=environ, timeout=60).returncode == 0
+    assert (tmp_path / "out").read_text() == "done"
 
 
 def test_a_child_that_saves_its_work_on_sigterm_may_finish_within_the_grace_period(tmp_path: Path) -> None:
@@ -229,3 +257,9 @@ def test_without_a_traceback_the_last_lines_are_the_last_words() -> None:
     lines = [f"line {i}" for i in range(100)]
     assert last_words("\n".join(lines).encode()).splitlines() == lines[-20:]
     assert last_words(b"") == ""
+
+
+def test_a_line_without_end_is_not_all_shown() -> None:
+    assert last_words(b"Traceback (most recent call last):\nValueError: " + b"z" * 50000).endswith(
+        "z... (50012 characters)"
+    )

@@ -23,6 +23,8 @@ from typing import ClassVar
 from deepspeed.launcher.hostfile import World, encode_world
 from deepspeed.utils.errors import DeepSpeedError
 
+_NO_VENV = 'echo "deepspeed: --venv_script $0 cannot be read on $(uname -n)." >&2; exit 2'
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Plan:
@@ -81,6 +83,10 @@ class Starter(ABC):
     def command(self, plan: Plan) -> list[Start]:
         """What to run. Raises DeepSpeedError where the program cannot do what the plan asks for."""
 
+    def may_queue(self, environ: Mapping[str, str]) -> bool:
+        """Whether it may wait for the nodes to become free, for hours."""
+        return False
+
     def failed_host(self, line: bytes) -> tuple[str, int] | None:
         """The host and the exit code, where a line of the program's stderr says that a host failed."""
         return None
@@ -101,7 +107,11 @@ def remote_line(plan: Plan, node_rank: int | str) -> str:
         *plan.script_args,
     ]
     exports = [f"export {name}={shlex.quote(value)};" for name, value in sorted(plan.variables.items())]
-    source = [f". {shlex.quote(plan.venv_script)};"] if plan.venv_script else []
+    source = []
+    if plan.venv_script:
+        script = shlex.quote(plan.venv_script)
+        # bash goes on where it cannot source a file, and would run some other python.
+        source = [f"test -r {script} || exec sh -c {shlex.quote(_NO_VENV)} {script};", f". {script};"]
     return " ".join([*exports, *source, "cd", shlex.quote(plan.cwd), "&&", "exec", shlex.join(words)])
 
 

@@ -8,6 +8,7 @@ first rank says so to the coordinator.
 from __future__ import annotations
 
 import shutil
+from collections.abc import Mapping
 from typing import final
 
 from deepspeed.launcher.starters.base import (
@@ -31,6 +32,10 @@ class Slurm(Starter):
     def detect(self) -> str | None:
         """See Starter."""
         return shutil.which("srun") if shutil.which("sinfo") else None
+
+    def may_queue(self, environ: Mapping[str, str]) -> bool:
+        """See Starter: outside of an allocation."""
+        return "SLURM_JOB_ID" not in environ
 
     def command(self, plan: Plan) -> list[Start]:
         """See Starter."""
