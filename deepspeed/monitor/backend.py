@@ -66,9 +66,13 @@ class Monitor:
 
     def write_events(self, event_list: Sequence[tuple[str, Any, int]], flush: bool = True) -> None:
         """Write (name, value, step) tuples. `flush` is accepted and has no effect: every backend flushes on its own."""
+        if self.backend is not None:
+            self.write([Event(name, _number(value), int(step)) for name, value, step in event_list])
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Write events whose values are numbers."""
         backend = self.backend
-        if backend is not None and event_list:
-            events = [Event(name, _number(value), int(step)) for name, value, step in event_list]
+        if backend is not None and events:
             self.attempt("could not write", lambda: backend.write(events))
 
     def close(self) -> None:

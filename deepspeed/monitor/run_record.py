@@ -40,9 +40,13 @@ class RunWriter:
 
     def add(self, kind: str, **values: Any) -> None:
         """Write one line; it is in the file when this returns."""
+        self.add_all(kind, [values])
+
+    def add_all(self, kind: str, lines: Iterable[dict[str, Any]]) -> None:
+        """Write some lines at once."""
         try:
-            text = _to_json({"kind": kind, **values})
-            self._file.write(f"{self._separator}{text}\n")
+            text = "".join(f"{_to_json({'kind': kind, **values})}\n" for values in lines)
+            self._file.write(f"{self._separator}{text}")
             self._file.flush()
             self._separator = ""
         except OSError:
@@ -52,8 +56,7 @@ class RunWriter:
 
     def write(self, events: Sequence[tuple[str, Any, int]]) -> None:
         """Events of scripts, one line for each."""
-        for name, value, samples in events:
-            self.add("event", name=name, value=value, samples=samples)
+        self.add_all("event", [{"name": name, "value": value, "samples": at} for name, value, at in events])
 
     def close(self) -> None:
         """Close the file."""
