@@ -216,6 +216,7 @@ class StepReport(Observer):
         ranks = _of_all_ranks(engine.mesh, mine)
         if current_rank() != 0:
             return
+        self._monitor.flush()  # what the line tells is in the record
         times = None
         if engine.wall_clock_breakdown_enabled:
             times = {

@@ -76,6 +76,19 @@ def test_a_long_series_is_thinned_to_means_with_their_range() -> None:
     assert len(thin([(i, 0.0) for i in range(100_001)])["x"]) <= 600
 
 
+def test_a_step_that_overflowed_leaves_no_hole_in_a_thinned_series() -> None:
+    norms = [1.0, float("inf"), 3.0, float("nan"), float("nan"), float("nan"), 5.0, 7.0]
+    assert thin(list(enumerate(norms)), 3) == {
+        "x": [2, 5, 7], "y": [2.0, None, 6.0], "low": [1.0, None, 5.0], "high": [3.0, None, 7.0],
+    }  # fmt: skip
+
+
+def test_a_run_that_diverged_says_so() -> None:
+    losses = [1.0] * 20 + [float("nan")]
+    assert summarize(RunRecord("r", steps=[{"step": i, "loss": loss} for i, loss in enumerate(losses)]))["is_lost"]
+    assert not summarize(RunRecord("r", steps=[{"step": 1, "loss": 1.0}]))["is_lost"]
+
+
 def test_rates_leave_the_warm_up_out() -> None:
     steps = [{"step": i, "step_s": 9.0 if i < 3 else 0.5, "loss": 1.0, "wait_comm_s": 0.1} for i in range(1, 31)]
     summary = summarize(RunRecord("r", steps=steps))
