@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import weakref
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from deepspeed.config import CometConfig, CsvMonitorConfig, TensorBoardConfig, WandbConfig, load_config
-from deepspeed.monitor.backend import Event, FlushEvery, Monitor
+from deepspeed.monitor.backend import Event, FlushEvery, Monitor, as_events
 from deepspeed.monitor.comet import CometMonitor
 from deepspeed.monitor.csv_monitor import csvMonitor
 from deepspeed.monitor.run_record import RunWriter
@@ -60,7 +63,11 @@ class MonitorMaster:
         self.enabled = run_dir is not None or any(getattr(monitor_config, section).enabled for section in SECTIONS)
         self._steps: list[tuple[StepNumbers, Sequence[tuple[str, Any, int]]]] = []
         self._is_due = FlushEvery(WRITE_EVERY_S).is_due
-        self._writes_steps = any(monitor.enabled for monitor in (*self.monitors, self.record))
+        self._writes = any(monitor.enabled for monitor in (*self.monitors, self.record))
+        # Called in the reverse order: before the libraries of the monitors made above end what they have open.
+        self._at_exit = functools.partial(_close, weakref.ref(self))
+        if self._writes:
+            atexit.register(self._at_exit)
 
     @property
     def monitors(self) -> list[Monitor]:
@@ -69,13 +76,15 @@ class MonitorMaster:
 
     def write_events(self, event_list: Sequence[tuple[str, Any, int]]) -> None:
         """Write (name, value, step) tuples everywhere."""
-        self.flush()
-        for monitor in (*self.monitors, self.record):
-            monitor.write_events(event_list)
+        if self._writes:
+            self.flush()
+            events = as_events(event_list)
+            for monitor in (*self.monitors, self.record):
+                monitor.write(events)
 
     def write_step(self, numbers: StepNumbers, more_events: Sequence[tuple[str, Any, int]] = ()) -> None:
         """Write a step: as events, and as one line of the record. It is there within WRITE_EVERY_S of training."""
-        if self._writes_steps:
+        if self._writes:
             self._steps.append((numbers, more_events))
             if self._is_due():
                 self.flush()
@@ -103,9 +112,16 @@ class MonitorMaster:
 
     def close(self) -> None:
         """Write what waits, and end every monitor."""
+        atexit.unregister(self._at_exit)
         self.flush()
         for monitor in (*self.monitors, self.record):
             monitor.close()
+
+
+def _close(reference: weakref.ref[MonitorMaster]) -> None:
+    master = reference()
+    if master is not None:
+        master.close()
 
 
 def get_monitor_config(param_dict: dict[str, Any]) -> MonitorSections:

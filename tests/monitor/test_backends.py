@@ -77,6 +77,17 @@ def test_short_steps_are_written_together_before_what_the_script_writes(tmp_path
     assert (tmp_path / "job" / "Train_Samples_more.csv").read_text() == "step,more\n8,1\n16,2\n24,3\n"
 
 
+def test_a_value_that_is_no_number_is_left_out_with_a_warning(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    master = MonitorMaster(load_config({}), tmp_path)
+    master.write_events([("two", torch.ones(2), 8), ("one", torch.tensor(2.5), 8)])
+    master.close()
+    (line,) = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"kind": "event", "name": "one", "value": 2.5, "samples": 8}
+    assert "('two', tensor([1., 1.]), 8) is left out: a Tensor with 2 elements" in warnings.text
+
+
 def test_tensorboard_event_files_have_the_values(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard", reason="the extra [monitor] is not installed (make test-monitors)")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
