@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -144,14 +145,21 @@ def test_top_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_top_reads_only_whole_lines_and_only_what_is_new(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_bytes(b"one\ntw")
+    lines = [f'{{"kind":"step","step":{step}}}\n'.encode() for step in (1, 2, 3)]
+    path.write_bytes(lines[0] + lines[1][:9])
     tail = Tail(path)
-    assert tail.read() == ["one"]
+
+    def seen() -> list[int]:
+        return [step["step"] for step in tail.read().steps]
+
+    assert seen() == [1]
     with path.open("ab") as file:
-        file.write(b"o\nthree\n")
-    assert tail.read() == ["one", "two", "three"]
-    path.write_bytes(b"anew\n")
-    assert tail.read() == ["anew"]
+        file.write(lines[1][9:] + lines[2])
+    with patch.object(json, "loads", wraps=json.loads) as parsed:
+        assert seen() == [1, 2, 3]
+    assert parsed.call_count == 2
+    path.write_bytes(lines[1])
+    assert seen() == [2]
     assert screen(RunRecord("r"), 80, 0.0) is not None
 
 
@@ -160,3 +168,4 @@ def test_a_sparkline_goes_up_and_down() -> None:
     assert len(sparkline(list(range(1000)), 40)) == 40
     assert sparkline([], 5) == ""
     assert sparkline([3, 3], 5) == "▁▁"
+    assert sparkline([0, float("inf"), float("nan"), 7], 10) == "▁  █"
