@@ -66,16 +66,12 @@ def _keep_expensive(context: Any, operator: Any, *args: Any, **kwargs: Any) -> C
 
 
 def find_blocks(model: nn.Module) -> list[nn.Module]:
-    """The model's repeated blocks, in order; empty if there are none."""
-    found: list[nn.Module] = []
-    for child in model.children():
-        inner = [module for module in child.children() if next(module.parameters(), None) is not None]
-        kind, count = Counter(map(type, inner)).most_common(1)[0] if inner else (nn.Module, 0)
-        if isinstance(child, nn.ModuleList) or (isinstance(child, nn.Sequential) and count >= 2):
-            found += [module for module in inner if type(module) is kind]
-        else:
-            found += find_blocks(child)
-    return found
+    """The model's repeated blocks, in order; empty if there are none. The model may itself be their `Sequential`."""
+    inner = [module for module in model.children() if next(module.parameters(), None) is not None]
+    kind, count = Counter(map(type, inner)).most_common(1)[0] if inner else (nn.Module, 0)
+    if isinstance(model, nn.ModuleList) or (isinstance(model, nn.Sequential) and count >= 2):
+        return [module for module in inner if type(module) is kind]
+    return [block for child in model.children() for block in find_blocks(child)]
 
 
 class Blocks:

@@ -5,7 +5,6 @@ An observer, made where progress lines, monitors, a run directory or the log of 
 
 from __future__ import annotations
 
-import contextlib
 import struct
 import time
 from collections.abc import Iterable
@@ -62,10 +61,11 @@ class StepReport(Observer):
         self._counted_rows = 0
         self._is_first_micro_batch: bool | None = None
         """None before the first forward of training, whose operations are counted."""
-        self._counting = contextlib.ExitStack()
+        self._counting: OpCounter | None = None
         self._peak: float | None = None
         self._memory: dict[str, int] = {}
         self._memory_read_s = 0.0
+        self._num_ranks = 0
         self._seen_comm_s = self._seen_offload_s = 0.0
         self._seen_nbytes: dict[str, int] = {}
         self._seen_offload: dict[str, float] = {}
@@ -86,13 +86,16 @@ class StepReport(Observer):
         elif phase == "backward":
             self._losses.append(value)
         if phase != "step" and self._is_first_micro_batch:
-            self._counting.enter_context(OpCounter(self._flops.add))
+            self._counting = OpCounter(self._flops.add)
+            self._counting.__enter__()
         if phase != "backward":  # the watch sees it, also where the script calls loss.backward()
             self._clocks[phase].begin()
 
     def ends(self, phase: str) -> None:
         """See Observer."""
-        self._counting.close()
+        if self._counting is not None:
+            self._counting.__exit__(None, None, None)
+            self._counting = None
         if phase != "backward":
             self._clocks[phase].end()
         if phase == "forward" and self._flops.by_phase[Phase.FORWARD] and not self._counted_rows:
@@ -152,7 +155,7 @@ class StepReport(Observer):
         comm_s, offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
         sent = {op: n - self._seen_nbytes.get(op, 0) for op, n in COMMUNICATION.nbytes.items()}
         offload = {key: now - self._seen_offload.get(key, 0) for key, now in (OFFLOAD.nbytes | OFFLOAD_S).items()}
-        ranks = engine.dp_world_size
+        ranks = self._num_ranks = self._num_ranks or engine.dp_world_size
         numbers = StepNumbers(
             step=engine.global_steps,
             samples=engine.global_samples,
@@ -213,6 +216,7 @@ class StepReport(Observer):
         ranks = _of_all_ranks(engine.mesh, mine)
         if current_rank() != 0:
             return
+        self._monitor.flush()  # what the line tells is in the record
         times = None
         if engine.wall_clock_breakdown_enabled:
             times = {

@@ -14,6 +14,7 @@ granules adds at the peak.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -30,6 +31,7 @@ from deepspeed.memory.plan import plan_buckets
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
+from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.policy import Tier
@@ -47,6 +49,8 @@ class Estimate:
     dtype: torch.dtype
     recompute: str
     ledger: Ledger
+    fast_network: Ledger
+    """The same with one reduction on the wire at a time: each is done before the next begins."""
     num_params: int
     notes: Sequence[str] = ()
 
@@ -54,6 +58,11 @@ class Estimate:
     def peak_nbytes(self) -> int:
         """The highest total on the device."""
         return self.ledger.peaks[Tier.DEVICE].nbytes
+
+    @property
+    def low_nbytes(self) -> int:
+        """The same if the network is never behind; a run is between this and `peak_nbytes`, as its network is."""
+        return self.fast_network.peaks[Tier.DEVICE].nbytes
 
     @property
     def phase(self) -> str:
@@ -106,6 +115,8 @@ class Estimator:
 
         plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`.
         """
+        if world_size < 1:
+            raise DeepSpeedError(f"world_size = {world_size}: a prediction needs at least one rank.\n  Give 1 or more.")
         config = config if isinstance(config, Config) else load_config(config)
         trace = self._trace(config, plan)
         policy = assemble.make_policy(config)
@@ -114,9 +125,11 @@ class Estimator:
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
         placing = make_placing(config, policy, torch.device(self.device_type))
-        buckets = plan_buckets(
-            trace.model, assemble.group_indices(optimizer), placing, assemble.make_limits(config), shard_size
-        )
+        groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
+
+        def play(settings: EngineSettings) -> Ledger:
+            return Replay(trace, plan_buckets(trace.model, groups, placing, limits, shard_size), settings).run()
+
         settings = EngineSettings(
             placing=placing,
             shard_size=shard_size,
@@ -137,7 +150,8 @@ class Estimator:
             stage=zero.stage,
             dtype=policy.parameters.dtype,
             recompute=recompute,
-            ledger=Replay(trace, buckets, settings).run(),
+            ledger=play(settings),
+            fast_network=play(dataclasses.replace(settings, max_in_flight=1)),
             num_params=sum(param.numel() for param in trace.params),
             notes=notes,
         )

@@ -59,6 +59,8 @@ margin-left:7px;font-size:10.5px;font-weight:700;color:#fff;background:var(--goo
 #detail{min-height:74px;color:var(--soft);font-size:12.5px;display:flex;flex-wrap:wrap;gap:4px 20px;align-content:flex-start}
 #detail b{color:var(--ink);flex-basis:100%}footer{color:var(--soft);font-size:12px;margin-top:22px}
 @media(max-width:760px){.tiles{grid-template-columns:1fr 1fr}.row,.axis div{grid-template-columns:110px 60px 1fr 76px}}
+@media(max-width:620px){.group,.axis,.axis>div{grid-template-columns:1fr}.axis b{display:none}
+.row{grid-template-columns:1fr auto 84px;gap:2px 10px;padding:4px 6px}.row>div{grid-column:1/-1;grid-row:2}}
 """
 
 _SCRIPT = """

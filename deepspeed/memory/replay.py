@@ -11,6 +11,7 @@ decided by the real `zero.gather.Gatherer`; reductions, the update and publicati
 
 How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
 predicted (`zero.reduce.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
+With one at a time (`EngineSettings.max_in_flight`) the replay gives what a network that is never waited for comes to.
 
 Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
 the allocator of real runs.
@@ -81,6 +82,8 @@ class EngineSettings:
     """Bytes of optimizer state per element, by parameter group; masters aside."""
     given: Sequence[Given] = ()
     """What the user's model has, by position of the parameter."""
+    max_in_flight: int | None = None
+    """Reductions on the wire at once; None for the most that the reducer allows, or that is likely where it has no bound."""
 
     @property
     def policy(self) -> ZeroPolicy:
@@ -238,7 +241,7 @@ class Reductions:
         self._lent: dict[PlannedBucket, int] = {}
         self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
-        self._max_in_flight = likely if policy.parameters.is_sharded else MAX_IN_FLIGHT
+        self._max_in_flight = settings.max_in_flight or (likely if policy.parameters.is_sharded else MAX_IN_FLIGHT)
         if settings.shard_size == 1:
             self._max_in_flight = 1
         self.reduces_now = self.is_first = True

@@ -66,9 +66,13 @@ class Monitor:
 
     def write_events(self, event_list: Sequence[tuple[str, Any, int]], flush: bool = True) -> None:
         """Write (name, value, step) tuples. `flush` is accepted and has no effect: every backend flushes on its own."""
+        if self.backend is not None:
+            self.write(as_events(event_list))
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Write events whose values are numbers."""
         backend = self.backend
-        if backend is not None and event_list:
-            events = [Event(name, _number(value), int(step)) for name, value, step in event_list]
+        if backend is not None and events:
             self.attempt("could not write", lambda: backend.write(events))
 
     def close(self) -> None:
@@ -92,6 +96,18 @@ class Monitor:
             self.num_failures = 0
 
 
-def _number(value: Any) -> Any:
-    """A scalar tensor or array as a number; everything else as it is."""
-    return value.item() if callable(getattr(value, "item", None)) else value
+def as_events(event_list: Sequence[tuple[str, Any, int]]) -> list[Event]:
+    """What a script gave, scalar tensors and arrays as numbers. What is none is left out with a warning: only the rank
+    that writes would stop for it, and leave the others waiting."""
+    events = []
+    for entry in event_list:
+        try:
+            name, value, step = entry
+            events.append(Event(name, value.item() if callable(getattr(value, "item", None)) else value, int(step)))
+        except (TypeError, ValueError, RuntimeError) as error:
+            logger.warning(
+                "write_events: %.200r is left out: %s.\n  Give (name, number, step), and of a tensor its mean or one element.",
+                entry,
+                error,
+            )
+    return events

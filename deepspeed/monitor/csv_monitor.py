@@ -23,9 +23,12 @@ class CsvBackend:
 
     def write(self, events: Sequence[Event]) -> None:
         """See Backend."""
+        lines: dict[str, list[str]] = {}
         for name, value, step in events:
+            lines.setdefault(name, []).append(f"{step},{value}\n")
+        for name, of_name in lines.items():
             file = self._files.get(name) or self._open(name)
-            file.write(f"{step},{value}\n")
+            file.write("".join(of_name))
         if self._flush.is_due():
             for file in self._files.values():
                 file.flush()

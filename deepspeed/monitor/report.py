@@ -29,16 +29,20 @@ _TIERS = {"device": "device", "device_peak": "device, peak", "cpu": "cpu", "nvme
 
 
 def thin(points: Sequence[tuple[int, float]], max_points: int = MAX_POINTS) -> dict[str, list[Any]]:
-    """{"x": steps, "y": values} of a series; where there are too many, means of equal stretches, with low and high."""
+    """{"x": steps, "y": values} of a series; where there are too many, means of equal stretches, with low and high.
+
+    Values that are not finite (the norm of a step that overflowed) count for nothing; a stretch of them alone is None.
+    """
     size = -(-len(points) // max_points)
     chunks = [points[i : i + size] for i in range(0, len(points), max(1, size))]
     found: dict[str, list[Any]] = {
         "x": [chunk[-1][0] for chunk in chunks],
-        "y": [_json(statistics.fmean(value for _, value in chunk)) for chunk in chunks],
     }
+    finite = [[value for _, value in chunk if math.isfinite(value)] for chunk in chunks]
+    found["y"] = [_json(statistics.fmean(values)) if values else None for values in finite]
     if size > 1:
-        found["low"] = [_json(min(value for _, value in chunk)) for chunk in chunks]
-        found["high"] = [_json(max(value for _, value in chunk)) for chunk in chunks]
+        found["low"] = [_json(min(values)) if values else None for values in finite]
+        found["high"] = [_json(max(values)) if values else None for values in finite]
     return found
 
 
@@ -101,6 +105,7 @@ def summarize(record: RunRecord) -> dict[str, Any]:
     return {
         "steps": record.steps[-1]["step"] if record.steps else 0,
         "loss": _json(statistics.fmean(losses[-10:])) if losses else None,
+        "is_lost": bool(losses) and not math.isfinite(losses[-1]),
         **{key: median(later.series(key)) for key in ("tokens_per_s", "samples_per_s", "tflops", "mfu", "step_s")},
         "peak_nbytes": max(peaks) if peaks else None,
         "wait_comm": median(_shares(later, "wait_comm_s")),

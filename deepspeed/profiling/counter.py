@@ -5,8 +5,9 @@ dispatch mode: it sees each operation below autograd, so it counts what is compu
 einsum, a custom autograd.Function, a recomputation, an expert that got no token), forward and backward.
 
 What an operation costs is torch's knowledge (`torch.utils.flop_counter.flop_registry`): matrix products, convolutions and
-attention at 2 operations per multiply-add; element-wise operations are not counted. Two things are added here: the CPU's
-attention kernel, which torch leaves out, and what is model work and what is not. An attention kernel's backward computes
+attention at 2 operations per multiply-add; element-wise operations are not counted. Two things are added here: kernels
+that torch leaves out (the CPU's attention, whole recurrent layers, the whole transformer layers that torch.nn runs without
+gradients), and what is model work and what is not. An attention kernel's backward computes
 the scores a second time; that is counted as recomputation, like the forward that activation checkpointing repeats, so
 that the model's own operations (MFU's numerator, PaLM, arXiv:2204.02311, appendix B) are the same whatever kernel runs
 and whatever is checkpointed. Attention is counted over the full square also where a causal mask halves it, as everybody
@@ -56,9 +57,56 @@ def _attention_backward(grad: Any, query: Any, key: Any, value: Any, *_: Any, ou
     return 2 * batch * heads * num_queries * key.shape[-2] * (3 * width + 2 * value.shape[-1])
 
 
+def _rows(tensor: Any) -> int:
+    """How many vectors a tensor [..., D] has; nested ones have no one shape."""
+    return int(tensor.numel()) // int(tensor.shape[-1] if not tensor.is_nested else tensor.size(-1))
+
+
+def _num_scores(query: Any, key: Any) -> int:
+    """Pairs of a query and a key, over the batch: [B, S, D] each, or nested."""
+    if not query.is_nested:
+        return int(query.shape[0] * query.shape[1] * key.shape[1])
+    lengths = [sizes[:, 0] for sizes in (query._nested_tensor_size(), key._nested_tensor_size())]
+    return int((lengths[0] * lengths[1]).sum())
+
+
+def _multi_head_attention(
+    query: Any, key: Any, value: Any, width: int, heads: int, qkv: Any, qkv_bias: Any, out: Any, *_: Any, **__: Any
+) -> int:
+    """torch.nn.MultiheadAttention without gradients: projections in, scores and mix, projection out."""
+    projections = (_rows(query) + _rows(key) + _rows(value)) * qkv.numel() // 3 + _rows(query) * out.numel()
+    return 2 * (projections + 2 * _num_scores(query, key) * width)
+
+
+def _encoder_layer(
+    src: Any, width: int, heads: int, qkv: Any, qkv_bias: Any, out: Any, out_bias: Any, *rest: Any, **__: Any
+) -> int:
+    """torch.nn.TransformerEncoderLayer without gradients. `rest`: gelu, norms (6 values), then the two linear layers."""
+    up, down = rest[7], rest[9]
+    layers = _rows(src) * (up.numel() + down.numel())
+    return _multi_head_attention(src, src, src, width, heads, qkv, qkv_bias, out) + 2 * layers
+
+
+def _recurrent(input: Any, *rest: Any, **__: Any) -> int:
+    """A layer over all its times, [..., in]: each vector meets each weight. On the CPU weights come one by one."""
+    weights = rest[0] if isinstance(rest[0], (list, tuple)) else rest[:4]
+    return 2 * _rows(input) * sum(weight.numel() for weight in weights if weight.dim() == 2)
+
+
+def _recurrent_backward(*args: Any, **kwargs: Any) -> int:
+    """A product each for the gradients of what came in and of the weights."""
+    return 2 * _recurrent(*args, **kwargs)
+
+
 _OURS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    torch.ops.aten._native_multi_head_attention: _multi_head_attention,
+    torch.ops.aten._transformer_encoder_layer_fwd: _encoder_layer,
+    torch.ops.aten.mkldnn_rnn_layer: _recurrent,
+    torch.ops.aten.mkldnn_rnn_layer_backward: _recurrent_backward,
+    torch.ops.aten._cudnn_rnn: _recurrent,
+    torch.ops.aten._cudnn_rnn_backward: _recurrent_backward,
 }
 for _name in ("flash", "efficient", "cudnn", "fused"):  # torch's formulas refuse grouped heads
     for _suffix, _formula in (("", _attention), ("_backward", _attention_backward)):

@@ -37,7 +37,7 @@ def summary(profile: Profile) -> str:
     if profile.saw_backward:
         lines += [
             ("operations of backward", number(root.total(Phase.BACKWARD), "FLOPs")),
-            ("of which repeated in backward", number(root.total(Phase.RECOMPUTE), "FLOPs") + " more"),
+            ("repeated in backward, on top of these", number(root.total(Phase.RECOMPUTE), "FLOPs")),
         ]
     if profile.update_flops:
         lines.append(("operations of the update", number(profile.update_flops, "FLOPs")))

@@ -9,7 +9,10 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from deepspeed.utils.logging import log_dist
+import psutil
+import torch
+
+from deepspeed.utils.logging import log_dist, logger
 
 
 class Timer:
@@ -39,7 +42,10 @@ class Timer:
             self._records.append(passed_ms)
 
     def elapsed(self, reset: bool = True) -> float:
-        """Total so far in ms."""
+        """Total so far in ms, also of a pass that is running."""
+        if self._started_s is not None:
+            self.stop()
+            self.start()
         total = self._total_ms
         if reset:
             self._total_ms = 0.0
@@ -80,9 +86,19 @@ class SynchronizedWallClockTimer:
         memory_breakdown: bool = False,
         ranks: Sequence[int] | None = None,
     ) -> None:
-        """Write the named timers' milliseconds in one line, on rank 0 unless `ranks` says else."""
+        """Write the named timers' milliseconds in one line, on rank 0 unless `ranks` says else; with memory if asked."""
         parts = [f"{n}: {self.timers[n].elapsed(reset) / normalizer:.2f}" for n in names if n in self.timers]
+        if memory_breakdown:
+            parts.append(self.memory_usage())
         log_dist("time (ms) | " + " | ".join(parts), ranks or [0])
+
+    @staticmethod
+    def memory_usage() -> str:
+        """The device's memory in use and its peak, as text; on machines without CUDA the process's."""
+        if not torch.cuda.is_available():
+            return f"host {psutil.Process().memory_info().rss / 2**30:.2f} GiB"
+        now, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        return f"device {now / 2**30:.2f} GiB (peak {peak / 2**30:.2f} GiB)"
 
 
 class NoopTimer:
@@ -94,10 +110,10 @@ class NoopTimer:
     def start(self) -> None:
         """Nothing."""
 
-    def stop(self, **kwargs: Any) -> None:
+    def stop(self, *args: Any, **kwargs: Any) -> None:
         """Nothing."""
 
-    def elapsed(self, **kwargs: Any) -> float:
+    def elapsed(self, *args: Any, **kwargs: Any) -> float:
         """Nothing was timed."""
         return 0.0
 
@@ -110,7 +126,10 @@ class NoopTimer:
 
 
 class ThroughputTimer:
-    """Samples per second over steps, the first `start_step` left out. `batch_size` is the global batch of a step."""
+    """Samples per second over steps, the first `start_step` left out. `batch_size` is the global batch of a step.
+
+    Every `steps_per_output` steps `logging_fn` gets a line with it, with `monitor_memory` also the device's memory.
+    """
 
     def __init__(
         self,
@@ -122,6 +141,9 @@ class ThroughputTimer:
         logging_fn: Callable[[str], None] | None = None,
     ) -> None:
         self.batch_size = max(1, batch_size)
+        self.steps_per_output = steps_per_output
+        self.monitor_memory = monitor_memory
+        self.logging = logging_fn or logger.info
         self.start_step = start_step
         self.global_step_count = 0
         self.total_elapsed_time = 0.0
@@ -139,6 +161,10 @@ class ThroughputTimer:
             self._num_timed += int(global_step)
         self._started_s = 0.0
         self.global_step_count += int(global_step)
+        is_due = global_step and self.steps_per_output and self.global_step_count % self.steps_per_output == 0
+        if is_due and report_speed and self._num_timed:
+            memory = f", {SynchronizedWallClockTimer.memory_usage()}" if self.monitor_memory else ""
+            self.logging(f"step {self.global_step_count}: {self.avg_samples_per_sec():.4g} samples per second{memory}")
 
     def avg_samples_per_sec(self) -> float:
         """Global samples per second over the timed steps; -1 before the first."""

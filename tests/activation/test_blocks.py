@@ -133,6 +133,11 @@ def test_blocks_are_the_like_elements_of_lists() -> None:
     assert find_blocks(gpt) == list(gpt.blocks), "of nested lists the outermost"
 
 
+def test_a_model_may_be_the_list_of_its_blocks() -> None:
+    blocks = [nn.Sequential(nn.Linear(4, 4), nn.GELU(), nn.Linear(4, 4)) for _ in range(3)]
+    assert find_blocks(nn.Sequential(nn.Embedding(8, 4), *blocks)) == blocks
+
+
 def test_a_model_without_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="Linear has no repeated blocks"):
         blocks_of(nn.Linear(2, 2))

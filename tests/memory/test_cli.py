@@ -143,6 +143,11 @@ def test_what_is_no_model_is_refused(capsys: pytest.CaptureFixture[str], place: 
     assert code == 2 and out == "" and message in err
 
 
+def test_no_ranks_are_refused(capsys: pytest.CaptureFixture[str], place: str) -> None:
+    code, out, err = run(capsys, f"{place}:make", "--ranks", "0")
+    assert code == 2 and out == "" and "world_size = 0" in err
+
+
 class _Config:
     """Enough of a Hugging Face configuration."""
 

@@ -22,6 +22,7 @@ from deepspeed.monitor.master import MonitorMaster, get_monitor_config
 from deepspeed.monitor.run_record import RunWriter
 from deepspeed.utils.logging import logger
 from tests.harness import run_alone, run_ranks
+from tests.monitor.test_line import numbers
 
 LOSSES = [2.5, 1.25, 0.1 + 0.2]
 EVENTS = [("Train/Samples/train_loss", loss, 8 * (i + 1)) for i, loss in enumerate(LOSSES)]
@@ -55,6 +56,36 @@ def test_jsonl_has_the_very_values(tmp_path: Path) -> None:
     lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
     assert [(line["name"], line["value"], line["samples"]) for line in lines[:-1]] == EVENTS
     assert lines[-1]["value"] == "nan"
+
+
+def test_short_steps_are_written_together_before_what_the_script_writes(tmp_path: Path) -> None:
+    section = {"enabled": True, "output_path": str(tmp_path), "job_name": "job"}
+    master = MonitorMaster(load_config({"csv_monitor": section}), tmp_path)
+
+    def written() -> list[int | str]:
+        lines = [json.loads(line) for line in (tmp_path / "run.jsonl").read_text().splitlines()]
+        return [line.get("step") or line["name"] for line in lines]
+
+    for step in (1, 2, 3):
+        master.write_step(numbers(step=step, samples=8 * step), [("Train/Samples/more", step, 8 * step)])
+    assert written() == [1]
+    master.write_events([("mine", 1.0, 24)])
+    assert written() == [1, 2, 3, "mine"]
+    master.write_step(numbers(step=4))
+    master.close()
+    assert written() == [1, 2, 3, "mine", 4]
+    assert (tmp_path / "job" / "Train_Samples_more.csv").read_text() == "step,more\n8,1\n16,2\n24,3\n"
+
+
+def test_a_value_that_is_no_number_is_left_out_with_a_warning(
+    tmp_path: Path, warnings: pytest.LogCaptureFixture
+) -> None:
+    master = MonitorMaster(load_config({}), tmp_path)
+    master.write_events([("two", torch.ones(2), 8), ("one", torch.tensor(2.5), 8)])
+    master.close()
+    (line,) = (tmp_path / "run.jsonl").read_text().splitlines()
+    assert json.loads(line) == {"kind": "event", "name": "one", "value": 2.5, "samples": 8}
+    assert "('two', tensor([1., 1.]), 8) is left out: a Tensor with 2 elements" in warnings.text
 
 
 def test_tensorboard_event_files_have_the_values(tmp_path: Path) -> None:

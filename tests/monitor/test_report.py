@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -76,6 +77,19 @@ def test_a_long_series_is_thinned_to_means_with_their_range() -> None:
     assert len(thin([(i, 0.0) for i in range(100_001)])["x"]) <= 600
 
 
+def test_a_step_that_overflowed_leaves_no_hole_in_a_thinned_series() -> None:
+    norms = [1.0, float("inf"), 3.0, float("nan"), float("nan"), float("nan"), 5.0, 7.0]
+    assert thin(list(enumerate(norms)), 3) == {
+        "x": [2, 5, 7], "y": [2.0, None, 6.0], "low": [1.0, None, 5.0], "high": [3.0, None, 7.0],
+    }  # fmt: skip
+
+
+def test_a_run_that_diverged_says_so() -> None:
+    losses = [1.0] * 20 + [float("nan")]
+    assert summarize(RunRecord("r", steps=[{"step": i, "loss": loss} for i, loss in enumerate(losses)]))["is_lost"]
+    assert not summarize(RunRecord("r", steps=[{"step": 1, "loss": 1.0}]))["is_lost"]
+
+
 def test_rates_leave_the_warm_up_out() -> None:
     steps = [{"step": i, "step_s": 9.0 if i < 3 else 0.5, "loss": 1.0, "wait_comm_s": 0.1} for i in range(1, 31)]
     summary = summarize(RunRecord("r", steps=steps))
@@ -131,14 +145,21 @@ def test_top_shows_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
 
 def test_top_reads_only_whole_lines_and_only_what_is_new(tmp_path: Path) -> None:
     path = tmp_path / "run.jsonl"
-    path.write_bytes(b"one\ntw")
+    lines = [f'{{"kind":"step","step":{step}}}\n'.encode() for step in (1, 2, 3)]
+    path.write_bytes(lines[0] + lines[1][:9])
     tail = Tail(path)
-    assert tail.read() == ["one"]
+
+    def seen() -> list[int]:
+        return [step["step"] for step in tail.read().steps]
+
+    assert seen() == [1]
     with path.open("ab") as file:
-        file.write(b"o\nthree\n")
-    assert tail.read() == ["one", "two", "three"]
-    path.write_bytes(b"anew\n")
-    assert tail.read() == ["anew"]
+        file.write(lines[1][9:] + lines[2])
+    with patch.object(json, "loads", wraps=json.loads) as parsed:
+        assert seen() == [1, 2, 3]
+    assert parsed.call_count == 2
+    path.write_bytes(lines[1])
+    assert seen() == [2]
     assert screen(RunRecord("r"), 80, 0.0) is not None
 
 
@@ -147,3 +168,4 @@ def test_a_sparkline_goes_up_and_down() -> None:
     assert len(sparkline(list(range(1000)), 40)) == 40
     assert sparkline([], 5) == ""
     assert sparkline([3, 3], 5) == "▁▁"
+    assert sparkline([0, float("inf"), float("nan"), 7], 10) == "▁  █"

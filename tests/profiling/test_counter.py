@@ -129,3 +129,29 @@ def test_results_are_those_of_the_unwatched_program() -> None:
     with OpCounter(lambda *_: None):
         counted = torch.autograd.grad(model(x, x), list(model.parameters()))
     assert all(torch.equal(a, b) for a, b in zip(plain, counted, strict=True))
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_whole_transformer_layers_without_gradients_count_as_those_with(pads: bool) -> None:
+    batch, lengths, width, hidden = 2, (6, 6) if not pads else (6, 4), 32, 48
+    layer = nn.TransformerEncoderLayer(width, 4, hidden, batch_first=True)
+    encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=pads).eval()
+    x = torch.randn(batch, 6, width)
+    mask = torch.arange(6)[None] >= torch.tensor(lengths)[:, None] if pads else None
+    flops = StepFlops()
+    with torch.no_grad(), OpCounter(flops.add):
+        encoder(x, src_key_padding_mask=mask)
+    scores = 2 * sum(length * length for length in lengths) * width
+    assert flops.model == 2 * sum(lengths) * (4 * width * width + 2 * width * hidden) + 2 * scores
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU"])
+def test_recurrent_layers_are_counted(name: str) -> None:
+    times, batch, width, hidden = 5, 3, 4, 8
+    layer = getattr(nn, name)(width, hidden, num_layers=2, bidirectional=True)
+    x = torch.randn(times, batch, width, requires_grad=True)
+    seen = count(lambda: layer(x)[0].sum())
+    numel = sum(param.numel() for param in layer.parameters() if param.dim() == 2)
+    assert seen["forward"] == 2 * times * batch * numel
+    # GRU's first times multiply by a hidden state of zeros, which needs no gradient.
+    assert 2 * seen["forward"] - 4 * 2 * batch * hidden * 3 * hidden <= seen["backward"] <= 2 * seen["forward"]
