@@ -43,6 +43,14 @@ def sync_tree(folder: Path) -> None:
         os.close(fd)
 
 
+def forget(folder: Path) -> None:
+    """Drop a folder's files, which were fsynced, from the page cache."""
+    for path in folder.rglob("*"):
+        fd = os.open(path, os.O_RDONLY)
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(fd)
+
+
 def raw(path: Path, nbytes: int, is_write: bool) -> None:
     """Write or read a file in turn, past the page cache."""
     block = mmap.mmap(-1, BLOCK)
@@ -130,10 +138,7 @@ def contest(folder: Path, rounds: int, is_peer: bool) -> None:
         measure("limit write", lambda: raw(folder / f"raw{rank}", each, True))  # noqa: B023
         measure("limit read", lambda: raw(folder / f"raw{rank}", each, False))  # noqa: B023
         if not is_peer:
-            for shard in ours.rglob("*.safetensors"):
-                fd = os.open(shard, os.O_RDONLY)
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-                os.close(fd)
+            forget(ours)
         measure("load", lambda: engine.load_checkpoint(str(ours), tag="t"))
         if not is_peer:
             engine._checkpoints.is_async = True
@@ -142,6 +147,7 @@ def contest(folder: Path, rounds: int, is_peer: bool) -> None:
             times.setdefault("async durable", []).append(engine.wait_for_checkpoint().total_ms / 1e3)
             engine._checkpoints.is_async = False
             measure("DCP save", lambda: dcp.save(state, checkpoint_id=folder / "dcp"))
+            forget(folder / "dcp")
             measure("DCP load", lambda: dcp.load(state, checkpoint_id=folder / "dcp"))
         if number == 0:
             times.clear()

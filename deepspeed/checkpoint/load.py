@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from deepspeed.checkpoint.values import encode
 from deepspeed.comm.exchange import Pending
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import log_dist, logger
+from deepspeed.zero.master import Master
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_shape
 from deepspeed.zero.shards import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
@@ -113,10 +115,19 @@ def _some(items: list[str], limit: int = 8) -> list[str]:
 # Weights. ----------------------------------------------------------------------------------------------------------
 
 
-def load_weights(subject: Subject, source: Source, names: Names) -> None:
-    """Write the stored weights into masters, shards and unsharded parameters; publish. Collective."""
+def load_weights(subject: Subject, source: Source, names: Names, is_rounded: bool = False) -> None:
+    """Write the stored weights into masters, shards and unsharded parameters.
+
+    This rank's part of the parameters follows each master as soon as that is filled, while the disk brings the next;
+    with `is_rounded` the master is then rounded to it. `publish` gives the other ranks theirs.
+    """
     flats = list(weights(subject.built, subject.module, subject.mesh))
-    wanted = [want for flat in flats for want in _wanted(flat, names.params)]
+    wanted: list[Wanted] = []
+    for i, flat in enumerate(flats):
+        wants = list(_wanted(flat, names.params))
+        if i < len(subject.built.masters):  # those are first
+            wants = _when_filled(wants, partial(_settle_master, subject.built.masters[i], is_rounded))
+        wanted += wants
     buffers = subject.buffers()
     wanted += [
         Wanted(BUFFER, stored, 0, buffers[name].numel(), _writes_to(buffers[name]))
@@ -127,19 +138,40 @@ def load_weights(subject: Subject, source: Source, names: Names) -> None:
         source.fetch(wanted)
 
 
-def publish(subject: Subject, from_masters: bool) -> list[Pending]:
-    """After masters were written: start giving parameters their values. What comes back is to be waited for before those are
-    used; until then the optimizer's states may be read. With `from_masters` False, masters are rounded to parameters.
+def publish(subject: Subject) -> list[Pending]:
+    """After `load_weights`: start giving every rank the other ranks' parts of the parameters. Collective.
+
+    What comes back is to be waited for before they are used; until then the optimizer's states may be read.
     """
-    with torch.no_grad():
-        for master in subject.built.masters:
-            master.to_params()
-            if not from_masters:
-                master.from_params()
-        waiting = [master.bucket.publish() for master in subject.built.masters if master.is_sharded]
-        for bucket in subject.built.buckets:
-            bucket.shard_changed()
+    waiting = [master.bucket.publish() for master in subject.built.masters if master.is_sharded]
+    for bucket in subject.built.buckets:
+        bucket.shard_changed()
     return [pending for pending in waiting if pending is not None]
+
+
+def _settle_master(master: Master, is_rounded: bool) -> None:
+    master.to_params()
+    if is_rounded:
+        master.from_params()
+
+
+def _when_filled(wants: list[Wanted], then: Callable[[], None]) -> list[Wanted]:
+    """The same, with `then` called once the last element is there; at once if none is wanted."""
+    left = sum(want.numel for want in wants)
+
+    def counted(want: Wanted) -> Wanted:
+        def sink(offset: int, values: Tensor) -> None:
+            nonlocal left
+            want.sink(offset, values)
+            left -= values.numel()
+            if left == 0:
+                then()
+
+        return replace(want, sink=sink)
+
+    if not left:
+        then()
+    return [counted(want) for want in wants]
 
 
 def _wanted(flat: Flat, stored_name: Mapping[str, str]) -> Iterable[Wanted]:
@@ -210,15 +242,14 @@ def state_specs(source: Source, listed: Iterable[Mapping[str, Any]], names: Name
     """What state each of the model's parameters gets. Raises CheckpointError where states are not of the weights' shape."""
     ours = {stored: name for name, stored in names.params.items()}
     specs: dict[str, StateSpec] = {}
-    for entry in listed:
+    for i, entry in enumerate(listed):
+        values = repr(encode(entry["values"], {}, str(i)))  # tensors in it get names of their own, and are never equal
         for stored in entry["params"]:
             name = ours.get(stored)
             if name is None:
                 continue
             dtypes = {kind: DTYPE_OF[_state_tensor(source, kind, stored).dtype] for kind in entry["kinds"]}
-            key = json.dumps(
-                [sorted((k, str(d)) for k, d in dtypes.items()), repr(encode(entry["values"], {}, stored))]
-            )
+            key = json.dumps([sorted((k, str(d)) for k, d in dtypes.items()), values])
             specs[name] = StateSpec(dtypes, entry["values"], key)
     return specs
 

@@ -210,9 +210,9 @@ class CheckpointMethods:
         _settle(engine)
         published: list[Pending] = []
         if custom_load_fn is None:
-            ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names)))
-            rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
-            published = publish(subject, from_masters=not rounded)
+            is_rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
+            ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names, is_rounded)))
+            published = publish(subject)
         else:
             _load_custom(engine, custom_load_fn, source)
         try:
