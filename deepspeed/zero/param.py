@@ -239,6 +239,22 @@ def _converts_module(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     return False
 
 
+def _unchanged(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> Tensor | None:
+    """The sharded value that a call leaves as it is, or None: what Transformers does when it ties a decoder with a bias.
+
+    It compares the lengths of weight and bias, pads the bias by the difference, which is none (sharded parameters all say
+    `[0]`), and puts the result back: `bias.data = pad(bias.data, (0, 0))`.
+    """
+    value = args[0] if args else None
+    if not isinstance(value, _Sharded):
+        return None
+    if func is nn.functional.pad:
+        amounts = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
+        return None if any(amounts) else value
+    is_own = func in _SET_DATA and isinstance(args[1], ShardedPlaceholder) and slot_of(args[1]) is slot_of(value)
+    return value if is_own else None
+
+
 def _sharded_in(args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
     return [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, _Sharded)]
 
@@ -259,6 +275,8 @@ class _Sharded(Tensor):
                 "converting a module leaves sharded parameters as they are: dtype and device are the configuration's."
             )
             return None if func in _SET_DATA else args[0]  # torch never lets go of what a setter returns
+        if (same := _unchanged(func, args, kwargs)) is not None:
+            return None if func in _SET_DATA else same
         held = []
         try:
             for value in _sharded_in(args, kwargs):

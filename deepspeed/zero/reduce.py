@@ -201,7 +201,7 @@ class BucketGradients:
         if self.is_sharded:
             into, loaded = self._landing()
             pending = exchange.start_reduce_scatter(wire, into, divide_by=divide_by, accumulate=self.is_reduced)
-            if loaded is not None:
+            if self.on_tier is not None and self.is_reduced:
                 pending = pending.after(functools.partial(self._finish_load, loaded, into))
             # The flat buffer belongs to the reduction now; the next backward takes another.
             assert self._borrowed is not None
@@ -229,20 +229,35 @@ class BucketGradients:
         self.is_reduced, self.has_local = True, False
 
     def _landing(self) -> tuple[Tensor, Transfer | None]:
-        """Where the reduction's result goes, and the load of what it is added to there."""
+        """Where the reduction's result goes, and the load of what it is added to there, if that can start already.
+
+        An earlier micro-batch's reduction of this bucket may still be on the wire, since launches do not wait. What it
+        brings is then neither on the tier nor on its way there, and the load has to wait until it was taken in.
+        """
         assert self.flat is not None, "nothing was laid down"
         if self.on_tier is None:
             return self.result, None
         if not self.is_reduced:
             return self.bucket.own_slice(self.flat), None
+        into = torch.empty(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device)
+        try:
+            return into, None if self._on_wire else self._start_load(into)
+        except TierError:
+            return (
+                into,
+                None,
+            )  # tried again, and noted, where the load is waited for: backward goes on with the other ranks
+
+    def _start_load(self, into: Tensor) -> Transfer:
+        assert self.on_tier is not None, "only gradients on a tier are loaded"
         while self._storing:
             self.finish_oldest_store()
-        into = torch.empty(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device)
-        return into, self.on_tier.start_load(0, into)
+        return self.on_tier.start_load(0, into)
 
-    def _finish_load(self, loaded: Transfer, into: Tensor) -> None:
+    def _finish_load(self, loaded: Transfer | None, into: Tensor) -> None:
+        """Have in `into` what the reduction adds to. Reductions end in launch order: the earlier ones were taken in."""
         try:
-            loaded.wait()
+            (loaded or self._start_load(into)).wait()
         except TierError as error:
             self.failure = self.failure or error
             into.zero_()

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import deepspeed
+from deepspeed.comm.exchange import Pending
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.tiers.swap_folder import SwapFolder
 from deepspeed.utils.errors import TierError, TrainingStateError
@@ -114,6 +115,21 @@ def test_the_fused_cpu_step_gives_the_bits_of_the_same_optimizer_in_memory(
 def test_a_step_shared_between_tier_and_device_gives_the_same_bits(device: str, ratio: float, tmp_path: Path) -> None:
     run = _run("gpt_tied", 3, 2, 0.5, None, offloaded(3, device, "none", tmp_path, ratio=ratio))
     assert_same_bits(run, in_memory("gpt_tied", 3, 2, 0.5))
+
+
+def train_on_a_slow_network(rank: int, world_size: int, *args: Any, **kwargs: Any) -> Any:
+    """`train` where no reduction has ended before it is waited for, so that those of two micro-batches are on their way."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Pending, "is_done", False)
+        return train(rank, world_size, *args, **kwargs)
+
+
+def test_a_micro_batch_is_added_to_one_that_is_still_being_reduced(tmp_path: Path) -> None:
+    zero = offloaded(3, "nvme", "nvme", tmp_path)
+    config = make_config(3, micro=SAMPLES // 2, accumulation=3, clip=0.5, zero=zero)
+    slow = run_ranks(2, train_on_a_slow_network, "gpt_tied", config, num_steps=4)[0]
+    del zero["offload_optimizer"], zero["offload_param"]
+    assert_same_bits(slow, run_ranks(2, train, "gpt_tied", config, num_steps=4)[0])
 
 
 @pytest.mark.parametrize("name", ["unused", "frozen", "experts", "branching"])

@@ -157,6 +157,55 @@ def from_scratch(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     }
 
 
+def masked_config() -> Any:
+    """A BERT whose head is tied to its embedding and has a bias of its own."""
+    from transformers import BertConfig
+
+    return BertConfig(
+        vocab_size=VOCAB,
+        hidden_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        intermediate_size=64,
+        max_position_embeddings=64,
+    )
+
+
+def masked(rank: int, world_size: int, model_folder: str) -> dict[str, Any]:
+    """An encoder with a tied head and a bias, loaded under zero.Init, and two steps of it."""
+    from transformers import AutoModelForMaskedLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    config = own_config(3)
+    keep = HfDeepSpeedConfig(config)
+    engine, *_ = deepspeed.initialize(model=AutoModelForMaskedLM.from_pretrained(model_folder).eval(), config=config)
+    engine.eval()
+    losses = []
+    for _ in range(2):
+        loss = engine(input_ids=byte_windows(2), labels=byte_windows(2)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    del keep
+    return {"losses": losses}
+
+
+def plain_masked(model_folder: str) -> list[float]:
+    """The losses of `masked` in plain PyTorch."""
+    from transformers import AutoModelForMaskedLM
+
+    model = AutoModelForMaskedLM.from_pretrained(model_folder).eval()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3, eps=1e-6, weight_decay=0.0)
+    losses = []
+    for _ in range(2):
+        loss = model(input_ids=byte_windows(2), labels=byte_windows(2)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+    return losses
+
+
 def speech_config() -> Any:
     """A Wav2Vec2 of two layers, without dropout."""
     from transformers import Wav2Vec2Config

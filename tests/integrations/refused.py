@@ -9,6 +9,15 @@ REASONS = (
     "Transformers, `auto_find_batch_size` at ZeRO stage 3: refused by the Trainer.",
     "Transformers, Wav2Vec2 and its relatives, `from_pretrained` at ZeRO stage 3: the initialisation of version 5 reads a weight-normed "
     "weight outside of any gather. Here that is a `ShardError`. Built under `deepspeed.zero.Init` the model works.",
+    "Transformers, `evaluate` before `train` on one Trainer: at stages 1 and 2 the Trainer refuses to evaluate first; "
+    "at stage 3 it trains on the engine it evaluated with, which Accelerate has destroyed by then.",
+    "Transformers, `save_only_model` with `load_best_model_at_end`: refused by the Trainer.",
+    "Transformers, `from_pretrained(..., ignore_mismatched_sizes=True)` at ZeRO stage 3: its sharded loader reports "
+    "the mismatch as an error all the same.",
+    "Transformers, Whisper, `from_pretrained` at ZeRO stage 3: its initialisation asks a sharded embedding for its "
+    "shape outside of any gather, and gets `(0,)`.",
+    'Transformers, `optim="adafactor"` at any stage: runs, with other numbers than without DeepSpeed, since it sees '
+    "flat pieces and factors no matrix.",
     "Accelerate and Transformers, sequence and tensor parallelism (`sp_size`, `autotp_size` above 1): not available in this version of "
     "the package; `deepspeed.tp_model_init(tp_size=2)` says so, and `deepspeed.runtime.sequence_parallel` does not exist.",
     "Lightning and Fabric on CPU: their DeepSpeed strategies insist on CUDA. The tests and `examples/lightning` lift that check in a "
@@ -17,5 +26,7 @@ REASONS = (
     "gradients are that much smaller than without DeepSpeed. It is so with every DeepSpeed; Adam hardly notices, SGD does.",
     "Fabric: gradients are clipped at norm 1.0 unless the configuration says otherwise, which is DeepSpeed's default and which Fabric "
     "never sets.",
+    'PEFT, an adapter saved with its embedding (`target_modules=["embed_tokens"]`), `PeftModel.from_pretrained` at '
+    "ZeRO stage 3: PEFT loads it by `load_state_dict` outside of any gather, which finds shape `(0,)`.",
     "PEFT, `TrainableTokens` at ZeRO stage 3: PEFT asks for CUDA by name.",
 )

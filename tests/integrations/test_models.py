@@ -58,6 +58,15 @@ def test_weights_that_a_checkpoint_lacks_are_initialised_alike_on_every_rank(mod
     assert found["embedding"] == (VOCAB, 32)
 
 
+@pytest.mark.compat("Transformers models", "masked language model: a tied head with a bias", stage=3)
+def test_an_encoder_whose_tied_head_has_a_bias_loads_sharded_and_trains(tmp_path: Path) -> None:
+    from transformers import BertForMaskedLM
+
+    BertForMaskedLM(jobs.masked_config()).save_pretrained(tmp_path)
+    found = run_job(jobs.masked, str(tmp_path))
+    assert found["losses"] == pytest.approx(jobs.plain_masked(str(tmp_path)), rel=1e-5)
+
+
 @pytest.mark.compat("Transformers models", "`weight_norm` inside a gather (speech)", stage=3)
 def test_weight_norm_inside_a_gather_replaces_a_sharded_parameter() -> None:
     found = run_job(jobs.speech)

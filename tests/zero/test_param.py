@@ -47,6 +47,7 @@ USES: dict[str, Use] = {
     "pickle": pickle.dumps,
     "save": lambda p: torch.save(p, io.BytesIO()),
     "safetensors": lambda p: safetensors.torch.save({"p": p.detach()}),
+    "padding": lambda p: F.pad(p.data, (0, 1)),
     "initialiser": lambda p: nn.init.zeros_(p),
 }
 
@@ -86,6 +87,7 @@ def answers(rank: int, world_size: int) -> dict[str, Any]:
         state = engine.module.state_dict()
         with pytest.raises(ShardError):
             state["blocks.0.0.weight"].sum()
+        param.data = F.pad(param.data, (0, 0), "constant", 0)  # by nothing, as Transformers ties a decoder with a bias
         found = {
             "numel": param.numel(),
             "shape": tuple(param.shape),
