@@ -68,7 +68,7 @@ def make_model(args: argparse.Namespace) -> torch.nn.Module:
     return Gpt(GptConfig(width=args.width, layers=args.layers, heads=args.width // 64, seq=args.seq))
 
 
-def counted_buffer(nbytes: int, *, is_locked: bool = False) -> torch.Tensor:
+def counted_buffer(nbytes: int, *, is_locked: bool = False, is_huge: bool = True) -> torch.Tensor:
     """A page-aligned buffer of torch's."""
     page = 4096
     made = torch.zeros(nbytes + page, dtype=torch.uint8)

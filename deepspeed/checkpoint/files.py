@@ -14,11 +14,17 @@ import errno
 import os
 import shutil
 import stat
+import threading
 import uuid
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 from deepspeed.utils.errors import CheckpointError
+
+MUCH = 1 << 26
+"""Bytes that are removed in a thread."""
+
+_removing: list[threading.Thread] = []
 
 
 @contextlib.contextmanager
@@ -80,13 +86,32 @@ def swap(one: Path, other: Path) -> bool:
 
 
 def remove_tree(folder: Path) -> None:
-    """Delete a folder so that a crash in between leaves no half of it under its name."""
+    """Delete a folder so that a crash in between leaves no half of it under its name.
+
+    The name is free when this returns. Giving back the space takes a file system some 0.2 s per GB; where there is much of
+    it that goes on in a thread, for which the process waits at its end, and `finish_removals` before space is needed.
+    """
     doomed = folder.with_name(f".{folder.name}.{uuid.uuid4().hex[:8]}.trash")
     try:
         os.rename(folder, doomed)
     except FileNotFoundError:
         return
-    shutil.rmtree(doomed, ignore_errors=True)
+    if sum(entry.stat(follow_symlinks=False).st_size for entry in os.scandir(doomed)) < MUCH:
+        shutil.rmtree(doomed, ignore_errors=True)
+        return
+    thread = threading.Thread(target=shutil.rmtree, args=(doomed, True), name="checkpoint-remove")
+    try:
+        thread.start()
+    except RuntimeError:  # the interpreter is at its end
+        shutil.rmtree(doomed, ignore_errors=True)
+    else:
+        _removing.append(thread)
+
+
+def finish_removals() -> None:
+    """Wait until the space of what this process removed is free."""
+    while _removing:
+        _removing.pop().join()
 
 
 def check_tag(tag: str) -> str:

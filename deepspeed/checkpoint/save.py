@@ -355,7 +355,9 @@ class _Lock:
 
 
 def remove_stale(parent: Path) -> None:
-    """Delete what saves that died have left in a folder; those still being written are locked and stay."""
+    """Delete what saves that died have left in a folder; those still being written are locked and stay. Afterwards the space
+    of everything that was removed is free."""
+    files.finish_removals()
     for entry in os.scandir(parent):
         if ASIDE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
             if entry.name.endswith(".old") and not (parent / entry.name[1:-13]).exists():
@@ -366,6 +368,7 @@ def remove_stale(parent: Path) -> None:
                 continue
             files.remove_tree(Path(entry.path))
             lock.release()
+    files.finish_removals()
 
 
 def remove_if_possible(folder: Path) -> None:

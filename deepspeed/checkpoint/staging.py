@@ -20,6 +20,10 @@ from deepspeed.tiers.buffers import aligned_buffer
 BLOCK = 4 << 20
 """Bytes of a block, and of what one digest covers: large for the disk, small beside a tensor."""
 
+FEW = 8
+"""Blocks with which a disk is kept busy, used again and again, so in the memory that is quickest for it. More are wanted by
+asynchronous saves alone, for which the run waits until they are there."""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Block:
@@ -46,7 +50,8 @@ class Staging:
             if self._free:
                 return self._free.pop()
             self._num_made += 1
-        return _make_block()
+            memory = aligned_buffer(BLOCK, is_huge=self._num_made <= FEW)
+        return Block(memory, memory.numpy().data)
 
     def give_back(self, block: Block) -> None:
         """The caller is done with the block."""
@@ -64,8 +69,3 @@ class Staging:
     def nbytes(self) -> int:
         """Memory held now."""
         return self._num_made * BLOCK
-
-
-def _make_block() -> Block:
-    memory = aligned_buffer(BLOCK)
-    return Block(memory, memoryview(memory.numpy()))

@@ -13,10 +13,12 @@ Invariant: the file has its final size from the start, so a full disk is noticed
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -63,10 +65,16 @@ class FileWriter:
             os.close(self._fd)
             raise
         self._threads = ThreadPoolExecutor(NUM_WRITERS, thread_name_prefix="checkpoint-write")
-        self._pending: list[Future[None]] = []
+        self._holds_back = False
+        self._held: deque[tuple[Block, int, int]] = deque()
 
     def fill(self, source_of: dict[str, Reads]) -> None:
-        """Copy everything into staging blocks, waiting for free ones. Errors of the disk are raised by `finish`."""
+        """Copy everything into staging blocks, waiting for free ones. Errors of the disk are raised by `finish`.
+
+        Where there are blocks for all of it nothing is written before all of it is copied: the caller is waiting, and
+        digests and copies want the same cores.
+        """
+        self._holds_back = len(self._digests) < self._staging.num_blocks
         block, used, index = self._staging.take(), 0, 0
         try:
             for data in self._bytes(source_of):
@@ -78,9 +86,13 @@ class FileWriter:
                         self._submit(block, used, index)
                         block, used, index = self._staging.take(), 0, index + 1
         except BaseException:
-            self._staging.give_back(block)
+            for unused in (block, *(held for held, _, _ in self._held)):
+                self._staging.give_back(unused)
             raise
         self._submit(block, used, index)
+        self._holds_back = False
+        for _ in range(NUM_WRITERS if self._held else 0):
+            self._threads.submit(self._write_held)
 
     def _bytes(self, source_of: dict[str, Reads]) -> Iterator[Tensor]:
         """The file's bytes in order, as tensors of at most a block or so."""
@@ -95,8 +107,15 @@ class FileWriter:
     def _submit(self, block: Block, used: int, index: int) -> None:
         if used == 0:
             self._staging.give_back(block)
+        elif self._holds_back:
+            self._held.append((block, used, index))
         else:
-            self._pending.append(self._threads.submit(self._write, block, used, index))
+            self._threads.submit(self._write, block, used, index)
+
+    def _write_held(self) -> None:
+        with contextlib.suppress(IndexError):  # until none is left
+            while True:
+                self._write(*self._held.popleft())
 
     def _write(self, block: Block, used: int, index: int) -> None:
         try:

@@ -27,7 +27,7 @@ from deepspeed.checkpoint.manifest import FILE_NAME as MANIFEST
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import Save, SaveRequest
 from deepspeed.checkpoint.source import Source
-from deepspeed.checkpoint.staging import BLOCK, Staging
+from deepspeed.checkpoint.staging import BLOCK, FEW, Staging
 from deepspeed.checkpoint.subject import Subject
 from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
 from deepspeed.comm.exchange import Pending
@@ -38,8 +38,6 @@ from deepspeed.zero.access import GatheredParameters
 if TYPE_CHECKING:
     from deepspeed.config import Config
 
-SYNC_BLOCKS = 8
-"""Staging blocks of a synchronous save: 32 MiB keep the disk busy."""
 RESERVED = ("ds_version", "ds_config")
 """Keys of the client state that `load_checkpoint` adds."""
 
@@ -62,14 +60,14 @@ class Checkpoints:
         self._limit = section.staging_bytes or (int(cache * 2**30) if cache else None)
         self.background = Background()
         self.times = SaveTimes()
-        self._staging = Staging(SYNC_BLOCKS)
+        self._staging = Staging(FEW)
         _warn_of_keys_without_effect(config)
 
     def staging_for(self, nbytes: int, ranks_on_node: int) -> Staging:
         """Blocks for a save of `nbytes` by this rank: all of it if asynchronous, within the limit."""
         if self.is_async:
             limit = self._limit or psutil.virtual_memory().available // (2 * ranks_on_node)
-            self._staging.grow(min(nbytes, max(limit, SYNC_BLOCKS * BLOCK)) // BLOCK + 4)
+            self._staging.grow(min(nbytes, max(limit, FEW * BLOCK)) // BLOCK + 4)
         return self._staging
 
 

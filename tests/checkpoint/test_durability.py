@@ -226,6 +226,16 @@ def test_training_goes_on_while_files_are_written_and_does_not_reach_them(
     assert not bool((state["weight"] == 7).any())
 
 
+def test_the_name_of_a_large_checkpoint_is_free_at_once_and_its_space_soon(tmp_path: Path) -> None:
+    (tmp_path / "large").mkdir()
+    with open(tmp_path / "large" / "shard", "wb") as file:
+        file.truncate(files.MUCH)
+    files.remove_tree(tmp_path / "large")
+    assert not (tmp_path / "large").exists()
+    files.finish_removals()
+    assert _names(tmp_path) == []
+
+
 def _interrupt(rank: int, world_size: int, folder: Path) -> tuple[list[str], int]:
     """Ctrl-C while weights are copied; what is left, and how many more files are open than before."""
     real = writer.FileWriter.fill

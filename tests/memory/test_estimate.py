@@ -54,7 +54,7 @@ def config_of(stage: int, precision: str, recompute: str, offload: str, folder: 
     )
 
 
-def counted_buffer(nbytes: int, *, is_locked: bool = False) -> Tensor:
+def counted_buffer(nbytes: int, *, is_locked: bool = False, is_huge: bool = True) -> Tensor:
     """What the nvme store maps past torch's allocator, from the allocator, so that it is counted."""
     page = 4096
     made = torch.zeros(nbytes + page, dtype=torch.uint8)
