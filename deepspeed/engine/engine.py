@@ -242,6 +242,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             self.watch.on_begin.append(self._reducer.hide)
             self.watch.on_end.append(functools.partial(_expose, self._reducer, self.accumulation))
         self.watch.on_end.append(self._scale_guard.reset)
+        self.watch.on_end.append(self._reducer.flush)
 
     def _make_hooks(self, model: nn.Module, built: Built) -> ModuleHooks:
         zero = self._config.zero_optimization

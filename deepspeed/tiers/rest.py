@@ -7,7 +7,8 @@ the streaming step, which never ask where bytes rest but whether they can be see
     OnDisk      a file of the nvme store; loads and stores are reads and writes
 
 Invariant: a store is complete, and a load's target filled, when the transfer's `wait` returns; until then the tensor
-handed over is borrowed.
+handed over is borrowed. What cannot even start (a folder that is gone) fails in `wait` too: a rank that raised earlier would
+leave the others waiting in the collective that follows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.tiers.nvme import NvmeStore
+from deepspeed.utils.errors import TierError
 
 
 class Transfer(Protocol):
@@ -67,6 +69,20 @@ class Copied:
         if self._event is not None:
             self._event.synchronize()
             self._event = None
+
+
+@final
+class Refused:
+    """A transfer that could not start."""
+
+    is_done = True
+
+    def __init__(self, error: TierError) -> None:
+        self._error = error
+
+    def wait(self) -> None:
+        """See Transfer."""
+        raise self._error
 
 
 @final
@@ -123,14 +139,20 @@ class OnDisk:
 
     def start_load(self, start: int, into: Tensor) -> Transfer:
         """See Rest."""
-        if into.device.type == "cpu":
-            return self.store.start_get(self.key, into, start * self.dtype.itemsize)
-        staged = torch.empty(into.numel(), dtype=self.dtype, pin_memory=True)
-        return _Staged(self.store.start_get(self.key, staged, start * self.dtype.itemsize), staged, into)
+        is_here = into.device.type == "cpu"
+        target = into if is_here else torch.empty(into.numel(), dtype=self.dtype, pin_memory=True)
+        try:
+            read = self.store.start_get(self.key, target, start * self.dtype.itemsize)
+        except TierError as error:
+            return Refused(error)
+        return read if is_here else _Staged(read, target, into)
 
     def start_store(self, start: int, source: Tensor) -> Transfer:
         """See Rest. From a device the bytes are brought to main memory first, which the host waits for."""
-        return self.store.start_put(self.key, source.cpu(), start * self.dtype.itemsize)
+        try:
+            return self.store.start_put(self.key, source.cpu(), start * self.dtype.itemsize)
+        except TierError as error:
+            return Refused(error)
 
     def release(self) -> None:
         """See Rest."""

@@ -168,13 +168,36 @@ class _Place:
             yield piece, value.reshape(-1).narrow(0, piece.in_param, piece.numel)
 
     def reader(self, kind: str) -> Callable[[int, int], Tensor]:
-        """Reads "master" or a state of the optimizer. The KeyError of a state that does not exist is raised when read."""
+        """Reads "master" or a state of the optimizer. The KeyError of a state that does not exist is raised when read; that
+        they are put away is told at once, to ranks that hold nothing of the parameter too."""
+        self.optimizer.require_here()
         return functools.partial(self.optimizer.read_state, self.position, kind)
+
+    def require_state(self, kind: str) -> None:
+        """Raise KeyError on every rank if a rank lacks its part of a state. Collective where O is sharded."""
+        self.optimizer.require_here()
+        has_all = all(self.optimizer.has_state(self.position, kind, piece.in_shard) for piece in self.pieces)
+        everyone = self.optimizer.mesh.agree("dp_shard", int(has_all)) if self.master.is_sharded else [(int(has_all),)]
+        if not all(has for (has,) in everyone):
+            name = self.master.bucket.names[self.index]
+            raise KeyError(
+                f"{name} has no optimizer state {kind!r} (it has {self.optimizer.state_kinds(self.position) or 'none'}): "
+                "states appear with a parameter's first step."
+            )
 
     def write(self, kind: str, value: Tensor) -> None:
         """Write this rank's pieces of a full value into the masters or a state."""
         for piece, part in self.cut(value):
             self.optimizer.write_state(self.position, kind, piece.in_shard, part)
+
+    def show(self, value: Tensor) -> None:
+        """Have the parameter be what `write` gave its master, where they are the same bytes: those that lie in other
+        ranks' slices too, which no gather may bring before the next step."""
+        bucket = self.master.bucket
+        if self.master.is_alias:
+            bucket.shard_changed()
+            if bucket.has_full:
+                bucket.views[self.index].copy_(value.reshape(self.shape))
 
     def local(self, read: Callable[[int, int], Tensor]) -> Tensor:
         """This rank's piece, 1-D: a view where it is in memory."""
@@ -211,9 +234,15 @@ def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
-    """The full optimizer state ("exp_avg", ...) of a parameter, fp32, in its shape. Collective."""
+    """The full optimizer state ("exp_avg", ...) of a parameter, fp32, in its shape. Collective.
+
+    Raises KeyError on every rank if there is no such state (yet), also on ranks that hold nothing of the parameter.
+    """
     place = _place(param)
-    return place.gather(place.reader(optim_state_key)) if place else None
+    if place is None:
+        return None
+    place.require_state(optim_state_key)
+    return place.gather(place.reader(optim_state_key))
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
@@ -228,10 +257,12 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
 
 
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Write a full value, the same on every rank, into the fp32 master; parameters follow with the next step."""
+    """Write a full value, the same on every rank, into the fp32 master. A parameter of the same dtype has it at once, of
+    a lower one with the next step."""
     place = _place(param)
     if place is not None:
         place.write("master", value)
+        place.show(value)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
@@ -294,9 +325,13 @@ def safe_get_local_grad(param: nn.Parameter) -> Tensor:
 
 
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Write this rank's part of the fp32 master. Stage 3."""
+    """Write this rank's part of the fp32 master. Stage 3. Collective."""
     place = _local_place(param)
     place.write_local("master", value)
+    bucket = place.master.bucket
+    if place.master.is_alias and bucket.holders == 0:
+        bucket.shard_changed()
+        bucket.reshard()
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

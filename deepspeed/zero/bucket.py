@@ -180,6 +180,13 @@ class Bucket:
         """Whether the parameters may be used now."""
         return self.state is BucketState.UNSHARDED
 
+    @property
+    def has_full(self) -> bool:
+        """Whether `full` has the values of all ranks now; finishes a gather that is under way."""
+        if self.state is BucketState.GATHERING:
+            self.finish_unshard()
+        return self.is_unsharded and not self.is_away
+
     def adopt(self) -> None:
         """Point the parameters at `full`, whose values the caller has written, and take the shard from it."""
         for param, view in zip(self.params, self.views, strict=True):

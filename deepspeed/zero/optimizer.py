@@ -568,14 +568,29 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             found.update((k, None) for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape)
         return list(found)
 
-    def read_state(self, index: int, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
-        memory. They lie in one run. Raises KeyError for a state that does not exist."""
-        master = self.masters[index]
+    def require_here(self) -> None:
+        """Raise TrainingStateError, on every rank alike, while masters or states are put away."""
         if self.is_away:
             raise TrainingStateError(
                 "masters or states were put away by engine.offload_states.\n  Call engine.reload_states() first."
             )
+
+    def has_state(self, index: int, kind: str, position: int) -> bool:
+        """Whether element `position` of a master's shard has a state of this kind."""
+        if self._is_streamed(self.masters[index]):
+            assert self.stream is not None
+            return any(s.start <= position < s.stop and kind in s.states for s in self.stream.segments(index))
+        try:
+            self._state_around(index, kind, position)
+        except KeyError:
+            return False
+        return True
+
+    def read_state(self, index: int, kind: str, start: int, stop: int) -> Tensor:
+        """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
+        memory. They lie in one run. Raises KeyError for a state that does not exist."""
+        master = self.masters[index]
+        self.require_here()
         if kind == "master":
             return read(master.weights, start, stop)
         if self._is_streamed(master):

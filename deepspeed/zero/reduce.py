@@ -11,8 +11,10 @@ and the bucket is reduced on the wire while backward goes on.
                                  borrowed buffer where G is sharded, at the boundary where it is not
 
 Launch order is the same on every rank, whatever order gradients arrive in: a *round* launches every bucket exactly
-once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, before the next forward or
-the step, or when a bucket fills a second time. Reductions add up in their destination, so several backward passes in
+once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, at the end of each backward (at
+the next forward or the step for one that the engine did not see): an event that all ranks share, where which buckets filled
+is each rank's own. A rank that left its part for later would keep others waiting in their backward, and if its next act is
+a collective of the user's, for ever. Within one backward a round also ends when a bucket fills a second time. Reductions add up in their destination, so several backward passes in
 one step are the normal case.
 
 After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's DistributedDataParallel (arXiv:2006.15704).
@@ -211,7 +213,8 @@ class BucketGradients:
             return pending
         if self.delivers_shard:
             return exchange.start_reduce_scatter(wire, self.result, divide_by=divide_by, accumulate=False)
-        wire[-1:].fill_(float(self.misses_any))
+        if exchange.world_size > 1:  # one rank knows by itself, and nobody would take the flag out of the norm
+            wire[-1:].fill_(float(self.misses_any))
         pending = exchange.start_all_reduce(wire, divide_by=divide_by)
         if wire is not self.flat:
             pending.wait()
@@ -240,13 +243,7 @@ class BucketGradients:
         if not self.is_reduced:
             return self.bucket.own_slice(self.flat), None
         into = torch.empty(self.on_tier.numel, dtype=self.dtype, device=self.bucket.full.device)
-        try:
-            return into, None if self._on_wire else self._start_load(into)
-        except TierError:
-            return (
-                into,
-                None,
-            )  # tried again, and noted, where the load is waited for: backward goes on with the other ranks
+        return into, None if self._on_wire else self._start_load(into)
 
     def _start_load(self, into: Tensor) -> Transfer:
         assert self.on_tier is not None, "only gradients on a tier are loaded"
@@ -266,12 +263,8 @@ class BucketGradients:
         """Give a borrowed buffer back; where gradients rest on a tier, once they have arrived there."""
         if self.on_tier is None:
             self.pool.give_back(buffer)
-            return
-        try:
+        else:
             self._store(values, buffer)
-        except TierError as error:
-            self.failure = self.failure or error
-            self.pool.give_back(buffer)
 
     def _store(self, values: Tensor, buffer: FlatBuffer | None) -> None:
         assert self.on_tier is not None, "only gradients on a tier are stored"
@@ -318,7 +311,8 @@ class BucketGradients:
             if not self.is_sharded and values is not self.result:
                 self.result.copy_(values)
             self._store(values, None)
-            self.finish_oldest_store()
+            while self._storing:  # empty already where this very store was the oldest of too many
+                self.finish_oldest_store()
 
     def settle_at_boundary(self) -> None:
         """Have the gradients complete and at their rest."""

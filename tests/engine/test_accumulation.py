@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import torch.distributed as dist
+from torch import Tensor, nn
 
 from deepspeed.utils.errors import TrainingStateError
 from tests.engine.runs import EPS, LR, engine_of, make_config, whole_weights
@@ -288,3 +289,43 @@ def inference_loop(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_inference_loops_give_the_same_numbers_every_time_and_their_cache_can_be_emptied(stage: int) -> None:
     run_ranks(2, inference_loop, stage)
+
+
+class LastForSome(nn.Module):
+    """Layers in a row, of which some ranks leave out the last: the first whose gradient the others reduce."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(8))
+
+    def forward(self, x: Tensor, uses_last: bool) -> Tensor:
+        for layer in self.layers if uses_last else self.layers[:-1]:
+            x = x + torch.tanh(layer(x))
+        return x.square().mean()
+
+
+def talk_between_backward_and_step(rank: int, world_size: int, stage: int) -> Any:
+    """Different buckets fill on different ranks, and each backward is followed by a collective of the user's own."""
+    zero = {"reduce_bucket_size": 1, "overlap_comm": True}
+    with engine_of(LastForSome(), make_config(stage, micro=1, zero=zero)) as engine:
+        for _ in range(2):
+            loss = engine(torch.full((1, 4), rank + 1.0), uses_last=rank == 0)
+            for _ in range(2):
+                engine.backward(loss / 2, retain_graph=True)
+                dist.all_reduce(loss.detach().clone())
+            engine.step()
+        return whole_weights(engine)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_ranks_that_fill_different_buckets_may_talk_between_backward_and_step(stage: int) -> None:
+    model = LastForSome()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=LR, weight_decay=0.01, eps=EPS)
+    for _ in range(2):
+        optimizer.zero_grad()
+        for rank in range(2):
+            (model(torch.full((1, 4), rank + 1.0), uses_last=rank == 0) / 2).backward()
+        optimizer.step()
+    weights, *_ = run_ranks(2, talk_between_backward_and_step, stage, timeout=20)
+    assert_close_weights(weights, {name: param.detach() for name, param in model.named_parameters()})

@@ -56,6 +56,13 @@ def test_models_that_use_parameters_in_every_way_equal_plain_pytorch(stage: int,
     assert_equals(run, oracle(name, 5, 2, 0.0))
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+def test_parameters_without_gradients_add_nothing_to_the_norm(stage: int, world_size: int) -> None:
+    run, *_ = run_ranks(world_size, train, "unused", make_config(stage, micro=SAMPLES // world_size), num_steps=2)
+    assert run.grad_norms == pytest.approx(oracle("unused", 2, 1, 0.0).grad_norms, rel=1e-4)
+
+
 @pytest.mark.parametrize("stage", STAGES)
 def test_overlap_on_and_off_agree_bit_for_bit(stage: int) -> None:
     runs = [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -305,3 +306,50 @@ def test_a_checkpoint_of_any_tier_goes_on_from_any_other(before: str, after: str
     (late, weights), *_ = run_ranks(2, train_on, second, tmp_path / "saved", None, range(2, 4))
     assert early + late == whole_losses
     assert [name for name in whole if not torch.equal(weights[name], whole[name])] == []
+
+
+def set_gradients(rank: int, world_size: int, path: Path) -> None:
+    model = build("gpt_tied")
+    ((batch,),) = make_batches(model, num_steps=1, accumulation=1, samples=SAMPLES)
+    with engine_of(
+        model, make_config(3, micro=SAMPLES // world_size, zero=offloaded(3, "nvme", "nvme", path))
+    ) as engine:
+        engine.backward(total_loss(engine(*rank_share(batch, rank, world_size))))
+        for value in (1.0, 2.0):
+            deepspeed.utils.safe_update_full_grad_vectorized(
+                list(model.parameters()), lambda gradient, _, value=value: torch.full_like(gradient, value)
+            )
+        found = [deepspeed.utils.safe_get_full_grad(param) for param in model.parameters()]
+        assert all(gradient is not None and bool((gradient == 2).all()) for gradient in found)
+        engine.step()
+        numel = engine.num_parameters()
+        assert engine.get_global_grad_norm() == pytest.approx(2 * numel**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_gradients_on_disk_can_be_set_again_and_again(world_size: int, tmp_path: Path) -> None:
+    run_ranks(world_size, set_gradients, tmp_path)
+
+
+def lose_the_folder(rank: int, world_size: int, path: Path, when: str) -> str:
+    """Rank 1's folder goes away before a forward or a backward; every rank must say so, none may hang."""
+    model = build("unused")
+    ((batch,),) = make_batches(model, num_steps=1, accumulation=1, samples=SAMPLES)
+    share = rank_share(batch, rank, world_size)
+    config = make_config(3, micro=SAMPLES // world_size, zero=offloaded(3, "nvme", "nvme", path))
+    with engine_of(model, config) as engine:
+        engine.backward(total_loss(engine(*share)))
+        engine.step()
+        loss = total_loss(engine(*share)) if when == "backward" else None
+        if rank == 1:
+            for folder in path.glob("deepspeed_swap/*/rank1"):
+                shutil.rmtree(folder)
+        with pytest.raises(TierError) as caught:
+            engine.backward(loss if loss is not None else total_loss(engine(*share)))
+            engine.step()
+        return str(caught.value)
+
+
+@pytest.mark.parametrize("when", ["forward", "backward"])
+def test_a_folder_that_vanishes_under_way_is_an_error_on_every_rank(when: str, tmp_path: Path) -> None:
+    assert all("rank 1" in message for message in run_ranks(2, lose_the_folder, tmp_path, when, timeout=20))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 import deepspeed
-from deepspeed.utils.errors import ShardError
+from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero import GatheredParameters, ZeroParamStatus
 from tests.engine.runs import EPS, LR, engine_of, make_config
 from tests.harness import run_ranks
@@ -295,3 +295,39 @@ def two_of_one_bucket(rank: int, world_size: int) -> None:
 
 def test_one_call_may_use_two_parameters_of_a_sharded_bucket() -> None:
     run_ranks(2, two_of_one_bucket)
+
+
+def set_and_evaluate(rank: int, world_size: int, stage: int, threshold: int) -> None:
+    utils = deepspeed.utils
+    plain = build("mlp")
+    ((batch,),) = make_batches(plain, num_steps=1, accumulation=1, samples=ROWS)
+    zero = {"stage3_param_persistence_threshold": threshold}
+    with sharded_engine(rank, world_size, stage, zero=zero) as engine, torch.no_grad():
+        engine(*batch)  # at stage 3, parameters stay whole for the next use
+        for param, target in zip(engine.module.parameters(), plain.parameters(), strict=True):
+            target.mul_(0.5)
+            utils.safe_set_full_fp32_param(param, target)
+        torch.testing.assert_close(engine(*batch), plain(*batch))
+
+
+@pytest.mark.parametrize(("stage", "threshold"), [(0, 0), (1, 0), (2, 0), (3, 0), (3, 10**6)])
+def test_a_weight_that_was_set_is_whole_in_the_next_forward(stage: int, threshold: int) -> None:
+    run_ranks(2, set_and_evaluate, stage, threshold)
+
+
+def ask_for_what_is_not_there(rank: int, world_size: int) -> None:
+    """The parameter lies on one rank alone; the other must not wait for it."""
+    with sharded_engine(rank, world_size, stage=2) as engine:
+        bias = engine.module.head.bias
+        with pytest.raises(KeyError, match=r"head.bias has no optimizer state 'exp_avg'"):
+            deepspeed.utils.safe_get_full_optimizer_state(bias, "exp_avg")
+        step(engine, rank, world_size)
+        with pytest.raises(KeyError, match=r"'momentum'.*exp_avg"):
+            deepspeed.utils.safe_get_full_optimizer_state(bias, "momentum")
+        engine.offload_states()
+        with pytest.raises(TrainingStateError, match="put away"):
+            deepspeed.utils.safe_get_full_fp32_param(bias)
+
+
+def test_asking_for_a_state_that_is_not_there_is_an_error_on_every_rank() -> None:
+    run_ranks(2, ask_for_what_is_not_there)
