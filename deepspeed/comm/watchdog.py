@@ -9,6 +9,9 @@ they are, and the lowest waiting rank logs it:
       ranks 0, 1, 2 wait in all_reduce at train.py:40
       rank 3 has not come: it is at data.py:12 in read
 
+The store is kept by rank 0's process. A question to one that is stopped or cut off is never answered, whatever timeout
+the client was given (torch 2.13), so a second thread asks; where it gets no answer, each waiting rank says so itself.
+
 Invariant: no collective is wrapped, counted or timed; training pays one look at the threads' frames and one question to
 the store per interval. A blocked thread is one that the kernel has not run in between (its context switches), so ranks
 that meet again and again at the same place are not taken for waiting.
@@ -24,7 +27,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -34,6 +37,7 @@ from deepspeed.utils.logging import logger
 MAX_REPORT_AFTER_S = 120.0
 LOOKS = 6
 """Looks per `report_after_s`."""
+_SILENCE = "does not answer: its process or machine is gone, stopped or cut off"
 _OWN = str(Path(__file__).resolve().parent)
 _TORCH = os.path.join("torch", "distributed")
 _OPERATIONS = (
@@ -72,6 +76,19 @@ def place_of(frame: FrameType | None) -> Place:
     return Place(operation, f"{frame.f_code.co_filename}:{frame.f_lineno} in {frame.f_code.co_name}")
 
 
+class _Look(NamedTuple):
+    """What a look at the process's threads found: where the longest wait is (None: nobody waits), since when, and when."""
+
+    place: Place | None
+    since_s: float
+    now_s: float
+
+    @property
+    def waited_s(self) -> float:
+        """How long it has lasted."""
+        return self.now_s - self.since_s
+
+
 def _switches(native_id: int | None) -> str | None:
     """A text that changes whenever the kernel runs the thread; None where it cannot be told."""
     try:
@@ -91,8 +108,11 @@ class Watchdog:
         world_size: int,
         timeout_s: float,
         report_after_s: float | None = None,
+        keeper: str = "rank 0",
     ) -> None:
+        """`keeper` is whose process has the store, in words."""
         self._open_store = open_store
+        self._keeper = keeper
         self._rank = rank
         self._world_size = world_size
         self._timeout_s = timeout_s
@@ -101,32 +121,67 @@ class Watchdog:
         """Thread -> its context switches at the first look that found it blocked, and when that was."""
         self._alarm_s: float | None = None
         self._has_reported = False
+        self._has_told_silence = False
+        self._seen = _Look(None, 0.0, 0.0)
+        self._asked_s: float | None = None
+        """When the question to the store that is open now was asked; None if none is."""
+        self._has_look = threading.Event()
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="deepspeed-watchdog", daemon=True)
+        self._asker = threading.Thread(target=self._ask, name="deepspeed-watchdog-store", daemon=True)
 
     def start(self) -> None:
         """Begin to look."""
+        self._asker.start()
         self._thread.start()
 
     def stop(self) -> None:
-        """End. The thread may still be in a question to the store."""
+        """End. The second thread may still be in a question to the store."""
         self._ended.set()
+        self._has_look.set()
         self._thread.join(1.0)
+        self._asker.join(1.0)
 
     def _run(self) -> None:
-        pause_s = self._after_s / LOOKS
-        try:
-            if self._ended.wait(pause_s):
-                return
-            store = self._open_store()
-            while not self._ended.wait(pause_s):
-                self._look(store, time.monotonic())
-        except Exception as error:  # the store ends with rank 0: nobody is left to tell
-            logger.debug("the watchdog ends: %s", error)
+        while not self._ended.wait(self._after_s / LOOKS):
+            now_s = time.monotonic()
+            look = _Look(*self._longest_wait(now_s), now_s)
+            if self._asked_s is None:
+                self._seen, self._asked_s = look, now_s
+                self._has_look.set()
+            else:
+                self._mind_silence(look, self._asked_s)
 
-    def _look(self, store: Any, now_s: float) -> None:
-        place, since_s = self._longest_wait(now_s)
-        waits = place is not None and now_s - since_s >= self._after_s * (LOOKS - 2) / LOOKS
+    def _ask(self) -> None:
+        try:
+            store = None
+            while not self._ended.is_set():
+                self._has_look.wait()
+                self._has_look.clear()
+                if self._asked_s is not None:
+                    store = store or self._open_store()
+                    self._tell(store, self._seen)
+                    self._asked_s = None
+        except Exception as error:  # the store ends with rank 0; its question stays open
+            logger.debug("the watchdog's store is gone: %s", error)
+
+    def _mind_silence(self, look: _Look, asked_s: float) -> None:
+        """Report without the store where it does not answer: every waiting rank, as none can know of the others."""
+        if look.place is None:
+            self._has_told_silence = False
+        elif (
+            not self._has_told_silence
+            and look.now_s - asked_s >= 2 * self._after_s / LOOKS
+            and look.waited_s >= self._after_s
+        ):
+            self._has_told_silence = True
+            mine = {self._rank: {"waits": True, "operation": look.place.operation, "site": look.place.site}}
+            text = describe(mine, look.place.operation, look.waited_s, self._timeout_s, silent=self._keeper)
+            logger.error("%s", text)
+
+    def _tell(self, store: Any, look: _Look) -> None:
+        place, now_s = look.place, look.now_s
+        waits = place is not None and look.waited_s >= self._after_s * (LOOKS - 2) / LOOKS
         alarm = self._alarm(store, raises=waits)
         if not alarm:
             self._alarm_s, self._has_reported = None, False
@@ -143,7 +198,7 @@ class Watchdog:
         if not self._has_reported and now_s - self._alarm_s >= 2 * self._after_s / LOOKS:
             self._has_reported = True
             assert place is not None
-            self._report(store, alarm, place, now_s - since_s)
+            self._report(store, alarm, place, look.waited_s)
 
     def _alarm(self, store: Any, *, raises: bool) -> str:
         """The alarm that is on, "" if none is; this rank's, if it `raises` one and nobody else has."""
@@ -162,7 +217,7 @@ class Watchdog:
         longest: tuple[Place | None, float] = (None, now_s)
         for ident, frame in sys._current_frames().items():
             place = place_of(frame)
-            if ident == threading.get_ident() or not place.operation:
+            if ident in (self._thread.ident, self._asker.ident) or not place.operation:
                 continue
             switches = _switches(native.get(ident)) or f"{id(frame)}:{frame.f_lasti}"
             before = self._blocked.get(ident)
@@ -183,20 +238,33 @@ class Watchdog:
         logger.error(describe(told, place.operation, waited_s, self._timeout_s))
 
 
-def describe(told: dict[int, dict[str, Any] | None], operation: str, waited_s: float, timeout_s: float) -> str:
-    """The report: who waits where, who has not come and where it is instead, who does not answer."""
+def describe(
+    told: Mapping[int, dict[str, Any] | None],
+    operation: str,
+    waited_s: float,
+    timeout_s: float,
+    *,
+    silent: str | None = None,
+) -> str:
+    """The report: who waits where, who has not come and where it is instead, who does not answer.
+
+    `silent` is who keeps the store, where that does not answer: then `told` has this rank alone.
+    """
     waiting: dict[tuple[str, str], list[int]] = {}
     lines = [f"{operation} has waited for {waited_s:.0f} s; it fails after {timeout_s:.0f} s."]
     missing = []
     for rank, entry in told.items():
         if entry is None:
-            missing.append(f"  rank {rank} does not answer: its process or machine is gone, stopped or cut off")
+            missing.append(f"  rank {rank} {_SILENCE}, or native code holds its interpreter's lock")
         elif entry["waits"]:
             waiting.setdefault((entry["operation"], entry["site"]), []).append(rank)
         else:
             missing.append(f"  rank {rank} has not come: it is at {entry['site']}")
     lines += [f"  {_ranks(ranks)} in {name} at {site}" for (name, site), ranks in waiting.items()]
-    if not missing:
+    if silent is not None:
+        missing = [f"  {silent} {_SILENCE}"]
+        missing += ["  what the other ranks do cannot be asked without it"]
+    elif not missing:
         missing = ["  all ranks wait: they call different collectives, or a message between two of them is lost"]
     return "\n".join([*lines, *missing])
 
@@ -225,7 +293,9 @@ def watch(master_addr: str, master_port: int, rank: int, world_size: int, timeou
     # A thread that is inside native code while the interpreter shuts down aborts the process: "terminate called".
     atexit.unregister(unwatch)
     atexit.register(unwatch)
-    _Running.current = Watchdog(open_store, rank, world_size, timeout_s)
+    is_agents = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    keeper = f"torchrun's agent at {master_addr}:{master_port}" if is_agents else "rank 0"
+    _Running.current = Watchdog(open_store, rank, world_size, timeout_s, keeper=keeper)
     _Running.current.start()
 
 

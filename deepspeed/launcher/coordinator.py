@@ -200,7 +200,8 @@ class Coordinator:
         elif self.state is State.RUNNING and now_s >= self._blame.stop_at_s:
             first = self._blame.first
             assert first is not None, "a time to stop comes with a failure"
-            self._stop(self._blame.summary(), first.exit_code)
+            cannot_meet = self._min is not None and "RendezvousConnectionError" in first.words
+            self._stop(self._blame.summary() + (self._how_to_go_on() if cannot_meet else ""), first.exit_code)
         elif self.state is State.RUNNING and len(self._ended) + len(self._lost) >= self._expected():
             self._stop("", max(self._ended.values(), default=0))
         if self.state is State.STOPPING and (not self._here or now_s >= self._deadline_s):
@@ -333,13 +334,13 @@ class Coordinator:
         self._drop(member)
         if index is not None and index not in self._ended:
             failure = Failure(who=self._names[index], host=host, code=None, what="lost", words=f"{how}.")
-            self._gone(index, failure)
+            self._gone(index, failure, member)
 
-    def _gone(self, index: int, failure: Failure) -> None:
-        """A member will not come, or not come back by itself."""
+    def _gone(self, index: int, failure: Failure, member: _Member | None = None) -> None:
+        """A member will not come, or not come back by itself; the `member` is known where it had come."""
         if index in self._ended or index in self._lost or self.state in (State.STOPPING, State.DONE):
             return
-        member = self._here.get(index)
+        member = member or self._here.get(index)
         if member is not None:
             self._drop(member)
         self._lost.add(index)
@@ -347,15 +348,32 @@ class Coordinator:
             self._blame.add(failure, time.monotonic())
             return
         left = len(self._here)
-        logger.warning("%s (%s): %s. %d of %d nodes are left", failure.who, failure.host, failure.words, left, left + 1)
+        text = failure.words.rstrip(".")
+        logger.warning("%s (%s): %s. %d of %d nodes are left", failure.who, failure.host, text, left, left + 1)
         could_come = len(self._names) - len(self._lost) - len(self._ended)
         if (self.state is State.RUNNING and left < self._min) or could_come < self._min:
             self._blame.add(failure, time.monotonic())
             self._stop(
                 self._blame.summary() + f"{left} nodes are left, fewer than --min_elastic_nodes {self._min}.\n", 1
             )
+        elif member is not None and self._is_at_master(member):
+            self._blame.add(failure, time.monotonic())
+            self._stop(self._blame.summary() + self._how_to_go_on(), 1)
         else:
             self._tell({"lost": failure.who})
+
+    def _is_at_master(self, member: _Member) -> bool:
+        """Whether ranks meet at this member's node, as far as its names and address tell."""
+        assert member.index is not None, "admitted"
+        node = self._names[member.index].removeprefix("node ")
+        return self._master[0] in (node, member.host, member.address, member.hello.get("address"))
+
+    def _how_to_go_on(self) -> str:
+        """For an elastic job without its meeting point."""
+        return (
+            f"The nodes of an elastic job meet at --master_addr {self._master[0]}; without that node it cannot go on.\n"
+            "  Start it again with --master_addr of a node that runs; the script goes on from its last checkpoint.\n"
+        )
 
     def _stop(self, text: str, code: int) -> None:
         if self.state in (State.STOPPING, State.DONE):

@@ -145,7 +145,11 @@ class RemoteRun:
             cure = "Check that it can be executed"
             if error.errno == errno.E2BIG:
                 name, nbytes = max(((k, len(v)) for k, v in self._plan.variables.items()), key=lambda pair: pair[1])
-                cure = f"The variables for the nodes are too many or too long ({name} has {nbytes} bytes): put such values into files"
+                total = sum(len(k) + len(v) for k, v in self._plan.variables.items())
+                cure = (
+                    f"The {len(self._plan.variables)} variables for the nodes have {total} bytes together ({name} has "
+                    f"{nbytes}); with the script's arguments a command may have 128 KiB. Put long values into files"
+                )
             raise LaunchError(f"{start.argv[0]} cannot be started: {error.strerror}.\n  {cure}.") from None
         program = _Program(start, index, popen)
         self._programs.append(program)

@@ -6,7 +6,8 @@ namespace of its own, so the machine's own network, host name, /etc/hosts and ss
     switch:  bridge -- v0, v1, v2        head 10.77.0.1 (the launcher)    a 10.77.0.2    b 10.77.0.3
 
 A cut network is an interface set down in the switch: nothing is told to either side. A node that dies is its init
-process killed: the kernel ends everything in it. Needs root, iproute2, util-linux and OpenSSH; `why_not` says what is
+process killed: the kernel ends everything in it. However the process that built a cluster ends, nothing of it is left: a
+leash waits for that, in a process of its own, and kills what runs in the cluster's networks. Needs root, iproute2, util-linux and OpenSSH; `why_not` says what is
 missing.
 """
 
@@ -42,6 +43,20 @@ ip link set lo up
 trap : CHLD TERM
 echo ready > "$2/$1.ready"
 while :; do sleep 1000 & wait; done
+"""
+LEASH = """
+import os, signal, sys
+networks = []
+for line in sys.stdin:
+    if line == "done\\n":
+        sys.exit()
+    networks.append(line.strip())
+for entry in filter(str.isdecimal, os.listdir("/proc")):
+    try:
+        if os.readlink(f"/proc/{entry}/ns/net") in networks:
+            os.kill(int(entry), signal.SIGKILL)
+    except OSError:
+        pass
 """
 SSHD_CONFIG = """
 HostKey {folder}/host_{name}
@@ -126,8 +141,12 @@ class Cluster:
 
     def __init__(self, folder: Path, names: Sequence[str] = ("a", "b")) -> None:
         self.folder = folder
+        self._leash = subprocess.Popen(
+            [sys.executable, "-c", LEASH], stdin=subprocess.PIPE, start_new_session=True, text=True
+        )
         self._switch = subprocess.Popen(["unshare", "--net", "sleep", "infinity"], start_new_session=True)
         _until(lambda: _has_own_network(self._switch.pid))
+        self._leash_network(self._switch.pid)
         self._in_switch("ip", "link", "add", "bridge", "type", "bridge")
         self._in_switch("ip", "link", "set", "bridge", "up")
         everyone = ["head", *names]
@@ -137,8 +156,10 @@ class Cluster:
         (folder / "ssh").mkdir()
         _make_key(folder / "ssh" / "id_ed25519")
         (folder / "ssh" / "config").write_text("Host *\n  StrictHostKeyChecking accept-new\n  LogLevel ERROR\n")
-        self.nodes = {n: Node(n, addresses[n], folder, own_pids=n != "head") for n in everyone}
+        self.nodes = {}
         for name in everyone:
+            self.nodes[name] = Node(name, addresses[name], folder, own_pids=name != "head")
+            self._leash_network(self.nodes[name].pid)
             self.connect(name)
         for name in names:
             self.start_sshd(name)
@@ -150,6 +171,12 @@ class Cluster:
 
     def __getitem__(self, name: str) -> Node:
         return self.nodes[name]
+
+    def _leash_network(self, pid: int) -> None:
+        """Put whatever will run in this process's network on the leash."""
+        assert self._leash.stdin is not None
+        self._leash.stdin.write(os.readlink(f"/proc/{pid}/ns/net") + "\n")
+        self._leash.stdin.flush()
 
     def _in_switch(self, *command: str) -> None:
         subprocess.run(["nsenter", "-t", str(self._switch.pid), "-n", "--", *command], check=True, capture_output=True)
@@ -198,6 +225,7 @@ class Cluster:
             node.kill()
         self._switch.kill()
         self._switch.wait()
+        self._leash.communicate("done\n")
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.watchdog import Watchdog, describe, place_of
+from deepspeed.comm.watchdog import Place, Watchdog, describe, place_of
 from deepspeed.utils.logging import logger
 from tests.harness import free_port, run_ranks
 
@@ -86,3 +86,31 @@ def test_a_place_outside_of_collectives_has_no_operation() -> None:
     frame = sys._current_frames()[threading.get_ident()]
     place = place_of(frame)
     assert place.operation == "" and "test_watchdog.py" in place.site
+
+
+def test_a_store_that_never_answers_is_told_by_the_rank_that_waits() -> None:
+    """Rank 0 keeps the store; when it is stopped (SIGSTOP), a question to it does not even time out."""
+    notes, over = _Notes(), threading.Event()
+
+    class _Silent:
+        def wait_for_answer(self, *_: object) -> None:
+            over.wait(30)
+
+        compare_set = check = set = get = wait_for_answer
+
+    logger.addHandler(notes)
+    dog = Watchdog(_Silent, 1, 2, timeout_s=60, report_after_s=0.6)
+    dog._longest_wait = lambda now_s: (Place("all_reduce", "train.py:40 in step"), begin_s)  # type: ignore[method-assign]
+    begin_s = time.monotonic()
+    dog.start()
+    while not notes.texts and time.monotonic() < begin_s + 20:
+        time.sleep(0.02)
+    over.set()
+    dog.stop()
+    logger.removeHandler(notes)
+    [text] = notes.texts
+    assert text.splitlines()[1:] == [
+        "  rank 1 waits in all_reduce at train.py:40 in step",
+        "  rank 0 does not answer: its process or machine is gone, stopped or cut off",
+        "  what the other ranks do cannot be asked without it",
+    ]

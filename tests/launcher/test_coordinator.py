@@ -206,6 +206,20 @@ def test_an_elastic_job_below_its_least_ends(make: Make) -> None:
     assert job.done.wait(5) and job.code == 1
 
 
+@pytest.mark.parametrize("master", ["a", "127.0.0.1"])
+def test_an_elastic_job_that_loses_its_meeting_point_says_how_to_go_on(make: Make, master: str) -> None:
+    job = make(min_members=1, master=(master, 1))
+    links = [_join(job, 0), _join(job, 1)]
+    assert "go" in links[1].expect("go")
+    links[0].close()
+    text = links[1].expect("stop")["stop"]
+    assert "---- node a failed first" in text
+    assert f"meet at --master_addr {master}; without that node it cannot go on" in text
+    assert "Start it again with --master_addr of a node that runs" in text
+    links[1].send({"ended": 1})
+    assert job.done.wait(5) and job.code == 1
+
+
 def test_the_cause_is_blamed_even_if_a_consequence_is_told_first() -> None:
     blame = Blame(settle_s=2.0)
     consequence = _failure("rank 0", 1, "RuntimeError: Connection closed by peer [10.0.0.1]:1")

@@ -59,5 +59,5 @@ def test_where_python_cannot_start_the_cure_is_what_has_to_work_there() -> None:
 
 def test_a_command_line_that_is_too_long_names_the_longest_variable() -> None:
     _, written = _run("'x' * 1000000")
-    assert "sh cannot be started: Argument list too long.\n  The variables" in written
-    assert "(BIG has 1000 bytes)" in written
+    assert "sh cannot be started: Argument list too long.\n  The 2 variables for the nodes have 1009 bytes" in written
+    assert "(BIG has 1000); with the script's arguments a command may have 128 KiB" in written
