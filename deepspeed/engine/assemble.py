@@ -22,6 +22,7 @@ from deepspeed.optim.traits import StepsFused
 from deepspeed.precision import DynamicLossScale, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.utils.logging import warn_once
 from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.cut import LEAF_MARK
 from deepspeed.zero.master import Master
@@ -137,12 +138,15 @@ def _is_flat(groups: Sequence[dict[str, Any]]) -> bool:
 
 
 def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, stage: int) -> None:
-    """Refuse stages 1 and 2 without an optimizer, and parameters that are not the model's."""
+    """Refuse parameters that are not the model's, and tell of stages 1 and 2 without an optimizer.
+
+    Fabric's `setup(model)` gives its one configuration to models that only evaluate, too; `backward` refuses those.
+    """
     if optimizer is None:
         if stage in (1, 2):
-            raise DeepSpeedConfigError(
-                f"zero_optimization.stage = {stage} shards optimizer state, but there is no optimizer.\n"
-                '  Pass optimizer=..., add an "optimizer" section, or use stage 0 or 3 to only evaluate.'
+            warn_once(
+                f"zero_optimization.stage = {stage} shards optimizer state, but there is no optimizer: this engine keeps whole "
+                'parameters on every rank and can only evaluate. To train pass optimizer=... or add an "optimizer" section.'
             )
         return
     owned = set(model.parameters())

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from deepspeed.utils.errors import ShardError
+from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.param import buckets_of, slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS
@@ -190,14 +190,32 @@ class _Place:
         for piece, part in self.cut(value):
             self.optimizer.write_state(self.position, kind, piece.in_shard, part)
 
-    def show(self, value: Tensor) -> None:
-        """Have the parameter be what `write` gave its master, where they are the same bytes: those that lie in other
-        ranks' slices too, which no gather may bring before the next step."""
-        bucket = self.master.bucket
-        if self.master.is_alias:
+    def publish(self, value: Tensor) -> None:
+        """Write this rank's part of a full value, the same on every rank, into the parameter; all of it where it is whole."""
+        bucket = self._present_bucket()
+        if bucket.is_sharded:
+            for piece, part in self.cut(value):
+                bucket.rest.start_store(piece.in_shard, part.to(bucket.dtype).contiguous()).wait()
             bucket.shard_changed()
-            if bucket.has_full:
-                bucket.views[self.index].copy_(value.reshape(self.shape))
+        if bucket.has_full:  # other ranks' parts too, which no gather may bring before the next step
+            bucket.views[self.index].copy_(value.reshape(self.shape))
+
+    def _present_bucket(self) -> Bucket:
+        bucket = self.master.bucket
+        if bucket.is_away:
+            raise TrainingStateError(
+                f"{bucket.names[self.index]} was put away by engine.offload_states.\n  Call engine.reload_states() first."
+            )
+        return bucket
+
+    def publish_local(self, value: Tensor) -> None:
+        """Write this rank's piece into the shard of the parameter."""
+        bucket = self._present_bucket()
+        for piece in self.pieces:
+            bucket.rest.start_store(piece.in_shard, value.reshape(-1).to(bucket.dtype).contiguous()).wait()
+        bucket.shard_changed()
+        if bucket.holders == 0:
+            bucket.reshard()
 
     def local(self, read: Callable[[int, int], Tensor]) -> Tensor:
         """This rank's piece, 1-D: a view where it is in memory."""
@@ -256,13 +274,13 @@ def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     return full if scale == 1.0 else full / scale
 
 
+@torch.no_grad()
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Write a full value, the same on every rank, into the fp32 master. A parameter of the same dtype has it at once, of
-    a lower one with the next step."""
+    """Write a full value, the same on every rank, into the fp32 master and the parameter."""
     place = _place(param)
     if place is not None:
         place.write("master", value)
-        place.show(value)
+        place.publish(value)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
@@ -324,14 +342,12 @@ def safe_get_local_grad(param: nn.Parameter) -> Tensor:
     return place.local(lambda start, stop: mine[start:stop]) / scale
 
 
+@torch.no_grad()
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
-    """Write this rank's part of the fp32 master. Stage 3. Collective."""
+    """Write this rank's part of the fp32 master and of the parameter. Stage 3. Collective."""
     place = _local_place(param)
     place.write_local("master", value)
-    bucket = place.master.bucket
-    if place.master.is_alias and bucket.holders == 0:
-        bucket.shard_changed()
-        bucket.reshard()
+    place.publish_local(value)
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:

@@ -136,6 +136,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 "hold parts of several parameters, which is right only for element-wise optimizers.\n"
                 '  If it is element-wise set "zero_allow_untested_optimizer": true; otherwise use stage 0.'
             )
+        if needs is None and self._is_sharded:
+            warn_once(
+                f"{type(self.optimizer).__name__} is not known to be element-wise. Under ZeRO stage {self.zero_stage} it steps 1-D "
+                "pieces that hold parts of several parameters; if it looks at shapes or norms of parameters, as Adafactor does, "
+                "it trains with other numbers than at stage 0. zero_allow_untested_optimizer allows it; some libraries set that key."
+            )
         gives_whole = not self._is_sharded and needs is not Needs.ELEMENTWISE
         self._refuse_tiers(needs)
         is_elementwise = needs is Needs.ELEMENTWISE or (needs is None and allow_untested)
@@ -214,11 +220,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.reducer.saw_backward:
             return self.scale.scale
         scale, factor = self._kept
-        master = self.masters[index]
-        is_changed = self.policy.gradients.dtype == self.policy.optimizer.dtype and (
-            self.reducer.gradients[index].rest().view(0, master.numel) is not None
-        )
-        return scale * factor if is_changed else scale
+        is_changed = self.policy.gradients.dtype == self.policy.optimizer.dtype
+        return scale * factor if is_changed and not self._is_streamed(self.masters[index]) else scale
 
     @property
     def dynamic_loss_scale(self) -> bool:
@@ -413,7 +416,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         else:
             for i in stepped:
                 grad = gradients[i].to(segments[i].param.dtype)
-                segments[i].param.grad = grad.mul_(factor) if factor != 1.0 else grad
+                segments[i].param.grad = grad.mul(factor) if factor != 1.0 else grad
             self._step_only([(segments[i].group, segments[i].param) for i in stepped])
         for i, segment in enumerate(segments):
             segment.param.grad = None
@@ -602,6 +605,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def write_state(self, index: int, kind: str, start: int, values: Tensor) -> None:
         """Replace the elements from `start` on; see `read_state`."""
         master = self.masters[index]
+        self.require_here()
         rest = master.weights if kind == "master" else None
         if rest is None and self._is_streamed(master):
             assert self.stream is not None

@@ -63,10 +63,6 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         bad(scheduler={"type": "WarmupLR", "params": {"warmup_steps": 1}}),
         r"warmup_steps[\s\S]*warmup_num_steps",
     ),
-    "no optimizer": (
-        bad(optimizer=None),
-        r"zero_optimization.stage = 2 shards optimizer state, but there is no optimizer",
-    ),
     "missing file": ("no/such/ds_config.json", r"no/such/ds_config.json"),  # type: ignore[dict-item]
     "feature to come": (bad(tensor_parallel={"autotp_size": 2}), r"tensor_parallel.*not available yet"),
 }
@@ -105,6 +101,21 @@ def malformed_files(rank: int, world_size: int, folder: str) -> None:
 
 def test_malformed_files_are_refused_by_their_line(tmp_path: pathlib.Path) -> None:
     run_ranks(1, malformed_files, str(tmp_path))
+
+
+def without_optimizer(rank: int, world_size: int) -> str:
+    engine, optimizer, *_ = deepspeed.initialize(
+        model=build("mlp"), config={**make_config(2, micro=2), "optimizer": None}
+    )
+    assert optimizer is None
+    with pytest.raises(DeepSpeedError) as caught:
+        engine.backward(next(engine.parameters()).sum())
+    engine.destroy()
+    return str(caught.value)
+
+
+def test_an_engine_that_has_nothing_to_shard_evaluates_and_refuses_to_train() -> None:
+    assert run_ranks(1, without_optimizer)[0].startswith("engine.backward: the engine has no optimizer.")
 
 
 # Models, parameters and arguments. -------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import logging.handlers
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch.optim import lr_scheduler
 import deepspeed
 from deepspeed.optim import build_optimizer, split_for_muon
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.utils.logging import logger
 from tests.engine.runs import EPS, LR, engine_of, make_config, whole_weights
 from tests.harness import run_ranks
 from tests.models import WIDTH, Mlp, build, make_batches, rank_share, squared_error
@@ -141,8 +143,15 @@ def untested_optimizer(rank: int, world_size: int) -> dict[str, Tensor]:
         ):
             deepspeed.initialize(model=build("mlp"), config=config_of(stage, world_size), optimizer=make)
     allowed = {**config_of(3, world_size), "zero_allow_untested_optimizer": True}
+    notes = logging.handlers.BufferingHandler(100)
+    logger.addHandler(notes)
     with engine_of(build("mlp"), allowed, optimizer=make) as engine:
         sharded = train_mlp(engine, rank, world_size)
+    logger.removeHandler(notes)
+    told = [record.getMessage() for record in notes.buffer]
+    assert rank > 0 or any(
+        "Scaled is not known to be element-wise. Under ZeRO stage 3 it steps" in text for text in told
+    )
     with engine_of(build("mlp"), config_of(0, world_size), optimizer=make) as engine:
         assert_close_weights(train_mlp(engine, rank, world_size), sharded)
         assert {tuple(p.shape) for p in engine.optimizer.param_groups[0]["params"]} == {

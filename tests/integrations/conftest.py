@@ -87,9 +87,11 @@ def _page() -> str:
         f"Versions: {versions}; Python {platform.python_version()}.",
         "",
         "`works`: passed. `fails`: ran and did not pass. Empty: not tried. What is not in this page is not claimed: no GPU was used, "
-        "and fp16, NVMe offload, tensor, pipeline, sequence and expert parallelism were not tried under these libraries.",
+        "and tensor, pipeline, sequence and expert parallelism were not tried under these libraries.",
         "",
-        "| integration | what | precision | offload to CPU | " + " | ".join(f"ZeRO {stage}" for stage in STAGES) + " |",
+        "| integration | what | precision | offload (to CPU unless it says NVMe) | "
+        + " | ".join(f"ZeRO {stage}" for stage in STAGES)
+        + " |",
         "|---" * (4 + len(STAGES)) + "|",
     ]
     for row in sorted(_cells):

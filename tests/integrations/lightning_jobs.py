@@ -180,6 +180,53 @@ def resume(rank: int, world_size: int, folder: str, stage: int, continues: bool)
     return found
 
 
+def fabric_of_several(rank: int, world_size: int, folder: str, stage: int | None) -> dict[str, Any]:
+    """Two models in turns, one of them in pairs of micro-batches by `no_backward_sync`; then a third that only evaluates,
+    with the weights of a checkpoint of the first."""
+    os.environ["TORCHELASTIC_RUN_ID"] = "job"
+    config = {
+        "zero_optimization": {"stage": stage},
+        "gradient_clipping": 0.0,
+        "train_micro_batch_size_per_gpu": 4,
+    }
+    strategy: Any = "ddp" if stage is None else FabricOnCpu(config=config, process_group_backend="gloo")
+    runner = Fabric(accelerator="cpu", devices=2, strategy=strategy, plugins=[TorchElasticEnvironment()])
+    runner.launch()
+
+    def make(seed: int) -> Any:
+        with runner.init_module(empty_init=False if stage is None or stage < 3 else None):
+            torch.manual_seed(seed)
+            return nn.Sequential(nn.Linear(16, 32), nn.ReLU(), nn.Linear(32, 2))
+
+    def make_trained(seed: int) -> Any:
+        model = make(seed)
+        return runner.setup(model, torch.optim.AdamW(model.parameters(), lr=LR, eps=1e-6, weight_decay=0.0))
+
+    (first, first_optimizer), (second, second_optimizer) = make_trained(0), make_trained(1)
+    losses = []
+    for index, (x, y) in enumerate(runner.setup_dataloaders(loader())):
+        is_boundary = index % 2 == 1
+        with runner.no_backward_sync(first, enabled=not is_boundary):
+            loss = nn.functional.cross_entropy(first(x), y)
+            runner.backward(loss / 2, model=first)
+        if is_boundary:
+            first_optimizer.step()
+            first_optimizer.zero_grad()
+        other = nn.functional.cross_entropy(second(x) + first(x).detach(), y)
+        runner.backward(other, model=second)
+        second_optimizer.step()
+        second_optimizer.zero_grad()
+        losses += [runner.all_gather(value.detach()).mean().item() for value in (loss, other)]
+    found: dict[str, Any] = {"losses": losses}
+    if stage is not None:
+        runner.save(folder, {"model": first, "optimizer": first_optimizer, "epoch": 3})
+        loaded = runner.setup(make(2))
+        found["left"] = sorted(runner.load(folder, {"model": loaded}))
+        with torch.no_grad():
+            found["is_loaded"] = torch.equal(loaded(x), first(x))
+    return found
+
+
 def fabric(
     rank: int, world_size: int, folder: str, stage: int | None, clip: float = 0.0, **options: Any
 ) -> dict[str, Any]:

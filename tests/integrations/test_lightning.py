@@ -60,3 +60,12 @@ def test_fabric_steps_the_optimizer_alone(stage: int, tmp_path: Path) -> None:
     assert run["losses"] == pytest.approx(plain["losses"], rel=1e-4)
     assert run["again"] == run["rest"]
     assert "ds_version" in run["left"] and run["kind"] == "_FabricOptimizer"
+
+
+@pytest.mark.compat("Fabric", "several models, `no_backward_sync`, a model without optimizer loaded from a checkpoint")
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_fabric_trains_several_models_and_evaluates_another(stage: int, tmp_path: Path) -> None:
+    run = run_job(jobs.fabric_of_several, str(tmp_path), stage)
+    plain = run_job(jobs.fabric_of_several, str(tmp_path), None)
+    assert run["losses"] == pytest.approx(plain["losses"], rel=1e-4)
+    assert run["is_loaded"] and run["left"] == ["ds_version", "epoch"]

@@ -75,6 +75,14 @@ def test_gradient_checkpointing_changes_nothing(
     assert_equal_runs(run, plain["hf"])
 
 
+@pytest.mark.compat("Transformers Trainer", "train, evaluate", precision="fp16")
+@pytest.mark.parametrize("stage", [2, 3])
+def test_fp16_trains_close_to_fp32(stage: int, model: str, tmp_path: Path, plain: dict[str, Any]) -> None:
+    run = run_job(jobs.train, model, str(tmp_path), ds_config(stage, optimizer=ADAMW), fp16=True)
+    assert run["losses"] == pytest.approx(plain["hf"]["losses"], rel=1e-3)
+    assert run["eval"] == pytest.approx(plain["hf"]["eval"], rel=1e-3)
+
+
 OFFLOAD = {
     "optimizer": {"offload_optimizer": {"device": "cpu"}},
     "optimizer, parameters": {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
@@ -94,6 +102,29 @@ def test_offload_changes_nothing(
     own = {"optimizer": ADAMW} if optimizer == "ds" else {}
     run = run_job(jobs.train, model, str(tmp_path), ds_config(stage, zero=OFFLOAD[offload], **own))
     assert_equal_runs(run, plain["hf"])
+
+
+@pytest.mark.compat("Transformers Trainer", "train, evaluate, predict; accumulation; on the NVMe tier", stage=3)
+@pytest.mark.parametrize("offload", ["optimizer to NVMe", "optimizer, parameters to NVMe"])
+def test_a_disk_changes_nothing(offload: str, model: str, tmp_path: Path, plain: dict[str, Any]) -> None:
+    where = {"device": "nvme", "nvme_path": str(tmp_path / "nvme")}
+    zero = {"offload_optimizer": where, **({"offload_param": where} if "parameters" in offload else {})}
+    run = run_job(jobs.train, model, str(tmp_path), ds_config(3, zero=zero, optimizer=ADAMW))
+    assert_equal_runs(run, plain["hf"])
+
+
+@pytest.mark.compat("Transformers Trainer", "`safe_get_full_*` and `safe_set_full_*` in callbacks")
+@pytest.mark.parametrize(
+    ("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "optimizer"), (3, "optimizer, parameters")]
+)
+def test_a_callback_reads_and_sets_whole_values(stage: int, offload: str, model: str, tmp_path: Path) -> None:
+    run = run_job(jobs.watch, model, str(tmp_path), ds_config(stage, zero=OFFLOAD.get(offload, {}), optimizer=ADAMW))
+    plain = run_job(jobs.watch, model, str(tmp_path), None)
+    assert run["losses"] == pytest.approx(plain["losses"], rel=2e-5)
+    for kind in ("weights", "moments"):
+        torch.testing.assert_close(torch.stack(run[kind]), torch.stack(plain[kind]), rtol=1e-3, atol=1e-5)
+    for gradient, clipped, norm in zip(run["gradients"], plain["gradients"], plain["norms"], strict=True):
+        torch.testing.assert_close(gradient, clipped * max(1.0, norm / 0.5), rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.compat("Transformers Trainer", "resume from a checkpoint, exactly")

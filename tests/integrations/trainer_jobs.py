@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from deepspeed import utils
 from tests.integrations.common import ByteDataset
 
 LR = 1e-2
@@ -94,6 +95,39 @@ def train(
         "is_deepspeed": trainer.is_deepspeed_enabled,
     }
     return found
+
+
+def watch(rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any) -> dict[str, Any]:
+    """A callback that reads a weight's gradient, master and first moment at every step, and sets the last two once."""
+    from transformers import TrainerCallback
+
+    found: dict[str, Any] = {"gradients": [], "weights": [], "moments": []}
+
+    class Watcher(TrainerCallback):
+        def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            weight = model.model.layers[0].mlp.up_proj.weight
+            found["gradients"].append((weight.grad if deepspeed is None else utils.safe_get_full_grad(weight)).clone())
+
+        def on_step_end(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+            weight = model.model.layers[0].mlp.up_proj.weight
+            if deepspeed is None:
+                master, moment = weight.detach(), trainer.optimizer.state[weight]["exp_avg"]
+            else:
+                master = utils.safe_get_full_fp32_param(weight)
+                moment = utils.safe_get_full_optimizer_state(weight, "exp_avg")
+            found["weights"].append(master.clone())
+            found["moments"].append(moment.clone())
+            if state.global_step == 3 and deepspeed is None:
+                master.fill_(0.01)
+                moment.fill_(0.001)
+            elif state.global_step == 3:
+                utils.safe_set_full_fp32_param(weight, torch.full_like(master, 0.01))
+                utils.safe_set_full_optimizer_state(weight, torch.full_like(moment, 0.001), "exp_avg")
+
+    trainer = make_trainer(model_folder, arguments(folder, deepspeed))
+    trainer.add_callback(Watcher())
+    trainer.train()
+    return {**found, "losses": curve(trainer), "norms": norms(trainer)}
 
 
 def resume(

@@ -225,12 +225,16 @@ def test_misused_accessors_say_what_is_wrong() -> None:
     run_ranks(2, misuse)
 
 
-def gradient_after_step(rank: int, world_size: int, stage: int, precision: str) -> None:
+def gradient_after_step(
+    rank: int, world_size: int, stage: int, precision: str, offload: str = "", optimizer: str = "AdamW"
+) -> None:
     section = {"enabled": True, **({"initial_scale_power": 8} if precision == "fp16" else {})}
-    config = make_config(stage, micro=2, clip=0.01, **({precision: section} if precision else {}))
+    zero = {"offload_optimizer": {"device": offload}} if offload else {}
+    config = make_config(stage, micro=2, clip=0.01, zero=zero, **({precision: section} if precision else {}))
     model = build("mlp")
     batch = to_dtype(make_batches(model, num_steps=1, accumulation=1, samples=2)[0][0], DTYPES[precision])
-    with engine_of(model, config) as engine:
+    theirs = torch.optim.SGD(model.parameters(), lr=LR) if optimizer == "SGD" else None
+    with engine_of(model, config, optimizer=theirs) as engine:
         named = dict(model.named_parameters())
         engine.backward(total_loss(engine(*batch)))
         before = {name: deepspeed.utils.safe_get_full_grad(param).clone() for name, param in named.items()}
@@ -250,6 +254,42 @@ DTYPES = {"": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 @pytest.mark.parametrize("stage", STAGES)
 def test_gradients_can_be_read_until_the_next_backward_unscaled_and_unclipped(stage: int, precision: str) -> None:
     run_ranks(2, gradient_after_step, stage, precision)
+
+
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+@pytest.mark.parametrize("stage", [2, 3])
+def test_gradients_that_rest_in_main_memory_are_read_unclipped_too(stage: int, optimizer: str) -> None:
+    run_ranks(2, gradient_after_step, stage, "", "cpu", optimizer)
+
+
+def values_set_between_steps(rank: int, world_size: int, stage: int, precision: str, offload: bool) -> None:
+    where = {"offload_optimizer": {"device": "cpu"}} if offload else {}
+    config = make_config(stage, micro=2, zero=where, **({precision: {"enabled": True}} if precision else {}))
+    model = build("mlp")
+    batch = to_dtype(make_batches(model, num_steps=1, accumulation=1, samples=2)[0][0], DTYPES[precision])
+    with engine_of(model, config) as engine:
+        expected = {}
+        for name, param in model.named_parameters():
+            expected[name] = torch.linspace(-1, 1, deepspeed.utils.safe_get_full_fp32_param(param).numel())
+            deepspeed.utils.safe_set_full_fp32_param(param, expected[name])
+        with GatheredParameters(model.parameters()):
+            for name, param in model.named_parameters():
+                assert torch.equal(param.detach().flatten(), expected[name].to(param.dtype)), name
+        plain = build("mlp").to(DTYPES[precision])
+        plain.load_state_dict({name: expected[name].view(value.shape) for name, value in plain.state_dict().items()})
+        torch.testing.assert_close(total_loss(engine(*batch)), total_loss(plain(*batch)))
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision", "offload"),
+    [
+        *((stage, precision, False) for stage in STAGES for precision in ("", "bf16")),
+        (2, "bf16", True),
+        (3, "bf16", True),
+    ],
+)
+def test_a_master_that_was_set_is_what_the_next_forward_uses(stage: int, precision: str, offload: bool) -> None:
+    run_ranks(2, values_set_between_steps, stage, precision, offload)
 
 
 def kept_views(rank: int, world_size: int) -> None:
