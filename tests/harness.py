@@ -42,7 +42,7 @@ from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import IO, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -273,8 +273,6 @@ def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None)
     """The life of one rank: join the process group, then answer messages until the test process hangs up."""
     _die_with_parent()
     with open(stack_file, "ab", buffering=0) as stacks:
-        # All threads: whichever the kernel gives the signal to, one of gloo's or torch's own even, the main one is shown.
-        faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
         for name in DISTRIBUTED_ENV:
             os.environ.pop(name, None)
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -282,15 +280,16 @@ def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None)
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
         with contextlib.suppress(EOFError):
-            _serve(connection, env)
+            _serve(connection, env, stacks)
     os._exit(0)  # no interpreter shutdown: it would wait for threads a test left
 
 
-def _serve(connection: Connection, env: dict[str, str] | None) -> None:
+def _serve(connection: Connection, env: dict[str, str] | None, stacks: IO[bytes]) -> None:
     rank = () if env is None else (int(env["RANK"]), int(env["WORLD_SIZE"]))
     baseline: Baseline | None = None
     while True:
         message = connection.recv_bytes()
+        _show_stack_on_signal(stacks)
         if message == b"start":
             outcome = _attempt(_join_group, env)
         elif message == b"check":
@@ -300,6 +299,14 @@ def _serve(connection: Connection, env: dict[str, str] | None) -> None:
             baseline = Baseline.now()
             outcome = _attempt(_execute, message, rank)
         connection.send_bytes(pickle.dumps(tuple(outcome)))
+
+
+def _show_stack_on_signal(stacks: IO[bytes]) -> None:
+    """Have SIGUSR1 write the stack; anew before each call, because Lightning's Trainer takes the signal for itself and leaves
+    the default behind, which ends the process."""
+    faulthandler.unregister(signal.SIGUSR1)
+    # All threads: whichever the kernel gives the signal to, one of gloo's or torch's own even, the main one is shown.
+    faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
 
 
 def _join_group(env: dict[str, str] | None) -> None:

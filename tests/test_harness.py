@@ -64,6 +64,10 @@ def _sleep_deaf_to_signals(rank: int, world_size: int) -> None:
     time.sleep(60)
 
 
+def _take_the_signal(rank: int, world_size: int) -> None:
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+
+
 def _leak_environment(rank: int, world_size: int) -> None:
     os.environ["LEFT_OVER"] = "1"
 
@@ -135,6 +139,14 @@ def test_a_timeout_names_the_ranks_and_where_they_are() -> None:
 def test_the_main_thread_is_shown_where_another_thread_takes_the_signal() -> None:
     with pytest.raises(RanksFailedError, match="_sleep_deaf_to_signals"):
         run_ranks(2, _sleep_deaf_to_signals, timeout=0.3)
+
+
+def test_a_call_that_takes_the_signal_does_not_blind_the_next() -> None:
+    first = run_ranks(2, _process_id)
+    run_ranks(2, _take_the_signal)
+    assert run_ranks(2, _process_id) == first
+    with pytest.raises(RanksFailedError, match="_sleep_in_named_function"):
+        run_ranks(2, _sleep_in_named_function, timeout=0.3)
 
 
 def test_a_dead_process_is_reported_with_its_exit_code() -> None:
