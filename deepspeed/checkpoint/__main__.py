@@ -14,7 +14,6 @@ import argparse
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -249,7 +248,6 @@ def _read(source: Source, kind: str, name: str, start: int, count: int) -> Tenso
 
 def main(arguments: list[str] | None = None) -> None:
     """The command."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     parser = argparse.ArgumentParser(prog="deepspeed.checkpoint", description="Look into checkpoints.")
     commands = parser.add_subparsers(dest="command", required=True)
     inspects = commands.add_parser("inspect", help="list what is inside: tensors, dtypes, shapes, sizes, step, ranks")
@@ -267,6 +265,10 @@ def main(arguments: list[str] | None = None) -> None:
     }
     try:
         status = actions[options.command]()
+        print(end="", flush=True)
+    except BrokenPipeError:  # the reader, `head` say, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 0
     except (CheckpointError, OSError) as error:
         print(f"deepspeed.checkpoint: {error}", file=sys.stderr)
         paths = [options.a, options.b] if options.command == "diff" else [options.path]

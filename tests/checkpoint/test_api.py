@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -354,6 +355,7 @@ def test_the_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     assert status("inspect", str(tmp_path / "a")) == 0
     printed = capsys.readouterr().out
     assert all(word in printed for word in ("blocks.0.0.weight", "optim.exp_avg", "world_size: 2", "global_steps: 3"))
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN, "the process is the caller's"
     assert status("diff", str(tmp_path / "a"), str(tmp_path / "a" / "global_step3")) == 0
     assert status("diff", str(tmp_path / "a"), str(tmp_path / "b")) == 1
     printed = capsys.readouterr().out
