@@ -8,7 +8,8 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 | `rest.py` | flat bytes at rest, in memory or on disk, with one way to move them |
 | `pieces.py` | how a transfer is cut for direct I/O: pure arithmetic |
 | `block_file.py` | an open file: direct where the file system allows it, buffered beside |
-| `io_queue.py` | a transfer's request, its outcome, and the queue that carries it out |
+| `request.py` | a transfer's request, its outcome, and what a queue is |
+| `io_queue.py` | which queue works here |
 | `native_queue.py`, `python_queue.py` | the two queues: `csrc/aio.cpp`, and threads in Python |
 | `buffers.py` | page-aligned memory |
 | `swap_folder.py` | where a rank's swap files lie, who owns them, and cleaning after the dead |

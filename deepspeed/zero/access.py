@@ -187,12 +187,13 @@ class _Place:
 
     def write(self, kind: str, value: Tensor) -> None:
         """Write this rank's pieces of a full value into the masters or a state."""
+        self._require_here(kind)
         for piece, part in self.cut(value):
             self.optimizer.write_state(self.position, kind, piece.in_shard, part)
 
     def publish(self, value: Tensor) -> None:
         """Write this rank's part of a full value, the same on every rank, into the parameter; all of it where it is whole."""
-        bucket = self._present_bucket()
+        bucket = self.master.bucket
         if bucket.is_sharded:
             for piece, part in self.cut(value):
                 bucket.rest.start_store(piece.in_shard, part.to(bucket.dtype).contiguous()).wait()
@@ -200,17 +201,19 @@ class _Place:
         if bucket.has_full:  # other ranks' parts too, which no gather may bring before the next step
             bucket.views[self.index].copy_(value.reshape(self.shape))
 
-    def _present_bucket(self) -> Bucket:
+    def _require_here(self, kind: str) -> None:
+        """Raise TrainingStateError, before anything is written and on every rank alike, for what is put away: a master is
+        written with its parameter."""
+        self.optimizer.require_here()
         bucket = self.master.bucket
-        if bucket.is_away:
+        if kind == "master" and bucket.is_away:
             raise TrainingStateError(
                 f"{bucket.names[self.index]} was put away by engine.offload_states.\n  Call engine.reload_states() first."
             )
-        return bucket
 
     def publish_local(self, value: Tensor) -> None:
         """Write this rank's piece into the shard of the parameter."""
-        bucket = self._present_bucket()
+        bucket = self.master.bucket
         for piece in self.pieces:
             bucket.rest.start_store(piece.in_shard, value.reshape(-1).to(bucket.dtype).contiguous()).wait()
         bucket.shard_changed()
@@ -225,6 +228,7 @@ class _Place:
 
     def write_local(self, kind: str, value: Tensor) -> None:
         """Write this rank's piece."""
+        self._require_here(kind)
         for piece in self.pieces:
             self.optimizer.write_state(self.position, kind, piece.in_shard, value.reshape(-1))
 
@@ -284,9 +288,13 @@ def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
-    """Write a full value, the same on every rank, into an optimizer state."""
+    """Write a full value, the same on every rank, into an optimizer state. Collective.
+
+    Raises KeyError on every rank if there is no such state (yet).
+    """
     place = _place(param)
     if place is not None:
+        place.require_state(optim_state_key)
         place.write(optim_state_key, value)
 
 

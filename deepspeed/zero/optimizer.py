@@ -603,9 +603,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return value.view(-1)[start - span_start : stop - span_start]
 
     def write_state(self, index: int, kind: str, start: int, values: Tensor) -> None:
-        """Replace the elements from `start` on; see `read_state`."""
+        """Replace the elements from `start` on; see `read_state`. The caller has asked `require_here`."""
         master = self.masters[index]
-        self.require_here()
         rest = master.weights if kind == "master" else None
         if rest is None and self._is_streamed(master):
             assert self.stream is not None

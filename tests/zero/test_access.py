@@ -361,12 +361,16 @@ def ask_for_what_is_not_there(rank: int, world_size: int) -> None:
         bias = engine.module.head.bias
         with pytest.raises(KeyError, match=r"head.bias has no optimizer state 'exp_avg'"):
             deepspeed.utils.safe_get_full_optimizer_state(bias, "exp_avg")
+        with pytest.raises(KeyError, match=r"head.bias has no optimizer state 'exp_avg'"):
+            deepspeed.utils.safe_set_full_optimizer_state(bias, torch.ones(bias.shape), "exp_avg")
         step(engine, rank, world_size)
         with pytest.raises(KeyError, match=r"'momentum'.*exp_avg"):
             deepspeed.utils.safe_get_full_optimizer_state(bias, "momentum")
         engine.offload_states()
         with pytest.raises(TrainingStateError, match="put away"):
             deepspeed.utils.safe_get_full_fp32_param(bias)
+        with pytest.raises(TrainingStateError, match="put away"):
+            deepspeed.utils.safe_set_full_fp32_param(bias, torch.ones(bias.shape))
 
 
 def test_asking_for_a_state_that_is_not_there_is_an_error_on_every_rank() -> None:
