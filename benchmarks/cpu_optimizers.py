@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspeed import native
+from deepspeed.kernels import native
 from deepspeed.optim import (
     DeepSpeedCPUAdagrad,
     DeepSpeedCPUAdam,

@@ -1,4 +1,4 @@
-// One optimizer step over many runs: the C interface of the loops in kernels.h, called by deepspeed/optim/native_kernels.py.
+// One optimizer step over many runs: the C interface of the loops in kernels.h, called by deepspeed/kernels/native_optimizers.py.
 //
 //     run       |-------------- numel ---------------|   parameter, gradient, states, low-precision copy: one row of a table
 //     chunks    |------------|------------|----------|   32 Ki elements, dealt to the threads
@@ -25,7 +25,7 @@ namespace {
 
 constexpr int64_t kChunk = 32 * 1024;
 
-// As deepspeed/optim/native_kernels.py fills it; addresses are 0 where an optimizer has no such tensor.
+// As deepspeed/kernels/native_optimizers.py fills it; addresses are 0 where an optimizer has no such tensor.
 struct Run {
     int64_t param, grad, first, second, low, numel;
 };

@@ -59,8 +59,9 @@ def _optimizer_trial(name: str, oracle: str, device: str, **arguments: Any) -> C
     def trial() -> str:
         import torch
 
-        from deepspeed import native, optim
+        from deepspeed import optim
         from deepspeed.accelerator import get_accelerator
+        from deepspeed.kernels import native
 
         where = "cpu" if device == "cpu" else get_accelerator().current_device_name()
         start = torch.linspace(-1, 1, 1000, device=where)
@@ -86,7 +87,7 @@ def _optimizer_trial(name: str, oracle: str, device: str, **arguments: Any) -> C
 def _async_io() -> str:
     import torch
 
-    from deepspeed import native
+    from deepspeed.kernels import native
     from deepspeed.tiers.aio import aio_handle
 
     handle = aio_handle()

@@ -15,7 +15,7 @@ PACKAGE = Path(__file__).resolve().parent.parent / "deepspeed"
 
 LADDER = [
     "utils accelerator",
-    "native",
+    "kernels",
     "config comm",
     "mesh monitor",
     "tiers precision quant optim",

@@ -16,7 +16,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from deepspeed.optim.native_kernels import Lows
+from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim.traits import FusedRun, ShardableOptimizer, StepsFused, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedError
 

@@ -1,7 +1,8 @@
 """The arithmetic of the element-wise optimizers, on lists of tensors, in place.
 
 Called by the optimizers of this folder, which own state and settings. In main memory the compiled loops of
-`native_kernels` do the work where they can; everywhere else torch's fused and foreach kernels.
+`kernels.native_optimizers` do the work where they can, on GPUs the Triton kernels where they need fewer passes over memory
+than torch's; everywhere else torch's fused and foreach kernels.
 
 Conventions: every list has one entry per parameter; entries of one position have the same numel and memory order;
 `steps` are 0-dim fp32 tensors on the parameter's device, already counting the step being taken. Gradients count
@@ -19,12 +20,13 @@ import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from deepspeed.optim.native_kernels import Columns, Decay, Lows, Operation, step_
+from deepspeed.kernels.native_optimizers import Columns, Decay, Lows, Operation, step_
+from deepspeed.kernels.table import pick
 
 Tensors = list[Tensor]
 
@@ -38,6 +40,10 @@ class LambSettings(NamedTuple):
     weight_decay: float
     bias_correction: bool
     eps_inside_sqrt: bool
+
+    def shape(self) -> dict[str, Any]:
+        """All but the learning rate: what decides the direction of an update."""
+        return {name: value for name, value in self._asdict().items() if name != "lr"}
 
 
 _FUSED_ADAM_DEVICES = frozenset({"cpu", "cuda", "mps", "xpu"})
@@ -98,6 +104,13 @@ def adam_(
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs, lows)
         if step_(Operation.ADAM, Decay.of(weight_decay, decoupled), columns, scalars):
             return
+    elif not _is_one_pass([params, grads, exp_avgs, exp_avg_sqs], lows, grad_factor):
+        triton = pick("adam", params[0].device.type)
+        if triton is not None and triton(
+            params, grads, exp_avgs, exp_avg_sqs, steps, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay,
+            decoupled=decoupled, bias_correction=bias_correction, lows=lows, grad_factor=grad_factor,
+        ):  # fmt: skip
+            return
     with _alike([params, exp_avgs, exp_avg_sqs], grads, grad_factor, lows) as ((params, exp_avgs, exp_avg_sqs), grads):
         if params[0].device.type not in _FUSED_ADAM_DEVICES:
             adam_foreach_(params, grads, exp_avgs, exp_avg_sqs, steps, lr=lr, betas=betas, eps=eps,
@@ -109,6 +122,12 @@ def adam_(
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         kernel(params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, lr=lr, beta1=betas[0], beta2=betas[1],
                weight_decay=weight_decay, eps=eps, maximize=False, grad_scale=None, found_inf=None)  # fmt: skip
+
+
+def _is_one_pass(columns: Sequence[Tensors], lows: Lows | None, grad_factor: float) -> bool:
+    """Whether torch's fused kernel has nothing to convert before or after it."""
+    dtypes = {tensor.dtype for tensors in columns for tensor in tensors}
+    return len(dtypes) == 1 and grad_factor == 1.0 and all(low is None for low in lows or ())
 
 
 def _inverse_corrections(
@@ -199,6 +218,10 @@ def lamb_moments_(
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs)
         if step_(Operation.LAMB_MOMENTS, settings.eps_inside_sqrt, columns, scalars, squares):
             return squares.float(), None
+    elif (triton := pick("lamb", params[0].device.type)) is not None:
+        found = triton.moments(params, grads, exp_avgs, exp_avg_sqs, steps, grad_factor=grad_factor, **settings.shape())
+        if found is not None:
+            return found, None
     with _alike([exp_avgs, exp_avg_sqs], grads, grad_factor, None) as ((means, squares_of), wide_grads):
         advance_moments_(means, squares_of, wide_grads, settings.betas)
         updates = adam_direction(
@@ -222,6 +245,14 @@ def lamb_apply_(
     lows: Lows | None = None,
 ) -> None:
     """p -= lr * ratio * u, with what `lamb_moments_` returned. `ratios` [num_params]."""
+    if updates is None and params[0].device.type != "cpu":
+        is_whole = lows is None or all(low is not None for low in lows)
+        pick("lamb", params[0].device.type).apply(
+            params, exp_avgs, exp_avg_sqs, steps, ratios, lr=settings.lr, lows=lows if is_whole else None, **settings.shape()
+        )  # fmt: skip
+        if not is_whole:
+            _write_lows(params, lows)
+        return
     if updates is None:
         rates = [settings.lr * ratio for ratio in ratios.tolist()]
         scalars = _lamb_scalars(steps, settings, 1.0, rates)
@@ -328,6 +359,10 @@ def lion_(
         columns = Columns(params, grads, exp_avgs, None, lows)
         if step_(Operation.LION, Decay.of(weight_decay, True), columns, [scalars] * len(params)):
             return
+    elif (triton := pick("lion", params[0].device.type)) is not None and triton(
+        params, grads, exp_avgs, lr=lr, betas=betas, weight_decay=weight_decay, lows=lows, grad_factor=grad_factor
+    ):
+        return
     with _alike([params, exp_avgs], grads, grad_factor, lows) as ((params, exp_avgs), grads):
         direction = torch._foreach_lerp(exp_avgs, grads, 1 - betas[0])
         torch._foreach_sign_(direction)

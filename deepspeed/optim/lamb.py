@@ -20,10 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
 from deepspeed.optim.adam import ADAM_STATE, AdamBatch, adam_batches
 from deepspeed.optim.cpu import by_group, check_run, complete_state
-from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import FusedRun, Needs, Piece, ShardableOptimizer, Sharding, StepsFused, loss_of
 from deepspeed.utils.errors import DeepSpeedError
 

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
 from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
-from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 
 

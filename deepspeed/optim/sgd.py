@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
 from deepspeed.optim.cpu import CpuOptimizer, State
-from deepspeed.optim.native_kernels import Lows
 from deepspeed.optim.traits import Needs
 from deepspeed.utils.errors import DeepSpeedError
 

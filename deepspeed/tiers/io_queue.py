@@ -6,7 +6,7 @@ Called by the store, the handle and the commands.
 from __future__ import annotations
 
 from deepspeed.config.storage import AioConfig
-from deepspeed.native import warn_slower
+from deepspeed.kernels.native import warn_slower
 from deepspeed.tiers.native_queue import NativeQueue, library
 from deepspeed.tiers.python_queue import PythonQueue
 from deepspeed.tiers.request import IoQueue, Means

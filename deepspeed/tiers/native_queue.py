@@ -14,7 +14,7 @@ from ctypes import POINTER, c_double, c_int, c_int32, c_int64, c_uint64, c_void_
 from typing import final
 
 from deepspeed.config.storage import AioConfig
-from deepspeed.native import library as native_library
+from deepspeed.kernels.native import library as native_library
 from deepspeed.tiers.request import CHECKED, Failure, Fault, Means, Request
 from deepspeed.utils.errors import DeepSpeedError
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from deepspeed import native
+from deepspeed.kernels import native
 from deepspeed.optim import (
     DeepSpeedCPUAdagrad,
     DeepSpeedCPUAdam,

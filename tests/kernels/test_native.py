@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from deepspeed import native
+from deepspeed.kernels import native
 from deepspeed.utils.errors import DeepSpeedError
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parent.parent.parent
 
 
 @pytest.fixture

@@ -21,7 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from deepspeed import native
+from deepspeed.kernels import native
 
 Lows = Sequence[Tensor | None]
 

@@ -1,7 +1,7 @@
 """The shared library of compiled kernels, loaded at first use: `library()`.
 
 Asked by the CPU optimizers and by asynchronous file I/O, which declare the signatures of their own functions. The
-library is `lib/libdeepspeed_native.so` beside this file, made from csrc/ while the package is built (setup.py); nothing
+library is `deepspeed/lib/libdeepspeed_native.so`, made from csrc/ while the package is built (setup.py); nothing
 is ever compiled at run time. Where it is missing or of another version, callers use their slower path.
 
 Invariant: `library() is None` exactly where `why_missing()` says why.
@@ -17,7 +17,7 @@ from pathlib import Path
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import warn_once
 
-PATH = Path(__file__).parent / "lib" / "libdeepspeed_native.so"
+PATH = Path(__file__).parent.parent / "lib" / "libdeepspeed_native.so"
 
 ABI = 3
 """The version of the exported functions that this package calls; DS_NATIVE_ABI in csrc/native.h."""

@@ -13,9 +13,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspeed import native
+from deepspeed.kernels import native
+from deepspeed.kernels.native_optimizers import Columns, Decay, Operation, step_
 from deepspeed.optim import kernels
-from deepspeed.optim.native_kernels import Columns, Decay, Operation, step_
 
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 DTYPES = [FP32, BF16, FP16]

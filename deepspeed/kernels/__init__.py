@@ -1,0 +1,11 @@
+"""Operations that have more than one implementation: on torch, compiled for the processor, and in Triton.
+
+    table.py                 which operation has which implementation, and which of them a device takes
+    native.py                the library compiled from csrc/, loaded at first use; why there is none
+    native_optimizers.py     its loops over lists of tensors in main memory
+    reference/               plain torch: the fallback everywhere and the oracle of the tests
+    triton/                  the same in Triton, for GPUs; one pass over memory, few launches
+
+Callers ask `table.pick` with an operation and a device; what it gives has the reference's signature or, for the
+optimizers' loops, returns False where it does not take the tensors it is given.
+"""

@@ -1,0 +1,269 @@
+"""The Triton kernels: torch's numbers in Triton's interpreter, and compiled for the GPUs people have. No GPU is needed."""
+
+from __future__ import annotations
+
+import os
+from importlib.util import find_spec
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from deepspeed.kernels.reference import quantize as reference
+from deepspeed.kernels.table import pick
+from deepspeed.optim import kernels
+from deepspeed.utils.errors import DeepSpeedError
+from tests.harness import run_alone
+
+# Not imported here: the interpreter must be chosen before Triton is imported, and a worker imports this module first.
+pytestmark = pytest.mark.skipif(find_spec("triton") is None, reason="Triton is not packaged for this platform")
+
+SHAPES = [(3, 5), (1,), (8192,), (8193,), (1000, 17), (0,), ()]
+"""Around the size of a chunk, and awkward ones."""
+FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
+
+
+def _interpret() -> None:
+    os.environ["TRITON_INTERPRET"] = "1"
+    torch.manual_seed(0)
+
+
+def _lists(*dtypes: torch.dtype) -> list[list[Tensor]]:
+    """Columns of tensors; the third and fourth are states, and the fourth is not negative."""
+    columns = [[torch.randn(shape).to(dtype) for shape in SHAPES] for dtype in dtypes]
+    return [[t.abs() if i == 3 else t for t in column] for i, column in enumerate(columns)]
+
+
+def _close(ours: list[Tensor], theirs: list[Tensor]) -> None:
+    for one, other in zip(ours, theirs, strict=True):
+        tolerance = {FP32: 1e-6, BF16: 1e-2, FP16: 2e-3}[one.dtype]
+        torch.testing.assert_close(one, other, rtol=tolerance, atol=tolerance)
+
+
+def _copies(columns: list[list[Tensor]]) -> list[list[Tensor]]:
+    return [[tensor.clone() for tensor in column] for column in columns]
+
+
+def _adam_equals_torch(dtypes: tuple[torch.dtype, ...], low: torch.dtype | None, settings: dict[str, Any]) -> None:
+    _interpret()
+    from deepspeed.kernels.triton.adam import TritonAdam
+
+    columns = _lists(*dtypes)
+    steps = [torch.tensor(float(i + 1)) for i in range(len(SHAPES))]
+    lows = None if low is None else [torch.zeros(shape, dtype=low) for shape in SHAPES]
+    theirs, their_lows = _copies(columns), None if lows is None else [t.clone() for t in lows]
+    assert TritonAdam()(*columns, steps, lows=lows, **settings)
+    kernels.adam_(*theirs, steps, lows=their_lows, **settings)
+    for ours, other in zip([*columns, lows or []], [*theirs, their_lows or []], strict=True):
+        _close(ours, other)
+
+
+ADAM = {"lr": 1e-2, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1, "decoupled": True, "bias_correction": True}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "low", "changes"),
+    [
+        ((FP32,) * 4, None, {}),
+        ((FP32,) * 4, None, {"decoupled": False}),
+        ((FP32,) * 4, None, {"bias_correction": False, "weight_decay": 0.0}),
+        ((FP32, BF16, FP32, FP32), BF16, {"grad_factor": 0.125}),
+        ((FP32, FP16, BF16, BF16), FP16, {}),
+    ],
+)
+def test_adam_equals_torch_in_any_mix_of_dtypes(dtypes: Any, low: Any, changes: Any) -> None:
+    run_alone(_adam_equals_torch, dtypes, low, {**ADAM, **changes})
+
+
+def _lion_equals_torch() -> None:
+    _interpret()
+    from deepspeed.kernels.triton.lion import TritonLion
+
+    for dtypes, low in (((FP32,) * 3, None), ((FP32, BF16, FP32), BF16)):
+        columns = _lists(*dtypes)
+        columns[1][0].zero_()
+        columns[2][0].zero_()  # a direction of zero has no sign
+        lows = None if low is None else [torch.zeros(shape, dtype=low) for shape in SHAPES]
+        theirs, their_lows = _copies(columns), None if lows is None else [t.clone() for t in lows]
+        settings = {"lr": 1e-2, "betas": (0.9, 0.99), "weight_decay": 0.1, "grad_factor": 0.5}
+        assert TritonLion()(*columns, lows=lows, **settings)
+        kernels.lion_(*theirs, lows=their_lows, **settings)
+        for ours, other in zip([*columns, lows or []], [*theirs, their_lows or []], strict=True):
+            _close(ours, other)
+
+
+def test_lion_equals_torch() -> None:
+    run_alone(_lion_equals_torch)
+
+
+def _lamb_equals_torch(settings: dict[str, Any], low: torch.dtype | None) -> None:
+    _interpret()
+    from deepspeed.kernels.triton.lamb import TritonLamb
+
+    columns = _lists(FP32, BF16, FP32, FP32)
+    steps = [torch.tensor(float(i + 1)) for i in range(len(SHAPES))]
+    theirs = _copies(columns)
+    of = kernels.LambSettings(1e-2, (0.9, 0.999), 1e-6, 0.1, **settings)
+    lamb = TritonLamb()
+    squares = lamb.moments(*columns, steps, grad_factor=0.5, **of.shape())
+    assert squares is not None
+    expected, updates = kernels.lamb_moments_(*theirs, steps, of, 0.5)
+    torch.testing.assert_close(squares, expected, rtol=1e-5, atol=1e-6)
+    ratios = torch.linspace(0.5, 2, len(SHAPES))
+    lows = None if low is None else [torch.zeros(shape, dtype=low) for shape in SHAPES]
+    their_lows = None if lows is None else [t.clone() for t in lows]
+    lamb.apply(columns[0], *columns[2:], steps, ratios, lr=of.lr, lows=lows, **of.shape())
+    kernels.lamb_apply_(theirs[0], *theirs[2:], steps, of, updates, ratios, their_lows)
+    for ours, other in zip([*columns, lows or []], [*theirs, their_lows or []], strict=True):
+        _close(ours, other)
+
+
+@pytest.mark.parametrize("low", [None, BF16])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bias_correction": True, "eps_inside_sqrt": False},
+        {"bias_correction": False, "eps_inside_sqrt": True},
+    ],
+)
+def test_lamb_equals_torch(settings: Any, low: Any) -> None:
+    run_alone(_lamb_equals_torch, settings, low)
+
+
+def _quantisation_is_bitwise(dtype: torch.dtype) -> None:
+    _interpret()
+    from deepspeed.kernels.triton import quantize as triton
+
+    for numel, group_size in ((320, 64), (231, 33), (4000, 1000), (10, 2), (7, 1), (0, 4)):
+        x = (torch.randn(numel) * 3).to(dtype)
+        x[:group_size] = 0
+        for num_bits, symmetric in ((8, True), (8, False), (4, True), (4, False)):
+            if num_bits == 4 and group_size % 2:
+                continue
+            ours = triton.quantize(x, group_size, num_bits, symmetric=symmetric)
+            theirs = reference.quantize(x, group_size, num_bits, symmetric=symmetric)
+            for one, other in zip(ours, theirs, strict=True):
+                assert one is other is None or torch.equal(one, other)
+            for out in (FP32, BF16, FP16):
+                assert torch.equal(triton.dequantize(ours, num_bits, out), reference.dequantize(theirs, num_bits, out))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_quantisation_equals_the_reference_bit_for_bit(dtype: torch.dtype) -> None:
+    run_alone(_quantisation_is_bitwise, dtype)
+
+
+def _bad_groups_are_found() -> None:
+    _interpret()
+    from deepspeed.kernels.triton import quantize as triton
+
+    for bad in (float("nan"), float("inf"), -float("inf")):
+        x = torch.randn(128)
+        x[70] = bad
+        for num_bits in (8, 4):
+            for symmetric in (True, False):
+                ours = triton.quantize(x, 64, num_bits, symmetric=symmetric)
+                theirs = reference.quantize(x, 64, num_bits, symmetric=symmetric)
+                assert reference.has_bad_groups(ours)
+                assert reference.has_bad_groups(theirs)
+                assert torch.equal(ours.values, theirs.values)
+                assert not reference.has_bad_groups(ours._replace(scales=ours.scales[:1]))
+
+
+def test_nan_and_infinity_are_found_in_their_group() -> None:
+    run_alone(_bad_groups_are_found)
+
+
+def _refuses() -> None:
+    _interpret()
+    from deepspeed.kernels.triton.adam import TritonAdam
+
+    adam = TritonAdam()
+    steps = [torch.ones(())]
+    wide = [[torch.randn(4, dtype=torch.float64)] for _ in range(4)]
+    crossed = [[torch.randn(4, 4)], [torch.randn(4, 4).t()], [torch.randn(4, 4)], [torch.randn(4, 4)]]
+    gaps = [[torch.randn(4, 8)[:, :4]] for _ in range(4)]
+    for columns in (wide, crossed, gaps):
+        before = _copies(columns)
+        assert not adam(*columns, steps, **ADAM)
+        for ours, other in zip(columns, before, strict=True):
+            assert torch.equal(ours[0], other[0])
+
+
+def test_what_a_kernel_does_not_take_is_left_unchanged() -> None:
+    run_alone(_refuses)
+
+
+def _tables_are_reused() -> None:
+    _interpret()
+    from deepspeed.kernels.triton.lists import TableCache
+
+    cache = TableCache(max_kept=2)
+    lists = [[[torch.randn(3)], [torch.randn(3)]] for _ in range(3)]
+    first = cache.table(lists[0])
+    assert cache.table(lists[0]) is first
+    cache.table(lists[1])
+    cache.table(lists[2])
+    assert cache.table(lists[0]) is not first
+
+
+def test_a_table_is_made_once_while_addresses_stay_and_few_are_kept() -> None:
+    run_alone(_tables_are_reused)
+
+
+SCALARS = {"num_tensors": "i32", "group_size": "i32"}
+POINTERS = {
+    "corrections": "*fp32", "sums": "*fp32", "out": "*fp32", "ratios": "*fp32", "scales": "*fp32", "minima": "*fp32",
+    "x": "*bf16", "values": "*i8",
+}  # fmt: skip
+TABLES = ("addresses", "numels", "owners", "starts", "firsts")
+
+
+def _compile(kernel: Any, constants: dict[str, Any], target: Any) -> None:
+    import triton
+    from triton.compiler import ASTSource
+
+    signature, constexprs = {}, {}
+    for i, name in enumerate(kernel.arg_names):
+        if name in constants:
+            signature[name], constexprs[i,] = "constexpr", constants[name]
+        elif name in TABLES:
+            signature[name] = "*i64"
+        else:
+            signature[name] = POINTERS.get(name) or SCALARS.get(name, "fp32")
+    source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
+    compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
+    assert compiled.asm.keys() & {"cubin", "hsaco"}
+
+
+def _compile_all(backend: str, arch: Any, warp: int) -> None:
+    import triton.language as tl
+    from triton.backends.compiler import GPUTarget
+
+    from deepspeed.kernels.triton import adam, lamb, lion, quantize
+
+    target = GPUTarget(backend, arch, warp)
+    types = {"param_type": tl.float32, "grad_type": tl.bfloat16, "state_type": tl.float32, "low_type": tl.bfloat16}
+    sizes = {"chunk_numel": 8192, "block": 1024}
+    _compile(adam.adam_kernel, {**types, **sizes, "decay": 1, "has_low": True}, target)
+    _compile(lion.lion_kernel, {**types, **sizes, "has_low": True}, target)
+    _compile(lamb.moments_kernel, {**types, **sizes, "eps_inside": False}, target)
+    _compile(lamb.apply_kernel, {**types, **sizes, "eps_inside": False, "has_low": True}, target)
+    _compile(lamb.sums_kernel, {"block": 128}, target)
+    for num_bits, symmetric in ((8, True), (4, True), (4, False)):
+        form = {"num_bits": num_bits, "symmetric": symmetric, "half_block": 64}
+        _compile(quantize.quantize_kernel, form, target)
+        _compile(quantize.dequantize_kernel, {**form, "out_type": tl.float32}, target)
+
+
+@pytest.mark.parametrize(("backend", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
+def test_every_kernel_compiles_for_gpus(backend: str, arch: Any, warp: int) -> None:
+    run_alone(_compile_all, backend, arch, warp, timeout=110)
+
+
+def test_a_cpu_is_given_torch_and_an_unknown_operation_is_refused() -> None:
+    assert pick("quantize", "cpu") is reference.quantize
+    assert pick("adam", "cpu") is None
+    with pytest.raises(DeepSpeedError, match="'fft' is not an operation of the table: adam, dequantize"):
+        pick("fft", "cpu")
