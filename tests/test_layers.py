@@ -33,7 +33,12 @@ LAYERS = [name for step in LADDER for name in step.split()]
 TOP = {"__init__", "legacy"}
 """The package's face and porch: one layer, which nothing below may import."""
 
-PURE = ["zero/layout.py", "zero/policy.py"]
+PURE = [
+    "zero/layout.py",
+    "zero/policy.py",
+    *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
+    *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition")),
+]
 """Arithmetic, tested without processes: no import of torch.distributed."""
 
 

@@ -1,0 +1,4 @@
+"""Splitting a model over ranks beyond data parallelism. Knows the mesh and the wire, not ZeRO: they meet in a plan's dims.
+
+pipeline/    stages in depth: the lists of actions and who checks them
+"""

@@ -1,0 +1,199 @@
+"""Whether a list of actions can be carried out, how long it takes, who waits, and what is alive: a pure simulation.
+
+Called before a list is run (`require_valid`), by the generator, and by tests and reports that compare a real run with
+its plan. Sends do not block: what a stage has made is on its way at once and arrives a hop later. Each rank does its
+list in order, each action as soon as what it needs has arrived:
+
+    forward    the stage before's forward of the micro-batch
+    backward   the own forward, and the stage after's backward (or input gradient) of the micro-batch
+    weight     the own input gradient
+
+Invariant: `simulate` ends for every list. It raises exactly where a rank would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from deepspeed.parallel.pipeline.actions import Action, Actions, Op
+from deepspeed.utils.errors import DeepSpeedError
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Seconds (or any unit) per stage and op, of a hop between ranks, and what a live micro-batch takes at each stage."""
+
+    forward: Sequence[float]
+    input: Sequence[float]
+    weight: Sequence[float]
+    hop: float = 0.0
+    activation: Sequence[float] = ()
+    """Bytes (or any unit) from a forward to the end of its backward; default 1 at every stage."""
+
+    @classmethod
+    def equal(
+        cls, num_stages: int, forward: float = 1.0, input: float = 1.0, weight: float = 1.0, hop: float = 0.0
+    ) -> Costs:
+        """The same at every stage."""
+        return cls([forward] * num_stages, [input] * num_stages, [weight] * num_stages, hop)
+
+    def of(self, action: Action) -> float:
+        """How long an action takes."""
+        stage = action.stage
+        if action.op is Op.FORWARD:
+            return self.forward[stage]
+        if action.op is Op.INPUT:
+            return self.input[stage]
+        return self.weight[stage] if action.op is Op.WEIGHT else self.input[stage] + self.weight[stage]
+
+    def alive(self, stage: int) -> float:
+        """What one micro-batch takes at a stage."""
+        return self.activation[stage] if self.activation else 1.0
+
+
+class Span(NamedTuple):
+    """An action with its time."""
+
+    action: Action
+    start: float
+    end: float
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """What a simulation found: the spans of each rank, in order."""
+
+    spans: tuple[tuple[Span, ...], ...]
+
+    @property
+    def makespan(self) -> float:
+        """The end of the last action."""
+        return max((row[-1].end for row in self.spans if row), default=0.0)
+
+    def busy(self, rank: int) -> float:
+        """Time that a rank computes."""
+        return sum(span.end - span.start for span in self.spans[rank])
+
+    @property
+    def bubble(self) -> float:
+        """The share of all ranks' time, from the first action of all to the last, in which they wait."""
+        whole = self.makespan * len(self.spans)
+        return 1 - sum(map(self.busy, range(len(self.spans)))) / whole if whole else 0.0
+
+    def bubble_of(self, rank: int) -> float:
+        """The share of a rank's own time, from its first action to its last, in which it waits."""
+        row = self.spans[rank]
+        whole = row[-1].end - row[0].start if row else 0.0
+        return 1 - self.busy(rank) / whole if whole else 0.0
+
+
+def require_valid(actions: Actions) -> None:
+    """Raise DeepSpeedError, naming rank and action, unless each micro-batch passes each stage once, in an order in which
+    no rank waits for ever. Lists without any backward are for evaluation and are valid too."""
+    trains = any(action.op is not Op.FORWARD for row in actions.lists for action in row)
+    for rank, row in enumerate(actions.lists):
+        done: dict[tuple[int, int], str] = {}
+        for action in row:
+            _check_place(actions, rank, action)
+            so_far = done.get((action.stage, action.micro), "")
+            if action.op.value in so_far or not so_far.endswith(_NEEDS_BEFORE[action.op]):
+                raise _invalid(rank, action, f"comes after {so_far!r} of this micro-batch")
+            done[action.stage, action.micro] = so_far + action.op.value
+        for stage in actions.stages_of(rank):
+            for micro in range(actions.num_micro):
+                found = done.get((stage, micro), "")
+                if found not in (("FB", "FIW") if trains else ("F",)):
+                    missing = "forward" if not found else "weight gradient" if found == "FI" else "backward"
+                    raise DeepSpeedError(
+                        f"pipeline rank {rank}: stage {stage} has no {missing} of micro-batch {micro}."
+                    )
+    simulate(actions, Costs.equal(actions.num_stages))
+
+
+_NEEDS_BEFORE = {Op.FORWARD: "", Op.BACKWARD: "F", Op.INPUT: "F", Op.WEIGHT: "I"}
+
+
+def _check_place(actions: Actions, rank: int, action: Action) -> None:
+    if not 0 <= action.stage < actions.num_stages or actions.rank_of[action.stage] != rank:
+        raise _invalid(rank, action, "is of a stage that this rank does not have")
+    if not 0 <= action.micro < actions.num_micro:
+        raise _invalid(rank, action, f"is of a micro-batch beyond the {actions.num_micro} there are")
+
+
+def _invalid(rank: int, action: Action, why: str) -> DeepSpeedError:
+    return DeepSpeedError(f"pipeline rank {rank}: {action} {why}.")
+
+
+def simulate(actions: Actions, costs: Costs) -> Timeline:
+    """Carry the lists out on a clock. Raises DeepSpeedError, naming who waits for what, where they wait for ever."""
+    arrived: dict[tuple[int, bool, int], float] = {}
+    waiting: dict[tuple[int, bool, int], int] = {}
+    spans: list[list[Span]] = [[] for _ in actions.lists]
+    free = [0.0] * actions.num_ranks
+    ready = deque(range(actions.num_ranks))
+    while ready:
+        rank = ready.popleft()
+        row, at = actions.lists[rank], len(spans[rank])
+        while at < len(row):
+            action = row[at]
+            start = free[rank]
+            needed = _need(actions, action)
+            if needed is not None:
+                if needed not in arrived:
+                    waiting[needed] = rank
+                    break
+                hop = costs.hop if actions.rank_of[needed[0]] != rank else 0.0
+                start = max(start, arrived[needed] + hop)
+            free[rank] = end = start + costs.of(action)
+            spans[rank].append(Span(action, start, end))
+            at += 1
+            made = (action.stage, action.op is Op.FORWARD, action.micro)
+            if action.op is not Op.WEIGHT:
+                arrived[made] = end
+                if made in waiting:
+                    ready.append(waiting.pop(made))
+    stuck = [rank for rank, row in enumerate(actions.lists) if len(spans[rank]) < len(row)]
+    if stuck:
+        raise DeepSpeedError(
+            "the pipeline's ranks wait for each other for ever: "
+            + "; ".join(_stuck(actions, rank, len(spans[rank])) for rank in stuck[:4])
+            + "."
+        )
+    return Timeline(tuple(tuple(row) for row in spans))
+
+
+def _need(actions: Actions, action: Action) -> tuple[int, bool, int] | None:
+    """(stage, is a forward, micro-batch) of the result of another stage that an action needs."""
+    if action.op is Op.FORWARD:
+        return (action.stage - 1, True, action.micro) if action.stage > 0 else None
+    if action.op is Op.WEIGHT or action.stage == actions.num_stages - 1:
+        return None
+    return (action.stage + 1, False, action.micro)
+
+
+def _stuck(actions: Actions, rank: int, at: int) -> str:
+    action = actions.lists[rank][at]
+    needed = _need(actions, action)
+    assert needed is not None, "an action that needs nothing is never waited for"
+    what = "forward" if needed[1] else "backward"
+    return f"rank {rank} with {action} for the {what} of micro-batch {needed[2]} through stage {needed[0]}"
+
+
+def peak_alive(actions: Actions, costs: Costs | None = None) -> list[float]:
+    """Per rank, the most that is alive at once between forwards and the ends of their backwards: micro-batches, or with
+    `costs` their sizes."""
+    peaks = []
+    for row in actions.lists:
+        now = peak = 0.0
+        for action in row:
+            size = costs.alive(action.stage) if costs else 1.0
+            if action.op is Op.FORWARD:
+                now += size
+                peak = max(peak, now)
+            elif action.op is not Op.INPUT:
+                now -= size
+        peaks.append(peak)
+    return peaks

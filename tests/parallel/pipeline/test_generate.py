@@ -1,0 +1,62 @@
+"""Lists from measured times: never worse than the named ones, within memory, near what no list can beat."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+
+from deepspeed.parallel.pipeline import schedules
+from deepspeed.parallel.pipeline.actions import Actions, looped, v_shaped
+from deepspeed.parallel.pipeline.check import Costs, peak_alive, require_valid, simulate
+from deepspeed.parallel.pipeline.generate import generate, least_makespan
+from deepspeed.utils.errors import DeepSpeedError
+
+
+def _costs(generator: random.Random, num_stages: int) -> Costs:
+    forward, input, weight = ([generator.uniform(0.5, 2) for _ in range(num_stages)] for _ in range(3))
+    return Costs(forward, input, weight, generator.choice([0.0, 0.1, 0.5]))
+
+
+def _named(rank_of: tuple[int, ...], num_micro: int, costs: Costs, limit: float) -> list[float]:
+    found = []
+    for make in schedules.NAMED.values():
+        try:
+            made: Actions = make(max(rank_of) + 1, num_micro)
+        except DeepSpeedError:
+            continue
+        if made.rank_of == rank_of and max(peak_alive(made, costs)) <= limit:
+            found.append(simulate(made, costs).makespan)
+    return found
+
+
+def test_500_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None:
+    generator = random.Random(0)
+    for _ in range(500):
+        num_ranks, num_micro = generator.randint(1, 6), generator.randint(1, 12)
+        rank_of = v_shaped(num_ranks) if generator.random() < 0.3 else looped(num_ranks, num_ranks)
+        costs = _costs(generator, len(rank_of))
+        limit = generator.choice([2.0, 2.0 * num_ranks, 1e9])
+        made = generate(rank_of, num_micro, costs, [limit] * num_ranks)
+        require_valid(made)
+        assert max(peak_alive(made, costs)) <= limit
+        makespan = simulate(made, costs).makespan
+        assert makespan <= min(_named(rank_of, num_micro, costs, limit), default=float("inf")) + 1e-9
+        assert makespan >= least_makespan(rank_of, num_micro, costs) - 1e-9
+
+
+def test_a_slow_stage_in_the_middle_is_kept_busy() -> None:
+    costs = Costs([1, 3, 1, 1], [1, 3, 1, 1], [1, 3, 1, 1], hop=0.2)
+    made = generate(looped(4, 4), 16, costs)
+    assert simulate(made, costs).makespan <= 1.01 * least_makespan(looped(4, 4), 16, costs)
+
+
+def test_many_stages_and_micro_batches_are_a_matter_of_seconds() -> None:
+    costs = _costs(random.Random(1), 32)
+    require_valid(generate(looped(32, 32), 128, costs))
+
+
+def test_no_room_for_one_micro_batch_is_refused_by_rank() -> None:
+    costs = Costs([1, 1], [1, 1], [1, 1], activation=[3.0, 5.0])
+    with pytest.raises(DeepSpeedError, match="rank 1 may keep 4 alive, one micro-batch at each of its stages takes 5"):
+        generate((0, 1), 4, costs, [4.0, 4.0])
