@@ -7,7 +7,8 @@ One value passes four doors, in this order: `"auto"` is dropped, so the default 
 with one warning (`old_keys`); pydantic checks the type and the range of each field; `rules` checks what several fields
 say together.
 
-Invariant: a section is frozen and strict. A key no field names is an error, at every level.
+Invariant: a section is frozen and strict. A key no field names is an error, at every level, unless `unknown.py` left
+it out with a warning before.
 """
 
 from __future__ import annotations
@@ -66,6 +67,8 @@ class Section(BaseModel):
 
     old_keys: ClassVar[Mapping[str, OldKey]] = {}
     """Keys that other versions knew under another name."""
+    strict_sections: ClassVar[frozenset[str] | None] = None
+    """The sections in which every unknown key is an error; None: this one and all below (see `unknown.py`)."""
 
     def rules(self) -> Iterator[Problem]:
         """What the fields, each right by itself, get wrong together. Keys are relative to this section."""

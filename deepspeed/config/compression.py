@@ -164,8 +164,8 @@ class BitRangeConfig(Section):
     """Bits at the start."""
     target_bits: PositiveInt
     """Bits in the end."""
-    quantization_period: PositiveInt = 1
-    """Steps between two changes of bits; doubles each time."""
+    quantization_period: NonNegativeInt = 1
+    """Steps between two changes of bits; doubles each time. 0 goes to the target at once."""
 
 
 class BitsConfig(Section):

@@ -1,8 +1,9 @@
 """Read a section, and say in our words what is wrong with it.
 
 `read_section` is the one door from a dict to a typed section: called by `root.load_config`, and by whoever has a
-single section in hand. pydantic finds the faults; this file turns them into the sentences a user reads: the key with
-its full dotted path, the value as it was written, the rule, and on the next line the cure.
+single section in hand. `unknown.py` takes out what means nothing here, pydantic finds the faults, and this file turns
+them into the sentences a user reads: the key with its full dotted path, the value as it was written, the rule, and on
+the next line the cure.
 
 Invariant: one bad configuration raises one `DeepSpeedConfigError`, with every fault that can be known at once. A rule
 about several keys is checked even where other keys are wrong, unless it speaks about a wrong one.
@@ -14,15 +15,16 @@ import difflib
 import enum
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from functools import cache
-from typing import Any, NamedTuple, TypeVar, get_args, get_origin
+from typing import Any, NamedTuple, TypeVar, get_origin
 
 import torch
-from pydantic import AliasChoices, ValidationError
+from pydantic import ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
 
 from deepspeed.config.base import BROKEN_RULES, Problem, Section
+from deepspeed.config.schema import field_of, inner_section, names_of
+from deepspeed.config.unknown import NEAR, take_known
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -69,14 +71,15 @@ class Fault(NamedTuple):
 def read_section(section: type[SectionT], data: Mapping[str, Any], origin: str = "the configuration") -> SectionT:
     """Build `section` from a dict. `origin` names the source in errors, for example a file.
 
-    Raises DeepSpeedConfigError, listing everything wrong.
+    Raises DeepSpeedConfigError, listing everything wrong. A key without effect is left out, after one warning.
     """
+    data = take_known(section, data)
     try:
         return section.model_validate(data)
     except ValidationError as error:
         faults = _faults(section, error)
     broken = {fault.broken for fault in faults} - {None}
-    broken |= {name for name, names in _names(section).items() if broken.intersection(names)}
+    broken |= {name for name, names in names_of(section).items() if broken.intersection(names)}
     if broken:
         sound = {key: value for key, value in section.adapt(dict(data)).items() if key not in broken}
         try:
@@ -123,7 +126,7 @@ def _explain(root: type[Section], details: ErrorDetails) -> Iterator[Fault]:
     section, field, path = _locate(root, loc)
     top = str(path[0]) if path else None
     if kind == "extra_forbidden":
-        text = _unknown_key(root, section, path)
+        text = _unknown_key(section, path)
     elif kind == "missing":
         text = f"{_dotted(path)} is missing.\n  {_section_name(path)} needs it."
     else:
@@ -165,54 +168,27 @@ def _default(field: FieldInfo | None) -> str:
     return f" (default {show(field.default)})"
 
 
-def _unknown_key(root: type[Section], section: type[Section], path: Loc) -> str:
+def _unknown_key(section: type[Section], path: Loc) -> str:
     key, place, full = str(path[-1]), _dotted(path[:-1]), _dotted(path)
     if key in section.old_keys:
         return f"{full} is an old name of {section.old_keys[key].new}, which is given too.\n  Keep the new one only."
-    same = [name for name, names in _names(section).items() if key in names]
+    same = [name for name, names in names_of(section).items() if key in names]
     if same:
-        others = " or ".join(other for other in _names(section)[same[0]] if other != key)
+        others = " or ".join(other for other in names_of(section)[same[0]] if other != key)
         return f"{full} and {others} are the same setting, given twice.\n  Keep one."
-    return f"{full} is not a configuration key.\n  {_nearest(root, section, place, key)}"
+    return f"{full} is not a configuration key.\n  {_nearest(section, place, key)}"
 
 
-def _nearest(root: type[Section], section: type[Section], place: str, key: str) -> str:
+def _nearest(section: type[Section], place: str, key: str) -> str:
     prefix = f"{place}." if place else ""
-    known = [*(name for names in _names(section).values() for name in names), *section.old_keys]
-    near = difflib.get_close_matches(key, known, n=1, cutoff=0.8)
-    elsewhere = [path for path in _all_paths(root) if path.rpartition(".")[2] == key]
-    if not near and 0 < len(elsewhere) <= 3:
-        return f"It belongs elsewhere: {' or '.join(elsewhere)}."
+    known = [*(name for names in names_of(section).values() for name in names), *section.old_keys]
+    near = difflib.get_close_matches(key, known, n=1, cutoff=NEAR)
     near = near or difflib.get_close_matches(key, known, n=1)
     if near:
         return f"Did you mean {prefix}{near[0]}?"
     if len(known) <= _LONGEST_KEY_LIST:
         return f"Its keys are {', '.join(known)}."
     return "Remove it."
-
-
-def _names(section: type[Section]) -> dict[str, tuple[str, ...]]:
-    """Each field's accepted names, its own first."""
-    return {
-        name: tuple(str(choice) for choice in field.validation_alias.choices)
-        if isinstance(field.validation_alias, AliasChoices)
-        else (name,)
-        for name, field in section.model_fields.items()
-    }
-
-
-def _field(section: type[Section], key: int | str) -> FieldInfo | None:
-    for name, names in _names(section).items():
-        if key in names:
-            return section.model_fields[name]
-    return None
-
-
-def _inner(annotation: Any) -> type[Section] | None:
-    """The section inside `X`, `X | None`, `dict[str, X]` or `tuple[X, ...]`."""
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return annotation
-    return next((found for argument in get_args(annotation) if (found := _inner(argument))), None)
 
 
 def _locate(root: type[Section], loc: Loc) -> tuple[type[Section], FieldInfo | None, Loc]:
@@ -222,9 +198,9 @@ def _locate(root: type[Section], loc: Loc) -> tuple[type[Section], FieldInfo | N
     """
     section, field = root, None
     for place, key in enumerate(loc):
-        holder, field = field, _field(section, key)
+        holder, field = field, field_of(section, key)
         if field is not None and place < len(loc) - 1:
-            section = _inner(field.annotation) or section
+            section = inner_section(field.annotation) or section
         elif field is None and holder is not None and isinstance(key, str) and _is_plain(holder):
             return section, holder, loc[:place]
     return section, field, loc
@@ -232,18 +208,7 @@ def _locate(root: type[Section], loc: Loc) -> tuple[type[Section], FieldInfo | N
 
 def _is_plain(field: FieldInfo) -> bool:
     """Whether the field holds neither a section nor an open table, so that no key of the user's can be below it."""
-    return _inner(field.annotation) is None and get_origin(field.annotation) is not dict
-
-
-@cache
-def _all_paths(section: type[Section], prefix: str = "") -> tuple[str, ...]:
-    paths: list[str] = []
-    for name, field in section.model_fields.items():
-        paths.append(prefix + name)
-        inner = _inner(field.annotation)
-        if inner is not None:
-            paths += _all_paths(inner, f"{prefix}{name}.")
-    return tuple(paths)
+    return inner_section(field.annotation) is None and get_origin(field.annotation) is not dict
 
 
 def _dotted(path: Loc) -> str:

@@ -101,8 +101,8 @@ class FlopsProfilerConfig(Section):
     """Profile. Turns `wall_clock_breakdown` on."""
     recompute_fwd_factor: NonNegativeFloat = 0.0
     """Share of forward that backward repeats (1 with full activation checkpointing)."""
-    profile_step: PositiveInt = 1
-    """The step that is profiled."""
+    profile_step: Annotated[Int, Ge(-1)] = 1
+    """The step that is profiled; 0 or -1: none."""
     module_depth: Annotated[Int, Ge(-1)] = -1
     """Depth of modules in the summary; -1 is the deepest."""
     top_modules: PositiveInt = 1

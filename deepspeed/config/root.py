@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr
@@ -93,6 +93,12 @@ def _datastates_section(value: Any) -> Any:
 
 class Config(Section):
     """The root of the configuration."""
+
+    strict_sections: ClassVar[frozenset[str] | None] = frozenset(
+        "zero_optimization fp16 bf16 bfloat16 torch_autocast compile hybrid_engine tensor_parallel expert_parallel "
+        "weight_quantization tensorboard wandb csv_monitor comet comms_logger timers monitor".split()
+    )
+    """Those that the original reads as a whole, and refuses with a key too many; the others it reads key by key."""
 
     train_batch_size: PositiveInt | None = None
     """Samples per step over all data-parallel ranks; computed from the next two when not given (see `batch.py`)."""

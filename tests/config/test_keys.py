@@ -9,7 +9,7 @@ import pytest
 import deepspeed.config as config_package
 from deepspeed.config import Config, load_config
 from deepspeed.config.base import Section
-from deepspeed.config.explain import _all_paths, _inner
+from deepspeed.config.schema import all_paths, inner_section
 from tests.config.keys import KEYS, OFF_UNLESS_GIVEN, nest
 
 
@@ -55,7 +55,7 @@ def test_there_is_no_key_that_is_not_documented() -> None:
     documented = set(KEYS) | {path.rpartition(".")[0] for path in KEYS}
     undocumented = [
         path
-        for path in _all_paths(Config)
+        for path in all_paths(Config)
         if path not in documented
         and not any(name in path for name in open_tables)
         and not any(key.startswith(path + ".") for key in KEYS)
@@ -70,7 +70,7 @@ def sections() -> list[type[Section]]:
     def visit(section: type[Section]) -> None:
         found[section] = None
         for field in section.model_fields.values():
-            inner = _inner(field.annotation)
+            inner = inner_section(field.annotation)
             if inner is not None and inner not in found:
                 visit(inner)
 
