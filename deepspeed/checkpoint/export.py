@@ -35,7 +35,7 @@ def consolidated_state_dict(
     module: nn.Module, built: Built, mesh: Mesh, exclude_frozen: bool = False
 ) -> dict[str, Tensor] | None:
     """The whole state dict on the CPU of the first rank, None elsewhere; one bucket whole at a time. Collective."""
-    keeps = mesh.dp_rank == 0
+    keeps = mesh.rank("average") == 0
     values: dict[nn.Parameter, Tensor] = {}
     for bucket in built.buckets:
         bucket.unshard()

@@ -27,9 +27,9 @@ class Ranks:
     """The data-parallel ranks, as those who write one checkpoint. Collective to make, and in every method."""
 
     def __init__(self, mesh: Mesh) -> None:
-        self.members = mesh.ranks_of("dp")
-        self.rank = mesh.dp_rank
-        self._group = mesh.group("dp", "checkpoint", "gloo")
+        self.members = mesh.ranks("checkpoint")
+        self.rank = mesh.rank("checkpoint")
+        self._group = mesh.group("checkpoint", "checkpoint", "gloo")
 
     @property
     def world_size(self) -> int:

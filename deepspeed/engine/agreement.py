@@ -51,14 +51,15 @@ def describe_inputs(inputs: Any) -> list[str]:
 def require_equal(mesh: Mesh, what: str, lines: Sequence[str], cure: str) -> None:
     """Raise RankMismatchError on every rank unless all ranks have the same lines. Collective over the dp ranks."""
     digest = int.from_bytes(hashlib.sha1("\n".join(lines).encode()).digest()[:7], "big")
-    digests = [other for (other,) in mesh.agree("dp", digest)]
+    digests = [other for (other,) in mesh.agree("average", digest)]
     if len(set(digests)) == 1:
         return
-    everyone = mesh.gather_objects("dp", list(lines))
+    everyone = mesh.gather_objects("average", list(lines))
     reference = everyone[0]
-    differing = {rank: first_difference(reference, theirs) for rank, theirs in zip(mesh.ranks, everyone, strict=True)}
+    ranks = mesh.ranks("average")
+    differing = {rank: first_difference(reference, theirs) for rank, theirs in zip(ranks, everyone, strict=True)}
     text = "\n".join(f"  rank {rank}: {difference}" for rank, difference in differing.items() if difference)
-    raise RankMismatchError(f"ranks do not have the same {what}; compared with rank {mesh.ranks[0]}:\n{text}\n  {cure}")
+    raise RankMismatchError(f"ranks do not have the same {what}; compared with rank {ranks[0]}:\n{text}\n  {cure}")
 
 
 def first_difference(reference: Sequence[str], theirs: Sequence[str]) -> str | None:

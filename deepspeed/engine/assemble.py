@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from deepspeed.config import BatchSizes, Config
@@ -49,17 +48,17 @@ def check_model(model: Any) -> None:
 
 
 def make_mesh(config: Config, mpu: Any) -> Mesh:
-    """The data-parallel mesh: all ranks or `mpu`'s, in shard groups of `mics_shard_size`, hpZ groups in those."""
-    ranks = dist.get_process_group_ranks(mpu.get_data_parallel_group()) if mpu is not None else None
+    """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those."""
     zero = config.zero_optimization
     near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
-    return data_parallel_mesh(ranks, zero.mics_shard_size if zero.mics_shard_size > 0 else None, max(1, near))
+    shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
+    return data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near))
 
 
 def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:
-    """Resolve the three batch sizes against the number of data-parallel ranks."""
-    source = "mpu" if mpu is not None else "torch.distributed" if mesh.dp_world_size > 1 else "one process"
-    return config.batch_sizes(data_parallel_size=mesh.dp_world_size, size_source=source)
+    """Resolve the three batch sizes against the number of ranks that share a batch."""
+    source = "mpu" if mpu is not None else "torch.distributed" if mesh.size("batch") > 1 else "one process"
+    return config.batch_sizes(data_parallel_size=mesh.size("batch"), size_source=source)
 
 
 def make_policy(config: Config) -> ZeroPolicy:
@@ -171,7 +170,7 @@ def open_disks(
     """Open the nvme tier before anything is built, and see that the model fits it. Collective. Raises TierError."""
     if Tier.NVME not in (placing.policy.parameters.tier, placing.policy.optimizer.tier):
         return
-    ranks = len(mesh.ranks_of("dp_shard"))
+    ranks = mesh.size("shard")
     numel, trained = (sum(full_numel(p) for p in model.parameters() if p.requires_grad or every) for every in (1, 0))
     states = optimizer.state_names.values() if isinstance(optimizer, StepsFused) else [torch.float32] * 2
     open_on_all_ranks(config, mesh, bytes_on_disk(placing, numel // ranks, trained // ranks, states))
@@ -203,14 +202,14 @@ def make_scale(config: Config) -> StaticLossScale:
 
 def reduction_arguments(config: Config, mesh: Mesh, device: torch.device) -> dict[str, Any]:
     """How the reducer divides: mean or sum, before or after, in which dtype on the wire."""
-    world_size = len(mesh.ranks_of("dp_shard"))
+    world_size = mesh.size("shard")
     is_mean = config.gradient_allreduce_op == "mean"
     if not is_mean and config.zero_optimization.stage == 3:
         raise DeepSpeedConfigError(
             'gradient_allreduce_op = "sum" is not for zero_optimization.stage = 3.\n  Use "mean", or a stage below 3.'
         )
     predivide = config.gradient_predivide_factor if config.prescale_gradients else 1.0
-    replicas = mesh.exchange("dp_replicate", "reduce", device) if mesh.num_replicas > 1 else None
+    replicas = mesh.exchange("replicate", "reduce", device) if mesh.size("replicate") > 1 else None
     return {
         "predivide": predivide,
         "divide_by": (world_size if is_mean else 1.0) / predivide,

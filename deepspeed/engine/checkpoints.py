@@ -367,7 +367,7 @@ def _about(engine: Any) -> dict[str, Any]:
         "deepspeed_version": sys.modules["deepspeed"].__version__,
         "torch_version": torch.__version__,
         "zero_stage": engine._config.zero_optimization.stage,
-        "world_size": engine.mesh.dp_world_size,
+        "world_size": engine.mesh.size("average"),
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
@@ -441,7 +441,7 @@ def _load_rest(
             module.set_extra_state(extra)
     if engine.training_dataloader is not None and "loader" in own:
         engine.training_dataloader.load_state_dict(own["loader"])
-    same_ranks = int(about["world_size"]) == engine.mesh.dp_world_size
+    same_ranks = int(about["world_size"]) == engine.mesh.size("average")
     if has_optimizer and "rng" in own and same_ranks:
         rng.restore(own["rng"])
     elif has_optimizer and not same_ranks:

@@ -132,7 +132,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         )
         self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
-        self._knows_inputs = self.mesh.dp_world_size == 1
+        self._knows_inputs = self.mesh.size("average") == 1
         self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
@@ -422,7 +422,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         """After the first step, launch reductions in the order in which the first rank's gradients arrived."""
         if not self._knows_order:
             self._knows_order = True
-            self._reducer.set_order(self.mesh.gather_objects("dp", self._reducer.completion_order())[0])
+            self._reducer.set_order(self.mesh.gather_objects("average", self._reducer.completion_order())[0])
 
     # Accumulation. -------------------------------------------------------------------------------------------------
 
@@ -516,7 +516,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def train_batch_size(self) -> int:
         """Samples per step over all ranks."""
-        return self._micro_batch_size * self.gradient_accumulation_steps() * self.mesh.dp_world_size
+        return self._micro_batch_size * self.gradient_accumulation_steps() * self.dp_world_size
 
     def train_micro_batch_size_per_gpu(self) -> int:
         """Samples per rank and micro-batch."""
@@ -532,11 +532,11 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
         """Change samples per step by changing the number of micro-batches. Raises ValueError if that is not whole."""
-        per_micro = self._micro_batch_size * self.mesh.dp_world_size
+        per_micro = self._micro_batch_size * self.dp_world_size
         if train_batch_size <= 0 or train_batch_size % per_micro:
             raise DeepSpeedError(
                 f"set_train_batch_size({train_batch_size}): not a multiple of micro-batch {self._micro_batch_size} * "
-                f"{self.mesh.dp_world_size} ranks = {per_micro}."
+                f"{self.dp_world_size} ranks = {per_micro}."
             )
         self.accumulation.num_micro_batches = train_batch_size // per_micro
 
@@ -566,8 +566,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             data_sampler=data_sampler,
             collate_fn=collate_fn or self.collate_fn,
             num_local_io_workers=num_local_io_workers,
-            data_parallel_world_size=self.mesh.dp_world_size,
-            data_parallel_rank=self.mesh.dp_rank,
+            data_parallel_world_size=self.mesh.size("batch"),
+            data_parallel_rank=self.mesh.rank("batch"),
             dataloader_drop_last=self._config.dataloader_drop_last,
             shuffle=route == "train",
         )
@@ -606,13 +606,13 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     @property
     def dp_world_size(self) -> int:
-        """Number of data-parallel ranks."""
-        return self.mesh.dp_world_size
+        """Number of ranks that share a batch."""
+        return self.mesh.size("batch")
 
     @property
     def mp_world_size(self) -> int:
         """Number of model-parallel ranks."""
-        return self.mpu.get_model_parallel_world_size() if self.mpu is not None else 1
+        return self.mesh.size("model")
 
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
         """Set training mode. Returns None, as callers expect."""
@@ -754,7 +754,7 @@ def _cast_floating(value: Any, dtype: torch.dtype) -> Any:
 
 
 def _agree(mesh: Mesh, wish: int, digest: int) -> list[tuple[int, int]]:
-    return mesh.agree("dp_shard", wish, digest)  # type: ignore[return-value]
+    return mesh.agree("shard", wish, digest)  # type: ignore[return-value]
 
 
 def _settle(watch: BackwardWatch, gatherer: Gatherer | None) -> None:

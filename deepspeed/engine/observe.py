@@ -38,7 +38,7 @@ def run_directory(config: Config, mesh: Mesh) -> Path | None:
     )
     keeps = is_watched if monitor.enabled is None else monitor.enabled
     mine = (named or str(default_folder())) if keeps else None
-    chosen = mesh.gather_objects("dp", mine)[0]
+    chosen = mesh.gather_objects("job", mine)[0]
     return Path(chosen) if chosen else None
 
 

@@ -51,10 +51,10 @@ class Recomputation:
             engine._config,
             args,
             kwargs,
-            world_size=engine.mesh.dp_world_size,
+            world_size=engine.mesh.size("average"),
             budget_nbytes=int(budget_gb * 2**30),
             device_type=engine.device.type,
         )
-        rung = max(theirs for (theirs,) in engine.mesh.agree("dp", rung))
+        rung = max(theirs for (theirs,) in engine.mesh.agree("average", rung))
         self.blocks.apply(planner.ladder(len(self.blocks.blocks))[rung])
         log_dist(f"{self.blocks}: {estimate.peak_nbytes / 2**30:.2f} GiB predicted for {budget_gb:g} GiB", ranks=[0])

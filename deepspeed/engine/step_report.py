@@ -155,7 +155,7 @@ class StepReport(Observer):
         comm_s, offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
         sent = {op: n - self._seen_nbytes.get(op, 0) for op, n in COMMUNICATION.nbytes.items()}
         offload = {key: now - self._seen_offload.get(key, 0) for key, now in (OFFLOAD.nbytes | OFFLOAD_S).items()}
-        ranks = self._num_ranks = self._num_ranks or engine.dp_world_size
+        ranks = self._num_ranks = self._num_ranks or engine.mesh.size("average")
         numbers = StepNumbers(
             step=engine.global_steps,
             samples=engine.global_samples,
@@ -266,7 +266,7 @@ def _of_all_ranks(mesh: Mesh, mine: RankNumbers) -> list[RankNumbers]:
             device_nbytes=device,
             device_peak_nbytes=peak,
         )
-        for has, loss, wall, wait, device, peak in mesh.agree("dp", *values)
+        for has, loss, wall, wait, device, peak in mesh.agree("average", *values)
     ]
 
 

@@ -1,5 +1,11 @@
-"""The only owner of process groups: which ranks share what, by named mesh dims."""
+"""Which ranks share what, by named mesh dims; the only owner of process groups.
 
-from deepspeed.mesh.mesh import Mesh, data_parallel_mesh
+shape    dims, roles and groups, as pure arithmetic       marks    a parameter's own dims
+mesh     the process groups of a shape                    door     a user's mpu becomes a shape
+groups   `deepspeed.utils.groups`
+"""
+
+from deepspeed.mesh.door import data_parallel_mesh
+from deepspeed.mesh.mesh import Mesh
 
 __all__ = ["Mesh", "data_parallel_mesh"]

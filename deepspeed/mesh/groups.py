@@ -10,19 +10,13 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed.mesh.mesh import Mesh, data_parallel_mesh
+from deepspeed.mesh.mesh import current_mesh
 from deepspeed.utils.errors import DeepSpeedError
 
 
 def initialize(ep_size: int = 1, mpu: Any = None) -> None:
     """Removed long ago: pass ep_size to each MoE layer."""
     raise DeepSpeedError("deepspeed.utils.groups.initialize() is gone.\n  Pass ep_size to deepspeed.moe.layer.MoE.")
-
-
-def _mesh() -> Mesh:
-    mesh = data_parallel_mesh()
-    mesh.num_users -= 1
-    return mesh
 
 
 def get_data_parallel_group() -> Any:
@@ -32,12 +26,12 @@ def get_data_parallel_group() -> Any:
 
 def get_data_parallel_rank() -> int:
     """This rank's position among the data-parallel ranks."""
-    return _mesh().dp_rank
+    return current_mesh().rank("batch")
 
 
 def get_data_parallel_world_size() -> int:
     """Number of data-parallel ranks."""
-    return _mesh().dp_world_size
+    return current_mesh().size("batch")
 
 
 def get_model_parallel_rank() -> int:

@@ -20,6 +20,7 @@ from deepspeed.zero.layout import BucketLayout, group_neighbours
 from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, full_numel, full_shape, slot_of
 from deepspeed.zero.placing import Placing
+from deepspeed.zero.policy import SHARD_DIMS
 
 MAX_BUCKET_NUMEL = 8 * 2**20
 """Elements of a bucket that is cut by size, unless the configuration says less: enough buckets to overlap with
@@ -127,9 +128,9 @@ class _Builder:
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
         device = placing.device
-        self._exchange = {purpose: mesh.exchange("dp_shard", purpose, device) for purpose in ("reduce", "gather")}
-        self._near = mesh.exchange("dp_near", "gather", device) if mesh.near_size > 1 else None
-        self._everyone = mesh.exchange("dp", "build", device)
+        self._exchange = {purpose: mesh.exchange(SHARD_DIMS, purpose, device) for purpose in ("reduce", "gather")}
+        self._near = mesh.exchange("near", "gather", device) if mesh.size("near") > 1 else None
+        self._everyone = mesh.exchange("average", "build", device)
 
     def make(self, named: Sequence[tuple[nn.Parameter, str]], *, is_sharded: bool) -> Bucket:
         """Lay parameters into a new bucket, in the policy's dtype, with the first rank's values; shard it."""

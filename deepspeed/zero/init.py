@@ -84,15 +84,13 @@ class Init:
         self._device = torch.device(get_accelerator().current_device_name())
         self._placing = _make_placing(given, remote_device, pin_memory, self.dtype, self._device)
         group = data_parallel_group or sequence_data_parallel_group
-        if group is None and mpu is not None:
-            group = mpu.get_data_parallel_group()
-        self._mesh = data_parallel_mesh(torch.distributed.get_process_group_ranks(group) if group is not None else None)
+        self._mesh = data_parallel_mesh(mpu if group is None else None, group=group)
         weakref.finalize(self, self._mesh.release).atexit = False
         if self._placing.policy.parameters.tier is Tier.NVME and self._placing.param_path is not None:
             open_on_all_ranks(
                 load_config(given) if given is not None else Config(), self._mesh, {self._placing.param_path: 0}
             )
-        self._exchange = self._mesh.exchange("dp_shard", "gather", self._device)
+        self._exchange = self._mesh.exchange(self._placing.policy.parameters.sharded_over, "gather", self._device)
         self._seen: dict[nn.Module, None] = {}
         self._touched: dict[Bucket, int] = {}
         """Buckets that initialisation code made whole, with the number of views of each that are ours."""

@@ -53,8 +53,8 @@ def open_on_all_ranks(config: Config, mesh: Mesh, needed: Mapping[Path, int]) ->
             )
         except OSError as error:
             failure = failure or str(error)
-    if mesh.dp_world_size > 1:
-        everyone = mesh.gather_objects("dp", (failure, found))
+    if mesh.size("job") > 1:
+        everyone = mesh.gather_objects("job", (failure, found))
     else:
         everyone = [(failure, found)]
     message = failures_as_one({rank: failure for rank, (failure, _) in enumerate(everyone)})

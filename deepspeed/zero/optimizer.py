@@ -111,7 +111,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
         self._sub_group_numel = sub_group_numel
         self._own_group = (
-            mesh.group("dp_shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
+            mesh.group("shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
         )
         self.is_away = False
         """Whether `engine.offload_states` has put masters or states away."""
@@ -297,7 +297,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if not gradients:
             return [torch.zeros((), device=self._device)] * 2
         missed = torch.tensor(float(any(g.misses_any for g in gradients)), device=self._device)
-        if not self._is_sharded and self.mesh.dp_world_size > 1:
+        if not self._is_sharded and self.mesh.size("average") > 1:
             missed = torch.cat([g.take_missed_flag() for g in gradients]).float().sum()
         total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
@@ -305,16 +305,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             with COMMUNICATION.during("zero.norm", both.nbytes):
                 torch.distributed.all_reduce(both, group=self._own_group)
             total, missed = both[0].sqrt(), both[1]
-        if self._is_sharded and self.mesh.num_replicas > 1:
+        if self._is_sharded and self.mesh.size("replicate") > 1:
             missed = torch.tensor(
-                float(max(m for (m,) in self.mesh.agree("dp", int(missed.item() > 0)))), device=self._device
+                float(max(m for (m,) in self.mesh.agree("average", int(missed.item() > 0)))), device=self._device
             )
         return [total, missed]
 
     def _agree_on_unused(self) -> list[tuple[int, int]]:
         """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""
         mine = [None if g.all_used else sorted(g.used) for g in self.reducer.gradients]
-        everyone = self.mesh.gather_objects("dp", mine)
+        everyone = self.mesh.gather_objects("average", mine)
         unused: list[tuple[int, int]] = []
         for i, master in enumerate(self.masters):
             used = [theirs[i] for theirs in everyone]
@@ -327,8 +327,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Which gradients are not finite, from all ranks, and what usually helps."""
         found = next((self._first_non_finite(i) for i in range(len(self.masters)) if self._first_non_finite(i)), None)
         lines = [
-            f"  [rank {self.mesh.ranks_of('dp_shard')[i]}] {text}"
-            for i, text in enumerate(self.mesh.gather_objects("dp_shard", found))
+            f"  [rank {self.mesh.ranks('shard')[i]}] {text}"
+            for i, text in enumerate(self.mesh.gather_objects("shard", found))
             if text
         ]
         largest = max((m.tensor.abs().max().item() for m in self.masters if m.numel), default=0.0)
@@ -374,13 +374,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Raise TierError on every rank if bytes could not be moved on one. Collective where there is an nvme tier."""
         if not any(master.tier is Tier.NVME for master in self.masters):
             return
-        if self.mesh.dp_world_size == 1:
+        if self.mesh.size("job") == 1:
             messages = [str(failure) if failure else None]
         else:
-            messages = self.mesh.gather_objects("dp", str(failure) if failure else None)
+            messages = self.mesh.gather_objects("job", str(failure) if failure else None)
         failed = {rank: message for rank, message in enumerate(messages) if message}
         if failed:
-            told = "\n".join(f"  [dp rank {rank}] {message}" for rank, message in failed.items())
+            told = "\n".join(f"  [rank {rank}] {message}" for rank, message in failed.items())
             raise TierError(
                 f"the step failed on {len(failed)} of {len(messages)} ranks, because bytes could not be moved to or from a tier:\n"
                 f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."

@@ -3,11 +3,11 @@
 Built once by the engine from the configuration; read by the buckets (parameters), the reducer (gradients) and the
 optimizer (states). Nothing below asks for "the stage"; it asks a placement whether it is sharded.
 
-    ZeRO stage   parameters   gradients    optimizer state
-    0            replicated   replicated   replicated
-    1            replicated   replicated   dp_shard
-    2            replicated   dp_shard     dp_shard
-    3            dp_shard     dp_shard     dp_shard
+    ZeRO stage   parameters     gradients      optimizer state
+    0            replicated     replicated     replicated
+    1            replicated     replicated     dp_shard, sp
+    2            replicated     dp_shard, sp   dp_shard, sp
+    3            dp_shard, sp   dp_shard, sp   dp_shard, sp
 
 Invariant, checked when a policy is made: what is sharded on the left is sharded on the right. That inclusion is the
 ladder of stages; it is why a parameter's own slice can always be written from the optimizer's shard without
@@ -65,10 +65,11 @@ class ZeroPolicy:
         return self.optimizer.dtype != self.parameters.dtype
 
 
-SHARD_DIM = "dp_shard"
-"""The mesh dim that ZeRO shards over; `dp_replicate` (HSDP, MiCS) only repeats it."""
+SHARD_DIMS = ("dp_shard", "sp")
+"""The mesh dims that ZeRO shards over; `dp_replicate` (HSDP, MiCS) only repeats it. Ranks that share a sequence hold the
+same parameters, so they shard them too."""
 
-_LADDER = ((), (SHARD_DIM,))
+_LADDER = ((), SHARD_DIMS)
 _STAGES = {0: (0, 0, 0), 1: (0, 0, 1), 2: (0, 1, 1), 3: (1, 1, 1)}
 
 

@@ -127,8 +127,8 @@ def _placed(param: nn.Parameter, name: str, mesh: Mesh) -> Flat:
 
 def _replicas(mesh: Mesh, is_sharded: bool) -> tuple[int, int]:
     if not is_sharded:
-        return mesh.dp_world_size, mesh.dp_rank
-    return mesh.num_replicas, mesh.ranks_of("dp_replicate").index(mesh.rank)
+        return mesh.size("average"), mesh.rank("average")
+    return mesh.size("replicate"), mesh.rank("replicate")
 
 
 def _spans(master: Master) -> list[Span]:

@@ -280,7 +280,7 @@ def _end_while_saving(rank: int, world_size: int, folder: Path) -> None:
         writer._write_all = slow
         try:
             engine.save_checkpoint(str(folder), tag="last")
-            dist.destroy_process_group(engine.mesh._groups.pop(("dp", "checkpoint")))
+            dist.destroy_process_group(engine.mesh._groups.pop((("dp_shard",), "checkpoint")))
             gate.set()
             engine.wait_for_checkpoint()
         finally:

@@ -1,4 +1,4 @@
-"""Groups of the mesh as text, and their life: made at first use, shared by engines, destroyed with the last one."""
+"""The life of a mesh's groups: made at first use, shared by engines, destroyed with the last one."""
 
 from __future__ import annotations
 
@@ -10,35 +10,10 @@ import torch.distributed as dist
 
 import deepspeed
 from deepspeed.mesh import data_parallel_mesh
-from deepspeed.mesh.mesh import MeshShape
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share
-
-EIGHT = MeshShape((tuple(range(8)),), shard_size=4, near_size=2)
-TWO_BY_FOUR = MeshShape(((0, 2, 4, 6), (1, 3, 5, 7)), shard_size=2)
-
-
-def as_text(shape: MeshShape, dim: str) -> str:
-    return " ".join("".join(map(str, ranks)) for ranks in shape.groups(dim))
-
-
-@pytest.mark.parametrize(
-    ("shape", "dim", "expected"),
-    [
-        (EIGHT, "dp", "01234567"),
-        (EIGHT, "dp_shard", "0123 4567"),
-        (EIGHT, "dp_replicate", "04 15 26 37"),
-        (EIGHT, "dp_near", "01 23 45 67"),
-        (TWO_BY_FOUR, "dp", "0246 1357"),
-        (TWO_BY_FOUR, "dp_shard", "02 46 13 57"),
-        (TWO_BY_FOUR, "dp_replicate", "04 26 15 37"),
-        (MeshShape(((0, 1, 2),), 3), "dp_replicate", "0 1 2"),
-    ],
-)
-def test_groups(shape: MeshShape, dim: str, expected: str) -> None:
-    assert as_text(shape, dim) == expected
 
 
 def test_a_shard_size_that_does_not_divide_the_ranks_is_an_error() -> None:

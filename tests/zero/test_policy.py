@@ -5,14 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from deepspeed.zero.policy import Placement, ZeroPolicy, policy_of_stage
+from deepspeed.zero.policy import SHARD_DIMS, Placement, ZeroPolicy, policy_of_stage
 
 TABLE = """
-stage parameters gradients  optimizer
-0     replicated replicated replicated
-1     replicated replicated dp_shard
-2     replicated dp_shard   dp_shard
-3     dp_shard   dp_shard   dp_shard
+stage parameters  gradients   optimizer
+0     replicated  replicated  replicated
+1     replicated  replicated  dp_shard+sp
+2     replicated  dp_shard+sp dp_shard+sp
+3     dp_shard+sp dp_shard+sp dp_shard+sp
 """
 
 
@@ -21,16 +21,16 @@ def place(placement: Placement) -> str:
 
 
 def test_the_four_stages_are_the_four_rows_of_the_table() -> None:
-    rows = ["stage parameters gradients  optimizer"]
+    rows = ["stage parameters  gradients   optimizer"]
     for stage in range(4):
         policy = policy_of_stage(stage)
         kinds = (policy.parameters, policy.gradients, policy.optimizer)
-        rows.append(f"{stage:<6}" + "".join(f"{place(kind):<11}" for kind in kinds).rstrip())
+        rows.append(f"{stage:<6}" + "".join(f"{place(kind):<12}" for kind in kinds).rstrip())
     assert "\n".join(rows) == TABLE.strip()
 
 
 def test_what_is_sharded_on_the_left_must_be_sharded_on_the_right() -> None:
-    sharded, replicated = Placement(sharded_over=("dp_shard",)), Placement()
+    sharded, replicated = Placement(sharded_over=SHARD_DIMS), Placement()
     with pytest.raises(AssertionError, match="is sharded where"):
         ZeroPolicy(parameters=sharded, gradients=replicated, optimizer=sharded)
     with pytest.raises(AssertionError, match="is sharded where"):
@@ -44,4 +44,4 @@ def test_a_master_is_separate_only_where_its_dtype_is_another() -> None:
 
 def test_a_sharded_placement_costs_each_rank_its_share() -> None:
     assert Placement(dtype=torch.bfloat16).bytes_per_rank(1000, 4) == 2000
-    assert Placement(sharded_over=("dp_shard",)).bytes_per_rank(1000, 4) == 1000
+    assert Placement(sharded_over=SHARD_DIMS).bytes_per_rank(1000, 4) == 1000
