@@ -22,6 +22,19 @@ constexpr int kNumLanes = 16;    // sums are made in this many lanes on every in
 using Loop = void (*)(float* param, const float* grad, float* first, float* second, size_t n, const float* scalars,
                       double* sums);
 
+// Group-wise quantisation and signs; see quantize.inl, where the loops are, and quantize.cpp, which calls them.
+struct QuantizeLoops {
+    uint32_t (*magnitude)(const float* x, size_t n);  // the largest |x|, as the bits of a float; above infinity's for NaN
+    void (*range)(const float* x, size_t n, float* lowest, float* highest);
+    void (*to_bytes)(const float* x, uint8_t* q, size_t n, float low, float scale, int offset);
+    void (*to_nibbles)(const float* x, uint8_t* q, size_t n, float low, float scale, int offset);
+    void (*from_bytes[2])(const uint8_t* q, float* x, size_t n, float low, float scale);  // unsigned, signed
+    void (*from_nibbles)(const uint8_t* q, float* x, size_t n, float low, float scale, int offset);
+    void (*add_and_square)(const float* x, float* error, size_t n, double* sums);
+    void (*take_signs)(float* error, uint8_t* bits, size_t n, float scale);
+    void (*add_signs)(const uint8_t* bits, float* into, size_t n, float scale);
+};
+
 struct Kernels {
     void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
     void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
@@ -30,6 +43,7 @@ struct Kernels {
     Loop adagrad[2];                                               // without and with L2 decay
     Loop sgd[3];                                                   // by Momentum
     Loop lamb_moments[2], lamb_apply[2];                           // eps outside and inside of the root
+    QuantizeLoops quantize;
 };
 
 extern const Kernels kPortableKernels;

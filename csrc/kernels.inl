@@ -178,6 +178,8 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
     }, p, m, v);
 }
 
+#include "quantize.inl"
+
 static constexpr Kernels kTable = {
     {widen_bf16, widen_fp16},
     {narrow_bf16, narrow_fp16},
@@ -187,4 +189,6 @@ static constexpr Kernels kTable = {
     {sgd<kPlain>, sgd<kHeavyBall>, sgd<kNesterov>},
     {lamb_moments<false>, lamb_moments<true>},
     {lamb_apply<false>, lamb_apply<true>},
+    {magnitude, range, to_bytes, to_nibbles, {from_bytes<uint8_t>, from_bytes<int8_t>}, from_nibbles, add_and_square,
+     take_signs, add_signs},
 };

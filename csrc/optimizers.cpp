@@ -8,7 +8,6 @@
 // So memory is read once and written once, whatever the dtypes. Chunks and blocks depend on a run alone, never on the
 // number of threads, and LAMB's sums are made per chunk and added in order: results are the same on any machine.
 
-#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <vector>
@@ -17,6 +16,7 @@
 #include <emmintrin.h>
 #endif
 
+#include "isa.h"
 #include "kernels.h"
 #include "native.h"
 #include "threads.h"
@@ -51,31 +51,6 @@ Operation operation_of(const Kernels& kernels, int operation, int variant) {
         default: return {kernels.lamb_apply[variant], true, false};
     }
 }
-
-struct Isa {
-    const char* name;
-    const Kernels* kernels;
-};
-
-// From the best to the one that always works.
-const std::vector<Isa>& usable() {
-    static const std::vector<Isa> found = [] {
-        std::vector<Isa> isas;
-#if defined(__x86_64__)
-        __builtin_cpu_init();
-        const bool has_avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
-        if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
-            isas.push_back({"avx512", &kAvx512Kernels});
-        if (has_avx2) isas.push_back({"avx2", &kAvx2Kernels});
-#endif
-        isas.push_back({"portable", &kPortableKernels});
-        return isas;
-    }();
-    return found;
-}
-
-std::atomic<int> chosen{0};
 
 // Writes that go past the caches: nobody reads the parameters' copy before the step has gone through all of memory.
 void stream(uint16_t* to, const uint16_t* from, size_t n) {
@@ -154,7 +129,7 @@ constexpr int64_t kStreamFrom = 4 << 20;
 void run_step(const Operation& operation, const Run* runs, const float* scalars, int64_t num_runs, int64_t dtypes,
              int num_threads, double* squares) {
     const auto dtype = [&](int i) { return static_cast<int>(dtypes >> (4 * i) & 15); };
-    Step step{*usable()[chosen].kernels, operation, {dtype(0), dtype(1), dtype(2), dtype(3)}, runs, scalars, nullptr, false,
+    Step step{current_kernels(), operation, {dtype(0), dtype(1), dtype(2), dtype(3)}, runs, scalars, nullptr, false,
               {0}};
     int64_t numel = 0;
     for (int64_t i = 0; i < num_runs; ++i) {
@@ -178,22 +153,11 @@ void run_step(const Operation& operation, const Run* runs, const float* scalars,
 
 }  // namespace
 
-DS_API int ds_native_abi() { return DS_NATIVE_ABI; }
-
-// The name of the i-th instruction set that this processor has, best first; null past the last.
-DS_API const char* ds_isa_name(int i) {
-    return i >= 0 && i < static_cast<int>(usable().size()) ? usable()[i].name : nullptr;
-}
-
-// Which of them the loops use from now on.
-DS_API int ds_isa_chosen() { return chosen; }
-DS_API void ds_isa_choose(int i) { chosen = i; }
-
 // One step. `operation` and `variant` name a loop of kernels.h; `runs` has num_runs rows of Run, `scalars` as many of
 // kNumScalars floats; `dtypes` is four times 4 bits of Precision, for parameter, gradient, states and low-precision copy,
 // from the lowest bits up. `squares` [num_runs, 2] receives the sums of squares of parameter and update (kLambMoments).
 DS_API void ds_optimizer_step(int operation, int variant, const Run* runs, const float* scalars, int64_t num_runs,
                               int64_t dtypes, int num_threads, double* squares) {
-    run_step(operation_of(*usable()[chosen].kernels, operation, variant), runs, scalars, num_runs, dtypes, num_threads,
+    run_step(operation_of(current_kernels(), operation, variant), runs, scalars, num_runs, dtypes, num_threads,
              operation == kLambMoments ? squares : nullptr);
 }

@@ -3,6 +3,7 @@
     table.py                 which operation has which implementation, and which of them a device takes
     native.py                the library compiled from csrc/, loaded at first use; why there is none
     native_optimizers.py     its loops over lists of tensors in main memory
+    native_quantize.py       its loops of quantisation and of signs
     reference/               plain torch: the fallback everywhere and the oracle of the tests
     triton/                  the same in Triton, for GPUs; one pass over memory, few launches
 

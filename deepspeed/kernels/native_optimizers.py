@@ -26,7 +26,8 @@ from deepspeed.kernels import native
 Lows = Sequence[Tensor | None]
 
 _NUM_SCALARS = 10
-_DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+DTYPES = {torch.float32: 1, torch.bfloat16: 2, torch.float16: 3}
+"""What the loops read and write, numbered as in csrc/kernels.h."""
 _SHIFTS = (0, 4, 8, 8, 12)
 """Of each column's dtype in the code that csrc/optimizers.cpp reads."""
 
@@ -125,7 +126,7 @@ def _describe(tensors: list[Tensor | None]) -> tuple[list[int], int | None]:
         if tensor is None:
             row.append(0)
             continue
-        dtype = _DTYPES.get(tensor.dtype)
+        dtype = DTYPES.get(tensor.dtype)
         is_taken = tensor.is_contiguous() if order is None else tensor.stride() == order
         if dtype is None or not is_taken or tensor.numel() != numel or tensor.device.type != "cpu":
             return row, None
@@ -134,7 +135,7 @@ def _describe(tensors: list[Tensor | None]) -> tuple[list[int], int | None]:
         code |= dtype << shift
         row.append(tensor.data_ptr())
     row.append(numel)
-    return row, code if code >> 12 != _DTYPES[torch.float32] else None
+    return row, code if code >> 12 != DTYPES[torch.float32] else None
 
 
 def _has_no_gaps(tensor: Tensor) -> bool:

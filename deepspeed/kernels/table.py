@@ -39,11 +39,23 @@ TABLE: dict[str, dict[str, Implementation]] = {
     "lion": {"triton": Implementation("triton.lion", "TritonLion", is_class=True)},
     "quantize": {
         "triton": Implementation("triton.quantize", "quantize"),
+        "native": Implementation("native_quantize", "quantize"),
         "torch": Implementation("reference.quantize", "quantize"),
     },
     "dequantize": {
         "triton": Implementation("triton.quantize", "dequantize"),
+        "native": Implementation("native_quantize", "dequantize"),
         "torch": Implementation("reference.quantize", "dequantize"),
+    },
+    "compress_signs": {
+        "triton": Implementation("triton.signs", "compress_signs"),
+        "native": Implementation("native_quantize", "compress_signs"),
+        "torch": Implementation("reference.signs", "compress_signs"),
+    },
+    "add_signs": {
+        "triton": Implementation("triton.signs", "add_signs"),
+        "native": Implementation("native_quantize", "add_signs"),
+        "torch": Implementation("reference.signs", "add_signs"),
     },
 }
 """The optimizers' torch implementations are in `optim.kernels`, beside the compiled loops' calls."""
@@ -65,4 +77,6 @@ def pick(operation: str, device_type: str) -> Any:
             f"Triton is not installed: {operation} on {device_type} runs on torch's kernels, with more passes over memory.\n"
             "  Install torch's build for this device, which brings it, or `pip install triton`."
         )
+    if "native" in row and device_type == "cpu":
+        return row["native"].load()
     return row["torch"].load() if "torch" in row else None

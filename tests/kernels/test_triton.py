@@ -10,7 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from deepspeed.kernels import native_quantize
 from deepspeed.kernels.reference import quantize as reference
+from deepspeed.kernels.reference import signs as reference_signs
 from deepspeed.kernels.table import pick
 from deepspeed.optim import kernels
 from deepspeed.utils.errors import DeepSpeedError
@@ -175,6 +177,28 @@ def test_nan_and_infinity_are_found_in_their_group() -> None:
     run_alone(_bad_groups_are_found)
 
 
+def _signs_are_bitwise() -> None:
+    _interpret()
+    from deepspeed.kernels.triton import signs as triton
+
+    for numel in (8, 4096, 4104, 20000):
+        errors = [torch.randn(numel), torch.zeros(0)]
+        errors[1] = errors[0].clone()
+        x = torch.randn(numel)
+        x[0] = -errors[0][0]
+        ours, theirs = triton.compress_signs(x, errors[0]), reference_signs.compress_signs(x, errors[1])
+        sums = [torch.randn(numel), torch.zeros(0)]
+        sums[1] = sums[0].clone()
+        triton.add_signs(*(ours[0], sums[0], ours[1]))
+        reference_signs.add_signs(*(theirs[0], sums[1], theirs[1]))
+        for one, other in zip([*ours, errors[0], sums[0]], [*theirs, errors[1], sums[1]], strict=True):
+            assert torch.equal(one, other)
+
+
+def test_signs_equal_the_reference_bit_for_bit() -> None:
+    run_alone(_signs_are_bitwise)
+
+
 def _refuses() -> None:
     _interpret()
     from deepspeed.kernels.triton.adam import TritonAdam
@@ -212,7 +236,7 @@ def test_a_table_is_made_once_while_addresses_stay_and_few_are_kept() -> None:
     run_alone(_tables_are_reused)
 
 
-SCALARS = {"num_tensors": "i32", "group_size": "i32"}
+SCALARS = {"num_tensors": "i32", "group_size": "i32", "numel": "i64"}
 POINTERS = {
     "corrections": "*fp32", "sums": "*fp32", "out": "*fp32", "ratios": "*fp32", "scales": "*fp32", "minima": "*fp32",
     "x": "*bf16", "values": "*i8",
@@ -220,7 +244,10 @@ POINTERS = {
 TABLES = ("addresses", "numels", "owners", "starts", "firsts")
 
 
-def _compile(kernel: Any, constants: dict[str, Any], target: Any) -> None:
+SIGNS = {"x": "*fp32", "error": "*fp32", "into": "*fp32", "bits": "*u8", "scale": "*fp32", "sums": "*fp64"}
+
+
+def _compile(kernel: Any, constants: dict[str, Any], target: Any, pointers: dict[str, str] = POINTERS) -> None:
     import triton
     from triton.compiler import ASTSource
 
@@ -231,7 +258,7 @@ def _compile(kernel: Any, constants: dict[str, Any], target: Any) -> None:
         elif name in TABLES:
             signature[name] = "*i64"
         else:
-            signature[name] = POINTERS.get(name) or SCALARS.get(name, "fp32")
+            signature[name] = pointers.get(name) or SCALARS.get(name, "fp32")
     source = ASTSource(fn=kernel, signature=signature, constexprs=constexprs)
     compiled = triton.compile(source, target=target, options={"enable_fp_fusion": False})
     assert compiled.asm.keys() & {"cubin", "hsaco"}
@@ -241,7 +268,7 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from deepspeed.kernels.triton import adam, lamb, lion, quantize
+    from deepspeed.kernels.triton import adam, lamb, lion, quantize, signs
 
     target = GPUTarget(backend, arch, warp)
     types = {"param_type": tl.float32, "grad_type": tl.bfloat16, "state_type": tl.float32, "low_type": tl.bfloat16}
@@ -255,6 +282,9 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
         form = {"num_bits": num_bits, "symmetric": symmetric, "half_block": 64}
         _compile(quantize.quantize_kernel, form, target)
         _compile(quantize.dequantize_kernel, {**form, "out_type": tl.float32}, target)
+    _compile(signs.add_and_square_kernel, {"block": 4096}, target, SIGNS)
+    _compile(signs.take_signs_kernel, {"num_bytes": 512}, target, SIGNS)
+    _compile(signs.add_signs_kernel, {"block": 4096}, target, SIGNS)
 
 
 @pytest.mark.parametrize(("backend", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])
@@ -262,8 +292,9 @@ def test_every_kernel_compiles_for_gpus(backend: str, arch: Any, warp: int) -> N
     run_alone(_compile_all, backend, arch, warp, timeout=110)
 
 
-def test_a_cpu_is_given_torch_and_an_unknown_operation_is_refused() -> None:
-    assert pick("quantize", "cpu") is reference.quantize
+def test_a_cpu_is_given_compiled_loops_and_an_unknown_operation_is_refused() -> None:
+    assert pick("quantize", "cpu") is native_quantize.quantize
+    assert pick("quantize", "hpu") is reference.quantize
     assert pick("adam", "cpu") is None
-    with pytest.raises(DeepSpeedError, match="'fft' is not an operation of the table: adam, dequantize"):
+    with pytest.raises(DeepSpeedError, match="'fft' is not an operation of the table: adam, add_signs"):
         pick("fft", "cpu")

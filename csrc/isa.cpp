@@ -1,0 +1,50 @@
+// The instruction sets that this processor has, and the one in use; see isa.h.
+
+#include "isa.h"
+
+#include <atomic>
+#include <vector>
+
+#include "native.h"
+
+namespace {
+
+struct Isa {
+    const char* name;
+    const Kernels* kernels;
+};
+
+// From the best to the one that always works.
+const std::vector<Isa>& usable() {
+    static const std::vector<Isa> found = [] {
+        std::vector<Isa> isas;
+#if defined(__x86_64__)
+        __builtin_cpu_init();
+        const bool has_avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
+        if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            isas.push_back({"avx512", &kAvx512Kernels});
+        if (has_avx2) isas.push_back({"avx2", &kAvx2Kernels});
+#endif
+        isas.push_back({"portable", &kPortableKernels});
+        return isas;
+    }();
+    return found;
+}
+
+std::atomic<int> chosen{0};
+
+}  // namespace
+
+const Kernels& current_kernels() { return *usable()[chosen].kernels; }
+
+DS_API int ds_native_abi() { return DS_NATIVE_ABI; }
+
+// The name of the i-th instruction set that this processor has, best first; null past the last.
+DS_API const char* ds_isa_name(int i) {
+    return i >= 0 && i < static_cast<int>(usable().size()) ? usable()[i].name : nullptr;
+}
+
+// Which of them the loops use from now on.
+DS_API int ds_isa_chosen() { return chosen; }
+DS_API void ds_isa_choose(int i) { chosen = i; }
