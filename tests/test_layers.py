@@ -21,9 +21,11 @@ LADDER = [
     "tiers precision quant optim",
     "zero",
     "parallel activation",
+    "assembly",
     "checkpoint profiling",
+    "memory",
     "engine",
-    "memory inference autotuning elasticity launcher",
+    "inference autotuning elasticity launcher",
     "op_builders env_report",
     "__init__ legacy",
 ]
@@ -74,6 +76,36 @@ def violations(source: str, module: str, is_package: bool = False) -> list[str]:
     ]
 
 
+def named_modules(source: str) -> Iterator[str]:
+    """Dotted names that a module imports by string."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Call) and ast.unparse(node.func).rpartition(".")[2] == "import_module":
+            yield from (arg.value for arg in node.args if isinstance(arg, ast.Constant) and isinstance(arg.value, str))
+
+
+def circles(uses: dict[str, set[str]]) -> list[set[str]]:
+    """Sets of modules that reach each other; `uses[module]` are those that it imports."""
+    reached = {name: set(others) for name, others in uses.items()}
+    for middle in uses:
+        for name in uses:
+            if middle in reached[name]:
+                reached[name] |= reached[middle]
+    found = {frozenset(n for n in uses if n in reached[m] and m in reached[n]) for m in uses if m in reached[m]}
+    return [set(circle) for circle in found]
+
+
+def uses_within(folder: str) -> dict[str, set[str]]:
+    """Who imports whom inside of a folder, also for types alone, inside functions, and by string."""
+    sources = {name: path.read_text() for path, name, _ in _modules() if name.startswith(f"deepspeed.{folder}.")}
+    uses = {}
+    for name, source in sources.items():
+        imported = {module for _, module in imported_modules(source, name.rpartition(".")[0])}
+        imported |= set(named_modules(source))
+        parents = {module.rpartition(".")[0] for module in imported}
+        uses[name] = (imported | parents) & set(sources) - {name}
+    return uses
+
+
 def _modules() -> Iterator[tuple[Path, str, bool]]:
     for path in sorted(PACKAGE.rglob("*.py")):
         parts = path.relative_to(PACKAGE.parent).with_suffix("").parts
@@ -89,6 +121,15 @@ def test_every_package_has_its_place_in_the_layers() -> None:
 def test_imports_point_to_the_left() -> None:
     found = [line for path, name, is_package in _modules() for line in violations(path.read_text(), name, is_package)]
     assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("folder", sorted({p.parent.name for p in PACKAGE.glob("*/*.py")} - {"zero"}))
+def test_no_modules_of_a_folder_import_each_other_in_a_circle_counting_types_and_strings(folder: str) -> None:
+    assert not circles(uses_within(folder))
+
+
+def test_a_circle_over_three_modules_is_found_and_a_tail_is_not_in_it() -> None:
+    assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
 
 
 @pytest.mark.parametrize("name", PURE)

@@ -23,14 +23,17 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
+from deepspeed.assembly import assemble
 from deepspeed.config import Config, check_available, load_config, read_config
-from deepspeed.engine import assemble
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
+from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
-from deepspeed.engine.observe import announce, make_observers, run_directory
-from deepspeed.engine.out_of_memory import explained
+from deepspeed.engine.facts import Progress, RunFacts, StepFacts
+from deepspeed.engine.observe import Watched, announce, make_observers, run_directory
+from deepspeed.engine.observer import computing_dtype
+from deepspeed.engine.out_of_memory import MemoryAdvice
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
@@ -38,9 +41,10 @@ from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
 from deepspeed.precision import StaticLossScale, Widening, needs_wide_matmul
 from deepspeed.tiers import Tier
+from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import logger, set_log_level_from_string, warn_once
-from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer, ThroughputTimer
+from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero.access import trainers
 from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
@@ -124,13 +128,6 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.global_samples = 0
         self.skipped_steps = 0
         self.losses: Tensor | None = None
-        self.wall_clock_breakdown_enabled = self._config.wall_clock_breakdown or self._config.flops_profiler.enabled
-        self.timers = (
-            SynchronizedWallClockTimer(get_accelerator().synchronize)
-            if self.wall_clock_breakdown_enabled
-            else NoopTimer()
-        )
-        self.tput_timer = ThroughputTimer(batch_size=self.train_batch_size())
         self._was_step_applied = False
         self._knows_inputs = self.mesh.size("average") == 1
         self._knows_order = len(self._reducer.gradients) < 2
@@ -139,7 +136,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             gc.disable()
         if self._config.dump_state:
             logger.warning("%s", self._config)
-        announce(self)
+        if self._observers:
+            announce(self._run_facts(), self.monitor, bool(self._config.steps_per_print))
 
     # Building. -----------------------------------------------------------------------------------------------------
 
@@ -159,7 +157,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
-        self._recomputation = Recomputation(model, self._config, self.mpu)
+        self._recomputation = Recomputation(model, self._config, self.mpu, self.mesh, self._device)
         undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)
@@ -275,7 +273,12 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             comm.configure(self._config)
         self.monitor = MonitorMaster(self._config, run_directory(self._config, self.mesh))
         undo.callback(self.monitor.close)
-        self._observers = make_observers(self._config, self.monitor, self.module, self.watch)
+        is_timed = self._config.wall_clock_breakdown or self._config.flops_profiler.enabled
+        self.timers = SynchronizedWallClockTimer(get_accelerator().synchronize) if is_timed else NoopTimer()
+        self._at_rest = AtRest(self.module, self._built, self._reducer, self.zero_optimizer)
+        self._advice = MemoryAdvice(self._at_rest, self._config, self.dp_world_size)
+        watched = Watched(self.module, self.watch, self.mesh, self._at_rest, self.timers)
+        self._observers = make_observers(self._config, self.monitor, watched)
         for observer in self._observers:
             undo.callback(observer.close)
 
@@ -284,7 +287,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
         self._before_forward((inputs, kwargs))
-        self._recomputation.settle(self, inputs, kwargs)
+        self._recomputation.choose(inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
         with self._phase("forward", (inputs, kwargs)), self._forward_contexts():
@@ -312,8 +315,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
     @contextlib.contextmanager
     def _phase(self, name: str, value: Any = None) -> Iterator[None]:
         """A part of the step, as a span and for the observers."""
-        with torch.profiler.record_function(f"engine.{name}"), explained(self, name):
-            self.timers(name).start()
+        with torch.profiler.record_function(f"engine.{name}"), self._advice.explained(name):
             for observer in self._observers:
                 observer.begins(name, value)
             try:
@@ -321,7 +323,6 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             finally:
                 for observer in reversed(self._observers):
                     observer.ends(name)
-                self.timers(name).stop()
 
     @contextlib.contextmanager
     def _forward_contexts(self) -> Iterator[None]:
@@ -408,8 +409,36 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._learn_order()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
+        facts = self._step_facts() if self._observers else None
         for observer in self._observers:
-            observer.step_ended(self)
+            assert facts is not None, "made where somebody watches"
+            observer.step_ended(facts)
+
+    def _step_facts(self) -> StepFacts:
+        progress = Progress(
+            global_steps=self.global_steps, global_samples=self.global_samples, skipped_steps=self.skipped_steps
+        )
+        return StepFacts(
+            progress=progress,
+            was_applied=self._was_step_applied,
+            lr=tuple(self.get_lr()),
+            grad_norm=self.get_global_grad_norm(),
+            loss_scale=self.loss_scale(),
+            micro_batch_size=self.train_micro_batch_size_per_gpu(),
+        )
+
+    def _run_facts(self) -> RunFacts:
+        return RunFacts(
+            model=type(self.module).__name__,
+            num_parameters=self.num_parameters(),
+            zero_stage=self._config.zero_optimization.stage,
+            num_ranks=self.dp_world_size,
+            dtype=dtype_name(computing_dtype(self._config)),
+            optimizer=type(self.basic_optimizer).__name__ if self.basic_optimizer is not None else None,
+            train_batch_size=self.train_batch_size(),
+            micro_batch_size=self.train_micro_batch_size_per_gpu(),
+            accumulation=self.gradient_accumulation_steps(),
+        )
 
     def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
         if self.lr_scheduler is not None:
@@ -638,18 +667,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def memory_by_kind(self) -> dict[str, int]:
         """Bytes at rest on this rank, on whatever tier: parameters, gradients, optimizer (masters and states)."""
-        trained = {id(master.bucket) for master in self._built.masters}
-        in_buckets = {id(param) for bucket in self._built.buckets for param in bucket.params}
-        params = sum(bucket.nbytes for bucket in self._built.buckets)
-        params += sum(p.nbytes for p in self.module.parameters() if id(p) not in in_buckets)
-        live = sum(bucket.unsharded_nbytes for bucket in self._built.buckets)
-        return {
-            "parameters": params,
-            "unsharded": live,
-            "gradients": sum(gradients.nbytes for gradients in self._reducer.gradients),
-            "optimizer": self.zero_optimizer.nbytes if self.zero_optimizer is not None else 0,
-            "num_trained_buckets": len(trained),
-        }
+        return self._at_rest.by_kind()
 
     def trace(self, path: str) -> contextlib.AbstractContextManager[None]:
         """Trace what runs inside of the context into a file for Chrome or Perfetto (.json or .json.gz), on this rank."""

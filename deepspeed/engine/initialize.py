@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 
 from deepspeed import comm
-from deepspeed.engine import assemble
+from deepspeed.assembly import assemble
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import warn_once

@@ -6,14 +6,17 @@ Called by the engine as it is built. Without anything to watch there are no obse
 from __future__ import annotations
 
 import time
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config
-from deepspeed.engine.observer import Observer, computing_dtype
+from deepspeed.engine.at_rest import AtRest
+from deepspeed.engine.facts import RunFacts
+from deepspeed.engine.observer import Observer, PhaseClocks
 from deepspeed.engine.step_profiler import StepProfiler
 from deepspeed.engine.step_report import StepReport
 from deepspeed.engine.step_trace import StepTrace
@@ -21,12 +24,9 @@ from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import short
 from deepspeed.monitor.master import SECTIONS, MonitorMaster
 from deepspeed.monitor.run_record import default_folder
-from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.logging import current_rank
+from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero.hooks import BackwardWatch
-
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
 
 
 def run_directory(config: Config, mesh: Mesh) -> Path | None:
@@ -42,52 +42,51 @@ def run_directory(config: Config, mesh: Mesh) -> Path | None:
     return Path(chosen) if chosen else None
 
 
-def make_observers(
-    config: Config, monitor: MonitorMaster, model: torch.nn.Module, watch: BackwardWatch
-) -> list[Observer]:
-    """The observers that the configuration asks for."""
+@dataclass(frozen=True)
+class Watched:
+    """What observers are made over."""
+
+    model: torch.nn.Module
+    watch: BackwardWatch
+    mesh: Mesh
+    at_rest: AtRest
+    timers: SynchronizedWallClockTimer | NoopTimer
+
+
+def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> list[Observer]:
+    """The observers that the configuration asks for; the clock first, whose times the others read."""
+    reports = bool(config.steps_per_print or monitor.enabled or config.comms_logger.enabled)
     made: list[Observer] = []
-    if config.steps_per_print or monitor.enabled or config.comms_logger.enabled:
-        made.append(StepReport(config, monitor, watch))
-    if config.flops_profiler.enabled:
-        made.append(StepProfiler(config.flops_profiler, model))
+    if reports or config.flops_profiler.enabled or config.wall_clock_breakdown:
+        clocks = PhaseClocks(watched.watch, watched.timers)
+        made.append(clocks)
+        if reports:
+            made.append(StepReport(config, monitor, clocks, watched.mesh, watched.at_rest))
+        if config.flops_profiler.enabled:
+            made.append(StepProfiler(config, watched.model, clocks))
     if config.monitor.trace_step is not None:
         folder = monitor.run_dir or Path()
         made.append(StepTrace(folder, config.monitor.trace_step, config.monitor.trace_num_steps))
     return made
 
 
-def start_summary(engine: DeepSpeedEngine) -> dict[str, Any]:
-    """What the run is, for the record and the line at the start."""
-    config = engine._config
-    return {
-        "time": time.time(),
-        "model": type(engine.module).__name__,
-        "params": engine.num_parameters(),
-        "zero_stage": config.zero_optimization.stage,
-        "ranks": engine.dp_world_size,
-        "dtype": dtype_name(computing_dtype(config)),
-        "optimizer": type(engine.basic_optimizer).__name__ if engine.basic_optimizer is not None else None,
-        "train_batch_size": engine.train_batch_size(),
-        "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
-        "accumulation": engine.gradient_accumulation_steps(),
-        "device": get_accelerator().device_name(),
-        "torch": torch.__version__,
-    }
-
-
-def announce(engine: DeepSpeedEngine) -> None:
+def announce(facts: RunFacts, monitor: MonitorMaster, says_line: bool) -> None:
     """Begin the record, and say in one line what is trained, where progress is wanted."""
-    monitor: MonitorMaster = engine.monitor
-    if current_rank() != 0 or not engine._observers:
+    if current_rank() != 0:
         return
-    said = start_summary(engine)
-    monitor.write_line("start", said)
-    if engine._config.steps_per_print:
+    monitor.write_line("start", _start_line(facts))
+    if says_line:
         print(
-            f"deepspeed: {said['model']} with {short(said['params'])} parameters, ZeRO-{said['zero_stage']} over "
-            f"{said['ranks']} {'ranks' if said['ranks'] > 1 else 'rank'}, {said['dtype']}, {said['optimizer']}, "
-            f"{said['train_batch_size']} samples per step ({said['micro_batch_size']} x {said['accumulation']} x "
-            f"{said['ranks']})" + (f"; record in {monitor.run_dir}" if monitor.run_dir else ""),
+            f"deepspeed: {facts.model} with {short(facts.num_parameters)} parameters, ZeRO-{facts.zero_stage} over "
+            f"{facts.num_ranks} {'ranks' if facts.num_ranks > 1 else 'rank'}, {facts.dtype}, {facts.optimizer}, "
+            f"{facts.train_batch_size} samples per step ({facts.micro_batch_size} x {facts.accumulation} x "
+            f"{facts.num_ranks})" + (f"; record in {monitor.run_dir}" if monitor.run_dir else ""),
             flush=True,
         )
+
+
+def _start_line(facts: RunFacts) -> dict[str, Any]:
+    """The record's first line."""
+    said = asdict(facts)
+    said["params"], said["ranks"] = said.pop("num_parameters"), said.pop("num_ranks")
+    return {"time": time.time(), **said, "device": get_accelerator().device_name(), "torch": torch.__version__}

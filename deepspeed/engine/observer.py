@@ -1,7 +1,7 @@
 """What an observer of the engine's steps is, and the clock they share.
 
 Observers watch from outside. One is told when a phase (forward, backward, step) begins and ends, and when an optimizer
-step is over, with the engine as an argument: it holds none, so that an engine that is dropped is freed.
+step is over, with the step's facts. It holds no engine, so that an engine that is dropped is freed.
 
 Invariant: observers change nothing that training computes. What they do collectively, they do at steps that follow from
 the configuration, which is the same on all ranks.
@@ -10,16 +10,18 @@ the configuration, which is the same on all ranks.
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Any
+from typing import Any, final
 
 import torch
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config
+from deepspeed.engine.facts import StepFacts
+from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.utils.waits import Waits
+from deepspeed.zero.hooks import BackwardWatch
 
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
+PHASES = ("forward", "backward", "step")
 
 
 class Observer:
@@ -31,7 +33,7 @@ class Observer:
     def ends(self, phase: str) -> None:
         """It ends, also by an exception."""
 
-    def step_ended(self, engine: DeepSpeedEngine) -> None:
+    def step_ended(self, facts: StepFacts) -> None:
         """An optimizer step is over, and counted."""
 
     def close(self) -> None:
@@ -46,7 +48,6 @@ class PhaseClock:
         self._event = None if accelerator.device_name() == "cpu" else accelerator.Event
         self._passed = Waits()
         self._begun: Any = None
-        self._last_s = 0.0
 
     def begin(self) -> None:
         """Start."""
@@ -62,10 +63,10 @@ class PhaseClock:
         else:
             self._passed.add_events(begun, self._now())
 
-    def take_s(self) -> float:
-        """Seconds since the last call."""
-        before, self._last_s = self._last_s, self._passed.seconds
-        return self._last_s - before
+    @property
+    def seconds(self) -> float:
+        """All that passed so far; waits for the device to pass the events that are open."""
+        return self._passed.seconds
 
     def _now(self) -> Any:
         if self._event is None:
@@ -73,6 +74,44 @@ class PhaseClock:
         event = self._event(enable_timing=True)
         event.record()
         return event
+
+
+@final
+class PhaseClocks(Observer):
+    """The one clock of forward, backward and step; the other observers and `engine.timers` read it.
+
+    Backward is seen by the watch, also where the script calls `loss.backward()` itself. Evaluation is not counted.
+    """
+
+    def __init__(self, watch: BackwardWatch, timers: SynchronizedWallClockTimer | NoopTimer) -> None:
+        self._clocks = {phase: PhaseClock() for phase in PHASES}
+        self._timers = timers
+        self._told = self.seconds()
+        watch.on_begin.append(self._clocks["backward"].begin)
+        watch.on_end.append(self._clocks["backward"].end)
+
+    def begins(self, phase: str, value: Any) -> None:
+        """See Observer."""
+        if phase == "step" or (phase == "forward" and torch.is_grad_enabled()):
+            self._clocks[phase].begin()
+
+    def ends(self, phase: str) -> None:
+        """See Observer."""
+        if phase != "backward":
+            self._clocks[phase].end()
+
+    def seconds(self) -> dict[str, float]:
+        """By phase, since the run began."""
+        return {phase: clock.seconds for phase, clock in self._clocks.items()}
+
+    def step_ended(self, facts: StepFacts) -> None:
+        """Give `engine.timers` what the step took."""
+        if isinstance(self._timers, NoopTimer):
+            return
+        now = self.seconds()
+        for phase in PHASES:
+            self._timers(phase).add(1e3 * (now[phase] - self._told[phase]))
+        self._told = now
 
 
 def computing_dtype(config: Config) -> torch.dtype:

@@ -7,8 +7,7 @@ cautious rank's choice.
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
@@ -16,16 +15,16 @@ from torch import nn
 from deepspeed.activation.blocks import Blocks, Recompute, blocks_of
 from deepspeed.activation.settings import Settings
 from deepspeed.config import Config
+from deepspeed.memory.budget import choose_plan, ladder
+from deepspeed.mesh import Mesh
 from deepspeed.utils.logging import log_dist
-
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
 
 
 class Recomputation:
     """Which blocks of the engine's model recompute; `blocks` is None where the configuration does not ask."""
 
-    def __init__(self, model: nn.Module, config: Config, mpu: Any) -> None:
+    def __init__(self, model: nn.Module, config: Config, mpu: Any, mesh: Mesh, device: torch.device) -> None:
+        self._model, self._config, self._mesh, self._device = model, config, mesh, device
         section = config.activation_checkpointing
         self._budget_gb = section.memory_budget_gb
         self.blocks: Blocks | None = None
@@ -38,23 +37,21 @@ class Recomputation:
         if self.blocks is not None:
             self.blocks.detach()
 
-    def settle(self, engine: DeepSpeedEngine, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def choose(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Choose for the budget, once, from the shapes of a training micro-batch. Collective then."""
         if self._budget_gb is None or not torch.is_grad_enabled():
             return
-        # The planner knows engines, so it is to the right of this layer: named, not imported.
-        planner = importlib.import_module("deepspeed.memory.budget")
         assert self.blocks is not None, "a budget has blocks"
         budget_gb, self._budget_gb = self._budget_gb, None
-        rung, estimate = planner.choose_plan(
-            engine.module,
-            engine._config,
+        rung, estimate = choose_plan(
+            self._model,
+            self._config,
             args,
             kwargs,
-            world_size=engine.mesh.size("average"),
+            world_size=self._mesh.size("average"),
             budget_nbytes=int(budget_gb * 2**30),
-            device_type=engine.device.type,
+            device_type=self._device.type,
         )
-        rung = max(theirs for (theirs,) in engine.mesh.agree("average", rung))
-        self.blocks.apply(planner.ladder(len(self.blocks.blocks))[rung])
+        rung = max(theirs for (theirs,) in self._mesh.agree("average", rung))
+        self.blocks.apply(ladder(len(self.blocks.blocks))[rung])
         log_dist(f"{self.blocks}: {estimate.peak_nbytes / 2**30:.2f} GiB predicted for {budget_gb:g} GiB", ranks=[0])

@@ -14,18 +14,16 @@ from __future__ import annotations
 
 import contextlib
 import enum
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 
 from deepspeed.accelerator.peak import measured_peak
-from deepspeed.config import FlopsProfilerConfig
-from deepspeed.engine.observer import Observer, PhaseClock, computing_dtype
+from deepspeed.config import Config
+from deepspeed.engine.facts import StepFacts
+from deepspeed.engine.observer import Observer, PhaseClocks, computing_dtype
 from deepspeed.profiling.profiler import FlopsProfiler
 from deepspeed.utils.logging import current_rank, logger
-
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
 
 
 class State(enum.Enum):
@@ -45,13 +43,16 @@ class State(enum.Enum):
 class StepProfiler(Observer):
     """One profile per run."""
 
-    def __init__(self, config: FlopsProfilerConfig, model: torch.nn.Module) -> None:
-        self.profiler = FlopsProfiler(model, recompute_fwd_factor=config.recompute_fwd_factor)
+    def __init__(self, config: Config, model: torch.nn.Module, clocks: PhaseClocks) -> None:
+        section = config.flops_profiler
+        self.profiler = FlopsProfiler(model, recompute_fwd_factor=section.recompute_fwd_factor)
         self.state = State.WAITING
-        self._config = config
-        self._count_step = max(1, config.profile_step - 1)
+        self._config = section
+        self._dtype = computing_dtype(config)
+        self._count_step = max(1, section.profile_step - 1)
         self._running = contextlib.ExitStack()
-        self._clocks = {"backward": PhaseClock(), "step": PhaseClock()}
+        self._clocks = clocks
+        self._saw_backward = False
         self._num_forwards = 0
         if self._count_step == 1:
             self._start()
@@ -69,38 +70,38 @@ class StepProfiler(Observer):
         if self.state is State.COUNTING and (phase == "step" or self._num_forwards == 1):
             self._running.enter_context(watch.counting(is_updating=phase == "step"))
         elif self.state is State.TIMING:
+            self._saw_backward |= phase == "backward"
             if phase != "step":
                 self._running.enter_context(watch.timing())
-            if phase != "forward":
-                self._clocks[phase].begin()
 
     def ends(self, phase: str) -> None:
         """See Observer."""
-        if self.state is State.TIMING and phase != "forward":
-            self._clocks[phase].end()
         self._running.close()
 
-    def step_ended(self, engine: DeepSpeedEngine) -> None:
+    def step_ended(self, facts: StepFacts) -> None:
         """See Observer."""
-        if self.state is State.WAITING and engine.global_steps >= self._count_step - 1:
+        if self.state is State.WAITING and facts.progress.global_steps >= self._count_step - 1:
             self._start()
         elif self.state is State.COUNTING:
             self.state = State.TIMING
+            self._before = self._clocks.seconds()
         elif self.state is State.TIMING:
-            self._report(engine)
+            self._report(facts)
             self.close()
         self._num_forwards = 0
 
-    def _report(self, engine: DeepSpeedEngine) -> None:
+    def _report(self, facts: StepFacts) -> None:
         profile = self.profiler.profile
         num_micro_batches = max(1, self._num_forwards)
         for module in profile.root.walk():
             module.forward_s /= num_micro_batches
             module.backward_s /= num_micro_batches
-        profile.root.backward_s = self._clocks["backward"].take_s() / num_micro_batches
-        profile.update_s = self._clocks["step"].take_s()
-        profile.peak_flops = measured_peak(computing_dtype(engine._config))
-        profile.title = f"{profile.root.name}, step {engine.global_steps}, rank {current_rank()}"
+        now = self._clocks.seconds()
+        if self._saw_backward:  # one that the script begins itself is estimated, as its operations are
+            profile.root.backward_s = (now["backward"] - self._before["backward"]) / num_micro_batches
+        profile.update_s = now["step"] - self._before["step"]
+        profile.peak_flops = measured_peak(self._dtype)
+        profile.title = f"{profile.root.name}, step {facts.progress.global_steps}, rank {current_rank()}"
         if current_rank() == 0:
             try:
                 self.profiler.print_model_profile(

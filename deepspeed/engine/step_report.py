@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any, final
+from collections.abc import Iterable, Mapping
+from typing import Any, final
 
 import psutil
 import torch
@@ -20,7 +20,9 @@ from deepspeed.accelerator.peak import measured_peak
 from deepspeed.comm.observe import hidden_share, measure_alone
 from deepspeed.comm.recorder import Current
 from deepspeed.config import Config
-from deepspeed.engine.observer import Observer, PhaseClock, computing_dtype
+from deepspeed.engine.at_rest import AtRest
+from deepspeed.engine.facts import StepFacts
+from deepspeed.engine.observer import PHASES, Observer, PhaseClocks, computing_dtype
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import RankNumbers, progress_line
 from deepspeed.monitor.master import MonitorMaster
@@ -28,10 +30,6 @@ from deepspeed.monitor.step import StepNumbers
 from deepspeed.profiling.counter import OpCounter, Phase, StepFlops
 from deepspeed.utils.logging import current_rank
 from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, OFFLOAD_S, RESTING
-from deepspeed.zero.hooks import BackwardWatch
-
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
 
 COMM_EVERY = 10
 """Steps between two logs of collectives in the record, where `steps_per_print` does not say."""
@@ -47,11 +45,17 @@ class StepReport(Observer):
     that. Where the script calls `loss.backward()` itself, backward is taken for twice forward.
     """
 
-    def __init__(self, config: Config, monitor: MonitorMaster, watch: BackwardWatch) -> None:
+    def __init__(
+        self, config: Config, monitor: MonitorMaster, clocks: PhaseClocks, mesh: Mesh, at_rest: AtRest
+    ) -> None:
         self._config = config
         self._monitor = monitor
         self._every = config.steps_per_print
-        self._clocks = {phase: PhaseClock() for phase in ("forward", "backward", "step")}
+        self._clocks = clocks
+        self._mesh = mesh
+        self._at_rest = at_rest
+        self._tells_times = config.wall_clock_breakdown or config.flops_profiler.enabled
+        self._seen_phases: Mapping[str, float] = dict.fromkeys(PHASES, 0.0)
         self._since_line: list[StepNumbers] = []
         self._ended_s: float | None = None
         self._losses: list[Tensor] = []
@@ -70,8 +74,6 @@ class StepReport(Observer):
         self._seen_nbytes: dict[str, int] = {}
         self._seen_offload: dict[str, float] = {}
         COMMUNICATION.times_device = OFFLOAD.times_device = True
-        watch.on_begin.append(self._clocks["backward"].begin)
-        watch.on_end.append(self._clocks["backward"].end)
 
     def begins(self, phase: str, value: Any) -> None:
         """See Observer."""
@@ -88,16 +90,12 @@ class StepReport(Observer):
         if phase != "step" and self._is_first_micro_batch:
             self._counting = OpCounter(self._flops.add)
             self._counting.__enter__()
-        if phase != "backward":  # the watch sees it, also where the script calls loss.backward()
-            self._clocks[phase].begin()
 
     def ends(self, phase: str) -> None:
         """See Observer."""
         if self._counting is not None:
             self._counting.__exit__(None, None, None)
             self._counting = None
-        if phase != "backward":
-            self._clocks[phase].end()
         if phase == "forward" and self._flops.by_phase[Phase.FORWARD] and not self._counted_rows:
             self._counted_rows = self._rows
 
@@ -119,60 +117,62 @@ class StepReport(Observer):
         counted = tokens.numel() if tokens is not None else tensors[0].shape[0] if tensors else 1
         self._rows += counted
 
-    def step_ended(self, engine: DeepSpeedEngine) -> None:
+    def step_ended(self, facts: StepFacts) -> None:
         """See Observer."""
-        is_line = bool(self._every) and engine.global_steps % (self._every or 1) == 0
+        step = facts.progress.global_steps
+        is_line = bool(self._every) and step % (self._every or 1) == 0
         if self._peak is None and self._flops.model:
             peak = self._config.monitor.peak_tflops
             self._peak = peak * 1e12 if peak else measured_peak(computing_dtype(self._config))
-        numbers = self._numbers(engine)
-        times = _elapsed_events(numbers) if engine.wall_clock_breakdown_enabled else {}
+        numbers = self._numbers(facts)
+        times = _elapsed_events(numbers) if self._tells_times else {}
         self._monitor.write_step(numbers, [(name, value, numbers.samples) for name, value in times.items()])
         if self._every:
             self._since_line.append(numbers)
         if is_line:
-            self._write_line(engine)
-        if self._config.comms_logger.enabled and engine.global_steps % (self._every or COMM_EVERY) == 0:
-            self._write_comm(engine)
+            self._write_line()
+        if self._config.comms_logger.enabled and step % (self._every or COMM_EVERY) == 0:
+            self._write_comm(step)
         self._losses.clear()
         self._num_forwards = self._rows = 0
         self._tokens = None
 
-    def _write_comm(self, engine: DeepSpeedEngine) -> None:
+    def _write_comm(self, step: int) -> None:
         recorder = Current.recorder
         if recorder is not None:
-            number = engine.global_steps // (self._every or COMM_EVERY)
+            number = step // (self._every or COMM_EVERY)
             if number & (number - 1) == 0:  # after a while there is nothing new; to ask costs a collective
                 measure_alone(recorder)
-            ops = recorder.summary(engine.world_size)
+            ops = recorder.summary(torch.distributed.get_world_size())
             hidden = hidden_share(recorder.flows.values())
-            self._monitor.write_line("comm", {"step": engine.global_steps, "hidden": hidden, "ops": ops})
+            self._monitor.write_line("comm", {"step": step, "hidden": hidden, "ops": ops})
 
-    def _numbers(self, engine: DeepSpeedEngine) -> StepNumbers:
+    def _numbers(self, facts: StepFacts) -> StepNumbers:
         now_s = time.perf_counter()
         step_s = now_s - (self._ended_s if self._ended_s is not None else now_s)
         self._ended_s = now_s
         comm_s, offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
         sent = {op: n - self._seen_nbytes.get(op, 0) for op, n in COMMUNICATION.nbytes.items()}
         offload = {key: now - self._seen_offload.get(key, 0) for key, now in (OFFLOAD.nbytes | OFFLOAD_S).items()}
-        ranks = self._num_ranks = self._num_ranks or engine.mesh.size("average")
+        ranks = self._num_ranks = self._num_ranks or self._mesh.size("average")
+        phases = self._clocks.seconds()
         numbers = StepNumbers(
-            step=engine.global_steps,
-            samples=engine.global_samples,
+            step=facts.progress.global_steps,
+            samples=facts.progress.global_samples,
             time=time.time(),
             step_s=step_s,
             loss=sum(loss.item() for loss in self._losses) / len(self._losses) if self._losses else None,
-            lr=engine.get_lr(),
-            grad_norm=engine.get_global_grad_norm(),
-            loss_scale=engine.loss_scale(),
-            skipped=engine.skipped_steps,
-            step_samples=self._num_forwards * engine.train_micro_batch_size_per_gpu() * ranks,
+            lr=list(facts.lr),
+            grad_norm=facts.grad_norm,
+            loss_scale=facts.loss_scale,
+            skipped=facts.progress.skipped_steps,
+            step_samples=self._num_forwards * facts.micro_batch_size * ranks,
             step_tokens=self._tokens * ranks if self._tokens is not None else None,
             flops=self._step_flops(),
             peak_flops=self._peak,
-            forward_s=self._clocks["forward"].take_s(),
-            backward_s=self._clocks["backward"].take_s(),
-            update_s=self._clocks["step"].take_s(),
+            forward_s=phases["forward"] - self._seen_phases["forward"],
+            backward_s=phases["backward"] - self._seen_phases["backward"],
+            update_s=phases["step"] - self._seen_phases["step"],
             wait_comm_s=comm_s - self._seen_comm_s,
             wait_offload_s=offload_s - self._seen_offload_s,
             offload_s={key: offload[key] for key in OFFLOAD_S},
@@ -180,6 +180,7 @@ class StepReport(Observer):
             memory=self._read_memory(now_s),
             comm_nbytes={op: n for op, n in sent.items() if n},
         )
+        self._seen_phases = phases
         self._seen_comm_s, self._seen_offload_s = comm_s, offload_s
         self._seen_nbytes = dict(COMMUNICATION.nbytes)
         self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
@@ -203,7 +204,7 @@ class StepReport(Observer):
         self._memory.update(RESTING)
         return self._memory
 
-    def _write_line(self, engine: DeepSpeedEngine) -> None:
+    def _write_line(self) -> None:
         steps, self._since_line = self._since_line, []
         last = steps[-1]
         mine = RankNumbers(
@@ -213,19 +214,18 @@ class StepReport(Observer):
             device_nbytes=last.memory["device"],
             device_peak_nbytes=last.memory["device_peak"],
         )
-        ranks = _of_all_ranks(engine.mesh, mine)
+        ranks = _of_all_ranks(self._mesh, mine)
         if current_rank() != 0:
             return
         self._monitor.flush()  # what the line tells is in the record
         times = None
-        if engine.wall_clock_breakdown_enabled:
+        if self._tells_times:
             times = {
                 "forward": _mean_ms(step.forward_s for step in steps),
                 "backward": _mean_ms(step.backward_s for step in steps),
                 "step": _mean_ms(step.update_s for step in steps),
             }
-        by_kind = engine.memory_by_kind() if self._config.memory_breakdown else {}
-        by_kind.pop("num_trained_buckets", None)
+        by_kind = self._at_rest.by_kind() if self._config.memory_breakdown else {}
         print(progress_line(steps, ranks, times, by_kind), flush=True)
 
 

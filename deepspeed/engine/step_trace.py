@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, final
+from typing import Any, final
 
 import torch
 
+from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import Observer
 from deepspeed.monitor.trace import start_trace, stop_trace
 from deepspeed.utils.logging import current_rank
-
-if TYPE_CHECKING:
-    from deepspeed.engine.engine import DeepSpeedEngine
 
 
 @final
@@ -30,11 +28,11 @@ class StepTrace(Observer):
         if self._before == 0:
             self._start()
 
-    def step_ended(self, engine: DeepSpeedEngine) -> None:
+    def step_ended(self, facts: StepFacts) -> None:
         """See Observer."""
-        if engine.global_steps == self._before:
+        if facts.progress.global_steps == self._before:
             self._start()
-        elif engine.global_steps >= self._last:
+        elif facts.progress.global_steps >= self._last:
             self.close()
 
     def _start(self) -> None:

@@ -5,7 +5,7 @@
 
 Called by users (`deepspeed.memory`), by `deepspeed estimate`, and by the recomputation budget. Traces the model once
 (`memory.trace`), cuts it as the engine would (`memory.plan`), and plays an engine to the trace (`memory.replay`). The
-engine's own functions read the configuration (`engine.assemble`), so there is one meaning of every key.
+engine's own functions read the configuration (`assembly.assemble`), so there is one meaning of every key.
 
 What is predicted is what an allocator hands out: the CPU's as torch's profiler counts it, an accelerator's
 `max_memory_allocated`. Beyond that an estimate names an allowance: what rounding every block to the caching allocator's
@@ -24,8 +24,8 @@ from torch import Tensor, nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.activation.blocks import Recompute
+from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
-from deepspeed.engine import assemble
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.plan import plan_buckets
 from deepspeed.memory.replay import EngineSettings, Given, Replay

@@ -41,6 +41,11 @@ class Timer:
         if record:
             self._records.append(passed_ms)
 
+    def add(self, passed_ms: float) -> None:
+        """Count what another clock measured."""
+        self._total_ms += passed_ms
+        self._records.append(passed_ms)
+
     def elapsed(self, reset: bool = True) -> float:
         """Total so far in ms, also of a pass that is running."""
         if self._started_s is not None:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.activation.blocks import Recompute, checkpoint_blocks
+from deepspeed.assembly import assemble
 from deepspeed.comm.exchange import Pending
 from deepspeed.config import load_config
-from deepspeed.engine import assemble
 from deepspeed.memory.estimator import Estimator
 from deepspeed.memory.ledger import Ledger, granted
 from deepspeed.memory.measure import measure_peak
