@@ -13,7 +13,7 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TOR
 .PHONY: demo test test-cluster test-integrations test-monitors test-soak lint format bench native clean
 
 demo: $(INSTALLED)
-	$(BIN)/deepspeed --num_accelerators $(RANKS) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
+	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
 
 test: $(INSTALLED)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)

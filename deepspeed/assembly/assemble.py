@@ -6,7 +6,7 @@ Called by `engine.engine`; knows the configuration, and turns it into the smalle
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -255,11 +255,3 @@ def cast_buffers(module: nn.Module, config: Config) -> None:
         for name, buffer in owner.named_buffers(recurse=False):
             if buffer.is_floating_point() and not any(part in f"{owner_name}.{name}" for part in kept):
                 owner._buffers[name] = buffer.to(dtype)
-
-
-def accepts(func: Callable[..., Any], name: str) -> bool:
-    """Whether a callable takes a keyword."""
-    try:
-        return name in inspect.signature(func).parameters
-    except (TypeError, ValueError):
-        return False

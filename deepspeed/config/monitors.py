@@ -20,10 +20,9 @@ class MonitorConfig(Section):
     """`monitor`: the run's own record, `run.jsonl` in the run directory, and what is computed for it. Not in the original."""
 
     enabled: bool | None = None
-    """Keep the record. When not given: if `run_dir` or the environment variable DS_RUN_DIR names a directory, if
-    `steps_per_print` asks for progress, or if another monitor is on."""
+    """Keep the record. When not given: if `run_dir` or the environment variable DS_RUN_DIR names a directory."""
     run_dir: str = ""
-    """The run directory; "" means $DS_RUN_DIR, or else `runs/<date>-<time>` below the current directory."""
+    """The run directory; "" means $DS_RUN_DIR, which the launcher's --run_dir sets. Without either, nothing is written."""
     peak_tflops: PositiveFloat | None = None
     """What one rank's device can do, for the utilisation (MFU); measured with matrix products when not given."""
     trace_step: PositiveInt | None = None

@@ -36,6 +36,7 @@ from deepspeed.engine.observer import computing_dtype
 from deepspeed.engine.out_of_memory import MemoryAdvice
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.recompute import Recomputation
+from deepspeed.engine.scheduler_call import SchedulerCall
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
@@ -164,6 +165,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._checkpoints = Checkpoints(self._config)
         undo.callback(self._checkpoints.background.join)
         self.lr_scheduler = assemble.make_scheduler(self._config, lr_scheduler, self.basic_optimizer, optimizer)
+        self._schedule = SchedulerCall(self.lr_scheduler)
         self.client_lr_scheduler = lr_scheduler
 
     def _agree_with_other_ranks(self, model: nn.Module) -> None:
@@ -399,13 +401,15 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.zero_optimizer is not None
+        call = self._scheduler_call()
+        call.check(lr_kwargs)
         with self._phase("step"):
             self.zero_optimizer.step()
         if self.zero_optimizer.overflow:
             self.skipped_steps += 1
         else:
             self._was_step_applied = True
-            self._step_scheduler(lr_kwargs)
+            call.step(lr_kwargs, self.train_batch_size())
         self._learn_order()
         self.global_steps += 1
         self.global_samples += self.train_batch_size()
@@ -440,12 +444,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             accumulation=self.gradient_accumulation_steps(),
         )
 
-    def _step_scheduler(self, lr_kwargs: dict[str, Any]) -> None:
-        if self.lr_scheduler is not None:
-            try:
-                self.lr_scheduler.step(**lr_kwargs)
-            except TypeError:
-                self.lr_scheduler.step(self.train_batch_size())
+    def _scheduler_call(self) -> SchedulerCall:
+        if self._schedule.scheduler is not self.lr_scheduler:  # the script has put another one there
+            self._schedule = SchedulerCall(self.lr_scheduler)
+        return self._schedule
 
     def _learn_order(self) -> None:
         """After the first step, launch reductions in the order in which the first rank's gradients arrived."""

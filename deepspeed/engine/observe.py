@@ -14,6 +14,7 @@ import torch
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config
+from deepspeed.config.explain import show
 from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.facts import RunFacts
 from deepspeed.engine.observer import Observer, PhaseClocks
@@ -22,24 +23,27 @@ from deepspeed.engine.step_report import StepReport
 from deepspeed.engine.step_trace import StepTrace
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import short
-from deepspeed.monitor.master import SECTIONS, MonitorMaster
-from deepspeed.monitor.run_record import default_folder
+from deepspeed.monitor.master import MonitorMaster
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import current_rank
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero.hooks import BackwardWatch
 
 
 def run_directory(config: Config, mesh: Mesh) -> Path | None:
-    """Where this run keeps its record; None for nowhere. The first rank decides. Collective."""
+    """Where this run keeps its record; None for nowhere. The first rank decides. Collective.
+
+    Raises DeepSpeedConfigError where a record or a trace is asked for and nothing names a directory.
+    """
     monitor = config.monitor
-    named = monitor.named_dir()
-    is_watched = bool(named or config.steps_per_print or monitor.trace_step) or any(
-        getattr(config, section).enabled for section in SECTIONS
-    )
-    keeps = is_watched if monitor.enabled is None else monitor.enabled
-    mine = (named or str(default_folder())) if keeps else None
-    chosen = mesh.gather_objects("job", mine)[0]
-    return Path(chosen) if chosen else None
+    chosen: str = mesh.gather_objects("job", monitor.named_dir())[0]
+    for key in ("enabled", "trace_step"):
+        if getattr(monitor, key) and not chosen:
+            raise DeepSpeedConfigError(
+                f"monitor.{key} = {show(getattr(monitor, key))} needs a directory, and none is named.\n"
+                "  Set monitor.run_dir, the environment variable DS_RUN_DIR, or the launcher's --run_dir."
+            )
+    return Path(chosen) if chosen and monitor.enabled is not False else None
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> 
         made.append(clocks)
         if reports:
             made.append(StepReport(config, monitor, clocks, watched.mesh, watched.at_rest))
-        if config.flops_profiler.enabled:
+        if config.flops_profiler.enabled and config.flops_profiler.profile_step > 0:
             made.append(StepProfiler(config, watched.model, clocks))
     if config.monitor.trace_step is not None:
         folder = monitor.run_dir or Path()

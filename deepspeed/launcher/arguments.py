@@ -74,6 +74,7 @@ def make_parser() -> argparse.ArgumentParser:
         help=f"seconds for all hosts to come up (default {START_S:g}; 600 with --no_ssh)",
     )
     add_elastic_arguments(parser, "--elastic_training")
+    parser.add_argument("--run_dir", type=Path, help="folder of the run's record; sets DS_RUN_DIR for the ranks")
     parser.add_argument("--save_pid", action="store_true", help="write our process id to <tmp>/<id>.deepspeed")
     parser.add_argument("--autotuning", choices=("tune", "run"), default="", help="search for a fast configuration")
     add_job_arguments(parser)

@@ -158,6 +158,8 @@ def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask for; the exit code."""
     if args.autotuning:
         raise NotAvailableError("--autotuning is not available in this version yet.\n  Leave the flag out.")
+    if args.run_dir:
+        os.environ["DS_RUN_DIR"] = str(args.run_dir.absolute())
     platform = _platform(os.environ)
     world = find_world(args, os.environ, platform)
     with pid_file(os.getpid() if args.save_pid else None):

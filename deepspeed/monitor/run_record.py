@@ -19,7 +19,6 @@ import math
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -83,12 +82,6 @@ def _finite(value: Any) -> Any:
     return [_finite(inner) for inner in value] if isinstance(value, (list, tuple)) else value
 
 
-def default_folder(now: datetime | None = None) -> Path:
-    """runs/<date>-<time>, made so that two runs started in one second do not share it."""
-    stem = Path("runs", (now or datetime.now()).strftime("%Y%m%d-%H%M%S"))
-    return next(path for path in (stem, *(Path(f"{stem}-{i}") for i in range(2, 1000))) if not path.exists())
-
-
 @dataclass
 class RunRecord:
     """A run as its record tells it."""
@@ -149,8 +142,8 @@ def find_records(folder: Path) -> list[Path]:
     if not found:
         what = f"has no {NAME}, and no folder in it has" if folder.is_dir() else "is not a directory"
         raise RunRecordError(
-            f"{folder} {what}.\n  Name a run directory: the one that training names as it starts "
-            '("steps_per_print": 10 in the configuration turns its record on, "monitor": {"run_dir": ...} says where).'
+            f"{folder} {what}.\n  Name a run directory: the folder that monitor.run_dir of the configuration, "
+            "the launcher's --run_dir or DS_RUN_DIR named for a training run."
         )
     return found
 

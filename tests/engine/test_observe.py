@@ -16,6 +16,7 @@ from torch import Tensor
 from deepspeed import comm
 from deepspeed.comm.recorder import Current
 from deepspeed.engine.observer import PhaseClocks
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.waits import OFFLOAD
 from tests.engine.runs import LR, engine_of, make_config
 from tests.harness import run_ranks
@@ -153,6 +154,7 @@ def observers(rank: int, world_size: int, extra: dict[str, Any], environment: di
         ({"monitor": {"enabled": False}, "steps_per_print": 5}, {"DS_RUN_DIR": "env"}, (["StepReport"], "None")),
         ({"comms_logger": {"enabled": True}}, {}, (["StepReport"], "None")),
         ({"flops_profiler": {"enabled": True}}, {}, (["StepProfiler"], "None")),
+        ({"flops_profiler": {"enabled": True, "profile_step": -1}}, {}, ([], "None")),
     ],
 )
 def test_what_is_asked_for_decides_what_watches_and_where_the_record_goes(
@@ -173,11 +175,24 @@ def in_folder(rank: int, world_size: int, folder: str, *args: Any) -> Any:
         Current.recorder = None
 
 
-def test_by_default_progress_lines_come_with_a_record_below_runs(tmp_path: Path) -> None:
+def test_progress_lines_alone_write_nothing(tmp_path: Path) -> None:
     (seen,) = run_ranks(1, train, 1, str(tmp_path), {"steps_per_print": 5})
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert f"record in runs/{folder.name}" in seen["out"]
-    assert sum(line["kind"] == "step" for line in record(folder)) == STEPS
+    assert "step 5 | loss" in seen["out"]
+    assert "record in" not in seen["out"]
+    assert list(tmp_path.iterdir()) == []
+
+
+def refused_in_folder(rank: int, world_size: int, folder: str, asked: dict[str, Any]) -> str:
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        in_folder(rank, world_size, folder, {"monitor": asked}, {})
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("asked", [{"enabled": True}, {"trace_step": 1}])
+def test_a_record_or_a_trace_without_a_folder_is_refused(asked: dict[str, Any], tmp_path: Path) -> None:
+    (words,) = run_ranks(1, refused_in_folder, str(tmp_path), asked)
+    assert "needs a directory, and none is named" in words
+    assert "--run_dir" in words
 
 
 def test_a_disk_that_is_full_does_not_stop_training(tmp_path: Path) -> None:
