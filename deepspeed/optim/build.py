@@ -21,8 +21,9 @@ from deepspeed.optim.arguments import check_keys, construct, did_you_mean, read_
 from deepspeed.optim.lamb import FusedLamb
 from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import MuonWithAuxAdam
+from deepspeed.optim.ranges import check_ranges
 from deepspeed.optim.sgd import DeepSpeedCPUSGD
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError
 from deepspeed.utils.logging import warn_once
 
 WHERE = "optimizer.params"
@@ -47,10 +48,18 @@ def build_optimizer(
             f"{WHERE}.max_grad_norm = {norm}: the optimizer does not clip gradients, the engine does.\n"
             f'  Remove max_grad_norm and set "gradient_clipping": {norm} at the top of the configuration.'
         )
+    _check_ranges(settings)
     builder = _BUILDERS.get(type_name.lower())
     if builder is None:
         builder = _sgd if type_name == "SGD" else _plain(_torch_class(type_name))
     return builder(settings, list(param_groups), offload)
+
+
+def _check_ranges(settings: Params) -> None:
+    try:
+        check_ranges(settings, f"{WHERE}.")
+    except DeepSpeedError as error:
+        raise DeepSpeedConfigError(str(error)) from None
 
 
 def _plain(device_class: type[Optimizer], offload_class: type[Optimizer] | None = None) -> Builder:

@@ -28,6 +28,7 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import Tensor
 
+from deepspeed.optim.ranges import check_ranges
 from deepspeed.utils.errors import NotAvailableError
 
 
@@ -112,8 +113,10 @@ class ShardableOptimizer(torch.optim.Optimizer):
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, which may come from another optimizer; keys unknown here stay in it without effect.
 
-        Raises NotAvailableError (a RuntimeError) for a switch that would change the update and that we do not have.
+        Raises NotAvailableError (a RuntimeError) for a switch that would change the update and that we do not have,
+        DeepSpeedError for a setting outside its range.
         """
+        check_ranges({**self.defaults, **param_group}, f"{type(self).__name__}: ")
         for switch in ("amsgrad", "maximize"):
             if param_group.get(switch, self.defaults.get(switch)):
                 name = type(self).__name__
