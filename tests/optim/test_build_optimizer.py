@@ -129,7 +129,7 @@ def test_a_value_the_class_refuses_is_shown_with_its_place() -> None:
         DeepSpeedConfigError,
         match=r"optimizer.params = \{'nesterov': True\}: SGD refuses it: Nesterov momentum requires",
     ):
-        build("SGD", lr=-1)
+        build("SGD", nesterov=True)
 
 
 @pytest.mark.parametrize("name", ["Adam", "SGD", "Lamb", "Muon"])
