@@ -46,7 +46,7 @@ def check_ranges(settings: Mapping[str, Any], where: str) -> None:
 
 
 def _check_number(value: Any, name: str) -> None:
-    if _is_number(value) and 0 <= value and math.isfinite(value):
+    if _is_number(value) and value >= 0 and math.isfinite(value):
         return
     raise DeepSpeedError(f"{name} = {value!r} is not a finite number of at least 0.\n  Give one.")
 
