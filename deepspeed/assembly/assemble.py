@@ -6,7 +6,7 @@ Called by `engine.engine`; knows the configuration, and turns it into the smalle
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -22,13 +22,17 @@ from deepspeed.precision import DynamicLossScale, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.cut import LEAF_MARK
-from deepspeed.zero.master import Master
+from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
+from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.offload import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
 from deepspeed.zero.param import full_numel
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
+from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING, FlatPool
+from deepspeed.zero.reduce import Reducer
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 
@@ -200,23 +204,66 @@ def make_scale(config: Config) -> StaticLossScale:
     )
 
 
-def reduction_arguments(config: Config, mesh: Mesh, device: torch.device) -> dict[str, Any]:
-    """How the reducer divides: mean or sum, before or after, in which dtype on the wire."""
-    world_size = mesh.size("shard")
+def make_gradients(
+    config: Config, mesh: Mesh, placing: Placing, masters: Sequence[Master], pool: FlatPool
+) -> list[Gradients]:
+    """The gradients of each trained bucket: how they are reduced (mean or sum, in which dtype on the wire, when), and
+    where they rest."""
+    policy = placing.policy
     is_mean = config.gradient_allreduce_op == "mean"
-    if not is_mean and config.zero_optimization.stage == 3:
+    if not is_mean and policy.parameters.is_sharded:
         raise DeepSpeedConfigError(
             'gradient_allreduce_op = "sum" is not for zero_optimization.stage = 3.\n  Use "mean", or a stage below 3.'
         )
     predivide = config.gradient_predivide_factor if config.prescale_gradients else 1.0
-    replicas = mesh.exchange("replicate", "reduce", device) if mesh.size("replicate") > 1 else None
-    return {
-        "predivide": predivide,
-        "divide_by": (world_size if is_mean else 1.0) / predivide,
-        "replicas": replicas,
-        "wire_dtype": config.communication_data_type,
-        "overlap": config.zero_optimization.overlap_comm is not False,
-    }
+    exchange = mesh.exchange("shard", "reduce", placing.device)
+    replicas = mesh.exchange("replicate", "reduce", placing.device) if mesh.size("replicate") > 1 else None
+    made = []
+    for master in masters:
+        rest = gradient_rest(placing, master)
+        # One rank's shard is the whole: nothing to scatter, so micro-batches may add up in the flat buffer.
+        is_scattered = policy.gradients.is_sharded and (exchange.world_size > 1 or rest is not None)
+        reduction = Reduction(
+            exchange=exchange,
+            replicas=replicas,
+            predivide=predivide,
+            divide_by=(exchange.world_size if is_mean else 1.0) / predivide,
+            wire_dtype=config.communication_data_type,
+            when=When.EACH_BACKWARD if is_scattered else When.AT_BOUNDARY,
+        )
+        made.append(
+            gradients_of_bucket(
+                master.bucket,
+                reduction,
+                policy.gradients.dtype,
+                pool,
+                delivers_shard=policy.optimizer.is_sharded,
+                rest=rest,
+            )
+        )
+    return made
+
+
+def make_reducer(
+    config: Config,
+    mesh: Mesh,
+    placing: Placing,
+    masters: Sequence[Master],
+    should_reduce: Callable[[], bool],
+    on_complete: Callable[[Bucket], None] | None,
+) -> Reducer:
+    """The reducer of an engine, with the pool that its buckets borrow from."""
+    policy = placing.policy
+    is_apart = any(placing.is_apart(master.tier) for master in masters)
+    pool = FlatPool(MAX_STORING if is_apart else MAX_IN_FLIGHT)
+    return Reducer(
+        make_gradients(config, mesh, placing, masters, pool),
+        pool,
+        max_in_flight=len(masters) + 1 if policy.parameters.is_sharded else MAX_IN_FLIGHT,
+        overlap=config.zero_optimization.overlap_comm is not False,
+        should_reduce=should_reduce,
+        on_complete=on_complete,
+    )
 
 
 def make_scheduler(config: Config, client: Any, optimizer: torch.optim.Optimizer | None, client_optimizer: Any) -> Any:

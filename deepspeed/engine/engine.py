@@ -51,7 +51,6 @@ from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
-from deepspeed.zero.master import gradient_rest
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
@@ -205,13 +204,13 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             self._parameter_offload = ParameterOffload(self._hooks)
             undo.callback(self._parameter_offload.close)
             self._gatherer = self._hooks.gatherer
-        self._reducer = Reducer(
-            [master.bucket for master in built.masters],
-            self.policy,
-            should_reduce=self.accumulation.should_reduce,
-            on_complete=self._hooks.bucket_completed if self._hooks else None,
-            rests=[gradient_rest(placing, master) for master in built.masters],
-            **assemble.reduction_arguments(config, self.mesh, self._device),
+        self._reducer = assemble.make_reducer(
+            config,
+            self.mesh,
+            placing,
+            built.masters,
+            self.accumulation.should_reduce,
+            self._hooks.bucket_completed if self._hooks else None,
         )
         self._reducer.set_order(assemble.order_of_backward(model, built.masters))
         undo.callback(self._reducer.close)

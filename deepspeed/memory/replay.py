@@ -10,7 +10,7 @@ decided by the real `zero.gather.Gatherer`; reductions, the update and publicati
     step          gradients in the master dtype; moments exist from the first step on
 
 How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
-predicted (`zero.reduce.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
+predicted (`zero.pool.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
 With one at a time (`EngineSettings.max_in_flight`) the replay gives what a network that is never waited for comes to.
 
 Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
@@ -47,7 +47,7 @@ from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import Tier, ZeroPolicy
-from deepspeed.zero.reduce import MAX_IN_FLIGHT, MAX_STORING
+from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING
 from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
@@ -96,7 +96,7 @@ class EngineSettings:
 
 
 class Pool:
-    """Blocks of equal sizes kept for reuse: what `zero.reduce.FlatPool` and the exchange's scratch do."""
+    """Blocks of equal sizes kept for reuse: what `zero.pool.FlatPool` and the exchange's scratch do."""
 
     def __init__(self, ledger: Ledger, kind: str, max_free: int) -> None:
         self._ledger, self._kind, self._max_free = ledger, kind, max_free

@@ -4,7 +4,9 @@
     cut        which parameters share a bucket     build      model -> buckets
     bucket     the flat space                      param      what a sharded parameter answers
     gather     unshard / reshard, in step          hooks      where modules and graphs drive it
-    reduce     gradients on their way              optimizer  norm, update, publish
+    reduce     gradients on their way: when        gradients  how: whole, sliced or on a tier
+    arrivals   what autograd has given             delivery   where reduced gradients rest
+    pool       borrowed flat buffers               optimizer  norm, update, publish
     sharding   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened
     tiled      linear layers in tiles

@@ -296,9 +296,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         gradients = self.reducer.gradients
         if not gradients:
             return [torch.zeros((), device=self._device)] * 2
-        missed = torch.tensor(float(any(g.misses_any for g in gradients)), device=self._device)
-        if not self._is_sharded and self.mesh.size("average") > 1:
-            missed = torch.cat([g.take_missed_flag() for g in gradients]).float().sum()
+        missed = torch.tensor(float(any(g.arrivals.misses_any for g in gradients)), device=self._device)
+        flags = [flag for g in gradients if (flag := g.take_missed_flag()) is not None]
+        if flags:
+            missed = torch.cat(flags).float().sum()
         total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
         if self._own_group is not None:
             both = torch.stack([total.square(), missed])
@@ -313,7 +314,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _agree_on_unused(self) -> list[tuple[int, int]]:
         """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""
-        mine = [None if g.all_used else sorted(g.used) for g in self.reducer.gradients]
+        mine = [sorted(g.arrivals.used) if g.arrivals.misses_any else None for g in self.reducer.gradients]
         everyone = self.mesh.gather_objects("average", mine)
         unused: list[tuple[int, int]] = []
         for i, master in enumerate(self.masters):

@@ -32,9 +32,9 @@ from torch import Tensor, nn
 from deepspeed.optim.traits import StepsFused
 from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.waits import OFFLOAD_S
+from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.master import Master
 from deepspeed.zero.placing import Placing
-from deepspeed.zero.reduce import BucketGradients
 
 TILE_NUMEL = 1 << 22
 """Elements of a tile unless `sub_group_size` is smaller: 16 MB per fp32 state, long enough for a disk's full speed."""
@@ -109,7 +109,7 @@ class TileStream:
         self,
         optimizer: torch.optim.Optimizer,
         masters: Sequence[Master],
-        gradients: Sequence[BucketGradients],
+        gradients: Sequence[Gradients],
         placing: Placing,
         sub_group_numel: int,
     ) -> None:

@@ -32,9 +32,10 @@ def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int
             engine.step()
         # What waits for the next transfer, about as large as what is on the wire at once.
         engine._reducer.pool.clear()
-        for bucket in engine._built.buckets:
+        of_buckets = [bucket.exchange for bucket in engine._built.buckets]
+        for exchange in [*of_buckets, *(gradients.reduction.exchange for gradients in engine._reducer.gradients)]:
             for name in ("_pool", "_totals", "_retired"):
-                getattr(bucket.exchange.inner, name).clear()
+                getattr(exchange.inner, name).clear()
         counted = engine.memory_by_kind()
         return numel, counted, _found(engine, before)
 

@@ -1,0 +1,140 @@
+"""Where a bucket's reduced gradients are, between their reduction and the step that reads them.
+
+Owned by `zero.gradients`, one per bucket; read by the step. Two of them:
+
+    Resident   in the device's memory, where the reduction left them
+    Moved      at their rest on a tier, stored while backward goes on; their norm is taken on the way
+
+Invariant: a buffer whose bytes are on their way to a tier is given back when they have arrived.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import NamedTuple, Protocol, final
+
+import torch
+from torch import Tensor
+
+from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.utils.errors import TierError
+from deepspeed.zero.pool import FlatBuffer, FlatPool
+
+
+class Delivery(Protocol):
+    """Where reduced gradients [S] (or [W*S]) rest."""
+
+    failure: TierError | None
+    """Gradients that could not be moved to their rest; told at the step, on every rank."""
+
+    @property
+    def rest(self) -> Rest:
+        """The bytes at rest."""
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes at rest apart from the reduction's own memory."""
+
+    def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
+        """Start bringing `values` to rest; `buffer`, in which they may lie, goes back to its pool when they are there."""
+
+    def wait(self) -> None:
+        """Have everything at rest."""
+
+    def forget(self) -> None:
+        """Begin a new step."""
+
+
+@final
+class Resident:
+    """They stay where they are."""
+
+    nbytes = 0
+
+    def __init__(self, values: Tensor) -> None:
+        self.failure: TierError | None = None
+        self._rest = InMemory(values)
+
+    @property
+    def rest(self) -> Rest:
+        """See Delivery."""
+        return self._rest
+
+    def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
+        """See Delivery. They are there already."""
+
+    def wait(self) -> None:
+        """See Delivery."""
+
+    def forget(self) -> None:
+        """See Delivery."""
+
+
+class _Storing(NamedTuple):
+    """A store that is under way: what is read until then, and the buffer it lies in, if that is borrowed."""
+
+    values: Tensor
+    transfer: Transfer
+    buffer: FlatBuffer | None
+
+
+@final
+class Moved:
+    """They rest on a tier."""
+
+    def __init__(self, rest: Rest, pool: FlatPool) -> None:
+        self.failure: TierError | None = None
+        self.norm: Tensor | None = None
+        """2-norm of what was put last, fp32."""
+        self._rest, self._pool = rest, pool
+        self._storing: deque[_Storing] = deque()
+
+    @property
+    def rest(self) -> Rest:
+        """See Delivery."""
+        return self._rest
+
+    @property
+    def nbytes(self) -> int:
+        """See Delivery."""
+        return self._rest.numel * self._rest.dtype.itemsize
+
+    def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
+        """See Delivery."""
+        self.norm = torch.linalg.vector_norm(values, 2, dtype=torch.float32)
+        self._storing.append(_Storing(values, self._rest.start_store(0, values), buffer))
+        self._pool.note_storing(self._finish_oldest)
+
+    def start_load(self, into: Tensor) -> Transfer:
+        """Start reading what is at rest, once everything has arrived there."""
+        self.wait()
+        return self._rest.start_load(0, into)
+
+    def load(self, into: Tensor, started: Transfer | None) -> None:
+        """Have in `into` what is at rest; `started` is the load, if it is under way. Zeros after a failure."""
+        try:
+            (started or self.start_load(into)).wait()
+        except TierError as error:
+            self.failure = self.failure or error
+            into.zero_()
+
+    def wait(self) -> None:
+        """See Delivery."""
+        while self._storing:
+            self._finish_oldest()
+
+    def _finish_oldest(self) -> None:
+        if not self._storing:  # waited for already, since the pool was told of it
+            return
+        storing = self._storing.popleft()
+        try:
+            storing.transfer.wait()
+        except TierError as error:
+            self.failure = self.failure or error
+        if storing.buffer is not None:
+            self._pool.give_back(storing.buffer)
+
+    def forget(self) -> None:
+        """See Delivery."""
+        self.wait()
+        self.norm = self.failure = None
