@@ -3,6 +3,7 @@
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py      counts, times, bandwidths
+    circle.py        a few integers of every rank, in log2(ranks) messages
     watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers
 

@@ -266,7 +266,7 @@ def _of_all_ranks(mesh: Mesh, mine: RankNumbers) -> list[RankNumbers]:
             device_nbytes=device,
             device_peak_nbytes=peak,
         )
-        for has, loss, wall, wait, device, peak in mesh.agree("average", *values)
+        for has, loss, wall, wait, device, peak in mesh.gather_ints("average", *values)
     ]
 
 

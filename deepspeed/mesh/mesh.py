@@ -10,18 +10,24 @@ Groups are shared by all engines of a process whose meshes have one shape, and d
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from deepspeed.comm.circle import Circle, bytes_of_gather, bytes_of_largest
 from deepspeed.comm.exchange import Exchange, LocalExchange
 from deepspeed.comm.observe import make_observed
 from deepspeed.mesh.shape import MeshShape, Over
 from deepspeed.utils.waits import COMMUNICATION
 
 ProcessGroup = Any
+T = TypeVar("T")
+
+NUM_TELL_ALL = 4
+"""Up to so many ranks tell each other everything at once: no more bytes than the extremes would be, and exact."""
 
 
 @dataclass
@@ -34,6 +40,7 @@ class Mesh:
     given: dict[tuple[str, ...], ProcessGroup] = field(default_factory=dict)
     """Groups that the script brought itself (its mpu's), by dims. ZeRO does not use them: their order is the script's."""
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
+    _circles: dict[tuple[str, ...], Circle] = field(default_factory=dict)
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
 
     def ranks(self, over: Over) -> tuple[int, ...]:
@@ -72,15 +79,52 @@ class Mesh:
         return LocalExchange(None) if group is None else make_observed(group, device)
 
     def agree(self, over: Over, *values: int) -> list[tuple[int, ...]]:
-        """Tell every rank of the group some integers; theirs in rank order. Collective, and waits on the host."""
+        """Tell every rank of the group some int64; theirs in rank order. Collective, and waits on the host.
+
+        For what usually is the same everywhere: if it is, that takes one small all-reduce; if not, a gather more.
+        """
+        return self.start_agree(over, *values)()
+
+    def start_agree(self, over: Over, *values: int) -> Callable[[], list[tuple[int, ...]]]:
+        """Begin `agree`; what is returned waits for the others. Every rank begins, and ends, them in one order."""
+        num_ranks = self.size(over)
+        if num_ranks == 1:
+            return lambda: [values]
+        circle = self._circle(over)
+        if num_ranks <= NUM_TELL_ALL:
+            return self._waiting(circle.start_gather(values), bytes_of_gather(num_ranks, len(values)))
+        # ~ turns the order round without an overflow, so the largest of ~v is ~ of the smallest v.
+        words = (*values, *(~value for value in values))
+        wait = self._waiting(circle.start_largest(words), bytes_of_largest(num_ranks, len(words)))
+
+        def answers() -> list[tuple[int, ...]]:
+            found = wait()
+            largest, smallest = found[: len(values)], tuple(~value for value in found[len(values) :])
+            return [largest] * num_ranks if largest == smallest else self.gather_ints(over, *values)
+
+        return answers
+
+    def gather_ints(self, over: Over, *values: int) -> list[tuple[int, ...]]:
+        """As `agree`, for what usually differs from rank to rank."""
         num_ranks = self.size(over)
         if num_ranks == 1:
             return [values]
-        mine = torch.tensor(values, dtype=torch.int64)
-        theirs = [torch.empty_like(mine) for _ in range(num_ranks)]
-        with COMMUNICATION.during("zero.agree", mine.nbytes * num_ranks):
-            dist.all_gather(theirs, mine, group=self.group(over, "control", "gloo"))
-        return [tuple(other.tolist()) for other in theirs]
+        return self._waiting(self._circle(over).start_gather(values), bytes_of_gather(num_ranks, len(values)))()
+
+    def _circle(self, over: Over) -> Circle:
+        dims = self.shape.dims(over)
+        if dims not in self._circles:
+            group = self.group(over, "control", "gloo")
+            assert group is not None, "a rank alone has nobody to ask"
+            self._circles[dims] = Circle(group)
+        return self._circles[dims]
+
+    def _waiting(self, wait: Callable[[], T], nbytes: int) -> Callable[[], T]:
+        def counted() -> T:
+            with COMMUNICATION.during("zero.agree", nbytes):
+                return wait()
+
+        return counted
 
     def gather_objects(self, over: Over, value: Any) -> list[Any]:
         """Tell every rank of the group a small picklable value; theirs in rank order. Collective."""
@@ -97,6 +141,7 @@ class Mesh:
                 if dist.is_initialized():
                     dist.destroy_process_group(group)
             self._groups.clear()
+            self._circles.clear()
             _meshes.pop(self.shape, None)
 
 

@@ -375,17 +375,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Raise TierError on every rank if bytes could not be moved on one. Collective where there is an nvme tier."""
         if not any(master.tier is Tier.NVME for master in self.masters):
             return
-        if self.mesh.size("job") == 1:
-            messages = [str(failure) if failure else None]
-        else:
-            messages = self.mesh.gather_objects("job", str(failure) if failure else None)
+        # The texts travel only where there is one.
+        if not any(has_failed for (has_failed,) in self.mesh.agree("job", int(failure is not None))):
+            return
+        messages = self.mesh.gather_objects("job", str(failure) if failure else None)
         failed = {rank: message for rank, message in enumerate(messages) if message}
-        if failed:
-            told = "\n".join(f"  [rank {rank}] {message}" for rank, message in failed.items())
-            raise TierError(
-                f"the step failed on {len(failed)} of {len(messages)} ranks, because bytes could not be moved to or from a tier:\n"
-                f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
-            ) from failure
+        told = "\n".join(f"  [rank {rank}] {message}" for rank, message in failed.items())
+        raise TierError(
+            f"the step failed on {len(failed)} of {len(messages)} ranks, because bytes could not be moved to or from a tier:\n"
+            f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
+        ) from failure
 
     def _cut_out(self, index: int, param: int) -> list[Segment]:
         """The segments of one parameter, made segments of their own."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.distributed as dist
 
 import deepspeed
 from deepspeed.mesh import data_parallel_mesh
+from deepspeed.mesh.mesh import NUM_TELL_ALL
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
@@ -66,3 +68,30 @@ def share(rank: int, world_size: int) -> list[int]:
 def test_engines_share_groups_and_the_last_one_destroys_them() -> None:
     (before, one, two, after), *_ = run_ranks(2, share)
     assert before == after < one == two
+
+
+def agreements(rank: int, world_size: int) -> Any:
+    mesh = data_parallel_mesh()
+    sent: list[tuple[str, int]] = []
+    circle = mesh._circle("job")
+    for verb in ("start_largest", "start_gather"):
+        inner = getattr(circle, verb)
+        setattr(circle, verb, lambda words, inner=inner, verb=verb: (sent.append((verb, len(words))), inner(words))[1])
+    same = mesh.agree("job", 7, -3)
+    differing = mesh.agree("job", 7, rank)
+    begun = mesh.start_agree("job", 1)
+    objects = mesh.gather_objects("job", str(rank))
+    mesh.release()
+    return same, differing, begun(), objects, [verb for verb, _ in sent]
+
+
+@pytest.mark.parametrize("world_size", [2, 5])
+def test_what_all_ranks_say_alike_takes_one_small_message_round_and_what_differs_a_gather(world_size: int) -> None:
+    ranks = range(world_size)
+    few = ["start_gather"] * 3
+    many = ["start_largest", "start_largest", "start_gather", "start_largest"]
+    for same, differing, begun, objects, verbs in run_ranks(world_size, agreements):
+        assert same == [(7, -3)] * world_size
+        assert differing == [(7, rank) for rank in ranks]
+        assert (begun, objects) == ([(1,)] * world_size, [str(rank) for rank in ranks])
+        assert verbs == (few if world_size <= NUM_TELL_ALL else many)
