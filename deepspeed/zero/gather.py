@@ -15,8 +15,8 @@ Note [Ranks stay in step]
     A rank whose need is not in the rest of the plan launches that rest, to let the others finish, and goes on by
     agreement. At the end of a phase each rank launches the rest of the plan and then answers wishes until all ranks
     are at their ends. So any order on any rank is served; a known order costs one small all-reduce per phase, in as
-    many messages as the number of ranks has binary digits (`Mesh.agree`). The
-    sequence of gathers that was needed becomes the plan if all ranks needed the same, twice.
+    many messages as the number of ranks has binary digits (`Mesh.agree`). The sequence of gathers that was needed
+    becomes the plan if all ranks needed the same, twice.
 
 A bucket is resharded when another one is requested and nothing holds it, unless it is used again within
 `max_reuse_distance` elements and no more than `max_live` elements are unsharded. The next use is read from the

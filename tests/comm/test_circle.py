@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
+import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -68,3 +71,22 @@ def test_every_rank_knows_the_same_after_as_many_bytes_as_the_formula_says(world
         assert len(sent_for_largest) == len(sent_for_gather) == len(distances(world_size))
         assert sum(sent_for_largest) == bytes_of_largest(world_size, 3)
         assert sum(sent_for_gather) == bytes_of_gather(world_size, 2)
+
+
+def _benchmark() -> Any:
+    path = Path(__file__).resolve().parent.parent.parent / "benchmarks" / "control_plane.py"
+    spec = importlib.util.spec_from_file_location("control_plane", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look their module up
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_a_rank_sends_for_an_agreement_grows_with_the_logarithm_of_the_ranks() -> None:
+    model = _benchmark()
+    assert [len(model.agreement(n)) for n in (2, 4, 8, 16, 8192)] == [1, 2, 3, 4, 13]
+    assert [sum(m.nbytes for m in model.agreement(n)) for n in (8, 8192)] == [96, 416]
+    # With a message of 50 us and one late rank, the last rank is done one way through the circle after the late one began.
+    assert model.simulate(model.agreement(8192), 8192, 50e-6, 0.0, late=17) == pytest.approx(1e-3 + 13 * 50e-6)
+    assert model.simulate(model.ring_all_gather(64), 64, 50e-6, 0.0) == pytest.approx(63 * 50e-6)
