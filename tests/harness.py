@@ -87,9 +87,11 @@ class Outcome(NamedTuple):
 
 
 def run_ranks(
-    world_size: int, fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **kwargs: Any
+    world_size: int, fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, device: str = "cpu", **kwargs: Any
 ) -> list[Any]:
     """Call `fn(rank, world_size, *args, **kwargs)` on every rank of a gloo group; the results in rank order.
+
+    With `device="sim"` ranks have a simulated device each (tests/device), and the group's backend is the device's.
 
     `fn` is a module-level function. Arguments and results are anything torch.save takes; they are copied. Each rank
     starts with the same seed, one torch thread, and the environment a launcher would set.
@@ -99,14 +101,14 @@ def run_ranks(
     raise, use `pytest.raises` inside `fn`: that keeps the pool.
     """
     __tracebackhide__ = True
-    pool = _pools.get(world_size)
+    pool = _pools.get((world_size, device))
     if pool is None:
-        pool = _pools[world_size] = Pool(world_size)
+        pool = _pools[world_size, device] = Pool(world_size, device=device)
     try:
         results = pool.call(fn, args, kwargs, timeout)
         pool.check_leaks()
     except BaseException:
-        _pools.pop(world_size).kill()
+        _pools.pop((world_size, device)).kill()
         raise
     return results
 
@@ -170,9 +172,12 @@ class Worker:
 class Pool:
     """`world_size` processes, one call at a time."""
 
-    def __init__(self, world_size: int, *, is_distributed: bool = True) -> None:
+    def __init__(self, world_size: int, *, is_distributed: bool = True, device: str = "cpu") -> None:
         self.world_size = world_size
+        self.device = device
         self.is_distributed = is_distributed
+        if device != "cpu":
+            import_module(f"tests.device.{device}").prepare()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
         port = free_port()
         self.workers = [self._start(rank, port) for rank in range(world_size)]
@@ -210,7 +215,7 @@ class Pool:
         stack_file = Path(self._folder.name, f"stack{rank}")
         stack_file.touch()
         env = _rank_environment(rank, self.world_size, port) if self.is_distributed else None
-        process = _context.Process(target=_worker, args=(theirs, str(stack_file), env), daemon=True)
+        process = _context.Process(target=_worker, args=(theirs, str(stack_file), env, self.device), daemon=True)
         process.start()
         theirs.close()
         return Worker(process, ours, stack_file)
@@ -269,29 +274,29 @@ def _rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------- the workers' side
 
 
-def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None) -> None:
+def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None, device: str) -> None:
     """The life of one rank: join the process group, then answer messages until the test process hangs up."""
     _die_with_parent()
     with open(stack_file, "ab", buffering=0) as stacks:
         for name in DISTRIBUTED_ENV:
             os.environ.pop(name, None)
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu") if device == "cpu" else device
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         torch.set_num_threads(1)
         with contextlib.suppress(EOFError):
-            _serve(connection, env, stacks)
+            _serve(connection, env, device, stacks)
     os._exit(0)  # no interpreter shutdown: it would wait for threads a test left
 
 
-def _serve(connection: Connection, env: dict[str, str] | None, stacks: IO[bytes]) -> None:
+def _serve(connection: Connection, env: dict[str, str] | None, device: str, stacks: IO[bytes]) -> None:
     rank = () if env is None else (int(env["RANK"]), int(env["WORLD_SIZE"]))
     baseline: Baseline | None = None
     while True:
         message = connection.recv_bytes()
         _show_stack_on_signal(stacks)
         if message == b"start":
-            outcome = _attempt(_join_group, env)
+            outcome = _attempt(_join_group, env, device)
         elif message == b"check":
             assert baseline is not None, "a check follows a call"
             outcome = _attempt(baseline.check)
@@ -309,10 +314,13 @@ def _show_stack_on_signal(stacks: IO[bytes]) -> None:
     faulthandler.register(signal.SIGUSR1, file=stacks, all_threads=True)
 
 
-def _join_group(env: dict[str, str] | None) -> None:
+def _join_group(env: dict[str, str] | None, device: str) -> None:
+    if device != "cpu":
+        import_module(f"tests.device.{device}").install()
+        torch.accelerator.set_device_index(0 if env is None else int(env["LOCAL_RANK"]))
     if env is not None:
         os.environ.update(env)
-        dist.init_process_group("gloo")
+        dist.init_process_group("gloo" if device == "cpu" else device)
     gc.freeze()  # what is imported by now is never garbage; collecting after each call stays cheap
 
 
@@ -414,4 +422,4 @@ def _dump_exception(error: BaseException) -> bytes:
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(PRELOAD)
-_pools: dict[int, Pool] = {}
+_pools: dict[tuple[int, str], Pool] = {}

@@ -18,7 +18,7 @@ import importlib.util
 import os
 from typing import TYPE_CHECKING, Any
 
-from deepspeed.accelerator.platforms import PLATFORMS, Platform, override
+from deepspeed.accelerator.platforms import PLATFORMS, UNNAMED, Platform, custom, override
 from deepspeed.utils.errors import DeepSpeedError
 
 if TYPE_CHECKING:
@@ -53,8 +53,21 @@ def is_current_accelerator_supported() -> bool:
 
 
 def _first_present() -> DeepSpeedAccelerator:
-    candidates = (_make(platform) for platform in PLATFORMS.values() if _is_installed(platform))
+    *vendors, cpu = PLATFORMS.values()
+    candidates = (_make(platform) for platform in (*vendors, *_brought(), cpu) if _is_installed(platform))
     return next(candidate for candidate in candidates if candidate.is_available())
+
+
+def _brought() -> list[Platform]:
+    """The device that a package brought to torch as PrivateUse1, unless the table has it."""
+    name = _private_use_name()
+    is_known = name in {platform.device_type for platform in PLATFORMS.values()}
+    return [] if name == UNNAMED or is_known else [custom(name)]
+
+
+def _private_use_name() -> str:
+    torch = importlib.import_module("torch")
+    return str(torch._C._get_privateuse1_backend_name())
 
 
 def _is_installed(platform: Platform) -> bool:
@@ -71,10 +84,25 @@ def _make(platform: Platform) -> DeepSpeedAccelerator:
         )
     if platform.plugin is not None:
         importlib.import_module(platform.plugin)
+    if platform.name not in PLATFORMS:
+        platform = _complete(platform)
     own_module = platform.name if platform.name in ("cpu", "mps") else "device"
     module = importlib.import_module(f"deepspeed.accelerator.{own_module}")
     made: DeepSpeedAccelerator = module.ACCELERATOR(platform)
     return made
+
+
+def _complete(platform: Platform) -> Platform:
+    """The row of a device from outside of the table, with what torch knows of it."""
+    if platform.name != _private_use_name() or not hasattr(importlib.import_module("torch"), platform.name):
+        raise DeepSpeedError(
+            f"DS_ACCELERATOR={platform.name} is neither one of {', '.join(PLATFORMS)} nor a device that torch was given: its "
+            f"PrivateUse1 device is {_private_use_name()!r}.\n"
+            f"  Import the package that brings {platform.name!r} and its module torch.{platform.name}, or unset DS_ACCELERATOR."
+        )
+    distributed = importlib.import_module("torch.distributed")
+    backends = distributed.Backend.default_device_backend_map if distributed.is_available() else {}
+    return custom(platform.name, backends.get(platform.name, ""))
 
 
 def __getattr__(name: str) -> Any:

@@ -3,11 +3,15 @@
 Read by `get_accelerator` to make the accelerator object, and by the launcher, which must start fast and so imports
 neither torch nor a vendor's plugin. Invariant: this module imports neither.
 
-Order in the table is the order of automatic choice. The names are those of DS_ACCELERATOR.
+Order in the table is the order of automatic choice. The names are those of DS_ACCELERATOR. A device that is not in the
+table comes in by one door, torch's PrivateUse1: a package renames it, gives torch a module `torch.<name>` with the functions of
+torch.cuda and torch.distributed a backend for the device; then <name> is a platform here too (`custom`), chosen after the table's
+and before the CPU.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -78,17 +82,42 @@ _DEVICE_NODES: tuple[tuple[str | None, tuple[str, ...]], ...] = (
 """What drivers leave in /dev, and the platform that means; without a name, torch has to be asked."""
 
 
+UNNAMED = "privateuseone"
+"""What torch calls PrivateUse1 as long as nobody uses it."""
+
+
+def custom(name: str, backend: str = "") -> Platform:
+    """The row of a device that a package brings to torch as PrivateUse1; `backend` as torch.distributed knows it."""
+    return Platform(name=name, device_type=name, backend=backend, visible_devices=None)
+
+
+def _brings_devices() -> bool:
+    """Whether a package is installed that torch loads for its device (entry points of the group "torch.backends")."""
+    return bool(importlib.metadata.entry_points(group="torch.backends"))
+
+
+def _name_in_torch() -> str:
+    """PrivateUse1's name where torch is imported already."""
+    torch = sys.modules.get("torch")
+    return UNNAMED if torch is None else str(torch._C._get_privateuse1_backend_name())
+
+
 def override(environ: Mapping[str, str]) -> Platform | None:
-    """The platform that DS_ACCELERATOR names; None where it is unset. Raises DeepSpeedError for an unknown name."""
+    """The platform that DS_ACCELERATOR names; None where it is unset. Raises DeepSpeedError for an unknown name.
+
+    Another name than the table's may be that of a device which a package brings; torch will know.
+    """
     name = environ.get(OVERRIDE)
     if not name:
         return None
-    if name not in PLATFORMS:
-        raise DeepSpeedError(
-            f"{OVERRIDE}={name} is not a known accelerator.\n"
-            f"  Use one of {', '.join(PLATFORMS)}, or unset it to have one found."
-        )
-    return PLATFORMS[name]
+    if name in PLATFORMS:
+        return PLATFORMS[name]
+    if name == _name_in_torch() or _brings_devices():
+        return custom(name)
+    raise DeepSpeedError(
+        f"{OVERRIDE}={name} is not a known accelerator.\n"
+        f"  Use one of {', '.join(PLATFORMS)}, or unset it to have one found."
+    )
 
 
 def known_without_torch(environ: Mapping[str, str], dev: Path = Path("/dev")) -> Platform | None:
@@ -99,7 +128,7 @@ def known_without_torch(environ: Mapping[str, str], dev: Path = Path("/dev")) ->
     for name, patterns in _DEVICE_NODES:
         if any(next(dev.glob(pattern), None) for pattern in patterns):
             return PLATFORMS[name] if name else None
-    return PLATFORMS["cpu"]
+    return None if _brings_devices() else PLATFORMS["cpu"]
 
 
 def cpu_device_count(environ: Mapping[str, str], nodes: Path = Path("/sys/devices/system/node")) -> int:

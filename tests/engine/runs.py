@@ -7,12 +7,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
 import deepspeed
 import deepspeed.zero.build as zero_build
-from tests.models import build, make_batches, rank_share, to_dtype, total_loss
+from tests.models import Batch, build, make_batches, rank_share, to_dtype, total_loss
 
 LR = 3e-3
 EPS = 1e-5
@@ -88,7 +89,14 @@ def whole_weights(engine: Any) -> dict[str, Tensor]:
     }
     state = engine._zero3_consolidated_16bit_state_dict()
     state = state if state is not None else {}
-    return {name: value if masters.get(name) is None else masters[name].clone() for name, value in state.items()}
+    whole = {name: value if masters.get(name) is None else masters[name].clone() for name, value in state.items()}
+    return {name: value.cpu() for name, value in whole.items()}
+
+
+def on_device(batch: Batch, device: torch.device) -> Batch:
+    """The batch where the engine computes, as a script's loader brings it."""
+    x, y = (tensor.to(device) for tensor in batch)
+    return x, y
 
 
 def default_backward(engine: Any, output: Any) -> None:
@@ -121,7 +129,7 @@ def train(
         for micro_batches in batches:
             losses = []
             for batch in micro_batches:
-                output = engine(*to_dtype(rank_share(batch, rank, world_size), dtype))
+                output = engine(*on_device(to_dtype(rank_share(batch, rank, world_size), dtype), engine.device))
                 backward(engine, output)
                 engine.step()
                 losses.append(mean_over_ranks(total_loss(output)))
