@@ -29,6 +29,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import re
 import signal
 import socket
 import sys
@@ -58,6 +59,8 @@ PRELOAD = ["pytest", "numpy", "pydantic", "torch", "torch.distributed"]
 DISTRIBUTED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LIBRARY_ENV = ("PYTEST_", "PYTORCH_NVML_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 """Prefixes of variables that pytest, torch.compile and the import of the package set for the life of a process."""
+SHARED_GROUP = re.compile(r"[a-z_+]+\.(build|control|gather|reduce)")
+"""Descriptions of the groups that a mesh makes: dims and purpose."""
 LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-", "wandb-", "Otel")
 """Prefixes of threads that tqdm, torch.compile and wandb keep for the life of a process. Ours have names of their own."""
 
@@ -359,9 +362,7 @@ class Baseline:
         gc.collect()
         groups = _process_groups()
         leaks = [
-            f"process group {dist.get_process_group_ranks(g)} (engine.destroy() ends an engine's)"
-            for g in groups
-            if g not in self.groups
+            f"process group {dist.get_process_group_ranks(g)} {g.group_desc}" for g in groups if g not in self.groups
         ]
         leaks += ["an ended process group that was there before"] if set(self.groups) - set(groups) else []
         leaks += [f"environment variable {name}" for name in changed_environment(self.environment)]
@@ -383,7 +384,8 @@ class Baseline:
 
 
 def _process_groups() -> tuple[Any, ...]:
-    return tuple(dist.distributed_c10d._world.pg_map)
+    """The groups there are, but for those that all engines share and that live as long as the default group."""
+    return tuple(group for group in dist.distributed_c10d._world.pg_map if not SHARED_GROUP.fullmatch(group.group_desc))
 
 
 def _die_with_parent() -> None:

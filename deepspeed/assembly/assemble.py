@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from deepspeed.config import BatchSizes, Config
-from deepspeed.mesh import Mesh, data_parallel_mesh
+from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
@@ -52,11 +52,14 @@ def check_model(model: Any) -> None:
 
 
 def make_mesh(config: Config, mpu: Any) -> Mesh:
-    """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those."""
+    """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those.
+
+    Collective over the job.
+    """
     zero = config.zero_optimization
     near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
-    return data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near))
+    return alike_everywhere(data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near)))
 
 
 def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:

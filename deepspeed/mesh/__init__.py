@@ -6,6 +6,6 @@ groups   `deepspeed.utils.groups`
 """
 
 from deepspeed.mesh.door import data_parallel_mesh
-from deepspeed.mesh.mesh import Mesh
+from deepspeed.mesh.mesh import Mesh, alike_everywhere
 
-__all__ = ["Mesh", "data_parallel_mesh"]
+__all__ = ["Mesh", "alike_everywhere", "data_parallel_mesh"]

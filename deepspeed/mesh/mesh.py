@@ -5,7 +5,12 @@ Which ranks are in a group is `mesh.shape`'s arithmetic, done once per question 
 
 Every purpose has groups of its own (`gather`, `reduce`, `control`), because collectives of one group must be launched
 in one order, and gathers are launched in the order of use while reductions are launched in the order of backward.
-Groups are shared by all engines of a process whose meshes have one shape, and destroyed with the last one.
+
+Note [Groups outlive engines]
+    Making a group is collective over the job; when Python collects an engine is each rank's own. A rank that keeps its
+    best engine, or holds one in the frame of a caught exception, would have groups that the others make anew, and all
+    would wait. So groups belong to the default process group: all engines whose meshes have one shape share them, and
+    they end when it ends. `alike_everywhere` makes sure, before an engine uses them, that every rank has the same.
 """
 
 from __future__ import annotations
@@ -36,7 +41,10 @@ class Mesh:
 
     shape: MeshShape
     global_rank: int
+    world: ProcessGroup | None = None
+    """The default process group, with which the groups end."""
     num_users: int = 0
+    """Engines that live; only those are asked about by `current_mesh`."""
     given: dict[tuple[str, ...], ProcessGroup] = field(default_factory=dict)
     """Groups that the script brought itself (its mpu's), by dims. ZeRO does not use them: their order is the script's."""
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
@@ -134,35 +142,54 @@ class Mesh:
         return found
 
     def release(self) -> None:
-        """One engine less; the last one destroys the groups."""
+        """One engine less. The groups stay; see Note [Groups outlive engines]."""
         self.num_users -= 1
-        if self.num_users == 0:
-            for group in self._groups.values():
-                if dist.is_initialized():
-                    dist.destroy_process_group(group)
-            self._groups.clear()
-            self._circles.clear()
-            _meshes.pop(self.shape, None)
 
 
 _meshes: dict[MeshShape, Mesh] = {}
-"""Meshes in use, the last opened one last."""
+"""One for each shape there was under the default process group of now, the last opened one last."""
 
 
 def open_mesh(shape: MeshShape, given: dict[tuple[str, ...], ProcessGroup] | None = None) -> Mesh:
     """The mesh of a shape, with one user more; whoever opens it calls `release`. `given`: groups the script brought."""
-    mesh = _meshes.pop(shape, None) or Mesh(shape, dist.get_rank() if _is_up() else 0)
+    mesh = _meshes.pop(shape, None)
+    if mesh is None or mesh.world is not _world():
+        mesh = _new_mesh(shape)
     mesh.given = given or mesh.given
     mesh.num_users += 1
     _meshes[shape] = mesh
     return mesh
 
 
+def alike_everywhere(mesh: Mesh) -> Mesh:
+    """The mesh, or where ranks have not made the same groups of it (one failed half way) a new one on every rank.
+
+    Takes over the user that `open_mesh` counted. Collective over the job.
+    """
+    made = [(dims, purpose) for dims, purpose in mesh._groups]
+    everyone: list[Any] = [made] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, made)
+    if all(theirs == made for theirs in everyone):
+        return mesh
+    mesh.release()
+    _meshes.pop(mesh.shape, None)
+    return open_mesh(mesh.shape, mesh.given)
+
+
 def current_mesh() -> Mesh:
-    """The mesh that was opened last; without one, that of all ranks under data parallelism alone. Not collective."""
-    if _meshes:
-        return next(reversed(_meshes.values()))
-    return Mesh(MeshShape(dp_shard=world_size()), dist.get_rank() if _is_up() else 0)
+    """The mesh that was opened last and is in use; without one, that of all ranks under data parallelism alone. Not
+    collective."""
+    used = (mesh for mesh in reversed(_meshes.values()) if mesh.num_users > 0 and mesh.world is _world())
+    return next(used, None) or _new_mesh(MeshShape(dp_shard=world_size()))
+
+
+def _new_mesh(shape: MeshShape) -> Mesh:
+    return Mesh(shape, dist.get_rank() if _is_up() else 0, _world())
+
+
+def _world() -> ProcessGroup | None:
+    return dist.group.WORLD if _is_up() else None
 
 
 def world_size() -> int:
