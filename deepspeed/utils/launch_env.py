@@ -129,7 +129,7 @@ def discover(
                 return _from_mpi(environ, source, default_port)
         if _is_set(environ, _SLURM.rank) and "SLURM_STEP_ID" in environ:
             return _from_slurm(environ, default_port)
-    if int_or_error(environ, "WORLD_SIZE", 1) > 1:
+    if int_or_error(environ, "WORLD_SIZE", 1) > 1 or _agent_keeps_store(environ):
         _missing(environ, "torchrun", ["RANK"])
     return _alone(environ)
 
@@ -149,7 +149,7 @@ def _alone(environ: Mapping[str, str]) -> LaunchEnv:
 
 def _from_torch(environ: Mapping[str, str], default_port: int) -> LaunchEnv:
     env = _read(environ, _TORCH)
-    if env.world_size > 1:
+    if env.world_size > 1 or _agent_keeps_store(environ):
         missing = [name for name in ("MASTER_ADDR", "MASTER_PORT") if not environ.get(name)]
         if missing:
             _missing(environ, _TORCH.name, missing)
@@ -215,9 +215,15 @@ def _meet(env: LaunchEnv, environ: Mapping[str, str], address: str, port: int) -
 
 
 def _port_alone(environ: Mapping[str, str]) -> int:
-    """MASTER_PORT where it can be had, else any: nobody else has to find it."""
+    """MASTER_PORT where an agent keeps the store there, or where it can be had; else any: nobody else has to find it."""
     asked = int_or_error(environ, "MASTER_PORT", 0)
-    return asked if asked and is_free(asked) else free_port()
+    return asked if asked and (_agent_keeps_store(environ) or is_free(asked)) else free_port()
+
+
+def _agent_keeps_store(environ: Mapping[str, str]) -> bool:
+    """Whether torchrun's agent listens at the meeting point, so that every rank, 0 too, is to connect there as a client.
+    torch compares with this one spelling (torch.distributed.rendezvous)."""
+    return environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
 
 
 def _read(environ: Mapping[str, str], source: _Source) -> LaunchEnv:

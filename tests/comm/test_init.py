@@ -5,7 +5,10 @@ from __future__ import annotations
 import inspect
 import os
 import socket
+import subprocess
+import sys
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -53,6 +56,28 @@ def test_one_process_starts_although_the_default_port_is_taken() -> None:
         taken.listen()
         port = taken.getsockname()[1]
         assert run_alone(_alone_beside, port) != port
+
+
+ONE_PROCESS = """
+import deepspeed, torch
+deepspeed.init_distributed("gloo")
+total = torch.ones(1)
+deepspeed.comm.all_reduce(total)
+print("joined", total.item(), flush=True)
+"""
+
+
+@pytest.mark.parametrize(
+    "options", [["--standalone"], ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"], []]
+)
+def test_torchrun_with_one_process_joins_the_store_of_its_agent(options: list[str], tmp_path: Path) -> None:
+    script = tmp_path / "one.py"
+    script.write_text(ONE_PROCESS)
+    options = options or ["--master_port", str(free_port())]
+    command = [sys.executable, "-m", "torch.distributed.run", *options, "--nproc_per_node", "1", str(script)]
+    environ = {name: value for name, value in os.environ.items() if name not in FIVE} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, env=environ)
+    assert "joined 1.0" in done.stdout, done.stderr
 
 
 def _by_arguments(port: int) -> int:

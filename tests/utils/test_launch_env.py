@@ -103,6 +103,24 @@ def test_one_process_evades_a_port_that_is_taken() -> None:
         assert discover({"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0", **MASTER}).master_port == 1234
 
 
+def test_one_process_under_torchrun_goes_to_the_port_where_the_agent_keeps_the_store() -> None:
+    with socket.socket() as agent:
+        agent.bind(("", 0))
+        agent.listen()
+        port = agent.getsockname()[1]
+        environ = {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        assert discover({**environ, "TORCHELASTIC_USE_AGENT_STORE": "True"}).master_port == port
+        assert discover({**environ, "TORCHELASTIC_USE_AGENT_STORE": "False"}).master_port != port
+
+
+def test_an_agent_store_that_cannot_be_found_is_an_error_and_not_a_wait() -> None:
+    agent = {"TORCHELASTIC_USE_AGENT_STORE": "True"}
+    with pytest.raises(DeepSpeedError, match="^RANK is not set"):
+        discover(agent)
+    with pytest.raises(DeepSpeedError, match="^MASTER_ADDR, MASTER_PORT are not set"):
+        discover({**agent, "RANK": "0", "WORLD_SIZE": "1"})
+
+
 def test_a_slurm_allocation_without_srun_is_one_process() -> None:
     inside_sbatch = {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "8", "SLURM_PROCID": "0", "SLURM_JOB_NODELIST": "n[1-2]"}
     assert discover(inside_sbatch).world_size == 1
