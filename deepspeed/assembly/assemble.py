@@ -303,5 +303,8 @@ def cast_buffers(module: nn.Module, config: Config) -> None:
         kept += list(keep)
     for owner_name, owner in module.named_modules():
         for name, buffer in owner.named_buffers(recurse=False):
-            if buffer.is_floating_point() and not any(part in f"{owner_name}.{name}" for part in kept):
+            is_cast = (
+                buffer.is_floating_point() and buffer.dtype.itemsize > 1
+            )  # float8 is a packed table, not arithmetic
+            if is_cast and not any(part in f"{owner_name}.{name}" for part in kept):
                 owner._buffers[name] = buffer.to(dtype)

@@ -1,4 +1,7 @@
-"""Do all ranks have the same configuration, model and kind of data? Asked before a collective could hang.
+"""Do all ranks have the same configuration and model? Asked before a collective could hang.
+
+Inputs are not asked about: an image on one rank and text on another, packed sequences, batches filled by tokens are all
+legitimate. A rank that has no batch at all is what the watchdog names.
 
 Each check exchanges one short digest; only when digests differ are the details exchanged, to name the ranks and the
 first difference.
@@ -10,11 +13,10 @@ import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import RankMismatchError
-from deepspeed.zero.hooks import tensors_in
 from deepspeed.zero.param import full_shape
 
 _LOCAL_SUFFIXES = ("path", "dir", "name")
@@ -33,19 +35,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> list[str]:
 
 
 def describe_model(module: nn.Module) -> list[str]:
-    """One line per parameter: name, full shape, whether it trains."""
-    return [
+    """One line per parameter and buffer: name, full shape, whether it trains; a buffer's dtype and layout."""
+    params = [
         f"{name} {tuple(full_shape(param))}{'' if param.requires_grad else ' frozen'}"
         for name, param in module.named_parameters()
     ]
+    return params + [f"buffer {name} {describe_buffer(buffer)}" for name, buffer in module.named_buffers()]
 
 
-def describe_inputs(inputs: Any) -> list[str]:
-    """One line per tensor given to the model: dtype, number of dims, size of the first (the micro-batch)."""
-    return [
-        f"tensor {i}: {str(t.dtype).removeprefix('torch.')}, {t.dim()} dims, first dim {t.shape[0] if t.dim() else '-'}"
-        for i, t in enumerate(tensors_in(inputs))
-    ]
+def describe_buffer(buffer: Tensor) -> str:
+    """Shape, dtype and layout, as far as ranks have to have the same; nested tensors have no one shape."""
+    layout = str(buffer.layout).removeprefix("torch.").removeprefix("strided")
+    shape = "nested" if buffer.is_nested else tuple(buffer.shape)
+    return f"{shape} {str(buffer.dtype).removeprefix('torch.')} {layout}".rstrip()
 
 
 def require_equal(mesh: Mesh, what: str, lines: Sequence[str], cure: str) -> None:

@@ -26,7 +26,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine.accumulation import Accumulation
-from deepspeed.engine.agreement import describe_inputs, describe_model, flatten, require_equal
+from deepspeed.engine.agreement import describe_model, flatten, require_equal
 from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.checkpoints import CheckpointMethods, Checkpoints
 from deepspeed.engine.data import DeepSpeedDataLoader
@@ -129,7 +129,6 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.skipped_steps = 0
         self.losses: Tensor | None = None
         self._was_step_applied = False
-        self._knows_inputs = self.mesh.size("average") == 1
         self._knows_order = len(self._reducer.gradients) < 2
         _engine_of[model] = weakref.ref(self)
         if self._config.disable_python_gc:
@@ -287,7 +286,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
-        self._before_forward((inputs, kwargs))
+        self._before_forward()
         self._recomputation.choose(inputs, kwargs)
         if self._casts_inputs is not None:
             inputs = tuple(_cast_floating(value, self._casts_inputs) for value in inputs)
@@ -297,7 +296,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             self.watch.watch(output)
         return output
 
-    def _before_forward(self, inputs: Any) -> None:
+    def _before_forward(self) -> None:
         if self._finalizer.peek() is None:
             raise TrainingStateError(
                 "this engine was destroyed, or its model given to a newer engine.\n"
@@ -308,10 +307,6 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         if torch.is_grad_enabled():
             self._reducer.hide()
             self._reducer.flush()
-            if not self._knows_inputs:
-                self._knows_inputs = True
-                cure = "Give every rank micro-batches of the same kind and size (train_micro_batch_size_per_gpu)."
-                require_equal(self.mesh, "inputs", describe_inputs(inputs), cure)
 
     @contextlib.contextmanager
     def _phase(self, name: str, value: Any = None) -> Iterator[None]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.zero.bucket import Bucket, LoadQueue
@@ -187,8 +188,7 @@ class _Builder:
         dtype = self._policy.parameters.dtype if param.is_floating_point() else param.dtype
         source = param.__dict__.pop("_zero_slot", None)
         if source is None:
-            param.data = param.data.to(self._device, dtype)
-            self._everyone.broadcast(param.data)
+            param.data = spread(self._everyone, param.data.to(self._device, dtype), self._device)
             return
         value = torch.empty(source.bucket.shapes[source.index], dtype=dtype, device=self._device)
         _copy_values([param], [source], [value])
@@ -196,14 +196,22 @@ class _Builder:
         param.data = value
 
     def place_buffers(self, module: nn.Module) -> None:
-        """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern."""
-        for owner in module.modules():
+        """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern.
+
+        Raises DeepSpeedConfigError for a buffer without values (meta device).
+        """
+        placed: dict[Tensor, Tensor] = {}
+        for owner_name, owner in module.named_modules():
             for name, buffer in owner.named_buffers(recurse=False):
-                moved = buffer.to(self._device)
-                if moved is not buffer:
-                    owner._buffers[name] = moved
-                if moved.numel():
-                    self._everyone.broadcast(moved)
+                if buffer.is_meta:
+                    raise DeepSpeedConfigError(
+                        f"the buffer {owner_name}{'.' if owner_name else ''}{name} has no values (it is on the meta device).\n"
+                        "  Load or initialise the model first: module.to_empty(device=...), then give its buffers their values."
+                    )
+                if buffer not in placed:  # one that two modules share stays one
+                    placed[buffer] = spread(self._everyone, buffer.to(self._device), self._device)
+                if placed[buffer] is not buffer:
+                    owner._buffers[name] = placed[buffer]
 
 
 def _copy_values(params: Sequence[nn.Parameter], sources: Sequence[Slot | None], into: Sequence[Tensor]) -> None:

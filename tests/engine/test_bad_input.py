@@ -207,18 +207,32 @@ def test_ranks_with_other_configurations_or_models_are_named() -> None:
     run_ranks(3, differing_ranks)
 
 
-def differing_inputs(rank: int, world_size: int, stage: int) -> None:
-    with engine_of(build("mlp"), make_config(stage, micro=2)) as engine:
-        samples = 3 if rank == 1 else 2
-        with pytest.raises(
-            RankMismatchError, match=r"same inputs[\s\S]*rank 1: has tensor 0: float32, 2 dims, first dim 3"
-        ):
-            engine(torch.randn(samples, WIDTH), torch.randn(samples, 4))
+def differing_buffers(rank: int, world_size: int) -> None:
+    model = build("mlp")
+    model.register_buffer("table", torch.zeros(3 + rank))
+    with pytest.raises(
+        RankMismatchError, match=r"rank 1: has buffer table \(4,\) float32 where .* table \(3,\) float32"
+    ):
+        deepspeed.initialize(model=model, config=make_config(1, micro=2))
 
 
-@pytest.mark.parametrize("stage", [0, 3])
-def test_ranks_with_other_kinds_of_data_are_named(stage: int) -> None:
-    run_ranks(2, differing_inputs, stage)
+def test_ranks_with_other_buffers_are_named() -> None:
+    run_ranks(2, differing_buffers)
+
+
+def meta_buffer() -> None:
+    model = build("mlp")
+    model.head.register_buffer("table", torch.zeros(3, device="meta"))
+    with pytest.raises(DeepSpeedConfigError, match=r"the buffer head.table has no values \(it is on the meta device\)"):
+        deepspeed.initialize(model=model, config=make_config(1, micro=2))
+
+
+def test_a_buffer_without_values_is_named() -> None:
+    run_ranks(1, _alone, meta_buffer)
+
+
+def _alone(rank: int, world_size: int, check: Callable[[], None]) -> None:
+    check()
 
 
 # Calls out of order. ---------------------------------------------------------------------------------------------------
