@@ -12,7 +12,7 @@ from deepspeed import legacy as _legacy
 from deepspeed.utils.lazy import invert as _invert
 from deepspeed.utils.lazy import lazy_exports as _lazy_exports
 
-__version__ = "1.0.0"
+__version__ = version = "1.0.0"
 __version_major__, __version_minor__, __version_patch__ = (int(part) for part in __version__.split("."))
 __git_hash__ = __git_branch__ = None
 
@@ -39,5 +39,17 @@ __getattr__, __dir__ = _lazy_exports(
         for name in "accelerator comm config elasticity env_report launcher memory monitor profiling utils zero".split()
     }
     | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
+    | _invert(
+        {
+            "deepspeed.pipe": "PipelineModule",
+            "deepspeed.runtime.pipe.engine": "PipelineEngine",
+            "deepspeed.inference.engine": "InferenceEngine",
+            "deepspeed.inference.config": "DeepSpeedInferenceConfig",
+            "deepspeed.runtime.hybrid_engine": "DeepSpeedHybridEngine",
+            "deepspeed.ops.transformer": "DeepSpeedTransformerLayer DeepSpeedTransformerConfig",
+            "deepspeed.module_inject": "replace_transformer_layer revert_transformer_layer",
+        }
+    )
+    | {"init_inference": "~inference", "default_inference_config": "~inference"}
     | _legacy.names(),
 )

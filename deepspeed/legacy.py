@@ -2,6 +2,10 @@
 
 `import deepspeed` installs one finder for the paths in the table; nothing else of the package knows them. Each path is
 a module whose names are imported at first use. Adding a promised path is adding a line.
+
+What comes with a later version is in the table too, as "~feature": a placeholder that can be imported, subclassed and
+compared with, and says the feature when it is called (`porch/placeholder.py`). Building a feature ends with naming its
+module in its lines here. Constants stand in `porch/constants.py`, by path.
 """
 
 from __future__ import annotations
@@ -21,21 +25,278 @@ _SCHEDULES = (
 )
 _ESTIMATORS = " ".join(f"estimate_zero{{0}}_model_states_mem_needs{kind}" for kind in ("", "_all_live", "_all_cold"))
 
+_CONSTANTS = "="
+"""The key of a row whose path has constants."""
+
+
+def _later(feature: str, names: str) -> dict[str, str]:
+    """Placeholders for the names of a feature; "internal" is what has no counterpart here."""
+    return dict.fromkeys(names.split(), f"~{feature}")
+
+
+_TOOLS = "deepspeed.porch.tools"
+_NORMS = "deepspeed.porch.norms"
+_PIPE, _MOE, _EXPERTS = "pipeline parallelism", "deepspeed.moe.layer", "mixture of experts"
+_INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
+_DATA, _LTD = "data efficiency", "random layer-token drop"
+_COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
+_ONE_BIT = "1-bit optimizers"
+
 PATHS: dict[str, dict[str, str]] = {
-    "deepspeed.runtime": {},
-    "deepspeed.runtime.engine": invert({"deepspeed.engine.engine": "DeepSpeedEngine"}),
-    "deepspeed.runtime.config": invert(
-        {"deepspeed.config.legacy_config": "DeepSpeedConfig", "deepspeed.utils.errors": "DeepSpeedConfigError"}
+    "deepspeed.constants": {_CONSTANTS: ""},
+    "deepspeed.git_version_info": {
+        **invert(
+            {
+                "deepspeed.porch.version": "installed_ops compatible_ops torch_info accelerator_name git_hash git_branch",
+            }
+        ),
+        "version": "deepspeed:__version__",
+    },
+    "deepspeed.runtime": {
+        "DeepSpeedOptimizer": "deepspeed.zero.optimizer",
+        "ZeROOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer",
+    },
+    "deepspeed.runtime.engine": {
+        _CONSTANTS: "",
+        **invert({"deepspeed.engine.engine": "DeepSpeedEngine", _TOOLS: "autocast_if_enabled", _MOE: "MoE"}),
+        "DeepSpeedOptimizerCallable": "collections.abc:Callable",
+        "DeepSpeedSchedulerCallable": "collections.abc:Callable",
+        **_later("internal", "EngineTimers"),
+    },
+    "deepspeed.runtime.config": {
+        _CONSTANTS: "",
+        **invert(
+            {
+                "deepspeed.config.legacy_config": "DeepSpeedConfig",
+                "deepspeed.utils.errors": "DeepSpeedConfigError",
+                "deepspeed.porch.enums": "DtypeEnum",
+            }
+        ),
+    },
+    "deepspeed.runtime.config_utils": {
+        "DeepSpeedConfigModel": "deepspeed.config.base:Section",
+        "dict_raise_error_on_duplicate_keys": _TOOLS,
+    },
+    "deepspeed.runtime.constants": {_CONSTANTS: ""},
+    "deepspeed.runtime.compiler": invert({_TOOLS: "is_compiling disable"}),
+    "deepspeed.runtime.sparse_tensor": _later("sparse reduction of embedding gradients", "SparseTensor"),
+    "deepspeed.runtime.csr_tensor": {"CSRTensor": "deepspeed.runtime.sparse_tensor:SparseTensor"},
+    "deepspeed.runtime.eigenvalue": _later("layer curvature", "Eigenvalue"),
+    "deepspeed.runtime.quantize": _later("quantization while training", "Quantizer"),
+    "deepspeed.runtime.progressive_layer_drop": _later("progressive layer dropping", "ProgressiveLayerDrop"),
+    "deepspeed.runtime.hybrid_engine": _later("the hybrid engine", "DeepSpeedHybridEngine"),
+    "deepspeed.runtime.bf16_optimizer": _later("internal", "BF16_Optimizer"),
+    "deepspeed.runtime.state_dict_factory": _later("checkpoints for inference", "MegatronSDLoader SDLoaderFactory"),
+    "deepspeed.runtime.checkpoint_engine": invert(
+        {
+            "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": "TorchCheckpointEngine CheckpointEngine",
+        }
     ),
+    "deepspeed.runtime.checkpoint_engine.checkpoint_engine": _later("internal", "CheckpointEngine"),
+    "deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine": {
+        "CheckpointEngine": "deepspeed.runtime.checkpoint_engine.checkpoint_engine",
+        **_later("internal", "TorchCheckpointEngine"),
+    },
+    "deepspeed.runtime.checkpoint_engine.nebula_checkpoint_engine": _later("internal", "NebulaCheckpointEngine"),
+    "deepspeed.runtime.fp16": {},
+    "deepspeed.runtime.fp16.fused_optimizer": _later("internal", "FP16_Optimizer"),
+    "deepspeed.runtime.fp16.unfused_optimizer": _later("internal", "FP16_UnfusedOptimizer"),
+    "deepspeed.runtime.fp16.loss_scaler": {
+        "LossScaler": "deepspeed.precision.scaler:StaticLossScale",
+        "LossScalerBase": "deepspeed.precision.scaler:StaticLossScale",
+        "DynamicLossScaler": "deepspeed.precision.scaler:DynamicLossScale",
+        **_later("internal", "CreateLossScaler"),
+    },
+    "deepspeed.runtime.fp16.onebit": _later(_ONE_BIT, "OnebitAdam OnebitLamb ZeroOneAdam"),
+    "deepspeed.runtime.fp16.onebit.adam": invert({"deepspeed.runtime.fp16.onebit": "OnebitAdam"}),
+    "deepspeed.runtime.fp16.onebit.lamb": invert({"deepspeed.runtime.fp16.onebit": "OnebitLamb"}),
+    "deepspeed.runtime.fp16.onebit.zoadam": invert({"deepspeed.runtime.fp16.onebit": "ZeroOneAdam"}),
+    "deepspeed.runtime.fp16.onebit_adam": invert({"deepspeed.runtime.fp16.onebit": "OnebitAdam"}),
+    "deepspeed.runtime.domino": {},
+    "deepspeed.runtime.domino.transformer": _later("Domino", "DominoTransformer DominoTransformerLayer"),
+    "deepspeed.runtime.swap_tensor": {},
+    "deepspeed.runtime.swap_tensor.partitioned_param_swapper": {
+        "PartitionedParamStatus": "deepspeed.porch.enums",
+        **_later("internal", "AsyncPartitionedParameterSwapper"),
+    },
+    "deepspeed.runtime.sequence_parallel": {},
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": _later(
+        _SEQUENCE,
+        "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP TiledFusedLogitsLoss SequenceTiledCompute "
+        "sequence_tiled_compute UlyssesSPFullStack",
+    ),
+    "deepspeed.sequence": {},
+    "deepspeed.sequence.layer": _later(_SEQUENCE, "DistributedAttention"),
+    "deepspeed.sequence.cross_entropy": _later(_SEQUENCE, "vocab_sequence_parallel_cross_entropy"),
+    "deepspeed.sequence.fpdt_layer": _later(
+        _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"
+    ),
+    "deepspeed.pipe": invert({"deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"}),
+    "deepspeed.runtime.pipe": invert({"deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"}),
+    "deepspeed.runtime.pipe.module": _later(_PIPE, "PipelineModule LayerSpec TiedLayerSpec PipelineError"),
+    "deepspeed.runtime.pipe.engine": {
+        _CONSTANTS: "",
+        "DeepSpeedEngine": "deepspeed.engine.engine",
+        **_later(_PIPE, "PipelineEngine _tensor_bytes"),
+        **invert({_TOOLS: "_is_even _is_odd"}),
+    },
+    "deepspeed.runtime.pipe.p2p": _later(_PIPE, "recv send init_process_groups can_send_recv wait send_obj recv_obj"),
+    "deepspeed.runtime.pipe.schedule": {
+        **_later(
+            _PIPE,
+            "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule PipeInstruction BufferOpInstruction "
+            "OptimizerStep ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
+            "RecvActivation SendGrad RecvGrad",
+        ),
+        **invert({_TOOLS: "_is_even _is_odd"}),
+    },
+    "deepspeed.runtime.pipe.topology": _later(
+        _PIPE, "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid"
+    ),
+    "deepspeed.moe": {},
+    "deepspeed.moe.layer": _later(_EXPERTS, "MoE"),
+    "deepspeed.moe.sharded_moe": _later(_EXPERTS, "MOELayer TopKGate"),
+    "deepspeed.moe.experts": _later(_EXPERTS, "Experts"),
+    "deepspeed.moe.utils": {
+        **invert({_TOOLS: "is_moe_param split_params_into_different_moe_groups_for_optimizer has_moe_layers"}),
+    },
+    "deepspeed.runtime.data_pipeline": {},
+    "deepspeed.runtime.data_pipeline.constants": {_CONSTANTS: ""},
+    "deepspeed.runtime.data_pipeline.curriculum_scheduler": _later("curriculum learning", "CurriculumScheduler"),
+    "deepspeed.runtime.data_pipeline.data_routing": {},
+    "deepspeed.runtime.data_pipeline.data_routing.basic_layer": _later(_LTD, "RandomLayerTokenDrop"),
+    "deepspeed.runtime.data_pipeline.data_routing.scheduler": _later(_LTD, "RandomLTDScheduler"),
+    "deepspeed.runtime.data_pipeline.data_routing.helper": _later(
+        _LTD, "convert_to_random_ltd remove_random_ltd_state_dict save_without_random_ltd"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling": {},
+    "deepspeed.runtime.data_pipeline.data_sampling.data_analyzer": _later(
+        _DATA, "DataAnalyzer DistributedDataAnalyzer"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.data_sampler": _later(_DATA, "DeepSpeedDataSampler"),
+    "deepspeed.runtime.data_pipeline.data_sampling.indexed_dataset": _later(
+        _DATA, "MMapIndexedDataset MMapIndexedDatasetBuilder"
+    ),
+    "deepspeed.runtime.data_pipeline.data_sampling.variable_batch_size_and_lr": _later(
+        _DATA,
+        "get_dataloader_and_lr_scheduler_for_variable_batch_size_deepspeed batch_by_seqlens "
+        "lr_scheduler_for_variable_batch_size dataloader_for_variable_batch_size",
+    ),
+    "deepspeed.compression": invert(
+        {
+            "deepspeed.compression.compress": "init_compression redundancy_clean",
+            "deepspeed.compression.scheduler": "compression_scheduler",
+        }
+    ),
+    "deepspeed.compression.scheduler": _later(_COMPRESSION, "compression_scheduler"),
+    "deepspeed.compression.compress": _later(
+        _COMPRESSION, "init_compression redundancy_clean student_initialization get_compress_methods"
+    ),
+    "deepspeed.compression.constants": {_CONSTANTS: ""},
+    "deepspeed.compression.helper": {
+        **invert({"deepspeed.utils.nested": "recursive_getattr recursive_setattr"}),
+        **_later(_COMPRESSION, "convert_conv1d_to_linear rewrite_optimizer_step module_replacement"),
+    },
+    "deepspeed.inference": _later(
+        _INFERENCE,
+        "InferenceEngineV2 RaggedInferenceEngineConfig DeepSpeedTPConfig build_hf_engine build_engine_from_ds_checkpoint",
+    ),
+    "deepspeed.inference.config": {
+        "DtypeEnum": "deepspeed.porch.enums",
+        **_later(_INFERENCE, "DeepSpeedInferenceConfig DeepSpeedTPConfig DeepSpeedMoEConfig QuantizationConfig"),
+    },
+    "deepspeed.inference.engine": _later(_INFERENCE, "InferenceEngine"),
+    "deepspeed.inference.v2": {},
+    "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),
+    "deepspeed.inference.v2.engine_factory": {
+        **invert({"deepspeed.inference.v2.checkpoint": "HuggingFaceCheckpointEngine"}),
+        **invert({"deepspeed.inference": "build_hf_engine build_engine_from_ds_checkpoint"}),
+    },
+    "deepspeed.inference.v2.ragged": _later(_INFERENCE, "DSStateManagerConfig DSStateManager"),
+    "deepspeed.module_inject": _later(_INFERENCE, "replace_transformer_layer revert_transformer_layer"),
+    "deepspeed.module_inject.layers": _later(
+        _AUTOTP,
+        "LinearAllreduce LinearLayer LmHeadLinearAllreduce GatherReplacedLayerParams EmbeddingLayer Normalize",
+    ),
+    "deepspeed.module_inject.policy": _later(_INFERENCE, "transpose DSPolicy TransformerPolicy"),
+    "deepspeed.module_inject.replace_policy": _later(
+        _INFERENCE, "HFGPT2LayerPolicy HFBertLayerPolicy HFGPTJLayerPolicy"
+    ),
+    "deepspeed.module_inject.tp_shard": _later(_AUTOTP, "get_shard_size get_shard_size_list"),
+    "deepspeed.utils.tp_shard": invert({"deepspeed.module_inject.tp_shard": "get_shard_size get_shard_size_list"}),
+    "deepspeed.compile": {},
+    "deepspeed.compile.passes": {},
+    "deepspeed.compile.passes.offload_adam_states": _later(
+        "DeepCompile", "move_opt_states move_opt_states_sync offload_adam_states_for_init"
+    ),
+    "deepspeed.compile.passes.prefetch": _later("DeepCompile", "schedule_prefetch"),
+    "deepspeed.compile.passes.selective_gather": _later("DeepCompile", "selective_gather"),
+    "deepspeed.compile.passes.sp_compile": _later("DeepCompile", "prepare_autosp_inputs"),
+    "deepspeed.compile.passes.zero3_compile": _later("DeepCompile", "add_z3_gather_release"),
+    "deepspeed.io": _later("internal", "FastFileWriter FastFileWriterConfig MockFileWriter PyFileWriter"),
+    "deepspeed.tools": {},
+    "deepspeed.tools.tensor_logger": _later("internal", "TensorLogger save_logged_tensors"),
+    "deepspeed.accelerator.abstract_accelerator": {"DeepSpeedAccelerator": "deepspeed.accelerator.base"},
+    "deepspeed.accelerator.cpu_accelerator": {"CPU_Accelerator": "deepspeed.accelerator.cpu:CpuAccelerator"},
+    "deepspeed.accelerator.cuda_accelerator": {"CUDA_Accelerator": "deepspeed.accelerator.device:DeviceAccelerator"},
+    "deepspeed.accelerator.real_accelerator": invert({"deepspeed.accelerator": "get_accelerator set_accelerator"}),
+    "deepspeed.comm.comm": {"*": "deepspeed.comm:"},
+    "deepspeed.comm.torch": _later("internal", "TorchBackend"),
+    "deepspeed.checkpoint.constants": {_CONSTANTS: ""},
+    "deepspeed.checkpoint.deepspeed_checkpoint": {
+        _CONSTANTS: "",
+        **_later("internal", "DeepSpeedCheckpoint"),
+    },
+    "deepspeed.checkpoint.reshape_utils": invert({_TOOLS: "get_files get_files_with_prefix"}),
+    "deepspeed.checkpoint.universal_checkpoint": {
+        "enable_universal_checkpoint": _TOOLS,
+        **_later("internal", "SubparamShape load_hp_checkpoint_state"),
+    },
     "deepspeed.runtime.base_optimizer": invert({"deepspeed.zero.optimizer": "DeepSpeedOptimizer"}),
     "deepspeed.runtime.lr_schedules": invert({"deepspeed.optim.schedules": _SCHEDULES}),
     "deepspeed.runtime.dataloader": invert({"deepspeed.engine.data": "DeepSpeedDataLoader RepeatingLoader"}),
-    "deepspeed.runtime.utils": invert(
-        {"deepspeed.accelerator.memory": "see_memory_usage", "deepspeed.utils.nested": "move_to_device"}
-    ),
+    "deepspeed.runtime.utils": {
+        **invert(
+            {
+                "deepspeed.accelerator.memory": "see_memory_usage",
+                "deepspeed.utils.nested": "move_to_device",
+                "deepspeed.porch.partitioned": "PartitionedTensor",
+                _TOOLS: "set_random_seed noop_context graph_process inf get_ma_status empty_cache align_dense_tensors "
+                "is_model_parallel_parameter bwc_tensor_model_parallel_rank",
+                _NORMS: "clip_grad_norm_ clip_tensors_by_global_norm get_global_norm get_global_norm_of_tensors",
+            }
+        ),
+        "get_grad_norm": f"{_NORMS}:get_global_norm_of_tensors",
+        "partition_uniform": "deepspeed.parallel.pipeline.partition:uniform",
+        "partition_balanced": "deepspeed.parallel.pipeline.partition:balanced",
+        **_later("internal", "CheckOverflow DummyOptim all_gather_dp_groups"),
+    },
+    "deepspeed.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.activation_checkpointing": {},
     "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
-    "deepspeed.runtime.zero": {},
+    "deepspeed.runtime.zero": invert(
+        {"deepspeed.runtime.zero.partition_parameters": "Init GatheredParameters ZeroParamStatus"}
+    ),
+    "deepspeed.runtime.zero.config": {
+        _CONSTANTS: "",
+        "ZeroStageEnum": "deepspeed.porch.enums",
+        "DeepSpeedZeroConfig": "deepspeed.config.zero:ZeroConfig",
+    },
+    "deepspeed.runtime.zero.constants": {_CONSTANTS: ""},
+    "deepspeed.runtime.zero.mics": {"MiCS_Init": "deepspeed.zero.init:Init", **_later("internal", "MiCS_Optimizer")},
+    "deepspeed.runtime.zero.mics_utils": _later("internal", "MiCS_CommGroups create_mics_comm_groups scale_tensors"),
+    "deepspeed.runtime.zero.utils": {
+        **invert({_TOOLS: "is_zero_supported_optimizer is_zero_param apply_to_tensors_only"}),
+        "ZeRORuntimeException": "deepspeed.utils.errors:DeepSpeedError",
+        **_later("internal", "_initialize_parameter_parallel_groups"),
+    },
+    "deepspeed.runtime.zero.partitioned_param_coordinator": {
+        "iter_params": _TOOLS,
+        **_later("internal", "InflightParamRegistry PartitionedParameterCoordinator"),
+    },
+    "deepspeed.runtime.zero.partitioned_param_profiler": _later("internal", "PartitionedParameterProfiler"),
+    "deepspeed.runtime.zero.stage1": {"FP16_DeepSpeedZeroOptimizer_Stage1": "deepspeed.zero.optimizer:ZeroOptimizer"},
+    "deepspeed.runtime.zero.stage2": {"FP16_DeepSpeedZeroOptimizer": "deepspeed.zero.optimizer:ZeroOptimizer"},
     "deepspeed.runtime.zero.partition_parameters": {
         **invert(
             {
@@ -44,8 +305,10 @@ PATHS: dict[str, dict[str, str]] = {
                 "deepspeed.zero.param": "ZeroParamStatus",
                 "deepspeed.accelerator": "get_accelerator",
                 "deepspeed.zero.tensor_factories": "zero_wrapper_for_fp_tensor_constructor _orig_torch_arange",
+                _TOOLS: "shutdown_init_context is_zero_param",
             }
-        )
+        ),
+        **_later("internal", "AllGatherCoalescedHandle _init_external_params"),
     },
     "deepspeed.runtime.zero.offload_config": invert({"deepspeed.zero.away": "OffloadDeviceEnum OffloadStateTypeEnum"}),
     "deepspeed.runtime.zero.stage_1_and_2": {
@@ -57,7 +320,8 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
     },
     "deepspeed.runtime.zero.parameter_offload": {
-        "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload"
+        "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload",
+        "is_zero_param": _TOOLS,
     },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),
     "deepspeed.runtime.zero.muon": {},
@@ -65,11 +329,39 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.checkpoint.utils": invert({"deepspeed.utils.nested": "clone_tensors_for_torch_save"}),
     "deepspeed.ops": {"__compatible_ops__": "deepspeed.utils.compatible_ops:COMPATIBLE"},
     "deepspeed.ops.adam": invert({"deepspeed.optim": "FusedAdam DeepSpeedCPUAdam"}),
+    "deepspeed.ops.adam.multi_tensor_apply": _later("internal", "MultiTensorApply"),
+    "deepspeed.ops.adam.fused_adam": invert({"deepspeed.optim": "FusedAdam"}),
+    "deepspeed.ops.adam.cpu_adam": invert({"deepspeed.optim": "DeepSpeedCPUAdam"}),
+    "deepspeed.ops.lamb.fused_lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lamb": invert({"deepspeed.optim": "FusedLamb"}),
     "deepspeed.ops.lion": invert({"deepspeed.optim": "FusedLion DeepSpeedCPULion"}),
     "deepspeed.ops.adagrad": invert({"deepspeed.optim": "DeepSpeedCPUAdagrad"}),
     "deepspeed.ops.aio": invert({"deepspeed.op_builders": "AsyncIOBuilder GDSBuilder"}),
     "deepspeed.ops.op_builder": {"*": "deepspeed.op_builders:"},
+    "deepspeed.ops.op_builder.builder": {
+        "OpBuilder": "deepspeed.op_builders",
+        **invert({"deepspeed.porch.version": "TORCH_MAJOR TORCH_MINOR"}),
+    },
+    "deepspeed.ops.op_builder.sparse_attn": {"SparseAttnBuilder": "deepspeed.op_builders"},
+    "deepspeed.ops.sparse_attention": {
+        **invert(
+            {
+                "deepspeed.ops.sparse_attention.sparsity_config": "SparsityConfig DenseSparsityConfig FixedSparsityConfig "
+                "VariableSparsityConfig BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig",
+            }
+        ),
+        **_later(_SPARSE, "SparseSelfAttention BertSparseSelfAttention SparseAttentionUtils"),
+    },
+    "deepspeed.ops.sparse_attention.sparsity_config": _later(
+        _SPARSE,
+        "SparsityConfig DenseSparsityConfig FixedSparsityConfig VariableSparsityConfig BigBirdSparsityConfig "
+        "BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig",
+    ),
+    "deepspeed.ops.deepspeed4science": _later("attention with pair biases", "DS4Sci_EvoformerAttention"),
+    "deepspeed.ops.fp_quantizer": _later("quantization to fp8 and below", "FP_Quantize"),
+    "deepspeed.ops.transformer": _later(
+        _INFERENCE, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig DeepSpeedTransformerInference"
+    ),
     "deepspeed.ops.op_builder.all_ops": invert({"deepspeed.op_builders": "ALL_OPS"}),
     "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
     "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},
@@ -82,6 +374,22 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.utils.zero_to_fp32": {"*": "deepspeed.checkpoint.zero_to_fp32:"},
     "deepspeed.utils.groups": {"*": "deepspeed.mesh.groups:"},
+    "deepspeed.utils.tensor_fragment": {
+        **invert(
+            {
+                "deepspeed.porch.enums": "fragment_address",
+                "deepspeed.utils": " ".join(
+                    f"safe_{verb}_full_{what}"
+                    for verb in ("get", "set")
+                    for what in ("fp32_param", "optimizer_state", "grad")
+                ),
+            }
+        ),
+        **_later("internal", "tensor_fragment"),
+    },
+    "deepspeed.utils.debug": invert(
+        {_TOOLS: "debug_extract_module_and_param_names debug_module2name_id debug_param2name_id"}
+    ),
 }
 
 
@@ -105,6 +413,8 @@ class _Porch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         if module.__name__ not in PATHS:
             return
         names: dict[str, str] = dict(PATHS[module.__name__])
+        if names.pop(_CONSTANTS, None) is not None:
+            module.__dict__.update(importlib.import_module("deepspeed.porch.constants").VALUES[module.__name__])
         prefix = module.__name__ + "."
         names |= {path.removeprefix(prefix): path + ":" for path in PATHS if path.startswith(prefix)}
         get, listing = lazy_exports(module.__name__, names)

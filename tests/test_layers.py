@@ -26,7 +26,7 @@ LADDER = [
     "memory",
     "engine",
     "inference autotuning elasticity launcher",
-    "op_builders env_report",
+    "op_builders env_report porch",
     "__init__ legacy",
 ]
 LAYERS = [name for step in LADDER for name in step.split()]

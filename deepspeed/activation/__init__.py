@@ -18,7 +18,8 @@ __getattr__, __dir__ = _lazy_exports(
         {
             "deepspeed.activation.settings": "configure is_configured reset set_num_layers partition_activations_in_checkpoint",
             "deepspeed.activation.call": "checkpoint non_reentrant_checkpoint CheckpointFunction",
-            "deepspeed.activation.rng": "CudaRNGStatesTracker get_cuda_rng_tracker model_parallel_cuda_manual_seed "
+            "deepspeed.porch.tools": "detach_variable",
+            "deepspeed.activation.rng": "_CUDA_RNG_STATE_TRACKER _MODEL_PARALLEL_RNG_TRACKER_NAME _set_cuda_rng_state CudaRNGStatesTracker get_cuda_rng_tracker model_parallel_cuda_manual_seed "
             "model_parallel_reconfigure_tp_seed",
             "deepspeed.activation.blocks": "checkpoint_blocks find_blocks Recompute",
         }

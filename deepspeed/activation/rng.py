@@ -88,6 +88,15 @@ class CudaRNGStatesTracker:
 _tracker = CudaRNGStatesTracker()
 
 
+_CUDA_RNG_STATE_TRACKER, _MODEL_PARALLEL_RNG_TRACKER_NAME = _tracker, MODEL_PARALLEL
+"""Under these names scripts reach for them."""
+
+
+def _set_cuda_rng_state(new_state: Tensor, device: Any = -1) -> None:
+    """Set the random state of a device; of the current one for -1."""
+    get_accelerator().set_rng_state(new_state, None if device == -1 else device)
+
+
 def get_cuda_rng_tracker() -> CudaRNGStatesTracker:
     """The tracker of this process."""
     return _tracker

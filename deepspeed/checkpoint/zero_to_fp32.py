@@ -28,7 +28,7 @@ from deepspeed.checkpoint.staging import Staging
 from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.checkpoint.writer import Reads, write_tensors
 from deepspeed.utils.dtypes import parse_dtype
-from deepspeed.utils.errors import CheckpointError
+from deepspeed.utils.errors import CheckpointError, NotAvailableError
 from deepspeed.zero.shards import PARAM
 
 AHEAD_NBYTES = 32 << 20
@@ -266,6 +266,14 @@ def get_checkpoint_files(checkpoint_dir: str | Path, pattern: str) -> list[str]:
 def get_optim_files(checkpoint_dir: str | Path) -> list[str]:
     """The optimizer state files of a checkpoint, in the order of ranks. Raises FileNotFoundError."""
     return get_checkpoint_files(checkpoint_dir, "*_optim_states.pt")
+
+
+def parse_optim_states(files: list[str], ds_checkpoint_dir: str) -> tuple[int, int, list[Any]]:
+    """Refused: the original's shards are read by `get_fp32_state_dict_from_zero_checkpoint`, and ours are no pickles."""
+    raise NotAvailableError(
+        "parse_optim_states reads pickled shards of the original.\n"
+        "  Use get_fp32_state_dict_from_zero_checkpoint(checkpoint_dir), which reads both formats."
+    )
 
 
 def get_model_state_files(checkpoint_dir: str | Path) -> list[str]:

@@ -59,6 +59,7 @@ from deepspeed.comm.init import (
     get_world_group,
     get_world_size,
     has_all_gather_into_tensor,
+    has_all_reduce_coalesced,
     has_coalescing_manager,
     has_reduce_scatter_tensor,
     init_distributed,
@@ -68,9 +69,21 @@ from deepspeed.comm.init import (
     mpi_discovery,
     new_group,
 )
+from deepspeed.utils.lazy import lazy_exports as _lazy_exports
+
+_later, _ = _lazy_exports(
+    __name__,
+    {"comm": "deepspeed.comm.comm:", "TorchBackend": "deepspeed.comm.torch", "comms_logger": "~internal"},
+)
+_LATER = ("comm", "TorchBackend", "comms_logger")
+"""Names of the original's inside that scripts import."""
 
 
 def __getattr__(name: str) -> Any:
+    if name == "cdb":  # the original's backend object, None before it is started
+        return _dist if is_initialized() else None
+    if name in _LATER:
+        return _later(name)
     if name.startswith("_"):
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return getattr(_dist, name)

@@ -188,6 +188,11 @@ def has_reduce_scatter_tensor() -> bool:
     return True
 
 
+def has_all_reduce_coalesced() -> bool:
+    """Whether torch starts several all-reduces together: yes in every torch this runs on."""
+    return True
+
+
 def has_coalescing_manager() -> bool:
     """Whether several collectives may be started as one: yes in every torch this runs on."""
     return True

@@ -148,3 +148,13 @@ def decode_world(text: str) -> World:
             f"--world_info={text!r} is not a world.\n"
             '  It is JSON {"host": [slot, ...]} in URL-safe base64; the `deepspeed` command writes it.'
         ) from None
+
+
+def fetch_hostfile(hostfile_path: str | Path) -> dict[str, int] | None:
+    """For scripts: the pool of a hostfile; None where there is no such file."""
+    return read_hostfile(Path(hostfile_path)) if Path(hostfile_path).is_file() else None
+
+
+def parse_inclusion_exclusion(resource_pool: Mapping[str, int], inclusion: str, exclusion: str) -> World:
+    """For scripts: the slots of a pool that --include or --exclude leaves."""
+    return select(resource_pool, inclusion or "", exclusion or "")

@@ -27,18 +27,22 @@ from deepspeed.launcher.arguments import HOSTFILE, make_parser, parse_args
 from deepspeed.launcher.commands import run_command
 from deepspeed.launcher.control import TOKEN_VARIABLE, address_towards, is_here, new_token
 from deepspeed.launcher.coordinator import START_S, Coordinator
-from deepspeed.launcher.hostfile import World, encode_world
+from deepspeed.launcher.hostfile import World, encode_world, fetch_hostfile, parse_inclusion_exclusion  # noqa: F401 - scripts
 from deepspeed.launcher.job import Job
 from deepspeed.launcher.launch import elastic_of, job_options, logger, pid_file, run_here, set_up_logging
 from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.remote import RemoteRun, check_reachable
 from deepspeed.launcher.starters import STARTERS, Plan, Starter
-from deepspeed.launcher.variables import FILE_NAME, exported
+from deepspeed.launcher.variables import FILE_NAME, PREFIXES, exported
 from deepspeed.utils.errors import DeepSpeedError, LaunchError, NotAvailableError
 from deepspeed.utils.launch_env import expand_hosts
 
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", FILE_NAME)
 """The file with variables for remote nodes; Accelerate appends to it."""
+
+DLTS_HOSTFILE = str(HOSTFILE)
+EXPORT_ENVS = list(PREFIXES)
+"""Under these names scripts look for the default hostfile and for the prefixes of variables that go along."""
 
 BY_HAND_START_S = 600.0
 """How long nodes that are started by hand may be apart."""

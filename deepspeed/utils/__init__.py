@@ -24,9 +24,14 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.utils.nested": "recursive_getattr recursive_setattr",
             "deepspeed.utils.nvtx": "instrument_w_nvtx",
             "deepspeed.comm": "is_initialized",
+            "deepspeed.porch.enums": "fragment_address",
         }
     )
-    | {"groups": "deepspeed.mesh.groups:", "zero_to_fp32": "deepspeed.checkpoint.zero_to_fp32:"},
+    | {
+        "link_hp_params": "~internal",
+        "groups": "deepspeed.mesh.groups:",
+        "zero_to_fp32": "deepspeed.checkpoint.zero_to_fp32:",
+    },
 )
 
 __all__ = ["log_dist", "logger", "set_log_level_from_string"]

@@ -13,12 +13,18 @@ from typing import Any
 
 
 def lazy_exports(module_name: str, table: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """`table[name]` is "package.module" (which has that name), "package.module:other", or "package.module:" itself."""
+    """`table[name]` is "package.module" (which has that name), "package.module:other", "package.module:" itself,
+    or "~feature", a placeholder for what a later version has (see `porch/placeholder.py`).
+    """
 
     def get(name: str) -> Any:
         target = table.get(name)
         if target is None:
             raise AttributeError(f"module {module_name!r} has no attribute {name!r}")
+        if target.startswith("~"):
+            value = importlib.import_module("deepspeed.porch.placeholder").placeholder(module_name, name, target[1:])
+            setattr(sys.modules[module_name], name, value)
+            return value
         path, colon, other = target.partition(":")
         module = importlib.import_module(path)
         value = module if colon and not other else getattr(module, other or name)

@@ -9,9 +9,12 @@ text is about one rank.
 from __future__ import annotations
 
 import functools
+import json
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
 
 LEVELS = {
     "debug": logging.DEBUG,
@@ -61,3 +64,25 @@ def set_log_level_from_string(level: str) -> None:
         logger.setLevel(LEVELS[level.lower()])
     except (KeyError, AttributeError):
         raise ValueError(f"log level {level!r} is not one of {', '.join(LEVELS)}.") from None
+
+
+def print_dist(message: str, ranks: Sequence[int] | None = None) -> None:
+    """Print on the listed global ranks; None or [-1] means every rank."""
+    if not ranks or -1 in ranks or current_rank() in ranks:
+        print(f"[rank {current_rank()}] {message}")
+
+
+def print_json_dist(
+    message: dict[str, Any], ranks: Sequence[int] | None = None, path: str | Path | None = None
+) -> None:
+    """Write `message`, with the rank added, as JSON to `path` on the listed global ranks; [-1] means every rank."""
+    if path is not None and ranks and (-1 in ranks or current_rank() in ranks):
+        message["rank"] = current_rank()
+        Path(path).write_text(json.dumps(message), encoding="utf-8")
+
+
+def print_configuration(args: Any, name: str) -> None:
+    """Print the attributes of an object, one a line."""
+    print(f"{name}:")
+    for key, value in sorted(vars(args).items()):
+        print(f"  {key} = {value}")

@@ -21,7 +21,7 @@ __getattr__, __dir__ = _lazy_exports(
     __name__,
     _invert(
         {
-            "deepspeed.zero.init": "Init",
+            "deepspeed.zero.init": "Init MiCS_Init",
             "deepspeed.zero.access": "GatheredParameters register_external_parameter unregister_external_parameter",
             "deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias",
             "deepspeed.zero.param": "ZeroParamStatus",

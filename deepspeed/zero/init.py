@@ -209,6 +209,10 @@ class Init:
             bucket.reshard()
 
 
+MiCS_Init = Init
+"""MiCS is ZeRO with replicas (`mics_shard_size`), which `Init` reads from the configuration."""
+
+
 def _make_placing(
     given: Any, remote_device: str | None, pin_memory: bool, dtype: torch.dtype, device: torch.device
 ) -> Placing:

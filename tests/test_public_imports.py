@@ -1,0 +1,72 @@
+"""Every name that public code imports from `deepspeed` can be imported; what comes later says so when it is called.
+
+`public_imports.txt` lists the names, one a line; "gone" marks those that the original does not have any more either.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+from torch import nn
+
+from deepspeed.legacy import PATHS
+from deepspeed.porch.placeholder import Placeholder
+from deepspeed.utils.errors import NotAvailableError
+
+LINES = [line.split() for line in Path(__file__).with_name("public_imports.txt").read_text().splitlines()]
+NAMES = [words[0] for words in LINES if len(words) == 1]
+
+
+def find(path: str) -> Any:
+    """What `from <module> import <name>` gives."""
+    module, _, name = path.rpartition(".")
+    try:
+        return getattr(importlib.import_module(module), name)
+    except AttributeError:
+        return importlib.import_module(path)
+
+
+@pytest.mark.parametrize("path", NAMES)
+def test_a_name_that_public_code_imports_is_there(path: str) -> None:
+    found = find(path)
+    if isinstance(found, type) and issubclass(found, Placeholder):
+        with pytest.raises(NotAvailableError, match="not available yet: |no counterpart here"):
+            found(1, key=2)
+
+
+@pytest.mark.parametrize("path", sorted(PATHS))
+def test_every_row_of_the_porch_names_something_that_is_there(path: str) -> None:
+    module = importlib.import_module(path)
+    for name in set(PATHS[path]) - {"*", "="}:
+        getattr(module, name)
+
+
+def test_a_placeholder_is_harmless_until_it_is_called() -> None:
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.module import PipelineModule as Same
+
+    class Mine(PipelineModule, nn.Module):
+        layers: list[PipelineModule] | None = None
+
+        def forward(self) -> int:
+            return 1
+
+    assert PipelineModule is Same
+    assert not isinstance(nn.Linear(1, 1), (PipelineModule, Mine))
+    assert issubclass(Mine, PipelineModule)
+    assert pickle.loads(pickle.dumps(PipelineModule)) is PipelineModule
+    with pytest.raises(NotAvailableError, match=r"PipelineModule is not available yet: pipeline parallelism"):
+        PipelineModule(layers=[], num_stages=2)
+    with pytest.raises(NotAvailableError, match="pipeline parallelism"):
+        Mine()
+
+
+def test_a_function_of_a_later_feature_says_so_when_it_is_called() -> None:
+    import deepspeed
+
+    with pytest.raises(NotAvailableError, match=r"deepspeed\.init_inference is not available yet: inference"):
+        deepspeed.init_inference(nn.Linear(1, 1), dtype=None)
