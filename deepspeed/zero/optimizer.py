@@ -5,7 +5,7 @@ The wrapped optimizer sees *runs*: for each bucket and parameter group one conti
 fused kernels get few large tensors. In fp32 a run is a view of the parameters' own memory and nothing is copied.
 
     deliver   the reducer's gradients, averaged, at O's placement
-    decide    norm over all shards with one all-reduce; an inf or nan in it is an overflow
+    decide    one norm (`zero.norm`); an inf or nan in it is an overflow: skip, or unscale and clip by one factor
     update    sub-group by sub-group: gradients to the master dtype, unscaled and clipped; the wrapped optimizer steps
     publish   masters to parameters: nothing (fp32), cast, and an all-gather in place where P is replicated and O not
 
@@ -28,10 +28,10 @@ from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.utils.logging import warn_once
-from deepspeed.utils.waits import COMMUNICATION
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
+from deepspeed.zero.norm import GradientNorm
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
@@ -113,6 +113,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._own_group = (
             mesh.group("shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
         )
+        self._norm = GradientNorm(reducer.gradients, self.masters, mesh, self._device, is_sharded=self._is_sharded)
         self.is_away = False
         """Whether `engine.offload_states` has put masters or states away."""
         self.stream: TileStream | None = None
@@ -276,7 +277,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _decide(self) -> float | None:
         """The factor that unscales and clips, or None to skip the step. The host waits for the norm here."""
-        norm, missed = torch.stack(self._norm_and_missed()).tolist()
+        norm, missed_any = self._norm.measure()
         unscaled = norm / self.scale.scale
         self.overflow = self._skip_non_finite and not math.isfinite(norm)
         try:
@@ -285,32 +286,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         except LossScaleFloorError as error:
             raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
         self.grad_norm = unscaled
-        self._unused = self._agree_on_unused() if missed else []
+        self._unused = self._agree_on_unused() if missed_any else []
         if self.overflow:
             return None
         clip = max(1.0, (unscaled + 1e-6) / self.clip) if self.clip > 0 else 1.0
         return 1.0 / (scale_used * clip)
-
-    def _norm_and_missed(self) -> list[Tensor]:
-        """Two scalars that all ranks agree on: the norm, and whether a gradient was missing anywhere (above 0)."""
-        gradients = self.reducer.gradients
-        if not gradients:
-            return [torch.zeros((), device=self._device)] * 2
-        missed = torch.tensor(float(any(g.arrivals.misses_any for g in gradients)), device=self._device)
-        flags = [flag for g in gradients if (flag := g.take_missed_flag()) is not None]
-        if flags:
-            missed = torch.cat(flags).float().sum()
-        total = torch.linalg.vector_norm(torch.stack([g.norm() for g in gradients]))
-        if self._own_group is not None:
-            both = torch.stack([total.square(), missed])
-            with COMMUNICATION.during("zero.norm", both.nbytes):
-                torch.distributed.all_reduce(both, group=self._own_group)
-            total, missed = both[0].sqrt(), both[1]
-        if self._is_sharded and self.mesh.size("replicate") > 1:
-            missed = torch.tensor(
-                float(max(m for (m,) in self.mesh.agree("average", int(missed.item() > 0)))), device=self._device
-            )
-        return [total, missed]
 
     def _agree_on_unused(self) -> list[tuple[int, int]]:
         """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""

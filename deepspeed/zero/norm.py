@@ -1,0 +1,103 @@
+"""One norm of a step's gradients, over every rank that holds a part of the model; an overflow shows in it.
+
+Owned by the optimizer wrapper, asked once per step after the gradients were delivered. Every clipping factor and every
+decision to skip a step follows from its answer, so the answer has the same bits on all ranks of a model.
+
+    squares of this rank's slices        cut over "shard" (O sharded): every element lies on one rank
+    of parameters with pieces elsewhere  cut over "model" (`mesh.marks`): summed over it
+    of parameters that are repeated      counted on one of the ranks that have them; the others add 0 * norm, which is nan
+                                         where theirs is not finite, so that no rank's overflow goes unseen
+
+One all-reduce of two numbers over the role "norm", or over "model" where O is replicated; none where that is one rank.
+
+Invariant: with the same gradients in one process, plain PyTorch's `clip_grad_norm_` gives this norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from deepspeed.mesh import Mesh, marks
+from deepspeed.utils.waits import COMMUNICATION
+from deepspeed.zero.gradients import Gradients
+from deepspeed.zero.master import Master
+
+
+class Measured(NamedTuple):
+    """What all ranks of a model know alike about a step's gradients."""
+
+    norm: float
+    """Scaled as the gradients are; inf or nan after an overflow."""
+    missed_any: bool
+    """Whether a parameter had no gradient on some rank."""
+
+
+class GradientNorm:
+    """Measures the gradients of one engine. `masters[i]` is the optimizer's side of `gradients[i]`.
+
+    is_sharded: whether each rank holds a slice of the optimizer's state, and so of the gradients. Collective to make.
+    """
+
+    def __init__(
+        self,
+        gradients: Sequence[Gradients],
+        masters: Sequence[Master],
+        mesh: Mesh,
+        device: torch.device,
+        *,
+        is_sharded: bool,
+    ) -> None:
+        self._gradients, self._masters, self._mesh, self._device = gradients, masters, mesh, device
+        self._is_sharded = is_sharded
+        # On CPUs the group of small agreements will do; a device's numbers need its own backend.
+        purpose = "control" if device.type == "cpu" else "norm"
+        self._group: Any = mesh.group("norm" if is_sharded else "model", purpose)
+        self._left_out = [self._repeated_elsewhere(master) for master in masters]
+        """Per bucket, its parameters whose squares another rank of the model counts."""
+
+    def _repeated_elsewhere(self, master: Master) -> set[int]:
+        if self._mesh.size("model") == 1:
+            return set()
+        shape, rank = self._mesh.shape, self._mesh.global_rank
+        params = master.bucket.params
+        return {i for i, param in enumerate(params) if not marks.of(param).counts_here(shape, rank)}
+
+    def measure(self) -> Measured:
+        """Collective, once per step. The host waits for the answer here."""
+        missed = self._missed()  # first: it takes the flags out of the buffers that the norm reads
+        norms = [self._norm_of(i) for i in range(len(self._gradients))]
+        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
+        both = torch.stack([total, missed])
+        if self._group is not None:
+            both[0].square_()
+            with COMMUNICATION.during("zero.norm", both.nbytes):
+                torch.distributed.all_reduce(both, group=self._group)
+            both[0].sqrt_()
+        norm, num_missed = both.tolist()
+        if self._is_sharded and self._mesh.size("replicate") > 1:
+            num_missed = max(theirs for (theirs,) in self._mesh.agree("average", int(num_missed > 0)))
+        return Measured(norm, num_missed > 0)
+
+    def _missed(self) -> Tensor:
+        """[], above 0 if a gradient was missing on this rank, or on any where the reductions brought that along."""
+        flags = [flag for gradients in self._gradients if (flag := gradients.take_missed_flag()) is not None]
+        if flags:
+            return torch.cat(flags).float().sum()
+        return torch.tensor(float(any(g.arrivals.misses_any for g in self._gradients)), device=self._device)
+
+    def _norm_of(self, index: int) -> Tensor:
+        """What one bucket adds on this rank."""
+        left_out = self._left_out[index]
+        if not left_out:
+            return self._gradients[index].norm()
+        master, values = self._masters[index], self._gradients[index].values()
+        pieces = [
+            (piece.param, values.narrow(0, piece.in_shard, piece.numel)) for piece in master.layout.pieces(master.rank)
+        ]
+        norms = torch._foreach_norm([values for _, values in pieces], 2, dtype=torch.float32) if pieces else []
+        counted = [norm * 0 if param in left_out else norm for (param, _), norm in zip(pieces, norms, strict=True)]
+        return torch.linalg.vector_norm(torch.stack(counted)) if counted else torch.zeros((), device=self._device)
