@@ -51,6 +51,7 @@ from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
+from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
@@ -118,7 +119,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             set_log_level_from_string(self._config.log_level)
         self.mpu = mpu
         self._device = _own_device()
-        with contextlib.ExitStack() as undo:
+        with plain_modes(), contextlib.ExitStack() as undo:
             self._build(undo, model, optimizer, model_parameters, lr_scheduler)
             self._build_observers(undo)
             self.collate_fn = collate_fn

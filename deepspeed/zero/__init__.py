@@ -10,7 +10,7 @@
     norm       one norm over every rank
     sharding   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened
-    tiled      linear layers in tiles
+    tiled      linear layers in tiles              modes      out of the caller's modes
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import Piece
+from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS
 
@@ -77,11 +78,12 @@ class GatheredParameters:
     def __enter__(self) -> None:
         if self.enabled:
             self._buckets = buckets_of(param for param in self.params if isinstance(param, Tensor))
-            for bucket in self._buckets:
-                bucket.start_unshard()
-                bucket.hold()
-            for bucket in self._buckets:
-                bucket.finish_unshard()
+            with plain_modes():
+                for bucket in self._buckets:
+                    bucket.start_unshard()
+                    bucket.hold()
+                for bucket in self._buckets:
+                    bucket.finish_unshard()
             self._num_views = [bucket.num_views() for bucket in self._buckets]
 
     @torch.no_grad()

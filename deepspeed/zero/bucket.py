@@ -35,6 +35,7 @@ from deepspeed.tiers import InMemory, Rest, Transfer
 from deepspeed.tiers.buffers import refill_storage, resizable_buffer
 from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 
 
@@ -358,8 +359,9 @@ class Bucket:
         """Before `reshard`: leave the memory of `full` to those who kept views of it (a state dict made inside a gather, a
         parameter made from another), and have another for the next time. Resharding would take theirs away."""
         if not self._keeps_storage:
-            self.full = self._make_full(self.full.device, is_read=self.rest.view(0, 0) is None)
-            self.views = self.split(self.full)
+            with plain_modes():
+                self.full = self._make_full(self.full.device, is_read=self.rest.view(0, 0) is None)
+                self.views = self.split(self.full)
 
     def publish(self) -> Pending | None:
         """Start giving every rank the shards that the optimizer wrote; None where nothing has to move."""

@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.modes import plain_modes
 
 Handle = torch.utils.hooks.RemovableHandle
 
@@ -174,8 +175,9 @@ class ModuleHooks:
             self.gatherer.begin(kind, self._names.get(module, ""))
         frame = Frame(module, list(self.users[module]), opens)
         self._frames.append(frame)
-        for bucket in frame.buckets:
-            self.gatherer.request(bucket)
+        with plain_modes():
+            for bucket in frame.buckets:
+                self.gatherer.request(bucket)
         if torch.is_grad_enabled():
             self._watch_frozen(frame, (args, kwargs))
 
@@ -274,7 +276,8 @@ class ModuleHooks:
         if not self._frames or bucket not in self.gatherer.buckets:
             return False
         frame = self._frames[-1]
-        self.gatherer.request(bucket)
+        with plain_modes():
+            self.gatherer.request(bucket)
         frame.buckets.append(bucket)
         self.add_user(frame.module, bucket)
         return True

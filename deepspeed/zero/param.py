@@ -220,6 +220,70 @@ _HANDED_OUT = {Tensor.detach, *_attribute("data", "__get__")}
 """What `state_dict()` and the like take: they get a placeholder that refuses in the same way."""
 
 
+class ShardedStorage:
+    """The storage of a sharded parameter as far as it can be told here: which one it is, and how large when whole.
+
+    Saving asks for it to find ties (`id_tensor_storage` of Transformers and Accelerate, `storage_ptr` of safetensors). The
+    address is that of the parameter's place in its bucket: one per parameter object and what is taken from it, of no other.
+    """
+
+    def __init__(self, param: Tensor, itemsize: int) -> None:
+        slot = slot_of(param)
+        assert slot is not None, "only managed parameters are sharded"
+        self._param, self._slot, self._itemsize = param, slot, itemsize
+        self.device = slot.bucket.full.device
+
+    def data_ptr(self) -> int:
+        """The address that stands for the parameter."""
+        return id(self._slot)
+
+    def nbytes(self) -> int:
+        """Bytes of the whole parameter."""
+        return self._slot.bucket.layout.numels[self._slot.index] * self._slot.bucket.dtype.itemsize
+
+    def size(self) -> int:
+        """Elements of the whole parameter for a typed storage, bytes for an untyped one."""
+        return self.nbytes() // self._itemsize
+
+    __len__ = size
+
+    @property
+    def _cdata(self) -> int:
+        return id(self._slot)
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise ShardError(refusal(self._param, f"storage().{name}"))
+
+
+def _same_slot(value: Tensor, other: Tensor) -> bool:
+    return slot_of(value) is slot_of(other)
+
+
+_IDENTITY: dict[Callable[..., Any], Callable[..., Any]] = {
+    Tensor.data_ptr: lambda value: id(slot_of(value)),
+    Tensor.untyped_storage: lambda value: ShardedStorage(value, 1),
+    Tensor.storage: lambda value: ShardedStorage(value, value.dtype.itemsize),
+    Tensor._typed_storage: lambda value: ShardedStorage(value, value.dtype.itemsize),
+    Tensor.is_set_to: _same_slot,
+}
+"""Questions about which memory this is: answered without gathering where nobody gathers for the use."""
+
+_READERS = ("_to_ndarray", "_tobytes", "_is_complete")
+"""Functions of safetensors that ask for the address to write what is there."""
+
+
+def _is_read(func: Callable[..., Any]) -> bool:
+    """Whether the caller of `data_ptr` wants the memory itself, not to know which it is."""
+    frame = sys._getframe(2)
+    return (
+        func is Tensor.data_ptr
+        and frame.f_code.co_name in _READERS
+        and str(frame.f_globals.get("__name__")).partition(".")[0] in ("safetensors", "huggingface_hub")
+    )
+
+
 _SET_DATA = set(_attribute("data", "__set__"))
 _CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SET_DATA}
 
@@ -236,6 +300,19 @@ def _converts_module(func: Callable[..., Any], args: Sequence[Any]) -> bool:
         if frame.f_back is None:
             return False
         frame = frame.f_back
+    return False
+
+
+def _writes_nothing() -> bool:
+    """Whether `save_pretrained` of Transformers makes a state dict on a rank that it will not write from.
+
+    It renames, splits and merges the weights on every rank before one of them writes. Where there are no values, shapes do.
+    """
+    frame = sys._getframe(2)
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_name == "save_pretrained":
+            return frame.f_locals.get("save_on_this_rank") is False
     return False
 
 
@@ -288,7 +365,11 @@ class _Sharded(Tensor):
                     held.append(bucket)
                 elif func in _HANDED_OUT:
                     with torch._C.DisableTorchFunctionSubclass():
+                        if _writes_nothing():
+                            return torch.empty(full_shape(value), dtype=value.dtype, device="meta")
                         return _placeholder(value)
+                elif func in _IDENTITY and not _is_read(func):
+                    return _IDENTITY[func](*args, **kwargs)
                 else:
                     raise ShardError(refusal(value, func))
             return func(*args, **kwargs)

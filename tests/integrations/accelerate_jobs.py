@@ -174,3 +174,36 @@ def write_config(path: Path, stage: int, **zero: Any) -> str:
     }
     path.write_text(json.dumps(config))
     return str(path)
+
+
+def save_on_every_rank(
+    rank: int, world_size: int, model_folder: str, adapter_folder: str | None, folder: str, config: Any
+) -> dict[str, Any]:
+    """Train a step, then save as Accelerate documents it, on all ranks, each into a folder of its own; what was written, and the
+    gathered weights."""
+    import deepspeed
+
+    accelerator = make_accelerator(0, config=config)
+    model = make_model(model_folder)
+    if adapter_folder is not None:
+        from peft import PeftModel
+
+        model = PeftModel.from_pretrained(model, adapter_folder, is_trainable=True)
+    optimizer = torch.optim.SGD([param for param in model.parameters() if param.requires_grad], lr=LR)
+    model, optimizer, loader = accelerator.prepare(model, optimizer, make_loader())
+    batch = next(iter(loader))
+    accelerator.backward(model(**batch).loss)
+    optimizer.step()
+    mine = Path(folder) / str(rank)
+    whole = accelerator.unwrap_model(model)
+    whole.save_pretrained(
+        mine,
+        is_main_process=accelerator.is_main_process,
+        save_function=accelerator.save,
+        state_dict=accelerator.get_state_dict(model),
+    )
+    with deepspeed.zero.GatheredParameters(list(whole.parameters())):
+        weights = {name: param.detach().float().cpu().clone() for name, param in whole.named_parameters()}
+    files = sorted(str(path.relative_to(mine)) for path in mine.rglob("*")) if mine.exists() else []
+    weights["loss"] = model(**batch).loss.detach().float()
+    return {"files": files, "weights": weights}

@@ -77,3 +77,42 @@ def test_zero_3_s_state_dict_is_on_the_cpu_and_loads_into_a_plain_model(model: s
     plain = jobs.make_model(model)
     plain.load_state_dict(state, strict=True)
     assert torch.equal(plain.lm_head.weight, state["model.embed_tokens.weight"])
+
+
+def saving_config(stage: int, **extra: Any) -> dict[str, Any]:
+    """A configuration in which nothing is too small to be sharded."""
+    zero = {"stage": stage, "stage3_param_persistence_threshold": 0, "stage3_gather_16bit_weights_on_model_save": True}
+    return {"train_micro_batch_size_per_gpu": 2, "zero_optimization": zero, **extra}
+
+
+@pytest.mark.compat("Accelerate", "`save_pretrained` on every rank")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saving_on_every_rank_writes_the_gathered_weights_once(stage: int, tied: bool, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    start = save_model(tmp_path / "start", tie_word_embeddings=tied)
+    found = run_job(jobs.save_on_every_rank, start, None, str(tmp_path / "saved"), saving_config(stage))
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved" / "0")
+    for name, param in loaded.named_parameters():
+        assert torch.equal(param, found["weights"][name]), name
+    assert (loaded.lm_head.weight is loaded.model.embed_tokens.weight) is tied
+    assert "model.safetensors" in found["files"]
+    assert not [path for path in (tmp_path / "saved" / "1").rglob("*") if path.is_file()]
+
+
+@pytest.mark.compat("Accelerate", "`save_pretrained` of an adapter on every rank")
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_saving_an_adapter_on_every_rank_writes_it_once(stage: int, model: str, tmp_path: Path) -> None:
+    pytest.importorskip("peft")
+    from safetensors.torch import load_file
+
+    from tests.integrations.peft_jobs import save_adapter
+
+    adapter = save_adapter(model, str(tmp_path / "adapter"))
+    found = run_job(jobs.save_on_every_rank, model, adapter, str(tmp_path / "saved"), saving_config(stage))
+    saved = load_file(tmp_path / "saved" / "0" / "adapter_model.safetensors")
+    assert len(saved) == 8
+    for name, value in saved.items():
+        assert torch.equal(value, found["weights"][name.replace(".weight", ".default.weight")]), name
+    assert not [path for path in (tmp_path / "saved" / "1").rglob("*") if path.is_file()]

@@ -236,3 +236,37 @@ def converted(rank: int, world_size: int) -> None:
 
 def test_converting_a_module_leaves_sharded_parameters_as_they_are() -> None:
     run_ranks(2, converted)
+
+
+def identities(rank: int, world_size: int, stage: int) -> None:
+    from safetensors.torch import storage_ptr, storage_size
+
+    with sharded_engine(rank, world_size, stage, name="gpt_tied") as engine:
+        named = dict(engine.module.named_parameters(remove_duplicate=False))
+        taken = engine.module.state_dict()
+        before = engine._gatherer.num_agreements if engine._gatherer else 0
+        for ask in (
+            lambda p: p.untyped_storage().data_ptr(),
+            lambda p: p.storage().data_ptr(),
+            lambda p: p.data_ptr(),
+            lambda p: (storage_ptr(p), p.data_ptr()),
+        ):
+            for first, one in named.items():
+                for second, other in named.items():
+                    alike = ask(one) == ask(other)
+                    if one is other:
+                        assert alike and ask(taken[first]) == ask(taken[second]) == ask(one), (first, second)
+                    elif stage == 3:
+                        assert not alike, (first, second)
+        for param in named.values():
+            assert storage_size(param) >= deepspeed.zero.param.full_numel(param) * param.element_size()
+            assert not param._is_view() and param.device == engine.device
+        assert (engine._gatherer.num_agreements if engine._gatherer else 0) == before
+        if stage == 3:
+            with pytest.raises(ShardError, match=r"storage\(\).resize_"):
+                next(iter(named.values())).untyped_storage().resize_(0)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+def test_which_memory_a_parameter_is_can_be_asked_without_gathering(stage: int) -> None:
+    run_ranks(2, identities, stage)
