@@ -124,7 +124,7 @@ class CheckpointMethods:
         def make_request() -> SaveRequest:
             loader = engine.training_dataloader
             return SaveRequest(
-                folder=Path(save_dir),
+                folder=Path(save_dir).absolute(),  # written later, where the script may have gone elsewhere
                 tag=tag,
                 about=_about(engine),
                 shared=_shared_state(engine, dict(client_state or {})),

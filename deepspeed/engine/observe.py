@@ -43,7 +43,7 @@ def run_directory(config: Config, mesh: Mesh) -> Path | None:
                 f"monitor.{key} = {show(getattr(monitor, key))} needs a directory, and none is named.\n"
                 "  Set monitor.run_dir, the environment variable DS_RUN_DIR, or the launcher's --run_dir."
             )
-    return Path(chosen) if chosen and monitor.enabled is not False else None
+    return Path(chosen).absolute() if chosen and monitor.enabled is not False else None
 
 
 @dataclass(frozen=True)

@@ -48,6 +48,7 @@ class StepProfiler(Observer):
         self.profiler = FlopsProfiler(model, recompute_fwd_factor=section.recompute_fwd_factor)
         self.state = State.WAITING
         self._config = section
+        self._output_file = section.output_file.absolute() if section.output_file else None
         self._dtype = computing_dtype(config)
         self._count_step = max(1, section.profile_step - 1)
         self._running = contextlib.ExitStack()
@@ -108,7 +109,7 @@ class StepProfiler(Observer):
                     module_depth=self._config.module_depth,
                     top_modules=self._config.top_modules,
                     detailed=self._config.detailed,
-                    output_file=self._config.output_file,
+                    output_file=self._output_file,
                 )
             except OSError as error:
                 logger.warning("flops_profiler.output_file could not be written, training goes on: %s", error)

@@ -15,8 +15,8 @@ from deepspeed.utils.logging import current_rank
 class CsvBackend:
     """Appends to its files, which stay open."""
 
-    def __init__(self, config: CsvMonitorConfig) -> None:
-        self.folder = Path(config.output_path, config.job_name)
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
         self.folder.mkdir(parents=True, exist_ok=True)
         self._files: dict[str, TextIO] = {}
         self._flush = FlushEvery()
@@ -52,4 +52,6 @@ class csvMonitor(Monitor):  # noqa: N801 - the contract's name
 
     def __init__(self, csv_config: CsvMonitorConfig) -> None:
         enabled = csv_config.enabled and current_rank() == 0
-        super().__init__(lambda: CsvBackend(csv_config), enabled=enabled, name="csv_monitor")
+        # Files are opened at the first event, and the script may have gone to another folder by then.
+        folder = Path(csv_config.output_path, csv_config.job_name).absolute()
+        super().__init__(lambda: CsvBackend(folder), enabled=enabled, name="csv_monitor")

@@ -46,6 +46,6 @@ class TensorBoardMonitor(Monitor):
     """`tensorboard`. `default_folder` is where files go if the section names no `output_path`."""
 
     def __init__(self, tensorboard_config: TensorBoardConfig, default_folder: str = "tensorboard") -> None:
-        folder = Path(tensorboard_config.output_path or default_folder, tensorboard_config.job_name)
+        folder = Path(tensorboard_config.output_path or default_folder, tensorboard_config.job_name).absolute()
         enabled = tensorboard_config.enabled and current_rank() == 0
         super().__init__(lambda: TensorBoardBackend(folder), enabled=enabled, name="tensorboard")

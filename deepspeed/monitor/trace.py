@@ -48,8 +48,9 @@ def stop_trace(profiler: torch.profiler.profile | None, path: Path) -> None:
 @contextlib.contextmanager
 def trace(path: str | Path) -> Iterator[None]:
     """Trace what runs inside into `path` (.json or .json.gz)."""
+    path = Path(path).absolute()
     profiler = start_trace()
     try:
         yield
     finally:
-        stop_trace(profiler, Path(path))
+        stop_trace(profiler, path)

@@ -185,6 +185,25 @@ def test_asynchronous_saves_write_the_same_bytes(tmp_path: Path) -> None:
             assert path.read_bytes() == (tmp_path / "async" / tag / path.name).read_bytes()
 
 
+def _save_and_go_elsewhere(rank: int, world_size: int, folder: Path, checkpoint: dict[str, Any]) -> None:
+    home = Path.cwd()
+    try:
+        os.chdir(folder)
+        with engine_of(torch.nn.Linear(4, 4), config_of(1, world_size, checkpoint=checkpoint)) as engine:
+            engine.save_checkpoint("here", tag="t")
+            os.chdir("/")
+            engine.wait_for_checkpoint()
+    finally:
+        os.chdir(home)
+
+
+@pytest.mark.parametrize("checkpoint", [{}, ASYNC])
+def test_a_relative_folder_is_the_one_of_the_call_wherever_the_script_goes(tmp_path: Path, checkpoint: Any) -> None:
+    run_ranks(2, _save_and_go_elsewhere, tmp_path, checkpoint)
+    assert (tmp_path / "here" / "t").is_dir()
+    assert (tmp_path / "here" / "latest").read_text().strip() == "t"
+
+
 def _train_while_saving(rank: int, world_size: int, folder: Path, staging_bytes: int | None) -> tuple[int, bool]:
     """Overwrite everything while a slow disk still writes; (staging bytes held, whether the thread was still writing)."""
     model = torch.nn.Linear(2048, 2048)

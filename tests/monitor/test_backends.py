@@ -49,6 +49,16 @@ def test_csv_has_the_promised_names_and_the_very_values(tmp_path: Path) -> None:
     assert (tmp_path / "job" / "My_odd_name.csv").read_text() == "step,My odd name\n8,3\n"
 
 
+def test_a_relative_folder_is_the_one_of_the_start_wherever_the_script_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monitor = csvMonitor(CsvMonitorConfig(enabled=True, output_path="here", job_name="job"))
+    monkeypatch.chdir("/")
+    monitor.write_events([("Train/loss", 1.5, 1)])
+    assert (tmp_path / "here" / "job" / "Train_loss.csv").exists()
+
+
 def test_jsonl_has_the_very_values(tmp_path: Path) -> None:
     master = MonitorMaster(load_config({}), tmp_path / "run")
     master.write_events([*EVENTS, ("bad", float("nan"), 8)])
