@@ -132,7 +132,12 @@ PATHS: dict[str, dict[str, str]] = {
         _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"
     ),
     "deepspeed.pipe": invert({"deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"}),
-    "deepspeed.runtime.pipe": invert({"deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"}),
+    "deepspeed.runtime.pipe": invert(
+        {
+            "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec",
+            "deepspeed.runtime.pipe.topology": "ProcessTopology",
+        }
+    ),
     "deepspeed.runtime.pipe.module": _later(_PIPE, "PipelineModule LayerSpec TiedLayerSpec PipelineError"),
     "deepspeed.runtime.pipe.engine": {
         _CONSTANTS: "",
@@ -150,8 +155,12 @@ PATHS: dict[str, dict[str, str]] = {
         ),
         **invert({_TOOLS: "_is_even _is_odd"}),
     },
-    "deepspeed.runtime.pipe.topology": _later(
-        _PIPE, "ProcessTopology PipeDataParallelTopology PipeModelDataParallelTopology PipelineParallelGrid"
+    "deepspeed.runtime.pipe.topology": invert(
+        {
+            "deepspeed.parallel.pipeline.topology": "ProcessTopology PipeDataParallelTopology "
+            "PipeModelDataParallelTopology _prime_factors",
+            "deepspeed.parallel.pipeline.grid": "PipelineParallelGrid",
+        }
     ),
     "deepspeed.moe": {},
     "deepspeed.moe.layer": _later(_EXPERTS, "MoE"),

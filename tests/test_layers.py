@@ -36,10 +36,12 @@ TOP = {"__init__", "legacy"}
 """The package's face and porch: one layer, which nothing below may import."""
 
 PURE = [
+    "mesh/shape.py",
+    "mesh/marks.py",
     "zero/layout.py",
     "zero/policy.py",
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
-    *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition")),
+    *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition", "topology")),
 ]
 """Arithmetic, tested without processes: no import of torch.distributed."""
 

@@ -30,6 +30,8 @@ from torch import Tensor
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.exchange import all_gather_single
+from deepspeed.mesh import Mesh
+from deepspeed.mesh.door import tensor_place
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 
@@ -43,17 +45,24 @@ class ModelParallel:
 
     @classmethod
     def of(cls, mpu: Any) -> ModelParallel:
-        """Those of an `mpu`, in Megatron's present or former names."""
-        for prefix in ("get_tensor_model_parallel_", "get_model_parallel_"):
-            size = getattr(mpu, prefix + "world_size", None)
-            if size is not None:
-                return cls(getattr(mpu, prefix + "rank")(), size(), getattr(mpu, prefix + "group")())
-        if mpu is not None:
+        """Those of an `mpu`, which a script gives before there is an engine. Not collective."""
+        if mpu is None:
+            return cls()
+        place, group = tensor_place(mpu)
+        if place is None or (place.size > 1 and group is None):
             raise DeepSpeedConfigError(
                 f"mpu_ is a {type(mpu).__name__} without get_model_parallel_rank, _world_size and _group.\n"
                 "  Give an object with these methods, or None where there is no model parallelism."
             )
-        return cls()
+        return cls(place.rank, place.size, group)
+
+    @classmethod
+    def of_mesh(cls, mesh: Mesh) -> ModelParallel:
+        """Those of an engine's mesh. Collective over the job, where its mpu gave no group."""
+        if mesh.size("tensor") == 1:
+            return cls()
+        group = mesh.given.get(mesh.shape.dims("tensor")) or mesh.group("tensor", "activations")
+        return cls(mesh.rank("tensor"), mesh.size("tensor"), group)
 
 
 class _Key(NamedTuple):

@@ -37,7 +37,9 @@ class Settings:
         return self.checkpoint_in_cpu or self.arena is not None or (self.partition_activations and self.ranks.size > 1)
 
     @classmethod
-    def of_section(cls, section: ActivationCheckpointingConfig, mpu: Any = None, **overrides: Any) -> Settings:
+    def of_section(
+        cls, section: ActivationCheckpointingConfig, ranks: ModelParallel | None = None, **overrides: Any
+    ) -> Settings:
         """The settings a configuration's section describes; `overrides` that are None say nothing."""
         values = {
             "partition_activations": section.partition_activations,
@@ -59,7 +61,7 @@ class Settings:
                 f"contiguous_checkpointing with num_checkpoints = {count}: the buffer needs to know how many pieces it has.\n"
                 "  Give the number of checkpoints in one forward (activation_checkpointing.number_checkpoints)."
             )
-        return cls(ranks=ModelParallel.of(mpu), arena=Arena(count) if is_contiguous else None, **values)
+        return cls(ranks=ranks or ModelParallel(), arena=Arena(count) if is_contiguous else None, **values)
 
 
 @dataclass
@@ -100,7 +102,7 @@ def configure(
     """
     _configured.settings = Settings.of_section(
         _section_of(deepspeed_config),
-        mpu_,
+        ModelParallel.of(mpu_),
         partition_activations=partition_activations,
         contiguous_checkpointing=contiguous_checkpointing,
         num_checkpoints=num_checkpoints,

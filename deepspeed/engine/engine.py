@@ -157,7 +157,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self._micro_batch_size = batch.micro
         self.accumulation = Accumulation(batch.accumulation, self._config.managed_gradient_accumulation)
         self.module = model
-        self._recomputation = Recomputation(model, self._config, self.mpu, self.mesh, self._device)
+        self._recomputation = Recomputation(model, self._config, self.mesh, self._device)
         undo.callback(self._recomputation.detach)
         self._build_zero(undo, model, optimizer, model_parameters)
         self._build_forward(undo)

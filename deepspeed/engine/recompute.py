@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deepspeed.activation.blocks import Blocks, Recompute, blocks_of
+from deepspeed.activation.saved import ModelParallel
 from deepspeed.activation.settings import Settings
 from deepspeed.config import Config
 from deepspeed.memory.budget import choose_plan, ladder
@@ -23,13 +24,13 @@ from deepspeed.utils.logging import log_dist
 class Recomputation:
     """Which blocks of the engine's model recompute; `blocks` is None where the configuration does not ask."""
 
-    def __init__(self, model: nn.Module, config: Config, mpu: Any, mesh: Mesh, device: torch.device) -> None:
+    def __init__(self, model: nn.Module, config: Config, mesh: Mesh, device: torch.device) -> None:
         self._model, self._config, self._mesh, self._device = model, config, mesh, device
         section = config.activation_checkpointing
         self._budget_gb = section.memory_budget_gb
         self.blocks: Blocks | None = None
         if section.recompute != "none" or self._budget_gb is not None:
-            self.blocks = blocks_of(model, Settings.of_section(section, mpu))
+            self.blocks = blocks_of(model, Settings.of_section(section, ModelParallel.of_mesh(mesh)))
             self.blocks.apply([Recompute(section.recompute)] * len(self.blocks.blocks))
 
     def detach(self) -> None:

@@ -120,6 +120,14 @@ def _place(mpu: Any, names: Sequence[str], dim: str, groups: dict[str, Any]) -> 
     return None
 
 
+def tensor_place(mpu: Any) -> tuple[Place | None, Any]:
+    """This rank's place among the ranks that split layers, by an mpu alone, and their group; (None, None) where it does not
+    tell. Not collective."""
+    groups: dict[str, Any] = {}
+    place = _place(mpu, _GETTERS["tp"], "tp", groups)
+    return place, groups.get("tp")
+
+
 def shape_of(everyone: Sequence[Told], *, shard_size: int | None = None, near_size: int = 1) -> MeshShape:
     """The shape that all ranks' words describe. Raises DeepSpeedConfigError where there is none; pure."""
     errors = {rank: told.error for rank, told in enumerate(everyone) if told.error}
