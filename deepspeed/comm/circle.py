@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -53,13 +53,14 @@ class Circle:
         self._group = group
         self._rank, self._num_ranks = group.rank(), group.size()
         self._distances = distances(self._num_ranks)
-        self._tags: Iterator[int] = itertools.cycle(range(1, NUM_TAGS))
+        self.num_calls = 0
+        """Calls begun, the same number on every rank that is in step."""
         # See Note [Letting go of gloo's buffers] in `comm.exchange`.
         self._retired: deque[dist.Work] = deque(maxlen=64)
 
     def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """Begin to find, word by word, the largest of all ranks' int64; what is returned waits for it. Collective."""
-        tag = next(self._tags)
+        tag = self._next_tag()
         best = torch.tensor(words, dtype=torch.int64)
         heard = torch.empty_like(best)
         # The first message leaves now, whatever this rank does until it waits.
@@ -78,7 +79,7 @@ class Circle:
 
     def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
         """Begin to gather all ranks' int64; what is returned waits, and gives them in rank order. Collective."""
-        tag = next(self._tags)
+        tag = self._next_tag()
         known = torch.empty(self._num_ranks, len(words), dtype=torch.int64)
         """[num_ranks, words]; row i is of the rank i places further."""
         known[0] = torch.tensor(words, dtype=torch.int64)
@@ -95,6 +96,10 @@ class Circle:
             return rows[-self._rank :] + rows[: -self._rank] if self._rank else rows
 
         return finish
+
+    def _next_tag(self) -> int:
+        self.num_calls += 1
+        return 1 + self.num_calls % NUM_TAGS
 
     def _trade(self, mine: Tensor, theirs: Tensor, distance: int, tag: int) -> list[dist.Work]:
         """Receive from the rank `distance` further, send to the one that looks at this rank from as far."""

@@ -166,7 +166,7 @@ def alike_everywhere(mesh: Mesh) -> Mesh:
 
     Takes over the user that `open_mesh` counted. Collective over the job.
     """
-    made = [(dims, purpose) for dims, purpose in mesh._groups]
+    made = [(dims, purpose) for dims, purpose in mesh._groups], [c.num_calls for c in mesh._circles.values()]
     everyone: list[Any] = [made] * world_size()
     if len(everyone) > 1:
         dist.all_gather_object(everyone, made)

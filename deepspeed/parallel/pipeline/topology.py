@@ -28,9 +28,10 @@ class ProcessTopology:
                 f"ProcessTopology(axes={list(axes)}, dims={list(dims)}): give one positive size for each name, each name once."
             )
         self.axes, self.dims = list(axes), list(dims)
-        self.ProcessCoord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
+        coord: Any = namedtuple("ProcessCoord", self.axes)  # type: ignore[misc]
+        self.ProcessCoord = coord
         points = itertools.product(*(range(size) for size in dims))
-        self.mapping: dict[Any, int] = {self.ProcessCoord(*point): rank for rank, point in enumerate(points)}
+        self.mapping: dict[Any, int] = {coord(*point): rank for rank, point in enumerate(points)}
         self._coords = list(self.mapping)
 
     def get_rank(self, **coord_kwargs: int) -> int:
