@@ -6,7 +6,7 @@ einsum, a custom autograd.Function, a recomputation, an expert that got no token
 
 What an operation costs is torch's knowledge (`torch.utils.flop_counter.flop_registry`): matrix products, convolutions and
 attention at 2 operations per multiply-add; element-wise operations are not counted. Two things are added here: kernels
-that torch leaves out (the CPU's attention, whole recurrent layers, the whole transformer layers that torch.nn runs without
+that torch leaves out (the CPU's attention, grouped products, products with a vector, products in place, whole recurrent layers, the whole transformer layers that torch.nn runs without
 gradients), and what is model work and what is not. An attention kernel's backward computes
 the scores a second time; that is counted as recomputation, like the forward that activation checkpointing repeats, so
 that the model's own operations (MFU's numerator, PaLM, arXiv:2204.02311, appendix B) are the same whatever kernel runs
@@ -98,6 +98,63 @@ def _recurrent_backward(*args: Any, **kwargs: Any) -> int:
     return 2 * _recurrent(*args, **kwargs)
 
 
+def _product(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """[..., M, K] times [..., K, N]."""
+    return 2 * int(left.numel()) * int(right.shape[-1])
+
+
+def _added_product(_self: Any, left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return _product(left, right)
+
+
+def _products(lefts: Any, rights: Any, *_: Any, **__: Any) -> int:
+    return sum(_product(left, right) for left, right in zip(lefts, rights, strict=True))
+
+
+def _times_rows(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    """[..., K] times a weight that lies as [N, K]."""
+    return 2 * int(left.numel()) * int(right.shape[0])
+
+
+def _times_vector(matrix: Any, *_: Any, **__: Any) -> int:
+    """[M, K] times [K], or [K] times [K]."""
+    return 2 * int(matrix.numel())
+
+
+def _added_vector(_self: Any, matrix: Any, *_: Any, **__: Any) -> int:
+    return _times_vector(matrix)
+
+
+def _grouped_product(left: Any, right: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """Groups of rows, of columns, of both or of none: each row of `left` meets each column of one group.
+
+    left [M, K] and right [G, K, N]: rows fall into groups. [G, M, K] and [K, N]: columns do. [M, K] and [K, N]: K does.
+    """
+    if left.dim() == 3 and right.dim() == 2:
+        return 2 * int(left.shape[-2]) * int(left.shape[-1]) * int(right.shape[-1])
+    return _product(left, right)
+
+
+def _trilinear(first: Any, weight: Any, second: Any, *expand_and_sum: Any, **__: Any) -> int:
+    """torch.nn.functional.bilinear: three factors, spread over common dims, of which some are summed."""
+    shapes = []
+    for tensor, dims in zip((first, weight, second), expand_and_sum[:3], strict=True):
+        shape = list(tensor.shape)
+        for dim in sorted(dims):
+            shape.insert(dim, 1)
+        shapes.append(shape)
+    return 2 * int(torch.broadcast_shapes(*shapes).numel())
+
+
+def _convolution_tbc(x: Any, weight: Any, *_: Any, out_val: Any = None, **__: Any) -> int:
+    """[T, B, in] with [width, in, out]."""
+    return 2 * int(out_val.numel()) * int(weight.shape[0] * weight.shape[1])
+
+
+def _twice_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
+    return 2 * _product(left, right)
+
+
 _OURS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -108,9 +165,34 @@ _OURS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._cudnn_rnn: _recurrent,
     torch.ops.aten._cudnn_rnn_backward: _recurrent_backward,
 }
-for _name in ("flash", "efficient", "cudnn", "fused"):  # torch's formulas refuse grouped heads
+_PRODUCTS: dict[Callable[..., int], str] = {
+    _times_vector: "mv dot vdot",
+    _added_vector: "addmv addmv_",
+    _product: "_int_mm _scaled_mm_v2",
+    _added_product: "addmm_ baddbmm_ addbmm addbmm_ _addmm_activation",
+    _products: "_foreach_mm",
+    _times_rows: "_weight_int8pack_mm mkldnn_linear",
+    _grouped_product: "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2",
+    _trilinear: "_trilinear",
+    _convolution_tbc: "conv_tbc",
+}
+for _formula, _names in _PRODUCTS.items():  # not every torch has all of them
+    _OURS |= {getattr(torch.ops.aten, name): _formula for name in _names.split() if hasattr(torch.ops.aten, name)}
+
+_OTHERS: dict[str, Callable[..., int]] = {
+    "transformers::grouped_mm_fallback": _grouped_product,
+    "transformers::grouped_mm_fallback_backward": _twice_product,
+}
+"""Operations that other packages register, by name: what is inside of them is not seen."""
+
+for _name in (
+    "flash_attention",
+    "efficient_attention",
+    "cudnn_attention",
+    "fused_attention_overrideable",
+):  # torch's formulas refuse grouped heads
     for _suffix, _formula in (("", _attention), ("_backward", _attention_backward)):
-        _packet = getattr(torch.ops.aten, f"_scaled_dot_product_{_name}_attention{_suffix}", None)
+        _packet = getattr(torch.ops.aten, f"_scaled_dot_product_{_name}{_suffix}", None)
         if _packet is not None:
             _OURS[_packet] = _formula
 
@@ -145,7 +227,7 @@ class OpCounter(TorchDispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         packet = func._overloadpacket
-        formula = _OURS.get(packet) or flop_registry.get(packet)
+        formula = _OURS.get(packet) or flop_registry.get(packet) or _OTHERS.get(packet._qualified_op_name)
         if formula is None:
             with self:  # in inference mode composite operations arrive whole
                 decomposed = func.decompose(*args, **kwargs)
