@@ -14,7 +14,7 @@ Note [Hooks see the inputs only]
     on top of ours. So ours see exactly the inputs, in order.
 
 Invariant: forward and recomputation draw the same random numbers: the CPU's and the device's (torch), the named ones
-(here). Different from the original: where no input requires grad, a reentrant checkpoint would cut the gradients of
+(here). They multiply in the same precision (`precision.widen`). Different from the original: where no input requires grad, a reentrant checkpoint would cut the gradients of
 the parameters inside; then the other kind is used. Tensors in nested arguments and keywords take part in autograd.
 """
 
@@ -37,6 +37,7 @@ from deepspeed.activation import settings as configured
 from deepspeed.activation.rng import get_cuda_rng_tracker, restored
 from deepspeed.activation.saved import Saver
 from deepspeed.activation.settings import Settings
+from deepspeed.precision.widen import carried
 from deepspeed.utils.logging import log_dist
 
 __all__ = ["CheckpointFunction", "checkpoint", "non_reentrant_checkpoint", "run_checkpointed"]
@@ -116,6 +117,7 @@ class _Call:
         self._settings = settings
         self._flattens = flattens
         self._states: dict[str, Tensor] | None = None
+        self._carried = carried()
         self._output: tuple[list[Any], Any] | None = None
 
     def __call__(self, *tensors: Tensor) -> Any:
@@ -130,7 +132,7 @@ class _Call:
         for i, tensor in zip(self._at, tensors, strict=True):
             leaves[i] = tensor
         args, kwargs = tree_unflatten(leaves, self._spec)
-        with torch.profiler.record_function(f"activation.{what}"), self._timed(what):
+        with torch.profiler.record_function(f"activation.{what}"), self._timed(what), self._carried():
             output = self._function(*args, **kwargs)
         return self._flatten(output) if self._flattens else output
 

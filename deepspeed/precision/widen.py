@@ -6,18 +6,27 @@ Inputs, outputs and what autograd saves stay in low precision; only the product 
 each result is rounded once, so the numbers are at least as good. Attention and pointwise kernels are fast as they are.
 
 A torch function mode, not a patch: it is on while the model runs and nothing is replaced.
+
+Note [Recomputation multiplies as the forward did]
+    A checkpoint runs a function again in backward, where the mode is on only inside of modules. What a checkpointed
+    function multiplies by itself (`checkpoint(self.inner, x)`) would be wide in forward and torch's own in backward, and
+    not reentrant checkpoints find that what is saved differs. So the mode stands on a `Ground`: what it was like when the
+    innermost module was entered. Where that has changed (saved-tensor hooks on top, grad mode off, a backward running) a
+    checkpoint may have begun in between, and products are left to torch, in both runs alike. Our own checkpoints carry
+    the mode along instead (`carried`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_map_only
 
 LOW = (torch.bfloat16, torch.float16)
@@ -81,6 +90,22 @@ _PRODUCTS: dict[Any, Callable[..., Tensor]] = {
 }
 
 
+class Ground(NamedTuple):
+    """What a checkpoint changes; see Note [Recomputation multiplies as the forward did]."""
+
+    grad_enabled: bool
+    hooks: Any
+    """The saved-tensor hooks on top."""
+    backward: int
+    """The backward that is running."""
+
+    @classmethod
+    def now(cls) -> Ground:
+        """As it is in this thread."""
+        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        return cls(torch.is_grad_enabled(), hooks, torch._C._current_graph_task_id())
+
+
 class Widening:
     """Keeps `WideMatmul` on while any of some modules runs: in forward, and where backward runs modules again.
 
@@ -105,10 +130,12 @@ class Widening:
         if self._depth == 0:
             self._mode.__enter__()
         self._depth += 1
+        self._mode.grounds.append(Ground.now())
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         if torch.compiler.is_compiling():
             return
+        self._mode.grounds.pop()
         self._depth -= 1
         if self._depth == 0:
             self._mode.__exit__(None, None, None)
@@ -127,6 +154,22 @@ class Widening:
 class WideMatmul(TorchFunctionMode):
     """While on, low-precision CPU matrix products are computed in fp32."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.grounds: list[Ground] = []
+        """Of the modules that are running."""
+
+    @contextlib.contextmanager
+    def again(self) -> Iterator[None]:
+        """The mode on, and on new ground: for a function whose recomputation is run in here too."""
+        is_on = self in _get_current_function_mode_stack()
+        self.grounds.append(Ground.now())
+        try:
+            with contextlib.nullcontext() if is_on else self:
+                yield
+        finally:
+            self.grounds.pop()
+
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
@@ -135,9 +178,15 @@ class WideMatmul(TorchFunctionMode):
         if wide is None or "out" in kwargs or "out_dtype" in kwargs:
             return func(*args, **kwargs)
         kinds = {(x.dtype, x.device.type) for x in (*args, *kwargs.values()) if isinstance(x, Tensor)}
-        if kinds not in _WIDENED:
+        if kinds not in _WIDENED or (self.grounds and self.grounds[-1] != Ground.now()):
             return func(*args, **kwargs)
         return wide(next(iter(kinds))[0], *args, **kwargs)
+
+
+def carried() -> Callable[[], contextlib.AbstractContextManager[None]]:
+    """What a function has to run in, now and again, to multiply as it would now: the mode, if it is on."""
+    on = [mode for mode in _get_current_function_mode_stack() if isinstance(mode, WideMatmul)]
+    return on[-1].again if on else contextlib.nullcontext
 
 
 _WIDENED = [{(dtype, "cpu")} for dtype in LOW]

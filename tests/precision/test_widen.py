@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+import deepspeed
+from deepspeed.activation.call import non_reentrant_checkpoint
 from deepspeed.precision import WideMatmul, Widening, needs_wide_matmul, widen
 
 LOW = (torch.bfloat16, torch.float16)
@@ -101,6 +104,49 @@ def test_recomputing_in_a_plain_backward_gives_the_same_gradients(use_reentrant:
     assert torch.equal(x_grad, x_grad_again)
     assert all(torch.equal(grads[name], grads_again[name]) for name in grads)
     assert len(grads_again) == len(grads)
+
+
+class Inner(nn.Module):
+    """Multiplies in a method of its own, by itself and by a module; the method is checkpointed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.linear = nn.Parameter(torch.randn(16, 16)), nn.Linear(16, 16)
+        self.run: Callable[..., Any] = lambda function, *args: function(*args)
+
+    def inner(self, x: Tensor) -> Tensor:
+        return nn.functional.linear(self.linear(x) @ self.weight, self.weight).tanh()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x @ self.weight + self.run(self.inner, x)
+
+
+def _inner_gradients(run: Callable[..., Any] | None, low: bool = True, widens: bool = True) -> list[Tensor]:
+    torch.manual_seed(0)
+    model = Inner()
+    x = torch.randn(8, 16)
+    if low:
+        model, x = model.to(torch.bfloat16), x.to(torch.bfloat16)
+    model.run = run or model.run
+    widening = Widening(model.modules() if low and widens else ())
+    model(x.requires_grad_()).float().square().mean().backward()
+    widening.detach()
+    assert x.grad is not None
+    return [x.grad, *(param.grad for param in model.parameters() if param.grad is not None)]
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_a_checkpointed_method_that_multiplies_by_itself_is_recomputed_as_it_ran(use_reentrant: bool) -> None:
+    checkpointed = _inner_gradients(functools.partial(checkpoint, use_reentrant=use_reentrant))
+    native, exact = _inner_gradients(None, widens=False), _inner_gradients(None, low=False)
+    for found, lows, wanted in zip(checkpointed, native, exact, strict=True):
+        assert (found - wanted).norm() < 1.2 * (lows - wanted).norm()
+
+
+@pytest.mark.parametrize("ours", [deepspeed.checkpointing.checkpoint, non_reentrant_checkpoint])
+def test_our_own_checkpoints_carry_the_mode_into_the_recomputation(ours: Callable[..., Any]) -> None:
+    for found, wanted in zip(_inner_gradients(ours), _inner_gradients(None), strict=True):
+        assert torch.equal(found, wanted)
 
 
 def test_recomputation_is_widened_too(monkeypatch: pytest.MonkeyPatch) -> None:
