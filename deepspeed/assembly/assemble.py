@@ -262,7 +262,8 @@ def make_reducer(
     return Reducer(
         make_gradients(config, mesh, placing, masters, pool),
         pool,
-        max_in_flight=len(masters) + 1 if policy.parameters.is_sharded else MAX_IN_FLIGHT,
+        # Where parameters are sharded a launch never waits: another rank may need a gather from us first.
+        max_in_flight=2**31 if policy.parameters.is_sharded else MAX_IN_FLIGHT,
         overlap=config.zero_optimization.overlap_comm is not False,
         should_reduce=should_reduce,
         on_complete=on_complete,

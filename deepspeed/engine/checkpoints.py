@@ -119,6 +119,7 @@ class CheckpointMethods:
             warn_once("save_checkpoint between the micro-batches of a step: the gradients so far are not saved.")
         ranks = Ranks(engine.mesh)
         _check_arguments(ranks, save_dir, client_state)
+        engine._take_over_edits()
         tag = _agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}")
 
         def make_request() -> SaveRequest:
@@ -204,6 +205,7 @@ class CheckpointMethods:
             names = match_names(subject, source, load_module_strict and custom_load_fn is None)
             return source, names, source.state()
 
+        engine._take_over_edits()
         source, names, state = ranks.together(what, check)
         _settle(engine)
         published: list[Pending] = []
@@ -256,6 +258,7 @@ class CheckpointMethods:
     ) -> None:
         """Load `checkpoint["module"]`, a whole state dict that every rank has, into the model and the masters. Collective."""
         engine: Any = self
+        engine._take_over_edits()
         with _whole_module(engine):
             if custom_load_fn is not None:
                 custom_load_fn(src=checkpoint["module"], dst=engine.module)
@@ -287,6 +290,7 @@ class CheckpointMethods:
                 "with zero_optimization.stage3_gather_16bit_weights_on_model_save = true."
             )
             return False
+        engine._take_over_edits()
         export.save_weights(
             engine.module, engine._built, engine.mesh, Path(save_dir), save_filename, exclude_frozen_parameters
         )

@@ -51,12 +51,14 @@ from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
+from deepspeed.zero.join import Joining
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_numel, slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS, ParameterOffload
 from deepspeed.zero.reduce import Reducer
+from deepspeed.zero.takeover import Takeover, rename
 
 _engine_of: weakref.WeakKeyDictionary[nn.Module, weakref.ref[DeepSpeedEngine]] = weakref.WeakKeyDictionary()
 
@@ -234,6 +236,11 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             )
             self._put_away = PutAway(self.zero_optimizer, built.buckets)
             self.zero_optimizer.parameter_offload = self._parameter_offload
+            make_gradients = functools.partial(
+                assemble.make_gradients, config, self.mesh, placing, pool=self._reducer.pool
+            )
+            joining = Joining(built, self.zero_optimizer, self._hooks, make_gradients)
+            self.zero_optimizer.takeover = Takeover(model, built, self.zero_optimizer, self.mesh, joining, stage)
             self.zero_optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
             trainers.add(self.zero_optimizer)
             undo.callback(trainers.remove, self.zero_optimizer)
@@ -376,7 +383,8 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             raise TrainingStateError("engine.step() inside of engine.no_sync().\n  Leave the context first.")
         if self.zero_optimizer is None:
             raise TrainingStateError("engine.step(): the engine has no optimizer, it can only evaluate.")
-        if not self._reducer.saw_backward and self._reducer.gradients:
+        takeover = self.zero_optimizer.takeover
+        if not (self._reducer.saw_backward or (takeover and takeover.has_left_gradients)) and self._reducer.gradients:
             raise TrainingStateError(
                 "engine.step() before backward: no gradient arrived since the last step.\n"
                 "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
@@ -449,6 +457,13 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         if not self._knows_order:
             self._knows_order = True
             self._reducer.set_order(self.mesh.gather_objects("average", self._reducer.completion_order())[0])
+
+    def _take_over_edits(self) -> None:
+        """Have what the script changed about the model in its place, before that is saved or loaded. Collective."""
+        if self.zero_optimizer is not None and self.zero_optimizer.takeover is not None:
+            self.zero_optimizer.takeover.settle()
+        else:
+            rename(self._built, self.module)
 
     # Accumulation. -------------------------------------------------------------------------------------------------
 

@@ -102,8 +102,9 @@ class GatheredParameters:
 
     def _keep_changes(self, modifier_rank: int) -> None:
         slots = (slot_of(param) for param in self.params if isinstance(param, Tensor))
-        for bucket in dict.fromkeys(slot.bucket for slot in slots if slot):
-            bucket.take_assigned()
+        assigned = {bucket: bucket.assigned() for bucket in dict.fromkeys(slot.bucket for slot in slots if slot)}
+        for bucket, values in assigned.items():
+            bucket.take_assigned(values)
             bucket.exchange.broadcast(bucket.full, modifier_rank)
             bucket.write_shard()
             found = trainers.find(bucket)

@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -37,6 +37,15 @@ from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
+
+
+def is_view(param: Tensor, view: Tensor) -> bool:
+    """Whether a parameter is this very view."""
+    return (
+        param.data_ptr() == view.data_ptr()
+        and (param.dtype, param.device) == (view.dtype, view.device)
+        and (param.shape, param.stride()) == (view.shape, view.stride())
+    )
 
 
 class BucketState(enum.Enum):
@@ -113,18 +122,20 @@ class Bucket:
         self.dtype = dtype
         self.exchange = exchange
         self.is_sharded = is_sharded
-        self.requires_grad = any(param.requires_grad for param in params)
         self.state = BucketState.UNSHARDED
         self.is_away = False
         """Whether `engine.offload_states` has put the values away."""
+        self.gone: set[int] = set()
+        """Parameters that have left the model, or moved to another bucket, since this one was made."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
         self.full = self._make_full(device, is_read=rest is not None and rest.view(0, 0) is None)
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
-        self._keeps_storage = not is_sharded or (exchange.world_size == 1 and rest is None)
-        self.rest: Rest = rest or InMemory(own if self._keeps_storage else torch.zeros_like(own))
+        self.keeps_storage = not is_sharded or (exchange.world_size == 1 and rest is None)
+        """Whether `full` has its memory, with the values of all ranks, at all times."""
+        self.rest: Rest = rest or InMemory(own if self.keeps_storage else torch.zeros_like(own))
         """Where this rank's slice is between uses."""
         self.loads = loads or LoadQueue()
         self._load: Transfer | None = None
@@ -174,7 +185,32 @@ class Bucket:
     @property
     def unsharded_nbytes(self) -> int:
         """Bytes that are here only while the parameters are unsharded."""
-        return 0 if self._keeps_storage else self.full.untyped_storage().nbytes()
+        return 0 if self.keeps_storage else self.full.untyped_storage().nbytes()
+
+    @property
+    def requires_grad(self) -> bool:
+        """Whether any of the parameters wants a gradient now: scripts freeze and unfreeze between steps."""
+        return any(param.requires_grad for param in self.params)
+
+    def rename(self, names: Mapping[nn.Parameter, str]) -> None:
+        """Know the parameters by the names that the model has for them now; those that it has none for are gone."""
+        for param in self.params:
+            slot = slot_of(param)
+            assert slot is not None, "a parameter of this bucket"
+            if param in names:
+                self.names[slot.index] = names[param]
+                self.gone.discard(slot.index)
+            else:
+                self.gone.add(slot.index)
+
+    def view_of(self, param: nn.Parameter) -> Tensor:
+        """The view of `full` that is this parameter's memory."""
+        return next(view for other, view in zip(self.params, self.views, strict=True) if other is param)
+
+    def members(self) -> list[tuple[int, nn.Parameter]]:
+        """(index in the layout, parameter) of those that are still here and in the model."""
+        slots = [(slot_of(param), param) for param in self.params]
+        return [(slot.index, param) for slot, param in slots if slot and slot.index not in self.gone]
 
     @property
     def is_unsharded(self) -> bool:
@@ -198,29 +234,50 @@ class Bucket:
 
     def write_shard(self) -> None:
         """Take this rank's shard from the full values, after somebody changed those in place."""
-        if not self._keeps_storage:
+        if not self.keeps_storage:
             self.rest.start_store(0, self.own_slice(self.full)).wait()
         self._near_is_fresh = False
 
-    def take_assigned(self) -> None:
-        """Take over values that were assigned (`param.data = x`) rather than written in place."""
+    def assigned(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
+        """(parameter, its view, a copy of its values) of those that were assigned (`param.data = x`) rather than written in
+        place. Raises ShardError for values of another shape."""
         self._set_class(ZeroParameter)
-        for param, view in zip(self.params, self.views, strict=True):
-            if param.data_ptr() != view.data_ptr():
-                if param.shape != view.shape:
-                    raise ShardError(
-                        f"{self._name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
-                        "  To change a parameter's shape, replace the parameter in its module before deepspeed.initialize."
-                    )
-                view.copy_(param.data)
-                param.data = view
+        found = [pair for pair in zip(self.params, self.views, strict=True) if not is_view(*pair)]
+        for param, view in found:
+            if param.shape != view.shape:
+                raise ShardError(
+                    f"{self._name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
+                    "  To change a parameter's shape, replace the parameter in its module before deepspeed.initialize."
+                )
+        return [(param, view, param.data.clone()) for param, view in found]
+
+    def take_assigned(self, assigned: Sequence[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+        """Take over what `assigned` found. The values of several buckets are copied before any is taken over: they may be
+        views of each other's memory, as after a swap."""
+        for param, view, values in assigned:
+            view.copy_(values)
+            param.data = view
         if self.holders == 0:
             self._set_class(ShardedParameter)
+
+    def leave_memory(self) -> None:
+        """Have other memory, with the same values, where all of it is always here. Who kept views of the old one, as a script
+        does that assigns other values for a while (`backup = param.data`), finds there what it was."""
+        assert self.keeps_storage, "sharded buckets use `leave_full`"
+        before, self.full = self.views, self.full.clone()
+        every = self.split(self.full)
+        self.views = [every[slot.index] for param in self.params if (slot := slot_of(param))]
+        if isinstance(self.rest, InMemory):
+            self.rest.tensor = self.own_slice(self.full)
+        for param, old, new in zip(self.params, before, self.views, strict=True):
+            if is_view(param, old):
+                param.data = new
 
     def forget_moved(self) -> None:
         """Let go of the parameters that another bucket has taken over (see zero.build); the others stay."""
         pairs = zip(self.params, self.views, strict=True)
         kept = [(param, view) for param, view in pairs if (slot := slot_of(param)) and slot.bucket is self]
+        self.gone = set(range(len(self.names))) - {slot.index for param, _ in kept if (slot := slot_of(param))}
         self.params, self.views = [param for param, _ in kept], [view for _, view in kept]
         if not kept:
             self.rest.release()
@@ -262,7 +319,7 @@ class Bucket:
         self.loads.settle(until=self)
         if self._pending is not None:
             self.finish_unshard()
-        if not self._keeps_storage:
+        if not self.keeps_storage:
             refill_storage(self.full)
             if self._near is not None and self._near_is_fresh:
                 self._pending = self._near.start_all_gather(self.full, self._near_shard)
@@ -347,7 +404,7 @@ class Bucket:
         for param in self.params:
             param.data = self._nothing
         self._set_class(ShardedParameter)
-        if not self._keeps_storage:
+        if not self.keeps_storage:
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
 
@@ -358,7 +415,7 @@ class Bucket:
     def leave_full(self) -> None:
         """Before `reshard`: leave the memory of `full` to those who kept views of it (a state dict made inside a gather, a
         parameter made from another), and have another for the next time. Resharding would take theirs away."""
-        if not self._keeps_storage:
+        if not self.keeps_storage:
             with plain_modes():
                 self.full = self._make_full(self.full.device, is_read=self.rest.view(0, 0) is None)
                 self.views = self.split(self.full)

@@ -6,7 +6,7 @@ at most one bucket is whole at a time beyond what the policy keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -49,10 +49,12 @@ class Built:
     masters: list[Master] = field(default_factory=list)
     sharded: list[Bucket] = field(default_factory=list)
     users: dict[nn.Module, list[Bucket]] = field(default_factory=dict)
+    builder: Builder = field(init=False)
+    """Makes further buckets, for parameters that begin to train later (see zero.join)."""
 
 
 def build(
-    module: nn.Module, group_of: Mapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
+    module: nn.Module, group_of: MutableMapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
 ) -> Built:
     """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group.
 
@@ -66,19 +68,19 @@ def build(
                 f"{name} has no values (it is on the meta device).\n"
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
-    builder = _Builder(group_of, placing, mesh)
+    builder = Builder(group_of, placing, mesh, limits)
     for param in [param for param in named if not param.is_floating_point()]:
         builder.place(param, named.pop(param))
     trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
     if placing.policy.parameters.is_sharded:
         resident, units = choose_units(module, named, limits)
-        _fill_by_size(builder, {p: n for p, n in resident.items() if p in trained}, limits.bucket_numel)
-        _fill_by_size(builder, {p: n for p, n in resident.items() if p not in trained}, limits.bucket_numel)
+        builder.fill_by_size({p: n for p, n in resident.items() if p in trained})
+        builder.fill_by_size({p: n for p, n in resident.items() if p not in trained})
         _fill_units(builder, module, units, trained)
         for param in resident:
             param.__class__ = ZeroParameter
     else:
-        _fill_by_size(builder, trained, limits.bucket_numel)
+        builder.fill_by_size(trained)
         for param, name in named.items():
             if param not in trained:
                 builder.place(param, name)
@@ -101,15 +103,8 @@ def choose_units(
     return resident, cut_by_module(module, wanted, min_numel=MIN_UNIT_NUMEL, max_numel=limits.max_unit_numel)
 
 
-def _fill_by_size(builder: _Builder, params: Mapping[nn.Parameter, str], limit: int) -> None:
-    """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
-    backwards = list(params.items())[::-1]
-    for chunk in cut_by_size([full_numel(param) for param, _ in backwards], limit):
-        builder.make([backwards[i] for i in chunk], is_sharded=False)
-
-
 def _fill_units(
-    builder: _Builder, module: nn.Module, units: Sequence[Unit], trained: Mapping[nn.Parameter, str]
+    builder: Builder, module: nn.Module, units: Sequence[Unit], trained: Mapping[nn.Parameter, str]
 ) -> None:
     buckets_of_unit: list[list[Bucket]] = []
     for unit in units:
@@ -120,23 +115,33 @@ def _fill_units(
         builder.built.users[user] = [bucket for i in indices for bucket in buckets_of_unit[i]]
 
 
-class _Builder:
-    """Makes buckets one at a time and keeps count of them."""
+class Builder:
+    """Makes buckets one at a time and keeps count of them. `group_of` is the optimizer group of each parameter that has
+    one, frozen ones too."""
 
-    def __init__(self, group_of: Mapping[nn.Parameter, int], placing: Placing, mesh: Mesh) -> None:
+    def __init__(
+        self, group_of: MutableMapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
+    ) -> None:
         self.built = Built()
-        self._group_of, self._placing = group_of, placing
+        self.built.builder = self
+        self.group_of, self.placing, self._limits = group_of, placing, limits
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
         device = placing.device
         self._exchange = {purpose: mesh.exchange(SHARD_DIMS, purpose, device) for purpose in ("reduce", "gather")}
         self._near = mesh.exchange("near", "gather", device) if mesh.size("near") > 1 else None
-        self._everyone = mesh.exchange("average", "build", device)
+        self.everyone = mesh.exchange("average", "build", device)
+
+    def fill_by_size(self, params: Mapping[nn.Parameter, str]) -> None:
+        """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
+        backwards = list(params.items())[::-1]
+        for chunk in cut_by_size([full_numel(param) for param, _ in backwards], self._limits.bucket_numel):
+            self.make([backwards[i] for i in chunk], is_sharded=False)
 
     def make(self, named: Sequence[tuple[nn.Parameter, str]], *, is_sharded: bool) -> Bucket:
         """Lay parameters into a new bucket, in the policy's dtype, with the first rank's values; shard it."""
-        trains = named[0][0].requires_grad and named[0][0] in self._group_of
-        groups = [self._group_of[param] if trains else -1 for param, _ in named]
+        trains = named[0][0].requires_grad and named[0][0] in self.group_of
+        groups = [self.group_of[param] if trains else -1 for param, _ in named]
         order = group_neighbours(groups)
         params = [named[i][0] for i in order]
         shapes = [full_shape(param) for param in params]
@@ -145,7 +150,7 @@ class _Builder:
         layout = BucketLayout(
             tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), exchange.world_size
         )
-        places = self._placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains)
+        places = self.placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains)
         bucket = Bucket(
             len(self.built.sharded) if is_sharded else -1,
             params,
@@ -157,14 +162,14 @@ class _Builder:
             device=self._device,
             exchange=exchange,
             secondary=self._near if is_sharded else None,
-            rest=self._placing.params(places.params, layout.shard_numel) if is_sharded else None,
+            rest=self.placing.params(places.params, layout.shard_numel) if is_sharded else None,
             loads=self._loads,
         )
         source = self._fill(bucket, sources)
         bucket.adopt()
         self.built.buckets.append(bucket)
         if trains:
-            self.built.masters.append(Master(bucket, self._policy, source, places, self._placing))
+            self.built.masters.append(Master(bucket, self._policy, source, places, self.placing))
         if is_sharded:
             self.built.sharded.append(bucket)
             bucket.reshard()
@@ -177,7 +182,7 @@ class _Builder:
         flat = bucket.full if is_exact else torch.zeros_like(bucket.full, dtype=master_dtype)
         _copy_values(bucket.params, sources, bucket.split(flat))
         if not all(sources):
-            self._everyone.broadcast(flat)
+            self.everyone.broadcast(flat)
         if flat is bucket.full:
             return None
         bucket.full.copy_(flat)
@@ -188,7 +193,7 @@ class _Builder:
         dtype = self._policy.parameters.dtype if param.is_floating_point() else param.dtype
         source = param.__dict__.pop("_zero_slot", None)
         if source is None:
-            param.data = spread(self._everyone, param.data.to(self._device, dtype), self._device)
+            param.data = spread(self.everyone, param.data.to(self._device, dtype), self._device)
             return
         value = torch.empty(source.bucket.shapes[source.index], dtype=dtype, device=self._device)
         _copy_values([param], [source], [value])
@@ -209,7 +214,7 @@ class _Builder:
                         "  Load or initialise the model first: module.to_empty(device=...), then give its buffers their values."
                     )
                 if buffer not in placed:  # one that two modules share stays one
-                    placed[buffer] = spread(self._everyone, buffer.to(self._device), self._device)
+                    placed[buffer] = spread(self.everyone, buffer.to(self._device), self._device)
                 if placed[buffer] is not buffer:
                     owner._buffers[name] = placed[buffer]
 

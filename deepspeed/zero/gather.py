@@ -130,6 +130,14 @@ class Gatherer:
         """Which kind of phase came after a kind: a training forward is followed by the backward."""
         self._num_in_a_row = 0
 
+    def add(self, bucket: Bucket) -> None:
+        """Gather this bucket too, whose parameters were in others. Plans are made anew. Between phases, on every rank."""
+        assert bucket.index == len(self.buckets), "a bucket's index is its position here"
+        self.buckets.append(bucket)
+        self._records.clear()
+        self._follower.clear()
+        self._key = None
+
     @property
     def in_phase(self) -> bool:
         """Whether a forward or backward is running."""

@@ -161,6 +161,13 @@ class ModuleHooks:
         if bucket not in self.users[module]:
             self.users[module].append(bucket)
 
+    def divide(self, old: Bucket, new: Bucket) -> None:
+        """Some parameters of `old` are in `new` now: whoever uses the one uses the other too."""
+        self.gatherer.add(new)
+        for module, buckets in self.users.items():
+            if old in buckets:
+                self.users[module] = [bucket for bucket in buckets if bucket is not old or old.params] + [new]
+
     def _attach_to(self, module: nn.Module) -> None:
         self.handles += [
             module.register_forward_pre_hook(ModuleHook(self._pre_forward), prepend=True, with_kwargs=True),

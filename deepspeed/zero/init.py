@@ -201,7 +201,7 @@ class Init:
             del self._touched[bucket]
             if not bucket.is_unsharded:
                 continue
-            bucket.take_assigned()
+            bucket.take_assigned(bucket.assigned())
             self._exchange.broadcast(bucket.full)
             bucket.write_shard()
             if is_viewed:

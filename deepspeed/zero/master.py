@@ -14,6 +14,9 @@ from deepspeed.zero.layout import BucketLayout, RunSpan
 from deepspeed.zero.placing import Places, Placing
 from deepspeed.zero.policy import ZeroPolicy
 
+FOLLOW_NUMEL = 1 << 22
+"""Elements that are compared at once where masters follow written parameters."""
+
 
 class Master:
     """One bucket's masters: `weights` [S] (or [W*S] where O is replicated) at rest, and their spans by group.
@@ -66,6 +69,33 @@ class Master:
         if not self.is_alias:
             target = self.bucket.rest if self.is_sharded else InMemory(self.bucket.full)
             target.start_store(0, self.tensor.to(target.dtype)).wait()
+
+    def follow_memory(self) -> None:
+        """The bucket has other memory; masters that are the parameters are there now."""
+        if self.is_alias and not self.is_sharded:
+            self.weights = InMemory(self.bucket.full)
+
+    @property
+    def can_be_written(self) -> bool:
+        """Whether the parameters lie in memory, where a script may write them, and are other bytes than the masters."""
+        return not self.is_alias and self.bucket.keeps_storage
+
+    def low(self) -> Tensor:
+        """The parameters that these masters stand for, 1-D, as the model has them."""
+        return self.bucket.own_slice(self.bucket.full) if self.is_sharded else self.bucket.full
+
+    def follow_params(self) -> None:
+        """Take over what was written into the parameters: elements that are not their master, rounded, any more. The other
+        masters keep what rounding took from the parameters."""
+        if self.is_alias:
+            return
+        low = self.low() if self.bucket.keeps_storage else self.bucket.shard
+        for start in range(0, self.numel, FOLLOW_NUMEL):
+            master = read(self.weights, start, min(start + FOLLOW_NUMEL, self.numel))
+            written = low[start : start + master.numel()].to(master.device)
+            is_written = master.to(written.dtype) != written
+            if is_written.any():
+                self.weights.start_store(start, torch.where(is_written, written.to(master.dtype), master)).wait()
 
     def from_params(self) -> None:
         """Take the master from the parameters' own slice, after those were changed from outside."""

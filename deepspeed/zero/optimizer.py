@@ -17,7 +17,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -39,6 +39,9 @@ from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.sharding import RunSharding
 from deepspeed.zero.stream import Segment, TileStream
+
+if TYPE_CHECKING:
+    from deepspeed.zero.takeover import Takeover
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
@@ -103,6 +106,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.grad_norm: float | None = None
         """Norm of the last step's gradients, unscaled, before clipping."""
         self.before_update: Callable[[], None] | None = None
+        self.takeover: Takeover | None = None
+        """Takes over what a script has changed about the model, before each step and after its norm."""
         self.parameter_offload: ParameterOffload | None = None
         """Stage 3: the hooks on the model's modules, for libraries that take them off for a while."""
         self._kept = (1.0, 1.0)
@@ -146,35 +151,67 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         gives_whole = not self._is_sharded and needs is not Needs.ELEMENTWISE
         self._refuse_tiers(needs)
         is_elementwise = needs is Needs.ELEMENTWISE or (needs is None and allow_untested)
-        if placing is not None and is_elementwise and any(master.is_streamed for master in self.masters):
-            self.stream = TileStream(
-                self.optimizer, self.masters, self.reducer.gradients, placing, self._sub_group_numel
-            )
+        self._stream_placing = placing if is_elementwise else None
+        self._gives_whole = gives_whole
         self.steppable: list[list[tuple[int, Tensor]]] = []
         """Per master in the device's memory, (group, tensor) that the wrapped optimizer steps; else none."""
-        for master in self.masters:
-            mine: list[tuple[int, Tensor]] = []
-            if gives_whole:
-                mine = master.whole_params()
-            elif not self._is_streamed(master):
-                mine = [(s.group, master.tensor.narrow(0, s.start, s.stop - s.start)) for s in master.spans]
-            self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
-        tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
-        for i in range(len(self.masters)):
-            streamed = self.stream.segments(i) if self.stream else ()
-            for group, tensor in [*self.steppable[i], *((segment.group, segment.param) for segment in streamed)]:
-                tensors[group].append(tensor)
-        for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
-            param_group["params"] = Members(members, self, i)
+        self._list_runs()
         if self.optimizer.state:
             warn_once(
                 f"{type(self.optimizer).__name__} was given with state from earlier steps; it starts anew, since its parameters "
                 "are laid out differently now."
             )
         self.optimizer.state.clear()
-        self._gives_whole = gives_whole
-        if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not gives_whole:
+
+    def add(self, masters: Sequence[Master]) -> None:
+        """Train these too, beginning without state. The reducer has their gradients already. The same on every rank."""
+        self.masters += masters
+        self._refuse_tiers(needs_of(self.optimizer))
+        self._list_runs()
+
+    def _list_runs(self) -> None:
+        """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""
+        if self.stream is not None:
+            self.stream.add()
+        elif self._stream_placing is not None and any(master.is_streamed for master in self.masters):
+            self.stream = TileStream(
+                self.optimizer, self.masters, self.reducer.gradients, self._stream_placing, self._sub_group_numel
+            )
+        for master in self.masters[len(self.steppable) :]:
+            mine = self._cut(master)
+            self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
+        tensors = self.runs()
+        for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
+            param_group["params"] = Members(members, self, i)
+        if needs_of(self.optimizer) in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not self._gives_whole:
             self.optimizer.sharding = RunSharding(self)  # type: ignore[attr-defined]
+
+    def _cut(self, master: Master) -> list[tuple[int, Tensor]]:
+        """(group, piece of the masters) as the wrapped optimizer steps them, where they are in memory."""
+        if self._gives_whole:
+            return master.whole_params()
+        if self._is_streamed(master):
+            return []
+        return [(s.group, master.tensor.narrow(0, s.start, s.stop - s.start)) for s in master.spans]
+
+    def follow_memory(self, bucket: Bucket) -> None:
+        """A bucket has other memory: masters that are its parameters, and their runs, are there now."""
+        for i, master in enumerate(self.masters):
+            if master.bucket is bucket and master.is_alias:
+                master.follow_memory()
+                for (_, run), (_, piece) in zip(self.steppable[i], self._cut(master), strict=True):
+                    run.data = piece
+                if self.stream is not None:
+                    self.stream.show(i)
+
+    def runs(self) -> list[list[Tensor]]:
+        """Per group, the tensors that its `params` has to list."""
+        tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
+        for i in range(len(self.masters)):
+            streamed = self.stream.segments(i) if self.stream else ()
+            for group, tensor in [*self.steppable[i], *((segment.group, segment.param) for segment in streamed)]:
+                tensors[group].append(tensor)
+        return tensors
 
     def _refuse_tiers(self, needs: Needs | None) -> None:
         """Optimizers that ask for more than elements cannot stream tile by tile from a disk."""
@@ -265,14 +302,20 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 loss = closure()
         if self.before_update is not None:
             self.before_update()
+        if self.takeover is not None:
+            self.takeover.begin_step()
         self.reducer.finish()
         self._agree_on_failure(self.reducer.failure)
         scale, factor = self.scale.scale, self._decide()
         self._kept = (scale, factor or 1.0)
+        if self.takeover is not None:
+            self.takeover.follow_written()
         if factor is not None:
             self._update(factor)
             self._publish()
         self.reducer.drop()
+        if self.takeover is not None:
+            self.takeover.end_step()
         return loss
 
     def _decide(self) -> float | None:
@@ -608,7 +651,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Take masters anew from parameters that were changed from outside."""
         for master in self.masters:
             if master.bucket in buckets:
-                master.from_params()
+                master.follow_params()
 
 
 def _if_narrow(low: Tensor | None) -> Tensor | None:

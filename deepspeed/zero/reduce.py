@@ -64,8 +64,9 @@ class Reducer:
         on_complete: Callable[[Bucket], None] | None = None,
     ) -> None:
         self.pool = pool
-        self.gradients = list(gradients)
-        self.order = list(self.gradients)
+        self.gradients: list[Gradients] = []
+        self.order: list[Gradients] = []
+        self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.saw_backward = False
         """Whether any gradient arrived since the last step."""
         self.num_exposed = 0
@@ -80,13 +81,29 @@ class Reducer:
         self._completion: list[Gradients] = []
         self._ready: set[int] = set()
         self._in_flight: deque[InFlight] = deque()
-        self._handles = [
-            param.register_post_accumulate_grad_hook(functools.partial(self._take, gradients, i))
-            for gradients in self.gradients
-            for i, param in enumerate(gradients.bucket.params)
+        self.add(gradients)
+
+    def add(self, gradients: Sequence[Gradients]) -> None:
+        """Take these too; they are launched after those that are here. The same on every rank."""
+        self.gradients += gradients
+        self.order += gradients
+        self._handles += [
+            param.register_post_accumulate_grad_hook(functools.partial(self._take, own, i))
+            for own in gradients
+            for i, param in enumerate(own.bucket.params)
         ]
 
     # Gradients arrive. ---------------------------------------------------------------------------------------------
+
+    def take_left(self, first: int) -> None:
+        """Take the gradients that autograd left in `param.grad` of the buckets from number `first` on, before these were
+        here: as if they arrived now. They are reduced with what is left."""
+        for gradients in self.gradients[first:]:
+            for i, param in enumerate(gradients.bucket.params):
+                gradient, param.grad = param.grad, None
+                if gradient is not None:
+                    gradients.arrivals.take(i, gradient.to_dense() if gradient.is_sparse else gradient)
+                    self.saw_backward = True
 
     def _take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """The hook: take `param.grad` over, and count."""

@@ -98,10 +98,14 @@ def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
     for bucket in built.buckets:
         if id(bucket) not in trained:
             pieces = bucket.layout.pieces(bucket.exchange.rank) if bucket.is_sharded else ()
-            spans = [Span(bucket.names[p.param], p.in_param, p.in_shard, p.numel) for p in pieces]
+            spans = [
+                Span(bucket.names[p.param], p.in_param, p.in_shard, p.numel)
+                for p in pieces
+                if p.param not in bucket.gone
+            ]
             if not bucket.is_sharded:
-                starts = zip(bucket.names, bucket.layout.starts, bucket.layout.numels, strict=True)
-                spans = [Span(name, 0, start, numel) for name, start, numel in starts]
+                names, starts, numels = bucket.names, bucket.layout.starts, bucket.layout.numels
+                spans = [Span(names[i], 0, starts[i], numels[i]) for i, _ in bucket.members()]
             rest = bucket.rest if bucket.is_sharded else InMemory(bucket.full)
             yield _flat_of_rest(PARAM, rest, 0, spans, _replicas(mesh, bucket.is_sharded))
     for name, param in module.named_parameters():
@@ -132,8 +136,9 @@ def _replicas(mesh: Mesh, is_sharded: bool) -> tuple[int, int]:
 
 
 def _spans(master: Master) -> list[Span]:
-    names = master.bucket.names
-    return [Span(names[p.param], p.in_param, p.in_shard, p.numel) for p in master.layout.pieces(master.rank)]
+    names, gone = master.bucket.names, master.bucket.gone
+    pieces = (piece for piece in master.layout.pieces(master.rank) if piece.param not in gone)
+    return [Span(names[p.param], p.in_param, p.in_shard, p.numel) for p in pieces]
 
 
 class _Run(NamedTuple):
@@ -170,7 +175,8 @@ def _runs(optimizer: ZeroOptimizer) -> Iterator[_Run]:
         for position, (group, tensor) in enumerate(optimizer.steppable[index]):
             if optimizer._gives_whole:
                 start, numel = master.layout.starts[position], master.layout.numels[position]
-                spans = [Span(master.bucket.names[position], 0, 0, numel)]
+                is_gone = position in master.bucket.gone
+                spans = [] if is_gone else [Span(master.bucket.names[position], 0, 0, numel)]
             else:
                 run = master.spans[position]
                 start, numel, spans = run.start, run.stop - run.start, _spans_within(master, run.start, run.stop)
@@ -207,7 +213,7 @@ def run_values(optimizer: ZeroOptimizer) -> list[RunValues]:
     found = []
     for run in _runs(optimizer):
         state = optimizer.state.get(run.tensor, {})
-        if state:
+        if state and run.spans:
             names = dict.fromkeys(span.name for span in run.spans)
             keys = run.state_kinds(optimizer)
             rest = {str(key): value for key, value in state.items() if key not in keys}
@@ -230,8 +236,8 @@ def group_names(optimizer: ZeroOptimizer) -> list[list[str]]:
     """The names of each parameter group's parameters, also of those with no piece on this rank."""
     names: list[list[str]] = [[] for _ in optimizer.param_groups]
     for master in optimizer.masters:
-        for name, group in zip(master.bucket.names, master.bucket.layout.groups, strict=True):
-            names[group].append(name)
+        for i, _ in master.bucket.members():
+            names[master.bucket.layout.groups[i]].append(master.bucket.names[i])
     return names
 
 

@@ -117,13 +117,20 @@ class TileStream:
         self.masters, self.gradients = masters, gradients
         self.placing = placing
         self.tile_numel = tile_numel(sub_group_numel)
-        self.states: list[dict[str, Rest]] = [{} for _ in masters]
+        self.states: list[dict[str, Rest]] = []
+        self.tiles: list[Tile] = []
         self._known = optimizer.state_names if isinstance(optimizer, StepsFused) else {}
         """States that the optimizer will have: their space is taken now, and they start as zeros in a tile's buffers."""
-        for i, master in enumerate(masters):
+        self.add()
+
+    def add(self) -> None:
+        """Stream the masters too that have joined since the last call."""
+        for i in range(len(self.states), len(self.masters)):
+            master = self.masters[i]
+            self.states.append({})
             for name, dtype in self._known.items() if master.is_streamed else ():
                 self._state_rest(i, name, dtype)
-        self.tiles = [tile for i, master in enumerate(masters) if master.is_streamed for tile in self._cut(i, master)]
+            self.tiles += self._cut(i, master) if master.is_streamed else ()
 
     def _cut(self, index: int, master: Master) -> Iterator[Tile]:
         for start in range(0, master.numel, self.tile_numel):
@@ -136,6 +143,12 @@ class TileStream:
             tile = Tile(index, start, stop, segments)
             self._show(tile)
             yield tile
+
+    def show(self, index: int) -> None:
+        """The masters of this number are in other memory."""
+        for tile in self.tiles:
+            if tile.index == index:
+                self._show(tile)
 
     def _show(self, tile: Tile) -> None:
         """Give segments whose masters are in memory their data between steps too, for whoever looks at param_groups."""

@@ -1,0 +1,297 @@
+"""What a script may change about a model between steps, and whether it did: facts, and what has become of them.
+
+Held by `zero.takeover`, which asks once per step and acts. A parameter is a view of its bucket, its master follows its
+value, its optimizer group was read when the engine was made. A script that assigns, writes, unfreezes, adds or deletes
+says nothing to anybody; so each of these is a *fact*, written down when it was last true and compared where a step begins.
+
+    Tree       which parameters the modules have, by identity          added, removed, replaced
+    Flags      `requires_grad` of parameters that do not train         unfrozen
+    Memory     each parameter is the very view of its bucket           `param.data = ...`, `.to(...)`
+    Versions   torch's version counters                                written in place
+    Groups     the optimizer's groups and what they list               `add_param_group`, edited lists
+    Seal       a digest of parameters that have separate masters       written in place, also through `.data`
+
+The first five are comparisons of addresses, flags and counters on the host. The seal is computed on the device, where the
+parameters are, and read after the host has waited for the norm anyway: `.data` and collectives bypass the counters.
+
+Invariant: nothing here changes anything of the model's; ranks whose scripts did the same see the same.
+"""
+
+from __future__ import annotations
+
+import abc
+import enum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.zero.bucket import Bucket, is_view
+from deepspeed.zero.build import Built
+from deepspeed.zero.master import Master
+from deepspeed.zero.param import slot_of
+
+WORD_COLUMNS = 127
+"""A seal adds 8-byte words up in so many columns; a prime, so that rows of a matrix that change places do not cancel."""
+
+
+class Kind(enum.Enum):
+    """What can become of a parameter between two steps."""
+
+    ADDED = "is new in the model"
+    REMOVED = "has left the model"
+    TRAINS = "begins to train"
+    ASSIGNED = "was given other data"
+    WRITTEN = "was written in place"
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """One parameter's. `detail` belongs to the description that ranks compare."""
+
+    kind: Kind
+    name: str
+    param: nn.Parameter
+    detail: str = ""
+
+    @property
+    def line(self) -> str:
+        """What ranks compare."""
+        return f"{self.name} {self.kind.value}{self.detail}"
+
+
+class Fact(abc.ABC):
+    """Something that was true when it was last renewed."""
+
+    @abc.abstractmethod
+    def renew(self) -> None:
+        """Write down what is true now."""
+
+    @property
+    @abc.abstractmethod
+    def has_changed(self) -> bool:
+        """Whether it is true no more. Cheap: asked in every step."""
+
+
+class Tree(Fact):
+    """Which modules and parameters the model has, by identity."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self._root = root
+        self.renew()
+
+    def renew(self) -> None:
+        self._modules = [
+            (module._parameters, list(map(id, module._parameters.values())), module._modules, _ids(module._modules))
+            for module in self._root.modules()
+        ]
+        self.names = {param: name for name, param in self._root.named_parameters()}
+        """The first name of every parameter."""
+
+    @property
+    def has_changed(self) -> bool:
+        for params, param_ids, children, child_ids in self._modules:
+            if list(map(id, params.values())) != param_ids or ((children or child_ids) and _ids(children) != child_ids):
+                return True
+        return False
+
+    def changes(self) -> list[Change]:
+        """Parameters that came and went since the last renewal."""
+        now = {param: name for name, param in self._root.named_parameters()}
+        added = [
+            Change(Kind.ADDED, name, param, f" {tuple(param.shape)}")
+            for param, name in now.items()
+            if param not in self.names
+        ]
+        return added + [Change(Kind.REMOVED, name, param) for param, name in self.names.items() if param not in now]
+
+
+def _ids(children: Mapping[str, nn.Module | None]) -> list[int]:
+    return list(map(id, children.values()))
+
+
+class Flags(Fact):
+    """`requires_grad` of parameters that have no master."""
+
+    def __init__(self) -> None:
+        self.params: list[nn.Parameter] = []
+        self._flags: list[bool] = []
+
+    def watch(self, params: Sequence[nn.Parameter]) -> None:
+        """From now on of these."""
+        self.params = list(params)
+        self.renew()
+
+    def renew(self) -> None:
+        self._flags = self._read()
+
+    @property
+    def has_changed(self) -> bool:
+        return self._read() != self._flags
+
+    def is_news(self, param: nn.Parameter) -> bool:
+        """Whether one of these has another flag than was last written down."""
+        at = next((i for i, other in enumerate(self.params) if other is param), None)
+        return at is not None and self._flags[at] != param.requires_grad
+
+    def _read(self) -> list[bool]:
+        with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
+            return [param.requires_grad for param in self.params]
+
+
+class Memory(Fact):
+    """Parameters of buckets that are whole on every rank are the views that the bucket has of itself."""
+
+    def __init__(self) -> None:
+        self._buckets: list[Bucket] = []
+        self._params: list[nn.Parameter] = []
+        self._views: list[Tensor] = []
+
+    def watch(self, buckets: Sequence[Bucket]) -> None:
+        """From now on of these."""
+        self._buckets = list(buckets)
+        self.renew()
+
+    def renew(self) -> None:
+        self._params = [param for bucket in self._buckets for param in bucket.params]
+        self._views = [view for bucket in self._buckets for view in bucket.views]
+        self._pointers = [view.data_ptr() for view in self._views]
+
+    @property
+    def has_changed(self) -> bool:
+        if any(bucket.is_away for bucket in self._buckets):
+            return False
+        return [param.data_ptr() for param in self._params] != self._pointers or not all(
+            param.is_contiguous() for param in self._params
+        )
+
+    def changes(self, names: Mapping[nn.Parameter, str]) -> list[Change]:
+        """Parameters that are no views of their buckets any more; those that have left the model may be what they like."""
+        return [
+            Change(Kind.ASSIGNED, names[param], param)
+            for param, view in zip(self._params, self._views, strict=True)
+            if param in names and not is_view(param, view) and not _is_away(param)
+        ]
+
+
+def _is_away(param: nn.Parameter) -> bool:
+    slot = slot_of(param)
+    return slot is not None and slot.bucket.is_away
+
+
+class Versions(Fact):
+    """How often torch saw parameters written. Publishing and gathering go through the buckets' own views and do not count."""
+
+    def __init__(self) -> None:
+        self._params: list[nn.Parameter] = []
+        self._versions: list[int] = []
+
+    def watch(self, params: Sequence[nn.Parameter]) -> None:
+        """From now on of these."""
+        self._params = list(params)
+        self.renew()
+
+    def renew(self) -> None:
+        self._versions = self._read()
+
+    @property
+    def has_changed(self) -> bool:
+        return self._read() != self._versions
+
+    def changes(self, names: Mapping[nn.Parameter, str]) -> list[Change]:
+        """Parameters that were written since the last renewal."""
+        pairs = zip(self._params, self._versions, strict=True)
+        return [Change(Kind.WRITTEN, names[p], p) for p, version in pairs if p._version != version and p in names]
+
+    def _read(self) -> list[int]:
+        return [param._version for param in self._params]
+
+
+class Groups(Fact):
+    """The optimizer's groups, and the tensors that each lists."""
+
+    def __init__(self, groups: Callable[[], Sequence[dict[str, Any]]]) -> None:
+        self._groups = groups
+        self.renew()
+
+    def renew(self) -> None:
+        self._listed = self._read()
+
+    @property
+    def has_changed(self) -> bool:
+        return self._read() != self._listed
+
+    def _read(self) -> list[list[int]]:
+        return [list(map(id, group["params"])) for group in self._groups()]
+
+
+class Seal:
+    """A digest of one master's part of the parameters, which are other bytes than the master's."""
+
+    def __init__(self, master: Master) -> None:
+        self.master = master
+        self.renew()
+
+    def renew(self) -> None:
+        """The parameters are what the master was rounded to."""
+        self._digest = _digest(self.master.low())
+
+    def is_broken(self) -> Tensor:
+        """A scalar on the device: whether somebody wrote the parameters since. Nobody waits for it here."""
+        return (_digest(self.master.low()) != self._digest).any()
+
+
+def _digest(values: Tensor) -> Tensor:
+    """Sums of 8-byte words, wrapping, in columns; buckets are padded to whole words."""
+    words = values.view(torch.int64)
+    whole = words.numel() // WORD_COLUMNS * WORD_COLUMNS
+    columns = words[:whole].view(-1, WORD_COLUMNS).sum(0)
+    return torch.cat([columns, words[whole:]])
+
+
+class Facts:
+    """All facts of one engine's model."""
+
+    def __init__(
+        self, root: nn.Module, built: Built, groups: Callable[[], Sequence[dict[str, Any]]], is_alone: bool
+    ) -> None:
+        self._built, self._is_alone = built, is_alone
+        self.tree, self.flags, self.memory, self.versions = Tree(root), Flags(), Memory(), Versions()
+        self.groups = Groups(groups)
+        self.seals: list[Seal] = []
+        self.renew()
+
+    def renew(self) -> None:
+        """Everything is as it should be: write it down."""
+        self.tree.renew()
+        trained = {param for master in self._built.masters for param in master.bucket.params}
+        self.flags.watch([param for param in self.tree.names if param not in trained])
+        self.whole = whole = [bucket for bucket in self._built.buckets if not bucket.is_sharded]
+        self.memory.watch(whole)
+        # One rank has nobody to differ from, and the seals tell what it wrote.
+        self.versions.watch([] if self._is_alone else [param for bucket in whole for param in bucket.params])
+        self.groups.renew()
+        sealed = {seal.master for seal in self.seals}
+        # Not those that are there: whether they are broken is still to be asked.
+        self.seals += [Seal(m) for m in self._built.masters if m.can_be_written and m not in sealed]
+
+    @property
+    def all(self) -> tuple[Fact, ...]:
+        """Those that are compared on the host."""
+        return (self.tree, self.flags, self.memory, self.versions, self.groups)
+
+    @property
+    def have_changed(self) -> bool:
+        """Whether any is true no more."""
+        return any(fact.has_changed for fact in self.all)
+
+    def is_news(self, param: nn.Parameter) -> bool:
+        """Whether a parameter that does not train is new, or was frozen when that was last written down."""
+        return param not in self.tree.names or self.flags.is_news(param)
+
+    def is_trained(self, param: nn.Parameter) -> bool:
+        """Whether a parameter has a master."""
+        slot = slot_of(param)
+        return slot is not None and any(master.bucket is slot.bucket for master in self._built.masters)

@@ -1,0 +1,298 @@
+"""What a script changed about its model between steps, taken over as plain PyTorch would, or refused by name.
+
+Made by the engine; called by the optimizer's step, which all ranks enter together, and before checkpoints. Most steps find
+nothing: facts are compared on the host, and ranks tell each other in one integer. Where any rank found something, all
+compare what they found before anybody acts, so that a change on one rank alone is an error on all and hangs none.
+
+    begin_step       all ranks tell whether their facts changed -> what changed -> act
+    follow_written   after the norm, for which the host waited anyway: masters follow parameters that were written
+    end_step         what is true now is written down
+
+    change      action
+    ADDED       nothing: it trains once a parameter group has it; until then one warning
+    REMOVED     nothing: it has no gradients any more, and is not saved
+    TRAINS      a bucket, a master, a run in its group; the gradient that autograd left is this step's     (zero.join)
+    ASSIGNED    the values move into the bucket, the parameter is a view of it again
+    WRITTEN     ranks compare; the masters follow, element by element
+
+Invariant: what is refused is refused before anything was changed, on every rank alike.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.mesh import Mesh
+from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.logging import warn_once
+from deepspeed.zero.build import Built
+from deepspeed.zero.facts import Change, Facts, Kind, Seal
+from deepspeed.zero.join import Joining
+from deepspeed.zero.param import slot_of
+
+if TYPE_CHECKING:
+    from deepspeed.zero.optimizer import ZeroOptimizer
+
+IS_VALUE = (Kind.ASSIGNED, Kind.WRITTEN)
+"""Changes of values. Ranks may see them differently, as long as the values are the same in the end."""
+
+
+class Takeover:
+    """Compares and acts, for one engine. `stage` is for messages."""
+
+    def __init__(
+        self, root: nn.Module, built: Built, optimizer: ZeroOptimizer, mesh: Mesh, joining: Joining, stage: int
+    ) -> None:
+        self._root, self._built, self._optimizer, self._mesh = root, built, optimizer, mesh
+        self._joining, self._stage = joining, stage
+        self.facts = Facts(root, built, lambda: optimizer.param_groups, is_alone=mesh.size("average") == 1)
+        self._ranks = mesh.ranks("average")
+        self._asked: list[Seal] = []
+        self._broken: list[Tensor] = []
+
+    @property
+    def has_left_gradients(self) -> bool:
+        """Whether parameters that do not train yet have gradients: a backward ran, though nobody took one over."""
+        return any(param.grad is not None for param in self.facts.flags.params)
+
+    @torch.no_grad()
+    def begin_step(self) -> None:
+        """Take over what has changed since the last step. Collective. Raises TrainingStateError, on every rank."""
+        self._take_over()
+        self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
+        self._broken = [seal.is_broken() for seal in self._asked]
+
+    @torch.no_grad()
+    def follow_written(self) -> None:
+        """Have masters follow parameters that were written. The host waits for what was started in `begin_step`."""
+        if self._broken:
+            broken = torch.stack(self._broken).tolist()
+            for seal, is_broken in zip(self._asked, broken, strict=True):
+                if is_broken:
+                    seal.master.follow_params()
+
+    @torch.no_grad()
+    def end_step(self) -> None:
+        """Write down what the step itself changed: published parameters, runs that were cut."""
+        self.facts.groups.renew()
+        for seal in self._asked:
+            seal.renew()
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Everything in place between steps: before a checkpoint is written or read. Collective."""
+        self.begin_step()
+        self.follow_written()
+        self.end_step()
+
+    # Finding out. --------------------------------------------------------------------------------------------------
+
+    def _take_over(self) -> None:
+        if not any(changed for (changed,) in self._mesh.agree("average", int(self.facts.have_changed))):
+            return
+        refusal: str | None = None
+        found: list[Change] = []
+        try:
+            found = self._changes()
+        except TrainingStateError as error:
+            refusal = str(error)
+        told = self._mesh.gather_objects("average", (refusal, [(c.kind, c.name, c.line) for c in found]))
+        self._raise_any([theirs for theirs, _ in told])
+        structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, theirs in told]
+        self._require_equal(structures)
+        self._assign([change.param for change in found if change.kind is Kind.ASSIGNED])
+        self._compare_values([{name for kind, name, _ in theirs if kind in IS_VALUE} for _, theirs in told])
+        rename(self._built, self._root)
+        self._join([change for change in found if change.kind is Kind.TRAINS])
+        self.facts.renew()
+
+    def _changes(self) -> list[Change]:
+        """What this rank's script changed, in an order that ranks share. Raises TrainingStateError for what cannot be."""
+        groups = self._listed()
+        names = {param: name for name, param in self._root.named_parameters()}
+        found = self.facts.tree.changes()
+        for param, name in names.items():
+            if param.requires_grad and not self.facts.is_trained(param):
+                group = groups.get(param)
+                if group is None:
+                    self._warn_of_untrained(param, name)
+                else:
+                    found.append(Change(Kind.TRAINS, name, param, f" in group {group}, {tuple(_shape(param))}"))
+        assigned = self.facts.memory.changes(names)
+        for change in assigned:
+            self._check_assigned(change)
+        if assigned:
+            self._refuse_tied(names)
+        return found + assigned + self.facts.versions.changes(names)
+
+    def _listed(self) -> Mapping[nn.Parameter, int]:
+        """Each parameter's group, with those that groups have been given since; they are taken out of the lists, where runs
+        belong. Raises TrainingStateError where a group has lost its runs or got what is not the model's to train."""
+        group_of = self._built.builder.group_of
+        groups = self._optimizer.param_groups
+        names = {param: name for name, param in self._root.named_parameters()}
+        num_known = 1 + max((segment_group for segment_group in group_of.values()), default=-1)
+        if len(groups) < num_known:
+            raise TrainingStateError(
+                f"the optimizer has {len(groups)} parameter groups, and had {num_known}.\n"
+                "  Leave the groups there; to stop training parameters use requires_grad_(False)."
+            )
+        runs = self._optimizer.runs()
+        known = {id(run) for members in runs for run in members}
+        given: dict[nn.Parameter, int] = {}
+        for i, (group, own) in enumerate(zip(groups, runs, strict=True)):
+            listed = {id(tensor) for tensor in group["params"]}
+            if any(id(run) not in listed for run in own):
+                raise TrainingStateError(
+                    f'optimizer.param_groups[{i}]["params"] does not list all of its tensors any more (ZeRO stage {self._stage} '
+                    "keeps flat pieces of several parameters there).\n"
+                    "  Append parameters or use add_param_group; to stop training some use requires_grad_(False)."
+                )
+            given.update({tensor: i for tensor in group["params"] if id(tensor) not in known})
+        for param, i in given.items():
+            if param not in names:
+                raise TrainingStateError(
+                    f"parameter group {i} was given a tensor of shape {tuple(param.shape)} that is no parameter of the model.\n"
+                    "  Make it part of the model: what is not is neither reduced nor saved."
+                )
+            if self.facts.is_trained(param):
+                raise TrainingStateError(
+                    f"parameter group {i} was given {names[param]}, which is in group {group_of[param]} already.\n"
+                    "  A parameter can be in one group only."
+                )
+        return {**group_of, **given}
+
+    def _check_assigned(self, change: Change) -> None:
+        slot = slot_of(change.param)
+        assert slot is not None, "a parameter of a bucket"
+        bucket, param = slot.bucket, change.param
+        want, shape = bucket.view_of(param).dtype, bucket.shapes[slot.index]
+        if param.shape != shape:
+            raise TrainingStateError(
+                f"{change.name} was given data of shape {tuple(param.shape)}; its shape is {tuple(shape)}.\n"
+                "  For another shape give its module a new parameter, and that to optimizer.add_param_group."
+            )
+        if param.dtype != want:
+            raise TrainingStateError(
+                f"{change.name} is {_name(param.dtype)} now; this run keeps it in {_name(want)} (ZeRO stage {self._stage}).\n"
+                f"  Convert the model back (engine.module.to({want})); for another precision set bf16, fp16 or neither in the "
+                "configuration, and use torch_autocast to compute in another one than weights have."
+            )
+        if param.device != bucket.full.device:
+            raise TrainingStateError(
+                f"{change.name} is on {param.device} now; this run trains on {bucket.full.device}.\n"
+                f"  Move the model back (engine.module.to({str(bucket.full.device)!r})) before the next step."
+            )
+
+    def _refuse_tied(self, names: Mapping[nn.Parameter, str]) -> None:
+        owner: dict[int, nn.Parameter] = {}
+        for bucket in self.facts.whole:
+            for param in bucket.params:
+                other = owner.setdefault(param.data_ptr(), param) if param.numel() and param in names else param
+                if other is not param:
+                    raise TrainingStateError(
+                        f"{names[param]} was given the memory of {names[other]} (ZeRO stage {self._stage}): two parameters cannot "
+                        "share memory here.\n"
+                        f"  Tie them by making them one: module.weight = other.weight; or assign a copy (`.data.clone()`)."
+                    )
+
+    def _warn_of_untrained(self, param: nn.Parameter, name: str) -> None:
+        if self.facts.is_news(param):
+            warn_once(
+                f"{name} wants gradients, but no parameter group of the optimizer has it: as in plain PyTorch it does not train.\n"
+                '  Give it to one: optimizer.add_param_group({"params": [param]}).'
+            )
+
+    # Agreeing. -----------------------------------------------------------------------------------------------------
+
+    def _raise_any(self, refusals: Sequence[str | None]) -> None:
+        for rank, text in zip(self._ranks, refusals, strict=True):
+            if text is not None:
+                raise TrainingStateError(text if len(refusals) == 1 else f"[rank {rank}] {text}")
+
+    def _require_equal(self, structures: Sequence[Sequence[str]]) -> None:
+        for rank, lines in zip(self._ranks, structures, strict=True):
+            differing = sorted(set(lines) ^ set(structures[0]))
+            if differing:
+                here = rank if differing[0] in lines else self._ranks[0]
+                raise TrainingStateError(
+                    f"ranks changed the model differently: {differing[0]} on rank {here}, and not on rank "
+                    f"{rank if here != rank else self._ranks[0]} (ZeRO stage {self._stage}).\n"
+                    "  Freeze, unfreeze, add and delete the same on every rank."
+                )
+
+    def _compare_values(self, written: Sequence[set[str]]) -> None:
+        """What any rank wrote is the same on all, or becomes the first rank's where each wrote its own. Collective."""
+        names = sorted(set().union(*written))
+        if len(written) == 1 or not names:
+            return
+        by_name = dict(self._root.named_parameters())
+        digests = [_crc(by_name[name]) for name in names]
+        everyone = self._mesh.gather_objects("average", digests)
+        for i, name in enumerate(names):
+            if len({theirs[i] for theirs in everyone}) == 1:
+                continue
+            without = [rank for rank, theirs in zip(self._ranks, written, strict=True) if name not in theirs]
+            if without:
+                raise TrainingStateError(
+                    f"{name} was written on some ranks, and not on rank {without[0]}: ranks would train different weights "
+                    f"(ZeRO stage {self._stage}).\n  Write the same values on every rank, or broadcast them to all."
+                )
+            warn_once(
+                f"ranks wrote different values into {name}: the first rank's are taken, as by deepspeed.initialize."
+            )
+            self._built.builder.everyone.broadcast(by_name[name].detach())
+
+    # Acting. -------------------------------------------------------------------------------------------------------
+
+    def _assign(self, params: Sequence[nn.Parameter]) -> None:
+        """Move values that were assigned into buckets that begin new memory: a script that keeps what it took away (as EMA
+        does, to put it back after a save) has it unchanged."""
+        if any(not param.is_contiguous() for param in params):
+            warn_once(
+                "parameters were given another memory format; ZeRO keeps them contiguous in its buckets. Values are the same; "
+                "give channels_last to the inputs, which convolutions follow."
+            )
+        slots = {param: slot for param in params if (slot := slot_of(param))}
+        for bucket in dict.fromkeys(slot.bucket for slot in slots.values()):
+            bucket.leave_memory()
+            self._optimizer.follow_memory(bucket)
+        for param, slot in slots.items():
+            view = slot.bucket.view_of(param)
+            view.copy_(param.detach())
+            param.data = view
+
+    def _join(self, changes: Sequence[Change]) -> None:
+        if changes or self._optimizer_lists_strangers():
+            groups = self._listed()
+            self._built.builder.group_of.update(groups)
+            self._joining.join([(change.param, change.name) for change in changes])
+
+    def _optimizer_lists_strangers(self) -> bool:
+        return self.facts.groups.has_changed
+
+
+def rename(built: Built, root: nn.Module) -> None:
+    """Have buckets know their parameters by the names they have now; those that have left the model are not saved."""
+    names = {param: name for name, param in root.named_parameters()}
+    for bucket in built.buckets:
+        bucket.rename(names)
+
+
+def _shape(param: nn.Parameter) -> torch.Size:
+    slot = slot_of(param)
+    return slot.bucket.shapes[slot.index] if slot else param.shape
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _crc(param: nn.Parameter) -> int:
+    values = param.detach().contiguous().cpu().flatten().view(torch.uint8)
+    return zlib.crc32(values.numpy().tobytes())

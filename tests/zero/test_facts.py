@@ -1,0 +1,235 @@
+"""What a script changes about its model between steps is taken over as plain PyTorch would, or refused by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from tests.edits import Edit, Net, assert_same, two_sides
+from tests.harness import run_ranks
+
+STAGES = (0, 1, 2, 3)
+
+
+def run(edit: Edit, rank: int, world_size: int, prepare: Edit | None, num_steps: int, kwargs: dict[str, Any]) -> None:
+    """Two steps, the edit, some more."""
+    with two_sides(rank, world_size, prepare=prepare, **kwargs) as (plain, side):
+        for either in (plain, side):
+            for seed in range(2):
+                either.backward(seed)
+                either.step()
+            edit(either)
+            for seed in range(2, 2 + num_steps):
+                either.backward(seed)
+                either.step()
+        assert_same(plain, side)
+
+
+def runs(rank: int, world_size: int, cases: list[tuple[str, dict[str, Any]]], num_steps: int = 3) -> None:
+    failed = []
+    for name, kwargs in cases:
+        edit, prepare = EDITS[name]
+        try:
+            run(edit, rank, world_size, prepare, num_steps, kwargs)
+        except AssertionError as error:
+            failed.append(f"{name}, {kwargs}: {error}")
+        except Exception as error:
+            error.add_note(f"edit {name}, {kwargs}")
+            raise
+    assert not failed, "\n".join(failed)
+
+
+def freeze_first(module: Any) -> None:
+    module.first.requires_grad_(False)
+
+
+def freeze_most(module: Any) -> None:
+    module.requires_grad_(False)
+    module.last.requires_grad_(True)
+
+
+def unfreeze(side: Any) -> None:
+    side.module.requires_grad_(True)
+
+
+def freeze(side: Any) -> None:
+    side.module.layers[1].requires_grad_(False)
+    side.module.first.weight.requires_grad_(False)
+
+
+def alternate(side: Any) -> None:
+    for turn in range(4):
+        side.module.first.requires_grad_(turn % 2 == 0)
+        side.module.layers[0].requires_grad_(turn % 2 == 1)
+        side.backward(10 + turn)
+        side.step()
+
+
+def unfreeze_between_backward_and_step(side: Any) -> None:
+    side.backward(20)
+    side.module.first.requires_grad_(True)
+    side.step()
+
+
+def unfreeze_within_a_step(side: Any) -> None:
+    side.backward(20)
+    side.module.first.requires_grad_(True)
+    side.backward(21)
+    side.step()
+
+
+def write_in_place(side: Any) -> None:
+    with side.writing(side.module.parameters()):
+        for param in side.module.parameters():
+            param.mul_(1.5).add_(0.1)
+
+
+def clamp_through_data(side: Any) -> None:
+    with side.writing(side.module.parameters()):
+        for param in side.module.parameters():
+            param.data.clamp_(-0.2, 0.2)
+
+
+def load_state_dict(side: Any) -> None:
+    torch.manual_seed(5)
+    state = Net().state_dict()
+    with side.writing(side.module.parameters()):
+        side.module.load_state_dict(state)
+
+
+def restore_a_backup(side: Any) -> None:
+    with side.writing(side.module.parameters()):
+        for param in side.module.parameters():
+            backup = param.data.clone()
+            param.data.add_(0.3)
+            param.data = backup
+
+
+def assign_other_values(side: Any) -> None:
+    with side.writing(side.module.parameters()):
+        for i, param in enumerate(side.module.parameters()):
+            param.data = (param.data * (0.5 + 0.1 * i)).clone()
+
+
+def assign_a_transposed_view(side: Any) -> None:
+    weight = side.module.layers[0].weight
+    with side.writing([weight]):
+        weight.data = weight.data.t()
+
+
+def swap_two(side: Any) -> None:
+    one, two = side.module.layers[0].weight, side.module.layers[1].weight
+    with side.writing([one, two]):
+        one.data, two.data = two.data, one.data
+
+
+def train_on_others_for_a_while(side: Any) -> None:
+    params = list(side.module.parameters())
+    if side.stage == 3:
+        return  # whole inside of a context only, and not while a step runs
+    backup = [param.data for param in params]
+    for param in params:
+        param.data = param.data * 0.3
+    side.backward(40)
+    side.step()
+    for param, values in zip(params, backup, strict=True):
+        param.data = values
+
+
+def to_vector_and_back(side: Any) -> None:
+    params = list(side.module.parameters())
+    with side.writing(params):
+        vector = nn.utils.parameters_to_vector(params) * 0.7
+        nn.utils.vector_to_parameters(vector, params)
+
+
+def convert_there_and_back(side: Any) -> None:
+    if side.stage < 3:
+        dtype = next(side.module.parameters()).dtype
+        side.module.double()
+        side.module.to(dtype)
+
+
+def delete_a_layer(side: Any) -> None:
+    del side.module.layers[1]
+
+
+def new_layer(side: Any) -> nn.Linear:
+    torch.manual_seed(7)
+    return nn.Linear(8, 8, dtype=side.dtype)
+
+
+def add_a_layer_with_group(side: Any) -> None:
+    side.module.layers.append(new_layer(side))
+    side.give(list(side.module.layers[-1].parameters()), lr=0.02)
+
+
+def add_a_layer_without_group(side: Any) -> None:
+    side.module.layers.append(new_layer(side))
+
+
+def replace_a_parameter(side: Any) -> None:
+    side.module.layers[0].weight = nn.Parameter(new_layer(side).weight.detach().clone())
+
+
+def replace_a_parameter_with_group(side: Any) -> None:
+    replace_a_parameter(side)
+    side.give([side.module.layers[0].weight])
+
+
+def replace_a_layer_with_group(side: Any) -> None:
+    side.module.layers[2] = new_layer(side)
+    side.give(list(side.module.layers[2].parameters()))
+
+
+def tie_two_layers(side: Any) -> None:
+    side.module.layers[1].weight = side.module.layers[0].weight
+
+
+def evaluate(side: Any) -> None:
+    side.module.eval()
+    side.forward(30)
+    side.module.train()
+
+
+EDITS: dict[str, tuple[Edit, Callable[[Any], None] | None]] = {
+    "unfreeze one": (unfreeze, freeze_first),
+    "unfreeze most": (unfreeze, freeze_most),
+    "freeze": (freeze, None),
+    "alternate": (alternate, freeze_first),
+    "unfreeze between backward and step": (unfreeze_between_backward_and_step, freeze_first),
+    "unfreeze within a step": (unfreeze_within_a_step, freeze_first),
+    "write in place": (write_in_place, None),
+    "write with frozen ones": (write_in_place, freeze_first),
+    "clamp through data": (clamp_through_data, None),
+    "load_state_dict": (load_state_dict, None),
+    "restore a backup": (restore_a_backup, None),
+    "assign other values": (assign_other_values, None),
+    "assign a transposed view": (assign_a_transposed_view, None),
+    "swap two": (swap_two, None),
+    "train on others for a while": (train_on_others_for_a_while, None),
+    "to vector and back": (to_vector_and_back, None),
+    "convert there and back": (convert_there_and_back, None),
+    "delete a layer": (delete_a_layer, None),
+    "add a layer with group": (add_a_layer_with_group, None),
+    "add a layer without group": (add_a_layer_without_group, None),
+    "replace a parameter": (replace_a_parameter, None),
+    "replace a parameter with group": (replace_a_parameter_with_group, None),
+    "replace a layer with group": (replace_a_layer_with_group, None),
+    "tie two layers": (tie_two_layers, None),
+    "evaluate": (evaluate, freeze_first),
+}
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_edits_are_taken_over_as_plain_pytorch_would(stage: int, dtype: torch.dtype, world_size: int) -> None:
+    cases = [
+        (name, {"stage": stage, "dtype": dtype, "optimizer": ("sgd", "adamw")[i % 2]}) for i, name in enumerate(EDITS)
+    ]
+    run_ranks(world_size, runs, cases)
