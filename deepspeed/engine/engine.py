@@ -197,6 +197,7 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         assemble.open_disks(config, self.mesh, placing, model, basic)
         built = build(model, assemble.group_indices(basic), placing, self.mesh, assemble.make_limits(config))
         self._built: Built = built
+        undo.callback(built.close)
         self._gatherer: Gatherer | None = None
         self._parameter_offload: ParameterOffload | None = None
         self._hooks: ModuleHooks | None = None
@@ -240,7 +241,9 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
                 assemble.make_gradients, config, self.mesh, placing, pool=self._reducer.pool
             )
             joining = Joining(built, self.zero_optimizer, self._hooks, make_gradients)
-            self.zero_optimizer.takeover = Takeover(model, built, self.zero_optimizer, self.mesh, joining, stage)
+            takeover = Takeover(model, built, self.zero_optimizer, self.mesh, joining, stage)
+            self.zero_optimizer.takeover = takeover
+            undo.callback(takeover.close)
             self.zero_optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
             trainers.add(self.zero_optimizer)
             undo.callback(trainers.remove, self.zero_optimizer)

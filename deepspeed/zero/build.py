@@ -52,6 +52,10 @@ class Built:
     builder: Builder = field(init=False)
     """Makes further buckets, for parameters that begin to train later (see zero.join)."""
 
+    def close(self) -> None:
+        """The engine ends: nothing is made any more, and no cycle is left to a collector."""
+        vars(self).pop("builder", None)
+
 
 def build(
     module: nn.Module, group_of: MutableMapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits

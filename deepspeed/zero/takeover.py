@@ -55,6 +55,10 @@ class Takeover:
         self._asked: list[Seal] = []
         self._broken: list[Tensor] = []
 
+    def close(self) -> None:
+        """The engine ends; no cycle is left to a collector."""
+        self._optimizer.takeover = None
+
     @property
     def has_left_gradients(self) -> bool:
         """Whether parameters that do not train yet have gradients: a backward ran, though nobody took one over."""
