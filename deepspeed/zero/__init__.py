@@ -11,8 +11,8 @@
     sharding   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened
     tiled      linear layers in tiles              modes      out of the caller's modes
-    tiled      linear layers in tiles              facts      what a script may change between steps
-    takeover   acts on what it changed             join       parameters that begin to train later
+    facts      what a script may change            takeover   acts on what it did change
+    join       parameters that begin to train later
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

@@ -56,8 +56,13 @@ class GradientNorm:
         # On CPUs the group of small agreements will do; a device's numbers need its own backend.
         purpose = "control" if device.type == "cpu" else "norm"
         self._group: Any = mesh.group("norm" if is_sharded else "model", purpose)
-        self._left_out = [self._repeated_elsewhere(master) for master in masters]
+        self._left_out: list[set[int]] = []
         """Per bucket, its parameters whose squares another rank of the model counts."""
+        self.add()
+
+    def add(self) -> None:
+        """Measure the masters too that have joined since the last call."""
+        self._left_out += [self._repeated_elsewhere(master) for master in self._masters[len(self._left_out) :]]
 
     def _repeated_elsewhere(self, master: Master) -> set[int]:
         if self._mesh.size("model") == 1:

@@ -167,6 +167,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Train these too, beginning without state. The reducer has their gradients already. The same on every rank."""
         self.masters += masters
         self._refuse_tiers(needs_of(self.optimizer))
+        self._norm.add()
         self._list_runs()
 
     def _list_runs(self) -> None:
