@@ -129,9 +129,9 @@ class Coordinator:
         """Begin to answer."""
         self._thread.start()
 
-    def stop(self, text: str, code: int = 1) -> None:
-        """End the job; `text` says why."""
-        self._call(lambda: self._stop(text, code))
+    def stop(self, text: str, code: int = 1, *, interrupts: bool = False) -> None:
+        """End the job; `text` says why. `interrupts`: as Ctrl-C does, so that ranks may save first."""
+        self._call(lambda: self._stop(text, code, interrupts=interrupts))
 
     def failed(self, index: int, failure: Failure) -> None:
         """Say that a member will not come. Ignored for one that is here: its connection tells more."""
@@ -375,12 +375,12 @@ class Coordinator:
             "  Start it again with --master_addr of a node that runs; the script goes on from its last checkpoint.\n"
         )
 
-    def _stop(self, text: str, code: int) -> None:
+    def _stop(self, text: str, code: int, *, interrupts: bool = False) -> None:
         if self.state in (State.STOPPING, State.DONE):
             return
         self.state, self.code, self.summary = State.STOPPING, code, text
-        self._deadline_s = time.monotonic() + self._grace_s + LEASE_S / 2
-        self._tell({"stop": text, "code": code})
+        self._deadline_s = time.monotonic() + self._grace_s * (2 if interrupts else 1) + LEASE_S / 2
+        self._tell({"stop": text, "code": code, "interrupts": interrupts})
 
     def _tell(self, message: Message) -> None:
         for member in list(self._here.values()):

@@ -76,7 +76,11 @@ def add_job_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--bind_core_list", metavar="CORES", help="the cores to share out, such as 1,3-5,7")
     parser.add_argument(
-        "--grace_period", type=float, default=GRACE_S, metavar="S", help="seconds from SIGTERM to SIGKILL (%(default)g)"
+        "--grace_period",
+        type=float,
+        default=GRACE_S,
+        metavar="S",
+        help="seconds from SIGTERM to SIGKILL, and after Ctrl-C from SIGINT to SIGTERM (%(default)g)",
     )
     parser.add_argument("--log_level", choices=LOG_LEVELS, default="info", help="of the launcher itself")
     parser.add_argument("-q", "--quiet", action="store_true", help="the same as --log_level error")

@@ -254,7 +254,8 @@ class RemoteRun:
             return
         if self._coordinator and self._heeded == len(new):
             name = signal.Signals(new[0]).name
-            self._coordinator.stop(f"\n---- stopped by {name} at the launcher; all ranks were ended ----\n", 1)
+            text = f"\n---- stopped by {name} at the launcher; all ranks were ended ----\n"
+            self._coordinator.stop(text, 1, interrupts=new[0] == signal.SIGINT)
         if self._heeded > 1:
             for program in self._programs:
                 _signal(program, signal.SIGKILL)

@@ -4,8 +4,10 @@
 which the end is kept; a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop); and, on
 several nodes, the link to the job's coordinator, which then decides when a failure stops everybody.
 
-    RUNNING  --a worker failed, a signal, the link says so or is lost-->  STOPPING (SIGTERM to all trees)
-             --grace is over, or a second signal-->  SIGKILL to all trees  -->  ENDED
+    RUNNING  --Ctrl-C, here or at the job's launcher-->  INTERRUPTED (SIGINT to all trees, as a terminal would send it)
+             --a worker failed, another signal, the link says so or is lost-->  STOPPING (SIGTERM to all trees)
+    INTERRUPTED  --grace is over, or only what workers left behind still runs-->  STOPPING
+    STOPPING     --grace is over-->  KILLED (SIGKILL to all trees)  -->  ENDED        a second signal: KILLED at once
 
 Invariants. Every worker leads a process group of its own, so that its children end with it. No worker outlives this
 process, however it ends: the kernel sends SIGKILL to a worker whose parent is gone (Linux, prctl(2)), and a leash, a
@@ -36,7 +38,7 @@ from deepspeed.launcher.outlet import Outlet
 from deepspeed.utils.errors import DeepSpeedError
 
 GRACE_S = 15.0
-"""Between SIGTERM and SIGKILL."""
+"""Between SIGINT and SIGTERM, and between SIGTERM and SIGKILL."""
 DRAIN_S = 1.0
 """How long to read on after the last worker ended, if a process it left behind holds its stderr open."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -47,6 +49,8 @@ class State(enum.Enum):
 
     RUNNING = "running"
     """All workers run or ended well."""
+    INTERRUPTED = "interrupted"
+    """SIGINT was sent to every tree, so that a script's `except KeyboardInterrupt` runs; SIGTERM follows at the deadline."""
     STOPPING = "stopping"
     """SIGTERM was sent to every tree; SIGKILL follows at the deadline."""
     KILLED = "killed"
@@ -195,9 +199,10 @@ class Supervisor:
         return self._state is State.STOPPING and _any_alive({process.popen.pid for process in self._processes})
 
     def _end_leftovers(self) -> None:
-        """Workers that ended well may have left processes running; those in sessions of their own may stay."""
-        if self._state is State.RUNNING and _any_alive({process.popen.pid for process in self._processes}):
-            self._stop(hurry=False)
+        """Workers that have ended may have left processes running; those in sessions of their own may stay."""
+        is_left = self._state in (State.RUNNING, State.INTERRUPTED)
+        if is_left and _any_alive({process.popen.pid for process in self._processes}):
+            self._send_all(State.STOPPING, signal.SIGTERM)
             while self._is_busy():
                 self._turn()
 
@@ -213,9 +218,11 @@ class Supervisor:
             what = f"asked to end by {signal.Signals(self._signals[0]).name}"
             self._tell_failure(Failure(who=self._name, host=socket.gethostname(), code=None, what=what))
         if self._signals or time.monotonic() >= self._blame.stop_at_s:
-            self._stop(hurry=len(self._signals) > 1)
-        if self._state is State.STOPPING and time.monotonic() >= self._deadline_s:
+            self._stop(interrupts=self._signals[:1] == [signal.SIGINT])
+        if len(self._signals) > 1 or (self._state is State.STOPPING and time.monotonic() >= self._deadline_s):
             self._kill_all()
+        elif self._state is State.INTERRUPTED and time.monotonic() >= self._deadline_s:
+            self._send_all(State.STOPPING, signal.SIGTERM)
 
     def _wait_s(self) -> float | None:
         """None: until something happens. What workers left behind sends no signal when it ends, so that is polled."""
@@ -246,7 +253,7 @@ class Supervisor:
             for message in link.receive():
                 if "stop" in message and self._stopped_by is None:
                     self._stopped_by = (str(message["stop"]) if self._tells else "", int(message["code"]))
-                    self._stop(hurry=False)
+                    self._stop(interrupts=message.get("interrupts") is True)
                 elif "lost" in message and self._state is State.RUNNING:
                     for process in self._processes:
                         process.popen.send_signal(signal.SIGUSR1)
@@ -255,7 +262,7 @@ class Supervisor:
             self._selector.unregister(link)
             self._link, self.has_lost_link = None, True
             self._stopped_by = (f"\n---- stopping this node's ranks: {error} ----\n", 1)
-            self._stop(hurry=False)
+            self._stop()
 
     def _failed(self, process: _Process) -> None:
         if self._state is not State.RUNNING or self._signals:
@@ -274,14 +281,18 @@ class Supervisor:
         self._blame.failures.append(failure)  # without a time to stop: that is the coordinator's to say
         self._link.send({"failed": failure.to_json()})
 
-    def _stop(self, *, hurry: bool) -> None:
-        if self._state is State.RUNNING:
-            self._state = State.STOPPING
-            self._deadline_s = time.monotonic() + self._grace_s
-            for process in self._processes:
-                process.signal_tree(signal.SIGTERM)
-        if hurry:
-            self._deadline_s = 0.0
+    def _stop(self, *, interrupts: bool = False) -> None:
+        """Ask all to end, if that was not done."""
+        if self._state is State.RUNNING and interrupts:
+            self._send_all(State.INTERRUPTED, signal.SIGINT)
+        elif self._state is State.RUNNING:
+            self._send_all(State.STOPPING, signal.SIGTERM)
+
+    def _send_all(self, state: State, number: int) -> None:
+        self._state = state
+        self._deadline_s = time.monotonic() + self._grace_s
+        for process in self._processes:
+            process.signal_tree(number)
 
     def _kill_all(self) -> None:
         if self._state is State.RUNNING and all(process.popen.returncode == 0 for process in self._processes):

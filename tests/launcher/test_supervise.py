@@ -122,6 +122,30 @@ def test_a_job_that_is_asked_to_end_says_so(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "\n---- stopped by SIGTERM; all ranks were ended ----\n"
 
 
+def test_ctrl_c_lets_a_rank_save_before_it_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    saver = f"trap 'sleep 0.2; touch {tmp_path}/$0; exit 1' INT; while :; do sleep 0.01; done"
+    assert (
+        _run(f"sh -c {shlex.quote(saver)} a", f"sh -c {shlex.quote(saver)} b & sleep 0.3; kill -s INT $PPID; wait") == 1
+    )
+    assert (tmp_path / "a").exists()
+    assert capfd.readouterr().err == "\n---- stopped by SIGINT; all ranks were ended ----\n"
+
+
+def test_a_rank_that_ignores_ctrl_c_is_asked_to_end_and_then_killed(tmp_path: Path) -> None:
+    start_s = time.monotonic()
+    rank = f"trap '' INT; trap 'touch {tmp_path}/asked' TERM; while :; do sleep 0.01; done"
+    assert _run(rank, "sleep 0.1; kill -s INT $PPID; exit 0", grace_s=0.4) == 1
+    assert (tmp_path / "asked").exists()
+    assert 0.8 < time.monotonic() - start_s < 8
+
+
+def test_a_second_ctrl_c_kills_at_once() -> None:
+    start_s = time.monotonic()
+    twice = "sleep 0.1; kill -s INT $PPID; sleep 0.3; kill -s INT $PPID; sleep 100"
+    assert _run("trap '' INT TERM; while :; do sleep 0.01; done", f"trap '' INT; {twice}", grace_s=30) == 1
+    assert time.monotonic() - start_s < 15
+
+
 def test_who_had_ended_well_before_a_peer_missed_it_is_named(capfd: pytest.CaptureFixture[str]) -> None:
     assert _run("exit 0", "sleep 0.5; echo 'RuntimeError: Connection closed by peer' >&2; exit 1") == 1
     assert "\nended before it, without an error: rank 0. Do all ranks" in capfd.readouterr().err
