@@ -4,8 +4,10 @@
     config.zero_optimization.stage             # attributes are named as the JSON keys
 
 `parse.py` reads the source; `root.py` is the tree's root and each other file a theme of sections; `explain.py` words
-what is wrong; `batch.py` computes batch sizes; `availability.py` lists what cannot be switched on yet;
-`legacy_config.py` is the flat object that scripts know as `DeepSpeedConfig`.
+what is wrong, `unknown.py` what becomes of keys that no field names, `schema.py` what a section looks like; `batch.py`
+computes batch sizes, `elastic.py` those for many numbers of ranks; `availability.py` has three tables: not yet, not
+together, no effect (`tables.py` prints them); `base.py` is what sections have in common; `legacy_config.py` is the flat
+object that scripts know as `DeepSpeedConfig`.
 """
 
 from deepspeed.config.availability import check_available

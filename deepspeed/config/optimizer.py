@@ -12,6 +12,9 @@ from pydantic import Field, field_validator
 
 from deepspeed.config.base import AUTO, Section
 
+ONE_BIT_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb")
+"""Optimizers with a compressed reduction of their own, in lower case."""
+
 
 class _Chosen(Section):
     """Something built by name."""

@@ -16,6 +16,7 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr
 
+from deepspeed.config.availability import exclusions
 from deepspeed.config.base import (
     AUTO,
     FloatDtype,
@@ -69,12 +70,7 @@ from deepspeed.config.storage import (
 )
 from deepspeed.config.tuning import AutotuningConfig, ElasticityConfig
 from deepspeed.config.zero import ZeroConfig
-from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.logging import LEVELS, warn_once
-
-ONE_BIT_OPTIMIZERS = ("onebitadam", "zerooneadam", "onebitlamb")
-"""Optimizers with a compressed reduction of their own, in lower case."""
-
 
 LogLevel = Annotated[Literal["debug", "info", "warning", "error", "critical"], any_case(*LEVELS)]
 
@@ -277,79 +273,8 @@ class Config(Section):
 
     def rules(self) -> Iterator[Problem]:
         """What sections get wrong together."""
-        yield from self._precision_rules()
-        yield from self._zero_rules()
-        yield from self._optimizer_rules()
+        yield from exclusions(self)
         yield from self._elasticity_rules()
-
-    def _precision_rules(self) -> Iterator[Problem]:
-        if self.fp16.enabled and self.bf16.enabled:
-            yield Problem(("fp16.enabled", "bf16.enabled"), "a model has one precision", "Set one of them to false.")
-        for key, is_used in {
-            "fp16.fp16_master_weights_and_grads": self.fp16.fp16_master_weights_and_grads,
-            "bf16.bf16_master_weights_and_grads": self.bf16.bf16_master_weights_and_grads,
-        }.items():
-            if is_used and self.zero_optimization.stage == 0:
-                yield Problem(
-                    (key, "zero_optimization.stage"), "this needs ZeRO", f"Use stage 1, 2 or 3, or remove {key}."
-                )
-        if self.amp.enabled and self.fp16.enabled:
-            yield Problem(("amp.enabled", "fp16.enabled"), "a model has one precision", "Set one of them to false.")
-        if self.amp.enabled and self.zero_optimization.stage > 0:
-            yield Problem(("amp.enabled", "zero_optimization.stage"), "Apex excludes ZeRO", "Use bf16 or fp16 instead.")
-        stated = self.data_types.param_dtype
-        if stated is not None and stated != self.precision_dtype:
-            yield Problem(
-                ("data_types.param_dtype", "fp16.enabled", "bf16.enabled"),
-                f"the model is {dtype_name(self.precision_dtype)}",
-                "Remove param_dtype, or enable the section of that dtype.",
-            )
-
-    def _zero_rules(self) -> Iterator[Problem]:
-        zero = self.zero_optimization
-        if self.gradient_allreduce_op == "sum":
-            for key, is_used in {
-                "zero_optimization.stage": zero.stage == 3,
-                "zero_optimization.zenflow": zero.zenflow is not None,
-                "compile.deepcompile": self.compile.deepcompile,
-            }.items():
-                if is_used:
-                    yield Problem(
-                        ("gradient_allreduce_op", key),
-                        "this can only average gradients",
-                        'Use "mean", and multiply the loss by the number of ranks for a sum.',
-                    )
-        if not zero.compute_grad_norm and self.gradient_clipping > 0:
-            yield Problem(
-                ("zero_optimization.compute_grad_norm", "gradient_clipping"),
-                "clipping needs the norm (and is on by default)",
-                "Set gradient_clipping to 0, or compute_grad_norm to true.",
-            )
-        if not self.managed_gradient_accumulation:
-            for key, is_used in {
-                "zero_optimization.overlap_comm": bool(zero.overlap_comm) and zero.stage < 2,
-                "compile.deepcompile": self.compile.deepcompile,
-                "amp.enabled": self.amp.enabled,
-            }.items():
-                if is_used:
-                    yield Problem(
-                        ("managed_gradient_accumulation", key),
-                        "this needs the engine to count micro-batches",
-                        f"Remove managed_gradient_accumulation, or set {key} to false.",
-                    )
-
-    def _optimizer_rules(self) -> Iterator[Problem]:
-        name = ((self.optimizer and self.optimizer.type) or "").lower()
-        if name == "lamb" and self.fp16.enabled and self.fp16.loss_scale != 0:
-            yield Problem(
-                ("optimizer.type", "fp16.loss_scale"), "LAMB needs the dynamic loss scale", "Set loss_scale to 0."
-            )
-        if name in ONE_BIT_OPTIMIZERS and self.zero_optimization.stage > 0:
-            yield Problem(
-                ("optimizer.type", "zero_optimization.stage"),
-                "this optimizer has a reduction of its own and excludes ZeRO",
-                "Set stage to 0, or use another optimizer.",
-            )
 
     def _elasticity_rules(self) -> Iterator[Problem]:
         elasticity = self.elasticity

@@ -192,7 +192,7 @@ class ZeroConfig(Section):
     reduce_scatter: bool = True
     """Send each rank its piece only. Follows from the placement of gradients here; no effect."""
     reduce_bucket_size: PositiveSize = 500_000_000
-    """Elements reduced together. Smaller overlaps earlier, larger uses the network better."""
+    """Elements reduced together, at most 8 Mi of them: beyond that the network is used no better and less overlaps."""
     use_multi_rank_bucket_allreduce: bool = True
     """One all-reduce for a bucket that belongs to several ranks. Every bucket does here; no effect."""
     allgather_partitions: bool = True
@@ -200,9 +200,9 @@ class ZeroConfig(Section):
     allgather_bucket_size: Size = 500_000_000
     """Elements gathered together after a step."""
     overlap_comm: bool | None = None
-    """Reduce gradients while backward runs. Not given: true at stage 3, false below."""
+    """Reduce gradients while backward runs, at every stage; true when not given."""
     compute_grad_norm: bool = True
-    """Compute the global gradient norm. False needs stage 1 or 2 and `gradient_clipping` 0."""
+    """Compute the global gradient norm. False needs stage 1 or 2 and `gradient_clipping` 0, and has no effect here."""
     load_from_fp32_weights: bool = True
     """Take master weights from the checkpoint, rather than from its lower-precision model weights."""
     elastic_checkpoint: bool = False

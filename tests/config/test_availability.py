@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from deepspeed.config import Config, check_available, load_config
-from deepspeed.config.availability import _NOT_YET
+from deepspeed.config.availability import NOT_YET
 from deepspeed.config.schema import all_paths
 from deepspeed.utils.errors import NotAvailableError
 from tests.config.keys import KEYS, nest
@@ -117,7 +117,7 @@ def test_what_works_is_not_refused(written: dict[str, Any]) -> None:
 
 def test_every_line_of_the_table_is_about_a_key() -> None:
     sections = {path.rpartition(".")[0] for path in all_paths(Config)}
-    paths = {path for path, _, _ in _NOT_YET}
+    paths = {path for path, _, _ in NOT_YET}
     assert {
         path for path in paths if path not in all_paths(Config) and path.removesuffix(".enabled") not in sections
     } == set()
