@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-cluster test-integrations test-monitors test-soak lint format bench native clean
+.PHONY: demo test test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -41,6 +41,10 @@ test-soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.crash --rounds $(ROUNDS)
 	$(BIN)/python -m tests.soak.errors --rounds $(ROUNDS)
 	$(BIN)/python -m pytest tests/checkpoint/test_damage.py tests/checkpoint/test_durability.py
+
+# Scripts that edit their model while it trains, as many as ROUNDS says, against plain PyTorch.
+test-edits: $(INSTALLED)
+	$(BIN)/python -m tests.soak.edits --rounds $(ROUNDS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

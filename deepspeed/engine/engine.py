@@ -170,6 +170,10 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
         self.client_lr_scheduler = lr_scheduler
 
     def _agree_with_other_ranks(self, model: nn.Module) -> None:
+        # An engine that the script dropped may still live on some ranks, so all have to hear of a refusal.
+        for refusal in self.mesh.gather_objects("job", _shared_with_another(model)):
+            if refusal is not None:
+                raise DeepSpeedError(refusal)
         require_equal(self.mesh, "configuration", flatten(self._user_config), "Give every rank the same configuration.")
         require_equal(
             self.mesh,
@@ -815,6 +819,29 @@ def _take_over(model: nn.Module) -> None:
     if previous is not None:
         logger.info("the model of a live DeepSpeedEngine is given to a new one; the earlier engine is destroyed.")
         previous.destroy()
+
+
+def _shared_with_another(model: nn.Module) -> str | None:
+    """Why a model cannot have an engine: another live one manages some of its parameters. One whose parameters are all in
+    this model is ended instead, as by a new engine on the same model: the script wrapped it."""
+    params = {param: name for name, param in model.named_parameters()}
+    for reference in list(_engine_of.values()):
+        other = reference()
+        if other is None or other._finalizer.peek() is None or other.module is model:
+            continue
+        managed = [param for bucket in other._built.buckets for param in bucket.params]
+        shared = [param for param in managed if param in params]
+        if shared and len(shared) == len(managed):
+            logger.info("the model of a live DeepSpeedEngine is part of a new one's; the earlier engine is destroyed.")
+            other.destroy()
+        elif shared:
+            return (
+                f"{params[shared[0]]}{f' and {len(shared) - 1} more' if shared[1:] else ''} of this {type(model).__name__} "
+                f"belong to another live engine (of a {type(other.module).__name__}): each would move them into buckets of its "
+                "own.\n  Make one engine of one module that holds both models, with a parameter group for each; or end the other "
+                "first with engine.destroy()."
+            )
+    return None
 
 
 def _detach_hooks(hooks: ModuleHooks) -> None:

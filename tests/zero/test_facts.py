@@ -9,7 +9,10 @@ import pytest
 import torch
 from torch import nn
 
-from tests.edits import Edit, Net, assert_same, two_sides
+import deepspeed
+from deepspeed.utils.errors import DeepSpeedError, TrainingStateError
+from tests.edits import Edit, Net, adamw, assert_same, two_sides
+from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 
 STAGES = (0, 1, 2, 3)
@@ -233,3 +236,133 @@ def test_edits_are_taken_over_as_plain_pytorch_would(stage: int, dtype: torch.dt
         (name, {"stage": stage, "dtype": dtype, "optimizer": ("sgd", "adamw")[i % 2]}) for i, name in enumerate(EDITS)
     ]
     run_ranks(world_size, runs, cases)
+
+
+# Refused. ---------------------------------------------------------------------------------------------------------------
+
+
+def cast(side: Any) -> None:
+    side.module.double()
+
+
+def change_shape(side: Any) -> None:
+    side.module.scale.data = torch.ones(1)
+
+
+def tie_memory(side: Any) -> None:
+    side.module.layers[0].weight.data = side.module.layers[1].weight.data
+
+
+def drop_a_group(side: Any) -> None:
+    side.client.param_groups.pop()
+
+
+def empty_a_group(side: Any) -> None:
+    side.client.param_groups[0]["params"] = []
+
+
+def give_a_stranger(side: Any) -> None:
+    side.give([nn.Parameter(torch.ones(3))])
+
+
+def give_twice(side: Any) -> None:
+    side.give([side.module.scale])
+
+
+REFUSALS: dict[str, tuple[Edit, str]] = {
+    "cast": (cast, r"is float64 now; this run keeps it in float32 \(ZeRO stage \d\).*Convert the model back"),
+    "shape": (change_shape, r"scale was given data of shape \(1,\); its shape is \(8,\)"),
+    "tied memory": (tie_memory, r"was given the memory of layers.*module.weight = other.weight"),
+    "dropped group": (drop_a_group, "the optimizer has 0 parameter groups, and had 1"),
+    "emptied group": (empty_a_group, "does not list all of its tensors any more"),
+    "stranger": (give_a_stranger, "is no parameter of the model"),
+    "given twice": (give_twice, "was given scale, which is in group 0 already"),
+}
+
+
+def refuse(rank: int, world_size: int, stage: int) -> None:
+    for name, (edit, words) in REFUSALS.items():
+        if stage == 3 and name in ("cast", "tied memory"):
+            continue  # converting a module leaves sharded parameters as they are, and they have no `.data` to give
+        with two_sides(rank, world_size, stage) as (_, side):
+            side.backward(0)
+            edit(side)
+            with pytest.raises(TrainingStateError, match=f"(?s){words}"):
+                side.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_cannot_be_taken_over_is_refused_by_name_on_every_rank(stage: int) -> None:
+    run_ranks(2, refuse, stage)
+
+
+def write_alone(side: Any) -> None:
+    with torch.no_grad():
+        side.module.scale.mul_(2.0)
+
+
+ALONE: dict[str, tuple[Edit, str]] = {
+    "unfreeze": (unfreeze, "ranks changed the model differently: first.bias begins to train"),
+    "delete": (delete_a_layer, r"ranks changed the model differently: layers"),
+    "write": (write_alone, "scale was written on some ranks, and not on rank 1"),
+}
+
+
+def change_alone(rank: int, world_size: int, stage: int) -> None:
+    for name, (edit, words) in ALONE.items():
+        with two_sides(rank, world_size, stage, prepare=freeze_first) as (_, side):
+            if name == "write" and stage == 3 and side.module.scale.ds_status.name != "AVAILABLE":
+                continue
+            side.backward(0)
+            if rank == 0:
+                edit(side)
+            with pytest.raises(TrainingStateError, match=words):
+                side.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_change_on_one_rank_alone_is_an_error_on_all(stage: int) -> None:
+    run_ranks(2, change_alone, stage)
+
+
+def share_a_layer(rank: int, world_size: int, stage: int) -> None:
+    shared = nn.Linear(6, 6)
+    first, second = nn.Sequential(shared, nn.Linear(6, 3)), nn.Sequential(shared, nn.Linear(6, 1))
+    config = {**make_config(stage, micro=1), "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    with engine_of(first, config) as engine:
+        with pytest.raises(DeepSpeedError, match=r"0\.\w+ and 1 more of this Sequential belong to another live engine"):
+            deepspeed.initialize(model=second, optimizer=adamw(second.parameters()), config=config)
+        engine.destroy()
+        with engine_of(second, config) as other:
+            other.backward(other(torch.ones(1, 6)).sum())
+            other.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_engines_that_share_parameters_are_refused(stage: int) -> None:
+    run_ranks(2, share_a_layer, stage)
+
+
+def save_and_load(rank: int, world_size: int, stage: int, folder: Any) -> None:
+    """A layer is deleted, another added and one unfrozen; all right before a save."""
+    with two_sides(rank, world_size, stage, torch.bfloat16, "adamw", prepare=freeze_first) as (plain, side):
+        for either in (plain, side):
+            either.backward(0)
+            either.step()
+            delete_a_layer(either)
+            add_a_layer_with_group(either)
+            unfreeze(either)
+            clamp_through_data(either)
+        saved = plain.save(), side.save(folder)
+        for either, own in zip((plain, side), saved, strict=True):
+            either.backward(1)
+            either.step()
+            either.load(own)
+            either.backward(2)
+            either.step()
+        assert_same(plain, side)
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_what_changed_is_saved_and_loaded(stage: int, tmp_path: Any) -> None:
+    run_ranks(2, save_and_load, stage, tmp_path)
