@@ -37,6 +37,7 @@ from deepspeed.engine.out_of_memory import MemoryAdvice
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.recompute import Recomputation
 from deepspeed.engine.scheduler_call import SchedulerCall
+from deepspeed.engine.script_attributes import LATER, ScriptAttributes
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.trace import trace
@@ -87,7 +88,7 @@ class LossScaleGuard:
         self.is_scaled = False
 
 
-class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
+class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Module):
     """A model under ZeRO, with its optimizer. Made by `deepspeed.initialize`; see there for the arguments.
 
     Collective to build, and in `step`; at stages 2 and 3 in `backward`, at stage 3 in forward. Attributes that the
@@ -680,8 +681,9 @@ class DeepSpeedEngine(ConfigQueries, CheckpointMethods, nn.Module):
             try:
                 return getattr(module, name)
             except AttributeError:
+                later = f": it comes with {LATER[name]}, which is not available yet" if name in LATER else ""
                 raise AttributeError(
-                    f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}"
+                    f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}{later}"
                 ) from None
 
     def memory_by_kind(self) -> dict[str, int]:

@@ -1,0 +1,105 @@
+"""What scripts written for the original read of its engine beside the configuration: a mixin, and a table.
+
+`ScriptAttributes` has what has a meaning here. `LATER` has what belongs to a feature of a later version: `hasattr` says
+no, as an engine without the feature does in the original, and whoever asks by name is told the feature.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepspeed.mesh import groups
+
+_BY_FEATURE = {
+    "pipeline parallelism": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
+    "is_first_stage is_last_stage micro_batches num_stages stage_id next_stage prev_stage reset_activation_shape "
+    "set_has_attention_mask set_dataloader set_dataiterator fwd_outputs pipe_buffers pipe_recv_buf first_output_send "
+    "num_pipe_buffers _exec_schedule _exec_reduce_tied_grads _INSTRUCTION_MAP _next_batch",
+    "data efficiency": "random_ltd_scheduler set_data_post_process_func curriculum_scheduler_legacy "
+    "curriculum_scheduler_difficulty",
+    "progressive layer dropping": "progressive_layer_drop get_pld_theta",
+    "inference": "generate profile_model_time model_times cuda_graph_created",
+    "the hybrid engine": "fuse_lora_weight unfuse_lora_weight",
+    "mixture of experts": "num_local_experts load_moe_state_dict",
+}
+LATER: dict[str, str] = {name: feature for feature, names in _BY_FEATURE.items() for name in names.split()}
+"""Attribute: the feature it comes with."""
+
+
+class ScriptAttributes:
+    """Mixin of the engine."""
+
+    has_moe_layers = False
+    enable_backward_allreduce = True
+    pipeline_enable_backward_allreduce = True
+    warn_unscaled_loss = True
+    universal_checkpoint_info: Any = None
+    loaded_checkpoint_mp_world_size: int | None = None
+    loaded_checkpoint_dp_world_size: int | None = None
+
+    @property
+    def data_parallel_group(self) -> Any:
+        """The group of all data-parallel ranks."""
+        return groups._get_data_parallel_group()
+
+    @property
+    def dp_process_group(self) -> Any:
+        """The same."""
+        return groups._get_data_parallel_group()
+
+    @property
+    def seq_data_parallel_group(self) -> Any:
+        """The group over which parameters are sharded: data-parallel and sequence-parallel ranks."""
+        return groups._get_sequence_data_parallel_group()
+
+    def get_sequence_parallel_group(self) -> Any:
+        """The group of ranks that share a sequence; None without sequence parallelism."""
+        return groups._get_sequence_parallel_group()
+
+    @property
+    def gate_modules(self) -> list[Any]:
+        """Gates of experts: none."""
+        return []
+
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Modules whose gradients are reduced sparse: none."""
+        return set()
+
+    @property
+    def gradient_average(self) -> bool:
+        """Whether gradients are averaged, rather than summed, over ranks."""
+        return bool(self._config.gradient_allreduce_op == "mean")  # type: ignore[attr-defined]
+
+    @property
+    def compile_config(self) -> Any:
+        """The configuration's section `compile`."""
+        return self._config.compile  # type: ignore[attr-defined]
+
+    @property
+    def client_optimizer(self) -> Any:
+        """The optimizer that ZeRO wraps."""
+        return self.basic_optimizer  # type: ignore[attr-defined]
+
+    @property
+    def _global_grad_norm(self) -> float | None:
+        return self.get_global_grad_norm()  # type: ignore[attr-defined]
+
+    def get_wall_clock_timers(self) -> Any:
+        """The engine's timers."""
+        return self.timers  # type: ignore[attr-defined]
+
+    def using_bf16_optimizer(self) -> bool:
+        """Whether masters belong to an optimizer beside ZeRO: never."""
+        return False
+
+    def all_gather_scalar(self, value: Tensor, dp_group: Any = None) -> list[Tensor]:
+        """A scalar of every rank of the group, in order. Collective."""
+        group = dp_group if dp_group is not None else self.data_parallel_group
+        found = [torch.zeros_like(value) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(found, value, group=group)
+        return found
