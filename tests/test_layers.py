@@ -40,6 +40,7 @@ PURE = [
     "mesh/marks.py",
     "zero/layout.py",
     "zero/policy.py",
+    "zero/plan.py",
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
     *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition", "topology")),
 ]

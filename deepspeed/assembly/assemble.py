@@ -23,13 +23,13 @@ from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.build import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.cut import LEAF_MARK
 from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
 from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.offload import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
 from deepspeed.zero.param import full_numel
 from deepspeed.zero.placing import Placing
+from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
 from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING, FlatPool
 from deepspeed.zero.reduce import Reducer

@@ -4,7 +4,7 @@
     survey(model, config, batch, world_size=8)          every stage x offload x checkpointing, one trace each way
 
 Called by users (`deepspeed.memory`), by `deepspeed estimate`, and by the recomputation budget. Traces the model once
-(`memory.trace`), cuts it as the engine would (`memory.plan`), and plays an engine to the trace (`memory.replay`). The
+(`memory.trace`), cuts it as the engine would (`zero.plan`), and plays an engine to the trace (`memory.replay`). The
 engine's own functions read the configuration (`assembly.assemble`), so there is one meaning of every key.
 
 What is predicted is what an allocator hands out: the CPU's as torch's profiler counts it, an accelerator's
@@ -27,13 +27,13 @@ from deepspeed.activation.blocks import Recompute
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
 from deepspeed.memory.ledger import Ledger
-from deepspeed.memory.plan import plan_buckets
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import slot_of
+from deepspeed.zero.plan import plan_model
 from deepspeed.zero.policy import Tier
 
 ASSUMED_OPTIMIZER = "AdamW"
@@ -128,7 +128,7 @@ class Estimator:
         groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
 
         def play(settings: EngineSettings) -> Ledger:
-            return Replay(trace, plan_buckets(trace.model, groups, placing, limits, shard_size), settings).run()
+            return Replay(trace, plan_model(trace.model, groups, placing, limits, shard_size), settings).run()
 
         settings = EngineSettings(
             placing=placing,

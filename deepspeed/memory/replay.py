@@ -41,11 +41,12 @@ from deepspeed.memory.ledger import (
     UNSHARDED,
     Ledger,
 )
-from deepspeed.memory.plan import Plan, PlannedBucket
+from deepspeed.memory.sizes import SizedBucket, Sizes, sizes_of
 from deepspeed.memory.trace import Trace, What
 from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
+from deepspeed.zero.plan import ModelPlan
 from deepspeed.zero.policy import Tier, ZeroPolicy
 from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING
 from deepspeed.zero.stream import NUM_SETS, tile_numel
@@ -121,23 +122,18 @@ class Pool:
 class Gathers:
     """Unshard and reshard, driven by the trace's modules as `zero.hooks.ModuleHooks` drives them."""
 
-    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings, ledger: Ledger) -> None:
-        self._users = {trace.modules.index(module): buckets for module, buckets in plan.users.items()}
+    def __init__(self, trace: Trace, sizes: Sizes, settings: EngineSettings) -> None:
+        self._users = {trace.modules.index(module): buckets for module, buckets in sizes.users.items()}
         self._users.setdefault(0, [])
-        itemsize = settings.policy.parameters.dtype.itemsize
-        for bucket in plan.sharded:
-            bucket.on_storage = functools.partial(  # type: ignore[method-assign]
-                _count_storage, ledger, bucket.layout.padded_numel * itemsize
-            )
         self._gatherer = Gatherer(
-            plan.sharded,  # type: ignore[arg-type]
+            sizes.sharded,
             lambda wish, digest: [(wish, digest)] * settings.shard_size,
             prefetch_numel=settings.prefetch_numel,
             max_live_numel=settings.max_live_numel,
             max_reuse_distance=settings.max_reuse_distance,
         )
-        self._frames: list[tuple[list[PlannedBucket], bool]] = []
-        self._held: dict[PlannedBucket, None] = {}
+        self._frames: list[tuple[list[SizedBucket], bool]] = []
+        self._held: dict[SizedBucket, None] = {}
         self._in_backward = False
 
     def enter(self, module: int) -> None:
@@ -148,7 +144,7 @@ class Gathers:
                 self._gatherer.begin(PhaseKind.FORWARD, str(module))
             self._frames.append((self._users[module], opens))
             for bucket in self._users[module]:
-                self._gatherer.request(bucket)  # type: ignore[arg-type]
+                self._gatherer.request(bucket)
 
     def leave(self, module: int) -> None:
         """It ends."""
@@ -157,7 +153,7 @@ class Gathers:
             if self._in_backward:
                 self._hold([bucket for bucket in buckets if not bucket.requires_grad])
             for bucket in buckets:
-                self._gatherer.release(bucket)  # type: ignore[arg-type]
+                self._gatherer.release(bucket)
             if opened:
                 self._gatherer.end()
 
@@ -178,7 +174,7 @@ class Gathers:
             if not self._gatherer.in_phase:
                 self._gatherer.begin(PhaseKind.BACKWARD)
 
-    def complete(self, bucket: PlannedBucket) -> None:
+    def complete(self, bucket: SizedBucket) -> None:
         """All gradients of a bucket are there."""
         self._let_go([bucket])
 
@@ -192,22 +188,18 @@ class Gathers:
         """Nothing stays unsharded over an update."""
         self._gatherer.reshard_all()
 
-    def _hold(self, buckets: list[PlannedBucket]) -> None:
+    def _hold(self, buckets: list[SizedBucket]) -> None:
         for bucket in buckets:
             if bucket not in self._held:
                 self._held[bucket] = None
-                self._gatherer.request(bucket)  # type: ignore[arg-type]
+                self._gatherer.request(bucket)
 
-    def _let_go(self, buckets: list[PlannedBucket]) -> None:
+    def _let_go(self, buckets: list[SizedBucket]) -> None:
         for bucket in buckets:
             if bucket in self._held:
                 del self._held[bucket]
-                self._gatherer.release(bucket)  # type: ignore[arg-type]
-                self._gatherer.drop(bucket)  # type: ignore[arg-type]
-
-
-def _count_storage(ledger: Ledger, nbytes: int, count: int) -> None:
-    ledger.add(UNSHARDED, nbytes, count=count)
+                self._gatherer.release(bucket)
+                self._gatherer.drop(bucket)
 
 
 class Reductions:
@@ -215,30 +207,30 @@ class Reductions:
 
     def __init__(
         self,
-        plan: Plan,
+        sizes: Sizes,
         settings: EngineSettings,
         ledger: Ledger,
         position_of: dict[nn.Parameter, int],
-        on_complete: Callable[[PlannedBucket], None],
+        on_complete: Callable[[SizedBucket], None],
     ) -> None:
         self._settings, self._ledger, self._on_complete = settings, ledger, on_complete
         policy = settings.policy
         self._delivers_shard = policy.optimizer.is_sharded
         self._itemsize = policy.gradients.dtype.itemsize
-        self.order = plan.trained
+        self.order = sizes.trained
         self._bucket_of = {
-            position_of[param]: bucket for bucket in plan.trained for param in bucket.params if param in position_of
+            position_of[param]: bucket for bucket in sizes.trained for param in bucket.params if param in position_of
         }
         self._missing = {bucket: len(bucket.params) for bucket in self.order}
-        self._arrived: Counter[PlannedBucket] = Counter()
-        self._ready: set[PlannedBucket] = set()
-        self._completed: list[PlannedBucket] = []
+        self._arrived: Counter[SizedBucket] = Counter()
+        self._ready: set[SizedBucket] = set()
+        self._completed: list[SizedBucket] = []
         self._next = 0
         self._in_flight: deque[Callable[[], None]] = deque()
         on_tier = any(map(self._on_tier, self.order))
         self._flats = Pool(ledger, BUCKETS, MAX_STORING if on_tier else MAX_IN_FLIGHT)
         self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
-        self._lent: dict[PlannedBucket, int] = {}
+        self._lent: dict[SizedBucket, int] = {}
         self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
         self._max_in_flight = settings.max_in_flight or (likely if policy.parameters.is_sharded else MAX_IN_FLIGHT)
@@ -256,19 +248,19 @@ class Reductions:
         if settings.sends_directly and settings.shard_size > 1:
             ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
 
-    def _on_tier(self, bucket: PlannedBucket) -> bool:
+    def _on_tier(self, bucket: SizedBucket) -> bool:
         """Whether reduced gradients rest apart from the device, with the optimizer's state."""
         return self._settings.placing.is_apart(bucket.places.optimizer)
 
-    def _is_sharded(self, bucket: PlannedBucket) -> bool:
+    def _is_sharded(self, bucket: SizedBucket) -> bool:
         """Whether each reduction borrows a flat buffer and leaves its result elsewhere."""
         settings = self._settings
         return settings.policy.gradients.is_sharded and (settings.shard_size > 1 or self._on_tier(bucket))
 
-    def _flat_nbytes(self, bucket: PlannedBucket) -> int:
+    def _flat_nbytes(self, bucket: SizedBucket) -> int:
         return bucket.layout.padded_numel * self._itemsize
 
-    def result_nbytes(self, bucket: PlannedBucket) -> int:
+    def result_nbytes(self, bucket: SizedBucket) -> int:
         """Bytes of a bucket's reduced gradients on this rank."""
         layout = bucket.layout
         return (layout.shard_numel if self._delivers_shard else layout.padded_numel) * self._itemsize
@@ -284,7 +276,7 @@ class Reductions:
         if self._missing[bucket] == 0:
             self._complete(bucket)
 
-    def _complete(self, bucket: PlannedBucket) -> None:
+    def _complete(self, bucket: SizedBucket) -> None:
         self._on_complete(bucket)
         if not (self._is_sharded(bucket) or self.reduces_now):
             self._lay_down(bucket)
@@ -294,13 +286,13 @@ class Reductions:
         while self._next < len(self.order) and self.order[self._next] in self._ready:
             self._launch(self.order[self._next])
 
-    def _lay_down(self, bucket: PlannedBucket) -> None:
+    def _lay_down(self, bucket: SizedBucket) -> None:
         if self._is_sharded(bucket):
             self._lent[bucket] = self._flats.take(self._flat_nbytes(bucket))
         self._ledger.drop(BUCKETS, self._arrived.pop(bucket, 0))
         self._missing[bucket] = len(bucket.params)
 
-    def _launch(self, bucket: PlannedBucket) -> None:
+    def _launch(self, bucket: SizedBucket) -> None:
         self._next += 1
         if self._missing[bucket] < len(bucket.params) or self._is_sharded(bucket):
             self._lay_down(bucket)
@@ -378,17 +370,18 @@ class Reductions:
 class Replay:
     """One rank's engine on a ledger. `run` plays initialization and a few steps; then `ledger` has the peaks."""
 
-    def __init__(self, trace: Trace, plan: Plan, settings: EngineSettings) -> None:
-        self.trace, self.plan, self.settings = trace, plan, settings
+    def __init__(self, trace: Trace, plan: ModelPlan, settings: EngineSettings) -> None:
+        self.trace, self.settings = trace, settings
         self.ledger = Ledger()
+        self.sizes = sizes_of(plan, settings.placing, self._count_storage)
         self._position_of = {param: i for i, param in enumerate(trace.params)}
         self._has_moments = False
 
     def run(self, num_steps: int = 4) -> Ledger:
         """Play initialization and `num_steps` steps: the gatherer knows its order from the third on."""
         self._initialize()
-        self._gathers = Gathers(self.trace, self.plan, self.settings, self.ledger)
-        self._reductions = Reductions(self.plan, self.settings, self.ledger, self._position_of, self._gathers.complete)
+        self._gathers = Gathers(self.trace, self.sizes, self.settings)
+        self._reductions = Reductions(self.sizes, self.settings, self.ledger, self._position_of, self._gathers.complete)
         micro_batches = min(2, self.settings.accumulation)
         for _ in range(num_steps):
             for i in range(micro_batches):
@@ -396,6 +389,10 @@ class Replay:
                 self._micro_batch()
             self._step()
         return self.ledger
+
+    def _count_storage(self, bucket: SizedBucket, count: int) -> None:
+        nbytes = bucket.layout.padded_numel * self.settings.policy.parameters.dtype.itemsize
+        self.ledger.add(UNSHARDED, nbytes, count=count)
 
     def _initialize(self) -> None:
         """`zero.build`: each bucket is filled from the user's parameters, which go as it is adopted."""
@@ -412,12 +409,12 @@ class Replay:
             ledger.add(PARAMETERS, *given[param])
         for buffer in self.trace.model.buffers():
             ledger.add(PARAMETERS, buffer.numel() * buffer.element_size())
-        for param in self.plan.loose:
+        for param in self.sizes.loose:
             nbytes = param.numel() * (dtype if param.is_floating_point() else param.dtype).itemsize
             if given[param] != (nbytes, Tier.DEVICE):
                 ledger.add(PARAMETERS, nbytes)
                 ledger.drop(PARAMETERS, *given[param])
-        for bucket in self.plan.buckets:
+        for bucket in self.sizes.buckets:
             layout = bucket.layout
             full = layout.padded_numel * dtype.itemsize
             shard = layout.shard_numel * dtype.itemsize
@@ -437,7 +434,7 @@ class Replay:
             if not bucket.keeps_storage:
                 ledger.drop(UNSHARDED, full)
 
-    def _master_numel(self, bucket: PlannedBucket) -> int:
+    def _master_numel(self, bucket: SizedBucket) -> int:
         return bucket.layout.shard_numel if self.settings.policy.optimizer.is_sharded else bucket.layout.padded_numel
 
     def _micro_batch(self) -> None:
@@ -481,7 +478,7 @@ class Replay:
         pending: list[int] = []
         numel = 0
         is_first, self._has_moments = not self._has_moments, True
-        resident = [bucket for bucket in self.plan.trained if bucket.places.optimizer is Tier.DEVICE]
+        resident = [bucket for bucket in self.sizes.trained if bucket.places.optimizer is Tier.DEVICE]
         for bucket in resident:
             size = self._master_numel(bucket)
             if pending and numel + size > self.settings.sub_group_numel:
@@ -494,11 +491,11 @@ class Replay:
             if is_first:
                 ledger.add(OPTIMIZER, self._state_nbytes(bucket))
         self._release(pending)
-        streamed = [bucket for bucket in self.plan.trained if bucket.places.optimizer is not Tier.DEVICE]
+        streamed = [bucket for bucket in self.sizes.trained if bucket.places.optimizer is not Tier.DEVICE]
         if streamed:
             self._stream(streamed, is_first)
 
-    def _stream(self, buckets: list[PlannedBucket], is_first: bool) -> None:
+    def _stream(self, buckets: list[SizedBucket], is_first: bool) -> None:
         """`zero.stream`: tiles of masters that rest on a tier, through three sets of buffers in main memory."""
         settings, ledger, policy = self.settings, self.ledger, self.settings.policy
         host = settings.tier(Tier.CPU)
@@ -528,7 +525,7 @@ class Replay:
             self.ledger.drop(TEMPORARIES, nbytes)
         pending.clear()
 
-    def _state_nbytes(self, bucket: PlannedBucket) -> int:
+    def _state_nbytes(self, bucket: SizedBucket) -> int:
         """Bytes of optimizer state for a bucket: of the elements, not of their padding."""
         layout, share = bucket.layout, self.settings.policy.optimizer.is_sharded
         runs = (layout if share else BucketLayout(layout.numels, layout.groups, 1)).runs(0)

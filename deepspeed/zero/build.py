@@ -1,4 +1,4 @@
-"""From a model and a policy to buckets: cut, lay out, fill, shard, one bucket at a time.
+"""From a plan to buckets: made, filled and sharded, one at a time, as `zero.plan` says.
 
 Called once by the engine. The model may be plain, or already sharded by `zero.Init` or an earlier engine; either way
 at most one bucket is whole at a time beyond what the policy keeps.
@@ -16,29 +16,11 @@ from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.zero.bucket import Bucket, LoadQueue
-from deepspeed.zero.cut import Unit, cut_by_module, cut_by_size, users_of
-from deepspeed.zero.layout import BucketLayout, group_neighbours
 from deepspeed.zero.master import Master
-from deepspeed.zero.param import Slot, ZeroParameter, full_numel, full_shape, slot_of
+from deepspeed.zero.param import Slot, ZeroParameter, slot_of
 from deepspeed.zero.placing import Placing
+from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
 from deepspeed.zero.policy import SHARD_DIMS
-
-MAX_BUCKET_NUMEL = 8 * 2**20
-"""Elements of a bucket that is cut by size, unless the configuration says less: enough buckets to overlap with
-backward, few enough that their number does not show (32 MiB of fp32; DDP uses 25 MiB)."""
-
-MIN_UNIT_NUMEL = 2**20
-"""Smaller neighbouring modules share a unit at stage 3."""
-
-
-@dataclass
-class Limits:
-    """Sizes in elements, from `zero_optimization`."""
-
-    bucket_numel: int = MAX_BUCKET_NUMEL
-    persist_numel: int = 100_000
-    persist_total_numel: int = 2**63
-    max_unit_numel: int = 250_000_000
 
 
 @dataclass
@@ -73,50 +55,15 @@ def build(
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
     builder = Builder(group_of, placing, mesh, limits)
-    for param in [param for param in named if not param.is_floating_point()]:
-        builder.place(param, named.pop(param))
-    trained = {param: name for param, name in named.items() if param.requires_grad and param in group_of}
-    if placing.policy.parameters.is_sharded:
-        resident, units = choose_units(module, named, limits)
-        builder.fill_by_size({p: n for p, n in resident.items() if p in trained})
-        builder.fill_by_size({p: n for p, n in resident.items() if p not in trained})
-        _fill_units(builder, module, units, trained)
-        for param in resident:
-            param.__class__ = ZeroParameter
-    else:
-        builder.fill_by_size(trained)
-        for param, name in named.items():
-            if param not in trained:
-                builder.place(param, name)
+    plan = plan_model(module, group_of, placing, limits, mesh.size("shard"))
+    made = [builder.execute(planned) for planned in plan.buckets]
+    builder.built.users = {user: [made[i] for i in used] for user, used in plan.users.items()}
+    for param in plan.resident:
+        param.__class__ = ZeroParameter
+    for param, name in plan.loose:
+        builder.place(param, name)
     builder.place_buffers(module)
     return builder.built
-
-
-def choose_units(
-    module: nn.Module, named: Mapping[nn.Parameter, str], limits: Limits
-) -> tuple[dict[nn.Parameter, str], list[Unit]]:
-    """Split parameters into those that stay whole on every rank and units of those that are sharded."""
-    resident: dict[nn.Parameter, str] = {}
-    total = 0
-    for param, name in named.items():
-        numel = full_numel(param)
-        if numel <= limits.persist_numel and total + numel <= limits.persist_total_numel:
-            resident[param] = name
-            total += numel
-    wanted = {param: name for param, name in named.items() if param not in resident}
-    return resident, cut_by_module(module, wanted, min_numel=MIN_UNIT_NUMEL, max_numel=limits.max_unit_numel)
-
-
-def _fill_units(
-    builder: Builder, module: nn.Module, units: Sequence[Unit], trained: Mapping[nn.Parameter, str]
-) -> None:
-    buckets_of_unit: list[list[Bucket]] = []
-    for unit in units:
-        kinds = ([p for p in unit.params if p[1] in trained], [p for p in unit.params if p[1] not in trained])
-        made = [builder.make([(p, n) for n, p in kind], is_sharded=True) for kind in kinds if kind]
-        buckets_of_unit.append(made)
-    for user, indices in users_of(module, units).items():
-        builder.built.users[user] = [bucket for i in indices for bucket in buckets_of_unit[i]]
 
 
 class Builder:
@@ -129,6 +76,7 @@ class Builder:
         self.built = Built()
         self.built.builder = self
         self.group_of, self.placing, self._limits = group_of, placing, limits
+        self._shard_size = mesh.size(SHARD_DIMS)
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
         device = placing.device
@@ -137,43 +85,37 @@ class Builder:
         self.everyone = mesh.exchange("average", "build", device)
 
     def fill_by_size(self, params: Mapping[nn.Parameter, str]) -> None:
-        """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
-        backwards = list(params.items())[::-1]
-        for chunk in cut_by_size([full_numel(param) for param, _ in backwards], self._limits.bucket_numel):
-            self.make([backwards[i] for i in chunk], is_sharded=False)
+        """Make whole buckets of further parameters."""
+        for chunk in chunks_by_size(list(params.items()), self._limits):
+            self.make(chunk, is_sharded=False)
 
-    def make(self, named: Sequence[tuple[nn.Parameter, str]], *, is_sharded: bool) -> Bucket:
-        """Lay parameters into a new bucket, in the policy's dtype, with the first rank's values; shard it."""
-        trains = named[0][0].requires_grad and named[0][0] in self.group_of
-        groups = [self.group_of[param] if trains else -1 for param, _ in named]
-        order = group_neighbours(groups)
-        params = [named[i][0] for i in order]
-        shapes = [full_shape(param) for param in params]
-        sources = [slot_of(param) for param in params]
-        exchange = self._exchange["gather" if is_sharded else "reduce"]
-        layout = BucketLayout(
-            tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), exchange.world_size
-        )
-        places = self.placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains)
+    def make(self, named: Named, *, is_sharded: bool) -> Bucket:
+        """Make one bucket of further parameters."""
+        return self.execute(plan_bucket(named, self.group_of, self.placing, self._shard_size, is_sharded=is_sharded))
+
+    def execute(self, plan: BucketPlan) -> Bucket:
+        """Lay the plan's parameters into a bucket, in the policy's dtype, with the first rank's values; shard it."""
+        sources = [slot_of(param) for param in plan.params]
+        is_sharded, layout = plan.is_sharded, plan.layout
         bucket = Bucket(
             len(self.built.sharded) if is_sharded else -1,
-            params,
-            [named[i][1] for i in order],
-            shapes,
+            list(plan.params),
+            list(plan.names),
+            list(plan.shapes),
             layout,
             is_sharded=is_sharded,
             dtype=self._policy.parameters.dtype,
             device=self._device,
-            exchange=exchange,
+            exchange=self._exchange["gather" if is_sharded else "reduce"],
             secondary=self._near if is_sharded else None,
-            rest=self.placing.params(places.params, layout.shard_numel) if is_sharded else None,
+            rest=self.placing.params(plan.places.params, layout.shard_numel) if is_sharded else None,
             loads=self._loads,
         )
         source = self._fill(bucket, sources)
         bucket.adopt()
         self.built.buckets.append(bucket)
-        if trains:
-            self.built.masters.append(Master(bucket, self._policy, source, places, self.placing))
+        if plan.trains:
+            self.built.masters.append(Master(bucket, self._policy, source, plan.places, self.placing))
         if is_sharded:
             self.built.sharded.append(bucket)
             bucket.reshard()

@@ -34,12 +34,13 @@ import itertools
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
 from deepspeed.utils.errors import TierError
-from deepspeed.zero.bucket import Bucket, BucketState, LoadQueue
+from deepspeed.zero.bucket import BucketState, LoadQueue
+from deepspeed.zero.layout import BucketLayout
 
 Agree = Callable[[int, int], list[tuple[int, int]]]
 """Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
@@ -93,7 +94,58 @@ class Phase:
     uses: list[int] = field(default_factory=list)
 
 
-class Gatherer:
+class Ranks(Protocol):
+    """The ranks that share a bucket."""
+
+    @property
+    def world_size(self) -> int:
+        """How many they are."""
+        ...
+
+
+class Gatherable(Protocol):
+    """What the gatherer moves: a bucket, or its sizes alone (`memory.sizes`). The verbs are `Bucket`'s."""
+
+    index: int
+    state: BucketState
+    holders: int
+    loads: LoadQueue
+
+    @property
+    def is_sharded(self) -> bool:
+        """Whether it can be sharded at all."""
+        ...
+
+    @property
+    def layout(self) -> BucketLayout:
+        """Its sizes."""
+        ...
+
+    @property
+    def exchange(self) -> Ranks:
+        """Whom it is gathered from."""
+        ...
+
+    def hold(self) -> None:
+        """Keep it unsharded."""
+
+    def let_go(self) -> None:
+        """One holder less."""
+
+    def regather(self) -> None:
+        """Start to gather it."""
+
+    def finish_unshard(self) -> None:
+        """Wait for the gather."""
+
+    def reshard(self) -> None:
+        """Drop all but the own slice."""
+
+
+B = TypeVar("B", bound=Gatherable)
+
+
+class Gatherer(Generic[B]):
     """Unshards and reshards the sharded buckets of one model; see Note [Ranks stay in step].
 
     `buckets[i].index` must be i. `prefetch_numel`, `max_live_numel` and `max_reuse_distance` are in elements.
@@ -101,7 +153,7 @@ class Gatherer:
 
     def __init__(
         self,
-        buckets: Sequence[Bucket],
+        buckets: Sequence[B],
         agree: Agree,
         *,
         prefetch_numel: int,
@@ -124,13 +176,13 @@ class Gatherer:
         self._fresh: set[int] = set()
         """Buckets that were gathered and not requested since."""
         self._live_numel = 0
-        self._stale: dict[int, Bucket] = {}
+        self._stale: dict[int, B] = {}
         """Released since the last request, and to be resharded or kept by the next one."""
         self._follower: dict[PhaseKey, PhaseKey] = {}
         """Which kind of phase came after a kind: a training forward is followed by the backward."""
         self._num_in_a_row = 0
 
-    def add(self, bucket: Bucket) -> None:
+    def add(self, bucket: B) -> None:
         """Gather this bucket too, whose parameters were in others. Plans are made anew. Between phases, on every rank."""
         assert bucket.index == len(self.buckets), "a bucket's index is its position here"
         self.buckets.append(bucket)
@@ -164,7 +216,7 @@ class Gatherer:
         )
         self._prefetch()
 
-    def request(self, bucket: Bucket) -> None:
+    def request(self, bucket: B) -> None:
         """Make a bucket usable now and hold it until `release`."""
         bucket.hold()
         phase = self._phase
@@ -185,13 +237,13 @@ class Gatherer:
         if phase is not None:
             self._prefetch()
 
-    def release(self, bucket: Bucket) -> None:
+    def release(self, bucket: B) -> None:
         """Let go of a bucket; it is resharded when another one is requested."""
         bucket.let_go()
         if bucket.holders == 0 and bucket.is_sharded:
             self._stale[bucket.index] = bucket
 
-    def drop(self, bucket: Bucket) -> None:
+    def drop(self, bucket: B) -> None:
         """Reshard a bucket that is known not to be used again in this phase."""
         if bucket.holders == 0:
             self._reshard(bucket)
@@ -244,7 +296,7 @@ class Gatherer:
         else:
             record.plan, record.last_needed = None, phase.needed
 
-    def _obtain(self, phase: Phase, bucket: Bucket) -> None:
+    def _obtain(self, phase: Phase, bucket: B) -> None:
         plan = phase.record.plan
         if self._is_alone:
             # Nobody waits for what this rank passes over, so the plan is only a forecast of what to load ahead.
@@ -269,20 +321,20 @@ class Gatherer:
             if bucket.holders == 0 and bucket.state is BucketState.GATHERING:
                 self._reshard(bucket)
 
-    def _launch_next(self, phase: Phase, plan: Sequence[int]) -> Bucket:
+    def _launch_next(self, phase: Phase, plan: Sequence[int]) -> B:
         bucket = self.buckets[plan[phase.cursor]]
         phase.cursor += 1
         self._launch(bucket)
         return bucket
 
-    def _launch(self, bucket: Bucket) -> None:
+    def _launch(self, bucket: B) -> None:
         if bucket.state is BucketState.SHARDED:
             self._live_numel += bucket.layout.numel
             self._fresh.add(bucket.index)
         with torch.profiler.record_function("zero.unshard"):
             bucket.regather()
 
-    def _reshard(self, bucket: Bucket) -> None:
+    def _reshard(self, bucket: B) -> None:
         if bucket.state is not BucketState.SHARDED:
             self._live_numel -= bucket.layout.numel
             self._fresh.discard(bucket.index)
@@ -318,7 +370,7 @@ class Gatherer:
                 break
             self._launch_next(phase, plan)
 
-    def _drop_stale(self, phase: Phase, wanted: Bucket) -> None:
+    def _drop_stale(self, phase: Phase, wanted: B) -> None:
         """Reshard what was released before `wanted` was asked for, but for what is needed again soon."""
         self._stale.pop(wanted.index, None)
         for bucket in self._stale.values():
@@ -326,7 +378,7 @@ class Gatherer:
                 self._reshard(bucket)
         self._stale.clear()
 
-    def _is_kept(self, bucket: Bucket, phase: Phase, position: int) -> bool:
+    def _is_kept(self, bucket: B, phase: Phase, position: int) -> bool:
         """Whether a bucket stays unsharded after use number `position` of a forward, for its next use."""
         assert self._key is not None
         if self._key.kind is PhaseKind.BACKWARD or self._live_numel > self._max_live_numel:

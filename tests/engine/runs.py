@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 import deepspeed
-import deepspeed.zero.build as zero_build
+import deepspeed.zero.plan as zero_plan
 from tests.models import Batch, build, make_batches, rank_share, to_dtype, total_loss
 
 LR = 3e-3
@@ -54,12 +54,12 @@ def make_config(stage: int, *, micro: int, accumulation: int = 1, clip: float = 
 @contextlib.contextmanager
 def small_units() -> Iterator[None]:
     """At stage 3, have the small modules of the test models be units of their own."""
-    before = zero_build.MIN_UNIT_NUMEL
-    zero_build.MIN_UNIT_NUMEL = 1
+    before = zero_plan.MIN_UNIT_NUMEL
+    zero_plan.MIN_UNIT_NUMEL = 1
     try:
         yield
     finally:
-        zero_build.MIN_UNIT_NUMEL = before
+        zero_plan.MIN_UNIT_NUMEL = before
 
 
 @contextlib.contextmanager

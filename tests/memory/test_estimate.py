@@ -19,10 +19,11 @@ from deepspeed.config import load_config
 from deepspeed.memory.estimator import Estimator
 from deepspeed.memory.ledger import Ledger, granted
 from deepspeed.memory.measure import measure_peak
-from deepspeed.memory.plan import plan_buckets
 from deepspeed.memory.replay import LIKELY_IN_FLIGHT_DIRECTLY
+from deepspeed.memory.sizes import sizes_of
 from deepspeed.memory.trace import TraceError, What, own_memory, trace_step
 from deepspeed.zero.offload import make_placing
+from deepspeed.zero.plan import plan_model
 from deepspeed.zero.policy import Tier
 from tests.engine.runs import engine_of, make_config, small_units
 from tests.harness import run_ranks
@@ -132,8 +133,9 @@ def test_planned_buckets_are_those_an_engine_makes(stage: int, name: str) -> Non
     optimizer = assemble.make_optimizer(parsed, None, assemble.parameter_groups(model, None), model)
     placing = make_placing(parsed, assemble.make_policy(parsed), torch.device("cpu"))
     with small_units():
-        plan = plan_buckets(model, assemble.group_indices(optimizer), placing, assemble.make_limits(parsed), 2)
-    planned = [(b.index, b.layout.numels, b.is_sharded, b.requires_grad) for b in plan.buckets]
+        plan = plan_model(model, assemble.group_indices(optimizer), placing, assemble.make_limits(parsed), 2)
+    sizes = sizes_of(plan, placing, lambda bucket, count: None)
+    planned = [(b.index, b.layout.numels, b.is_sharded, b.requires_grad) for b in sizes.buckets]
     assert planned == run_ranks(2, built_buckets, name, config)[0]
 
 
