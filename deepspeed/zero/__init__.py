@@ -1,7 +1,8 @@
 """ZeRO as one mechanism: a table of placements (`policy`), buckets, and four verbs on them.
 
     policy     the table                           layout     interval arithmetic (pure)
-    cut        which parameters share a bucket     build      model -> buckets
+    cut        which parameters share a bucket     plan       the buckets of a model (pure)
+    build      plan -> buckets                     master     what the optimizer updates
     bucket     the flat space                      param      what a sharded parameter answers
     gather     unshard / reshard, in step          hooks      where modules and graphs drive it
     reduce     gradients on their way: when        gradients  how: whole, sliced or on a tier

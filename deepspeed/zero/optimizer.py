@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import math
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -339,7 +340,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _agree_on_unused(self) -> list[tuple[int, int]]:
         """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""
         mine = [sorted(g.arrivals.used) if g.arrivals.misses_any else None for g in self.reducer.gradients]
-        everyone = self.mesh.gather_objects("average", mine)
+        # Usually a parameter misses its gradient on every rank, step after step: then a digest says all there is to say.
+        digest = zlib.crc32(repr(mine).encode())
+        is_same = all(theirs == digest for (theirs,) in self.mesh.agree("average", digest))
+        everyone = [mine] if is_same else self.mesh.gather_objects("average", mine)
         unused: list[tuple[int, int]] = []
         for i, master in enumerate(self.masters):
             used = [theirs[i] for theirs in everyone]
