@@ -343,7 +343,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         # Usually a parameter misses its gradient on every rank, step after step: then a digest says all there is to say.
         digest = zlib.crc32(repr(mine).encode())
         is_same = all(theirs == digest for (theirs,) in self.mesh.agree("average", digest))
-        everyone = [mine] if is_same else self.mesh.gather_objects("average", mine)
+        everyone: list[Any] = [mine] if is_same else self.mesh.gather_objects("average", mine)
         unused: list[tuple[int, int]] = []
         for i, master in enumerate(self.masters):
             used = [theirs[i] for theirs in everyone]
