@@ -404,7 +404,7 @@ def _settle(engine: Any) -> None:
     engine.watch.end()
     engine.zero_grad()
     engine.empty_partition_cache()
-    engine.accumulation.micro_steps = 0
+    engine.accumulation.set_micro_steps(0)
 
 
 @contextmanager

@@ -354,16 +354,17 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         Returns that divided loss. Collective at stages 2 and 3, and at the boundary.
         """
         self._check_loss(loss)
-        divided = (
-            loss / self.gradient_accumulation_steps()
-            if scale_wrt_gas and self.gradient_accumulation_steps() > 1
-            else loss
-        )
+        num_micro_batches = self.accumulation.num_micro_batches
+        divided = loss / num_micro_batches if scale_wrt_gas and num_micro_batches > 1 else loss
         self._reducer.hide()
         self.losses = loss.detach()
+        num_begun = self.watch.num_begun
         with self._phase("backward", self.losses):
             self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
             self.watch.end()
+            if self.watch.num_begun == num_begun:
+                self._reducer.expect_round()
+                self.watch.stand_in()
         return divided
 
     def _check_loss(self, loss: Any) -> None:
@@ -401,14 +402,15 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         self.reload_states()
         self.accumulation.is_stepping = True
         self._was_step_applied = False
+        ends_step = self.accumulation.is_boundary
         try:
-            if self.accumulation.is_boundary:
+            if ends_step:
                 self._step_at_boundary(lr_kwargs or {})
             else:
                 self._reducer.flush()
         finally:
             self.accumulation.is_stepping = False
-        self.accumulation.micro_steps += 1
+        self.accumulation.count(ends_step)
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         assert self.zero_optimizer is not None
@@ -423,7 +425,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             call.step(lr_kwargs, self.train_batch_size())
         self._learn_order()
         self.global_steps += 1
-        self.global_samples += self.train_batch_size()
+        self.global_samples += self._micro_batch_size * self.accumulation.num_micro_batches * self.dp_world_size
         facts = self._step_facts() if self._observers else None
         for observer in self._observers:
             assert facts is not None, "made where somebody watches"
@@ -482,7 +484,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
 
     @micro_steps.setter
     def micro_steps(self, count: int) -> None:
-        self.accumulation.micro_steps = count
+        self.accumulation.set_micro_steps(count)
 
     def is_gradient_accumulation_boundary(self) -> bool:
         """Whether the current micro-batch completes a step; valid before `step()`."""
@@ -572,22 +574,23 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         return self._micro_batch_size
 
     def gradient_accumulation_steps(self) -> int:
-        """Micro-batches per step."""
-        return self.accumulation.num_micro_batches
+        """Micro-batches per step; what `set_train_batch_size` said last, also where it holds from the next step on."""
+        return self.accumulation.asked
 
     def get_batch_info(self) -> tuple[Callable[[], int], Callable[[], int], Callable[[], int]]:
         """The three methods above, bound."""
         return self.train_batch_size, self.train_micro_batch_size_per_gpu, self.gradient_accumulation_steps
 
     def set_train_batch_size(self, train_batch_size: int) -> None:
-        """Change samples per step by changing the number of micro-batches. Raises ValueError if that is not whole."""
+        """Change samples per step by changing the number of micro-batches; a step under way ends as it began. Raises
+        ValueError if that is not whole."""
         per_micro = self._micro_batch_size * self.dp_world_size
         if train_batch_size <= 0 or train_batch_size % per_micro:
             raise DeepSpeedError(
                 f"set_train_batch_size({train_batch_size}): not a multiple of micro-batch {self._micro_batch_size} * "
                 f"{self.dp_world_size} ranks = {per_micro}."
             )
-        self.accumulation.num_micro_batches = train_batch_size // per_micro
+        self.accumulation.ask_for(train_batch_size // per_micro, is_under_way=self._reducer.saw_backward)
 
     def set_train_micro_batch_size(self, micro_batch_size: int) -> None:
         """Change samples per micro-batch; the number of micro-batches stays."""

@@ -8,7 +8,7 @@
     reduce     gradients on their way: when        gradients  how: whole, sliced or on a tier
     arrivals   what autograd has given             delivery   where reduced gradients rest
     pool       borrowed flat buffers               optimizer  norm, update, publish
-    norm       one norm over every rank
+    norm       one norm over every rank            shown      gradients shown as `param.grad`
     sharding   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened
     tiled      linear layers in tiles              modes      out of the caller's modes

@@ -68,6 +68,11 @@ class Reduction:
         """How many ranks' gradients are averaged."""
         return self.exchange.world_size * (self.replicas.world_size if self.replicas else 1)
 
+    @property
+    def share(self) -> float:
+        """By what a value that all ranks have alike must be multiplied to come out of the reduction unchanged: 1 for means."""
+        return self.predivide * self.divide_by / self.exchange.world_size
+
     def to_wire(self, flat: Tensor) -> Tensor:
         """The flat buffer as it travels: itself, or a copy in another dtype. Divides it in place."""
         if self.predivide != 1.0:
@@ -196,8 +201,9 @@ class WholeGradients:
     @property
     def shown(self) -> Sequence[Tensor]:
         """See Gradients."""
-        is_shown = self.is_reduced and not self._delivers_shard and self.dtype == self.bucket.dtype
-        return self._views if is_shown else ()
+        is_whole = not self._delivers_shard or self.reduction.num_ranks == 1
+        is_alike = self.dtype == self.bucket.dtype and not self.bucket.is_sharded
+        return self._views if self.is_reduced and is_whole and is_alike else ()
 
     @property
     def failure(self) -> TierError | None:
@@ -212,11 +218,19 @@ class WholeGradients:
     def lay_down(self) -> None:
         """See Gradients."""
         if self.is_reduced:
-            # A backward after the reduction: put the result aside, it is added back when this one is reduced.
-            self._carry = self.result.clone()
-            self.is_reduced = self.has_local = False
+            self._reopen()
         self.arrivals.lay_into(self._views, adds=self.has_local)
         self.has_local = True
+
+    def _reopen(self) -> None:
+        """A backward after the reduction. A slice is put aside, and added back when this one is reduced; what every rank has
+        whole stays: it goes through the reduction once more, and comes out as it was."""
+        self.is_reduced = False
+        self.has_local = not self._delivers_shard
+        if self._delivers_shard:
+            self._carry = self.result.clone()
+        elif self.reduction.share != 1.0:
+            self._flat.mul_(self.reduction.share)
 
     def start_reduce(self) -> Pending:
         """See Gradients."""

@@ -51,6 +51,8 @@ class BackwardWatch:
 
     def __init__(self) -> None:
         self.is_running = False
+        self.num_begun = 0
+        """Passes seen so far."""
         self.on_begin: list[Callable[[], None]] = []
         self.on_end: list[Callable[[], None]] = []
 
@@ -67,9 +69,15 @@ class BackwardWatch:
         """Begin a pass, if none is running. Only inside of autograd's backward."""
         if not self.is_running:
             self.is_running = True
+            self.num_begun += 1
             torch.autograd.Variable._execution_engine.queue_callback(self.end)
             for listener in self.on_begin:
                 listener()
+
+    def stand_in(self) -> None:
+        """Begin and end a pass that reached nothing of the model here, for the ranks whose pass does. Outside of autograd."""
+        for listener in [*self.on_begin, *self.on_end]:
+            listener()
 
     def end(self) -> None:
         """End the pass that is running, if any; called by autograd, and before a forward or step after a failure."""

@@ -331,7 +331,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         except LossScaleFloorError as error:
             raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
         self.grad_norm = unscaled
-        self._unused = self._agree_on_unused() if missed_any else []
+        unused = self._agree_on_unused() if missed_any else []
+        self._unused = [*unused, *(pair for pair in self.reducer.left_out if pair not in unused)]
         if self.overflow:
             return None
         clip = max(1.0, (unscaled + 1e-6) / self.clip) if self.clip > 0 else 1.0

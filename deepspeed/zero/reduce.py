@@ -33,6 +33,7 @@ from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
 from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.shown import ShownGradients
 
 READY = "ds_grad_is_ready"
 """Attribute by which code that runs several backward passes per parameter says which of them is the last."""
@@ -69,7 +70,11 @@ class Reducer:
         self._handles: list[torch.utils.hooks.RemovableHandle] = []
         self.saw_backward = False
         """Whether any gradient arrived since the last step."""
-        self.num_exposed = 0
+        self._is_owed = False
+        """Whether a round has to be launched though nothing arrived; see `expect_round`."""
+        self.left_out: list[tuple[int, int]] = []
+        """(bucket, parameter) whose gradient the script took away: they are not stepped on this rank."""
+        self._shown = ShownGradients()
         self._max_in_flight = max_in_flight
         self._overlap = overlap
         self._should_reduce = should_reduce
@@ -107,11 +112,8 @@ class Reducer:
 
     def _take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """The hook: take `param.grad` over, and count."""
-        if self.num_exposed:
-            raise TrainingStateError(
-                f"{gradients.bucket.names[index]}: a second backward ran into gradients that were already averaged.\n"
-                "  Call engine(...) or engine.backward(loss) so that the engine sees the new backward begin."
-            )
+        if self._shown:
+            self._begin_again(gradients, index, param)
         gradient, param.grad = param.grad, None
         if gradient is None:  # autograd calls the hook for a function that gave this parameter nothing, too
             return
@@ -120,6 +122,19 @@ class Reducer:
         self.saw_backward = True
         if gradients.arrivals.take(index, gradient, param.__dict__.get(READY, True)):
             self._complete(gradients)
+
+    def _begin_again(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """A backward that nobody announced (outside of the model's outputs) ran into gradients that are shown. What autograd
+        added to the view of this one parameter, the first, stays there: every rank's view is averaged again, which leaves
+        the average that it had as it is, and averages what was added."""
+        if gradients.reduction.share != 1.0:
+            raise TrainingStateError(
+                f"{gradients.bucket.names[index]}: a second backward ran into gradients that were already summed over ranks.\n"
+                '  Call engine(...) or engine.backward(loss) before it, or use "gradient_allreduce_op": "mean".'
+            )
+        self.hide()
+        gradients.arrivals.used.add(index)
+        param.grad = torch.zeros_like(param)
 
     def _complete(self, gradients: Gradients) -> None:
         """A bucket has all of its gradients."""
@@ -169,6 +184,10 @@ class Reducer:
 
     # Reductions are launched. --------------------------------------------------------------------------------------
 
+    def expect_round(self) -> None:
+        """A backward that all ranks run reached no parameter here: it sends zeros where theirs wait for its part."""
+        self.saw_backward = self._is_owed = True
+
     def _wait_for(self, gradients: Gradients) -> None:
         """Have a flat buffer that stays off the wire before it is written again."""
         while gradients.is_whole and any(other.gradients is gradients for other in self._in_flight):
@@ -198,7 +217,8 @@ class Reducer:
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective."""
         has_begun = self._next > 0 or bool(self._ready)
-        if has_begun or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
+        is_owed, self._is_owed = self._is_owed, False
+        if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
             if has_begun or any(self._leaves(gradients) for gradients in self.order):
                 while self._next < len(self.order):
                     self._launch(self.order[self._next])
@@ -216,6 +236,7 @@ class Reducer:
 
     def finish(self) -> None:
         """Deliver every gradient of this step to the optimizer's placement. Collective; call at the boundary."""
+        self.left_out = self._shown.adopt()
         self.flush()
         in_flight = {id(gradients) for gradients, _ in self._in_flight}
         for gradients in self.order:
@@ -238,25 +259,20 @@ class Reducer:
     # Gradients are shown. ------------------------------------------------------------------------------------------
 
     def expose(self) -> None:
-        """Show reduced, replicated gradients as `param.grad` (stage 0), as views, until `hide`."""
-        for gradients in self.gradients:
-            for param, view in zip(gradients.bucket.params, gradients.shown, strict=False):
-                param.grad = view
-                self.num_exposed += 1
+        """Show reduced gradients that are whole on this rank as `param.grad`, until `hide`."""
+        self._shown.show(self.gradients)
 
     def hide(self) -> None:
-        """Take the views back, before autograd could add to them."""
-        if self.num_exposed:
-            for gradients in self.gradients:
-                for param in gradients.bucket.params:
-                    param.grad = None
-            self.num_exposed = 0
+        """Take back what is shown, as the script left it, before autograd could add to it."""
+        if self._shown:
+            self._shown.hide()
 
     def drop(self) -> None:
         """Forget this step's gradients. Waits for what is on the wire."""
         while self._in_flight:
             self._wait_oldest()
-        self.hide()
+        self._shown.close()
+        self.left_out = []
         for gradients in self.gradients:
             gradients.drop()
         self._next = 0
