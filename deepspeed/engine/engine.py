@@ -249,7 +249,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             takeover = Takeover(model, built, self.zero_optimizer, self.mesh, joining, stage)
             self.zero_optimizer.takeover = takeover
             undo.callback(takeover.close)
-            self.zero_optimizer.before_update = functools.partial(_settle, self.watch, self._gatherer)
+            self.zero_optimizer.before_update = self._hooks.before_update if self._hooks else self.watch.end
             trainers.add(self.zero_optimizer)
             undo.callback(trainers.remove, self.zero_optimizer)
         if not self.policy.optimizer.is_sharded:
@@ -797,15 +797,6 @@ def _cast_floating(value: Any, dtype: torch.dtype) -> Any:
 
 def _agree(mesh: Mesh, wish: int, digest: int) -> list[tuple[int, int]]:
     return mesh.agree("shard", wish, digest)  # type: ignore[return-value]
-
-
-def _settle(watch: BackwardWatch, gatherer: Gatherer | None) -> None:
-    """Before an update: the backward is over, and no unsharded copy may outlive the shards' change."""
-    watch.end()
-    if gatherer is not None:
-        gatherer.reshard_all()
-        for bucket in gatherer.buckets:
-            bucket.shard_changed()
 
 
 def _expose(reducer: Reducer, accumulation: Accumulation, always: bool = False) -> None:

@@ -113,7 +113,8 @@ class GatheredParameters:
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
-    """Have `parameter`, owned by another module, whole around every forward and backward of `module`.
+    """Have `parameter`, owned by another module, whole around every forward and backward of `module`, from now on: before
+    `initialize`, after it, or while a forward runs.
 
     Rarely needed: a use outside the owner is noticed and registered by itself. Raises RuntimeError for other types.
     """
@@ -127,6 +128,9 @@ def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> N
         )
     externals = module.__dict__.setdefault(EXTERNALS, {})
     externals[id(parameter)] = parameter
+    slot = slot_of(parameter)
+    if slot and slot.bucket.use_around is not None:
+        slot.bucket.use_around(module)
 
 
 def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
@@ -135,6 +139,9 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
         raise RuntimeError(
             f"unregister_external_parameter: the parameter was not registered with {type(module).__name__}."
         )
+    slot = slot_of(parameter)
+    if slot and slot.bucket.use_around is not None:
+        slot.bucket.use_around(module, is_used=False)
 
 
 # Optimizer-side values. --------------------------------------------------------------------------------------------

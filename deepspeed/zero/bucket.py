@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import enum
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -127,6 +127,10 @@ class Bucket:
         """Whether `engine.offload_states` has put the values away."""
         self.gone: set[int] = set()
         """Parameters that have left the model, or moved to another bucket, since this one was made."""
+        self.use_around: Callable[..., None] | None = None
+        """Has the bucket unsharded around the calls of one more module, while an engine drives it (see zero.hooks)."""
+        self.num_updates = 0
+        """How often the values were changed; a graph made before cannot be differentiated after."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
         self.full = self._make_full(device, is_read=rest is not None and rest.view(0, 0) is None)
@@ -290,6 +294,7 @@ class Bucket:
     def shard_changed(self) -> None:
         """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
         self._near_is_fresh = False
+        self.num_updates += 1
 
     def _near_slice(self) -> Tensor:
         assert self._near is not None

@@ -6,9 +6,13 @@ outputs of the model (`BackwardWatch`). Nothing of the user's is replaced; `deta
     pre-forward    request the module's buckets            (opens a forward phase if none is running)
     post-forward   release them; hook the outputs          (closes the phase it opened)
     output hook    request the buckets before their backward (opens the backward phase)
+    saved weight   the same, for a backward that reaches a module by another way than its outputs (see `zero.saved`)
     input hook     frozen buckets: their backward is over
     bucket full    trainable buckets: their backward is over (from the reducer)
     end of backward   release what is left, close the phase
+
+What a transform of `torch.func` ran, and what a backward with `create_graph=True` read, may be read again in ways that
+nothing here sees: those buckets stay unsharded until the step (`_keep`).
 
 A sharded parameter that is used outside its own module (a tied head, a functional call) is gathered at that use, while
 a hooked module runs, and belongs to that module from then on.
@@ -18,17 +22,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
-from deepspeed.zero.modes import plain_modes
+from deepspeed.zero.modes import in_transform, plain_modes
+from deepspeed.zero.saved import Memory, SavedWeights
 
 Handle = torch.utils.hooks.RemovableHandle
 
@@ -94,6 +102,10 @@ class Frame:
     module: nn.Module
     buckets: list[Bucket]
     opened_phase: bool
+    outer: list[Memory] | None = None
+    """What `SavedWeights.leave` takes; None for a call that records no graph."""
+    is_unseen: bool = False
+    """Whether a transform of `torch.func` ran in or around the call, whose backward asks for nothing."""
 
 
 class ModuleHook:
@@ -126,9 +138,14 @@ class ModuleHooks:
         self.users.setdefault(root, [])
         self._names = {module: name for name, module in root.named_modules()}
         self._frames: list[Frame] = []
-        self._held: dict[Bucket, set[Frame]] = {}
+        self._held: dict[Bucket, set[Frame | None]] = {}
         """Buckets that this backward has requested and not released, with the calls that still need them: one bucket may
         serve modules whose backward passes overlap, such as the projections of an attention."""
+        self._kept: set[Bucket] = set()
+        """Buckets that stay unsharded until the step."""
+        self._makes_graph = False
+        """Whether the running backward has `create_graph=True`."""
+        self._saved = SavedWeights(self._read_saved, self._mark_unseen)
         self.handles: list[Handle] = []
         self.attach()
 
@@ -138,6 +155,8 @@ class ModuleHooks:
         self.watch.on_begin.append(self._begin_backward)
         self.watch.on_end.append(self._end_backward)
         zero_param.add_resolver(self._resolve)
+        for bucket in self.gatherer.buckets:
+            bucket.use_around = functools.partial(self.use_around, bucket)
 
     def attach_to_modules(self) -> None:
         """Put the hooks on the modules; once, whether they are there or not."""
@@ -154,6 +173,8 @@ class ModuleHooks:
         """Take every hook away; parameters stay as they are."""
         self._detach_from_modules()
         zero_param.remove_resolver(self._resolve)
+        for bucket in self.gatherer.buckets:
+            bucket.use_around = None
         for listeners, listener in (
             (self.watch.on_begin, self._begin_backward),
             (self.watch.on_end, self._end_backward),
@@ -172,9 +193,21 @@ class ModuleHooks:
     def divide(self, old: Bucket, new: Bucket) -> None:
         """Some parameters of `old` are in `new` now: whoever uses the one uses the other too."""
         self.gatherer.add(new)
+        new.use_around = functools.partial(self.use_around, new)
         for module, buckets in self.users.items():
             if old in buckets:
                 self.users[module] = [bucket for bucket in buckets if bucket is not old or old.params] + [new]
+
+    def use_around(self, bucket: Bucket, module: nn.Module, is_used: bool = True) -> None:
+        """A script says that `module` uses `bucket`, from the call that is running on, or that it does no more."""
+        if not is_used:
+            self.users[module].remove(bucket)
+            return
+        self.add_user(module, bucket)
+        if self._frames and bucket not in self._frames[-1].buckets:
+            with plain_modes():
+                self.gatherer.request(bucket)
+            self._use_in(self._frames[-1], bucket)
 
     def _attach_to(self, module: nn.Module) -> None:
         self.handles += [
@@ -188,25 +221,34 @@ class ModuleHooks:
             self.watch.end()
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
             self.gatherer.begin(kind, self._names.get(module, ""))
-        frame = Frame(module, list(self.users[module]), opens)
+        frame = Frame(module, list(self.users[module]), opens, is_unseen=in_transform())
         self._frames.append(frame)
         with plain_modes():
             for bucket in frame.buckets:
                 self.gatherer.request(bucket)
         if torch.is_grad_enabled():
             self._watch_frozen(frame, (args, kwargs))
+            frame.outer = self._saved.enter(frame.buckets)
 
     def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if not self._frames or self._frames[-1].module is not module:
+            return  # the module was given its hooks while this call ran (`use_around`)
         frame = self._frames.pop()
-        assert frame.module is module, "module calls nest"
-        kept = self._hand_on_views(frame, output)
-        if torch.is_grad_enabled() and frame.buckets:
+        if frame.outer is not None:
+            self._saved.leave(frame.outer)
+        kept: list[Bucket] = []
+        if frame.is_unseen:
+            self._keep(frame.buckets)
+        else:
+            kept = self._hand_on_views(frame, output)
+        is_watched = torch.is_grad_enabled() and not frame.is_unseen
+        if is_watched and frame.buckets:
             self._hook_outputs(frame, output)
             if self.watch.is_running:
                 # Recomputed in backward (checkpointing): autograd keeps frozen parameters themselves, not views of them,
                 # and compares their shapes when the recomputation ends. Their own backward comes right after it.
                 self._hold([bucket for bucket in frame.buckets if not bucket.requires_grad], frame)
-        if frame.module is self.root and torch.is_grad_enabled():
+        if is_watched and frame.module is self.root:
             self.watch.watch(output)
         for bucket in frame.buckets:
             if bucket not in kept:
@@ -221,13 +263,19 @@ class ModuleHooks:
         kept = [bucket for bucket in frame.buckets if bucket.full.untyped_storage()._cdata in storages]
         for bucket in kept:
             if self._frames:
-                self._frames[-1].buckets.append(bucket)
+                self._use_in(self._frames[-1], bucket)
             else:
                 self.gatherer.release(bucket)
                 if bucket.holders == 0:
                     bucket.leave_full()
                     self.gatherer.drop(bucket)
         return kept
+
+    def _use_in(self, frame: Frame, bucket: Bucket) -> None:
+        """The innermost call uses a bucket that it holds and had not asked for."""
+        frame.buckets.append(bucket)
+        if frame.outer is not None:
+            self._saved.add(bucket)
 
     def _hook_outputs(self, frame: Frame, output: Any) -> None:
         def before_backward(gradient: Tensor) -> None:
@@ -255,7 +303,45 @@ class ModuleHooks:
         for i, tensor in enumerate(tensors):
             tensor.register_hook(functools.partial(seen, i))
 
-    def _hold(self, buckets: Iterable[Bucket], frame: Frame) -> None:
+    def _read_saved(self, bucket: Bucket) -> None:
+        """A node reads a weight that it saved."""
+        if bucket.holders and bucket.is_unsharded:
+            return
+        if torch._C._current_graph_task_id() == -1:  # somebody looks at a node's `_saved_...`
+            self.gatherer.request(bucket)
+            self.gatherer.release(bucket)
+        else:
+            self.watch.begin()
+            self._hold([bucket], None)
+
+    def _mark_unseen(self) -> None:
+        """A transform begins: what the running calls do in it cannot be seen."""
+        for frame in self._frames:
+            frame.is_unseen = True
+
+    def _keep(self, buckets: Iterable[Bucket]) -> None:
+        """Have buckets unsharded until the step."""
+        with plain_modes():
+            for bucket in buckets:
+                if bucket not in self._kept:
+                    self._kept.add(bucket)
+                    self.gatherer.request(bucket)
+        warn_once(
+            "a second derivative (create_graph=True), a transform of torch.func, or a submodule called on its own: the "
+            "parameters that it uses stay whole on every rank until engine.step()."
+        )
+
+    def before_update(self) -> None:
+        """The backward is over, and no unsharded copy may outlive the change of the shards."""
+        self.watch.end()
+        for bucket in self._kept:
+            self.gatherer.release(bucket)
+        self._kept.clear()
+        self.gatherer.reshard_all()
+        for bucket in self.gatherer.buckets:
+            bucket.shard_changed()
+
+    def _hold(self, buckets: Iterable[Bucket], frame: Frame | None) -> None:
         for bucket in buckets:
             if bucket not in self._held:
                 self._held[bucket] = set()
@@ -263,8 +349,8 @@ class ModuleHooks:
             self._held[bucket].add(frame)
 
     def _let_go(self, buckets: Iterable[Bucket], frame: Frame | None = None) -> None:
-        """The backward of one call (or of all) needs the buckets no more."""
-        for bucket in buckets:
+        """The backward of one call (or of all) needs the buckets no more; a graph that it made does."""
+        for bucket in () if self._makes_graph else buckets:
             calls = self._held.get(bucket, set())
             if frame is not None:
                 calls.discard(frame)
@@ -278,21 +364,44 @@ class ModuleHooks:
         self._let_go([bucket])
 
     def _begin_backward(self) -> None:
+        self._makes_graph = torch.is_grad_enabled()
         if not self.gatherer.in_phase:
             self.gatherer.begin(PhaseKind.BACKWARD)
 
     def _end_backward(self) -> None:
+        if self._makes_graph:
+            self._keep(self._held)
+            self._makes_graph = False
         self._let_go(list(self._held))
         if not self._frames:
             self.gatherer.end()
 
     def _resolve(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
         """Gather a bucket for a use outside its own modules, if one of our modules is running."""
-        if not self._frames or bucket not in self.gatherer.buckets:
+        if bucket not in self.gatherer.buckets:
             return False
+        if not self._frames:
+            return self._resolve_inside(bucket)
         frame = self._frames[-1]
         with plain_modes():
             self.gatherer.request(bucket)
-        frame.buckets.append(bucket)
+        self._use_in(frame, bucket)
         self.add_user(frame.module, bucket)
+        return True
+
+    def _resolve_inside(self, bucket: Bucket) -> bool:
+        """Gather a bucket for a module that is called on its own and shares it with others: a generator or a closure that
+        the model returned goes on after the forward."""
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None:
+            if frame.f_code is nn.Module._call_impl.__code__ and frame.f_locals.get("self") in self._names:
+                break
+            frame = frame.f_back
+        if frame is None:
+            return False
+        if torch.is_grad_enabled():
+            self._keep([bucket])
+        else:
+            self.gatherer.request(bucket)
+            self.gatherer.release(bucket)
         return True

@@ -106,6 +106,7 @@ class Init:
                 register_module_module_registration_hook(self._saw_child),
             ]
             zero_param.add_resolver(self._touch)
+            zero_param.add_adopter(self._adopt)
             Init._active.append(self)
         return self
 
@@ -125,6 +126,7 @@ class Init:
         for handle in self._handles:
             handle.remove()
         zero_param.remove_resolver(self._touch)
+        zero_param.remove_adopter(self._adopt)
         Init._active.remove(self)
 
     @classmethod
@@ -140,9 +142,13 @@ class Init:
         self._settle()
         if child is not None:
             for module in child.modules():
-                if module in self._seen:
-                    self._cut(module)
-                    del self._seen[module]
+                self._cut(module)  # one that was copied has registered nothing
+                self._seen.pop(module, None)
+
+    @torch.no_grad()
+    def _adopt(self, param: nn.Parameter, name: str) -> None:
+        """A constructor has copied a sharded parameter: shard the copy."""
+        self._make_bucket(name.rpartition(".")[0], [(name.rpartition(".")[2], param)], param.dtype)
 
     @torch.no_grad()
     def _cut(self, module: nn.Module) -> None:

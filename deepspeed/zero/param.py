@@ -10,6 +10,7 @@ Torch's own uninitialised parameters change class in the same way (torch.nn.para
 
 from __future__ import annotations
 
+import copy
 import enum
 import itertools
 import sys
@@ -155,9 +156,9 @@ class ZeroParameter(nn.Parameter):
         return detached
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        copy = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
-        memo[id(self)] = copy
-        return copy
+        made = nn.Parameter(self.data.clone(memory_format=torch.preserve_format), self.requires_grad)
+        memo[id(self)] = made
+        return made
 
     def __repr__(self) -> str:  # type: ignore[override]
         return "Parameter containing:\n" + Tensor.__repr__(self)
@@ -176,6 +177,24 @@ Resolver = Callable[["Bucket", Callable[..., Any]], bool]
 """Called when a sharded parameter is used: makes its bucket usable and answers True, or declines."""
 
 _resolvers: list[Resolver] = []
+
+Adopter = Callable[[nn.Parameter, str], None]
+"""Told of each copy of a sharded parameter, with its name, while a model is built: shards the copy too."""
+
+_adopters: list[Adopter] = []
+"""Of the contexts of `zero.Init` that are open, the innermost last. Inside of one, sharded parameters answer their full
+shape, because constructors compute with it."""
+
+
+def add_adopter(adopter: Adopter) -> None:
+    """A context in which models are built has been entered."""
+    _adopters.append(adopter)
+
+
+def remove_adopter(adopter: Adopter) -> None:
+    """It has been left."""
+    if adopter in _adopters:
+        _adopters.remove(adopter)
 
 
 def add_resolver(resolver: Resolver) -> None:
@@ -215,6 +234,12 @@ _ANSWERED = {
     torch._has_compatible_shallow_copy_type,
 }
 """Questions about the tensor object itself: answered as they stand."""
+
+_SHAPE = {
+    *_attribute("shape ndim", "__get__"),
+    *(getattr(Tensor, name) for name in "size dim __len__".split()),
+}
+"""Questions about the shape. Not about the number of elements, by which code knows that a parameter is sharded."""
 
 _HANDED_OUT = {Tensor.detach, *_attribute("data", "__get__")}
 """What `state_dict()` and the like take: they get a placeholder that refuses in the same way."""
@@ -272,6 +297,11 @@ _IDENTITY: dict[Callable[..., Any], Callable[..., Any]] = {
 
 _READERS = ("_to_ndarray", "_tobytes", "_is_complete")
 """Functions of safetensors that ask for the address to write what is there."""
+
+
+def _may_tell_shape() -> bool:
+    """Not to Transformers, which takes sharded parameters for empty and acts on that."""
+    return not str(sys._getframe(2).f_globals.get("__name__")).startswith("transformers.")
 
 
 def _is_read(func: Callable[..., Any]) -> bool:
@@ -344,6 +374,8 @@ class _Sharded(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if _adopters and func in _SHAPE and _may_tell_shape():
+            return func(torch.empty(full_shape(args[0]), device="meta"), *args[1:], **kwargs)
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
@@ -383,8 +415,35 @@ class ShardedParameter(_Sharded, ZeroParameter):
 
     __torch_function__ = _Sharded.__dict__["__torch_function__"]
 
+    @property
+    def _is_hf_initialized(self) -> bool:
+        """Whether Transformers' initialisation leaves the parameter as it is. It initialises a model that a constructor made
+        inside of another's on the first rank alone, whose values count, and comes by again on the others: what is sharded has
+        its values, unless it is still being built."""
+        return self.__dict__.get("_is_hf_initialized", not _adopters)
+
+    @_is_hf_initialized.setter
+    def _is_hf_initialized(self, value: bool) -> None:
+        self.__dict__["_is_hf_initialized"] = value
+
+    @_is_hf_initialized.deleter
+    def _is_hf_initialized(self) -> None:
+        self.__dict__.pop("_is_hf_initialized", None)
+
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        raise ShardError(refusal(self, "copy.deepcopy"))
+        slot = slot_of(self)
+        assert slot is not None, "only managed parameters are sharded"
+        bucket = slot.bucket
+        if not any(resolve(bucket, copy.deepcopy) for resolve in list(_resolvers)):
+            raise ShardError(refusal(self, "copy.deepcopy"))
+        bucket.hold()
+        try:
+            made = ZeroParameter.__deepcopy__(self, memo)
+        finally:
+            bucket.let_go()
+        if _adopters:
+            _adopters[-1](made, bucket.names[slot.index])
+        return made
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         raise ShardError(refusal(self, "pickle"))

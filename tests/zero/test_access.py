@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero import GatheredParameters, ZeroParamStatus
-from tests.engine.runs import EPS, LR, engine_of, make_config
+from tests.engine.runs import EPS, LR, engine_of, make_config, small_units
 from tests.harness import run_ranks
 from tests.models import build, make_batches, to_dtype, total_loss
 from tests.zero.sharded import ROWS, backward, sharded_engine, step, whole_values
@@ -375,3 +375,51 @@ def ask_for_what_is_not_there(rank: int, world_size: int) -> None:
 
 def test_asking_for_a_state_that_is_not_there_is_an_error_on_every_rank() -> None:
     run_ranks(2, ask_for_what_is_not_there)
+
+
+class Penalised(nn.Module):
+    """A model, and a module beside it that is told after `initialize` that it uses the model's weight."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(8, 8)
+        self.outer = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        loss = self.outer(self.inner(x)).pow(2).mean()
+        with deepspeed.zero.GatheredParameters(self.inner.weight, fwd_module=self):
+            weight = self.inner.weight
+            loss = loss + (weight @ weight.T - torch.eye(8)).pow(2).mean()
+        return loss
+
+
+def penalised(rank: int, world_size: int, stage: int) -> None:
+    torch.manual_seed(0)
+    model = Penalised()
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    config = make_config(
+        stage,
+        micro=4,
+        optimizer={"type": "SGD", "params": {"lr": 0.1}},
+        zero={"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0},
+    )
+    with small_units(), engine_of(model, config) as engine:
+        for i in range(3):
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
+            plain(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(x))
+            engine.step()
+        for name, value in whole_values(engine.module).items():
+            torch.testing.assert_close(value, plain.get_parameter(name).detach())
+        deepspeed.zero.register_external_parameter(model.outer, model.inner.weight)
+        assert model.outer(model.inner(torch.ones(1, 8))).requires_grad
+        deepspeed.zero.unregister_external_parameter(model.outer, model.inner.weight)
+
+
+@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_parameters_registered_after_initialize_are_whole_around_the_module(stage: int, world_size: int) -> None:
+    run_ranks(world_size, penalised, stage)
