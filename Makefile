@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -45,6 +45,18 @@ test-soak: $(INSTALLED)
 # Scripts that edit their model while it trains, as many as ROUNDS says, against plain PyTorch.
 test-edits: $(INSTALLED)
 	$(BIN)/python -m tests.soak.edits --rounds $(ROUNDS)
+
+# Every stage, tier, precision and accumulation on the simulated device; how often the host waits for it.
+test-device: $(INSTALLED)
+	DS_TEST_DEVICE=1 $(BIN)/python -m pytest tests/device $(PYTEST_ARGS)
+	$(BIN)/python -m tests.device.waits
+
+# Asynchronous work as late as the rules allow and in other legal orders, SEEDS of them; then waits taken away one by one.
+SEEDS ?= 200
+
+test-adversarial: $(INSTALLED)
+	$(BIN)/python -m tests.device.adversity --seeds $(SEEDS)
+	$(BIN)/python -m tests.device.mutations
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .

@@ -61,8 +61,8 @@ LIBRARY_ENV = ("PYTEST_", "PYTORCH_NVML_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", 
 """Prefixes of variables that pytest, torch.compile and the import of the package set for the life of a process."""
 SHARED_GROUP = re.compile(r"[a-z_+]+\.(build|checkpoint|control|gather|norm|reduce|script)")
 """Descriptions of the groups that a mesh makes: dims and purpose."""
-LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-", "wandb-", "Otel")
-"""Prefixes of threads that tqdm, torch.compile and wandb keep for the life of a process. Ours have names of their own."""
+LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-", "wandb-", "Otel", "Dummy-")
+"""Prefixes of threads that tqdm, torch.compile, wandb and autograd (for a device) keep for the life of a process. Ours have names of their own."""
 
 
 class RanksFailedError(Exception):

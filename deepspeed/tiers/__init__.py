@@ -18,7 +18,7 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 | `io_trial.py` | measuring a disk: what `ds_io` and `ds_nvme_tune` share |
 """
 
-from deepspeed.tiers.rest import InMemory, OnDisk, Rest, Transfer
+from deepspeed.tiers.rest import CopyStream, InMemory, OnDisk, OnHost, Rest, Transfer
 from deepspeed.tiers.tier import Tier
 
-__all__ = ["InMemory", "OnDisk", "Rest", "Tier", "Transfer"]
+__all__ = ["CopyStream", "InMemory", "OnDisk", "OnHost", "Rest", "Tier", "Transfer"]

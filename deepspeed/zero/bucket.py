@@ -133,7 +133,7 @@ class Bucket:
         """How often the values were changed; a graph made before cannot be differentiated after."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
-        self.full = self._make_full(device, is_read=rest is not None and rest.view(0, 0) is None)
+        self.full = self._make_full(device, is_read=rest is not None and rest.device is None)
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
@@ -335,8 +335,8 @@ class Bucket:
             self.state = BucketState.GATHERING
 
     def _start_load(self) -> None:
-        here = self.rest.view(0, self.layout.shard_numel)
-        self._source = here if here is not None and here.device == self.full.device else None
+        is_here = self.rest.device == self.full.device
+        self._source = self.rest.view(0, self.layout.shard_numel) if is_here else None
         self._load = None if self._source is not None else self.rest.start_load(0, self.own_slice(self.full))
         self.loads.add(self)
 
@@ -422,7 +422,7 @@ class Bucket:
         parameter made from another), and have another for the next time. Resharding would take theirs away."""
         if not self.keeps_storage:
             with plain_modes():
-                self.full = self._make_full(self.full.device, is_read=self.rest.view(0, 0) is None)
+                self.full = self._make_full(self.full.device, is_read=self.rest.device is None)
                 self.views = self.split(self.full)
 
     def publish(self) -> Pending | None:

@@ -219,6 +219,8 @@ class WholeGradients:
         """See Gradients."""
         if self.is_reduced:
             self._reopen()
+        if not self.has_local:  # the last reduction left whatever it liked beside its result
+            self._flat[self.bucket.layout.numel :].zero_()
         self.arrivals.lay_into(self._views, adds=self.has_local)
         self.has_local = True
 

@@ -35,7 +35,8 @@ class Master:
         if self.is_alias:
             self.weights = bucket.rest if self.is_sharded else InMemory(bucket.full)
         elif self.tier is Tier.DEVICE:
-            self.weights = InMemory(values.clone() if source is not None else values.to(policy.optimizer.dtype))
+            # A copy even in the same dtype: the bucket's memory goes when its parameters rest on a tier.
+            self.weights = InMemory(values.to(policy.optimizer.dtype, copy=True))
         else:
             self.weights = placing.optimizer(self.tier, "master", values.numel(), policy.optimizer.dtype)
             self.weights.start_store(0, values.to(policy.optimizer.dtype)).wait()

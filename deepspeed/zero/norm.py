@@ -92,7 +92,8 @@ class GradientNorm:
         flags = [flag for gradients in self._gradients if (flag := gradients.take_missed_flag()) is not None]
         if flags:
             return torch.cat(flags).float().sum()
-        return torch.tensor(float(any(g.arrivals.misses_any for g in self._gradients)), device=self._device)
+        # Filled on the device: a tensor made of a Python number is a copy that the host waits for.
+        return torch.full((), float(any(g.arrivals.misses_any for g in self._gradients)), device=self._device)
 
     def _norm_of(self, index: int) -> Tensor:
         """What one bucket adds on this rank."""

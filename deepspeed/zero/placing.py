@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from deepspeed.tiers import InMemory, OnDisk, Rest, Tier
+from deepspeed.tiers import CopyStream, InMemory, OnDisk, OnHost, Rest, Tier
 from deepspeed.tiers.nvme import NvmeStore
 from deepspeed.zero.policy import ZeroPolicy
 
@@ -50,6 +50,7 @@ class Placing:
     _in_cpu_numel: int = 0
     _optimizer_numel: int = 0
     _off_device_numel: int = 0
+    _copies: CopyStream | None = None
 
     @property
     def is_host(self) -> bool:
@@ -110,4 +111,8 @@ class Placing:
             return OnDisk(self.store(path), kind, numel, dtype)
         if tier is Tier.DEVICE:
             return InMemory(torch.zeros(numel, dtype=dtype, device=self.device))
-        return InMemory(torch.zeros(numel, dtype=dtype, pin_memory=pins and not self.is_host))
+        if self.is_host:
+            return InMemory(torch.zeros(numel, dtype=dtype))
+        if self._copies is None:
+            self._copies = CopyStream(self.device)
+        return OnHost(torch.zeros(numel, dtype=dtype, pin_memory=pins), self._copies)
