@@ -20,13 +20,9 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from deepspeed.comm.exchange import (
-    CollectiveExchange,
-    DirectExchange,
-    Exchange,
-    all_gather_single,
-    reduce_scatter_single,
-)
+from deepspeed.comm.collective import CollectiveExchange, all_gather_single, reduce_scatter_single
+from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.exchange import Exchange
 from deepspeed.utils.ports import free_port
 
 SIZES = (4 << 10, 1 << 20, 16 << 20, 64 << 20)

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.exchange import all_gather_single
+from deepspeed.comm.collective import all_gather_single
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.door import tensor_place
 from deepspeed.utils.errors import DeepSpeedConfigError

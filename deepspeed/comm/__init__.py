@@ -5,7 +5,12 @@
     recorder.py      counts, times, bandwidths
     circle.py        a few integers of every rank, in log2(ranks) messages
     watchdog.py      who is missing while a collective waits
-    exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers
+    exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
+    local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
+    choose.py        which of them a group is given
+    observe.py       an exchange that is watched
+    spread.py        one rank's values of any tensor, given to all
+    bench.py         how fast collectives are (`ds_bench`)
 
 Names that are torch.distributed's and not listed here are torch.distributed's own.
 """

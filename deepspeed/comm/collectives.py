@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup, ReduceOp
 
-from deepspeed.comm.exchange import all_gather_single, reduce_scatter_single
+from deepspeed.comm.collective import all_gather_single, reduce_scatter_single
 from deepspeed.comm.observe import measure_alone
 from deepspeed.comm.recorder import Current, Recorder, straggling_ms, table
 

@@ -15,16 +15,19 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, final
+from typing import Any, cast, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._pytree import tree_map_only
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.exchange import Exchange, Pending, make_exchange
+from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.recorder import Current, Flow, Recorder
 from deepspeed.utils.waits import COMMUNICATION
 
@@ -35,46 +38,42 @@ NUM_RUNS = 3
 def make_observed(group: ProcessGroup | None, device: torch.device) -> Exchange:
     """`make_exchange`, watched where there is more than one rank."""
     inner = make_exchange(group, device)
-    return ObservedExchange(inner, device) if inner.world_size > 1 else inner
+    return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
 
 
 @final
 class ObservedExchange:
-    """Passes every verb on, and watches it."""
+    """An exchange whose verbs, `start_...`, are each watched; whatever verbs it has. Everything else is passed on."""
 
     def __init__(self, inner: Exchange, device: torch.device) -> None:
         self.inner = inner
-        self.group = inner.group
-        self.rank = inner.rank
-        self.world_size = inner.world_size
         self._device = device
         self._dim = str(getattr(inner.group, "group_desc", ""))
         self._event = None if device.type == "cpu" else get_accelerator().Event
+        for name in dir(inner):
+            if name.startswith("start_"):
+                op = f"zero.{name.removeprefix('start_')}"
+                setattr(self, name, partial(self._watch, op, getattr(inner, name)))
 
-    def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
-        """See Exchange."""
-        return self._watch("zero.all_gather", full, self.inner.start_all_gather(full, shard))
-
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange."""
-        pending = self.inner.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
-        return self._watch("zero.reduce_scatter", full, pending)
-
-    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
-        """See Exchange."""
-        return self._watch("zero.all_reduce", full, self.inner.start_all_reduce(full, divide_by))
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
-        """See Exchange."""
+        """See Exchange. It waits, so the whole call is the wait."""
         with COMMUNICATION.during("zero.broadcast", full.nbytes):
             self.inner.broadcast(full, source)
 
-    def _watch(self, op: str, full: Tensor, pending: Pending) -> Pending:
+    def _watch(self, op: str, verb: Callable[..., Pending], full: Tensor, *args: Any, **kwargs: Any) -> Pending:
+        """Start a verb on `full` and have its wait timed."""
+        nbytes = full.nbytes  # before: a verb may give the storage away
+        pending = verb(full, *args, **kwargs)
         recorder, flow = Current.recorder, None
         if recorder is not None and recorder.wants(op, False):
-            flow = recorder.flow(op, full.nbytes, self._dim, partial(self._run_alone, op, full.numel(), full.dtype))
+            call = (full, *args), kwargs
+            alike = tree_map_only(Tensor, _Like.of, call)
+            flow = recorder.flow(op, nbytes, self._dim, partial(self._alone, verb, alike))
             flow.count += 1
-        return pending.within(partial(self._timed, op, full.nbytes, flow, recorder))
+        return pending.within(partial(self._timed, op, nbytes, flow, recorder))
 
     def _timed(
         self, op: str, nbytes: int, flow: Flow | None, recorder: Recorder | None, finish: Callable[[], None]
@@ -97,15 +96,27 @@ class ObservedExchange:
             flow.waits.add(waited_s)
             recorder.tell(op, nbytes, waited_s * 1e3, "zero")
 
-    def _run_alone(self, op: str, numel: int, dtype: torch.dtype) -> Callable[[], None]:
-        """A call of one verb on scratch memory."""
-        full = torch.zeros(numel, dtype=dtype, device=self._device)
-        if op == "zero.all_gather":
-            return lambda: self.inner.start_all_gather(full).wait()
-        if op == "zero.all_reduce":
-            return lambda: self.inner.start_all_reduce(full).wait()
-        out = torch.zeros(numel // self.world_size, dtype=dtype, device=self._device)
-        return lambda: self.inner.start_reduce_scatter(full, out, accumulate=False).wait()
+    def _alone(self, verb: Callable[..., Pending], alike: Any) -> Callable[[], None]:
+        """A call of one verb on scratch memory like what it was called on."""
+        args, kwargs = tree_map_only(_Like, lambda like: like.zeros(self._device), alike)
+        return lambda: verb(*args, **kwargs).wait()
+
+
+@dataclass(frozen=True, slots=True)
+class _Like:
+    """What a tensor was like, without keeping it."""
+
+    numel: int
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: Tensor) -> _Like:
+        """Of this one."""
+        return cls(tensor.numel(), tensor.dtype)
+
+    def zeros(self, device: torch.device) -> Tensor:
+        """Another one."""
+        return torch.zeros(self.numel, dtype=self.dtype, device=device)
 
 
 def measure_alone(recorder: Recorder) -> None:

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from deepspeed.comm.exchange import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.comm.direct import BLOCK_NUMEL, ONE_PHASE_NUMEL
 from deepspeed.memory.ledger import (
     ACTIVATIONS,
     BUCKETS,

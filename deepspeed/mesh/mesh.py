@@ -23,7 +23,8 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.comm.circle import Circle, bytes_of_gather, bytes_of_largest
-from deepspeed.comm.exchange import Exchange, LocalExchange
+from deepspeed.comm.exchange import Exchange
+from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.observe import make_observed
 from deepspeed.mesh.shape import MeshShape, Over
 from deepspeed.utils.waits import COMMUNICATION

@@ -9,8 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm import exchange as module
-from deepspeed.comm.exchange import CollectiveExchange, DirectExchange, Exchange, LocalExchange, make_exchange
+from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.collective import CollectiveExchange
+from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.exchange import Exchange, slices_of
+from deepspeed.comm.local import LocalExchange
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -237,4 +240,4 @@ def test_one_process_without_torch_distributed_exchanges_with_itself() -> None:
 
 def test_a_buffer_that_does_not_divide_is_refused() -> None:
     with pytest.raises(AssertionError, match="7 elements are not 2 equal slices"):
-        module._slices(torch.zeros(7), 2)
+        slices_of(torch.zeros(7), 2)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from deepspeed.comm.exchange import make_exchange
+from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.spread import spread
 from tests.harness import run_ranks
 
