@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-gpu bench-gpu test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -57,6 +57,16 @@ SEEDS ?= 200
 test-adversarial: $(INSTALLED)
 	$(BIN)/python -m tests.device.adversity --seeds $(SEEDS)
 	$(BIN)/python -m tests.device.mutations
+
+# On a machine with an accelerator, no network: training against the oracle, then speed and memory beside FSDP2, as gpu.md and gpu.json.
+# Without one: make test-gpu GPU_ARGS=--simulate, make bench-gpu GPU_ARGS=--tiny.
+GPU_ARGS ?=
+
+test-gpu: $(INSTALLED)
+	$(BIN)/python -m tests.device.on_accelerator $(GPU_ARGS)
+
+bench-gpu: $(INSTALLED)
+	$(BIN)/python benchmarks/gpu.py $(GPU_ARGS)
 
 lint: $(INSTALLED)
 	$(BIN)/ruff format --check .
