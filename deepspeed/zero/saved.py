@@ -20,6 +20,7 @@ by itself without them; what runs inside is reported as unseen.
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -30,6 +31,10 @@ from deepspeed.utils.errors import TrainingStateError
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
+
+ASKS_ITSELF = "trl.kernels.chunked_logprob"
+"""TRL's loss saves the head's weight and gathers it itself in its backward, by the `ds_status` of the parameter. What torch
+unpacks from hooks is never the parameter itself, so where this code is loaded there are none, and outputs alone count."""
 
 Hook = Callable[[Any], Any]
 Memory = tuple[int, int, "Bucket"]
@@ -88,6 +93,8 @@ class SavedWeights:
         self._memories = [_memory(bucket), *self._memories]
 
     def _make_hooks(self) -> Hooks | None:
+        if ASKS_ITSELF in sys.modules:
+            return None
         top = torch._C._autograd._top_saved_tensors_default_hooks(True)
         if top is None:
             return self._own
