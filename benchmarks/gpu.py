@@ -62,7 +62,7 @@ def fsdp2_step(model: nn.Module, device: torch.device) -> Callable[[Any], None]:
     mesh = init_device_mesh(device.type, (dist.get_world_size(),))
     policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.bfloat16)
     model.to(device)
-    for block in model.blocks:
+    for block in model.get_submodule("blocks").children():
         fully_shard(block, mesh=mesh, mp_policy=policy)
     fully_shard(model, mesh=mesh, mp_policy=policy)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=True)
@@ -126,7 +126,11 @@ def run_adam(size: str) -> dict[str, Any]:
     accelerator = get_accelerator()
     device = torch.device(accelerator.current_device_name())
     found: dict[str, Any] = {}
-    for name, make in {"ours_ms": FusedAdam, "torch_ms": lambda p: torch.optim.AdamW(p, fused=True)}.items():
+    makers: dict[str, Callable[[Any], Any]] = {
+        "ours_ms": FusedAdam,
+        "torch_ms": lambda params: torch.optim.AdamW(params, fused=True),
+    }
+    for name, make in makers.items():
         params = list(make_model(size, device)[0].to(device).parameters())
         for param in params:
             param.grad = torch.ones_like(param)

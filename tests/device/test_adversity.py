@@ -29,7 +29,7 @@ def in_order(case: str) -> Any:
 @pytest.mark.parametrize(
     ("case", "site", "told"),
     [
-        ("stage 0", Site("Work.wait", "comm/exchange.py:_finish"), "race: .*all_reduce"),
+        ("stage 0", Site("Work.wait", "comm/collective.py:_finish"), "race: .*all_reduce"),
         ("exchanges, stage 1", Site("Pending.wait", "zero/optimizer.py:_publish"), "losses"),
     ],
 )
