@@ -2,7 +2,7 @@
 
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
-    recorder.py      counts, times, bandwidths
+    recorder.py  log.py   counts, times, bandwidths; what a script asks of them
     circle.py        a few integers of every rank, in log2(ranks) messages
     watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
@@ -36,22 +36,16 @@ from deepspeed.comm.collectives import (
     batch_isend_irecv,
     broadcast,
     broadcast_object_list,
-    configure,
     gather,
-    get_comm_operation_count,
-    get_logged_comm_ops,
-    has_comm_data,
     inference_all_reduce,
     irecv,
     isend,
-    log_summary,
     monitored_barrier,
     recv,
     reduce,
     reduce_scatter,
     reduce_scatter_fn,
     reduce_scatter_tensor,
-    reset_log,
     scatter,
     send,
 )
@@ -73,6 +67,14 @@ from deepspeed.comm.init import (
     is_initialized,
     mpi_discovery,
     new_group,
+)
+from deepspeed.comm.log import (
+    configure,
+    get_comm_operation_count,
+    get_logged_comm_ops,
+    has_comm_data,
+    log_summary,
+    reset_log,
 )
 from deepspeed.utils.lazy import lazy_exports as _lazy_exports
 

@@ -18,7 +18,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm import collectives, watchdog
+from deepspeed.comm import log, watchdog
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.logging import log_dist, warn_once
@@ -57,7 +57,7 @@ def init_distributed(
     that are half set.
     """
     if config is not None:
-        collectives.configure(config)
+        log.configure(config)
     if dist.is_initialized():
         return
     if dist_init_required is False:

@@ -154,3 +154,28 @@ def test_bus_factors_are_those_of_nccl_tests() -> None:
 
 def test_sizes_are_written_for_people() -> None:
     assert [size_text(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KB", "5 GB"]
+
+
+def test_the_extra_keywords_may_be_given_by_position_after_the_collective_s_own() -> None:
+    taken = inspect.signature(comm.all_to_all_single)
+    expected = "output tensor output_split_sizes input_split_sizes group async_op prof log_name debug"
+    assert list(taken.parameters) == expected.split()
+    assert comm.all_to_all_single.__annotations__["prof"] == "bool"
+    with pytest.raises(TypeError, match="positional"):
+        comm.barrier(None, False, None, False, "barrier", None, "one too many")
+    with pytest.raises(TypeError, match="multiple values"):
+        comm.barrier(None, False, None, True, prof=False)
+
+
+def _named_by_position(rank: int, world_size: int) -> list[str]:
+    comm.configure(enabled=True, prof_all=False, prof_ops=[])
+    try:
+        comm.all_reduce(_ones(1), comm.ReduceOp.SUM, None, False, True, "the loss")
+        comm.broadcast(tensor=_ones(1), src=0, prof=True)
+        return comm.get_logged_comm_ops()
+    finally:
+        comm.configure(enabled=False)
+
+
+def test_an_operation_that_is_named_by_position_is_recorded_under_that_name() -> None:
+    assert run_ranks(1, _named_by_position) == [["the loss", "broadcast"]]
