@@ -419,8 +419,13 @@ class ShardedParameter(_Sharded, ZeroParameter):
     def _is_hf_initialized(self) -> bool:
         """Whether Transformers' initialisation leaves the parameter as it is. It initialises a model that a constructor made
         inside of another's on the first rank alone, whose values count, and comes by again on the others: what is sharded has
-        its values, unless it is still being built."""
-        return self.__dict__.get("_is_hf_initialized", not _adopters)
+        its values, unless it is still being built. Asked by others (which weights did a checkpoint lack?) it is what was set."""
+        frame = sys._getframe(1)
+        is_initialising = (
+            frame.f_code.co_name in ("_init_weights", "_initialize_weights")
+            or frame.f_globals.get("__name__") == "transformers.initialization"
+        )
+        return self.__dict__.get("_is_hf_initialized", is_initialising and not _adopters)
 
     @_is_hf_initialized.setter
     def _is_hf_initialized(self, value: bool) -> None:
