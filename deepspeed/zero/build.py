@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket, LoadQueue
 from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, slot_of
@@ -54,6 +55,7 @@ def build(
                 f"{name} has no values (it is on the meta device).\n"
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
+    _check_dtypes(named, group_of, placing)
     builder = Builder(group_of, placing, mesh, limits)
     plan = plan_model(module, group_of, placing, limits, mesh.size("shard"))
     made = [builder.execute(planned) for planned in plan.buckets]
@@ -64,6 +66,23 @@ def build(
         builder.place(param, name)
     builder.place_buffers(module)
     return builder.built
+
+
+def _check_dtypes(named: Mapping[nn.Parameter, str], group_of: Mapping[nn.Parameter, int], placing: Placing) -> None:
+    """Refuse complex parameters that are to train, and tell of float64 ones, which take on the configuration's dtype."""
+    for param, name in named.items():
+        if param.is_complex() and param.requires_grad and param in group_of:
+            raise DeepSpeedConfigError(
+                f"{name} is complex ({str(param.dtype).removeprefix('torch.')}): ZeRO keeps real numbers in its buckets, and would "
+                "never train it.\n  Store nn.Parameter(torch.view_as_real(weight)), and compute with torch.view_as_complex(self.weight)."
+            )
+    wide = [name for param, name in named.items() if param.dtype == torch.float64]
+    if wide:
+        dtype = str(placing.policy.parameters.dtype).removeprefix("torch.")
+        warn_once(
+            f"{wide[0]}{f' and {len(wide) - 1} more' if wide[1:] else ''}: float64 parameters are trained in {dtype} here. Give the "
+            f"model {dtype} inputs."
+        )
 
 
 class Builder:
