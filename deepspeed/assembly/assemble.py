@@ -27,7 +27,7 @@ from deepspeed.zero.cut import LEAF_MARK
 from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
 from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.offload import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
-from deepspeed.zero.param import full_numel
+from deepspeed.zero.param import full_numel, real_dtype
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
@@ -68,15 +68,18 @@ def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:
     return config.batch_sizes(data_parallel_size=mesh.size("batch"), size_source=source)
 
 
-def make_policy(config: Config) -> ZeroPolicy:
-    """The placement table of the configured stage, with the configured dtypes."""
+def make_policy(config: Config, model: nn.Module) -> ZeroPolicy:
+    """The placement table of the configured stage, with the configured dtypes; a model that is float64 throughout stays so
+    where neither fp16 nor bf16 is asked for."""
     dtype = config.precision_dtype
+    is_double = dtype is torch.float32 and {real_dtype(p) for p in model.parameters()} == {torch.float64}
+    dtype = torch.float64 if is_double else dtype
     keeps_low_master = config.fp16.fp16_master_weights_and_grads or config.bf16.bf16_master_weights_and_grads
     return policy_of_stage(
         config.zero_optimization.stage,
         param_dtype=dtype,
         grad_dtype=config.data_types.grad_accum_dtype,
-        master_dtype=dtype if keeps_low_master else torch.float32,
+        master_dtype=dtype if keeps_low_master or is_double else torch.float32,
         param_tier=param_tier(config),
         optimizer_tier=optimizer_tier(config),
     )

@@ -33,7 +33,7 @@ from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.zero.master import Master
 from deepspeed.zero.optimizer import ZeroOptimizer
-from deepspeed.zero.param import full_shape
+from deepspeed.zero.param import stored_shape
 from deepspeed.zero.shards import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
 
 
@@ -58,9 +58,9 @@ def match_names(subject: Subject, source: Source, is_strict: bool) -> Names:
         found = next((source.tied.get(a, a) for a in aliases if source.tied.get(a, a) in stored), None)
         if found is None:
             names.missing.append(name)
-        elif stored[found].shape != tuple(full_shape(param)):
+        elif stored[found].shape != tuple(stored_shape(param)):
             problems.append(
-                f"{name} is {list(stored[found].shape)} in the checkpoint, {list(full_shape(param))} in the model"
+                f"{name} is {list(stored[found].shape)} in the checkpoint, {list(stored_shape(param))} in the model"
             )
         else:
             names.params[name] = found

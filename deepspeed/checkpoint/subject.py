@@ -20,7 +20,7 @@ from deepspeed.checkpoint.writer import Reads
 from deepspeed.mesh import Mesh
 from deepspeed.zero.build import Built
 from deepspeed.zero.optimizer import ZeroOptimizer
-from deepspeed.zero.param import full_shape
+from deepspeed.zero.param import real_dtype, stored_shape
 from deepspeed.zero.shards import Flat, states, weights
 
 BUFFER, VALUE = "buffer", "value"
@@ -40,7 +40,7 @@ class Subject:
     def parameters(self) -> dict[str, ParameterInfo]:
         """Every parameter once, under its first name."""
         return {
-            name: ParameterInfo(dtype_key(p.dtype, name), tuple(full_shape(p)), not p.requires_grad)
+            name: ParameterInfo(dtype_key(real_dtype(p), name), tuple(stored_shape(p)), not p.requires_grad)
             for name, p in self.module.named_parameters()
         }
 

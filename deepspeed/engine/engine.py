@@ -192,7 +192,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         basic = assemble.make_optimizer(config, client, groups, model)
         assemble.check_optimizer(basic, model, stage)
         assemble.mark_leaves(model, config)
-        self.policy = assemble.make_policy(config)
+        self.policy = assemble.make_policy(config, model)
         scale = assemble.make_scale(config)
         self._scale_guard = LossScaleGuard(scale)
         self.watch = BackwardWatch()

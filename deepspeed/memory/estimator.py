@@ -119,7 +119,7 @@ class Estimator:
             raise DeepSpeedError(f"world_size = {world_size}: a prediction needs at least one rank.\n  Give 1 or more.")
         config = config if isinstance(config, Config) else load_config(config)
         trace = self._trace(config, plan)
-        policy = assemble.make_policy(config)
+        policy = assemble.make_policy(config, trace.model)
         assemble.mark_leaves(trace.model, config)
         optimizer, notes = self._make_optimizer(trace.model, config)
         zero = config.zero_optimization

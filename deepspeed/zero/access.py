@@ -153,23 +153,26 @@ class _Place:
     def __init__(self, param: nn.Parameter, optimizer: ZeroOptimizer, position: int, index: int) -> None:
         self.param, self.optimizer, self.position, self.index = param, optimizer, position, index
         self.master: Master = optimizer.masters[position]
-        self.shape = self.master.bucket.shapes[index]
+        self.shape = self.master.bucket.shape_of_numbers(index)
+        self._dtype = torch.promote_types(self.master.bucket.dtype, torch.float32)
         self.pieces: list[Piece] = [p for p in self.master.layout.pieces(self.master.rank) if p.param == index]
 
     def gather(self, read: Callable[[int, int], Tensor]) -> Tensor:
-        """The full value, fp32, on the device; `read(start, stop)` gives elements of this rank's shard. Collective where
+        """The full value, fp32 (or what is wider), on the device; `read(start, stop)` gives elements of this rank's shard. Collective where
         O is sharded."""
-        full = torch.zeros(self.shape.numel(), dtype=torch.float32, device=self.master.bucket.full.device)
+        full = torch.zeros(self.shape.numel(), dtype=self._dtype, device=self.master.bucket.full.device)
         for piece in self.pieces:
             values = read(piece.in_shard, piece.in_shard + piece.numel)
             full.narrow(0, piece.in_param, piece.numel).copy_(values)
         if self.master.is_sharded:
             # Every element is non-zero on one rank alone, so the sum is exact.
             self.master.bucket.exchange.start_all_reduce(full).wait()
-        return full.view(self.shape)
+        full = full.view(self.shape)
+        return torch.view_as_complex(full) if self.param.is_complex() else full
 
     def cut(self, value: Tensor) -> Iterator[tuple[Piece, Tensor]]:
         """This rank's pieces of a full value. Raises ShardError for a value of another size."""
+        value = torch.view_as_real(value.resolve_conj()) if value.is_complex() else value
         if value.numel() != self.shape.numel():
             raise ShardError(
                 f"value has {value.numel()} elements, the parameter {tuple(self.shape)} has {self.shape.numel()}."
@@ -209,7 +212,7 @@ class _Place:
                 bucket.rest.start_store(piece.in_shard, part.to(bucket.dtype).contiguous()).wait()
             bucket.shard_changed()
         if bucket.has_full:  # other ranks' parts too, which no gather may bring before the next step
-            bucket.views[self.index].copy_(value.reshape(self.shape))
+            bucket.views[self.index].copy_(value.reshape(bucket.shapes[self.index]))
 
     def _require_here(self, kind: str) -> None:
         """Raise TrainingStateError, before anything is written and on every rank alike, for what is put away: a master is

@@ -118,6 +118,8 @@ class Bucket:
         self.params = list(params)
         self.names = list(names)
         self.shapes = list(shapes)
+        self.is_complex = [param.is_complex() for param in self.params]
+        """Which parameters are complex: they lie here as pairs of real numbers, as optimizers of torch step them."""
         self.layout = layout
         self.dtype = dtype
         self.exchange = exchange
@@ -161,12 +163,27 @@ class Bucket:
         return torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=device)
 
     def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat buffer [world_size * S], one per parameter in its full shape."""
+        """Views of a flat buffer [world_size * S], one per parameter in its full shape; of complex ones complex."""
+        return [
+            torch.view_as_complex(piece) if is_complex and not flat.is_complex() else piece
+            for piece, is_complex in zip(self.split_numbers(flat), self.is_complex, strict=True)
+        ]
+
+    def split_numbers(self, flat: Tensor) -> list[Tensor]:
+        """The same, complex ones as [..., 2] real numbers."""
         layout = self.layout
         return [
-            flat.narrow(0, start, numel).view(shape)
-            for start, numel, shape in zip(layout.starts, layout.numels, self.shapes, strict=True)
+            flat.narrow(0, layout.starts[i], layout.numels[i]).view(self.shape_of_numbers(i, flat.is_complex()))
+            for i in range(len(self.shapes))
         ]
+
+    def shape_of_numbers(self, index: int, are_complex: bool = False) -> torch.Size:
+        """A parameter's full shape as it lies in a buffer of real (or complex) numbers."""
+        shape = self.shapes[index]
+        return torch.Size((*shape, 2)) if self.is_complex[index] and not are_complex else shape
+
+    def _empty_like(self, view: Tensor) -> Tensor:
+        return view.new_empty(0) if view.is_complex() else self._nothing
 
     def own_slice(self, flat: Tensor) -> Tensor:
         """This rank's slice [S] of a flat buffer [world_size * S]."""
@@ -307,7 +324,7 @@ class Bucket:
             self.reshard()
         if not self.is_sharded and is_away != self.is_away:
             for param, view in zip(self.params, self.views, strict=True):
-                param.data = self._nothing if is_away else view
+                param.data = self._empty_like(view) if is_away else view
         self.is_away = is_away
 
     def start_unshard(self) -> None:
@@ -406,8 +423,8 @@ class Bucket:
             return
         self.finish_unshard()
         self._set_class(ZeroParameter)
-        for param in self.params:
-            param.data = self._nothing
+        for param, view in zip(self.params, self.views, strict=True):
+            param.data = self._empty_like(view)
         self._set_class(ShardedParameter)
         if not self.keeps_storage:
             self.full.untyped_storage().resize_(0)

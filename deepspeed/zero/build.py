@@ -18,7 +18,7 @@ from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket, LoadQueue
 from deepspeed.zero.master import Master
-from deepspeed.zero.param import Slot, ZeroParameter, slot_of
+from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
 from deepspeed.zero.policy import SHARD_DIMS
@@ -69,20 +69,25 @@ def build(
 
 
 def _check_dtypes(named: Mapping[nn.Parameter, str], group_of: Mapping[nn.Parameter, int], placing: Placing) -> None:
-    """Refuse complex parameters that are to train, and tell of float64 ones, which take on the configuration's dtype."""
+    """Refuse complex parameters that cannot keep their width, and tell of float64 ones that take on another dtype."""
     for param, name in named.items():
-        if param.is_complex() and param.requires_grad and param in group_of:
+        if param.is_complex() and param in group_of and real_dtype(param) != placing.policy.parameters.dtype:
             raise DeepSpeedConfigError(
-                f"{name} is complex ({str(param.dtype).removeprefix('torch.')}): ZeRO keeps real numbers in its buckets, and would "
-                "never train it.\n  Store nn.Parameter(torch.view_as_real(weight)), and compute with torch.view_as_complex(self.weight)."
+                f"{name} is complex ({_short(param.dtype)}), which cannot be trained in {_short(placing.policy.parameters.dtype)}.\n"
+                "  Leave bf16 and fp16 out of the configuration and make all complex parameters of one width, or store "
+                "nn.Parameter(torch.view_as_real(weight)) and compute with torch.view_as_complex(self.weight)."
             )
-    wide = [name for param, name in named.items() if param.dtype == torch.float64]
+    dtype = placing.policy.parameters.dtype
+    wide = [name for param, name in named.items() if param.dtype == torch.float64 != dtype]
     if wide:
-        dtype = str(placing.policy.parameters.dtype).removeprefix("torch.")
         warn_once(
-            f"{wide[0]}{f' and {len(wide) - 1} more' if wide[1:] else ''}: float64 parameters are trained in {dtype} here. Give the "
-            f"model {dtype} inputs."
+            f"{wide[0]}{f' and {len(wide) - 1} more' if wide[1:] else ''}: float64 parameters are trained in {_short(dtype)} here. "
+            f"Give the model {_short(dtype)} inputs, or make all of its parameters float64."
         )
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 class Builder:
@@ -143,7 +148,7 @@ class Builder:
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""
         master_dtype = self._policy.optimizer.dtype
-        is_exact = all(param.dtype == bucket.dtype for param in bucket.params) or master_dtype == bucket.dtype
+        is_exact = all(real_dtype(param) == bucket.dtype for param in bucket.params) or master_dtype == bucket.dtype
         flat = bucket.full if is_exact else torch.zeros_like(bucket.full, dtype=master_dtype)
         _copy_values(bucket.params, sources, bucket.split(flat))
         if not all(sources):

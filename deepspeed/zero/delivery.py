@@ -21,6 +21,11 @@ from deepspeed.utils.errors import TierError
 from deepspeed.zero.pool import FlatBuffer, FlatPool
 
 
+def norm_of(values: Tensor) -> Tensor:
+    """[] their 2-norm, in fp32 or what is wider."""
+    return torch.linalg.vector_norm(values, 2, dtype=torch.promote_types(values.dtype, torch.float32))
+
+
 class Delivery(Protocol):
     """Where reduced gradients [S] (or [W*S]) rest."""
 
@@ -101,7 +106,7 @@ class Moved:
 
     def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
         """See Delivery."""
-        self.norm = torch.linalg.vector_norm(values, 2, dtype=torch.float32)
+        self.norm = norm_of(values)
         self._storing.append(_Storing(values, self._rest.start_store(0, values), buffer))
         self._pool.note_storing(self._finish_oldest)
 

@@ -32,7 +32,7 @@ from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.errors import TierError
 from deepspeed.zero.arrivals import Arrivals
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.delivery import Delivery, Moved, Resident
+from deepspeed.zero.delivery import Delivery, Moved, Resident, norm_of
 from deepspeed.zero.pool import FlatBuffer, FlatPool
 
 
@@ -280,7 +280,7 @@ class WholeGradients:
 
     def norm(self) -> Tensor:
         """See Gradients."""
-        return torch.linalg.vector_norm(self.result, 2, dtype=torch.float32)
+        return norm_of(self.result)
 
     def rest(self) -> Rest:
         """See Gradients."""
@@ -395,7 +395,7 @@ class SlicedGradients:
 
     def norm(self) -> Tensor:
         """See Gradients."""
-        return torch.linalg.vector_norm(self.result, 2, dtype=torch.float32)
+        return norm_of(self.result)
 
     def rest(self) -> Rest:
         """See Gradients."""

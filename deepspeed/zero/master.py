@@ -63,7 +63,7 @@ class Master:
 
     def whole_params(self) -> list[tuple[int, Tensor]]:
         """(group, tensor in full shape) per parameter; only where O is replicated."""
-        return list(zip(self.bucket.layout.groups, self.bucket.split(self.tensor), strict=True))
+        return list(zip(self.bucket.layout.groups, self.bucket.split_numbers(self.tensor), strict=True))
 
     def to_params(self) -> None:
         """Write the parameters' own slice from the master."""

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deepspeed.mesh import Mesh, marks
 from deepspeed.utils.waits import COMMUNICATION
+from deepspeed.zero.delivery import norm_of
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.master import Master
 
@@ -104,6 +105,6 @@ class GradientNorm:
         pieces = [
             (piece.param, values.narrow(0, piece.in_shard, piece.numel)) for piece in master.layout.pieces(master.rank)
         ]
-        norms = torch._foreach_norm([values for _, values in pieces], 2, dtype=torch.float32) if pieces else []
+        norms = [norm_of(values) for _, values in pieces] if pieces else []
         counted = [norm * 0 if param in left_out else norm for (param, _), norm in zip(pieces, norms, strict=True)]
         return torch.linalg.vector_norm(torch.stack(counted)) if counted else torch.zeros((), device=self._device)

@@ -482,7 +482,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if factor != 1.0:
             result.mul_(factor)
         if self._gives_whole:
-            pieces = master.bucket.split(result)
+            pieces = master.bucket.split_numbers(result)
         else:
             pieces = [result.narrow(0, span.start, span.stop - span.start) for span in master.spans]
         for (_, tensor), piece in zip(self.steppable[index], pieces, strict=True):

@@ -62,10 +62,20 @@ def full_shape(param: Tensor) -> torch.Size:
     return slot.bucket.shapes[slot.index] if slot else param.shape
 
 
+def stored_shape(param: Tensor) -> torch.Size:
+    """The shape of a parameter's numbers where they lie in buckets: a complex one is pairs of real numbers."""
+    shape = full_shape(param)
+    return torch.Size((*shape, 2)) if param.is_complex() else shape
+
+
+def real_dtype(param: Tensor) -> torch.dtype:
+    """The dtype of a parameter's numbers."""
+    return param.dtype.to_real() if param.dtype.is_complex else param.dtype
+
+
 def full_numel(param: Tensor) -> int:
-    """The full element count of a parameter, sharded or not."""
-    slot = slot_of(param)
-    return slot.bucket.layout.numels[slot.index] if slot else param.numel()
+    """The full count of a parameter's numbers, sharded or not."""
+    return stored_shape(param).numel()
 
 
 class ZeroParameter(nn.Parameter):
@@ -94,7 +104,7 @@ class ZeroParameter(nn.Parameter):
     @property
     def ds_numel(self) -> int:
         """Full element count."""
-        return self._slot.bucket.layout.numels[self._slot.index]
+        return self.ds_shape.numel()
 
     @property
     def ds_status(self) -> ZeroParamStatus:

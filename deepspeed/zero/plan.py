@@ -76,7 +76,7 @@ def plan_model(
     """Plan the buckets of `module` on each of `shard_size` ranks. `group_of` gives each optimized parameter its group."""
     plan = ModelPlan()
     named = {param: name for name, param in module.named_parameters()}
-    plan.loose = [(param, name) for param, name in named.items() if not param.is_floating_point()]
+    plan.loose = [(p, name) for p, name in named.items() if not (p.is_floating_point() or p.is_complex())]
     for param, _ in plan.loose:
         del named[param]
     trained = {param for param in named if param.requires_grad and param in group_of}
@@ -101,7 +101,7 @@ def plan_model(
     for unit in units:
         params = [(param, name) for name, param in unit.params]
         kinds = ([p for p in params if p[0] in trained], [p for p in params if p[0] not in trained])
-        of_unit.append([add(kind, True) for kind in kinds if kind])
+        of_unit.append([add(alike, True) for kind in kinds for alike in of_one_kind(kind)])
     plan.users = {user: [i for u in units_of for i in of_unit[u]] for user, units_of in users_of(module, units).items()}
     return plan
 
@@ -114,7 +114,8 @@ def plan_bucket(
     groups = [group_of[param] if trains else -1 for param, _ in named]
     order = group_neighbours(groups)
     shapes = tuple(full_shape(named[i][0]) for i in order)
-    layout = BucketLayout(tuple(shape.numel() for shape in shapes), tuple(groups[i] for i in order), shard_size)
+    numels = tuple(full_numel(named[i][0]) for i in order)
+    layout = BucketLayout(numels, tuple(groups[i] for i in order), shard_size)
     return BucketPlan(
         params=tuple(named[i][0] for i in order),
         names=tuple(named[i][1] for i in order),
@@ -143,6 +144,14 @@ def choose_units(
 
 def chunks_by_size(named: Named, limits: Limits) -> list[list[tuple[nn.Parameter, str]]]:
     """Buckets in reverse order of registration, which is about the order in which gradients arrive."""
-    backwards = list(named)[::-1]
-    chunks = cut_by_size([full_numel(param) for param, _ in backwards], limits.bucket_numel)
-    return [[backwards[i] for i in chunk] for chunk in chunks]
+    made = []
+    for backwards in of_one_kind(list(named)[::-1]):
+        chunks = cut_by_size([full_numel(param) for param, _ in backwards], limits.bucket_numel)
+        made += [[backwards[i] for i in chunk] for chunk in chunks]
+    return made
+
+
+def of_one_kind(named: Named) -> list[list[tuple[nn.Parameter, str]]]:
+    """Real and complex parameters apart: a complex view must begin at an even element, which it does among its like."""
+    kinds = ([p for p in named if not p[0].is_complex()], [p for p in named if p[0].is_complex()])
+    return [kind for kind in kinds if kind]

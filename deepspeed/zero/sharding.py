@@ -41,7 +41,7 @@ class RunSharding:
         return [
             Piece(
                 index=self._first_id[i] + piece.param,
-                shape=master.bucket.shapes[piece.param],
+                shape=master.bucket.shape_of_numbers(piece.param),
                 run_start=piece.in_shard - span.start,
                 run_stop=piece.in_shard - span.start + piece.numel,
                 param_start=piece.in_param,
@@ -77,7 +77,7 @@ class RunSharding:
             if master.is_sharded:
                 master.bucket.exchange.start_all_gather(full, None).wait()
             full = full.to(master.tensor.device)
-            for j, view in enumerate(master.bucket.split(full)):
+            for j, view in enumerate(master.bucket.split_numbers(full)):
                 if self._first_id[i] + j in wanted:
                     found[self._first_id[i] + j] = view
         return found

@@ -115,6 +115,7 @@ def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
 
 def _placed(param: nn.Parameter, name: str, mesh: Mesh) -> Flat:
     values = param.detach()
+    values = torch.view_as_real(values) if values.is_complex() else values
     if values.is_contiguous():
         return _flat_of_tensor(PARAM, values, [Span(name, 0, 0, values.numel())], _replicas(mesh, False))
 

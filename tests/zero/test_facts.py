@@ -369,22 +369,6 @@ def test_what_changed_is_saved_and_loaded(stage: int, tmp_path: Any) -> None:
     run_ranks(2, save_and_load, stage, tmp_path)
 
 
-class Complex(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.randn(4, dtype=torch.complex64))
-
-
-@pytest.mark.parametrize("stage", STAGES)
-def test_complex_parameters_are_refused_where_the_engine_is_made(stage: int) -> None:
-    run_ranks(1, refuse_complex, stage)
-
-
-def refuse_complex(rank: int, world_size: int, stage: int) -> None:
-    with pytest.raises(DeepSpeedError, match="(?s)weight is complex .complex64..*view_as_real"):
-        two_sides(rank, world_size, stage, make_model=Complex).__enter__()
-
-
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from-pytorch.md"
 
 
