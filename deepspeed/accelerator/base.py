@@ -58,7 +58,7 @@ class DeepSpeedAccelerator(abc.ABC):
     def __init__(self, platform: Platform) -> None:
         self.platform = platform
         self.name = platform.name
-        self._compile_backend = "inductor"
+        self._compile_backend = platform.compile_backend
 
     # -- device
 
@@ -92,11 +92,11 @@ class DeepSpeedAccelerator(abc.ABC):
 
     def resolves_data_dependency(self) -> bool:
         """Whether results can be used across streams without ordering them."""
-        return self.is_synchronized_device()
+        return self.is_synchronized_device() or self.platform.orders_by_itself
 
     def handles_memory_backpressure(self) -> bool:
         """Whether the host cannot run ahead of the device's memory."""
-        return self.is_synchronized_device()
+        return self.is_synchronized_device() or self.platform.orders_by_itself
 
     def device_name(self, device_index: int | None = None) -> str:
         """torch's name of the device type, or of one device: "cuda", "cuda:1"."""
@@ -142,6 +142,10 @@ class DeepSpeedAccelerator(abc.ABC):
         return torch.random
 
     # -- streams and events
+
+    def has_streams(self) -> bool:
+        """Whether there is more than one queue of work; if not, streams and events order nothing."""
+        return False
 
     @property
     def Stream(self) -> Any:  # noqa: N802 - the contract's name
@@ -237,7 +241,7 @@ class DeepSpeedAccelerator(abc.ABC):
 
     def is_fp64_supported(self) -> bool:
         """Whether torch computes in float64 here."""
-        return True
+        return self.platform.has_float64
 
     def is_triton_supported(self) -> bool:
         """Whether Triton compiles kernels for this device."""

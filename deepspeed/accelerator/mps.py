@@ -80,9 +80,5 @@ class MpsAccelerator(DeepSpeedAccelerator):
         """Give free blocks back to the system."""
         torch.mps.empty_cache()
 
-    def is_fp64_supported(self) -> bool:
-        """Metal has no float64."""
-        return False
-
 
 ACCELERATOR = MpsAccelerator

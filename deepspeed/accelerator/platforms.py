@@ -38,10 +38,20 @@ class Platform:
     """The variable that limits which devices a process sees; None where there is none to set."""
     export_prefixes: tuple[str, ...] = ()
     """Variables with these prefixes go along to remote nodes."""
+    has_triton: bool = False
+    """Whether there is a Triton that compiles for it."""
+    has_float64: bool = True
+    """Whether it multiplies in float64; single cards may still say no."""
+    has_host_registration: bool = False
+    """Whether memory that is there already can be page-locked in place, by CUDA's runtime."""
+    orders_by_itself: bool = False
+    """Whether results can be used across streams, and memory given up, without telling streams of each other."""
+    compile_backend: str = "inductor"
+    """What `engine.compile` uses unless told otherwise."""
 
 
 _ROWS = (
-    Platform(name="xpu", device_type="xpu", backend="xccl", visible_devices="ZE_AFFINITY_MASK"),
+    Platform(name="xpu", device_type="xpu", backend="xccl", visible_devices="ZE_AFFINITY_MASK", has_triton=True),
     Platform(
         name="npu",
         device_type="npu",
@@ -49,15 +59,31 @@ _ROWS = (
         plugin="torch_npu",
         visible_devices="ASCEND_RT_VISIBLE_DEVICES",
         export_prefixes=("ASCEND", "HCCL", "LD_LIBRARY", "PATH"),
+        has_triton=True,
+        has_float64=False,
     ),
     Platform(
         name="sdaa", device_type="sdaa", backend="tccl", plugin="torch_sdaa", visible_devices="SDAA_VISIBLE_DEVICES"
     ),
-    Platform(name="mps", device_type="mps", backend="gloo"),
+    Platform(name="mps", device_type="mps", backend="gloo", has_float64=False),
     Platform(
-        name="hpu", device_type="hpu", backend="hccl", plugin="habana_frameworks.torch.core", visible_devices=None
+        name="hpu",
+        device_type="hpu",
+        backend="hccl",
+        plugin="habana_frameworks.torch.core",
+        visible_devices=None,
+        has_float64=False,
+        orders_by_itself=True,
+        compile_backend="hpu_backend",
     ),
-    Platform(name="mlu", device_type="mlu", backend="cncl", plugin="torch_mlu", visible_devices="MLU_VISIBLE_DEVICES"),
+    Platform(
+        name="mlu",
+        device_type="mlu",
+        backend="cncl",
+        plugin="torch_mlu",
+        visible_devices="MLU_VISIBLE_DEVICES",
+        has_triton=True,
+    ),
     Platform(
         name="supa",
         device_type="supa",
@@ -69,7 +95,14 @@ _ROWS = (
     Platform(
         name="klxpu", device_type="cuda", backend="nccl", plugin="torch_xmlir", visible_devices="XPU_VISIBLE_DEVICES"
     ),
-    Platform(name="cuda", device_type="cuda", backend="nccl", export_prefixes=("NCCL",)),
+    Platform(
+        name="cuda",
+        device_type="cuda",
+        backend="nccl",
+        export_prefixes=("NCCL",),
+        has_triton=True,
+        has_host_registration=True,
+    ),
     Platform(name="cpu", device_type="cpu", backend="gloo"),
 )
 PLATFORMS: Mapping[str, Platform] = {row.name: row for row in _ROWS}

@@ -109,6 +109,9 @@ class CopyStream:
     def copy(self, target: Tensor, source: Tensor) -> Any:
         """Queue a copy after what the current stream was asked for; the event after which it is done."""
         accelerator = get_accelerator()
+        if not accelerator.has_streams():  # Metal: done when the call returns
+            target.copy_(source)
+            return accelerator.Event()
         if self._stream is None:
             self._stream = accelerator.Stream(device=self.device)
         self._stream.wait_stream(accelerator.current_stream(self.device.index))
