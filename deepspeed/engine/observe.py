@@ -74,6 +74,12 @@ def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> 
     return made
 
 
+def _shown(path: Path) -> Path:
+    """A path as short as it can be from here."""
+    here = Path.cwd()
+    return path.relative_to(here) if path.is_relative_to(here) else path
+
+
 def announce(facts: RunFacts, monitor: MonitorMaster, says_line: bool) -> None:
     """Begin the record, and say in one line what is trained, where progress is wanted."""
     if current_rank() != 0:
@@ -84,7 +90,7 @@ def announce(facts: RunFacts, monitor: MonitorMaster, says_line: bool) -> None:
             f"deepspeed: {facts.model} with {short(facts.num_parameters)} parameters, ZeRO-{facts.zero_stage} over "
             f"{facts.num_ranks} {'ranks' if facts.num_ranks > 1 else 'rank'}, {facts.dtype}, {facts.optimizer}, "
             f"{facts.train_batch_size} samples per step ({facts.micro_batch_size} x {facts.accumulation} x "
-            f"{facts.num_ranks})" + (f"; record in {monitor.run_dir}" if monitor.run_dir else ""),
+            f"{facts.num_ranks})" + (f"; record in {_shown(monitor.run_dir)}" if monitor.run_dir else ""),
             flush=True,
         )
 

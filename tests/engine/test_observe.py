@@ -138,7 +138,9 @@ def observers(rank: int, world_size: int, extra: dict[str, Any], environment: di
     try:
         with engine_of(build("mlp"), make_config(0, micro=2, **extra)) as engine:
             watching = [o for o in engine._observers if not isinstance(o, PhaseClocks)]
-            return [type(observer).__name__ for observer in watching], str(engine.monitor.run_dir)
+            run_dir = engine.monitor.run_dir
+            assert run_dir is None or run_dir.is_absolute()  # the script may go elsewhere before the first record
+            return [type(observer).__name__ for observer in watching], run_dir.name if run_dir else "None"
     finally:
         for name in environment:
             os.environ.pop(name)
