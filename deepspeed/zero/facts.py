@@ -37,6 +37,10 @@ WORD_COLUMNS = 127
 """A seal adds 8-byte words up in so many columns; a prime, so that rows of a matrix that change places do not cancel."""
 
 
+TREE_EVERY = 16
+"""Steps from one look at the model's tree to the next."""
+
+
 class Kind(enum.Enum):
     """What can become of a parameter between two steps."""
 
@@ -163,8 +167,9 @@ class Memory(Fact):
     def has_changed(self) -> bool:
         if any(bucket.is_away for bucket in self._buckets):
             return False
-        return [param.data_ptr() for param in self._params] != self._pointers or not all(
-            param.is_contiguous() for param in self._params
+        # Views of other strides, such as a square matrix transposed, may begin at the same address.
+        return list(map(Tensor.data_ptr, self._params)) != self._pointers or not all(
+            map(Tensor.is_contiguous, self._params)
         )
 
     def changes(self, names: Mapping[nn.Parameter, str]) -> list[Change]:
@@ -260,6 +265,7 @@ class Facts:
         self._built, self._is_alone = built, is_alone
         self.tree, self.flags, self.memory, self.versions = Tree(root), Flags(), Memory(), Versions()
         self.groups = Groups(groups)
+        self._num_looks = 0
         self.seals: list[Seal] = []
         self.renew()
 
@@ -277,15 +283,14 @@ class Facts:
         # Not those that are there: whether they are broken is still to be asked.
         self.seals += [Seal(m) for m in self._built.masters if m.can_be_written and m not in sealed]
 
-    @property
-    def all(self) -> tuple[Fact, ...]:
-        """Those that are compared on the host."""
-        return (self.tree, self.flags, self.memory, self.versions, self.groups)
-
-    @property
-    def have_changed(self) -> bool:
-        """Whether any is true no more."""
-        return any(fact.has_changed for fact in self.all)
+    def have_changed(self, looks_at_all: bool = False) -> bool:
+        """Whether any is true no more. Modules are many, and parameters that come or go change nothing until a group has them
+        or a checkpoint is saved: unless `looks_at_all`, the tree is looked at now and then."""
+        self._num_looks += 1
+        looks_at_tree = looks_at_all or self._num_looks % TREE_EVERY == 0
+        return any(fact.has_changed for fact in (self.groups, self.flags, self.memory, self.versions)) or (
+            looks_at_tree and self.tree.has_changed
+        )
 
     def is_news(self, param: nn.Parameter) -> bool:
         """Whether a parameter that does not train is new, or was frozen when that was last written down."""

@@ -27,6 +27,9 @@ from deepspeed.zero.delivery import norm_of
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.master import Master
 
+CHANGED = 2**16
+"""Added to the number of ranks that missed a gradient by one whose model was changed: both travel as one number."""
+
 
 class Measured(NamedTuple):
     """What all ranks of a model know alike about a step's gradients."""
@@ -35,6 +38,8 @@ class Measured(NamedTuple):
     """Scaled as the gradients are; inf or nan after an overflow."""
     missed_any: bool
     """Whether a parameter had no gradient on some rank."""
+    changed_any: bool = False
+    """Whether some rank's script changed the model, where the answer is summed over ranks (see zero.takeover)."""
 
 
 class GradientNorm:
@@ -72,9 +77,11 @@ class GradientNorm:
         params = master.bucket.params
         return {i for i, param in enumerate(params) if not marks.of(param).counts_here(shape, rank)}
 
-    def measure(self) -> Measured:
-        """Collective, once per step. The host waits for the answer here."""
+    def measure(self, is_changed: bool = False) -> Measured:
+        """Collective, once per step; again after the gradients of parameters that join. The host waits for the answer here."""
         missed = self._missed()  # first: it takes the flags out of the buffers that the norm reads
+        if is_changed:
+            missed = missed + CHANGED
         norms = [self._norm_of(i) for i in range(len(self._gradients))]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
         both = torch.stack([total, missed])
@@ -85,8 +92,8 @@ class GradientNorm:
             both[0].sqrt_()
         norm, num_missed = both.tolist()
         if self._is_sharded and self._mesh.size("replicate") > 1:
-            num_missed = max(theirs for (theirs,) in self._mesh.agree("average", int(num_missed > 0)))
-        return Measured(norm, num_missed > 0)
+            num_missed = max(theirs for (theirs,) in self._mesh.agree("average", int(num_missed)))
+        return Measured(norm, num_missed % CHANGED > 0, num_missed >= CHANGED)
 
     def _missed(self) -> Tensor:
         """[], above 0 if a gradient was missing on this rank, or on any where the reductions brought that along."""

@@ -32,7 +32,7 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
-from deepspeed.zero.norm import GradientNorm
+from deepspeed.zero.norm import GradientNorm, Measured
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
@@ -322,7 +322,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _decide(self) -> float | None:
         """The factor that unscales and clips, or None to skip the step. The host waits for the norm here."""
-        norm, missed_any = self._norm.measure()
+        norm, missed_any, _ = self._measure()
         unscaled = norm / self.scale.scale
         self.overflow = self._skip_non_finite and not math.isfinite(norm)
         try:
@@ -337,6 +337,17 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             return None
         clip = max(1.0, (unscaled + 1e-6) / self.clip) if self.clip > 0 else 1.0
         return 1.0 / (scale_used * clip)
+
+    def _measure(self) -> Measured:
+        """The norm, with the gradients of parameters that join in this step."""
+        if self.takeover is None:
+            return self._norm.measure()
+        measured = self._norm.measure(self.takeover.waits)
+        if measured.changed_any:
+            self.takeover.take_over()
+            self.reducer.finish()
+            measured = self._norm.measure()
+        return measured
 
     def _agree_on_unused(self) -> list[tuple[int, int]]:
         """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""

@@ -1,10 +1,10 @@
 """What a script changed about its model between steps, taken over as plain PyTorch would, or refused by name.
 
 Made by the engine; called by the optimizer's step, which all ranks enter together, and before checkpoints. Most steps find
-nothing: facts are compared on the host, and ranks tell each other in one integer. Where any rank found something, all
+nothing: facts are compared on the host, and one number tells it to the others. Where any rank found something, all
 compare what they found before anybody acts, so that a change on one rank alone is an error on all and hangs none.
 
-    begin_step       all ranks tell whether their facts changed -> what changed -> act
+    begin_step       facts are compared; ranks tell each other, with the norm's sum where O is sharded -> what changed -> act
     follow_written   after the norm, for which the host waited anyway: masters follow parameters that were written
     end_step         what is true now is written down
 
@@ -52,6 +52,10 @@ class Takeover:
         self._joining, self._stage = joining, stage
         self.facts = Facts(root, built, lambda: optimizer.param_groups, is_alone=mesh.size("average") == 1)
         self._ranks = mesh.ranks("average")
+        self._rides = len(self._ranks) > 1 and built.builder.placing.policy.optimizer.is_sharded
+        """Whether ranks tell each other with the norm, which is summed over them anyway."""
+        self.waits = False
+        """Whether this rank has something to tell."""
         self._asked: list[Seal] = []
         self._broken: list[Tensor] = []
 
@@ -66,8 +70,18 @@ class Takeover:
 
     @torch.no_grad()
     def begin_step(self) -> None:
-        """Take over what has changed since the last step. Collective. Raises TrainingStateError, on every rank."""
-        self._take_over()
+        """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
+        is_changed = self.facts.have_changed()
+        self.waits = is_changed and self._rides
+        if not self._rides:
+            self._settle_if(is_changed)
+        self._ask_seals()
+
+    def _settle_if(self, is_changed: bool) -> None:
+        if any(changed for (changed,) in self._mesh.agree("average", int(is_changed))):
+            self.take_over()
+
+    def _ask_seals(self) -> None:
         self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
         self._broken = [seal.is_broken() for seal in self._asked]
 
@@ -90,15 +104,16 @@ class Takeover:
     @torch.no_grad()
     def settle(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
-        self.begin_step()
+        self._settle_if(self.facts.have_changed(looks_at_all=True))
+        self._ask_seals()
         self.follow_written()
         self.end_step()
 
     # Finding out. --------------------------------------------------------------------------------------------------
 
-    def _take_over(self) -> None:
-        if not any(changed for (changed,) in self._mesh.agree("average", int(self.facts.have_changed))):
-            return
+    def take_over(self) -> None:
+        """Act on what this rank and the others found. Collective. Raises TrainingStateError, on every rank alike."""
+        self.waits = False
         refusal: str | None = None
         found: list[Change] = []
         try:
@@ -114,6 +129,7 @@ class Takeover:
         rename(self._built, self._root)
         self._join([change for change in found if change.kind is Kind.TRAINS])
         self.facts.renew()
+        self._ask_seals()
 
     def _changes(self) -> list[Change]:
         """What this rank's script changed, in an order that ranks share. Raises TrainingStateError for what cannot be."""

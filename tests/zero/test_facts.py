@@ -12,6 +12,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed.utils.errors import DeepSpeedError, TrainingStateError
+from deepspeed.zero.facts import TREE_EVERY
 from tests.edits import Edit, Net, adamw, assert_same, two_sides
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
@@ -318,7 +319,9 @@ def change_alone(rank: int, world_size: int, stage: int) -> None:
             if rank == 0:
                 edit(side)
             with pytest.raises(TrainingStateError, match=words):
-                side.step()
+                for seed in range(TREE_EVERY):
+                    side.step()
+                    side.backward(seed)
 
 
 @pytest.mark.parametrize("stage", STAGES)
