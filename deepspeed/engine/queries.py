@@ -136,11 +136,11 @@ class ConfigQueries:
 
     def loss_scale(self) -> float:
         """By how much the loss is multiplied before backward."""
-        return self._scale_guard.scale.scale  # type: ignore[attr-defined]
+        return self._zero.scale_guard.scale.scale  # type: ignore[attr-defined]
 
     def dynamic_loss_scale(self) -> bool:
         """Whether the loss scale changes by itself."""
-        return self._scale_guard.scale.is_dynamic  # type: ignore[attr-defined]
+        return self._zero.scale_guard.scale.is_dynamic  # type: ignore[attr-defined]
 
     def get_data_types(self) -> tuple[Any, Any]:
         """Dtypes of the model and of gradient accumulation."""

@@ -42,7 +42,7 @@ from deepspeed.utils.errors import TierError
 from deepspeed.zero.bucket import BucketState, LoadQueue
 from deepspeed.zero.layout import BucketLayout
 
-Agree = Callable[[int, int], list[tuple[int, int]]]
+Agree = Callable[[int, int], Sequence[tuple[int, ...]]]
 """Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
 
 END = -1
@@ -340,13 +340,13 @@ class Gatherer(Generic[B]):
             self._fresh.discard(bucket.index)
             bucket.reshard()
 
-    def _agree(self, wish: int, digest: int) -> list[tuple[int, int]]:
+    def _agree(self, wish: int, digest: int) -> Sequence[tuple[int, ...]]:
         self.num_agreements += 1
         # A rank that waits for a gather which is queued here cannot answer.
         self._loads.settle()
         return self._agree_on(wish, digest)
 
-    def _serve(self, answers: Iterable[tuple[int, int]]) -> None:
+    def _serve(self, answers: Iterable[tuple[int, ...]]) -> None:
         """Gather what any rank wants; a bucket that was gathered for another rank is dropped when it is stale."""
         for index in sorted({wish for wish, _ in answers} - {END}):
             self._launch(self.buckets[index])

@@ -1,0 +1,39 @@
+"""What happens around every backward pass: the loss scale is checked, and stage 0 shows averaged gradients.
+
+Attached by `engine.build` to the watch on backward passes (`zero.hooks.BackwardWatch`), which tells of those that begin
+with a plain `loss.backward()` too.
+"""
+
+from __future__ import annotations
+
+from deepspeed.engine.accumulation import Accumulation
+from deepspeed.precision import StaticLossScale
+from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.reduce import Reducer
+
+
+class LossScaleGuard:
+    """Notices a plain `loss.backward()` where the loss has to be scaled first."""
+
+    def __init__(self, scale: StaticLossScale) -> None:
+        self.scale = scale
+        self.is_scaled = False
+
+    def check(self) -> None:
+        """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""
+        if not self.is_scaled and (self.scale.is_dynamic or self.scale.scale != 1.0):
+            raise TrainingStateError(
+                f"loss.backward() on an unscaled loss: fp16 needs it multiplied by the loss scale ({self.scale.scale:g}).\n"
+                "  Use engine.backward(loss), or engine.scale(loss).backward()."
+            )
+
+    def reset(self) -> None:
+        """Called as a backward ends."""
+        self.is_scaled = False
+
+
+def expose(reducer: Reducer, accumulation: Accumulation, always: bool = False) -> None:
+    """Stage 0: show averaged gradients as `param.grad` after the boundary's backward, as plain PyTorch does."""
+    if (always or accumulation.should_reduce()) and reducer.saw_backward:
+        reducer.finish()
+        reducer.expose()

@@ -1,0 +1,141 @@
+"""The training step: forward, backward, and what happens when a micro-batch ends, in the order in which it happens.
+
+Driven by the facade (`engine.engine`), which counts steps and knows schedules; drives the layers below.
+
+    forward     end a backward left open; bring states back; unshard, compute, reshard     zero.gather, zero.hooks
+    backward    scale; gradients are taken over, reduced on the way                        zero.reduce
+    step        at the boundary: norm, skip or clip, update, publish                       zero.optimizer
+
+Invariant: holds no engine. Whatever is refused is refused before anything changes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.engine.build import Parts, Watching
+from deepspeed.utils.errors import TrainingStateError
+
+
+class Conductor:
+    """Runs the phases over what was built."""
+
+    def __init__(self, parts: Parts, watching: Watching) -> None:
+        self._zero, self._accumulation, self._casts = parts.zero, parts.accumulation, parts.casts
+        self._recomputation, self._mesh = parts.recomputation, parts.mesh
+        self._advice, self._observers = watching.advice, watching.observers
+        self._reducer, self._watch = parts.zero.reducer, parts.zero.watch
+        self._knows_order = len(self._reducer.gradients) < 2
+
+    def forward(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
+        """The module's own output for its own arguments."""
+        self._watch.end()  # first, of a backward that failed: what follows may free what it still holds
+        self.reload_states()  # before hide, which may have to copy gradients that are away
+        if torch.is_grad_enabled():
+            self._reducer.hide()  # stage 0 shows averaged gradients; autograd has to add to the local ones
+            self._reducer.flush()
+        self._recomputation.choose(inputs, dict(kwargs))
+        inputs = self._casts.inputs(inputs)
+        with self.phase("forward", (inputs, kwargs)), self._casts.context():
+            output = module(*inputs, **kwargs)
+        if self._zero.hooks is None and torch.is_grad_enabled():  # else the hooks on its modules watch their outputs
+            self._watch.watch(output)
+        return output
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        """The loss times the loss scale; the backward that begins next is known to be scaled."""
+        guard = self._zero.scale_guard
+        guard.is_scaled = True
+        return loss.float() * guard.scale.scale if guard.scale.scale != 1.0 else loss
+
+    def backward(self, loss: Tensor, scale: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
+        """Backward of `scale(loss)`. Collective at stages 2 and 3, and at the boundary."""
+        self._reducer.hide()
+        num_begun = self._watch.num_begun
+        scale(loss).backward(**kwargs)
+        self._watch.end()
+        if self._watch.num_begun == num_begun:  # nothing of the model was reached here, but may be on other ranks
+            self._reducer.expect_round()
+            self._watch.stand_in()
+
+    def end_micro_batch(self, at_boundary: Callable[[], None]) -> None:
+        """Count a micro-batch; call `at_boundary` where it completes a step, else start reducing what it left."""
+        self._watch.end()
+        self.reload_states()
+        self._accumulation.is_stepping = True
+        ends_step = self._accumulation.is_boundary
+        try:
+            if ends_step:
+                at_boundary()
+            else:
+                self._reducer.flush()
+        finally:
+            self._accumulation.is_stepping = False
+        self._accumulation.count(ends_step)
+
+    def update(self) -> bool:
+        """Update the weights; whether they were, rather than the step skipped. Collective."""
+        optimizer = self._zero.optimizer
+        assert optimizer is not None, "checked by check_step"
+        with self.phase("step"):
+            optimizer.step()
+        return not optimizer.overflow
+
+    def learn_order(self) -> None:
+        """After the first step, launch reductions in the order in which the first rank's gradients arrived."""
+        if not self._knows_order:
+            self._knows_order = True
+            self._reducer.set_order(self._mesh.gather_objects("average", self._reducer.completion_order())[0])
+
+    def reload_states(self, non_blocking: bool = False) -> None:
+        """Bring back what was put away, if anything."""
+        put_away = self._zero.put_away
+        if put_away is not None and not put_away.is_empty:
+            put_away.bring_back(non_blocking)
+
+    @contextlib.contextmanager
+    def phase(self, name: str, value: Any = None) -> Iterator[None]:
+        """A part of the step, as a span and for the observers."""
+        with torch.profiler.record_function(f"engine.{name}"), self._advice.explained(name):
+            for observer in self._observers:
+                observer.begins(name, value)
+            try:
+                yield
+            finally:
+                for observer in reversed(self._observers):
+                    observer.ends(name)
+
+    def check_loss(self, loss: Any) -> None:
+        """Refuse what has no backward."""
+        if self._zero.optimizer is None:
+            raise TrainingStateError(
+                'engine.backward: the engine has no optimizer.\n  Pass optimizer=... or add an "optimizer" section to train.'
+            )
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+            raise TrainingStateError(
+                f"engine.backward: the loss must be a scalar tensor, got {got}.\n  Reduce it, e.g. loss.mean()."
+            )
+        if not loss.requires_grad:
+            raise TrainingStateError(
+                "engine.backward: the loss does not require grad: it was computed under torch.no_grad(), detached, or all "
+                "parameters are frozen."
+            )
+
+    def check_step(self) -> None:
+        """Refuse a step out of turn."""
+        if self._accumulation.no_sync_depth:
+            raise TrainingStateError("engine.step() inside of engine.no_sync().\n  Leave the context first.")
+        if self._zero.optimizer is None:
+            raise TrainingStateError("engine.step(): the engine has no optimizer, it can only evaluate.")
+        takeover = self._zero.optimizer.takeover
+        if not (self._reducer.saw_backward or (takeover and takeover.has_left_gradients)) and self._reducer.gradients:
+            raise TrainingStateError(
+                "engine.step() before backward: no gradient arrived since the last step.\n"
+                "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
+            )
