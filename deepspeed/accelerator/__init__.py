@@ -7,6 +7,8 @@ made on the first call, from DS_ACCELERATOR or by asking each platform of `platf
     base.py        the whole surface; what all devices share
     device.py      any device with a module of its own in torch: cuda (also ROCm), xpu, npu, mlu, ...
     cpu.py, mps.py where torch has no such module, or a smaller one
+    memory.py      memory in use, as a log line
+    peak.py        operations per second, measured
 
 Invariant: importing this package imports no torch and starts no device context; making the object starts no context.
 """

@@ -3,8 +3,9 @@
     config = load_config("ds_config.json")     # or a dict, or base64
     config.zero_optimization.stage             # attributes are named as the JSON keys
 
-`parse.py` reads the source; `root.py` is the tree's root and each other file a theme of sections; `explain.py` words
-what is wrong, `unknown.py` what becomes of keys that no field names, `schema.py` what a section looks like; `batch.py`
+`parse.py` reads the source; `root.py` is the tree's root; the sections are in files by theme: `zero.py`, `precision.py`,
+`optimizer.py`, `storage.py` (files and memory), `monitors.py`, `parallelism.py`, `execution.py`, `data.py`,
+`compression.py`, `tuning.py`. `explain.py` words what is wrong, `unknown.py` what becomes of keys that no field names, `schema.py` what a section looks like; `batch.py`
 computes batch sizes, `elastic.py` those for many numbers of ranks; `availability.py` has three tables: not yet, not
 together, no effect (`tables.py` prints them); `base.py` is what sections have in common; `legacy_config.py` is the flat
 object that scripts know as `DeepSpeedConfig`.

@@ -1,6 +1,6 @@
 """The worker processes of one node: start them, pass their output on, and end them all when one fails.
 
-`launch.LocalBackend` calls `Supervisor(workers).run()`. One thread, one loop over a selector: the workers' stderr, of
+`launch.run_here` calls `Supervisor(workers).run()`. One thread, one loop over a selector: the workers' stderr, of
 which the end is kept; a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop); and, on
 several nodes, the link to the job's coordinator, which then decides when a failure stops everybody.
 

@@ -1,7 +1,7 @@
 """How much memory a run will need, and why: predicted without allocating, measured, explained.
 
     trace     a training step of a model on fake tensors: what happens to memory, and where the engine acts
-    plan      the buckets an engine would make
+    sizes     the buckets of the plan (`zero.plan`), without memory
     replay    an engine played to the trace, on a ledger
     ledger    bytes by kind and tier, and their peak
     estimator one configuration          options  all of them, and the smallest change that fits

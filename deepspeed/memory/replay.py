@@ -72,7 +72,7 @@ class EngineSettings:
     shard_size: int = 1
     num_replicas: int = 1
     sends_directly: bool = True
-    """gloo on CPUs (`comm.exchange.DirectExchange`), which receives into scratch; else a device's collectives."""
+    """gloo on CPUs (`comm.direct.DirectExchange`), which receives into scratch; else a device's collectives."""
     accumulation: int = 1
     sub_group_numel: int = 10**9
     prefetch_numel: int = 50_000_000

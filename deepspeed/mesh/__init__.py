@@ -2,7 +2,7 @@
 
 shape    dims, roles and groups, as pure arithmetic       marks    a parameter's own dims
 mesh     the process groups of a shape                    door     a user's mpu becomes a shape
-groups   `deepspeed.utils.groups`
+groups   `deepspeed.utils.groups`                         script   groups that a script made by name
 """
 
 from deepspeed.mesh.door import data_parallel_mesh

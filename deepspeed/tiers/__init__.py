@@ -15,7 +15,8 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 | `swap_folder.py` | where a rank's swap files lie, who owns them, and cleaning after the dead |
 | `nvme.py` | the store: put, get, wait, with checksums |
 | `aio.py` | the `aio_handle` API |
-| `io_trial.py` | measuring a disk: what `ds_io` and `ds_nvme_tune` share |
+| `io_trial.py` | measuring a disk: what the next two share |
+| `ds_io.py`, `ds_nvme_tune.py` | the two commands |
 """
 
 from deepspeed.tiers.rest import CopyStream, InMemory, OnDisk, OnHost, Rest, Transfer

@@ -13,7 +13,11 @@
     init       models built sharded                leaves     modules that are not opened
     tiled      linear layers in tiles              modes      out of the caller's modes
     facts      what a script may change            takeover   acts on what it did change
-    join       parameters that begin to train later
+    join       parameters that begin to train later           saved    weights that autograd saved
+    placing    which bytes rest on which tier      offload    from the configuration to that
+    stream     the step of what rests on a tier    shards     what lies where, for checkpoints
+    away       states put away between steps       parameter_offload   hooks, as libraries handle them
+    tensor_factories   names that Transformers replaces
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """
