@@ -1,8 +1,10 @@
 """Which ranks share what, by named mesh dims; the only owner of process groups.
 
-shape    dims, roles and groups, as pure arithmetic       marks    a parameter's own dims
-mesh     the process groups of a shape                    door     a user's mpu becomes a shape
-groups   `deepspeed.utils.groups`                         script   groups that a script made by name
+    shape    dims, roles and groups, as pure arithmetic       marks    a parameter's own dims
+    mesh     the process groups of a shape                    door     a user's mpu becomes a shape
+    groups   `deepspeed.utils.groups`                         script   groups that a script made by name
+
+No dim's name is spelled outside of this folder and `zero.policy`.
 """
 
 from deepspeed.mesh.door import data_parallel_mesh
