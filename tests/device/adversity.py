@@ -23,6 +23,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.exchange import Exchange, Pending
 from tests.device import sim
 from tests.device.cases import config_of, tier_section
+from tests.device.scenes import SCENES
 from tests.engine.runs import Run, train
 from tests.harness import run_ranks
 
@@ -42,6 +43,11 @@ CASES: dict[str, tuple[str, int, str, str, dict[str, Any]]] = {
     "exchanges, stage 3": ("cpu", 3, "none", "none", {"stage3_max_reuse_distance": 0}),
 }
 """By name: device, stage, tier of the optimizer, tier of parameters, other keys of `zero_optimization`."""
+
+
+def device_of(case: str) -> str:
+    """Where a case or a scene runs."""
+    return CASES[case][0] if case in CASES else sim.NAME
 
 
 class LateExchange:
@@ -117,23 +123,29 @@ Around = Callable[[], contextlib.AbstractContextManager[Any]]
 
 
 def run_late(rank: int, world_size: int, case: str, seeds: list[int | None], around: Around | None = None) -> list[Run]:
-    """`train` under each of the seeds (None: in order); `around` makes a context to train in."""
-    device, stage, optimizer, param, zero = CASES[case]
+    """A case or a scene under each of the seeds (None: in order); `around` makes a context to run it in."""
     runs = []
     for seed in seeds:
         with tempfile.TemporaryDirectory() as folder, (around or contextlib.nullcontext)():
-            config = config_of(stage, zero={**tier_section(optimizer, param, Path(folder)), **zero})
-            if device == "cpu":
+            if device_of(case) == "cpu":
                 with late_exchanges(seed) if seed is not None else contextlib.nullcontext():
-                    runs.append(train(rank, world_size, "gpt_tied", config, num_steps=3))
+                    runs.append(_run(rank, world_size, case, folder))
                 continue
             sim.reset(seed)
             try:
-                runs.append(train(rank, world_size, "gpt_tied", config, num_steps=3))
+                runs.append(_run(rank, world_size, case, folder))
                 sim.check()
             finally:
                 sim.reset()
     return runs
+
+
+def _run(rank: int, world_size: int, case: str, folder: str) -> Run:
+    if case in SCENES:
+        return Run(weights=SCENES[case]())
+    _, stage, optimizer, param, zero = CASES[case]
+    config = config_of(stage, zero={**tier_section(optimizer, param, Path(folder)), **zero})
+    return train(rank, world_size, "gpt_tied", config, num_steps=3)
 
 
 def differences(run: Run, expected: Run) -> list[str]:
@@ -144,9 +156,8 @@ def differences(run: Run, expected: Run) -> list[str]:
 
 def check_case(case: str, seeds: list[int]) -> None:
     """Raise AssertionError where a seed gives other numbers than time in order."""
-    expected, *runs = run_ranks(2, run_late, case, [None, *seeds], device=CASES[case][0], timeout=60 + 20 * len(seeds))[
-        0
-    ]
+    timeout = 60 + 20 * len(seeds)
+    expected, *runs = run_ranks(2, run_late, case, [None, *seeds], device=device_of(case), timeout=timeout)[0]
     wrong = {seed: found for seed, run in zip(seeds, runs, strict=True) if (found := differences(run, expected))}
     assert wrong == {}, f"{case}: other numbers under seeds {wrong}"
 
@@ -155,7 +166,7 @@ def main() -> None:
     """Every case under every seed, some seeds at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
-    parser.add_argument("--cases", nargs="*", default=list(CASES))
+    parser.add_argument("--cases", nargs="*", default=[*SCENES, *CASES])
     args = parser.parse_args()
     for case in args.cases:
         for first in range(0, args.seeds, 20):

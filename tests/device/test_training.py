@@ -20,8 +20,8 @@ STAGES = (0, 1, 2, 3)
 IS_WHOLE = bool(os.environ.get("DS_TEST_DEVICE"))
 """Whether to run the whole matrix; see conftest.py."""
 
-SOME_TIERS = TIERS if IS_WHOLE else [(2, "cpu", "none"), (3, "none", "cpu"), (3, "nvme", "nvme")]
-SOME_MODELS = sorted(set(MODELS) - {"example"}) if IS_WHOLE else ["gpt_tied", "experts"]
+SOME_TIERS = TIERS if IS_WHOLE else [(2, "cpu", "none"), (3, "nvme", "nvme")]
+SOME_MODELS = sorted(set(MODELS) - {"example"}) if IS_WHOLE else ["gpt_tied"]
 
 
 @functools.lru_cache(maxsize=None)
@@ -52,9 +52,10 @@ def test_every_tier_has_the_bits_of_the_cpu(stage: int, optimizer: str, param: s
 
 
 LOW = {"bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 128}}}
+SOME_LOW = list(LOW) if IS_WHOLE else ["fp16"]
 
 
-@pytest.mark.parametrize("precision", LOW)
+@pytest.mark.parametrize("precision", SOME_LOW)
 @pytest.mark.parametrize("stage", STAGES if IS_WHOLE else [3])
 def test_low_precision_on_one_rank_has_the_bits_of_the_cpu(stage: int, precision: str) -> None:
     config = config_of(stage, **LOW[precision])
@@ -65,8 +66,8 @@ def test_low_precision_on_one_rank_has_the_bits_of_the_cpu(stage: int, precision
     assert_same_bits(*runs)
 
 
-@pytest.mark.parametrize("precision", LOW)
-@pytest.mark.parametrize("stages", [(0, 1), (2, 3)])
+@pytest.mark.parametrize("precision", SOME_LOW)
+@pytest.mark.parametrize("stages", [(0, 1), (2, 3)] if IS_WHOLE else [(2, 3)])
 def test_low_precision_stages_that_reduce_alike_agree_bit_for_bit(stages: tuple[int, int], precision: str) -> None:
     runs = [run_ranks(2, train, "gpt_tied", config_of(s, **LOW[precision]), device="sim")[0] for s in stages]
     assert_same_bits(*runs)
@@ -94,7 +95,7 @@ def resume(rank: int, world_size: int, config: dict[str, Any], folder: str, load
         return whole_weights(engine)
 
 
-@pytest.mark.parametrize("stage", STAGES if IS_WHOLE else [1, 3])
+@pytest.mark.parametrize("stage", STAGES if IS_WHOLE else [3])
 def test_training_resumes_from_a_checkpoint_bit_for_bit(stage: int, tmp_path: Path) -> None:
     config = config_of(stage, accumulation=1)
     runs = [run_ranks(2, resume, config, str(tmp_path), loads, device="sim")[0] for loads in (False, True)]

@@ -74,3 +74,27 @@ def test_building_without_a_compiler_succeeds_without_the_library(compiler: str,
     assert built.returncode == 0, built.stderr
     assert 'building extension "deepspeed.lib.libdeepspeed_native" failed' in built.stderr
     assert not list((tmp_path / "deepspeed").rglob("*.so"))
+
+
+def test_a_wheel_installs_and_imports_where_there_is_no_compiler(tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "installed"
+    source.mkdir()
+    for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE", "csrc", "deepspeed"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, source / name)  # type: ignore[operator]
+    env = {**os.environ, "CC": "/no/such/compiler", "CXX": "/no/such/compiler"}
+    for command in (
+        [sys.executable, "setup.py", "--quiet", "bdist_wheel", "--dist-dir", "."],
+        [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-index", "--find-links", ".", "--target",
+         str(target), "deepspeed"],
+    ):  # fmt: skip
+        done = subprocess.run(command, cwd=source, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+    (wheel,) = source.glob("*.whl")
+    assert "-py3-none-" in wheel.name
+    code = "import deepspeed, deepspeed.accelerator; print(deepspeed.__file__)"
+    env = {**os.environ, "PATH": "/no/such/folder", "PYTHONPATH": str(target)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60
+    )
+    assert done.stdout.startswith(str(target)), done.stderr

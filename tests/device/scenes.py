@@ -1,0 +1,71 @@
+"""Short scenes whose waits a whole training run would hide: something it does later happens to wait as well.
+
+Run by `adversity` under every seed, and by `mutations` without each of their waits. A scene gives tensors by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+import deepspeed
+from deepspeed.accelerator import get_accelerator
+from deepspeed.tiers import CopyStream, OnHost
+from deepspeed.zero.delivery import Moved
+from deepspeed.zero.pool import FlatPool
+from tests.device.cases import config_of
+from tests.engine.runs import engine_of
+from tests.models import build
+
+NUMEL = 64
+
+
+def lent_again() -> dict[str, Tensor]:
+    """Gradients on their way to main memory, whose buffer the next bucket of the same size borrows."""
+    device = torch.device(get_accelerator().current_device_name())
+    pool, rest = FlatPool(), OnHost(torch.zeros(NUMEL, pin_memory=True), CopyStream(device))
+    moved = Moved(rest, pool)
+    for i in range(3):
+        buffer = pool.take(NUMEL, torch.float32, device)
+        buffer.flat.fill_(i)
+        moved.put(buffer.flat, buffer)
+        moved.wait()
+    pool.take(NUMEL, torch.float32, device).flat.fill_(9)
+    arrived = rest.view(0, NUMEL)
+    assert arrived is not None
+    return {"arrived": arrived.clone()}
+
+
+def written_again() -> dict[str, Tensor]:
+    """A frozen parameter on the cpu tier, written in nested contexts: the outer one writes what the inner one is storing."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Linear(8, 8))
+    model[0].requires_grad_(False)
+    zero = {"stage3_max_reuse_distance": 0, "offload_param": {"device": "cpu", "pin_memory": True}}
+    param = model[0].weight
+    with engine_of(model, config_of(3, zero=zero)):
+        with deepspeed.zero.GatheredParameters([param]), torch.no_grad():
+            with deepspeed.zero.GatheredParameters([param], modifier_rank=0):
+                param.mul_(2)
+            param.add_(1)
+        with deepspeed.zero.GatheredParameters([param]):
+            return {"weight": param.detach().clone().cpu()}
+
+
+def read_at_once() -> dict[str, Tensor]:
+    """Whole masters of stage 3, read before anything else is gathered."""
+    model = build("gpt_tied")
+    with engine_of(model, config_of(3)):
+        whole = {
+            name: deepspeed.utils.safe_get_full_fp32_param(param).cpu() for name, param in model.named_parameters()
+        }
+    return whole
+
+
+SCENES: dict[str, Callable[[], dict[str, Tensor]]] = {
+    "scene: a buffer that is lent again": lent_again,
+    "scene: a parameter that is written again": written_again,
+    "scene: masters that are read at once": read_at_once,
+}
