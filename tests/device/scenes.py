@@ -64,8 +64,35 @@ def read_at_once() -> dict[str, Tensor]:
     return whole
 
 
+def written_at_once() -> dict[str, Tensor]:
+    """A weight that a script changes right after `initialize`, while its master is on the way to the cpu tier."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    zero = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
+    with engine_of(model, config_of(2, zero=zero)), torch.no_grad():
+        model.weight.add_(1)
+        return {"weight": model.weight.detach().clone().cpu()}
+
+
+def mastered_again() -> dict[str, Tensor]:
+    """A master that a script sets right after the step, while the step's weights are on the way to the cpu tier."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    zero = {"stage3_max_reuse_distance": 0, "offload_param": {"device": "cpu", "pin_memory": True}}
+    with engine_of(model, config_of(3, accumulation=1, zero=zero)) as engine:
+        engine.backward(engine(torch.ones(3, 8, device=engine.device)).sum())
+        value = torch.full((8, 8), 2.0, device=engine.device)
+        engine.step()
+        deepspeed.utils.safe_set_full_fp32_param(model.weight, value)
+        value.zero_()
+        with deepspeed.zero.GatheredParameters([model.weight]):
+            return {"weight": model.weight.detach().clone().cpu()}
+
+
 SCENES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "scene: a buffer that is lent again": lent_again,
     "scene: a parameter that is written again": written_again,
     "scene: masters that are read at once": read_at_once,
+    "scene: a weight that is written at once": written_at_once,
+    "scene: a master that is written again": mastered_again,
 }
