@@ -33,7 +33,7 @@ class LossScaleGuard:
 
 
 def expose(reducer: Reducer, accumulation: Accumulation, always: bool = False) -> None:
-    """Stage 0: show averaged gradients as `param.grad` after the boundary's backward, as plain PyTorch does."""
+    """Stage 0, or one rank: show averaged gradients as `param.grad` after the boundary's backward, as plain PyTorch does."""
     if (always or accumulation.should_reduce()) and reducer.saw_backward:
         reducer.finish()
         reducer.expose()

@@ -212,7 +212,7 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
         optimizer.takeover = _take_over_edits(given, mesh, built, reducer, hooks, placing, optimizer, undo)
         trainers.add(optimizer)
         undo.callback(trainers.remove, optimizer)
-    if not policy.optimizer.is_sharded:
+    if not policy.optimizer.is_sharded or mesh.size("average") == 1:
         watch.on_begin.append(reducer.hide)
         watch.on_end.append(functools.partial(expose, reducer, accumulation))
     watch.on_end += [scale_guard.reset, reducer.flush]

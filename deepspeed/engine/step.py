@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from deepspeed.engine.build import Parts, Watching
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.takeover import NO_BACKWARD
 
 
 class Conductor:
@@ -77,6 +78,7 @@ class Conductor:
         finally:
             self._accumulation.is_stepping = False
         self._accumulation.count(ends_step)
+        self._reducer.saw_micro_batch = False
 
     def update(self) -> bool:
         """Update the weights; whether they were, rather than the step skipped. Collective."""
@@ -128,14 +130,22 @@ class Conductor:
             )
 
     def check_step(self) -> None:
-        """Refuse a step out of turn."""
+        """Refuse a step out of turn; zeros stand in for a backward that this rank has not seen. Collective where it has not."""
         if self._accumulation.no_sync_depth:
             raise TrainingStateError("engine.step() inside of engine.no_sync().\n  Leave the context first.")
         if self._zero.optimizer is None:
             raise TrainingStateError("engine.step(): the engine has no optimizer, it can only evaluate.")
         takeover = self._zero.optimizer.takeover
-        if not (self._reducer.saw_backward or (takeover and takeover.has_left_gradients)) and self._reducer.gradients:
-            raise TrainingStateError(
-                "engine.step() before backward: no gradient arrived since the last step.\n"
-                "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
-            )
+        if self._reducer.saw_micro_batch or (takeover and takeover.has_left_gradients) or not self._reducer.gradients:
+            return
+        if self._mesh.size("average") > 1:
+            self._stand_in()
+        elif not self._reducer.saw_backward:
+            raise TrainingStateError(NO_BACKWARD)
+
+    def _stand_in(self) -> None:
+        """No gradient reached this rank in this micro-batch. Others may wait in their backward for its part, which is zeros;
+        if nobody had a backward all learn of it in the step."""
+        self._reducer.expect_round(was_seen=False)
+        self._zero.scale_guard.is_scaled = True
+        self._watch.stand_in()

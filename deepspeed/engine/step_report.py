@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, final
 
 import psutil
@@ -27,6 +27,7 @@ from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import RankNumbers, progress_line
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.step import StepNumbers
+from deepspeed.monitor.stretch import Stretch
 from deepspeed.profiling.counter import OpCounter, Phase, StepFlops
 from deepspeed.utils.logging import current_rank
 from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, OFFLOAD_S, RESTING
@@ -56,7 +57,7 @@ class StepReport(Observer):
         self._at_rest = at_rest
         self._tells_times = config.wall_clock_breakdown or config.flops_profiler.enabled
         self._seen_phases: Mapping[str, float] = dict.fromkeys(PHASES, 0.0)
-        self._since_line: list[StepNumbers] = []
+        self._since_line = Stretch()
         self._ended_s: float | None = None
         self._losses: list[Tensor] = []
         self._num_forwards = self._rows = 0
@@ -128,7 +129,7 @@ class StepReport(Observer):
         times = _elapsed_events(numbers) if self._tells_times else {}
         self._monitor.write_step(numbers, [(name, value, numbers.samples) for name, value in times.items()])
         if self._every:
-            self._since_line.append(numbers)
+            self._since_line.add(numbers)
         if is_line:
             self._write_line()
         if self._config.comms_logger.enabled and step % (self._every or COMM_EVERY) == 0:
@@ -205,12 +206,13 @@ class StepReport(Observer):
         return self._memory
 
     def _write_line(self) -> None:
-        steps, self._since_line = self._since_line, []
-        last = steps[-1]
+        steps, self._since_line = self._since_line, Stretch()
+        last = steps.last
+        assert last is not None, "a step has just ended"
         mine = RankNumbers(
             loss=last.loss,
-            wall_s=sum(step.step_s for step in steps),
-            wait_comm_s=sum(step.wait_comm_s for step in steps),
+            wall_s=steps.wall_s,
+            wait_comm_s=steps.wait_comm_s,
             device_nbytes=last.memory["device"],
             device_peak_nbytes=last.memory["device_peak"],
         )
@@ -218,20 +220,9 @@ class StepReport(Observer):
         if current_rank() != 0:
             return
         self._monitor.flush()  # what the line tells is in the record
-        times = None
-        if self._tells_times:
-            times = {
-                "forward": _mean_ms(step.forward_s for step in steps),
-                "backward": _mean_ms(step.backward_s for step in steps),
-                "step": _mean_ms(step.update_s for step in steps),
-            }
+        times = {phase: steps.mean_ms(phase) for phase in PHASES} if self._tells_times else None
         by_kind = self._at_rest.by_kind() if self._config.memory_breakdown else {}
         print(progress_line(steps, ranks, times, by_kind), flush=True)
-
-
-def _mean_ms(seconds: Iterable[float | None]) -> float:
-    known = [value for value in seconds if value is not None]
-    return 1e3 * sum(known) / len(known) if known else 0.0
 
 
 def _elapsed_events(numbers: StepNumbers) -> dict[str, float]:

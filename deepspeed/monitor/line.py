@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from deepspeed.monitor.step import StepNumbers
+from deepspeed.monitor.stretch import Stretch
 
 GB = 1e9
 
@@ -28,7 +29,7 @@ class RankNumbers:
 
 
 def progress_line(
-    steps: Sequence[StepNumbers],
+    steps: Stretch,
     ranks: Sequence[RankNumbers],
     times_ms: dict[str, float] | None = None,
     memory_by_kind: dict[str, int] | None = None,
@@ -37,8 +38,8 @@ def progress_line(
 
     `times_ms`: of `wall_clock_breakdown`, per step. `memory_by_kind`: of `memory_breakdown`, bytes.
     """
-    last = steps[-1]
-    wall_s = sum(step.step_s for step in steps)
+    last = steps.last
+    assert last is not None, "a line is written when a step has ended"
     parts = [
         f"step {last.step}",
         f"loss {_loss(ranks)}",
@@ -50,8 +51,8 @@ def progress_line(
         parts.append(f"scale {last.loss_scale:g}")
     if last.skipped:
         parts.append(f"skipped {last.skipped}")
-    parts += _rates(steps, wall_s) if wall_s > 0 else []
-    parts += [_memory(last, ranks), _waits(steps, ranks, wall_s), *_disk(steps)]
+    parts += _rates(steps, last) if steps.wall_s > 0 else []
+    parts += [_memory(last, ranks), _waits(steps, ranks), *_disk(steps)]
     if times_ms:
         parts.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in times_ms.items()))
     if memory_by_kind:
@@ -64,16 +65,13 @@ def _loss(ranks: Sequence[RankNumbers]) -> str:
     return f"{sum(losses) / len(losses):.4f}" if losses else "-"
 
 
-def _rates(steps: Sequence[StepNumbers], wall_s: float) -> list[str]:
-    tokens = [step.step_tokens for step in steps if step.step_tokens is not None]
-    samples = sum(step.step_samples for step in steps)
-    parts = [f"{short(sum(tokens) / wall_s)} tokens/s" if tokens else f"{short(samples / wall_s)} samples/s"]
-    flops = [step.flops for step in steps if step.flops is not None]
-    if len(flops) == len(steps):
-        per_s = sum(flops) / wall_s
-        parts.append(f"{per_s / 1e12:.3g} TFLOP/s")
-        if steps[-1].peak_flops:
-            parts.append(f"MFU {per_s / steps[-1].peak_flops:.1%}".replace("%", " %"))
+def _rates(steps: Stretch, last: StepNumbers) -> list[str]:
+    per_s = 1 / steps.wall_s
+    parts = [f"{short(steps.tokens * per_s)} tokens/s" if steps.tokens else f"{short(steps.samples * per_s)} samples/s"]
+    if steps.flops is not None:
+        parts.append(f"{steps.flops * per_s / 1e12:.3g} TFLOP/s")
+        if last.peak_flops:
+            parts.append(f"MFU {steps.flops * per_s / last.peak_flops:.1%}".replace("%", " %"))
     return parts
 
 
@@ -85,24 +83,23 @@ def _memory(last: StepNumbers, ranks: Sequence[RankNumbers]) -> str:
     return ", ".join([f"device {most / GB:.3g} GB (peak {peak / GB:.3g})", *tiers])
 
 
-def _waits(steps: Sequence[StepNumbers], ranks: Sequence[RankNumbers], wall_s: float) -> str:
+def _waits(steps: Stretch, ranks: Sequence[RankNumbers]) -> str:
     shares = [rank.wait_comm_s / rank.wall_s for rank in ranks if rank.wall_s > 0]
     low, high = (min(shares), max(shares)) if shares else (0.0, 0.0)
-    own = sum(step.wait_comm_s for step in steps) / wall_s if wall_s > 0 else 0.0
     spread = f" ({low * 100:.0f} to {high * 100:.0f})" if f"{low:.0%}" != f"{high:.0%}" else ""
-    offload = sum(step.wait_offload_s for step in steps) / wall_s if wall_s > 0 else 0.0
+    own, offload = (
+        waited_s / steps.wall_s if steps.wall_s > 0 else 0.0 for waited_s in (steps.wait_comm_s, steps.wait_offload_s)
+    )
     return f"wait: communication {own * 100:.0f} %{spread}, offload {offload * 100:.0f} %"
 
 
-def _disk(steps: Sequence[StepNumbers]) -> list[str]:
+def _disk(steps: Stretch) -> list[str]:
     """Per step: what went over the disk and how fast, and what of it was waited for."""
-    read, written = (sum(step.offload_nbytes.get(op, 0) for step in steps) / len(steps) for op in ("read", "write"))
+    read, written = (steps.offload_nbytes[op] / steps.num_steps for op in ("read", "write"))
     if not read + written:
         return []
-    busy_s, compute_s = (
-        sum(step.offload_s.get(kind, 0.0) for step in steps) / len(steps) for kind in ("disk", "compute")
-    )
-    waited_s = sum(step.wait_offload_s for step in steps) / len(steps)
+    busy_s, compute_s = (steps.offload_s(kind) / steps.num_steps for kind in ("disk", "compute"))
+    waited_s = steps.wait_offload_s / steps.num_steps
     rate = f" ({(read + written) / busy_s / GB:.2f} GB/s)" if busy_s > 0 else ""
     return [
         f"disk: read {read / GB:.3g} GB, wrote {written / GB:.3g} GB in {busy_s:.3g} s{rate}, waited {waited_s:.3g} s, "

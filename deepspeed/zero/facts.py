@@ -49,6 +49,7 @@ class Kind(enum.Enum):
     TRAINS = "begins to train"
     ASSIGNED = "was given other data"
     WRITTEN = "was written in place"
+    GRADIENT = "was given a gradient"
 
 
 @dataclass(frozen=True, slots=True)

@@ -107,7 +107,7 @@ class Gradients(Protocol):
 
     @property
     def shown(self) -> Sequence[Tensor]:
-        """The parameters' averaged gradients as views, if they are whole on this rank and in the parameters' dtype."""
+        """The parameters' averaged gradients as views, if they are whole on this rank, in memory."""
 
     @property
     def failure(self) -> TierError | None:
@@ -194,6 +194,7 @@ class WholeGradients:
         self._flat = torch.zeros(bucket.layout.padded_numel, dtype=dtype, device=bucket.full.device)
         self._views = bucket.split(self._flat)
         self._delivers_shard = delivers_shard
+        self._is_shown = (not delivers_shard or reduction.num_ranks == 1) and rest is None and not bucket.is_sharded
         self.result = bucket.own_slice(self._flat) if delivers_shard else self._flat
         self._delivery: Delivery = Resident(self.result) if rest is None else Moved(rest, pool)
         self._carry: Tensor | None = None
@@ -201,9 +202,7 @@ class WholeGradients:
     @property
     def shown(self) -> Sequence[Tensor]:
         """See Gradients."""
-        is_whole = not self._delivers_shard or self.reduction.num_ranks == 1
-        is_alike = self.dtype == self.bucket.dtype and not self.bucket.is_sharded
-        return self._views if self.is_reduced and is_whole and is_alike else ()
+        return self._views if self.is_reduced and self._is_shown else ()
 
     @property
     def failure(self) -> TierError | None:

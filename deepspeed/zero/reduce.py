@@ -1,9 +1,9 @@
 """When gradients leave the rank: takes them over from autograd, and launches the buckets' reductions in one order.
 
-Made by the engine; fed by one post-accumulate hook per parameter; read by the optimizer. A hook only takes the gradient
-over and counts. When a bucket has all of its gradients they are laid into its flat buffer by one fused call, and the
-bucket is reduced on the wire while backward goes on. How, and where the result goes, is the bucket's own
-(`zero.gradients`); this is the order.
+Made by the engine; fed by one post-accumulate hook per parameter, the last of that parameter's; read by the optimizer. A
+hook only takes the gradient over and counts. When a bucket has all of its gradients they are laid into its flat buffer by
+one fused call, and the bucket is reduced on the wire while backward goes on. How, and where the result goes, is the
+bucket's own (`zero.gradients`); this is the order.
 
 Launch order is the same on every rank, whatever order gradients arrive in: a *round* launches every bucket exactly
 once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, at the end of each backward (at
@@ -32,8 +32,9 @@ from deepspeed.comm.exchange import Pending
 from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
+from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
-from deepspeed.zero.shown import ShownGradients
+from deepspeed.zero.shown import Assigned, ShownGradients
 
 READY = "ds_grad_is_ready"
 """Attribute by which code that runs several backward passes per parameter says which of them is the last."""
@@ -67,9 +68,15 @@ class Reducer:
         self.pool = pool
         self.gradients: list[Gradients] = []
         self.order: list[Gradients] = []
-        self._handles: list[torch.utils.hooks.RemovableHandle] = []
+        self._hooks: list[LastHook] = []
+        self._early: list[tuple[Gradients, int, nn.Parameter]] = []
+        """Gradients that hooks of the script were yet to see when ours ran."""
         self.saw_backward = False
-        """Whether any gradient arrived since the last step."""
+        """Whether any gradient arrived since the last step, or had to."""
+        self.saw_micro_batch = False
+        """The same, since the engine last set it to False: after each micro-batch."""
+        self.has_stood_in = False
+        """Whether all that this rank has of the step is zeros, in place of a backward that was not seen here."""
         self._is_owed = False
         """Whether a round has to be launched though nothing arrived; see `expect_round`."""
         self.left_out: list[tuple[int, int]] = []
@@ -83,7 +90,7 @@ class Reducer:
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
         self._next = 0
-        self._completion: list[Gradients] = []
+        self._completion: dict[Gradients, None] = {}
         self._ready: set[int] = set()
         self._in_flight: deque[InFlight] = deque()
         self.add(gradients)
@@ -92,8 +99,8 @@ class Reducer:
         """Take these too; they are launched after those that are here. The same on every rank."""
         self.gradients += gradients
         self.order += gradients
-        self._handles += [
-            param.register_post_accumulate_grad_hook(functools.partial(self._take, own, i))
+        self._hooks += [
+            LastHook(param, functools.partial(self._take, own, i), functools.partial(self._take_early, own, i))
             for own in gradients
             for i, param in enumerate(own.bucket.params)
         ]
@@ -108,10 +115,12 @@ class Reducer:
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
                     gradients.arrivals.take(i, gradient.to_dense() if gradient.is_sparse else gradient)
-                    self.saw_backward = True
+                    self.saw_backward = self.saw_micro_batch = True
 
     def _take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """The hook: take `param.grad` over, and count."""
+        if self._early:
+            self._take_those_seen()
         if self._shown:
             self._begin_again(gradients, index, param)
         gradient, param.grad = param.grad, None
@@ -119,9 +128,22 @@ class Reducer:
             return
         if gradient.is_sparse:
             gradient = gradient.to_dense()
-        self.saw_backward = True
+        self.saw_backward = self.saw_micro_batch = True
+        self.has_stood_in = False
         if gradients.arrivals.take(index, gradient, param.__dict__.get(READY, True)):
             self._complete(gradients)
+
+    def _take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """The hook, while hooks of the script are yet to run: the gradient stays with the parameter until the next arrives."""
+        if self._shown:
+            self._begin_again(gradients, index, param)
+        self._early.append((gradients, index, param))
+        self.saw_backward = self.saw_micro_batch = True
+
+    def _take_those_seen(self) -> None:
+        early, self._early = self._early, []
+        for gradients, index, param in early:
+            self._take(gradients, index, param)
 
     def _begin_again(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """A backward that nobody announced (outside of the model's outputs) ran into gradients that are shown. What autograd
@@ -151,7 +173,7 @@ class Reducer:
         position = self.order.index(gradients) if len(self.order) > 1 else 0
         if position in self._ready or position < self._next:
             self.flush()  # it was launched in this round: end that one, and begin the next with what came since
-        self._completion.append(gradients)
+        self._completion[gradients] = None
         self._ready.add(position)
         if self._overlap:
             self._launch_ready()
@@ -184,9 +206,13 @@ class Reducer:
 
     # Reductions are launched. --------------------------------------------------------------------------------------
 
-    def expect_round(self) -> None:
-        """A backward that all ranks run reached no parameter here: it sends zeros where theirs wait for its part."""
-        self.saw_backward = self._is_owed = True
+    def expect_round(self, was_seen: bool = True) -> None:
+        """A backward that all ranks run reached no parameter here: it sends zeros where theirs wait for its part.
+
+        was_seen: whether it is known that there was one.
+        """
+        self.has_stood_in = not was_seen and (self.has_stood_in or not self.saw_backward)
+        self.saw_backward = self.saw_micro_batch = self._is_owed = True
 
     def _wait_for(self, gradients: Gradients) -> None:
         """Have a flat buffer that stays off the wire before it is written again."""
@@ -216,6 +242,7 @@ class Reducer:
 
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective."""
+        self._take_those_seen()
         has_begun = self._next > 0 or bool(self._ready)
         is_owed, self._is_owed = self._is_owed, False
         if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
@@ -250,6 +277,8 @@ class Reducer:
             self._wait_oldest()
         for gradients in self.order:
             gradients.settle()
+        for assigned in self.assigned():
+            assigned.take()
 
     @property
     def failure(self) -> TierError | None:
@@ -267,8 +296,15 @@ class Reducer:
         if self._shown:
             self._shown.hide()
 
+    def assigned(self) -> list[Assigned]:
+        """Gradients that the script put where none are shown."""
+        self._take_those_seen()
+        return self._shown.assigned(self.gradients)
+
     def drop(self) -> None:
         """Forget this step's gradients. Waits for what is on the wire."""
+        for assigned in self.assigned():
+            assigned.param.grad = None
         while self._in_flight:
             self._wait_oldest()
         self._shown.close()
@@ -278,13 +314,13 @@ class Reducer:
         self._next = 0
         self._ready.clear()
         self._held.clear()
-        self.saw_backward = False
+        self.saw_backward = self.has_stood_in = False
 
     # The order. ----------------------------------------------------------------------------------------------------
 
     def completion_order(self) -> list[int]:
         """Bucket positions in the order in which they filled since the last call; those that did not, last."""
-        seen = list(dict.fromkeys(self.gradients.index(gradients) for gradients in self._completion))
+        seen = [self.gradients.index(gradients) for gradients in self._completion]
         self._completion.clear()
         return seen + [i for i in range(len(self.gradients)) if i not in seen]
 
@@ -296,7 +332,7 @@ class Reducer:
     def close(self) -> None:
         """Forget gradients, remove the hooks, free the memory that was kept for reuse."""
         self.drop()
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks.clear()
         self.pool.clear()

@@ -14,6 +14,7 @@ compare what they found before anybody acts, so that a change on one rank alone 
     TRAINS      a bucket, a master, a run in its group; the gradient that autograd left is this step's     (zero.join)
     ASSIGNED    the values move into the bucket, the parameter is a view of it again
     WRITTEN     ranks compare; the masters follow, element by element
+    GRADIENT    ranks compare; each has its slice of it stepped, after the reduction                        (zero.reduce)
 
 Invariant: what is refused is refused before anything was changed, on every rank alike.
 """
@@ -37,6 +38,11 @@ from deepspeed.zero.param import slot_of
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
+
+NO_BACKWARD = (
+    "engine.step() before backward: no gradient arrived since the last step.\n"
+    "  Call engine.backward(loss) (or loss.backward()) on a loss computed from the engine's output first."
+)
 
 IS_VALUE = (Kind.ASSIGNED, Kind.WRITTEN)
 """Changes of values. Ranks may see them differently, as long as the values are the same in the end."""
@@ -71,15 +77,16 @@ class Takeover:
     @torch.no_grad()
     def begin_step(self) -> None:
         """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
-        is_changed = self.facts.have_changed()
+        reducer = self._optimizer.reducer
+        is_changed = self.facts.have_changed() or reducer.has_stood_in or bool(reducer.assigned())
         self.waits = is_changed and self._rides
         if not self._rides:
             self._settle_if(is_changed)
         self._ask_seals()
 
-    def _settle_if(self, is_changed: bool) -> None:
+    def _settle_if(self, is_changed: bool, is_step: bool = True) -> None:
         if any(changed for (changed,) in self._mesh.agree("average", int(is_changed))):
-            self.take_over()
+            self.take_over(is_step)
 
     def _ask_seals(self) -> None:
         self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
@@ -104,15 +111,17 @@ class Takeover:
     @torch.no_grad()
     def settle(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
-        self._settle_if(self.facts.have_changed(looks_at_all=True))
+        is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
+        self._settle_if(is_changed, is_step=False)
         self._ask_seals()
         self.follow_written()
         self.end_step()
 
     # Finding out. --------------------------------------------------------------------------------------------------
 
-    def take_over(self) -> None:
-        """Act on what this rank and the others found. Collective. Raises TrainingStateError, on every rank alike."""
+    def take_over(self, is_step: bool = True) -> None:
+        """Act on what this rank and the others found. Collective. Raises TrainingStateError, on every rank alike: also where
+        a step begins and no rank has seen a backward."""
         self.waits = False
         refusal: str | None = None
         found: list[Change] = []
@@ -120,12 +129,17 @@ class Takeover:
             found = self._changes()
         except TrainingStateError as error:
             refusal = str(error)
-        told = self._mesh.gather_objects("average", (refusal, [(c.kind, c.name, c.line) for c in found]))
-        self._raise_any([theirs for theirs, _ in told])
-        structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, theirs in told]
+        has_nothing = is_step and self._optimizer.reducer.has_stood_in
+        mine = (has_nothing, refusal, [(c.kind, c.name, c.line) for c in found])
+        told = self._mesh.gather_objects("average", mine)
+        if all(has_nothing for has_nothing, _, _ in told):
+            self._optimizer.reducer.drop()
+            raise TrainingStateError(NO_BACKWARD)
+        self._raise_any([theirs for _, theirs, _ in told])
+        structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, _, theirs in told]
         self._require_equal(structures)
         self._assign([change.param for change in found if change.kind is Kind.ASSIGNED])
-        self._compare_values([{name for kind, name, _ in theirs if kind in IS_VALUE} for _, theirs in told])
+        self._compare_values([{name for kind, name, _ in theirs if kind in IS_VALUE} for _, _, theirs in told])
         rename(self._built, self._root)
         self._join([change for change in found if change.kind is Kind.TRAINS])
         self.facts.renew()
@@ -148,7 +162,22 @@ class Takeover:
             self._check_assigned(change)
         if assigned:
             self._refuse_tied(names)
-        return found + assigned + self.facts.versions.changes(names)
+        return found + assigned + self.facts.versions.changes(names) + self._assigned_gradients()
+
+    def _assigned_gradients(self) -> list[Change]:
+        """Gradients that the script gave to parameters. Ranks tell a checksum: each steps its part of what has to be one."""
+        found = []
+        for gradients, number, gradient in self._optimizer.reducer.assigned():
+            name, shape = gradients.bucket.names[number], gradients.bucket.shapes[number]
+            if gradient.shape != shape:
+                raise TrainingStateError(
+                    f"{name}.grad was given a gradient of shape {tuple(gradient.shape)}; the parameter's is {tuple(shape)} "
+                    f"(ZeRO stage {self._stage}).\n  Use deepspeed.utils.safe_set_full_grad(param, gradient)."
+                )
+            param = gradients.bucket.params[number]
+            digest = _crc(gradient) if len(self._ranks) > 1 else 0
+            found.append(Change(Kind.GRADIENT, name, param, f" of {tuple(shape)} with checksum {digest:08x}"))
+        return found
 
     def _listed(self) -> Mapping[nn.Parameter, int]:
         """Each parameter's group, with those that groups have been given since; they are taken out of the lists, where runs
@@ -243,7 +272,7 @@ class Takeover:
                 raise TrainingStateError(
                     f"ranks changed the model differently: {differing[0]} on rank {here}, and not on rank "
                     f"{rank if here != rank else self._ranks[0]} (ZeRO stage {self._stage}).\n"
-                    "  Freeze, unfreeze, add and delete the same on every rank."
+                    "  Freeze, unfreeze, add and delete the same on every rank; gradients that you assign are averages over ranks."
                 )
 
     def _compare_values(self, written: Sequence[set[str]]) -> None:
@@ -313,6 +342,6 @@ def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _crc(param: nn.Parameter) -> int:
-    values = param.detach().contiguous().cpu().flatten().view(torch.uint8)
+def _crc(tensor: Tensor) -> int:
+    values = (tensor.to_dense() if tensor.is_sparse else tensor).detach().contiguous().cpu().flatten().view(torch.uint8)
     return zlib.crc32(values.numpy().tobytes())

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 from deepspeed.monitor.line import RankNumbers, progress_line, short
 from deepspeed.monitor.step import StepNumbers
+from deepspeed.monitor.stretch import Stretch
 
 
 def numbers(**changes: Any) -> StepNumbers:
@@ -15,6 +17,13 @@ def numbers(**changes: Any) -> StepNumbers:
         "memory": {"device": 10**9, "device_peak": 2 * 10**9, "cpu": 5 * 10**8},
     }  # fmt: skip
     return StepNumbers(**(known | changes))
+
+
+def stretch(*steps: StepNumbers) -> Stretch:
+    made = Stretch()
+    for step in steps:
+        made.add(step)
+    return made
 
 
 def rank(**changes: Any) -> RankNumbers:
@@ -30,7 +39,7 @@ def rank(**changes: Any) -> RankNumbers:
 
 def test_the_line_has_everything() -> None:
     line = progress_line(
-        [numbers(step=9), numbers()], [rank(), rank(loss=3.0, wait_comm_s=0.3, device_nbytes=11 * 10**8)]
+        stretch(numbers(step=9), numbers()), [rank(), rank(loss=3.0, wait_comm_s=0.3, device_nbytes=11 * 10**8)]
     )
     assert line == (
         "step 10 | loss 2.5000 | lr 0.001 | norm 0.5 | 1.02k tokens/s | 0.002 TFLOP/s | MFU 20.0 % | "
@@ -40,7 +49,7 @@ def test_the_line_has_everything() -> None:
 
 def test_what_is_not_known_is_left_out() -> None:
     line = progress_line(
-        [numbers(loss=None, grad_norm=None, step_tokens=None, flops=None, memory={})], [rank(loss=None)]
+        stretch(numbers(loss=None, grad_norm=None, step_tokens=None, flops=None, memory={})), [rank(loss=None)]
     )
     assert line == (
         "step 10 | loss - | lr 0.001 | 16 samples/s | device 1 GB (peak 2) | wait: communication 10 %, offload 2 %"
@@ -49,10 +58,17 @@ def test_what_is_not_known_is_left_out() -> None:
 
 def test_breakdowns_scale_and_skipped_steps_are_added() -> None:
     line = progress_line(
-        [numbers(loss_scale=1024.0, skipped=2, lr=[1e-3, 2e-3])], [rank()], {"forward": 1.25, "step": 3.0}, {"gradients": 10**9}
+        stretch(numbers(loss_scale=1024.0, skipped=2, lr=[1e-3, 2e-3])), [rank()], {"forward": 1.25, "step": 3.0}, {"gradients": 10**9}
     )  # fmt: skip
     assert "lr 0.001, 0.002 | norm 0.5 | scale 1024 | skipped 2 |" in line
     assert line.endswith("| forward 1.2 ms, step 3.0 ms | gradients 1 GB")
+
+
+def test_a_long_stretch_keeps_no_step_but_the_last() -> None:
+    steps = [numbers(step=i) for i in range(100)]
+    made = stretch(*steps)
+    assert made.num_steps == 100
+    assert sum(any(held is step for step in steps) for held in gc.get_referents(made.__dict__)) == 1
 
 
 def test_derived_numbers_follow_from_the_step() -> None:
