@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -85,22 +85,9 @@ def adam_(
     if not params:
         return
     if params[0].device.type == "cpu":
-        lr_now = float(lr)
-        shared = (
-            grad_factor,
-            betas[0],
-            1 - betas[0],
-            betas[1],
-            1 - betas[1],
-            weight_decay * (lr_now if decoupled else 1),
-        )
-        scalars = [
-            # An infinite denominator is a step of size 0.
-            (*shared, math.sqrt(of_square) / (lr_now * of_mean), eps / (lr_now * of_mean))
-            if lr_now
-            else (*shared, 1.0, math.inf)
-            for of_mean, of_square in _inverse_corrections(steps, betas, bias_correction)
-        ]
+        decay = weight_decay * (float(lr) if decoupled else 1)
+        corrections = _inverse_corrections(steps, betas, bias_correction)
+        scalars = _adam_scalars(corrections, float(lr), betas, eps, decay, grad_factor)
         columns = Columns(params, grads, exp_avgs, exp_avg_sqs, lows)
         if step_(Operation.ADAM, Decay.of(weight_decay, decoupled), columns, scalars):
             return
@@ -122,6 +109,23 @@ def adam_(
         kernel = torch._fused_adamw_ if decoupled else torch._fused_adam_
         kernel(params, grads, exp_avgs, exp_avg_sqs, [], steps, amsgrad=False, lr=lr, beta1=betas[0], beta2=betas[1],
                weight_decay=weight_decay, eps=eps, maximize=False, grad_scale=None, found_inf=None)  # fmt: skip
+
+
+def _adam_scalars(
+    corrections: Iterable[tuple[float, float]],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    grad_factor: float,
+) -> list[tuple[float, ...]]:
+    """What the compiled kernel takes per tensor."""
+    shared = (grad_factor, betas[0], 1 - betas[0], betas[1], 1 - betas[1], decay)
+    return [
+        # An infinite denominator is a step of size 0.
+        (*shared, math.sqrt(of_square) / (lr * of_mean), eps / (lr * of_mean)) if lr else (*shared, 1.0, math.inf)
+        for of_mean, of_square in corrections
+    ]
 
 
 def _is_one_pass(columns: Sequence[Tensors], lows: Lows | None, grad_factor: float) -> bool:
