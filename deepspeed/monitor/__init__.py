@@ -8,6 +8,7 @@ comet.py         Comet
 master.py        MonitorMaster: all that the configuration asks for, on rank 0
 run_record.py    run.jsonl in the run directory: written by a run, read by reports
 step.py          one step in numbers
+stretch.py       the steps between two progress lines, added up
 line.py          the progress line
 trace.py         a trace for Chrome and Perfetto
 report.py        `deepspeed report`: a page from records
