@@ -41,6 +41,8 @@ PURE = [
     "zero/layout.py",
     "zero/policy.py",
     "zero/plan.py",
+    "checkpoint/boxes.py",
+    "checkpoint/names.py",
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
     *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition", "topology")),
 ]

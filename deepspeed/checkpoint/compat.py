@@ -40,7 +40,7 @@ def optim_file_name(is_bf16: bool, rank: int = 0) -> str:
 
 def state_files(about: Mapping[str, Any], client_state: Mapping[str, Any], manifest: Manifest) -> dict[str, bytes]:
     """File name -> content. One model file, and from ZeRO stage 1 on one optimizer file, for each rank that had one."""
-    stage, world_size = int(about["zero_stage"]), int(about["world_size"])
+    stage, world_size = int(about["zero_stage"]), int(about["world_size"]) // int(about.get("model_parallel_size", 1))
     common = {"ds_config": None, "ds_version": about["deepspeed_version"]}
     model = {
         "module": None,

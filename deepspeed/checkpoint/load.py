@@ -1,12 +1,12 @@
 """Loading: from the names and intervals of any checkpoint into this run's own flats, whatever wrote it and on how many ranks.
 
-Called by `api`. Everything that can be refused is refused before anything is overwritten: names, shapes, sizes,
+Called by `engine.checkpoints`. Everything that can be refused is refused before anything is overwritten: names, shapes, sizes,
 headers. Only damage inside the data can be found later; then the error says that the model is half loaded.
 
     check     names against the model's, shapes, what is missing and unexpected            all ranks agree
     weights   each flat's spans are fetched into it; masters published to parameters
     states    runs are cut where the checkpoint's parameters differ, states made and fetched
-    rest      groups' settings, loss scale, schedule, counters, random generators          by `api`
+    rest      groups' settings, loss scale, schedule, counters, random generators          by `engine.checkpoints`
 
 Invariant: after `load` all ranks have loaded the same checkpoint, or all raise.
 """
@@ -22,8 +22,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.checkpoint.boxes import Box
 from deepspeed.checkpoint.container import DTYPE_OF
 from deepspeed.checkpoint.manifest import StoredTensor
+from deepspeed.checkpoint.names import apart, is_apart
 from deepspeed.checkpoint.original import THE_ORIGINALS
 from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER, Subject
@@ -42,40 +44,53 @@ class Names:
     """Which stored name each of the model's has, and what has no counterpart."""
 
     params: dict[str, str] = field(default_factory=dict)
+    """By local name."""
+    boxes: dict[str, Box | None] = field(default_factory=dict)
+    """What this rank holds of the stored tensor, by local name."""
+    used: set[str] = field(default_factory=set)
+    """Stored names that have a counterpart on this rank."""
     buffers: dict[str, str] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
 
 
-def match_names(subject: Subject, source: Source, is_strict: bool) -> Names:
-    """Pair the model's names with the checkpoint's. Raises CheckpointError for differing shapes, and if `is_strict` for
-    names without counterpart."""
+def pair_names(subject: Subject, source: Source) -> Names:
+    """Pair this rank's names with the checkpoint's. Raises CheckpointError for differing shapes."""
     stored, stored_buffers = source.tensors.get(PARAM, {}), source.tensors.get(BUFFER, {})
     names, problems = Names(), []
-    ours = subject.tied()
-    for name, param in subject.module.named_parameters():
-        aliases = [name, *(alias for alias, first in ours.items() if first == name)]
+    ours = subject.tied_locally()
+    # What a rank stored apart has a meaning to the same rank of an equal division alone.
+    is_alike = int(source.about.get("model_parallel_size", 1)) == subject.mesh.size("model")
+    own = [partial(apart, model_rank=subject.mesh.rank("model"))] if is_alike else []
+    for local, _ in subject.module.named_parameters():
+        place = subject.place_of(local)
+        aliases = [subject.name_of(name) for name in (local, *(a for a, first in ours.items() if first == local))]
+        aliases += [called(name) for called in own for name in aliases]
         found = next((source.tied.get(a, a) for a in aliases if source.tied.get(a, a) in stored), None)
         if found is None:
-            names.missing.append(name)
-        elif stored[found].shape != tuple(stored_shape(param)):
+            names.missing.append(place.name)
+            continue
+        is_own = any(found == called(place.name) for called in own)
+        shape = tuple(stored_shape(subject.module.get_parameter(local))) if is_own else place.whole
+        if stored[found].shape != shape:
             problems.append(
-                f"{name} is {list(stored[found].shape)} in the checkpoint, {list(stored_shape(param))} in the model"
+                f"{place.name} is {list(stored[found].shape)} in the checkpoint, {list(shape)} in the model"
             )
         else:
-            names.params[name] = found
-    buffers = subject.buffers()
-    for name, buffer in buffers.items():
-        if name not in stored_buffers:
+            names.params[local] = found
+            names.boxes[local] = None if is_own else place.box
+            names.used |= {found, *(alias for alias in aliases if alias in stored)}
+    for name, buffer in subject.buffers().items():
+        found = next((n for n in (name, *(called(name) for called in own)) if n in stored_buffers), None)
+        if found is None:
             names.missing.append(name)
-        elif stored_buffers[name].shape != tuple(buffer.shape):
+        elif stored_buffers[found].shape != tuple(buffer.shape):
             problems.append(
-                f"{name} is {list(stored_buffers[name].shape)} in the checkpoint, {list(buffer.shape)} in the model"
+                f"{name} is {list(stored_buffers[found].shape)} in the checkpoint, {list(buffer.shape)} in the model"
             )
         else:
-            names.buffers[name] = name
-    used = {*names.params.values(), *(name for name in ours if name in stored)}
-    names.unexpected = [n for n in stored if n not in used] + [n for n in stored_buffers if n not in buffers]
+            names.buffers[name] = found
+            names.used.add(found)
     if problems:
         raise CheckpointError(
             f"{source.folder}: shapes differ.\n  "
@@ -83,13 +98,20 @@ def match_names(subject: Subject, source: Source, is_strict: bool) -> Names:
             + "\n  Give the model the checkpoint's shapes; "
             "or give what is new another name, and load with load_module_strict=False."
         )
+    return names
+
+
+def check_names(names: Names, source: Source, used: set[str], is_strict: bool) -> None:
+    """Note what has no counterpart; `used` are the stored names that any rank has. Raises CheckpointError if `is_strict`
+    and there is such."""
+    stored = [*source.tensors.get(PARAM, {}), *source.tensors.get(BUFFER, {})]
+    names.unexpected = [name for name in stored if name not in used]
     if is_strict and (names.missing or names.unexpected):
         raise CheckpointError(
             f"{source.folder} does not fit the model.\n  {_describe(names, source)}\n  load_module_strict=False loads what fits."
         )
     if names.missing or names.unexpected:
         log_dist(f"{source.folder} was loaded in part. {_describe(names, source)}", [0], 30)
-    return names
 
 
 def _describe(names: Names, source: Source) -> str:
@@ -105,6 +127,11 @@ def _describe(names: Names, source: Source) -> str:
         lines.append(f"Not in the checkpoint, and unchanged: {', '.join(_some(missing))}.")
     if names.unexpected:
         lines.append(f"Not in the model, and ignored: {', '.join(_some(names.unexpected))}.")
+    if any(is_apart(name) for name in names.unexpected):
+        lines.append(
+            f"Names with mp_rank_ are parts of which nobody said where they lie in the whole (deepspeed.mesh.marks): only "
+            f"{source.about.get('model_parallel_size', 1)} model-parallel ranks can load them."
+        )
     return "\n  ".join(lines)
 
 
@@ -124,7 +151,7 @@ def load_weights(subject: Subject, source: Source, names: Names, is_rounded: boo
     flats = list(weights(subject.built, subject.module, subject.mesh))
     wanted: list[Wanted] = []
     for i, flat in enumerate(flats):
-        wants = list(_wanted(flat, names.params))
+        wants = list(_wanted(flat, names))
         if i < len(subject.built.masters):  # those are first
             wants = _when_filled(wants, partial(_settle_master, subject.built.masters[i], is_rounded))
         wanted += wants
@@ -174,10 +201,11 @@ def _when_filled(wants: list[Wanted], then: Callable[[], None]) -> list[Wanted]:
     return [counted(want) for want in wants]
 
 
-def _wanted(flat: Flat, stored_name: Mapping[str, str]) -> Iterable[Wanted]:
+def _wanted(flat: Flat, names: Names) -> Iterable[Wanted]:
     for span in flat.spans:
-        if span.name in stored_name:
-            yield Wanted(flat.kind, stored_name[span.name], span.in_param, span.numel, _writes_at(flat, span.at))
+        if span.name in names.params:
+            stored, box = names.params[span.name], names.boxes[span.name]
+            yield Wanted(flat.kind, stored, span.in_param, span.numel, _writes_at(flat, span.at), box)
 
 
 def _writes_at(flat: Flat, at: int) -> Callable[[int, Tensor], None]:
@@ -218,7 +246,7 @@ def load_optimizer(subject: Subject, source: Source, state: Mapping[str, Any], n
     masters = {name: DTYPE_OF[stored[other].dtype] for name, other in names.params.items()}
     with torch.no_grad():
         flats = renew_states(optimizer, subject.mesh, specs, masters)
-        source.fetch([want for flat in flats for want in _wanted(flat, names.params)])
+        source.fetch([want for flat in flats for want in _wanted(flat, names)])
 
 
 def _has_what_it_needs(optimizer: torch.optim.Optimizer, listed: Iterable[Mapping[str, Any]]) -> bool:

@@ -5,10 +5,10 @@ presence says that everything it lists is durable.
 
     tensors["param"]["h.0.weight"] = dtype F32, shape (768, 768), pieces (file 0: [0, 300000)), (file 1: [300000, 589824))
 
-A piece is stored in its file under the key `piece_key(kind, name, start, stop)`, 1-D. Kinds: "param" (the weights, in
+Where ranks hold boxes of a tensor (tensor parallelism), a piece is an interval of its box instead (`boxes`). A piece is stored in its file under the key `piece_key(kind, name, start, stop)`, 1-D. Kinds: "param" (the weights, in
 the widest precision the run kept), "buffer", "optim.<state>", and "value" (whole tensors that JSON values refer to).
 
-Invariant: the pieces of every tensor cover it exactly once. `check_coverage` proves it before a checkpoint is published
+Invariant: the pieces of every box cover it exactly once, and the boxes of every tensor tile it. `check_coverage` proves it before a checkpoint is published
 and again when one is opened.
 """
 
@@ -21,6 +21,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from deepspeed.checkpoint.boxes import Box, check_box, describe, tiling_problem
 from deepspeed.checkpoint.container import DTYPE_OF, parse_json
 from deepspeed.checkpoint.digest import digest_function
 from deepspeed.checkpoint.files import check_name
@@ -30,20 +31,24 @@ from deepspeed.utils.errors import CheckpointError
 
 FILE_NAME = "manifest.json"
 STATE_NAME = "state.json"
-FORMAT, VERSION = "deepspeed.checkpoint", 1
+FORMAT = "deepspeed.checkpoint"
+PLAIN_VERSION, VERSION = 1, 2
+"""A manifest without boxes is written as version 1, which earlier releases read too."""
 SEAL = "seal"
 """The manifest's last field: the digest of everything before it."""
 MAX_MANIFEST = 1 << 30
 _HEX = re.compile(r"[0-9a-f]{8,64}")
 
 
-@dataclass(frozen=True, slots=True, order=True)
+@dataclass(frozen=True, slots=True)
 class Extent:
-    """Elements [start, stop) of a flattened tensor, in the file at this position of `Manifest.shards`."""
+    """Elements [start, stop) of a flattened box of a tensor, in the file at this position of `Manifest.shards`."""
 
     start: int
     stop: int
     file: int
+    box: Box | None = None
+    """None is the whole tensor."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +68,19 @@ class StoredTensor:
     def nbytes(self) -> int:
         """Bytes of the whole tensor."""
         return self.numel * DTYPE_OF[self.dtype].itemsize
+
+    def coverage_problem(self) -> str | None:
+        """What keeps the pieces from covering the tensor exactly once; None if nothing."""
+        by_box: dict[Box | None, list[Extent]] = {}
+        for extent in self.extents:
+            by_box.setdefault(extent.box, []).append(extent)
+        if set(by_box) <= {None}:
+            return coverage_problem(self.extents, self.numel)
+        for box, extents in by_box.items():
+            problem = coverage_problem(extents, self.numel if box is None else box.numel)
+            if problem:
+                return f"of its box {describe(box)}, {problem}"
+        return tiling_problem(list(by_box), self.shape)
 
 
 @dataclass(frozen=True)
@@ -91,19 +109,13 @@ class Manifest:
     def to_json(self) -> bytes:
         """As the file's text."""
         tensors = {
-            kind: {
-                name: {
-                    "dtype": t.dtype,
-                    "shape": list(t.shape),
-                    "pieces": [[e.file, e.start, e.stop] for e in t.extents],
-                }
-                for name, t in by_name.items()
-            }
+            kind: {name: _tensor_to_json(tensor) for name, tensor in by_name.items()}
             for kind, by_name in self.tensors.items()
         }
+        has_boxes = any(e.box for by_name in self.tensors.values() for t in by_name.values() for e in t.extents)
         value = {
             "format": FORMAT,
-            "version": VERSION,
+            "version": VERSION if has_boxes else PLAIN_VERSION,
             **self.about,
             "digest": {"algorithm": self.algorithm, "block": self.block},
             "shards": self.shards,
@@ -123,7 +135,7 @@ class Manifest:
             f"{kind} {name}: {problem}"
             for kind, by_name in self.tensors.items()
             for name, tensor in by_name.items()
-            if (problem := coverage_problem(tensor.extents, tensor.numel))
+            if (problem := tensor.coverage_problem())
         ]
         if problems:
             more = f"\n  and {len(problems) - 10} more" if len(problems) > 10 else ""
@@ -133,7 +145,7 @@ class Manifest:
 def coverage_problem(extents: Sequence[Extent], numel: int) -> str | None:
     """What is wrong with a set of intervals that should tile [0, numel); None if nothing."""
     position = 0
-    for extent in sorted(extents):
+    for extent in sorted(extents, key=lambda extent: (extent.start, extent.stop)):
         if extent.start != position:
             what = "missing" if extent.start > position else "stored twice"
             low, high = sorted((extent.start, position))
@@ -156,19 +168,15 @@ def _check_seal(text: bytes, algorithm: str, path: str) -> None:
         raise CheckpointError(f"{path} is damaged: it does not match its own digest.\n  Load another checkpoint.")
 
 
-def piece_key(kind: str, name: str, start: int, stop: int) -> str:
-    """The name of a piece inside its safetensors file."""
-    return f"{kind}/{name}[{start}:{stop}]"
-
-
 def parse_manifest(text: bytes, path: str) -> Manifest:
     """Read and check a manifest. Raises CheckpointError, naming the field, for anything that `to_json` would not write."""
     value = parse_json(text, path)
     if not isinstance(value, dict) or value.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this format.")
-    if value.get("version") != VERSION:
+    if value.get("version") not in (PLAIN_VERSION, VERSION):
         raise CheckpointError(
-            f"{path} has version {value.get('version')!r}; this release reads version {VERSION}.\n  Use a newer release."
+            f"{path} has version {value.get('version')!r}; this release reads versions {PLAIN_VERSION} and {VERSION}.\n"
+            "  Use a newer release."
         )
     place = "its top level"
     try:
@@ -195,20 +203,42 @@ def parse_manifest(text: bytes, path: str) -> Manifest:
         for kind, by_name in value["tensors"].items():
             for name, tensor in by_name.items():
                 place = f"tensors.{kind}.{name}"
-                extents = tuple(Extent(_count(b), _count(c), _count(a)) for a, b, c in tensor["pieces"])
-                if any(e.start > e.stop or e.file >= len(manifest.shards) for e in extents):
+                stored = _tensor_of_json(tensor)
+                if any(e.start > e.stop or e.file >= len(manifest.shards) for e in stored.extents):
                     raise ValueError("a piece that cannot be")
-                stored = StoredTensor(_dtype(tensor["dtype"]), _shape(tensor["shape"]), extents)
                 manifest.tensors.setdefault(kind, {})[name] = stored
     except CheckpointError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
         raise CheckpointError(f"{path}: {place} is malformed ({error!r}).") from error
     missing = [name for name in manifest.shards if name not in manifest.files]
     if missing:
         raise CheckpointError(f"{path}: the shard {missing[0]} is not among its files.")
     manifest.check_coverage()
     return manifest
+
+
+def _tensor_to_json(tensor: StoredTensor) -> dict[str, Any]:
+    boxes = list(dict.fromkeys(e.box for e in tensor.extents if e.box is not None))
+    pieces = [[e.file, e.start, e.stop, *([boxes.index(e.box)] if e.box is not None else [])] for e in tensor.extents]
+    value = {"dtype": tensor.dtype, "shape": list(tensor.shape), "pieces": pieces}
+    return value | ({"boxes": [[[list(r) for r in of_dim] for of_dim in box.ranges] for box in boxes]} if boxes else {})
+
+
+def _tensor_of_json(value: Mapping[str, Any]) -> StoredTensor:
+    shape = _shape(value["shape"])
+    boxes = [_box(ranges, shape) for ranges in value.get("boxes", ())]
+    extents = []
+    for file, start, stop, *rest in value["pieces"]:
+        box = boxes[_count(rest[0])] if rest else None
+        extents.append(Extent(_count(start), _count(stop), _count(file), box))
+    return StoredTensor(_dtype(value["dtype"]), shape, tuple(extents))
+
+
+def _box(value: Any, shape: tuple[int, ...]) -> Box:
+    box = Box(tuple(tuple((_count(start), _count(stop)) for start, stop in of_dim) for of_dim in value))
+    check_box(box, shape)
+    return box
 
 
 def _file(record: Mapping[str, Any], block: int) -> FileRecord:
@@ -245,13 +275,14 @@ def _shape(value: Any) -> tuple[int, ...]:
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """What one rank wrote: elements [start, stop) of a tensor."""
+    """What one rank wrote: elements [start, stop) of its box of a tensor."""
 
     kind: str
     name: str
     dtype: str
     start: int
     stop: int
+    box: Box | None = None
 
 
 def merge(
@@ -267,8 +298,10 @@ def merge(
                 raise CheckpointError(
                     f"{piece.kind} {piece.name} has dtype {dtype} on one rank and {piece.dtype} on another."
                 )
-            extents.append(Extent(piece.start, piece.stop, file))
+            extents.append(Extent(piece.start, piece.stop, file, piece.box))
     tensors: dict[str, dict[str, StoredTensor]] = {}
     for (kind, name), (dtype, extents) in found.items():
-        tensors.setdefault(kind, {})[name] = StoredTensor(dtype, shapes[kind, name], tuple(sorted(extents)))
+        tensors.setdefault(kind, {})[name] = StoredTensor(
+            dtype, shapes[kind, name], tuple(sorted(extents, key=lambda e: (e.start, e.stop, e.file)))
+        )
     return tensors

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.checkpoint.boxes import meeting
 from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
@@ -280,11 +281,11 @@ class Original:
     def fetch(self, wanted: Sequence[Wanted]) -> None:
         """Deliver elements to their sinks."""
         for want in wanted:
-            start = 0
+            start, shape = 0, self.tensors[want.kind][want.name].shape
+            wanted_of_box = want.box, want.start, want.start + want.numel
             for piece in self._pieces[want.kind, want.name]:
-                low, high = max(start, want.start), min(start + piece.numel(), want.start + want.numel)
-                if low < high:
-                    want.sink(low - want.start, piece.narrow(0, low - start, high - low))
+                for meets in meeting((None, start, start + piece.numel()), wanted_of_box, shape):
+                    want.sink(meets.at_second - want.start, piece.narrow(0, meets.at_first - start, meets.numel))
                 start += piece.numel()
 
 

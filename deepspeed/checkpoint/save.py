@@ -13,12 +13,8 @@ Invariant: at every instant the folder named by `latest` is a whole checkpoint, 
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
-import re
 import time
-import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,10 +22,10 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from deepspeed.checkpoint import compat, files, rng
+from deepspeed.checkpoint import compat, files, owners, rng
+from deepspeed.checkpoint.aside import Lock, open_aside, put_in_place, remove_if_possible, retain
 from deepspeed.checkpoint.container import lay_out
 from deepspeed.checkpoint.digest import default_algorithm
-from deepspeed.checkpoint.find import LATEST, LATEST_UNIVERSAL
 from deepspeed.checkpoint.manifest import (
     FILE_NAME,
     STATE_NAME,
@@ -38,18 +34,15 @@ from deepspeed.checkpoint.manifest import (
     Piece,
     StoredTensor,
     merge,
-    piece_key,
 )
+from deepspeed.checkpoint.names import piece_key, rank_file, shard_file
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.staging import Staging
 from deepspeed.checkpoint.subject import BUFFER, VALUE, Share, Subject, shares, whole
 from deepspeed.checkpoint.values import encode
 from deepspeed.checkpoint.writer import FileRecord, FileWriter, Reads, record_of
 from deepspeed.utils.errors import CheckpointError
-from deepspeed.utils.logging import logger
 from deepspeed.zero.shards import PARAM, group_names, run_values
-
-ASIDE = re.compile(r"\..+\.[0-9a-f]{8}\.(tmp|trash|old)")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,15 +72,25 @@ class RankRecord(NamedTuple):
     rank_file: FileRecord
     optimizer_values: list[tuple[tuple[str, ...], tuple[str, ...], str]]
     """(parameter names, kinds of state, values as JSON text)."""
+    of_model: OfModel | None
+    """From one rank of each model-parallel position."""
+
+
+class OfModel(NamedTuple):
+    """What a rank knows of the model, and others of its data-parallel group know too."""
+
+    parameters: dict[str, ParameterInfo]
+    tied: dict[str, str]
+    excluded: frozenset[str]
+    state: bytes
+    """JSON: `module_extra`, and the `optimizer`'s class and groups."""
 
 
 @dataclass
 class Snapshot:
     """Everything of a save that is small, taken at once: later changes of the run do not reach it."""
 
-    parameters: dict[str, ParameterInfo]
-    tied: dict[str, str]
-    excluded: frozenset[str]
+    of_model: OfModel | None
     shares: list[Share]
     shapes: dict[tuple[str, str], tuple[int, ...]]
     shared: bytes
@@ -100,31 +103,37 @@ def take_snapshot(subject: Subject, request: SaveRequest, rank: int) -> Snapshot
     """Encode this rank's state and list its shares. Raises CheckpointError for values that cannot be stored."""
     parameters = subject.parameters()
     excluded = frozenset(n for n, p in parameters.items() if request.exclude_frozen and p.is_frozen)
-    found = list(shares(subject.flats(), excluded))
+    found = list(shares(subject, excluded))
     shapes = {(share.piece.kind, share.piece.name): parameters[share.piece.name].shape for share in found}
     tensors: dict[str, Tensor] = {}
     own = _to_json({"rng": rng.capture(), **request.own}, tensors, f"rank{rank}")
-    shared = b""
-    if rank == 0:
-        shared = _to_json(_shared_state(subject, request), tensors, "")
+    shared = _to_json(request.shared, tensors, "") if rank == 0 else b""
+    of_model = None
+    if subject.is_first_of_model:
+        state = _to_json(_state_of_model(subject), tensors, "" if rank == 0 else f"rank{rank}")
+        of_model = OfModel(parameters, subject.tied(), excluded, state)
         for name, buffer in subject.buffers().items():
-            found.append(whole(BUFFER, name, buffer))
-            shapes[BUFFER, name] = tuple(buffer.shape)
+            if name not in subject.elsewhere:
+                found.append(whole(BUFFER, name, buffer))
+                shapes[BUFFER, name] = tuple(buffer.shape)
     for name, tensor in tensors.items():
         found.append(whole(VALUE, name, tensor))
         shapes[VALUE, name] = tuple(tensor.shape)
     return Snapshot(
-        parameters, subject.tied(), excluded, found, shapes, shared, own, _optimizer_values(subject, rank, found, shapes),
+        of_model, found, shapes, shared, own, _optimizer_values(subject, found, shapes),
         compat.plain(request.shared.get("client_state", {})) if rank == 0 else {},
     )  # fmt: skip
 
 
-def _shared_state(subject: Subject, request: SaveRequest) -> dict[str, Any]:
-    state = {**request.shared, "module_extra": subject.extra_states()}
+def _state_of_model(subject: Subject) -> dict[str, Any]:
+    state: dict[str, Any] = {"module_extra": subject.extra_states()}
     optimizer = subject.optimizer
     if optimizer is not None:
         groups = [
-            {"params": names, "settings": {key: value for key, value in group.items() if key != "params"}}
+            {
+                "params": [subject.name_of(name) for name in names],
+                "settings": {key: value for key, value in group.items() if key != "params"},
+            }
             for names, group in zip(group_names(optimizer), optimizer.param_groups, strict=True)
         ]
         state["optimizer"] = {"class": type(optimizer.optimizer).__name__, "groups": groups}
@@ -137,22 +146,23 @@ def _to_json(value: Any, tensors: dict[str, Tensor], path: str) -> bytes:
 
 
 def _optimizer_values(
-    subject: Subject, rank: int, found: list[Share], shapes: dict[tuple[str, str], tuple[int, ...]]
+    subject: Subject, found: list[Share], shapes: dict[tuple[str, str], tuple[int, ...]]
 ) -> list[tuple[tuple[str, ...], tuple[str, ...], str]]:
     """The optimizer's values besides its tensors; where every rank has the same, the first one's."""
     optimizer = subject.optimizer
-    if optimizer is None or (not optimizer.policy.optimizer.is_sharded and rank > 0):
+    if optimizer is None or (not optimizer.policy.optimizer.is_sharded and not subject.is_first_of_model):
         return []
     listed = []
     for run in run_values(optimizer):
+        names = tuple(name for name in map(subject.name_of, run.names) if name not in subject.elsewhere)
+        if not names:
+            continue
         tensors: dict[str, Tensor] = {}
-        text = json.dumps(
-            encode(run.values, tensors, f"optimizer_values.{run.names[0]}"), sort_keys=True, allow_nan=False
-        )
+        text = json.dumps(encode(run.values, tensors, f"optimizer_values.{names[0]}"), sort_keys=True, allow_nan=False)
         for name, tensor in tensors.items():
             found.append(whole(VALUE, name, tensor))
             shapes[VALUE, name] = tuple(tensor.shape)
-        listed.append((run.names, run.kinds, text))
+        listed.append((names, run.kinds, text))
     return listed
 
 
@@ -171,10 +181,22 @@ class Save:
         """Bytes of this rank's file."""
         self._what = f"save_checkpoint({str(request.folder)!r}, tag={request.tag!r})"
         self._target = request.folder / files.check_tag(request.tag)
-        self._lock: _Lock | None = None
+        self._lock: Lock | None = None
         self._aside = Path(ranks.on_first(self._what, lambda: str(self._open_aside())))
+        subject = self._of_this_rank(subject)
         self._snapshot = self._together(lambda: take_snapshot(subject, request, ranks.rank))
-        self._name = f"shard-{ranks.rank:05d}-of-{ranks.world_size:05d}.safetensors"
+        self._name = shard_file(ranks.rank, ranks.world_size)
+
+    def _of_this_rank(self, subject: Subject) -> Subject:
+        """The subject with what other model-parallel ranks write, and what has to be stored apart. Collective."""
+        if subject.mesh.size("model") == 1:
+            return subject
+        holdings = self._together(lambda: owners.holdings(subject))
+        try:
+            return owners.settle(subject, holdings, self._ranks)
+        except BaseException:
+            self._drop_aside()
+            raise
 
     def _together(self, step: Callable[[], Any]) -> Any:
         try:
@@ -184,17 +206,7 @@ class Save:
             raise
 
     def _open_aside(self) -> Path:
-        self._target.parent.mkdir(parents=True, exist_ok=True)
-        if self._target.is_symlink() or (self._target.exists() and not self._target.is_dir()):
-            raise CheckpointError(f"{self._target} exists and is not a folder.\n  Choose another tag.")
-        remove_stale(self._target.parent)
-        aside = self._target.with_name(f".{self._target.name}.{uuid.uuid4().hex[:8]}.tmp")
-        aside.mkdir()
-        try:
-            self._lock = _Lock(aside)
-        except BaseException:
-            remove_if_possible(aside)
-            raise
+        aside, self._lock = open_aside(self._target)
         return aside
 
     def fill(self) -> None:
@@ -241,7 +253,7 @@ class Save:
         assert self._writer is not None, "fill comes before commit"
         file = self._writer.finish()
         snapshot = self._snapshot
-        files.write_durably(self._aside / _rank_file(self._ranks.rank), snapshot.own)
+        files.write_durably(self._aside / rank_file(self._ranks.rank), snapshot.own)
         return RankRecord(
             self._name,
             file,
@@ -249,12 +261,13 @@ class Save:
             snapshot.shapes,
             record_of(snapshot.own, default_algorithm()),
             snapshot.optimizer_values,
+            snapshot.of_model,
         )
 
     def _publish(self, everyone: Sequence[RankRecord]) -> None:
         manifest = self._make_manifest(everyone)
         algorithm = manifest.algorithm
-        state = _with_optimizer_values(self._snapshot.shared, everyone)
+        state = _whole_state(self._snapshot.shared, everyone)
         self._write(manifest, STATE_NAME, state, algorithm)
         for name, data in compat.state_files(self.request.about, self._snapshot.client_state, manifest).items():
             self._write(manifest, name, data, algorithm)
@@ -272,17 +285,17 @@ class Save:
         manifest.files[name] = record_of(data, algorithm)
 
     def _make_manifest(self, everyone: Sequence[RankRecord]) -> Manifest:
-        snapshot = self._snapshot
         shapes = {key: shape for record in everyone for key, shape in record.shapes.items()}
         tensors = merge([record.pieces for record in everyone], shapes)
-        kept = {name: info for name, info in snapshot.parameters.items() if name not in snapshot.excluded}
-        for name, info in kept.items():
+        whole = merge_models([record.of_model for record in everyone if record.of_model is not None])
+        for name, info in whole.parameters.items():
             # Without elements a parameter has no piece; with elements and without a piece, coverage fails.
-            tensors.setdefault(PARAM, {}).setdefault(name, StoredTensor(info.dtype, info.shape, ()))
+            if name not in whole.excluded:
+                tensors.setdefault(PARAM, {}).setdefault(name, StoredTensor(info.dtype, info.shape, ()))
         for names, kinds, _ in (entry for record in everyone for entry in record.optimizer_values):
             for kind in kinds:
                 for name in names:
-                    missing = StoredTensor("F32", snapshot.parameters[name].shape, ())
+                    missing = StoredTensor("F32", whole.parameters[name].shape, ())
                     tensors.setdefault(kind, {}).setdefault(name, missing)
         manifest = Manifest(
             {
@@ -293,13 +306,13 @@ class Save:
             default_algorithm(),
             shards=[record.name for record in everyone],
             files={record.name: record.file for record in everyone},
-            parameters=snapshot.parameters,
-            tied=snapshot.tied,
+            parameters=whole.parameters,
+            tied=whole.tied,
             tensors=tensors,
         )
-        manifest.files |= {_rank_file(rank): record.rank_file for rank, record in enumerate(everyone)}
-        if snapshot.excluded:
-            manifest.about["excluded_frozen"] = sorted(snapshot.excluded)
+        manifest.files |= {rank_file(rank): record.rank_file for rank, record in enumerate(everyone)}
+        if whole.excluded:
+            manifest.about["excluded_frozen"] = sorted(whole.excluded)
         manifest.check_coverage()
         return manifest
 
@@ -314,12 +327,49 @@ def _key(piece: Piece) -> str:
     return piece_key(piece.kind, piece.name, piece.start, piece.stop)
 
 
-def _rank_file(rank: int) -> str:
-    return f"rank-{rank:05d}.json"
+def merge_models(parts: Sequence[OfModel]) -> OfModel:
+    """The parameters of the whole model from those of each model-parallel rank. Raises CheckpointError, naming the
+    parameter, where two say different things about one."""
+    parameters: dict[str, ParameterInfo] = {}
+    for part in parts:
+        for name, info in part.parameters.items():
+            known = parameters.setdefault(name, info)
+            if (known.dtype, known.shape) != (info.dtype, info.shape):
+                raise CheckpointError(
+                    f"{name} is {known.dtype} {list(known.shape)} on one model-parallel rank, {info.dtype} {list(info.shape)} on "
+                    "another.\n  Give what is not the same parameter another name (checkpoint.names.name_children)."
+                )
+    tied = {name: first for part in parts for name, first in part.tied.items() if name not in parameters}
+    return OfModel(parameters, tied, frozenset().union(*(part.excluded for part in parts)), b"")
 
 
-def _with_optimizer_values(shared: bytes, everyone: Sequence[RankRecord]) -> bytes:
-    """The shared state with the optimizer's values of all ranks, each distinct set once with the names it holds for."""
+def _whole_state(shared: bytes, everyone: Sequence[RankRecord]) -> bytes:
+    """The shared state, with what each model-parallel rank knows of modules and groups, and all optimizer values."""
+    state = json.loads(shared)
+    parts = [json.loads(record.of_model.state) for record in everyone if record.of_model is not None]
+    state["module_extra"] = {
+        prefix: extra for part in reversed(parts) for prefix, extra in part["module_extra"].items()
+    }
+    with_optimizer = [part["optimizer"] for part in parts if "optimizer" in part]
+    if with_optimizer:
+        state["optimizer"] = {"class": with_optimizer[0]["class"], "groups": _merge_groups(with_optimizer)}
+        state["optimizer"]["values"] = _merge_values(everyone)
+    return json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
+
+
+def _merge_groups(optimizers: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """Parameter groups by position, with the members of all ranks; the first rank's settings."""
+    merged: list[dict[str, Any]] = []
+    for optimizer in optimizers:
+        for i, group in enumerate(optimizer["groups"]):
+            if i == len(merged):
+                merged.append({"params": [], "settings": group["settings"]})
+            merged[i]["params"] = list(dict.fromkeys([*merged[i]["params"], *group["params"]]))
+    return merged
+
+
+def _merge_values(everyone: Sequence[RankRecord]) -> list[dict[str, Any]]:
+    """The optimizer's values of all ranks, each distinct set once with the names it holds for."""
     distinct: dict[tuple[tuple[str, ...], str], dict[str, None]] = {}
     owner: dict[str, tuple[tuple[str, ...], str]] = {}
     for record in everyone:
@@ -331,93 +381,7 @@ def _with_optimizer_values(shared: bytes, everyone: Sequence[RankRecord]) -> byt
                         f"ranks disagree about the optimizer's state of {name}: {owner[name][1][:200]} and {text[:200]}."
                     )
                 distinct.setdefault(key, {})[name] = None
-    state = json.loads(shared)
-    if "optimizer" in state:
-        state["optimizer"]["values"] = [
-            {"params": list(names), "kinds": list(kinds), "values": json.loads(text)}
-            for (kinds, text), names in distinct.items()
-        ]
-    return json.dumps(state, separators=(",", ":"), allow_nan=False).encode()
-
-
-class _Lock:
-    """Says that a folder is being written to; the kernel takes it back from a process that dies."""
-
-    def __init__(self, folder: Path) -> None:
-        self._fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-        fcntl.flock(self._fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-
-    def release(self) -> None:
-        """Give it back."""
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
-
-
-def remove_stale(parent: Path) -> None:
-    """Delete what saves that died have left in a folder; those still being written are locked and stay. Afterwards the space
-    of everything that was removed is free."""
-    files.finish_removals()
-    for entry in os.scandir(parent):
-        if ASIDE.fullmatch(entry.name) and entry.is_dir(follow_symlinks=False):
-            if entry.name.endswith(".old") and not (parent / entry.name[1:-13]).exists():
-                continue  # the only copy: a replacement died between its two renames
-            try:
-                lock = _Lock(Path(entry.path))
-            except OSError:
-                continue
-            files.remove_tree(Path(entry.path))
-            lock.release()
-    files.finish_removals()
-
-
-def remove_if_possible(folder: Path) -> None:
-    """Delete a folder that nobody needs; a disk that refuses is no reason to call a save failed, or to hide why it was."""
-    try:
-        files.remove_tree(folder)
-    except OSError as error:
-        logger.warning("%s could not be removed: %s", folder, error)
-
-
-def put_in_place(aside: Path, target: Path) -> None:
-    """Publish a whole folder under its name. Where the system can exchange folders there is no instant without one."""
-    if not target.exists():
-        os.rename(aside, target)
-        files.sync_folder(target.parent)
-        return
-    old = aside
-    if not files.swap(aside, target):
-        old = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}.old")
-        os.rename(target, old)
-        os.rename(aside, target)
-    files.sync_folder(target.parent)
-    _keep_foreign_files(old, target)
-    remove_if_possible(old)
-
-
-def _keep_foreign_files(old: Path, new: Path) -> None:
-    """Carry over what others put beside the old checkpoint's own files."""
-    try:
-        own = set(json.loads((old / FILE_NAME).read_bytes())["files"]) | {FILE_NAME}
-    except (OSError, ValueError, KeyError, TypeError):
-        own = set()
-    for entry in os.scandir(old):
-        is_own = entry.name in own or entry.name.endswith("_states.pt")
-        if not is_own and not (new / entry.name).exists():
-            os.rename(entry.path, new / entry.name)
-
-
-def retain(folder: Path, keep: int, newest: Path) -> None:
-    """Delete the oldest checkpoints of a folder beyond the newest `keep`; never `newest`, nor what `latest` or
-    `latest_universal` names."""
-    named = [folder / name for name in (LATEST, LATEST_UNIVERSAL)]
-    protected = {newest, *(folder / path.read_text().strip() for path in named if path.exists())}
-    found = []
-    for entry in os.scandir(folder):
-        manifest = Path(entry.path, FILE_NAME)
-        if not entry.name.startswith(".") and entry.is_dir(follow_symlinks=False) and manifest.is_file():
-            found.append((manifest.stat().st_mtime_ns, Path(entry.path)))
-    for _, path in sorted(found, reverse=True)[keep:]:
-        if path not in protected:
-            logger.info("removing %s: checkpoint.keep_last_n is %d", path, keep)
-            remove_if_possible(path)
+    return [
+        {"params": list(names), "kinds": list(kinds), "values": json.loads(text)}
+        for (kinds, text), names in distinct.items()
+    ]

@@ -13,18 +13,22 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from deepspeed.checkpoint.boxes import Box
 from deepspeed.checkpoint.manifest import ParameterInfo, StoredTensor
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Elements [start, start + numel) of a tensor, for `sink(offset, values)`: 1-D, stored dtype, offset from `start`."""
+    """Elements [start, start + numel) of a box of a tensor, for `sink(offset, values)`: 1-D, stored dtype, offset from
+    `start`."""
 
     kind: str
     name: str
     start: int
     numel: int
     sink: Callable[[int, Tensor], None]
+    box: Box | None = None
+    """None is the whole tensor."""
 
 
 class Source(Protocol):

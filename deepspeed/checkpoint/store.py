@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from deepspeed.checkpoint.boxes import Stretch, meeting
 from deepspeed.checkpoint.container import DTYPE_OF, Entry, Layout, header_length, parse, parse_json
 from deepspeed.checkpoint.digest import digest_function
 from deepspeed.checkpoint.files import open_plain, read_plain
@@ -26,8 +27,8 @@ from deepspeed.checkpoint.manifest import (
     Extent,
     Manifest,
     parse_manifest,
-    piece_key,
 )
+from deepspeed.checkpoint.names import piece_key, rank_file
 from deepspeed.checkpoint.reader import ByteRange, check_size, damaged, make_staging, read_ranges
 from deepspeed.checkpoint.source import Wanted
 from deepspeed.checkpoint.subject import VALUE
@@ -54,7 +55,7 @@ class Stored:
 
     def rank_state(self, rank: int) -> dict[str, Any] | None:
         """One rank's own state."""
-        name = f"rank-{rank:05d}.json"
+        name = rank_file(rank)
         return self._read_state(name) if name in self.manifest.files else None
 
     def _read_state(self, name: str) -> dict[str, Any]:
@@ -81,10 +82,10 @@ class Stored:
         ranges: dict[int, list[ByteRange]] = {}
         for want in wanted:
             stored = self.tensors[want.kind][want.name]
+            wanted_of_box = want.box, want.start, want.start + want.numel
             for extent in stored.extents:
-                low, high = max(extent.start, want.start), min(extent.stop, want.start + want.numel)
-                if low < high:
-                    ranges.setdefault(extent.file, []).append(self._range(want, extent, low, high))
+                for meets in meeting((extent.box, extent.start, extent.stop), wanted_of_box, stored.shape):
+                    ranges.setdefault(extent.file, []).append(self._range(want, extent, meets))
         staging = make_staging()
         for file in sorted(ranges):
             name = self.manifest.shards[file]
@@ -103,15 +104,15 @@ class Stored:
             raise CheckpointError(f"{self.folder / file}: {key} is not aligned to its element size.")
         return found
 
-    def _range(self, want: Wanted, extent: Extent, low: int, high: int) -> ByteRange:
+    def _range(self, want: Wanted, extent: Extent, meets: Stretch) -> ByteRange:
         entry = self.entry(want.kind, want.name, extent)
         dtype = DTYPE_OF[entry.dtype]
 
         def sink(offset: int, data: Tensor) -> None:
-            want.sink(low - want.start + offset // dtype.itemsize, data.view(dtype))
+            want.sink(meets.at_second - want.start + offset // dtype.itemsize, data.view(dtype))
 
-        first = entry.start + (low - extent.start) * dtype.itemsize
-        return ByteRange(first, first + (high - low) * dtype.itemsize, sink, f"{want.kind} {want.name}")
+        first = entry.start + (meets.at_first - extent.start) * dtype.itemsize
+        return ByteRange(first, first + meets.numel * dtype.itemsize, sink, f"{want.kind} {want.name}")
 
     def layout(self, file: str) -> Layout:
         """The checked header of a shard."""
@@ -142,12 +143,6 @@ class Stored:
             if any(e.file == number for e in t.extents)
         ]
         return [ByteRange(low, high, lambda *_: None, text) for text in ["the header", *names]]
-
-    def check_files(self) -> None:
-        """Raise CheckpointError unless every listed file is there, plain, and of the right size."""
-        for name, record in self.manifest.files.items():
-            with open_plain(self.folder / name) as fd:
-                check_size(self.folder / name, os.fstat(fd).st_size, record)
 
 
 class _Values(Mapping[str, Tensor]):

@@ -1,23 +1,28 @@
 """What is saved and loaded: one model under ZeRO, seen as named flats; and what this rank writes of it.
 
-Made by the engine's porch (`api`); used by `save` and `load`.
+Made by the engine (`engine.checkpoints`); used by `save` and `load`. A model that is divided (tensor, pipeline
+parallelism) is seen whole: parameters have the names and shapes of the whole model, and this rank a box of each.
 
 Invariant: over all ranks, `shares` cover every element of every parameter, buffer and optimizer state exactly once.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from deepspeed.checkpoint.boxes import Box, box_of
 from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.manifest import ParameterInfo, Piece
+from deepspeed.checkpoint.names import GlobalNames, apart
 from deepspeed.checkpoint.writer import Reads
-from deepspeed.mesh import Mesh
+from deepspeed.mesh import Mesh, marks
+from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.build import Built
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import real_dtype, stored_shape
@@ -28,24 +33,86 @@ SMALL_NUMEL = 1 << 16
 """Replicated pieces below this are written whole by one rank rather than in shares by all."""
 
 
+class Place(NamedTuple):
+    """Where this rank's values of a parameter belong: which box of which whole tensor."""
+
+    name: str
+    whole: tuple[int, ...]
+    box: Box | None
+
+
 @dataclass(frozen=True)
 class Subject:
-    """A model under ZeRO. `optimizer` is None in an engine that only evaluates."""
+    """A model under ZeRO. `optimizer` is None in an engine that only evaluates.
+
+    Names that are asked for and given are those in the whole model (`name_of`), but where a text says "local".
+    """
 
     module: nn.Module
     built: Built
     optimizer: ZeroOptimizer | None
     mesh: Mesh
+    apart: frozenset[str] = frozenset()
+    """Names of which each model-parallel rank stores its own."""
+    elsewhere: frozenset[str] = frozenset()
+    """Names that this rank holds and another model-parallel rank writes."""
+
+    @property
+    def is_first_of_model(self) -> bool:
+        """Whether this rank tells what all of its data-parallel group know."""
+        return self.mesh.rank("average") == 0
+
+    @cached_property
+    def _global(self) -> GlobalNames:
+        return GlobalNames(self.module)
+
+    def name_of(self, local: str) -> str:
+        """The name in a checkpoint of a local parameter, buffer or module."""
+        name = self._global(local)
+        return apart(name, self.mesh.rank("model")) if name in self.apart or local in self._places_unknown else name
+
+    def place_of(self, local: str) -> Place:
+        """Where a local parameter belongs."""
+        return self._places[local]
+
+    @cached_property
+    def _places_unknown(self) -> frozenset[str]:
+        """Local parameters that are cut, and nobody said where."""
+        if self.mesh.size("model") == 1:
+            return frozenset()
+        named = self.module.named_parameters(remove_duplicate=False)
+        return frozenset(name for name, param in named if any(not cut.ranges for cut in marks.of(param).cuts))
+
+    @cached_property
+    def _places(self) -> dict[str, Place]:
+        found = {}
+        for local, param in self.module.named_parameters(remove_duplicate=False):
+            whole, cuts = list(stored_shape(param)), {}
+            for cut in marks.of(param).cuts if local not in self._places_unknown else ():
+                if cut.ranges:
+                    whole[cut.dim], cuts[cut.dim] = cut.whole, cut.ranges
+            try:
+                box = box_of(whole, cuts)
+            except ValueError as error:
+                raise CheckpointError(f"{local} is marked as cut in a way that cannot be: {error}.") from error
+            found[local] = Place(self.name_of(local), tuple(whole), box)
+        return found
+
+    def boxes(self) -> dict[str, Box]:
+        """The boxes of parameters of which this rank holds a part."""
+        return {place.name: place.box for place in self._places.values() if place.box is not None}
 
     def parameters(self) -> dict[str, ParameterInfo]:
-        """Every parameter once, under its first name."""
+        """Every parameter once, under its first name, as it is whole."""
         return {
-            name: ParameterInfo(dtype_key(real_dtype(p), name), tuple(stored_shape(p)), not p.requires_grad)
+            self.name_of(name): ParameterInfo(
+                dtype_key(real_dtype(p), name), self._places[name].whole, not p.requires_grad
+            )
             for name, p in self.module.named_parameters()
         }
 
-    def tied(self) -> dict[str, str]:
-        """The further names of parameters that have several."""
+    def tied_locally(self) -> dict[str, str]:
+        """The further local names of parameters that have several, with the first."""
         first = {id(param): name for name, param in self.module.named_parameters()}
         return {
             name: first[id(param)]
@@ -53,19 +120,24 @@ class Subject:
             if first[id(param)] != name
         }
 
+    def tied(self) -> dict[str, str]:
+        """The further names of parameters that have several."""
+        named = ((self.name_of(name), self.name_of(first)) for name, first in self.tied_locally().items())
+        return {name: first for name, first in named if name != first}
+
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the module's state."""
         found: dict[str, Tensor] = {}
         for prefix, module in self.module.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[f"{prefix}.{name}".lstrip(".")] = buffer
+                    found[self.name_of(f"{prefix}.{name}".lstrip("."))] = buffer
         return found
 
     def extra_states(self) -> dict[str, Any]:
         """What modules add to their state by `get_extra_state`."""
         return {
-            prefix: module.get_extra_state()
+            self._global(prefix): module.get_extra_state()
             for prefix, module in self.module.named_modules()
             if type(module).get_extra_state is not nn.Module.get_extra_state
         }
@@ -86,15 +158,17 @@ class Share:
     read: Reads
 
 
-def shares(flats: Iterable[Flat], excluded: frozenset[str] = frozenset()) -> Iterator[Share]:
+def shares(subject: Subject, excluded: frozenset[str] = frozenset()) -> Iterator[Share]:
     """This rank's share of its flats: all of what it alone holds, an equal part of what is replicated."""
-    for index, flat in enumerate(flats):
+    for index, flat in enumerate(subject.flats()):
         low, high = _own_range(flat, index)
         for span in flat.spans:
             start, stop = max(low, span.at), min(high, span.at + span.numel)
-            if start < stop and span.name not in excluded:
+            place = subject.place_of(span.name)
+            if start < stop and place.name not in excluded and place.name not in subject.elsewhere:
                 first = span.in_param + start - span.at
-                piece = Piece(flat.kind, span.name, dtype_key(flat.dtype, span.name), first, first + stop - start)
+                dtype = dtype_key(flat.dtype, span.name)
+                piece = Piece(flat.kind, place.name, dtype, first, first + stop - start, place.box)
                 yield Share(piece, flat.dtype, _shifted(flat.read, start))
 
 

@@ -17,7 +17,7 @@ import contextlib
 import errno
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -199,12 +199,3 @@ def record_of(data: bytes, algorithm: str) -> FileRecord:
     digest = digest_function(algorithm)
     view = memoryview(data)
     return FileRecord(len(data), tuple(digest(view[start : start + BLOCK]) for start in range(0, len(data), BLOCK)))
-
-
-def readers_of(tensors: Iterable[tuple[str, Tensor]]) -> dict[str, Reads]:
-    """Sources for tensors that are here."""
-
-    def reads(flat: Tensor) -> Reads:
-        return lambda start, numel: flat.narrow(0, start, numel).cpu()
-
-    return {name: reads(tensor.detach().reshape(-1)) for name, tensor in tensors}

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import psutil
 import torch
@@ -22,8 +22,9 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import compat, export, rng
 from deepspeed.checkpoint.background import Background, SaveTimes
 from deepspeed.checkpoint.find import checkpoint_folder, latest_tag, open_checkpoint
-from deepspeed.checkpoint.load import load_optimizer, load_weights, match_names, publish
+from deepspeed.checkpoint.load import check_names, load_optimizer, load_weights, pair_names, publish
 from deepspeed.checkpoint.manifest import FILE_NAME as MANIFEST
+from deepspeed.checkpoint.names import GlobalNames
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.save import Save, SaveRequest
 from deepspeed.checkpoint.source import Source
@@ -31,12 +32,17 @@ from deepspeed.checkpoint.staging import BLOCK, FEW, Staging
 from deepspeed.checkpoint.subject import Subject
 from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
 from deepspeed.comm.exchange import Pending
+from deepspeed.config import Config
+from deepspeed.engine.accumulation import Accumulation
+from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailableError
 from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.access import GatheredParameters
-
-if TYPE_CHECKING:
-    from deepspeed.config import Config
+from deepspeed.zero.build import Built
+from deepspeed.zero.hooks import BackwardWatch
+from deepspeed.zero.optimizer import ZeroOptimizer
+from deepspeed.zero.reduce import Reducer
 
 RESERVED = ("ds_version", "ds_config")
 """Keys of the client state that `load_checkpoint` adds."""
@@ -88,11 +94,46 @@ def _warn_of_keys_without_effect(config: Config) -> None:
         warn_once(f"no effect on how checkpoints are written here: {', '.join(keys)}.")
 
 
+class CheckpointedRun(Protocol):
+    """What these methods need of an engine."""
+
+    module: nn.Module
+    mesh: Mesh
+    watch: BackwardWatch
+    accumulation: Accumulation
+    zero_optimizer: ZeroOptimizer | None
+    lr_scheduler: Any
+    training_dataloader: DeepSpeedDataLoader | None
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    _config: Config
+    _built: Built
+    _reducer: Reducer
+    _checkpoints: Checkpoints
+
+    def train_micro_batch_size_per_gpu(self) -> int:
+        """Samples per rank and micro-batch."""
+        ...
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Forget this step's gradients."""
+        ...
+
+    def empty_partition_cache(self) -> None:
+        """Reshard what is unsharded."""
+        ...
+
+    def _take_over_edits(self) -> None:
+        """Have what the script changed about the model in its place."""
+        ...
+
+
 class CheckpointMethods:
     """Mixin of the engine."""
 
     def save_checkpoint(
-        self,
+        self: CheckpointedRun,
         save_dir: str,
         tag: str | None = None,
         client_state: dict[str, Any] | None = None,
@@ -108,9 +149,8 @@ class CheckpointMethods:
         Returns True. Raises CheckpointError on every rank if any rank could not write its part; then the checkpoints that
         were there are untouched. Raises ValueError without `save_dir`.
         """
-        engine: Any = self
+        engine = self
         begun = time.perf_counter()
-        _refuse_model_parallel(engine)
         checkpoints: Checkpoints = engine._checkpoints
         checkpoints.background.wait()
         waited = time.perf_counter() - begun
@@ -151,14 +191,14 @@ class CheckpointMethods:
         log_dist(f"checkpoint {request.tag}: training was blocked for {times.blocked_ms:.0f} ms", [0])
         return True
 
-    def wait_for_checkpoint(self) -> SaveTimes:
+    def wait_for_checkpoint(self: CheckpointedRun) -> SaveTimes:
         """Wait until the last asynchronous save is durable; what it cost. Raises its error on every rank."""
-        engine: Any = self
+        engine = self
         engine._checkpoints.background.wait()
         return engine._checkpoints.times
 
     def load_checkpoint(
-        self,
+        self: CheckpointedRun,
         load_dir: str,
         tag: str | None = None,
         load_module_strict: bool = True,
@@ -176,8 +216,7 @@ class CheckpointMethods:
 
         Returns the path of the model state and the client state. Collective. Raises CheckpointError on every rank.
         """
-        engine: Any = self
-        _refuse_model_parallel(engine)
+        engine = self
         engine._checkpoints.background.wait()
         ranks = Ranks(engine.mesh)
         what = f"load_checkpoint({str(load_dir)!r}, tag={tag!r})"
@@ -202,11 +241,13 @@ class CheckpointMethods:
 
         def check() -> tuple[Source, Any, Any]:
             source = open_checkpoint(folder)
-            names = match_names(subject, source, load_module_strict and custom_load_fn is None)
-            return source, names, source.state()
+            return source, pair_names(subject, source), source.state()
 
         engine._take_over_edits()
         source, names, state = ranks.together(what, check)
+        used = set().union(*ranks.all(names.used)) if engine.mesh.size("model") > 1 else names.used
+        is_strict = load_module_strict and custom_load_fn is None
+        ranks.together(what, lambda: check_names(names, source, used, is_strict))
         _settle(engine)
         published: list[Pending] = []
         if custom_load_fn is None:
@@ -224,24 +265,27 @@ class CheckpointMethods:
             for pending in published:
                 pending.wait()
         if not load_module_only:
-            own = ranks.together(what, lambda: source.rank_state(ranks.rank)) or {}
+            is_same = _layout(engine.mesh) == _layout_of(source.about)
+            # With other ranks, what is known best is where the data of the same data-parallel rank stood.
+            number = ranks.rank if is_same else engine.mesh.rank("batch")
+            own = ranks.together(what, lambda: source.rank_state(number)) or {}
             _load_rest(engine, source, state, own, has_optimizer, load_lr_scheduler_states)
-        if int(source.about["world_size"]) != ranks.world_size:
-            log_dist(f"{folder}: resharded {source.about['world_size']} -> {ranks.world_size} ranks", [0])
+        if _layout(engine.mesh) != _layout_of(source.about):
+            log_dist(f"{folder}: resharded {_said(_layout_of(source.about))} -> {_said(_layout(engine.mesh))}", [0])
         client = {**state.get("client_state", {}), "ds_version": source.about.get("deepspeed_version")}
         return str(folder / compat.model_file_name(int(source.about["zero_stage"]))), client
 
     # Weights alone. ------------------------------------------------------------------------------------------------
 
     def module_state_dict(
-        self,
+        self: CheckpointedRun,
         destination: Any = None,
         prefix: str = "",
         keep_vars: bool = False,
         exclude_frozen_parameters: bool = False,
     ) -> Any:
         """The model's state dict; sharded parameters are placeholders that name the cure when used."""
-        engine: Any = self
+        engine = self
         state = engine.module.state_dict(destination=destination, prefix=prefix, keep_vars=keep_vars)
         if exclude_frozen_parameters:
             for name, param in engine.module.named_parameters():
@@ -250,14 +294,14 @@ class CheckpointMethods:
         return state
 
     def load_module_state_dict(
-        self,
+        self: CheckpointedRun,
         checkpoint: Mapping[str, Any],
         strict: bool = True,
         custom_load_fn: Callable[..., Any] | None = None,
         fetch_z3_params: bool = False,
     ) -> None:
         """Load `checkpoint["module"]`, a whole state dict that every rank has, into the model and the masters. Collective."""
-        engine: Any = self
+        engine = self
         engine._take_over_edits()
         with _whole_module(engine):
             if custom_load_fn is not None:
@@ -265,15 +309,20 @@ class CheckpointMethods:
             else:
                 engine.module.load_state_dict(checkpoint["module"], strict=strict)
 
-    def _zero3_consolidated_16bit_state_dict(self, exclude_frozen_parameters: bool = False) -> dict[str, Tensor] | None:
+    def _zero3_consolidated_16bit_state_dict(
+        self: CheckpointedRun, exclude_frozen_parameters: bool = False
+    ) -> dict[str, Tensor] | None:
         """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
-        engine: Any = self
+        engine = self
         return export.consolidated_state_dict(engine.module, engine._built, engine.mesh, exclude_frozen_parameters)
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
     def save_16bit_model(
-        self, save_dir: str, save_filename: str = "pytorch_model.bin", exclude_frozen_parameters: bool = False
+        self: CheckpointedRun,
+        save_dir: str,
+        save_filename: str = "pytorch_model.bin",
+        exclude_frozen_parameters: bool = False,
     ) -> bool:
         """Write the whole weights in the model's dtype. Collective.
 
@@ -282,7 +331,7 @@ class CheckpointMethods:
         whole or not at all. At stage 3 this needs `zero_optimization.stage3_gather_16bit_weights_on_model_save`, else
         nothing is written and False returned.
         """
-        engine: Any = self
+        engine = self
         zero = engine._config.zero_optimization
         if zero.stage == 3 and not zero.stage3_gather_16bit_weights_on_model_save:
             warn_once(
@@ -291,6 +340,7 @@ class CheckpointMethods:
             )
             return False
         engine._take_over_edits()
+        _refuse_divided(engine, "save_16bit_model")
         export.save_weights(
             engine.module, engine._built, engine.mesh, Path(save_dir), save_filename, exclude_frozen_parameters
         )
@@ -299,14 +349,15 @@ class CheckpointMethods:
     save_fp16_model = save_16bit_model
 
 
-def _subject(engine: Any) -> Subject:
+def _subject(engine: CheckpointedRun) -> Subject:
     return Subject(engine.module, engine._built, engine.zero_optimizer, engine.mesh)
 
 
-def _refuse_model_parallel(engine: Any) -> None:
-    if engine.mp_world_size > 1:
+def _refuse_divided(engine: CheckpointedRun, what: str) -> None:
+    if engine.mesh.size("model") > 1:
         raise NotAvailableError(
-            f"checkpoints of a model that an mpu divides over {engine.mp_world_size} model-parallel ranks are not available yet."
+            f"{what}: the model is divided over {engine.mesh.size('model')} model-parallel ranks, of which none has it whole.\n"
+            "  Use save_checkpoint, and put the weights together with `python -m deepspeed.checkpoint export`."
         )
 
 
@@ -354,7 +405,7 @@ def _cure(folder: Path) -> str:
     return f"Give tag=..., one of {', '.join(tags[-8:])}." if tags else "There is no checkpoint in it."
 
 
-def _agree_on_tag(engine: Any, ranks: Ranks, tag: str) -> str:
+def _agree_on_tag(engine: CheckpointedRun, ranks: Ranks, tag: str) -> str:
     """The first rank's tag; what happens where others name another is `checkpoint.tag_validation`."""
     tags = ranks.all(tag)
     mode = engine._config.checkpoint.tag_validation
@@ -366,12 +417,13 @@ def _agree_on_tag(engine: Any, ranks: Ranks, tag: str) -> str:
     return tags[0]
 
 
-def _about(engine: Any) -> dict[str, Any]:
+def _about(engine: CheckpointedRun) -> dict[str, Any]:
     return {
         "deepspeed_version": sys.modules["deepspeed"].__version__,
         "torch_version": torch.__version__,
         "zero_stage": engine._config.zero_optimization.stage,
-        "world_size": engine.mesh.size("average"),
+        "world_size": engine.mesh.size("job"),
+        **({"model_parallel_size": engine.mesh.size("model")} if engine.mesh.size("model") > 1 else {}),
         "global_steps": engine.global_steps,
         "global_samples": engine.global_samples,
         "skipped_steps": engine.skipped_steps,
@@ -380,7 +432,7 @@ def _about(engine: Any) -> dict[str, Any]:
     }
 
 
-def _shared_state(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
+def _shared_state(engine: CheckpointedRun, client_state: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {"client_state": client_state}
     if engine.lr_scheduler is not None:
         state["lr_scheduler"] = engine.lr_scheduler.state_dict()
@@ -388,6 +440,22 @@ def _shared_state(engine: Any, client_state: dict[str, Any]) -> dict[str, Any]:
         scale = engine.zero_optimizer.scale
         state["loss_scale"] = {"is_dynamic": scale.is_dynamic, **scale.state_dict()}
     return state
+
+
+def _layout(mesh: Mesh) -> tuple[int, int]:
+    """Data-parallel and model-parallel ranks of this run."""
+    return mesh.size("average"), mesh.size("model")
+
+
+def _layout_of(about: Mapping[str, Any]) -> tuple[int, int]:
+    """The same of the run that wrote a checkpoint."""
+    model = int(about.get("model_parallel_size", 1))
+    return int(about["world_size"]) // model, model
+
+
+def _said(layout: tuple[int, int]) -> str:
+    data, model = layout
+    return f"{data} ranks" if model == 1 else f"{data} x {model} ranks"
 
 
 def _load_step(step: Callable[[], None]) -> None:
@@ -399,7 +467,7 @@ def _load_step(step: Callable[[], None]) -> None:
         ) from error
 
 
-def _settle(engine: Any) -> None:
+def _settle(engine: CheckpointedRun) -> None:
     """Before memory is overwritten: no open backward, no gradients, no unsharded copies."""
     engine.watch.end()
     engine.zero_grad()
@@ -408,7 +476,7 @@ def _settle(engine: Any) -> None:
 
 
 @contextmanager
-def _whole_module(engine: Any) -> Iterator[None]:
+def _whole_module(engine: CheckpointedRun) -> Iterator[None]:
     """The module whole and writable on every rank; what the first rank writes is kept, also in the masters."""
     with GatheredParameters(engine.module.parameters(), modifier_rank=0):
         yield
@@ -417,7 +485,7 @@ def _whole_module(engine: Any) -> Iterator[None]:
             master.from_params()
 
 
-def _load_custom(engine: Any, load: Callable[..., Any], source: Source) -> None:
+def _load_custom(engine: CheckpointedRun, load: Callable[..., Any], source: Source) -> None:
     with _whole_module(engine):
         load(src=state_dict_of(source, None), dst=engine.module)
 
@@ -439,13 +507,13 @@ def _load_rest(
         engine.zero_optimizer.scale.load_state_dict(saved)
     if has_schedule and engine.lr_scheduler is not None and "lr_scheduler" in state:
         engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
-    for prefix, extra in state.get("module_extra", {}).items():
-        module = dict(engine.module.named_modules()).get(prefix)
-        if module is not None and type(module).set_extra_state is not nn.Module.set_extra_state:
-            module.set_extra_state(extra)
+    called, extras = GlobalNames(engine.module), state.get("module_extra", {})
+    for prefix, module in engine.module.named_modules():
+        if called(prefix) in extras and type(module).set_extra_state is not nn.Module.set_extra_state:
+            module.set_extra_state(extras[called(prefix)])
     if engine.training_dataloader is not None and "loader" in own:
         engine.training_dataloader.load_state_dict(own["loader"])
-    same_ranks = int(about["world_size"]) == engine.mesh.size("average")
+    same_ranks = _layout_of(about) == _layout(engine.mesh)
     if has_optimizer and "rng" in own and same_ranks:
         rng.restore(own["rng"])
     elif has_optimizer and not same_ranks:

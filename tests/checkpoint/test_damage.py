@@ -188,13 +188,24 @@ def _first_tensor(value: dict[str, Any]) -> dict[str, Any]:
     return next(iter(value["tensors"]["param"].values()))
 
 
+def _boxed(value: dict[str, Any], start: int, stop: int) -> None:
+    tensor = _first_tensor(value)
+    rest = [[[0, size]] for size in tensor["shape"][1:]]
+    tensor["boxes"] = [[[[start, stop]], *rest]]
+    tensor["pieces"] = [[*piece[:3], 0] for piece in tensor["pieces"]]
+
+
 MANIFESTS: dict[str, tuple[Callable[[dict[str, Any]], None], str]] = {
     "a name with ..": (lambda v: _rename_file(v, "../stolen"), "not a plain file name: refused"),
     "an absolute path": (lambda v: _rename_file(v, "/etc/passwd"), "not a plain file name: refused"),
     "a hidden name": (lambda v: _rename_file(v, ".."), "not a plain file name: refused"),
-    "a newer version": (lambda v: v.update(version=2), "Use a newer release"),
+    "a newer version": (lambda v: v.update(version=3), "Use a newer release"),
     "another format": (lambda v: v.update(format="zip"), "not a manifest"),
     "an overlap": (lambda v: _first_tensor(v)["pieces"].append([0, 0, 1]), "stored twice"),
+    "a box that is not there": (lambda v: _first_tensor(v)["pieces"][0].append(0), "malformed"),
+    "a box beyond the tensor": (lambda v: _boxed(v, 0, 1 << 20), "malformed"),
+    "a box that is not sorted": (lambda v: _boxed(v, 2, 1), "malformed"),
+    "a box that leaves a gap": (lambda v: _boxed(v, 0, 1), "of its box .0:1|elements"),
     "a gap": (lambda v: _first_tensor(v)["pieces"].pop(), "are missing"),
     "a file that is not there": (lambda v: _first_tensor(v)["pieces"].append([99, 0, 1]), "malformed"),
     "a huge shape": (lambda v: _first_tensor(v).update(shape=[1 << 50, 1 << 50]), "malformed"),

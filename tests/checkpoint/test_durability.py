@@ -15,8 +15,8 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.checkpoint import files, writer
+from deepspeed.checkpoint.aside import remove_stale, retain
 from deepspeed.checkpoint.find import latest_tag
-from deepspeed.checkpoint.save import remove_stale, retain
 from deepspeed.checkpoint.staging import BLOCK
 from deepspeed.checkpoint.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 from deepspeed.utils.errors import CheckpointError
