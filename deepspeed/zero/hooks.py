@@ -220,7 +220,8 @@ class ModuleHooks:
         if opens:
             self.watch.end()
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
-            self.gatherer.begin(kind, self._names.get(module, ""))
+            with plain_modes():  # it prefetches
+                self.gatherer.begin(kind, self._names.get(module, ""))
         frame = Frame(module, list(self.users[module]), opens, is_unseen=in_transform())
         self._frames.append(frame)
         with plain_modes():
@@ -254,7 +255,8 @@ class ModuleHooks:
             if bucket not in kept:
                 self.gatherer.release(bucket)
         if frame.opened_phase:
-            self.gatherer.end()
+            with plain_modes():  # it may gather for ranks that are not done
+                self.gatherer.end()
 
     def _hand_on_views(self, frame: Frame, output: Any) -> list[Bucket]:
         """A module may return a piece of its parameter (`self.weight[:n]`), which is used after it. Then the calling module
