@@ -131,7 +131,7 @@ def test_planned_buckets_are_those_an_engine_makes(stage: int, name: str) -> Non
     model = build(name)
     parsed = load_config(config)
     optimizer = assemble.make_optimizer(parsed, None, assemble.parameter_groups(model, None), model)
-    placing = make_placing(parsed, assemble.make_policy(parsed), torch.device("cpu"))
+    placing = make_placing(parsed, assemble.make_policy(parsed, model), torch.device("cpu"))
     with small_units():
         plan = plan_model(model, assemble.group_indices(optimizer), placing, assemble.make_limits(parsed), 2)
     sizes = sizes_of(plan, placing, lambda bucket, count: None)
