@@ -122,6 +122,15 @@ def test_a_job_that_is_asked_to_end_says_so(capfd: pytest.CaptureFixture[str]) -
     assert capfd.readouterr().err == "\n---- stopped by SIGTERM; all ranks were ended ----\n"
 
 
+@pytest.fixture
+def heeds_ctrl_c() -> Iterator[None]:
+    """Started by a shell's `&` or nohup, this process ignores SIGINT, and so would the supervisor in it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_ctrl_c_lets_a_rank_save_before_it_ends(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     saver = f"trap 'sleep 0.2; touch {tmp_path}/$0; exit 1' INT; while :; do sleep 0.01; done"
     assert (
@@ -131,6 +140,7 @@ def test_ctrl_c_lets_a_rank_save_before_it_ends(tmp_path: Path, capfd: pytest.Ca
     assert capfd.readouterr().err == "\n---- stopped by SIGINT; all ranks were ended ----\n"
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_rank_that_ignores_ctrl_c_is_asked_to_end_and_then_killed(tmp_path: Path) -> None:
     start_s = time.monotonic()
     rank = f"trap '' INT; trap 'touch {tmp_path}/asked' TERM; while :; do sleep 0.01; done"
@@ -139,6 +149,7 @@ def test_a_rank_that_ignores_ctrl_c_is_asked_to_end_and_then_killed(tmp_path: Pa
     assert 0.8 < time.monotonic() - start_s < 8
 
 
+@pytest.mark.usefixtures("heeds_ctrl_c")
 def test_a_second_ctrl_c_kills_at_once() -> None:
     start_s = time.monotonic()
     twice = "sleep 0.1; kill -s INT $PPID; sleep 0.3; kill -s INT $PPID; sleep 100"
