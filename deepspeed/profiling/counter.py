@@ -20,12 +20,12 @@ directly, c10d) are not seen.
 from __future__ import annotations
 
 import enum
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 
 class Phase(enum.Enum):
@@ -38,6 +38,14 @@ class Phase(enum.Enum):
     """Work of forward done again in backward."""
     UPDATE = "update"
     """The optimizer's (Muon multiplies matrices)."""
+
+
+@functools.cache
+def flop_registry() -> dict[Any, Callable[..., int]]:
+    """Torch's formulas. Not at import: their module imports Triton where it is installed."""
+    from torch.utils.flop_counter import flop_registry as registry
+
+    return registry
 
 
 def current_node() -> Any:
@@ -227,7 +235,7 @@ class OpCounter(TorchDispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         packet = func._overloadpacket
-        formula = _OURS.get(packet) or flop_registry.get(packet) or _OTHERS.get(packet._qualified_op_name)
+        formula = _OURS.get(packet) or flop_registry().get(packet) or _OTHERS.get(packet._qualified_op_name)
         if formula is None:
             with self:  # in inference mode composite operations arrive whole
                 decomposed = func.decompose(*args, **kwargs)
@@ -237,7 +245,7 @@ class OpCounter(TorchDispatchMode):
         return out
 
     def _higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
-        formula = flop_registry.get(func)
+        formula = flop_registry().get(func)
         if formula is None:
             return NotImplemented
         out = func(*args, **kwargs)
