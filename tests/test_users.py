@@ -35,7 +35,7 @@ ROWS: dict[int, tuple[str, str]] = {
         "hangs with only a timeout to show",
         "zero/test_gather.py: test_any_order_on_any_rank_is_served | "
         "engine/test_bad_input.py: test_ranks_with_other_configurations_or_models_are_named "
-        "test_ranks_with_other_kinds_of_data_are_named",
+        "test_ranks_with_other_buffers_are_named",
     ),
     5: (
         "stage 3 breaks on dynamic graphs",
