@@ -216,6 +216,8 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
         watch.on_begin.append(reducer.hide)
         watch.on_end.append(functools.partial(expose, reducer, accumulation))
     watch.on_end += [scale_guard.reset, reducer.flush]
+    if policy.optimizer.is_sharded and mesh.size("average") > 1:
+        watch.on_end.append(reducer.veil)
     return Zero(
         policy=policy,
         scale_guard=scale_guard,

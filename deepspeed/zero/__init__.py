@@ -17,7 +17,8 @@
     placing    which bytes rest on which tier      offload    from the configuration to that
     stream     the step of what rests on a tier    shards     what lies where, for checkpoints
     away       states put away between steps       parameter_offload   hooks, as libraries handle them
-    tensor_factories   names that Transformers replaces        last_hook   takes gradients after the script's own hooks
+    veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
+    last_hook  takes gradients after the script's own hooks
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

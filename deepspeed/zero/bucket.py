@@ -98,6 +98,9 @@ class Bucket:
     full (`adopt`) or already cut (`zero.init` regroups those one bucket at a time).
     """
 
+    on_gradient_missed: Callable[[str], None] | None = None
+    """While gradients are slices on the ranks: told the name of a parameter whose `grad` is asked for (see zero.veil)."""
+
     def __init__(
         self,
         index: int,

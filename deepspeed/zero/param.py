@@ -78,10 +78,50 @@ def full_numel(param: Tensor) -> int:
     return stored_shape(param).numel()
 
 
-class ZeroParameter(nn.Parameter):
-    """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
+_GRAD: Any = torch._C.TensorBase.grad
+"""The attribute itself, below any class of Python's."""
+
+
+def grad_of(param: Tensor) -> Tensor | None:
+    """`param.grad`, asked for by the engine itself."""
+    with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
+        gradient: Tensor | None = _GRAD.__get__(param)
+    return gradient
+
+
+class HiddenGradient(Tensor):
+    """Parameters whose `grad`, where it is None because ranks have slices of it, says so once; see `zero.veil`."""
 
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+
+    @property
+    def grad(self) -> Tensor | None:
+        """The gradient that autograd or the script left."""
+        gradient = grad_of(self)
+        if gradient is None:
+            self._tell()
+        return gradient
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        if gradient is None and grad_of(self) is None:
+            self._tell()
+        with torch._C.DisableTorchFunctionSubclass():
+            _GRAD.__set__(self, gradient)
+
+    @grad.deleter
+    def grad(self) -> None:
+        with torch._C.DisableTorchFunctionSubclass():
+            _GRAD.__delete__(self)
+
+    def _tell(self) -> None:
+        slot = slot_of(self)
+        if slot is not None and slot.bucket.on_gradient_missed is not None:
+            slot.bucket.on_gradient_missed(slot.bucket.names[slot.index])
+
+
+class ZeroParameter(HiddenGradient, nn.Parameter):
+    """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
 
     @property
     def _slot(self) -> Slot:

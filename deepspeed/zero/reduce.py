@@ -291,6 +291,11 @@ class Reducer:
         """Show reduced gradients that are whole on this rank as `param.grad`, until `hide`."""
         self._shown.show(self.gradients)
 
+    def veil(self) -> None:
+        """Tell a script that looks at `param.grad` before the step, where ranks have slices."""
+        if self.saw_backward and self._should_reduce():
+            self._shown.veil(self.gradients)
+
     def hide(self) -> None:
         """Take back what is shown, as the script left it, before autograd could add to it."""
         if self._shown:

@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.zero.gradients import Gradients
+from deepspeed.zero.param import grad_of
+from deepspeed.zero.veil import Veil
 
 
 class _Shown(NamedTuple):
@@ -74,6 +76,7 @@ class ShownGradients:
 
     def __init__(self) -> None:
         self._shown: list[_Shown] = []
+        self._veil = Veil()
 
     def __bool__(self) -> bool:
         return bool(self._shown)
@@ -88,17 +91,20 @@ class ShownGradients:
                 param.grad = face = view.to(param.dtype)
                 self._shown.append(_Shown(position, number, gradients, param, view, view if face is view else face))
 
+    def veil(self, buckets: Sequence[Gradients]) -> None:
+        """These show nothing, until `close`: tell a script that looks."""
+        self._veil.lower([gradients.bucket for gradients in buckets])
+
     def assigned(self, buckets: Sequence[Gradients]) -> list[Assigned]:
         """What the script has assigned to `param.grad` of parameters that are shown nothing."""
         showing = {id(shown.gradients) for shown in self._shown}
         hidden = [gradients for gradients in buckets if id(gradients) not in showing]
-        with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
-            return [
-                Assigned(gradients, number, gradient)
-                for gradients in hidden
-                for number, param in enumerate(gradients.bucket.params)
-                if (gradient := param.grad) is not None
-            ]
+        return [
+            Assigned(gradients, number, gradient)
+            for gradients in hidden
+            for number, param in enumerate(gradients.bucket.params)
+            if (gradient := grad_of(param)) is not None
+        ]
 
     def adopt(self) -> list[tuple[int, int]]:
         """Take over what the script put in place of views; they stay shown. (bucket, parameter) without a gradient now."""
@@ -128,3 +134,4 @@ class ShownGradients:
         for shown in self._shown:
             shown.param.grad = None
         self._shown.clear()
+        self._veil.lift()
