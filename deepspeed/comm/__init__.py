@@ -7,6 +7,7 @@
     watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
+    secondary.py     an exchange that keeps a copy near by (hpZ)
     choose.py        which of them a group is given
     observe.py       an exchange that is watched
     spread.py        one rank's values of any tensor, given to all

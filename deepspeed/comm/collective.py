@@ -24,10 +24,15 @@ reduce_scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.red
 class CollectiveExchange:
     """The collectives of torch.distributed, asynchronous; sums are made in the buffer's dtype by the backend."""
 
+    needs_shard = True
+
     def __init__(self, group: ProcessGroup) -> None:
         self.group: ProcessGroup | None = group
         self.rank = group.rank()
         self.world_size = group.size()
+
+    def invalidate(self) -> None:
+        """See Exchange. Nothing is kept."""
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""

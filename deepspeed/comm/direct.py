@@ -56,6 +56,8 @@ class DirectExchange:
         the rank that waits for the earliest one always gets what it needs, in whatever order ranks wait.
     """
 
+    needs_shard = True
+
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
         self.group: ProcessGroup | None = group
@@ -66,6 +68,9 @@ class DirectExchange:
         self._totals: dict[torch.dtype, Tensor] = {}
         self._retired: deque[dist.Work] = deque(maxlen=NUM_RETIRED * len(self._peers))
         self._first_phases: deque[Pending] = deque()
+
+    def invalidate(self) -> None:
+        """See Exchange. Nothing is kept."""
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""

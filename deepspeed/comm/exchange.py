@@ -63,6 +63,13 @@ class Exchange(Protocol):
     rank: int
     world_size: int
 
+    @property
+    def needs_shard(self) -> bool:
+        """Whether the next all-gather reads this rank's slice; False where it has a copy that will do."""
+
+    def invalidate(self) -> None:
+        """Slices are about to change, on every rank: copies made of them are stale."""
+
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """Fill `full` [W*S] with every rank's slice; this rank's is `shard` [S], or in place already if None."""
 

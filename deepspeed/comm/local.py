@@ -23,10 +23,15 @@ class _Ready:
 class LocalExchange:
     """One rank: nothing moves."""
 
+    needs_shard = True
+
     def __init__(self, group: ProcessGroup | None) -> None:
         self.group = group
         self.rank = 0
         self.world_size = 1
+
+    def invalidate(self) -> None:
+        """See Exchange. Nothing is kept."""
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""

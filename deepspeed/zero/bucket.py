@@ -113,7 +113,6 @@ class Bucket:
         dtype: torch.dtype,
         device: torch.device,
         exchange: Exchange,
-        secondary: Exchange | None = None,
         rest: Rest | None = None,
         loads: LoadQueue | None = None,
     ) -> None:
@@ -150,12 +149,6 @@ class Bucket:
         self._load: Transfer | None = None
         self._source: Tensor | None = None
         self._pending: Pending | None = None
-        # hpZ (ZeRO++, arXiv:2306.10209, section 4.2): a second, coarser sharding over few, near ranks. The first
-        # gather after an update fills it, later ones read it.
-        self._near = secondary
-        self._near_shard = torch.zeros_like(self._near_slice()) if secondary is not None else None
-        self._near_is_fresh = False
-        self._fills_near = False
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
             param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
@@ -260,7 +253,7 @@ class Bucket:
         """Take this rank's shard from the full values, after somebody changed those in place."""
         if not self.keeps_storage:
             self.rest.start_store(0, self.own_slice(self.full)).wait()
-        self._near_is_fresh = False
+        self.exchange.invalidate()
 
     def assigned(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         """(parameter, its view, a copy of its values) of those that were assigned (`param.data = x`) rather than written in
@@ -313,13 +306,8 @@ class Bucket:
 
     def shard_changed(self) -> None:
         """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
-        self._near_is_fresh = False
+        self.exchange.invalidate()
         self.num_updates += 1
-
-    def _near_slice(self) -> Tensor:
-        assert self._near is not None
-        numel = self.layout.padded_numel // self._near.world_size
-        return self.full.narrow(0, self._near.rank * numel, numel)
 
     def set_away(self, is_away: bool) -> None:
         """The values are about to be put away, or are back (see zero.away); the bucket is sharded or replicated."""
@@ -346,11 +334,10 @@ class Bucket:
             self.finish_unshard()
         if not self.keeps_storage:
             refill_storage(self.full)
-            if self._near is not None and self._near_is_fresh:
-                self._pending = self._near.start_all_gather(self.full, self._near_shard)
-            else:
-                self._fills_near = self._near_is_fresh = self._near is not None
+            if self.exchange.needs_shard:
                 self._start_load()
+            else:
+                self._pending = self.exchange.start_all_gather(self.full)
         if self.state is BucketState.SHARDED:
             self.state = BucketState.GATHERING
 
@@ -384,10 +371,6 @@ class Bucket:
         if self._pending is not None:
             self._pending.wait()
             self._pending = None
-            if self._fills_near:
-                assert self._near_shard is not None
-                self._near_shard.copy_(self._near_slice())
-                self._fills_near = False
         if self.state is BucketState.GATHERING:
             self._set_class(ZeroParameter)
             for param, view in zip(self.params, self.views, strict=True):

@@ -12,6 +12,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from deepspeed.comm.exchange import Exchange
+from deepspeed.comm.secondary import SecondaryExchange
 from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -130,8 +132,7 @@ class Builder:
             is_sharded=is_sharded,
             dtype=self._policy.parameters.dtype,
             device=self._device,
-            exchange=self._exchange["gather" if is_sharded else "reduce"],
-            secondary=self._near if is_sharded else None,
+            exchange=self._exchange_of(plan),
             rest=self.placing.params(plan.places.params, layout.shard_numel) if is_sharded else None,
             loads=self._loads,
         )
@@ -144,6 +145,13 @@ class Builder:
             self.built.sharded.append(bucket)
             bucket.reshard()
         return bucket
+
+    def _exchange_of(self, plan: BucketPlan) -> Exchange:
+        """How one bucket's parameters are gathered."""
+        if not plan.is_sharded:
+            return self._exchange["reduce"]
+        gather = self._exchange["gather"]
+        return gather if self._near is None else SecondaryExchange(gather, self._near)
 
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""

@@ -60,6 +60,15 @@ class LateExchange:
         self._late = [1.0, 0.9, 0.6, 0.3][seed % 4]
         self._flying: list[tuple[Tensor, ...]] = []
 
+    @property
+    def needs_shard(self) -> bool:
+        """See Exchange."""
+        return self.inner.needs_shard
+
+    def invalidate(self) -> None:
+        """See Exchange."""
+        self.inner.invalidate()
+
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
         scratch = full.clone()
