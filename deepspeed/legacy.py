@@ -41,6 +41,7 @@ _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
 _ONE_BIT = "1-bit optimizers"
+_SP = "deepspeed.parallel.sequence"
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.constants": {_CONSTANTS: ""},
@@ -120,13 +121,22 @@ PATHS: dict[str, dict[str, str]] = {
         **_later("internal", "AsyncPartitionedParameterSwapper"),
     },
     "deepspeed.runtime.sequence_parallel": {},
-    "deepspeed.runtime.sequence_parallel.ulysses_sp": _later(
-        _SEQUENCE,
-        "UlyssesSPAttentionHF UlyssesSPDataLoaderAdapter TiledMLP TiledFusedLogitsLoss SequenceTiledCompute "
-        "sequence_tiled_compute UlyssesSPFullStack",
-    ),
+    "deepspeed.runtime.sequence_parallel.ulysses_sp": {
+        **invert(
+            {
+                f"{_SP}.hf": "UlyssesSPAttentionHF",
+                f"{_SP}.loader": "UlyssesSPDataLoaderAdapter",
+            }
+        ),
+        **_later(
+            _SEQUENCE, "TiledMLP TiledFusedLogitsLoss SequenceTiledCompute sequence_tiled_compute UlyssesSPFullStack"
+        ),
+    },
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": {"*": f"{_SP}.parallel_state:"},
     "deepspeed.sequence": {},
-    "deepspeed.sequence.layer": _later(_SEQUENCE, "DistributedAttention"),
+    "deepspeed.sequence.layer": invert(
+        {f"{_SP}.attention": "DistributedAttention single_all_to_all _SeqAllToAll apply_rotary_pos_emb"}
+    ),
     "deepspeed.sequence.cross_entropy": _later(_SEQUENCE, "vocab_sequence_parallel_cross_entropy"),
     "deepspeed.sequence.fpdt_layer": _later(
         _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"

@@ -12,8 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepspeed.assembly.sequence import check_sequence_size, sequence_size
 from deepspeed.config import BatchSizes, Config
 from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh
+from deepspeed.mesh.mesh import world_size
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
@@ -51,7 +53,7 @@ def check_model(model: Any) -> None:
             )
 
 
-def make_mesh(config: Config, mpu: Any) -> Mesh:
+def make_mesh(config: Config, mpu: Any, mesh_param: Any = None) -> Mesh:
     """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those.
 
     Collective over the job.
@@ -59,7 +61,10 @@ def make_mesh(config: Config, mpu: Any) -> Mesh:
     zero = config.zero_optimization
     near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
-    return alike_everywhere(data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near)))
+    sp = sequence_size(config, mesh_param, world_size(), has_mpu=mpu is not None)
+    mesh = alike_everywhere(data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near), sp=sp))
+    check_sequence_size(config, mesh)
+    return mesh
 
 
 def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:
@@ -222,6 +227,9 @@ def make_gradients(
             'gradient_allreduce_op = "sum" is not for zero_optimization.stage = 3.\n  Use "mean", or a stage below 3.'
         )
     predivide = config.gradient_predivide_factor if config.prescale_gradients else 1.0
+    wire_dtype = config.communication_data_type
+    if wire_dtype is None and mesh.size("sequence") > 1:
+        wire_dtype = config.seq_parallel_communication_data_type
     exchange = mesh.exchange("shard", "reduce", placing.device)
     replicas = mesh.exchange("replicate", "reduce", placing.device) if mesh.size("replicate") > 1 else None
     made = []
@@ -234,7 +242,7 @@ def make_gradients(
             replicas=replicas,
             predivide=predivide,
             divide_by=(exchange.world_size if is_mean else 1.0) / predivide,
-            wire_dtype=config.communication_data_type,
+            wire_dtype=wire_dtype,
             when=When.EACH_BACKWARD if is_scattered else When.AT_BOUNDARY,
         )
         made.append(

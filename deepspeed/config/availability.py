@@ -49,7 +49,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("amp.enabled", bool, "Apex mixed precision"),
     ("msamp.enabled", bool, "MS-AMP"),
     ("sparse_gradients", bool, "sparse reduction of embedding gradients"),
-    ("sequence_parallel_size", _is_above_1, "sequence parallelism"),
     ("tensor_parallel.autotp_size", _is_above_1, "automatic tensor parallelism"),
     ("expert_parallel.enabled", bool, "automatic expert parallelism"),
     ("compile.deepcompile", bool, "DeepCompile"),
@@ -206,7 +205,6 @@ _PIPELINED = "reads and writes are queued ahead by themselves"
 
 NO_EFFECT: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": "no optimizer is refused for an offloaded state that can step it",
-    "seq_parallel_communication_data_type": "there is no sequence parallelism yet",
     "disable_allgather": "it is of an old version",
     "use_data_before_expert_parallelism": "there is no expert parallelism yet",
     "allgather_size": _BY_ITSELF,

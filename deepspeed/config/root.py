@@ -146,6 +146,11 @@ class Config(Section):
     """Ranks that share one sequence."""
     data_parallel_size: PositiveInt | None = None
     """With `sequence_parallel_size`: the other dim of the mesh."""
+    sequence_parallel_loss: Annotated[
+        Literal["auto", "gathered", "summed", "local"], any_case("auto", "gathered", "summed", "local")
+    ] = "auto"
+    """What a rank's loss is where ranks share a sequence: gathered by a differentiable collective, all-reduced in place, or
+    the mean of its own tokens. Found out at the first backward."""
     use_data_before_expert_parallelism: bool = False
     """Number ranks over data first, then experts."""
     allgather_size: Size = 500_000_000

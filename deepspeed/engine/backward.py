@@ -6,6 +6,8 @@ with a plain `loss.backward()` too.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import TrainingStateError
@@ -18,6 +20,8 @@ class LossScaleGuard:
     def __init__(self, scale: StaticLossScale) -> None:
         self.scale = scale
         self.is_scaled = False
+        self.on_plain: list[Callable[[], None]] = []
+        """Told of a backward whose loss the engine has not seen."""
 
     def check(self) -> None:
         """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""
@@ -26,6 +30,8 @@ class LossScaleGuard:
                 f"loss.backward() on an unscaled loss: fp16 needs it multiplied by the loss scale ({self.scale.scale:g}).\n"
                 "  Use engine.backward(loss), or engine.scale(loss).backward()."
             )
+        for listener in () if self.is_scaled else self.on_plain:
+            listener()
 
     def reset(self) -> None:
         """Called as a backward ends."""

@@ -25,6 +25,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
+from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.config import Config
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_model, flatten, require_equal
@@ -40,6 +41,7 @@ from deepspeed.engine.owners import shared_with_another
 from deepspeed.engine.recompute import Recomputation
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
+from deepspeed.parallel.sequence.loss import SequenceLoss
 from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
@@ -71,6 +73,8 @@ class Given:
     lr_scheduler: Any
     mpu: Any
     device: torch.device
+    mesh_param: Any = None
+    """(data, sequence) parallel size."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,6 +108,8 @@ class Parts:
     casts: ForwardCasts
     checkpoints: Checkpoints
     lr_scheduler: Any
+    sequence_loss: SequenceLoss | None
+    """Where ranks share sequences."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +126,7 @@ class Watching:
 def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
-    mesh = assemble.make_mesh(config, given.mpu)
+    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param)
     undo.callback(mesh.release)
     _agree_with_other_ranks(given, mesh)
     batch = assemble.batch_sizes(config, mesh, given.mpu)
@@ -128,6 +134,9 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     recomputation = Recomputation(model, config, mesh, given.device)
     undo.callback(recomputation.detach)
     zero = _build_zero(given, mesh, accumulation, undo)
+    sequence_loss = make_sequence_loss(config, mesh, model)
+    if sequence_loss is not None:
+        zero.scale_guard.on_plain.append(sequence_loss.check_plain)
     casts = ForwardCasts(model, config, zero.policy, given.device)
     undo.callback(casts.widening.detach)
     checkpoints = Checkpoints(config)
@@ -141,6 +150,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
         casts=casts,
         checkpoints=checkpoints,
         lr_scheduler=assemble.make_scheduler(config, given.lr_scheduler, zero.basic_optimizer, given.optimizer),
+        sequence_loss=sequence_loss,
     )
 
 

@@ -77,6 +77,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
                 "the model is already a DeepSpeedEngine.\n  Pass engine.module, after engine.destroy()."
             )
         take_over(model)
+        self.mesh_device = mesh_device
         self._user_config = config if isinstance(config, dict) else read_config(config)
         self._config: Config = load_config(config)
         check_available(self._config)
@@ -86,7 +87,15 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         self.client_lr_scheduler = lr_scheduler
         self._device = own_device()
         given = Given(
-            self._config, self._user_config, model, optimizer, model_parameters, lr_scheduler, mpu, self._device
+            self._config,
+            self._user_config,
+            model,
+            optimizer,
+            model_parameters,
+            lr_scheduler,
+            mpu,
+            self._device,
+            mesh_device,
         )
         with plain_modes(), contextlib.ExitStack() as undo:
             parts = build_parts(given, undo)

@@ -53,6 +53,7 @@ def initialize(
     lr_scheduler: an object built on `optimizer`, or a callable that takes the optimizer; overrides the configuration's.
     distributed_port: port of the rendezvous, if torch.distributed is not up and the environment names none.
     mpu: tells the data-parallel group, where other parallelism divides the ranks.
+    mesh_param: (data parallel size, sequence parallel size), in place of `sequence_parallel_size` in the configuration.
     config (or config_params): dict, path to JSON or Hjson, or base64 of JSON.
 
     Collective. Starts torch.distributed if it is not up. Raises DeepSpeedConfigError (a ValueError and AssertionError)
@@ -63,8 +64,6 @@ def initialize(
     config = choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
-    if mesh_param is not None and mesh_param[1] != 1:
-        raise NotAvailableError(f"mesh_param = {mesh_param}: sequence parallelism is not available yet.")
     engine = DeepSpeedEngine(
         args=args,
         model=model,
@@ -76,6 +75,7 @@ def initialize(
         dist_init_required=dist_init_required,
         collate_fn=collate_fn,
         config=config,
+        mesh_device=mesh_param,
     )
     return engine, engine.zero_optimizer, engine.training_dataloader, engine.lr_scheduler
 

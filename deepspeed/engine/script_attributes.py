@@ -57,8 +57,13 @@ class ScriptAttributes:
         return groups._get_sequence_data_parallel_group()
 
     def get_sequence_parallel_group(self) -> Any:
-        """The group of ranks that share a sequence; None without sequence parallelism."""
+        """The group of ranks that share a sequence. KeyError without sequence parallelism."""
         return groups._get_sequence_parallel_group()
+
+    @property
+    def seq_parallel_group(self) -> Any:
+        """The same; None without sequence parallelism."""
+        return self.get_sequence_parallel_group() if self.mesh.size("sequence") > 1 else None  # type: ignore[attr-defined]
 
     @property
     def gate_modules(self) -> list[Any]:

@@ -31,6 +31,7 @@ class Conductor:
         self._recomputation, self._mesh = parts.recomputation, parts.mesh
         self._advice, self._observers = watching.advice, watching.observers
         self._reducer, self._watch = parts.zero.reducer, parts.zero.watch
+        self._sequence_loss = parts.sequence_loss
         self._knows_order = len(self._reducer.gradients) < 2
 
     def forward(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
@@ -46,10 +47,15 @@ class Conductor:
             output = module(*inputs, **kwargs)
         if self._zero.hooks is None and torch.is_grad_enabled():  # else the hooks on its modules watch their outputs
             self._watch.watch(output)
+        if self._sequence_loss is not None:
+            self._sequence_loss.note_forward(kwargs, output)
         return output
 
     def scaled(self, loss: Tensor) -> Tensor:
-        """The loss times the loss scale; the backward that begins next is known to be scaled."""
+        """The loss times the loss scale; the backward that begins next is known to be scaled. Under sequence parallelism also
+        times what makes the average of gradients the whole sequence's; collective the first time."""
+        if self._sequence_loss is not None:
+            loss = self._sequence_loss.weighted(loss)
         guard = self._zero.scale_guard
         guard.is_scaled = True
         return loss.float() * guard.scale.scale if guard.scale.scale != 1.0 else loss
@@ -128,6 +134,8 @@ class Conductor:
                 "engine.backward: the loss does not require grad: it was computed under torch.no_grad(), detached, or all "
                 "parameters are frozen."
             )
+        if self._sequence_loss is not None:
+            self._sequence_loss.note_loss(loss)
 
     def check_step(self) -> None:
         """Refuse a step out of turn; zeros stand in for a backward that this rank has not seen. Collective where it has not."""

@@ -51,16 +51,16 @@ class Told:
 
 
 def data_parallel_mesh(
-    mpu: Any = None, *, group: Any = None, shard_size: int | None = None, near_size: int = 1
+    mpu: Any = None, *, group: Any = None, shard_size: int | None = None, near_size: int = 1, sp: int = 1
 ) -> Mesh:
     """The mesh of all ranks, or of those that `mpu` or a data-parallel `group` tells, in shard groups of `shard_size`
-    (default: all in one) with hpZ groups of `near_size`.
+    (default: all in one) with hpZ groups of `near_size`. `sp`: consecutive ranks that share a sequence, by the configuration.
 
     Collective over all ranks if `mpu` or `group` is given. Raises DeepSpeedConfigError on every rank if what they tell
     does not fit together, or a size does not divide.
     """
     if mpu is None and group is None:
-        return open_mesh(shape_in_shard_groups(world_size(), shard_size, near=near_size))
+        return open_mesh(shape_in_shard_groups(world_size(), shard_size, near=near_size, sp=sp))
     groups: dict[str, Any] = {}
     told = read_group(group, groups) if mpu is None else read_mpu(mpu, groups)
     everyone: list[Any] = [told] * world_size()

@@ -58,6 +58,10 @@ class ScriptGroups:
         """The groups of a name, or None."""
         return self._known().get(name)
 
+    def forget(self, name: str) -> None:
+        """Have a name no longer stand for groups; whoever asks destroys them."""
+        self._known().pop(name, None)
+
     def names(self) -> list[str]:
         """Of all groups, in the order in which they were made."""
         return list(self._known())

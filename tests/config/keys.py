@@ -54,6 +54,7 @@ _TREE: dict[str, Any] = {
     "disable_allgather": False,
     "sequence_parallel_size": None,
     "data_parallel_size": None,
+    "sequence_parallel_loss": "auto",
     "use_data_before_expert_parallelism": False,
     "allgather_size": 500_000_000,
     "zero_optimization": {

@@ -19,7 +19,6 @@ ASKS: dict[str, Any] = {
     "amp.enabled": True,
     "msamp.enabled": True,
     "sparse_gradients": True,
-    "sequence_parallel_size": 2,
     "tensor_parallel.autotp_size": 2,
     "expert_parallel.enabled": True,
     "compile.deepcompile": True,

@@ -82,7 +82,6 @@ def other_value(path: str) -> Any:
     if isinstance(default, int):
         return default + 1
     special = {
-        "seq_parallel_communication_data_type": "bf16",
         "torch_autocast.lower_precision_safe_modules": ["torch.nn.Linear"],
         "zero_optimization.zeropp_loco_param": {"err_beta": 0.5},
         "pipeline": {"stages": 2},

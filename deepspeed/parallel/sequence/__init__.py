@@ -1,0 +1,15 @@
+"""Sequence parallelism: each rank has a part of every sequence, and attends with a part of the heads to all of it.
+
+heads.py            which heads each rank has
+exchange.py         the all-to-all between parts of the sequence and parts of the heads
+attention.py        `DistributedAttention` over any local attention
+documents.py        who may see whom in whole sequences: packed samples, padding
+inputs.py           what ranks tell each other of a forward's inputs
+forward.py          the hook around a model's forward that has them do so
+core.py             an attention function of Transformers over whole sequences
+supported.py        layers and masks that a part of a sequence misleads, refused by name
+hf.py               `UlyssesSPAttentionHF`, in the tables of Transformers
+loader.py           batches of other samples on each rank, as parts of the same samples
+loss.py             by what a loss is multiplied for gradients to be the whole sequence's
+parallel_state.py   the groups, as a module that is an mpu
+"""
