@@ -8,6 +8,7 @@
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
     secondary.py     an exchange that keeps a copy near by (hpZ)
+    scratch.py       what messages are received into, kept for the next
     choose.py        which of them a group is given
     observe.py       an exchange that is watched
     spread.py        one rank's values of any tensor, given to all

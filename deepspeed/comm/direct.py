@@ -11,7 +11,7 @@ all-reduce is on a par. `benchmarks/collectives.py` repeats the measurement.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import partial
 from typing import final
 
@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepspeed.comm.exchange import Pending, deliver, slices_of
+from deepspeed.comm.scratch import Scratch
 
 TAG = 0xD5
 """Tag of our messages, so that a user's own send and recv on the same group do not mix with them."""
@@ -33,9 +34,6 @@ NARROW = (torch.bfloat16, torch.float16)
 
 ONE_PHASE_NUMEL = 1 << 14
 """Up to this size an all-reduce sends whole buffers: one latency instead of two counts for more than the bytes."""
-
-MAX_SCRATCH = 4
-"""Scratch buffers of one size kept for reuse, per rank of the group."""
 
 NUM_RETIRED = 32
 """Finished messages kept before they are destroyed; see Note [Letting go of gloo's buffers]."""
@@ -64,7 +62,7 @@ class DirectExchange:
         self.rank = group.rank()
         self.world_size = group.size()
         self._peers = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
-        self._pool: dict[tuple[int, torch.dtype], list[Tensor]] = {}
+        self.scratch = Scratch()
         self._totals: dict[torch.dtype, Tensor] = {}
         self._retired: deque[dist.Work] = deque(maxlen=NUM_RETIRED * len(self._peers))
         self._first_phases: deque[Pending] = deque()
@@ -81,13 +79,13 @@ class DirectExchange:
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
-        received = self._take(full)
+        received = self.scratch.take(full)
         work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
 
         def finish() -> None:
             work.wait()
             self._add_up(slices_of(received, self.world_size), out, divide_by, accumulate)
-            self._give_back([received])
+            self.scratch.give_back([received])
 
         return Pending(finish, work)
 
@@ -124,13 +122,13 @@ class DirectExchange:
     def _launch_sum(self, to_rank: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> Pending:
         """Send to_rank[peer] to every peer; their buffers for this rank and to_rank[rank], added up, go to `out`."""
         own = to_rank[self.rank]
-        parts = [own if rank == self.rank else self._take(own) for rank in range(self.world_size)]
+        parts = [own if rank == self.rank else self.scratch.take(own) for rank in range(self.world_size)]
         works = self._launch(to_rank, parts)
 
         def finish() -> None:
             self._wait(works)
             self._add_up(parts, out, divide_by, accumulate)
-            self._give_back(part for part in parts if part is not own)
+            self.scratch.give_back(part for part in parts if part is not own)
 
         return Pending(finish)
 
@@ -157,17 +155,6 @@ class DirectExchange:
         blocks = zip(out.split(BLOCK_NUMEL), *(part.split(BLOCK_NUMEL) for part in parts), strict=True)
         for target, *pieces in blocks:
             _add_up_block(total[: target.numel()], pieces, target, divide_by, accumulate)
-
-    def _take(self, like: Tensor) -> Tensor:
-        """Scratch of `like`'s length and dtype. It is kept for reuse: touching fresh pages costs more than copying."""
-        free = self._pool.get((like.numel(), like.dtype))
-        return free.pop() if free else torch.empty_like(like)
-
-    def _give_back(self, scratch: Iterable[Tensor]) -> None:
-        for tensor in scratch:
-            free = self._pool.setdefault((tensor.numel(), tensor.dtype), [])
-            if len(free) < MAX_SCRATCH * self.world_size:
-                free.append(tensor)
 
 
 def _add_up_block(total: Tensor, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:

@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from deepspeed.comm.direct import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.comm.scratch import Shelf
 from deepspeed.memory.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -97,7 +98,7 @@ class EngineSettings:
 
 
 class Pool:
-    """Blocks of equal sizes kept for reuse: what `zero.pool.FlatPool` and the exchange's scratch do."""
+    """Blocks of equal sizes kept for reuse: what `zero.pool.FlatPool` does."""
 
     def __init__(self, ledger: Ledger, kind: str, max_free: int) -> None:
         self._ledger, self._kind, self._max_free = ledger, kind, max_free
@@ -117,6 +118,27 @@ class Pool:
             self._free[nbytes] += 1
         else:
             self._ledger.drop(self._kind, nbytes)
+
+
+class ScratchPool:
+    """Blocks of any size kept for reuse: what `comm.scratch.Scratch` does."""
+
+    def __init__(self, ledger: Ledger, kind: str) -> None:
+        self._ledger, self._kind = ledger, kind
+        self._shelf: Shelf[None] = Shelf()
+
+    def take(self, nbytes: int) -> int:
+        """Lend a block; returns its size."""
+        found = self._shelf.take(nbytes)
+        if found is not None:
+            return found[0]
+        self._ledger.add(self._kind, nbytes)
+        return nbytes
+
+    def give_back(self, nbytes: int) -> None:
+        """Take a block back; those that are freed for it leave the ledger."""
+        for freed in self._shelf.give_back(nbytes, None):
+            self._ledger.drop(self._kind, freed)
 
 
 class Gathers:
@@ -229,7 +251,7 @@ class Reductions:
         self._in_flight: deque[Callable[[], None]] = deque()
         on_tier = any(map(self._on_tier, self.order))
         self._flats = Pool(ledger, BUCKETS, MAX_STORING if on_tier else MAX_IN_FLIGHT)
-        self._scratch = Pool(ledger, COMMUNICATION, 4 * settings.shard_size)
+        self._scratch = ScratchPool(ledger, COMMUNICATION)
         self._lent: dict[SizedBucket, int] = {}
         self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
@@ -305,9 +327,7 @@ class Reductions:
             held.append(self.result_nbytes(bucket))  # what is already at rest comes back to be added to
         for nbytes in held:
             self._ledger.add(COMMUNICATION, nbytes)
-        scratch = self._scratch_nbytes(layout.padded_numel, wire)
-        for nbytes in scratch:
-            self._scratch.take(nbytes)
+        scratch = [self._scratch.take(nbytes) for nbytes in self._scratch_nbytes(layout.padded_numel, wire)]
 
         def finish() -> None:
             for nbytes in scratch:

@@ -1,0 +1,81 @@
+"""Scratch memory that verbs in flight receive into, kept for the next: touching fresh pages costs more than copying.
+
+Each `DirectExchange` has one. Messages have as many sizes as a model has buckets, so what is kept is found by size, not
+by equality: a block goes to a message that fills at least half of it. `Shelf` is that rule without memory, for whoever
+predicts what is kept (`memory/replay.py`).
+
+Invariant: beyond what is lent, a shelf keeps no more bytes than `NUM_KEPT` of the largest blocks it ever lent.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterable
+from typing import Generic, TypeVar, final
+
+import torch
+from torch import Tensor
+
+NUM_KEPT = 4
+"""What is kept, in blocks of the largest size: as many as a bounded reducer has on the wire (`zero.pool.MAX_IN_FLIGHT`)."""
+
+T = TypeVar("T")
+
+
+@final
+class Shelf(Generic[T]):
+    """Blocks by size: the smallest that fits is taken, the smallest of all are given up when too much is kept."""
+
+    def __init__(self) -> None:
+        self._sizes: list[int] = []
+        self._blocks: list[T] = []
+        self._largest = 0
+        self.nbytes = 0
+        """Bytes that lie here now."""
+
+    def take(self, nbytes: int) -> tuple[int, T] | None:
+        """Size and block for a message of `nbytes`; None: it needs a new one."""
+        self._largest = max(self._largest, nbytes)
+        at = bisect_left(self._sizes, nbytes)
+        if at == len(self._sizes) or self._sizes[at] > 2 * nbytes:
+            return None
+        self.nbytes -= self._sizes[at]
+        return self._sizes.pop(at), self._blocks.pop(at)
+
+    def give_back(self, nbytes: int, block: T) -> list[int]:
+        """Lay a block of `nbytes` down; the sizes of those that were given up for it."""
+        at = bisect_left(self._sizes, nbytes)
+        self._sizes.insert(at, nbytes)
+        self._blocks.insert(at, block)
+        self.nbytes += nbytes
+        given_up = []
+        while self.nbytes > NUM_KEPT * self._largest:
+            del self._blocks[0]
+            given_up.append(self._sizes.pop(0))
+            self.nbytes -= given_up[-1]
+        return given_up
+
+
+@final
+class Scratch:
+    """Tensors in main memory, lent and taken back."""
+
+    def __init__(self) -> None:
+        self._shelf: Shelf[torch.UntypedStorage] = Shelf()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for reuse."""
+        return self._shelf.nbytes
+
+    def take(self, like: Tensor) -> Tensor:
+        """A flat tensor of `like`'s length and dtype, uninitialised."""
+        found = self._shelf.take(like.nbytes)
+        storage = found[1] if found is not None else torch.UntypedStorage(like.nbytes, device="cpu")
+        return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, (like.numel(),))
+
+    def give_back(self, lent: Iterable[Tensor]) -> None:
+        """Return tensors that `take` gave and that nothing reads any more."""
+        for tensor in lent:
+            storage = tensor.untyped_storage()
+            self._shelf.give_back(storage.nbytes(), storage)
