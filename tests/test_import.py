@@ -65,6 +65,21 @@ def test_the_training_face_imports_torch_and_nothing_heavy_and_touches_no_device
     assert not seen["has_device_context"] and not seen["has_process_group"]
 
 
+TRAINS = """
+import deepspeed, torch
+config = {"train_micro_batch_size_per_gpu": 1, "steps_per_print": 1, "optimizer": {"type": "AdamW"}}
+engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 4), config=config)
+engine.backward(engine(torch.ones(2, 4)).sum())
+engine.step()
+"""
+
+
+def test_training_by_a_configured_optimizer_leaves_the_compiler_unloaded() -> None:
+    seen = probe(TRAINS)
+    assert "step 1" in seen["stdout"], "the operations of a step were counted"
+    assert not HEAVY & set(seen["modules"])
+
+
 @pytest.mark.parametrize(
     "name", ["deepspeed.zero", "deepspeed.utils.logging", "deepspeed.runtime.lr_schedules", "deepspeed.comm"]
 )

@@ -33,7 +33,7 @@ from deepspeed.zero.param import full_numel, real_dtype
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
-from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING, FlatPool
+from deepspeed.zero.pool import MAX_IN_FLIGHT, FlatPool
 from deepspeed.zero.reduce import Reducer
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
@@ -268,8 +268,7 @@ def make_reducer(
 ) -> Reducer:
     """The reducer of an engine, with the pool that its buckets borrow from."""
     policy = placing.policy
-    is_apart = any(placing.is_apart(master.tier) for master in masters)
-    pool = FlatPool(MAX_STORING if is_apart else MAX_IN_FLIGHT)
+    pool = FlatPool()
     return Reducer(
         make_gradients(config, mesh, placing, masters, pool),
         pool,

@@ -128,7 +128,8 @@ class DirectExchange:
         def finish() -> None:
             self._wait(works)
             self._add_up(parts, out, divide_by, accumulate)
-            self.scratch.give_back(part for part in parts if part is not own)
+            if self.scratch.give_back(part for part in parts if part is not own):
+                self._retired.clear()  # finished messages hold the memory they were received into
 
         return Pending(finish)
 

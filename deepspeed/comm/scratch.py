@@ -1,10 +1,10 @@
 """Scratch memory that verbs in flight receive into, kept for the next: touching fresh pages costs more than copying.
 
 Each `DirectExchange` has one. Messages have as many sizes as a model has buckets, so what is kept is found by size, not
-by equality: a block goes to a message that fills at least half of it. `Shelf` is that rule without memory, for whoever
-predicts what is kept (`memory/replay.py`).
+by equality: a block goes to a message that fills at least half of it. `Shelf` is that rule without memory: also for flat
+buffers (`zero.pool`), and for whoever predicts what is kept (`memory/replay.py`).
 
-Invariant: beyond what is lent, a shelf keeps no more bytes than `NUM_KEPT` of the largest blocks it ever lent.
+Invariant: beyond what is lent, a shelf keeps no more bytes than `max_kept` of the largest blocks it ever lent.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Generic, TypeVar, final
 import torch
 from torch import Tensor
 
-NUM_KEPT = 4
-"""What is kept, in blocks of the largest size: as many as a bounded reducer has on the wire (`zero.pool.MAX_IN_FLIGHT`)."""
+NUM_KEPT = 2
+"""What an exchange keeps, in blocks of the largest size."""
 
 T = TypeVar("T")
 
@@ -26,7 +26,8 @@ T = TypeVar("T")
 class Shelf(Generic[T]):
     """Blocks by size: the smallest that fits is taken, the smallest of all are given up when too much is kept."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_kept: int) -> None:
+        self._max_kept = max_kept
         self._sizes: list[int] = []
         self._blocks: list[T] = []
         self._largest = 0
@@ -49,11 +50,17 @@ class Shelf(Generic[T]):
         self._blocks.insert(at, block)
         self.nbytes += nbytes
         given_up = []
-        while self.nbytes > NUM_KEPT * self._largest:
+        while self.nbytes > self._max_kept * self._largest:
             del self._blocks[0]
             given_up.append(self._sizes.pop(0))
             self.nbytes -= given_up[-1]
         return given_up
+
+    def clear(self) -> None:
+        """Give up all that lies here."""
+        self._sizes.clear()
+        self._blocks.clear()
+        self.nbytes = 0
 
 
 @final
@@ -61,7 +68,7 @@ class Scratch:
     """Tensors in main memory, lent and taken back."""
 
     def __init__(self) -> None:
-        self._shelf: Shelf[torch.UntypedStorage] = Shelf()
+        self._shelf: Shelf[torch.UntypedStorage] = Shelf(NUM_KEPT)
 
     @property
     def nbytes(self) -> int:
@@ -74,8 +81,12 @@ class Scratch:
         storage = found[1] if found is not None else torch.UntypedStorage(like.nbytes, device="cpu")
         return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, (like.numel(),))
 
-    def give_back(self, lent: Iterable[Tensor]) -> None:
-        """Return tensors that `take` gave and that nothing reads any more."""
-        for tensor in lent:
-            storage = tensor.untyped_storage()
-            self._shelf.give_back(storage.nbytes(), storage)
+    def give_back(self, lent: Iterable[Tensor]) -> bool:
+        """Return tensors that `take` gave and that nothing reads any more; whether memory was given up for them."""
+        storages = [tensor.untyped_storage() for tensor in lent]
+        given_up = [self._shelf.give_back(storage.nbytes(), storage) for storage in storages]
+        return any(given_up)
+
+    def clear(self) -> None:
+        """Free what is not lent."""
+        self._shelf.clear()

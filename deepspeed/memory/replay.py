@@ -29,7 +29,7 @@ import torch
 from torch import nn
 
 from deepspeed.comm.direct import BLOCK_NUMEL, ONE_PHASE_NUMEL
-from deepspeed.comm.scratch import Shelf
+from deepspeed.comm.scratch import NUM_KEPT, Shelf
 from deepspeed.memory.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -49,7 +49,7 @@ from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import ModelPlan
 from deepspeed.zero.policy import Tier, ZeroPolicy
-from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_STORING
+from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_KEPT, MAX_STORING
 from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
@@ -98,34 +98,11 @@ class EngineSettings:
 
 
 class Pool:
-    """Blocks of equal sizes kept for reuse: what `zero.pool.FlatPool` does."""
+    """Blocks of any size kept for reuse: what `zero.pool.FlatPool` and `comm.scratch.Scratch` do."""
 
-    def __init__(self, ledger: Ledger, kind: str, max_free: int) -> None:
-        self._ledger, self._kind, self._max_free = ledger, kind, max_free
-        self._free: Counter[int] = Counter()
-
-    def take(self, nbytes: int) -> int:
-        """Lend a block; returns its size."""
-        if self._free[nbytes]:
-            self._free[nbytes] -= 1
-        else:
-            self._ledger.add(self._kind, nbytes)
-        return nbytes
-
-    def give_back(self, nbytes: int) -> None:
-        """Take a block back; it is freed if enough wait."""
-        if self._free[nbytes] < self._max_free:
-            self._free[nbytes] += 1
-        else:
-            self._ledger.drop(self._kind, nbytes)
-
-
-class ScratchPool:
-    """Blocks of any size kept for reuse: what `comm.scratch.Scratch` does."""
-
-    def __init__(self, ledger: Ledger, kind: str) -> None:
+    def __init__(self, ledger: Ledger, kind: str, max_kept: int) -> None:
         self._ledger, self._kind = ledger, kind
-        self._shelf: Shelf[None] = Shelf()
+        self._shelf: Shelf[None] = Shelf(max_kept)
 
     def take(self, nbytes: int) -> int:
         """Lend a block; returns its size."""
@@ -249,9 +226,8 @@ class Reductions:
         self._completed: list[SizedBucket] = []
         self._next = 0
         self._in_flight: deque[Callable[[], None]] = deque()
-        on_tier = any(map(self._on_tier, self.order))
-        self._flats = Pool(ledger, BUCKETS, MAX_STORING if on_tier else MAX_IN_FLIGHT)
-        self._scratch = ScratchPool(ledger, COMMUNICATION)
+        self._flats = Pool(ledger, BUCKETS, MAX_KEPT)
+        self._scratch = Pool(ledger, COMMUNICATION, NUM_KEPT)
         self._lent: dict[SizedBucket, int] = {}
         self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT

@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.optim.ranges import check_ranges
+from deepspeed.utils.compiler import hidden_if_loaded
 from deepspeed.utils.errors import NotAvailableError
 
 
@@ -124,7 +125,7 @@ class ShardableOptimizer(torch.optim.Optimizer):
                     f"{name} does not support {switch}=True.\n"
                     f"  Leave {switch} out, or use an optimizer of torch.optim that has it."
                 )
-        super().add_param_group(param_group)
+        hidden_if_loaded(torch.optim.Optimizer.add_param_group)(self, param_group)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch does, but keep the dtype of the state: torch would cast fp32 moments down to bf16 parameters."""

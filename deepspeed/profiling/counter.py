@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from deepspeed.utils import compiler
+
 
 class Phase(enum.Enum):
     """What an operation belongs to."""
@@ -228,6 +230,18 @@ class OpCounter(TorchDispatchMode):
         self._add = add
         self.is_updating = False
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Torch's word for hiding `__torch_dispatch__` when a class is made, which loads the compiler at the first operation."""
+        return False
+
+    def __enter__(self) -> OpCounter:
+        """Begin to count; a model that is compiled does not have the counting compiled into it."""
+        if compiler.is_loaded():
+            _hide()
+        entered: OpCounter = super().__enter__()
+        return entered
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _METADATA:
@@ -266,6 +280,11 @@ class OpCounter(TorchDispatchMode):
             self._add(Phase.BACKWARD, name, flops - scores)
         else:
             self._add(Phase.BACKWARD, name, flops)
+
+
+@functools.cache
+def _hide() -> None:
+    OpCounter.__torch_dispatch__ = torch._disable_dynamo(OpCounter.__torch_dispatch__)  # type: ignore[method-assign]
 
 
 def _scores(args: Any) -> int:

@@ -10,7 +10,7 @@ from deepspeed.comm.scratch import NUM_KEPT, Scratch, Shelf
 
 
 def test_a_block_is_lent_again_to_messages_that_fill_at_least_half_of_it() -> None:
-    shelf: Shelf[str] = Shelf()
+    shelf: Shelf[str] = Shelf(2)
     assert shelf.take(100) is None
     shelf.give_back(100, "a")
     assert shelf.take(49) is None
@@ -21,7 +21,7 @@ def test_a_block_is_lent_again_to_messages_that_fill_at_least_half_of_it() -> No
 
 
 def test_the_smallest_block_that_fits_is_taken() -> None:
-    shelf: Shelf[str] = Shelf()
+    shelf: Shelf[str] = Shelf(2)
     assert shelf.take(130) is None
     for nbytes, block in ((130, "c"), (100, "a"), (110, "b")):
         shelf.give_back(nbytes, block)
@@ -30,7 +30,7 @@ def test_the_smallest_block_that_fits_is_taken() -> None:
 
 def test_whatever_the_sizes_no_more_is_kept_than_a_few_of_the_largest() -> None:
     random.seed(0)
-    shelf: Shelf[int] = Shelf()
+    shelf: Shelf[int] = Shelf(NUM_KEPT)
     sizes = [random.randint(1, 1000) for _ in range(200)]
     lent = []
     for size in sizes:
@@ -59,3 +59,10 @@ def test_scratch_taken_in_inference_mode_can_be_used_outside() -> None:
     with torch.inference_mode():
         scratch.give_back([scratch.take(torch.empty(4))])
     scratch.take(torch.empty(4)).add_(1)
+
+
+def test_whoever_gives_back_is_told_whether_memory_was_given_up() -> None:
+    scratch = Scratch()
+    lent = [scratch.take(torch.empty(8)) for _ in range(NUM_KEPT + 1)]
+    assert not scratch.give_back(lent[:-1])
+    assert scratch.give_back(lent[-1:])

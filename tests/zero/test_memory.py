@@ -34,7 +34,7 @@ def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int
         engine._reducer.pool.clear()
         of_buckets = [bucket.exchange for bucket in engine._built.buckets]
         for exchange in [*of_buckets, *(gradients.reduction.exchange for gradients in engine._reducer.gradients)]:
-            for name in ("_pool", "_totals", "_retired"):
+            for name in ("scratch", "_totals", "_retired"):
                 getattr(exchange.inner, name).clear()
         counted = engine.memory_by_kind()
         return numel, counted, _found(engine, before)
