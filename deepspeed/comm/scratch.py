@@ -79,7 +79,7 @@ class Scratch:
         """A flat tensor of `like`'s length and dtype, uninitialised."""
         found = self._shelf.take(like.nbytes)
         storage = found[1] if found is not None else torch.UntypedStorage(like.nbytes, device="cpu")
-        return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, (like.numel(),))
+        return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, (like.numel(),), (1,))
 
     def give_back(self, lent: Iterable[Tensor]) -> bool:
         """Return tensors that `take` gave and that nothing reads any more; whether memory was given up for them."""
