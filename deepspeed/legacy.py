@@ -108,7 +108,10 @@ PATHS: dict[str, dict[str, str]] = {
         "DynamicLossScaler": "deepspeed.precision.scaler:DynamicLossScale",
         **_later("internal", "CreateLossScaler"),
     },
-    "deepspeed.runtime.fp16.onebit": _later(_ONE_BIT, "OnebitAdam OnebitLamb ZeroOneAdam"),
+    "deepspeed.runtime.fp16.onebit": {
+        **invert({"deepspeed.optim.onebit_adam": "OnebitAdam"}),
+        **_later(_ONE_BIT, "OnebitLamb ZeroOneAdam"),
+    },
     "deepspeed.runtime.fp16.onebit.adam": invert({"deepspeed.runtime.fp16.onebit": "OnebitAdam"}),
     "deepspeed.runtime.fp16.onebit.lamb": invert({"deepspeed.runtime.fp16.onebit": "OnebitLamb"}),
     "deepspeed.runtime.fp16.onebit.zoadam": invert({"deepspeed.runtime.fp16.onebit": "ZeroOneAdam"}),

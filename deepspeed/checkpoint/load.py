@@ -38,6 +38,9 @@ from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import stored_shape
 from deepspeed.zero.shards import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
 
+KEPT_SETTINGS = ("exp_avg_mask",)
+"""Settings of a parameter group that stay as the script gave them."""
+
 
 @dataclass
 class Names:
@@ -247,6 +250,7 @@ def load_optimizer(subject: Subject, source: Source, state: Mapping[str, Any], n
     with torch.no_grad():
         flats = renew_states(optimizer, subject.mesh, specs, masters)
         source.fetch([want for flat in flats for want in _wanted(flat, names)])
+        optimizer.states_loaded()
 
 
 def _has_what_it_needs(optimizer: torch.optim.Optimizer, listed: Iterable[Mapping[str, Any]]) -> bool:
@@ -306,4 +310,4 @@ def _load_groups(optimizer: ZeroOptimizer, saved: list[Mapping[str, Any]], names
                 len(settings),
             )
             continue
-        group.update(settings[0])
+        group.update({key: value for key, value in settings[0].items() if key not in KEPT_SETTINGS})

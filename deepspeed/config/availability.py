@@ -36,7 +36,7 @@ def _is_above_1(value: float | None) -> bool:
 
 
 def _is_missing_optimizer(name: str | None) -> bool:
-    return (name or "").lower() in (*ONE_BIT_OPTIMIZERS, "muadam", "muadamw", "musgd")
+    return (name or "").lower() in ("zerooneadam", "onebitlamb", "muadam", "muadamw", "musgd")
 
 
 NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -108,6 +108,24 @@ def _sums_with(key: str) -> Callable[[Root], bool]:
 
 def _uncounted_with(key: str) -> Callable[[Root], bool]:
     return lambda config: not config.managed_gradient_accumulation and bool(value_at(config, key))
+
+
+def _one_bit_with(asks: Callable[[Root], bool]) -> Callable[[Root], bool]:
+    return lambda config: _optimizer(config) in ONE_BIT_OPTIMIZERS and asks(config)
+
+
+def _offloads(config: Root) -> bool:
+    offload = config.zero_optimization.offload_optimizer
+    return offload is not None and getattr(offload.device, "value", offload.device) != "none"
+
+
+def _never_freezes(config: Root) -> bool:
+    if _optimizer(config) not in ONE_BIT_OPTIMIZERS or config.scheduler is None:
+        return False
+    total = config.scheduler.params.get("total_num_steps")
+    key = "var_freeze_step" if _optimizer(config) == "zerooneadam" else "freeze_step"
+    freeze = config.optimizer.params.get(key, 100000)
+    return all(isinstance(n, (int, float)) for n in (total, freeze)) and bool(freeze >= total)
 
 
 _ONE_PRECISION = ("a model has one precision", "Set one of them to false.")
@@ -185,9 +203,28 @@ TOGETHER: tuple[Exclusion, ...] = (
     ),
     Exclusion(
         ("optimizer.type", _STAGE),
-        lambda c: _optimizer(c) in ONE_BIT_OPTIMIZERS and c.zero_optimization.stage > 0,
-        "this optimizer has a reduction of its own and excludes ZeRO",
-        "Set stage to 0, or use another optimizer.",
+        lambda c: _optimizer(c) in ONE_BIT_OPTIMIZERS and c.zero_optimization.stage > 1,
+        "this optimizer averages whole momenta by itself, and from stage 2 on a rank keeps a slice of averaged gradients",
+        "Set stage to 0 or 1, or use another optimizer.",
+    ),
+    *(
+        Exclusion(
+            ("optimizer.type", key),
+            _one_bit_with(asks),
+            "this optimizer averages whole momenta between devices by itself",
+            cure,
+        )
+        for key, asks, cure in (
+            ("zero_optimization.offload_optimizer", _offloads, "Leave the state on the device, or use Adam."),
+            ("gradient_allreduce_op", lambda c: c.gradient_allreduce_op == "sum", 'Use "mean".'),
+        )
+    ),
+    Exclusion(
+        ("optimizer.params", "scheduler.params"),
+        _never_freezes,
+        "the run ends (total_num_steps) before the steps without compression do (freeze_step or var_freeze_step, 100000 if "
+        "not given), so nothing would ever be compressed",
+        "Set freeze_step to a fifth of the steps or so, or use Adam.",
     ),
 )
 """Pairs over sections; what concerns one section alone is in its own `rules`."""

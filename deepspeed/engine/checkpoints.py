@@ -169,7 +169,7 @@ class CheckpointMethods:
                 tag=tag,
                 about=_about(engine),
                 shared=_shared_state(engine, dict(client_state or {})),
-                own={"loader": loader.state_dict()} if loader is not None else {},
+                own=_own_state(engine, loader),
                 save_latest=save_latest,
                 exclude_frozen=exclude_frozen_parameters,
                 keep_last_n=checkpoints.keep_last_n,
@@ -442,6 +442,13 @@ def _shared_state(engine: CheckpointedRun, client_state: dict[str, Any]) -> dict
     return state
 
 
+def _own_state(engine: CheckpointedRun, loader: DeepSpeedDataLoader | None) -> dict[str, Any]:
+    """What is this rank's alone."""
+    own = {"loader": loader.state_dict()} if loader is not None else {}
+    reduction = engine.zero_optimizer.own_reduction if engine.zero_optimizer is not None else None
+    return own if reduction is None else {**own, "compression": reduction.private_states()}
+
+
 def _layout(mesh: Mesh) -> tuple[int, int]:
     """Data-parallel and model-parallel ranks of this run."""
     return mesh.size("average"), mesh.size("model")
@@ -514,6 +521,10 @@ def _load_rest(
     if engine.training_dataloader is not None and "loader" in own:
         engine.training_dataloader.load_state_dict(own["loader"])
     same_ranks = _layout_of(about) == _layout(engine.mesh)
+    if has_optimizer and engine.zero_optimizer.own_reduction is not None:
+        if not same_ranks:
+            log_dist("what compression had left out starts at zero: the number of ranks has changed.", [0])
+        engine.zero_optimizer.own_reduction.take_private_states(own.get("compression", {}) if same_ranks else {})
     if has_optimizer and "rng" in own and same_ranks:
         rng.restore(own["rng"])
     elif has_optimizer and not same_ranks:

@@ -21,6 +21,7 @@ from deepspeed.optim.arguments import check_keys, construct, did_you_mean, read_
 from deepspeed.optim.lamb import FusedLamb
 from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import MuonWithAuxAdam
+from deepspeed.optim.onebit_adam import OnebitAdam
 from deepspeed.optim.ranges import check_ranges
 from deepspeed.optim.sgd import DeepSpeedCPUSGD
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError
@@ -40,7 +41,7 @@ def build_optimizer(
     """The optimizer named `type_name` over `param_groups` (group dicts, or parameters).
 
     `offload`: its state rests on the cpu or nvme tier. Muon wants groups with `use_muon` (`muon.split_for_muon`).
-    Raises DeepSpeedConfigError for names, keys and values that do not exist, NotAvailableError for 1-bit optimizers.
+    Raises DeepSpeedConfigError for names, keys and values that do not exist.
     """
     settings = read_numbers(params)
     if (norm := settings.get("max_grad_norm", 0)) and norm > 0:
@@ -124,13 +125,6 @@ def _muon_group(group: Any, params: Params) -> dict[str, Any]:
     return {**shared, **special, **group}
 
 
-def _one_bit(name: str, params: Params, groups: Groups, offload: bool) -> Optimizer:
-    raise NotAvailableError(
-        f'optimizer.type = "{name}" is not available yet.\n'
-        '  Use "Adam", "AdamW" or "Lamb": the same update with uncompressed communication.'
-    )
-
-
 def _mup(name: str, params: Params, groups: Groups, offload: bool) -> Optimizer:
     try:
         kind = getattr(importlib.import_module("mup"), name)
@@ -150,7 +144,7 @@ _BUILDERS: dict[str, Builder] = {
     "adagrad": _plain(torch.optim.Adagrad, DeepSpeedCPUAdagrad),
     "muon": _muon,
     **{name.lower(): partial(_mup, name) for name in ("MuAdam", "MuAdamW", "MuSGD")},
-    **{name.lower(): partial(_one_bit, name) for name in ("OneBitAdam", "ZeroOneAdam", "OneBitLamb")},
+    "onebitadam": _plain(OnebitAdam),
 }
 _OUR_NAMES = ("Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon")
 

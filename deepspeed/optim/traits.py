@@ -10,6 +10,10 @@ ZeRO steps optimizers on *runs*: contiguous 1-D pieces of a rank's flat shard, e
 Adam does not care: its update is element-wise. LAMB needs norms of whole parameters, Muon needs whole matrices. Those
 declare it (`needs`) and ask `sharding`, which ZeRO installs; where it is None every tensor is a whole parameter.
 
+1-bit optimizers average between ranks by themselves, whole parameters at a time, and keep what compression leaves out:
+OWN_REDUCTION. ZeRO then gives them each rank's own gradients where they ask for those (`AveragesItself`), and a way to whole
+parameters and to other ranks (`OwnReduction`).
+
 Where optimizer state rests in main memory or on disk, ZeRO hands the same runs over with their gradients as they were
 reduced and takes the low-precision parameters in the same pass: `StepsFused`.
 
@@ -23,7 +27,7 @@ import abc
 import enum
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -39,6 +43,7 @@ class Needs(enum.Enum):
     ELEMENTWISE = "each element on its own"
     PARAMETER_NORMS = "the norms of the whole parameter and of its update"
     WHOLE_MATRICES = "the whole parameter in its shape"
+    OWN_REDUCTION = "each rank's own gradient of the whole parameter, which it averages by itself"
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +88,81 @@ class Sharding(Protocol):
 
         Collective, in the same order on every rank, also with no runs.
         """
+
+
+class Part(NamedTuple):
+    """run[start:stop] of an optimizer's run are the elements from `first` on of a flattened parameter."""
+
+    run: Tensor
+    start: int
+    stop: int
+    first: int
+
+    def of_run(self, tensor: Tensor) -> Tensor:
+        """This part as a 1-D view of `tensor`, which has the run's elements."""
+        return tensor.view(-1)[self.start : self.stop]
+
+    def of_param(self, flat: Tensor) -> Tensor:
+        """The same elements of the whole parameter, flattened."""
+        return flat[self.first : self.first + self.stop - self.start]
+
+
+class Whole(NamedTuple):
+    """A whole parameter as a rank sees it that holds it in part, or not at all."""
+
+    shape: torch.Size
+    group: dict[str, Any]
+    state: dict[str, Any]
+    """What is known of it on every rank alike (`step`), and errors, which are each rank's own."""
+    read: Callable[[], Tensor]
+    """This step's gradient on this rank, flat, unscaled, in at least fp32; may be written over."""
+    parts: Sequence[Part]
+    """What of it lies in the runs of this rank."""
+
+
+class OwnReduction(Protocol):
+    """How an optimizer that averages by itself reaches whole parameters and other ranks."""
+
+    num_ranks: int
+
+    @property
+    def num_steps(self) -> int:
+        """Steps of the parameter that has had most of them, the same on every rank."""
+
+    def parameters(self) -> Sequence[Whole]:
+        """The parameters with a gradient on any rank in this step, in one order on every rank."""
+
+    def momentum(self, whole: Whole) -> Tensor:
+        """Its `exp_avg`, flat, whole on every rank; what is written there is taken by `settle`. Collective at the first call
+        after a load or a step that did not settle."""
+
+    def settle(self, wholes: Sequence[Whole]) -> None:
+        """Count a step of each of these, and take what was written into their `momentum` into the runs' states."""
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """The mean over ranks, in place, in full precision. Collective."""
+
+    def average_signs(self, tensors: Sequence[Tensor], owners: Sequence[dict[str, Any]]) -> None:
+        """The mean over ranks, in place, by signs and scales; `owners[i]` keeps tensor i's `worker_error` and `server_error`,
+        which begin as zeros. Collective."""
+
+
+class AveragesItself(abc.ABC):
+    """Optimizers with Needs.OWN_REDUCTION. Whoever steps them installs `reduction`."""
+
+    reduction: OwnReduction | None = None
+    private_states: ClassVar[tuple[str, ...]] = ("worker_error", "server_error")
+    """States that are each rank's own, of no length in common with the parameter."""
+
+    @property
+    @abc.abstractmethod
+    def takes_local(self) -> bool:
+        """Whether the next step wants each rank's own gradients rather than their mean. The same on every rank."""
+
+    @property
+    @abc.abstractmethod
+    def agreed_settings(self) -> dict[str, Any]:
+        """What has to be the same on every rank."""
 
 
 class WholeParameters:

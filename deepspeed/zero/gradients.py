@@ -110,6 +110,10 @@ class Gradients(Protocol):
         """The parameters' averaged gradients as views, if they are whole on this rank, in memory."""
 
     @property
+    def local_views(self) -> Sequence[Tensor]:
+        """This rank's own sums as views, by parameter, where they are whole and stay on the rank (`When.NEVER`)."""
+
+    @property
     def failure(self) -> TierError | None:
         """Gradients of this step that could not be moved to their rest on this rank."""
 
@@ -193,6 +197,7 @@ class WholeGradients:
         self.is_reduced = self.has_local = False
         self._flat = torch.zeros(bucket.layout.padded_numel, dtype=dtype, device=bucket.full.device)
         self._views = bucket.split(self._flat)
+        self.local_views: Sequence[Tensor] = bucket.split_numbers(self._flat)
         self._delivers_shard = delivers_shard
         self._is_shown = (not delivers_shard or reduction.num_ranks == 1) and rest is None and not bucket.is_sharded
         self.result = bucket.own_slice(self._flat) if delivers_shard else self._flat
@@ -265,7 +270,8 @@ class WholeGradients:
         if not self.is_reduced:
             self.result.zero_()
             self.is_reduced = True
-        self.reduction.average_replicas(self.result)
+        if self.reduction.when is not When.NEVER:
+            self.reduction.average_replicas(self.result)
         self._delivery.put(self.result)
         self._delivery.wait()
 
@@ -337,6 +343,7 @@ class SlicedGradients:
 
     is_whole = False
     shown: Sequence[Tensor] = ()
+    local_views: Sequence[Tensor] = ()
     failure: TierError | None = None
 
     def __init__(self, bucket: Bucket, reduction: Reduction, dtype: torch.dtype, pool: FlatPool) -> None:
@@ -429,6 +436,7 @@ class TieredGradients:
 
     is_whole = False
     shown: Sequence[Tensor] = ()
+    local_views: Sequence[Tensor] = ()
 
     def __init__(self, bucket: Bucket, reduction: Reduction, dtype: torch.dtype, pool: FlatPool, rest: Rest) -> None:
         self.bucket, self.reduction, self.dtype = bucket, reduction, dtype

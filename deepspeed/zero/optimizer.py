@@ -24,15 +24,17 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
+from deepspeed.optim.traits import AveragesItself, FusedRun, Needs, StepsFused, needs_of
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
+from deepspeed.zero.local_norm import LocalNorm
 from deepspeed.zero.master import Master, read
 from deepspeed.zero.norm import GradientNorm, Measured
+from deepspeed.zero.own_reduction import ZeroReduction, check_placements
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
@@ -125,6 +127,30 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.stream: TileStream | None = None
         """The step of masters that rest on a tier, if there are any."""
         self._install_runs(allow_untested, placing)
+        self.own_reduction: ZeroReduction | None = None
+        """Of an optimizer that averages by itself."""
+        if isinstance(optimizer, AveragesItself):
+            check_placements(optimizer, self)
+            self._local_norm = LocalNorm(reducer.gradients, mesh, self._device)
+            self.own_reduction = optimizer.reduction = ZeroReduction(self, mesh)
+            self._skip_non_finite = True  # errors would carry it on for ever
+            self._choose_reduction()
+
+    @property
+    def _takes_local(self) -> bool:
+        """Whether this step's gradients are each rank's own."""
+        return isinstance(self.optimizer, AveragesItself) and self.optimizer.takes_local
+
+    def _choose_reduction(self) -> None:
+        """Have the next step's gradients reduced, or left to the optimizer's own reduction."""
+        if self.own_reduction is not None:
+            self.reducer.leave_local(self._takes_local)
+
+    def states_loaded(self) -> None:
+        """The optimizer's states were replaced. Collective."""
+        if self.own_reduction is not None:
+            self.own_reduction.loaded()
+            self._choose_reduction()
 
     @property
     def _is_sharded(self) -> bool:
@@ -170,6 +196,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._refuse_tiers(needs_of(self.optimizer))
         self._norm.add()
         self._list_runs()
+        self._choose_reduction()
 
     def _list_runs(self) -> None:
         """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""
@@ -316,6 +343,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             self._update(factor)
             self._publish()
         self.reducer.drop()
+        self._choose_reduction()
         if self.takeover is not None:
             self.takeover.end_step()
         return loss
@@ -331,6 +359,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         except LossScaleFloorError as error:
             raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
         self.grad_norm = unscaled
+        if self.overflow and self.own_reduction is not None and self._takes_local:
+            self.own_reduction.tell_what_is_bad()
         unused = self._agree_on_unused() if missed_any else []
         self._unused = [*unused, *(pair for pair in self.reducer.left_out if pair not in unused)]
         if self.overflow:
@@ -340,13 +370,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _measure(self) -> Measured:
         """The norm, with the gradients of parameters that join in this step."""
+        norm: GradientNorm | LocalNorm = self._local_norm if self._takes_local else self._norm
         if self.takeover is None:
-            return self._norm.measure()
-        measured = self._norm.measure(self.takeover.waits)
+            return norm.measure()
+        measured = norm.measure(self.takeover.waits)
         if measured.changed_any:
             self.takeover.take_over()
             self.reducer.finish()
-            measured = self._norm.measure()
+            measured = norm.measure()
         return measured
 
     def _agree_on_unused(self) -> list[tuple[int, int]]:
@@ -389,6 +420,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return None
 
     def _update(self, factor: float) -> None:
+        if self.own_reduction is not None and self._takes_local:
+            self.own_reduction.factor = factor
+            self.optimizer.step()
+            return
         for members in self._sub_groups():
             stepped = [pair for i in members for pair in self._with_gradients(i, factor)]
             if len(members) == len(self.masters):
@@ -599,6 +634,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         for master, flat in zip(self.masters, state["fp32_flat_groups"], strict=True):
             master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
         self._publish()
+        self.states_loaded()
 
     def state_kinds(self, index: int) -> list[str]:
         """Names of the states that are as long as the masters of one bucket: "exp_avg", ...; none before the first step."""

@@ -23,6 +23,7 @@ import contextlib
 import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -269,6 +270,8 @@ class Reducer:
         for gradients in self.order:
             is_owed = gradients.is_whole and (gradients.has_local or not gradients.is_reduced)
             if gradients.reduction.when is When.NEVER and is_owed:
+                if not gradients.has_local:
+                    gradients.lay_down()
                 gradients.keep_local()
             elif is_owed and id(gradients) not in in_flight:
                 self._launch(gradients)
@@ -320,6 +323,14 @@ class Reducer:
         self._ready.clear()
         self._held.clear()
         self.saw_backward = self.has_stood_in = False
+
+    def leave_local(self, is_local: bool) -> None:
+        """From the next step on have gradients that are reduced at the boundary stay on their rank instead, or not any
+        more. The same on every rank, between steps."""
+        before, after = (When.AT_BOUNDARY, When.NEVER) if is_local else (When.NEVER, When.AT_BOUNDARY)
+        for gradients in self.gradients:
+            if gradients.reduction.when is before:
+                gradients.reduction = replace(gradients.reduction, when=after)
 
     # The order. ----------------------------------------------------------------------------------------------------
 

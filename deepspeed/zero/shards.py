@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import Needs, needs_of
+from deepspeed.optim.traits import AveragesItself, Needs, needs_of
 from deepspeed.tiers import InMemory, Rest
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.layout import RunSpan
@@ -160,9 +160,11 @@ class _Run(NamedTuple):
         """Names of the states that have an element for each of the run's."""
         if self.segment is not None:
             return sorted(self.segment.states)
-        state = optimizer.state.get(self.tensor, {})
+        state, private = optimizer.state.get(self.tensor, {}), private_states(optimizer)
         return [
-            key for key, v in state.items() if isinstance(v, Tensor) and v.dim() > 0 and v.shape == self.tensor.shape
+            key
+            for key, v in state.items()
+            if isinstance(v, Tensor) and v.dim() > 0 and v.shape == self.tensor.shape and key not in private
         ]
 
 
@@ -217,10 +219,17 @@ def run_values(optimizer: ZeroOptimizer) -> list[RunValues]:
         if state and run.spans:
             names = dict.fromkeys(span.name for span in run.spans)
             keys = run.state_kinds(optimizer)
-            rest = {str(key): value for key, value in state.items() if key not in keys}
+            left_out = {*keys, *private_states(optimizer)}
+            rest = {str(key): value for key, value in state.items() if key not in left_out}
             _check_values(optimizer, rest)
             found.append(RunValues(tuple(names), rest, tuple(OPTIM + key for key in keys)))
     return found
+
+
+def private_states(optimizer: ZeroOptimizer) -> tuple[str, ...]:
+    """States that are each rank's own, and so no part of what ranks save together."""
+    inner = optimizer.optimizer
+    return inner.private_states if isinstance(inner, AveragesItself) else ()
 
 
 def _check_values(optimizer: ZeroOptimizer, values: Mapping[str, Any]) -> None:

@@ -69,7 +69,7 @@ def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -
             {"zero_optimization": {"stage": 3, "offload_optimizer": {"super_offload": True}}},
             "zero_optimization.offload_optimizer.super_offload",
         ),
-        ({"optimizer": {"type": "onebitadam"}}, "optimizer.type"),
+        ({"optimizer": {"type": "musgd"}}, "optimizer.type"),
     ],
 )
 def test_the_same_where_other_keys_are_needed(written: dict[str, Any], path: str) -> None:

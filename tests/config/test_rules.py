@@ -75,7 +75,25 @@ def zero(**values: Any) -> dict[str, Any]:
             "at most 2",
         ),
         ({"optimizer": {"type": "Lamb"}, "fp16": {"enabled": True, "loss_scale": 8}}, "LAMB needs", "loss_scale to 0"),
-        ({"optimizer": {"type": "OneBitLamb"}, **zero(stage=1)}, 'optimizer.type = "OneBitLamb"', "Set stage to 0"),
+        ({"optimizer": {"type": "OneBitLamb"}, **zero(stage=2)}, 'optimizer.type = "OneBitLamb"', "Set stage to 0 or 1"),
+        (
+            {"optimizer": {"type": "OneBitAdam"}, **zero(stage=1, offload_optimizer={"device": "cpu"})},
+            "averages whole momenta",
+            "Leave the state",
+        ),
+        (
+            {"optimizer": {"type": "OneBitAdam"}, "gradient_allreduce_op": "sum"},
+            "averages whole momenta",
+            'Use "mean"',
+        ),
+        (
+            {
+                "optimizer": {"type": "OneBitAdam", "params": {"freeze_step": 50}},
+                "scheduler": {"type": "WarmupDecayLR", "params": {"total_num_steps": 50}},
+            },
+            "nothing would ever be compressed",
+            "Set freeze_step to a fifth",
+        ),
         ({"expert_parallel": {"num_expert_groups": 2, "num_limited_groups": 4}}, "cannot visit more groups", "at most"),
         ({"expert_parallel": {"num_expert_groups": 2}}, "the two go together", "or neither"),
         ({"expert_parallel": {"comm_backend": "deepep"}}, "comm_max_tokens_per_rank = 0", "above 0"),

@@ -18,7 +18,8 @@ from deepspeed.optim import (
     MuonWithAuxAdam,
     build_optimizer,
 )
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.optim.onebit_adam import OnebitAdam
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError
 from tests.optim.steps import parameters
 
 
@@ -138,10 +139,16 @@ def test_clipping_in_the_optimizer_is_refused_with_the_cure(name: str) -> None:
         build(name, max_grad_norm=1.0)
 
 
-@pytest.mark.parametrize("name", ["OneBitAdam", "zerooneadam", "OneBitLamb"])
-def test_one_bit_optimizers_are_not_available_yet(name: str) -> None:
-    with pytest.raises(NotAvailableError, match=r"is not available yet[^@]*uncompressed"):
-        build(name)
+def test_one_bit_optimizers_are_made_whatever_the_case_and_the_backend_they_name() -> None:
+    made = build("onebitADAM", freeze_step=7, comm_backend_name="mpi")
+    assert isinstance(made, OnebitAdam)
+    assert made.freeze_step == 7
+
+
+@pytest.mark.parametrize("value", [0, -1, 2.5, True, "soon"])
+def test_a_freeze_step_is_a_whole_number(value: Any) -> None:
+    with pytest.raises(DeepSpeedError, match=r"freeze_step = .* is not a whole number of at least 1"):
+        build("OneBitAdam", freeze_step=value)
 
 
 def test_mu_optimizers_name_the_package_they_come_from(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,258 @@
+"""How an optimizer that averages by itself reaches whole parameters under ZeRO 0 and 1, and other ranks.
+
+Made by the optimizer wrapper for optimizers with Needs.OWN_REDUCTION (the 1-bit family); asked by them in every step.
+Implements `optim.traits.OwnReduction` over the wrapper's masters.
+
+    ZeRO stage   runs are              momentum                                  variance, masters
+    0            whole parameters      the run's own state                       the run's own
+    1            pieces of the shard   whole on every rank, once it is           sharded
+                                       compressed; the run's state is its piece
+
+At stage 1 every rank needs the whole momentum, because what it sends is its own gradient on top of it; so of Adam's states
+stage 1 shards the variance and the masters. Parameters are then all-gathered in their own dtype.
+
+Invariant: `states`, by parameter, are the same on every rank, but for errors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepspeed.comm.onebit import SignReduction
+from deepspeed.mesh import Mesh
+from deepspeed.optim.compressed import average_signs, count_steps, state_of
+from deepspeed.optim.traits import AveragesItself, Part, Whole
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import logger
+from deepspeed.utils.waits import COMMUNICATION
+from deepspeed.zero.master import Master
+
+if TYPE_CHECKING:
+    from deepspeed.zero.optimizer import ZeroOptimizer
+
+
+def check_placements(optimizer: AveragesItself, owner: ZeroOptimizer) -> None:
+    """Raise DeepSpeedConfigError, on every rank alike, where gradients or states are not where such an optimizer needs them,
+    or ranks have different settings. Collective."""
+    name = type(optimizer).__name__
+    if owner.policy.gradients.is_sharded:
+        raise DeepSpeedConfigError(
+            f"{name} averages whole momenta by itself, but under ZeRO stage {owner.zero_stage} a rank keeps a slice of the gradients "
+            "only, already averaged.\n  Use stage 0 or 1."
+        )
+    if any(master.is_streamed for master in owner.masters):
+        raise DeepSpeedConfigError(
+            f"{name} averages whole momenta between devices, but its state is offloaded (zero_optimization.offload_optimizer).\n"
+            "  Leave the state on the device, or use Adam."
+        )
+    everyone = owner.mesh.gather_objects("average", optimizer.agreed_settings)
+    for rank, theirs in enumerate(everyone):
+        for key in theirs:
+            if theirs[key] != everyone[0].get(key):
+                raise DeepSpeedConfigError(
+                    f"{name}: ranks differ in {key}: {everyone[0].get(key)!r} on rank {owner.mesh.ranks('average')[0]}, "
+                    f"{theirs[key]!r} on rank {owner.mesh.ranks('average')[rank]}.\n"
+                    "  They would compress in different steps. Give every rank the same settings."
+                )
+
+
+class ZeroReduction:
+    """The reduction of one wrapped optimizer. Collective to make."""
+
+    def __init__(self, owner: ZeroOptimizer, mesh: Mesh) -> None:
+        self._owner, self._mesh = owner, mesh
+        self.num_ranks = mesh.size("average")
+        self._signs = SignReduction(mesh.group("average", "reduce"))
+        self._group = mesh.group("average", "reduce")
+        self._is_whole = not owner.policy.optimizer.is_sharded
+        self.factor = 1.0
+        """Unscales and clips this step's gradients."""
+        self._states: dict[tuple[int, int], dict[str, Any]] = {}
+        """By (master, parameter), where runs are not whole parameters."""
+        self._has_moments = False
+        """Whether `_states` has the whole momenta."""
+
+    # What the optimizer asks. --------------------------------------------------------------------------------------
+
+    @property
+    def num_steps(self) -> int:
+        """See OwnReduction."""
+        states = self._owner.optimizer.state.values() if self._is_whole else self._states.values()
+        return max((int(state.get("step", 0)) for state in states), default=0)
+
+    def parameters(self) -> Sequence[Whole]:
+        """See OwnReduction."""
+        unused = set(self._owner._unused)
+        return [
+            self._whole(i, j)
+            for i, master in enumerate(self._owner.masters)
+            for j, _ in master.bucket.members()
+            if (i, j) not in unused
+        ]
+
+    def momentum(self, whole: Whole) -> Tensor:
+        """See OwnReduction."""
+        if not self._is_whole and not self._has_moments:
+            self._gather_moments()
+        key = "exp_avg"
+        if key not in whole.state:
+            whole.state[key] = torch.zeros(whole.shape.numel(), device=self._owner._device, dtype=self._moment_dtype)
+            if self._is_whole:
+                whole.state[key] = whole.state[key].view(whole.shape)
+        found: Tensor = whole.state[key]
+        return found.view(-1)
+
+    def settle(self, wholes: Sequence[Whole]) -> None:
+        """See OwnReduction. At stage 1 all runs have the same states, and the steps of the parameter that has had most: a
+        run holds parts of several."""
+        count_steps(wholes)
+        if self._is_whole:
+            return
+        num_steps = self.num_steps
+        for runs in self._owner.steppable:
+            for _, run in runs:
+                state = self._owner.optimizer.state[run]
+                state["step"] = num_steps
+                for key in ("exp_avg", "exp_avg_sq"):
+                    state_of(state, key, run)
+        for whole in wholes if self._has_moments else ():
+            for part in whole.parts:
+                moment = self._owner.optimizer.state[part.run]["exp_avg"]
+                part.of_run(moment).copy_(part.of_param(whole.state["exp_avg"]))
+
+    def average(self, tensors: Sequence[Tensor]) -> None:
+        """See OwnReduction."""
+        if self._group is None or not tensors:
+            return
+        flat = torch.cat([tensor.view(-1) for tensor in tensors])
+        with COMMUNICATION.during("zero.average", flat.nbytes):
+            dist.all_reduce(flat, group=self._group)
+        flat.div_(self.num_ranks)
+        for tensor, values in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+            tensor.copy_(values.view_as(tensor))
+
+    def average_signs(self, tensors: Sequence[Tensor], owners: Sequence[dict[str, Any]]) -> None:
+        """See OwnReduction."""
+        average_signs(self._signs, tensors, owners)
+
+    # What the wrapper and checkpoints ask. -------------------------------------------------------------------------
+
+    def tell_what_is_bad(self) -> None:
+        """Warn of this step's gradients that are not finite, by rank. Collective."""
+        found = next(
+            (
+                f"{gradients.bucket.names[j]} has {'nan' if torch.isnan(gradients.local_views[j]).any() else 'inf'}"
+                for gradients in self._owner.reducer.gradients
+                for j, _ in gradients.bucket.members()
+                if not torch.isfinite(gradients.local_views[j]).all()
+            ),
+            None,
+        )
+        everyone = self._mesh.gather_objects("average", found)
+        ranks = self._mesh.ranks("average")
+        told = "; ".join(f"[rank {ranks[i]}] the gradient of {text}" for i, text in enumerate(everyone) if text)
+        logger.warning("the step is skipped, since what cannot be compressed would stay in the errors: %s", told)
+
+    def loaded(self) -> None:
+        """The runs' states were replaced. Collective."""
+        if self._is_whole:
+            return
+        self._states.clear()
+        self._has_moments = False
+        mine: dict[tuple[int, int], int] = {}
+        for i, master in enumerate(self._owner.masters):
+            for j, _ in master.bucket.members():
+                for part in self._parts(i, j):
+                    step = int(self._owner.optimizer.state.get(part.run, {}).get("step", 0))
+                    mine[i, j] = max(mine.get((i, j), 0), step)
+        for theirs in self._mesh.gather_objects("shard", mine):
+            for key, step in theirs.items():
+                state = self._states.setdefault(key, {})
+                state["step"] = max(step, state.get("step", 0))
+
+    def private_states(self) -> dict[str, dict[str, Tensor]]:
+        """This rank's own states, by the parameters' local names."""
+        found = {}
+        for i, master in enumerate(self._owner.masters):
+            for j, _ in master.bucket.members():
+                state = self._state(i, j)
+                kept = {key: state[key] for key in self._private if key in state}
+                if kept:
+                    found[master.bucket.names[j]] = kept
+        return found
+
+    def take_private_states(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Take back what `private_states` gave on this rank; parameters that are not in it begin without."""
+        for i, master in enumerate(self._owner.masters):
+            for j, _ in master.bucket.members():
+                state = self._state(i, j)
+                for key in self._private:
+                    state.pop(key, None)
+                for key, value in saved.get(master.bucket.names[j], {}).items():
+                    state[key] = value.to(self._owner._device, copy=True)
+
+    # -----------------------------------------------------------------------------------------------------------------
+
+    @property
+    def _private(self) -> tuple[str, ...]:
+        optimizer = self._owner.optimizer
+        assert isinstance(optimizer, AveragesItself), "only those have one"
+        return optimizer.private_states
+
+    @property
+    def _moment_dtype(self) -> torch.dtype:
+        return torch.promote_types(self._owner.policy.optimizer.dtype, torch.float32)
+
+    def _state(self, i: int, j: int) -> dict[str, Any]:
+        if not self._is_whole:
+            return self._states.setdefault((i, j), {})
+        state: dict[str, Any] = self._owner.optimizer.state[self._owner.steppable[i][j][1]]
+        return state
+
+    def _whole(self, i: int, j: int) -> Whole:
+        master = self._owner.masters[i]
+        group = self._owner.param_groups[master.bucket.layout.groups[j]]
+        shape = master.bucket.shape_of_numbers(j)
+        return Whole(shape, group, self._state(i, j), partial(self._read, i, j), self._parts(i, j))
+
+    def _read(self, i: int, j: int) -> Tensor:
+        gradient = self._owner.reducer.gradients[i].local_views[j].reshape(-1)
+        values = gradient.to(self._moment_dtype, copy=True)
+        return values.mul_(self.factor) if self.factor != 1.0 else values
+
+    def _parts(self, i: int, j: int) -> list[Part]:
+        """Where a parameter lies in this rank's runs."""
+        master: Master = self._owner.masters[i]
+        runs = self._owner.steppable[i]
+        if self._is_whole:
+            return [Part(runs[j][1], 0, master.layout.numels[j], 0)]
+        found = []
+        for piece in master.layout.pieces(master.rank):
+            if piece.param == j:
+                for span, (_, run) in zip(master.spans, runs, strict=True):
+                    if span.start <= piece.in_shard < span.stop:
+                        at = piece.in_shard - span.start
+                        found.append(Part(run, at, at + piece.numel, piece.in_param))
+        return found
+
+    def _gather_moments(self) -> None:
+        """Have whole momenta, from every rank's pieces."""
+        for i, master in enumerate(self._owner.masters):
+            layout = master.layout
+            full = torch.zeros(layout.padded_numel, dtype=self._moment_dtype, device=self._owner._device)
+            own = full.narrow(0, master.rank * layout.shard_numel, layout.shard_numel)
+            for span, (_, run) in zip(master.spans, self._owner.steppable[i], strict=True):
+                moment = self._owner.optimizer.state.get(run, {}).get("exp_avg")
+                if moment is not None:
+                    own[span.start : span.stop].copy_(moment)
+            master.bucket.exchange.start_all_gather(full, None).wait()
+            views = master.bucket.split_numbers(full)
+            for j, _ in master.bucket.members():
+                self._state(i, j)["exp_avg"] = views[j].reshape(-1)
+        self._has_moments = True

@@ -1,0 +1,175 @@
+"""1-bit optimizers under the engine: the bits of a simulation in one process, at every stage they go with."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.utils.errors import DeepSpeedConfigError
+from tests.engine.runs import EPS, LR, engine_of, make_config, train, whole_weights
+from tests.harness import run_ranks
+from tests.models import build, make_batches, rank_share, total_loss
+from tests.optim.onebit_oracle import Simulated, onebit_adam
+
+SAMPLES = 6
+FREEZE = 3
+
+
+def config_of(stage: int, world_size: int, accumulation: int = 1, **extra: Any) -> dict[str, Any]:
+    params = {"lr": LR, "eps": EPS, "weight_decay": 0.01, "freeze_step": FREEZE, "comm_backend_name": "gloo"}
+    config = make_config(stage, micro=SAMPLES // world_size, accumulation=accumulation, **extra)
+    return {**config, "optimizer": {"type": "OneBitAdam", "params": params}}
+
+
+@functools.lru_cache(maxsize=None)
+def simulated(name: str, world_size: int, accumulation: int, num_steps: int) -> Simulated:
+    model = build(name)
+    batches = make_batches(model, num_steps=num_steps, accumulation=accumulation, samples=SAMPLES)
+    return onebit_adam(model, batches, world_size, freeze_step=FREEZE, lr=LR, eps=EPS, weight_decay=0.01)
+
+
+@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 2), (3, 1)])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_onebit_adam_has_the_bits_of_a_simulation_in_one_process(
+    stage: int, world_size: int, accumulation: int
+) -> None:
+    run, *_ = run_ranks(world_size, train, "gpt_tied", config_of(stage, world_size, accumulation), num_steps=8)
+    expected = simulated("gpt_tied", world_size, accumulation, 8)
+    assert run.losses == pytest.approx(expected.losses, rel=1e-6)
+    for name, param in expected.params.items():
+        assert torch.equal(run.weights[name], param.detach()), name
+
+
+def steps(engine: Any, batches: list[Any], rank: int, world_size: int, dtype: torch.dtype = torch.float32) -> None:
+    for micro_batches in batches:
+        for x, y in micro_batches:
+            x, y = rank_share((x, y), rank, world_size)
+            x = x.to(dtype) if x.is_floating_point() else x
+            engine.backward(total_loss(engine(x, y)))
+            engine.step()
+
+
+def resumed(rank: int, world_size: int, config: dict[str, Any], folder: str, before: int) -> dict[str, Any]:
+    """Weights after 8 steps in one go, and after a save, another engine and a load in between."""
+    model = build("gpt_tied")
+    batches = make_batches(model, num_steps=8, accumulation=1, samples=SAMPLES)
+    found = {}
+    with engine_of(build("gpt_tied"), config) as engine:
+        steps(engine, batches, rank, world_size)
+        found["uninterrupted"] = whole_weights(engine)
+    with engine_of(build("gpt_tied"), config) as engine:
+        steps(engine, batches[:before], rank, world_size)
+        engine.save_checkpoint(folder)
+    with engine_of(build("gpt_tied", seed=5), config) as engine:
+        engine.load_checkpoint(folder)
+        assert engine.optimizer.optimizer.adam_freeze_key == (before >= FREEZE)
+        steps(engine, batches[before:], rank, world_size)
+        found["resumed"] = whole_weights(engine)
+    return found
+
+
+@pytest.mark.parametrize("before", [2, 5])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(stage: int, before: int, tmp_path: Path) -> None:
+    found, *_ = run_ranks(2, resumed, config_of(stage, 2), str(tmp_path), before)
+    for name, weight in found["uninterrupted"].items():
+        assert torch.equal(weight, found["resumed"][name]), name
+
+
+def on_other_ranks(rank: int, world_size: int, folder: str, saves: bool) -> bool:
+    batches = make_batches(build("mlp"), num_steps=7, accumulation=1, samples=SAMPLES)
+    with engine_of(build("mlp"), config_of(1, world_size)) as engine:
+        if saves:
+            steps(engine, batches[:5], rank, world_size)
+            engine.save_checkpoint(folder)
+        else:
+            engine.load_checkpoint(folder)
+            steps(engine, batches[5:], rank, world_size)
+        return bool(engine.optimizer.optimizer.adam_freeze_key)
+
+
+def test_a_run_goes_on_with_another_number_of_ranks(tmp_path: Path) -> None:
+    run_ranks(2, on_other_ranks, str(tmp_path), True)
+    assert all(run_ranks(3, on_other_ranks, str(tmp_path), False))
+
+
+def low_precision(rank: int, world_size: int, config: dict[str, Any]) -> dict[str, Any]:
+    dtype = torch.bfloat16 if "bf16" in config else torch.float16
+    batches = make_batches(build("mlp"), num_steps=6, accumulation=1, samples=SAMPLES)
+    with engine_of(build("mlp"), config) as engine:
+        steps(engine, batches, rank, world_size, dtype)
+        state = next(iter(engine.optimizer.state.values()))
+        return {
+            "weights": whole_weights(engine),
+            "keys": set(state),
+            "step": state["step"],
+            "dtype": state["exp_avg"].dtype,
+            "skipped": engine.skipped_steps,
+        }
+
+
+@pytest.mark.parametrize("precision", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 64}}])
+@pytest.mark.parametrize("stage", [0, 1])
+def test_low_precision_keeps_fp32_states_and_equal_weights_on_all_ranks(stage: int, precision: dict[str, Any]) -> None:
+    first, second = run_ranks(2, low_precision, config_of(stage, 2, **precision))
+    assert first["dtype"] is torch.float32
+    assert (first["step"], first["skipped"]) == (6, 0)
+    private = {"worker_error", "server_error"} if stage == 0 else set()
+    assert first["keys"] == {"step", "exp_avg", "exp_avg_sq"} | private
+    assert all(
+        torch.equal(value, second["weights"][name]) for name, value in first["weights"].items() if second["weights"]
+    )
+    assert all(value.isfinite().all() for value in first["weights"].values())
+
+
+def after_the_freeze_with_a_bad_gradient(rank: int, world_size: int, stage: int) -> tuple[int, bool, Any]:
+    batches = make_batches(build("mlp"), num_steps=6, accumulation=1, samples=SAMPLES)
+    with engine_of(build("mlp"), config_of(stage, world_size)) as engine:
+        steps(engine, batches[:4], rank, world_size)
+        if rank == 1:
+            batches[4][0][0][:] = torch.nan
+        steps(engine, batches[4:], rank, world_size)
+        finite = all(bool(value.isfinite().all()) for value in whole_weights(engine).values())
+        return engine.skipped_steps, finite, engine.get_global_grad_norm()
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_step_with_nan_on_one_rank_is_skipped_on_all_and_the_errors_stay_clean(stage: int) -> None:
+    for skipped, is_finite, norm in run_ranks(2, after_the_freeze_with_a_bad_gradient, stage):
+        assert (skipped, is_finite) == (1, True)
+        assert norm == norm
+
+
+def settings_differ(rank: int, world_size: int) -> None:
+    from deepspeed.runtime.fp16.onebit.adam import OnebitAdam
+
+    model = build("mlp")
+    optimizer = OnebitAdam(model.parameters(), lr=LR, freeze_step=2 + rank)
+    config = {key: value for key, value in config_of(0, world_size).items() if key != "optimizer"}
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"OnebitAdam: ranks differ in freeze_step: 2 on rank 0, 3 on rank 1"
+    ):
+        deepspeed.initialize(model=model, config=config, optimizer=optimizer)
+
+
+def test_ranks_with_different_freeze_steps_are_told_before_they_wait_for_each_other() -> None:
+    run_ranks(2, settings_differ)
+
+
+def sharded_too_far(rank: int, world_size: int, stage: int) -> None:
+    from deepspeed.runtime.fp16.onebit import OnebitAdam
+
+    model = build("mlp")
+    config = {key: value for key, value in config_of(stage, world_size).items() if key != "optimizer"}
+    with pytest.raises(DeepSpeedConfigError, match=r"a rank keeps a slice of the gradients[^@]*Use stage 0 or 1"):
+        deepspeed.initialize(model=model, config=config, optimizer=OnebitAdam(model.parameters()))
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_a_stage_that_does_not_go_with_it_is_refused_with_the_reason(stage: int) -> None:
+    run_ranks(2, sharded_too_far, stage)
