@@ -277,7 +277,7 @@ class WholeGradients:
 
     def take_missed_flag(self) -> Tensor | None:
         """See Gradients. It travels in the padding's last element, which is zero again after it."""
-        if self._delivers_shard or self.reduction.num_ranks == 1:
+        if self._delivers_shard or self.reduction.num_ranks == 1 or self.reduction.when is When.NEVER:
             return None
         flag = self._flat[-1:].clone()
         self._flat[-1:].zero_()

@@ -242,8 +242,12 @@ class Reducer:
         gradients.finish_reduce()
 
     def flush(self) -> None:
-        """End the round: launch what is left, in order, where gradients have to leave the rank. Collective."""
+        """End the round: launch what is left, in order, where gradients have to leave the rank. Collective; while a backward is
+        held open nothing leaves, and what is due stays due."""
         self._take_those_seen()
+        if self._num_holds:
+            self._keep()
+            return
         has_begun = self._next > 0 or bool(self._ready)
         is_owed, self._is_owed = self._is_owed, False
         if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
@@ -264,6 +268,7 @@ class Reducer:
 
     def finish(self) -> None:
         """Deliver every gradient of this step to the optimizer's placement. Collective; call at the boundary."""
+        assert not self._num_holds, "the step is inside of a backward that is held open (Reducer.hold)"
         self.left_out = self._shown.adopt()
         self.flush()
         in_flight = {id(gradients) for gradients, _ in self._in_flight}
