@@ -40,7 +40,6 @@ _PIPE, _MOE, _EXPERTS = "pipeline parallelism", "deepspeed.moe.layer", "mixture 
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
-_ONE_BIT = "1-bit optimizers"
 _SP = "deepspeed.parallel.sequence"
 
 PATHS: dict[str, dict[str, str]] = {
@@ -109,8 +108,13 @@ PATHS: dict[str, dict[str, str]] = {
         **_later("internal", "CreateLossScaler"),
     },
     "deepspeed.runtime.fp16.onebit": {
-        **invert({"deepspeed.optim.onebit_adam": "OnebitAdam"}),
-        **_later(_ONE_BIT, "OnebitLamb ZeroOneAdam"),
+        **invert(
+            {
+                "deepspeed.optim.onebit_adam": "OnebitAdam",
+                "deepspeed.optim.onebit_lamb": "OnebitLamb",
+                "deepspeed.optim.zero_one_adam": "ZeroOneAdam",
+            }
+        ),
     },
     "deepspeed.runtime.fp16.onebit.adam": invert({"deepspeed.runtime.fp16.onebit": "OnebitAdam"}),
     "deepspeed.runtime.fp16.onebit.lamb": invert({"deepspeed.runtime.fp16.onebit": "OnebitLamb"}),

@@ -36,7 +36,7 @@ def _is_above_1(value: float | None) -> bool:
 
 
 def _is_missing_optimizer(name: str | None) -> bool:
-    return (name or "").lower() in ("zerooneadam", "onebitlamb", "muadam", "muadamw", "musgd")
+    return (name or "").lower() in ("muadam", "muadamw", "musgd")
 
 
 NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
@@ -206,6 +206,12 @@ TOGETHER: tuple[Exclusion, ...] = (
         lambda c: _optimizer(c) in ONE_BIT_OPTIMIZERS and c.zero_optimization.stage > 1,
         "this optimizer averages whole momenta by itself, and from stage 2 on a rank keeps a slice of averaged gradients",
         "Set stage to 0 or 1, or use another optimizer.",
+    ),
+    Exclusion(
+        ("optimizer.type", _STAGE),
+        lambda c: _optimizer(c) == "zerooneadam" and c.zero_optimization.stage == 1,
+        "between two averages this optimizer steps whole parameters of each rank's own, which stage 1 shards",
+        "Set stage to 0, or use OneBitAdam.",
     ),
     *(
         Exclusion(

@@ -524,7 +524,8 @@ def _load_rest(
     if has_optimizer and engine.zero_optimizer.own_reduction is not None:
         if not same_ranks:
             log_dist("what compression had left out starts at zero: the number of ranks has changed.", [0])
-        engine.zero_optimizer.own_reduction.take_private_states(own.get("compression", {}) if same_ranks else {})
+        saved = own if same_ranks else source.rank_state(0) or {}
+        engine.zero_optimizer.own_reduction.take_private_states(saved.get("compression", {}), is_own=same_ranks)
     if has_optimizer and "rng" in own and same_ranks:
         rng.restore(own["rng"])
     elif has_optimizer and not same_ranks:

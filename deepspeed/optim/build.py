@@ -22,8 +22,10 @@ from deepspeed.optim.lamb import FusedLamb
 from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import MuonWithAuxAdam
 from deepspeed.optim.onebit_adam import OnebitAdam
+from deepspeed.optim.onebit_lamb import OnebitLamb
 from deepspeed.optim.ranges import check_ranges
 from deepspeed.optim.sgd import DeepSpeedCPUSGD
+from deepspeed.optim.zero_one_adam import ZeroOneAdam
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError
 from deepspeed.utils.logging import warn_once
 
@@ -145,6 +147,8 @@ _BUILDERS: dict[str, Builder] = {
     "muon": _muon,
     **{name.lower(): partial(_mup, name) for name in ("MuAdam", "MuAdamW", "MuSGD")},
     "onebitadam": _plain(OnebitAdam),
+    "zerooneadam": _plain(ZeroOneAdam),
+    "onebitlamb": _plain(OnebitLamb),
 }
 _OUR_NAMES = ("Adam", "AdamW", "Lamb", "Lion", "Adagrad", "Muon")
 

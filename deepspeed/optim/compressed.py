@@ -40,6 +40,7 @@ class CompressedOptimizer(ShardableOptimizer, AveragesItself):
             )
         if cuda_aware:
             warn_once(f"{name}: cuda_aware has no effect: messages go through torch.distributed on whatever device.")
+        self.common: dict[str, Any] = {}
         self.comm_backend_name = backend
         """As it was given: messages go through torch.distributed, whatever this says."""
         super().__init__(params, defaults)
@@ -94,6 +95,14 @@ class Alone:
         for tensor in tensors if self.num_ranks > 1 else ():
             dist.all_reduce(tensor, group=self._group)
             tensor.div_(self.num_ranks)
+
+    def total(self, values: Tensor) -> Tensor:
+        """See OwnReduction. Parameters are whole here."""
+        return values
+
+    def largest(self, values: Tensor) -> Tensor:
+        """See OwnReduction. Parameters are whole here."""
+        return values
 
     def average_signs(self, tensors: Sequence[Tensor], owners: Sequence[dict[str, Any]]) -> None:
         """See OwnReduction."""
@@ -165,6 +174,26 @@ def denominators(squares: Sequence[Tensor], eps: float, inside: bool) -> list[Te
     found = torch._foreach_sqrt(list(squares))
     torch._foreach_add_(found, eps)
     return list(found)
+
+
+def gradient_in(run: Tensor) -> Tensor:
+    """The averaged gradient of a run."""
+    assert run.grad is not None, "only parameters with a gradient are listed"
+    return run.grad
+
+
+def advance_(moments: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """m = beta m + (1 - beta) g."""
+    if moments:
+        torch._foreach_mul_(moments, beta)
+        torch._foreach_add_(moments, grads, alpha=1 - beta)
+
+
+def advance_squares_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:
+    """v = beta v + (1 - beta) g^2."""
+    if squares:
+        torch._foreach_mul_(squares, beta)
+        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta)
 
 
 Closure = Callable[[], Any]

@@ -23,7 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.optim.compressed import Closure, CompressedOptimizer, check_count, denominators, mask_, state_of
+from deepspeed.optim.compressed import (
+    Closure,
+    CompressedOptimizer,
+    advance_,
+    advance_squares_,
+    check_count,
+    denominators,
+    gradient_in,
+    mask_,
+    state_of,
+)
 from deepspeed.optim.traits import OwnReduction, Part, Whole, loss_of
 from deepspeed.utils.logging import log_dist
 
@@ -148,23 +158,3 @@ def by_group(wholes: Sequence[Whole]) -> list[tuple[dict[str, Any], list[Whole]]
     for whole in wholes:
         found.setdefault(id(whole.group), (whole.group, []))[1].append(whole)
     return list(found.values())
-
-
-def gradient_in(run: Tensor) -> Tensor:
-    """The averaged gradient of a run."""
-    assert run.grad is not None, "only parameters with a gradient are listed"
-    return run.grad
-
-
-def advance_(moments: list[Tensor], grads: list[Tensor], beta: float) -> None:
-    """m = beta m + (1 - beta) g."""
-    if moments:
-        torch._foreach_mul_(moments, beta)
-        torch._foreach_add_(moments, grads, alpha=1 - beta)
-
-
-def advance_squares_(squares: list[Tensor], grads: list[Tensor], beta: float) -> None:
-    """v = beta v + (1 - beta) g^2."""
-    if squares:
-        torch._foreach_mul_(squares, beta)
-        torch._foreach_addcmul_(squares, grads, grads, value=1 - beta)

@@ -139,6 +139,12 @@ class OwnReduction(Protocol):
     def settle(self, wholes: Sequence[Whole]) -> None:
         """Count a step of each of these, and take what was written into their `momentum` into the runs' states."""
 
+    def total(self, values: Tensor) -> Tensor:
+        """[...] on the CPU, summed over the ranks that share parameters. Collective where there are some."""
+
+    def largest(self, values: Tensor) -> Tensor:
+        """The same with the largest."""
+
     def average(self, tensors: Sequence[Tensor]) -> None:
         """The mean over ranks, in place, in full precision. Collective."""
 
@@ -152,7 +158,18 @@ class AveragesItself(abc.ABC):
 
     reduction: OwnReduction | None = None
     private_states: ClassVar[tuple[str, ...]] = ("worker_error", "server_error")
-    """States that are each rank's own, of no length in common with the parameter."""
+    """States that are each rank's own, whatever their length."""
+    run_states: ClassVar[tuple[str, ...]] = ("exp_avg", "exp_avg_sq")
+    """States that have an element for each of a run's."""
+    needs_whole_states: ClassVar[bool] = False
+    """Whether it steps whole parameters on every rank, so that masters and states cannot be sharded."""
+    common: dict[str, Any]
+    """What is kept of all parameters together and is each rank's own: errors of one large buffer."""
+
+    @property
+    def has_diverged(self) -> bool:
+        """Whether weights and momenta are each rank's own at the moment, between two averages."""
+        return False
 
     @property
     @abc.abstractmethod

@@ -16,7 +16,7 @@ Invariant: `states`, by parameter, are the same on every rank, but for errors.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +37,15 @@ if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
 
 
+WEIGHTS = "weights"
+"""Key of a rank's own weights, where they have left the others'."""
+
+
+def _on(device: torch.device, values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same with tensors as copies on a device."""
+    return {key: v.to(device, copy=True) if isinstance(v, Tensor) else v for key, v in values.items()}
+
+
 def check_placements(optimizer: AveragesItself, owner: ZeroOptimizer) -> None:
     """Raise DeepSpeedConfigError, on every rank alike, where gradients or states are not where such an optimizer needs them,
     or ranks have different settings. Collective."""
@@ -50,6 +59,11 @@ def check_placements(optimizer: AveragesItself, owner: ZeroOptimizer) -> None:
         raise DeepSpeedConfigError(
             f"{name} averages whole momenta between devices, but its state is offloaded (zero_optimization.offload_optimizer).\n"
             "  Leave the state on the device, or use Adam."
+        )
+    if optimizer.needs_whole_states and owner.policy.optimizer.is_sharded:
+        raise DeepSpeedConfigError(
+            f"{name} steps whole parameters of each rank's own between two averages, but ZeRO stage {owner.zero_stage} shards masters "
+            "and states.\n  Use stage 0, or OneBitAdam."
         )
     everyone = owner.mesh.gather_objects("average", optimizer.agreed_settings)
     for rank, theirs in enumerate(everyone):
@@ -119,12 +133,26 @@ class ZeroReduction:
             for _, run in runs:
                 state = self._owner.optimizer.state[run]
                 state["step"] = num_steps
-                for key in ("exp_avg", "exp_avg_sq"):
+                for key in self._optimizer.run_states:
                     state_of(state, key, run)
         for whole in wholes if self._has_moments else ():
             for part in whole.parts:
                 moment = self._owner.optimizer.state[part.run]["exp_avg"]
                 part.of_run(moment).copy_(part.of_param(whole.state["exp_avg"]))
+
+    def total(self, values: Tensor) -> Tensor:
+        """See OwnReduction."""
+        return self._over_shards(values, dist.ReduceOp.SUM)
+
+    def largest(self, values: Tensor) -> Tensor:
+        """See OwnReduction."""
+        return self._over_shards(values, dist.ReduceOp.MAX)
+
+    def _over_shards(self, values: Tensor, op: Any) -> Tensor:
+        group = None if self._is_whole else self._mesh.group("shard", "control", "gloo")
+        if group is not None:
+            dist.all_reduce(values, op=op, group=group)
+        return values
 
     def average(self, tensors: Sequence[Tensor]) -> None:
         """See OwnReduction."""
@@ -176,34 +204,53 @@ class ZeroReduction:
                 state = self._states.setdefault(key, {})
                 state["step"] = max(step, state.get("step", 0))
 
-    def private_states(self) -> dict[str, dict[str, Tensor]]:
-        """This rank's own states, by the parameters' local names."""
-        found = {}
-        for i, master in enumerate(self._owner.masters):
-            for j, _ in master.bucket.members():
-                state = self._state(i, j)
-                kept = {key: state[key] for key in self._private if key in state}
-                if kept:
-                    found[master.bucket.names[j]] = kept
-        return found
+    def private_states(self) -> dict[str, Any]:
+        """What is this rank's own, and (`shared`) what all ranks know of parameters whose runs do not keep it; by the
+        parameters' local names."""
+        own, shared = {}, {}
+        diverged = ("exp_avg",) if self._optimizer.has_diverged else ()
+        for name, state, run in self._by_name():
+            own[name] = {key: state[key] for key in (*self._optimizer.private_states, *diverged) if key in state}
+            if diverged and run is not None:
+                own[name][WEIGHTS] = run.detach()
+            if run is None:
+                shared[name] = {key: value for key, value in state.items() if not isinstance(value, Tensor)}
+        return {"own": own, "shared": shared, "common": dict(self._optimizer.common)}
 
-    def take_private_states(self, saved: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Take back what `private_states` gave on this rank; parameters that are not in it begin without."""
+    def take_private_states(self, saved: Mapping[str, Any], is_own: bool) -> None:
+        """Take back what `private_states` gave on this rank, or (not `is_own`) on another, of which only `shared` is of use.
+        Parameters that are not in it begin without."""
+        own = saved.get("own", {}) if is_own else {}
+        self._optimizer.common.clear()
+        self._optimizer.common.update(_on(self._owner._device, saved.get("common", {}) if is_own else {}))
+        for name, state, run in self._by_name():
+            for key in self._optimizer.private_states:
+                state.pop(key, None)
+            mine = _on(self._owner._device, own.get(name, {}))
+            if run is not None and WEIGHTS in mine:
+                run.data.copy_(mine.pop(WEIGHTS))
+            state.update(mine)
+            if run is None:
+                state.update(saved.get("shared", {}).get(name, {}))
+        if own and self._optimizer.has_diverged:
+            for master in self._owner.masters:
+                master.to_params()
+        self._owner._choose_reduction()
+
+    def _by_name(self) -> Iterator[tuple[str, dict[str, Any], Tensor | None]]:
+        """(local name, state, the run that is the whole parameter if there is one)."""
         for i, master in enumerate(self._owner.masters):
             for j, _ in master.bucket.members():
-                state = self._state(i, j)
-                for key in self._private:
-                    state.pop(key, None)
-                for key, value in saved.get(master.bucket.names[j], {}).items():
-                    state[key] = value.to(self._owner._device, copy=True)
+                run = self._owner.steppable[i][j][1] if self._is_whole else None
+                yield master.bucket.names[j], self._state(i, j), run
 
     # -----------------------------------------------------------------------------------------------------------------
 
     @property
-    def _private(self) -> tuple[str, ...]:
+    def _optimizer(self) -> AveragesItself:
         optimizer = self._owner.optimizer
-        assert isinstance(optimizer, AveragesItself), "only those have one"
-        return optimizer.private_states
+        assert isinstance(optimizer, AveragesItself), "only those have an own reduction"
+        return optimizer
 
     @property
     def _moment_dtype(self) -> torch.dtype:

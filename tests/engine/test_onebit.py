@@ -14,7 +14,7 @@ from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import EPS, LR, engine_of, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
-from tests.optim.onebit_oracle import Simulated, onebit_adam
+from tests.optim.onebit_oracle import Simulated, onebit_adam, onebit_lamb, zero_one_adam
 
 SAMPLES = 6
 FREEZE = 3
@@ -45,6 +45,54 @@ def test_onebit_adam_has_the_bits_of_a_simulation_in_one_process(
         assert torch.equal(run.weights[name], param.detach()), name
 
 
+LOCAL = {"var_freeze_step": 4, "var_update_scaler": 2, "local_step_scaler": 2, "local_step_clipper": 4}
+"""v is updated in steps 1, 2, 4; then averages come every 1, 2, 4 steps: in 5, 6, 8, 12."""
+
+
+def other_config(kind: str, stage: int, world_size: int, **params: Any) -> dict[str, Any]:
+    config = config_of(stage, world_size)
+    settings = {"lr": LR, "eps": EPS, "weight_decay": 0.01, **params}
+    return {**config, "optimizer": {"type": kind, "params": settings}}
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_zero_one_adam_has_the_bits_of_a_simulation_in_one_process(world_size: int) -> None:
+    config = other_config("ZeroOneAdam", 0, world_size, **LOCAL)
+    run, *_ = run_ranks(world_size, train, "gpt_tied", config, num_steps=12)
+    model = build("gpt_tied")
+    batches = make_batches(model, num_steps=12, accumulation=1, samples=SAMPLES)
+    expected = zero_one_adam(
+        model, batches, world_size, full_steps=(1, 2, 4), freeze_step=4, average_steps=(5, 6, 8, 12), lr=LR, eps=EPS,
+        weight_decay=0.01,
+    )  # fmt: skip
+    for name, param in expected.params.items():
+        assert torch.equal(run.weights[name], param.detach()), name
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (1, 2), (1, 3)])
+def test_onebit_lamb_has_the_weights_of_a_simulation_in_one_process(stage: int, world_size: int) -> None:
+    config = other_config("OneBitLamb", stage, world_size, freeze_step=FREEZE)
+    config["zero_optimization"]["reduce_bucket_size"] = 10**6
+    run, *_ = run_ranks(world_size, train, "mlp", config, num_steps=8)
+    model = build("mlp")
+    batches = make_batches(model, num_steps=8, accumulation=1, samples=SAMPLES)
+    # Buckets hold parameters in reverse order of registration, and so does the one buffer that is compressed.
+    backwards = lamb_order(model)
+    expected = onebit_lamb(backwards, batches, world_size, freeze_step=FREEZE, lr=LR, eps=EPS, weight_decay=0.01)
+    for name, param in expected.params.items():
+        assert torch.equal(run.weights[name], param.detach()), name
+
+
+def lamb_order(model: Any) -> Any:
+    """The model, whose `named_parameters` come backwards."""
+    forwards = list(model.named_parameters())
+    kind = type(model)
+    model.__class__ = type(kind.__name__, (kind,), {"named_parameters": lambda self, *a, **k: [
+        (name, dict(kind.named_parameters(self))[name]) for name, _ in reversed(forwards)
+    ]})  # fmt: skip
+    return model
+
+
 def steps(engine: Any, batches: list[Any], rank: int, world_size: int, dtype: torch.dtype = torch.float32) -> None:
     for micro_batches in batches:
         for x, y in micro_batches:
@@ -67,16 +115,31 @@ def resumed(rank: int, world_size: int, config: dict[str, Any], folder: str, bef
         engine.save_checkpoint(folder)
     with engine_of(build("gpt_tied", seed=5), config) as engine:
         engine.load_checkpoint(folder)
-        assert engine.optimizer.optimizer.adam_freeze_key == (before >= FREEZE)
+        inner = engine.optimizer.optimizer
+        keys = [
+            getattr(inner, key) for key in ("adam_freeze_key", "lamb_freeze_key", "freeze_key") if hasattr(inner, key)
+        ]
+        assert keys == [before >= FREEZE]
         steps(engine, batches[before:], rank, world_size)
         found["resumed"] = whole_weights(engine)
     return found
 
 
-@pytest.mark.parametrize("before", [2, 5])
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(stage: int, before: int, tmp_path: Path) -> None:
-    found, *_ = run_ranks(2, resumed, config_of(stage, 2), str(tmp_path), before)
+KINDS = {
+    "OneBitAdam": {"freeze_step": FREEZE},
+    "OneBitLamb": {"freeze_step": FREEZE},
+    "ZeroOneAdam": {**LOCAL, "var_freeze_step": 3},
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "stage", "before"),
+    [("OneBitAdam", 0, 2), ("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitAdam", 1, 5),
+     ("OneBitLamb", 0, 5), ("OneBitLamb", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 2), ("ZeroOneAdam", 0, 6)],
+)  # fmt: skip
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(kind: str, stage: int, before: int, tmp_path: Path) -> None:
+    config = other_config(kind, stage, 2, **KINDS[kind])
+    found, *_ = run_ranks(2, resumed, config, str(tmp_path), before)
     for name, weight in found["uninterrupted"].items():
         assert torch.equal(weight, found["resumed"][name]), name
 

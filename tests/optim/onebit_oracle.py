@@ -129,3 +129,139 @@ def onebit_adam(
                     m.copy_(compressions[name].mean([x.reshape(-1) for x in mine]).view_as(m))
                 apply_(p, m / (v.sqrt() + eps), lr, weight_decay)
     return run
+
+
+def zero_one_adam(
+    model: nn.Module,
+    batches: Sequence[Sequence[Batch]],
+    num_ranks: int,
+    *,
+    full_steps: Sequence[int],
+    freeze_step: int,
+    average_steps: Sequence[int],
+    lr: float,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+) -> Simulated:
+    """Train with 0/1 Adam (arXiv:2202.06009, algorithm 1). Steps count from 1; v is updated in `full_steps`, frozen after
+    `freeze_step`, and local steps are averaged in `average_steps`."""
+    run = Simulated(model, num_ranks)
+    ranks = range(num_ranks)
+    copies = [copy.deepcopy(run.model) for _ in ranks]
+    params = [{n: p for n, p in one.named_parameters() if p.requires_grad} for one in copies]
+    moments = [{name: torch.zeros_like(p) for name, p in run.params.items()} for _ in ranks]
+    buffers = [{name: torch.zeros_like(p) for name, p in run.params.items()} for _ in ranks]
+    squares = {name: torch.zeros_like(p) for name, p in run.params.items()}
+    compressions = {name: Compression(num_ranks, p.numel()) for name, p in run.params.items()}
+    bases: dict[str, Tensor] = {}
+    since = 0.0
+    for step, micro_batches in enumerate(batches, 1):
+        if step == freeze_step + 1:
+            compressions = {name: Compression(num_ranks, p.numel()) for name, p in run.params.items()}
+        local = []
+        for rank in ranks:  # each rank's gradients are of its own weights
+            run.model.load_state_dict(copies[rank].state_dict())
+            local.append(run.gradients(micro_batches)[rank])
+        since += lr
+        with torch.no_grad():
+            for name in run.params:
+                v = squares[name]
+                if step in full_steps:
+                    shared = run.mean(local, name)
+                    v.mul_(betas[1]).addcmul_(shared, shared, value=1 - betas[1])
+                elif step <= freeze_step:
+                    shared = compressions[name].mean([theirs[name].reshape(-1) for theirs in local]).view_as(v)
+                for rank in ranks:
+                    m, p = moments[rank][name], params[rank][name]
+                    m.mul_(betas[0]).add_(shared if step <= freeze_step else local[rank][name], alpha=1 - betas[0])
+                    update = (m / (v.sqrt() + eps)).add(p, alpha=weight_decay)
+                    if step <= freeze_step or step - 1 in (freeze_step, *average_steps):
+                        bases[name] = p.clone()
+                    p.add_(update, alpha=-lr)
+                    if step > freeze_step:
+                        buffers[rank][name].add_(update, alpha=-lr)
+                if step > freeze_step and step in average_steps:
+                    for rank in ranks:
+                        params[rank][name].copy_(bases[name])
+                        buffers[rank][name].mul_(v.sqrt() + eps)
+                    mean = compressions[name].mean([buffers[rank][name].reshape(-1) for rank in ranks]).view_as(v)
+                    for rank in ranks:
+                        moments[rank][name].copy_(mean).div_(-since)
+                        params[rank][name].add_(mean / (v.sqrt() + eps))
+                        buffers[rank][name].zero_()
+            if step <= freeze_step or step in average_steps:
+                since = 0.0
+    run.model.load_state_dict(copies[0].state_dict())
+    return run
+
+
+def onebit_lamb(
+    model: nn.Module,
+    batches: Sequence[Sequence[Batch]],
+    num_ranks: int,
+    *,
+    freeze_step: int,
+    lr: float,
+    eps: float = 1e-8,
+    betas: tuple[float, float] = (0.9, 0.999),
+    weight_decay: float = 0.0,
+    coeff_beta: float = 0.9,
+    factor_max: float = 4.0,
+    factor_min: float = 0.5,
+    factor_threshold: float = 0.1,
+) -> Simulated:
+    """Train with 1-bit LAMB (arXiv:2104.06069, algorithm 1), the parameters in the order of `params`."""
+    run = Simulated(model, num_ranks)
+    zeros = {name: torch.zeros_like(p) for name, p in run.params.items()}
+    moments, squares, fresh = ({name: t.clone() for name, t in zeros.items()} for _ in range(3))
+    coeffs, factors = dict.fromkeys(zeros, 0.0), dict.fromkeys(zeros, 1.0)
+    scales: dict[str, float] = {}
+    whole = Compression(num_ranks, sum(t.numel() for t in zeros.values()))
+    for step, micro_batches in enumerate(batches):
+        local = run.gradients(micro_batches)
+        with torch.no_grad():
+            if step < freeze_step:
+                for name, p in run.params.items():
+                    grad, m, v = run.mean(local, name), moments[name], squares[name]
+                    m.mul_(betas[0]).add_(grad, alpha=1 - betas[0])
+                    v.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+                    u = (m / (v.sqrt() + eps)).add(p, alpha=weight_decay)
+                    weight, update = (float(x.double().square().sum().sqrt()) for x in (p, u))
+                    ratio = min(max(weight / update, 0.01), 10.0) if weight and update else 1.0
+                    if ratio != 1.0:
+                        coeffs[name] = coeff_beta * coeffs[name] + (1 - coeff_beta) * ratio
+                    p.add_(u, alpha=-lr * ratio)
+                continue
+            if not scales:
+                rms = {n: float(m.double().norm() / m.numel() ** 0.5) for n, m in moments.items()}
+                united = sum(rms.values()) / len(rms)
+                scales = {n: united / one if one > 0 and united > 0 else 1.0 for n, one in rms.items()}
+                fresh = {name: v.clone() for name, v in squares.items()}
+            before = {name: m.clone() for name, m in moments.items()}
+            sent = [
+                torch.cat(
+                    [
+                        m.mul(betas[0]).add_(theirs[n], alpha=1 - betas[0]).mul_(scales[n]).reshape(-1)
+                        for n, m in moments.items()
+                    ]
+                )
+                for theirs in local
+            ]
+            means = whole.mean(sent).split([m.numel() for m in moments.values()])
+            for (name, p), mean in zip(run.params.items(), means, strict=True):
+                m, v, now = moments[name], squares[name], fresh[name]
+                m.copy_(mean.view_as(m)).div_(scales[name])
+                grad = m.sub(before[name], alpha=betas[0]).div_(1 - betas[0])
+                now.mul_(betas[1]).addcmul_(grad, grad, value=1 - betas[1])
+                prelim = m / (v.sqrt() + eps)
+                factor = float(((v.sqrt() + eps) / (now.sqrt() + eps)).max())
+                u = prelim.add(p, alpha=weight_decay)
+                if weight_decay:
+                    share = min(1.0, float(prelim.double().square().sum().sqrt() / u.double().square().sum().sqrt()))
+                    factor = factor * share + 1 - share
+                factor, last = min(max(factor, factor_min), factor_max), factors[name]
+                factor = min(max(factor, last * (1 - factor_threshold)), last * (1 + factor_threshold))
+                factors[name] = factor
+                p.add_(u, alpha=-lr * coeffs[name] * factor)
+    return run

@@ -19,6 +19,8 @@ from deepspeed.optim import (
     build_optimizer,
 )
 from deepspeed.optim.onebit_adam import OnebitAdam
+from deepspeed.optim.onebit_lamb import OnebitLamb
+from deepspeed.optim.zero_one_adam import ZeroOneAdam
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError
 from tests.optim.steps import parameters
 
@@ -143,6 +145,13 @@ def test_one_bit_optimizers_are_made_whatever_the_case_and_the_backend_they_name
     made = build("onebitADAM", freeze_step=7, comm_backend_name="mpi")
     assert isinstance(made, OnebitAdam)
     assert made.freeze_step == 7
+    assert isinstance(build("OneBitLamb", comm_backend_name="gloo"), OnebitLamb)
+    assert isinstance(build("zerooneadam", local_step_clipper=8), ZeroOneAdam)
+
+
+def test_an_interval_of_averages_that_is_no_power_of_two_is_refused() -> None:
+    with pytest.raises(DeepSpeedError, match=r"local_step_clipper = 12 is no power of two"):
+        build("ZeroOneAdam", local_step_clipper=12)
 
 
 @pytest.mark.parametrize("value", [0, -1, 2.5, True, "soon"])
