@@ -39,6 +39,7 @@ from deepspeed.engine.observer import Observer
 from deepspeed.engine.out_of_memory import MemoryAdvice
 from deepspeed.engine.owners import shared_with_another
 from deepspeed.engine.recompute import Recomputation
+from deepspeed.engine.schedules import LearningRate, Schedules
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.parallel.sequence.loss import SequenceLoss
@@ -107,7 +108,7 @@ class Parts:
     zero: Zero
     casts: ForwardCasts
     checkpoints: Checkpoints
-    lr_scheduler: Any
+    schedules: Schedules
     sequence_loss: SequenceLoss | None
     """Where ranks share sequences."""
 
@@ -149,9 +150,14 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
         zero=zero,
         casts=casts,
         checkpoints=checkpoints,
-        lr_scheduler=assemble.make_scheduler(config, given.lr_scheduler, zero.basic_optimizer, given.optimizer),
+        schedules=_make_schedules(given, zero),
         sequence_loss=sequence_loss,
     )
+
+
+def _make_schedules(given: Given, zero: Zero) -> Schedules:
+    scheduler = assemble.make_scheduler(given.config, given.lr_scheduler, zero.basic_optimizer, given.optimizer)
+    return Schedules(LearningRate(scheduler))
 
 
 def build_watching(given: Given, parts: Parts, undo: contextlib.ExitStack) -> Watching:

@@ -35,6 +35,7 @@ from deepspeed.comm.exchange import Pending
 from deepspeed.config import Config
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.data import DeepSpeedDataLoader
+from deepspeed.engine.schedules import LEARNING_RATE, Schedules
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailableError
 from deepspeed.utils.logging import log_dist, warn_once
@@ -102,7 +103,6 @@ class CheckpointedRun(Protocol):
     watch: BackwardWatch
     accumulation: Accumulation
     zero_optimizer: ZeroOptimizer | None
-    lr_scheduler: Any
     training_dataloader: DeepSpeedDataLoader | None
     global_steps: int
     global_samples: int
@@ -110,6 +110,7 @@ class CheckpointedRun(Protocol):
     _config: Config
     _built: Built
     _reducer: Reducer
+    _schedules: Schedules
     _checkpoints: Checkpoints
 
     def train_micro_batch_size_per_gpu(self) -> int:
@@ -434,8 +435,11 @@ def _about(engine: CheckpointedRun) -> dict[str, Any]:
 
 def _shared_state(engine: CheckpointedRun, client_state: dict[str, Any]) -> dict[str, Any]:
     state: dict[str, Any] = {"client_state": client_state}
-    if engine.lr_scheduler is not None:
-        state["lr_scheduler"] = engine.lr_scheduler.state_dict()
+    schedules = engine._schedules.state_dict()
+    if LEARNING_RATE in schedules:
+        state[LEARNING_RATE] = schedules.pop(LEARNING_RATE)
+    if schedules:
+        state["schedules"] = schedules
     if engine.zero_optimizer is not None:
         scale = engine.zero_optimizer.scale
         state["loss_scale"] = {"is_dynamic": scale.is_dynamic, **scale.state_dict()}
@@ -512,8 +516,8 @@ def _load_rest(
     saved = state.get("loss_scale")
     if has_optimizer and saved and saved["is_dynamic"] and engine.zero_optimizer.scale.is_dynamic:
         engine.zero_optimizer.scale.load_state_dict(saved)
-    if has_schedule and engine.lr_scheduler is not None and "lr_scheduler" in state:
-        engine.lr_scheduler.load_state_dict(state["lr_scheduler"])
+    learning_rate = {LEARNING_RATE: state[LEARNING_RATE]} if has_schedule and LEARNING_RATE in state else {}
+    engine._schedules.load_state_dict({**state.get("schedules", {}), **learning_rate})
     called, extras = GlobalNames(engine.module), state.get("module_extra", {})
     for prefix, module in engine.module.named_modules():
         if called(prefix) in extras and type(module).set_extra_state is not nn.Module.set_extra_state:

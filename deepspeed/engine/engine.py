@@ -1,12 +1,12 @@
 """The engine: what `deepspeed.initialize` returns and a training loop drives.
 
 A facade: built by `engine.build`, stepped by `engine.step`; here are the names by which scripts and integrations ask. It
-counts steps and samples and knows the learning-rate schedule. What it stands on holds no reference to it, so an engine that
+counts steps and samples and knows the schedules. What it stands on holds no reference to it, so an engine that
 the user drops is freed with its hooks.
 
     loss = engine(batch)         Conductor.forward
     engine.backward(loss)        Conductor.backward
-    engine.step()                Conductor.end_micro_batch; at the boundary also the schedule, the counters, the observers
+    engine.step()                Conductor.end_micro_batch; at the boundary also the schedules, the counters, the observers
 """
 
 from __future__ import annotations
@@ -33,7 +33,6 @@ from deepspeed.engine.observe import announce
 from deepspeed.engine.observer import computing_dtype
 from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
-from deepspeed.engine.scheduler_call import SchedulerCall
 from deepspeed.engine.script_attributes import LATER, ScriptAttributes
 from deepspeed.engine.step import Conductor
 from deepspeed.monitor.trace import trace
@@ -125,12 +124,20 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         self.policy, self.watch, self._built, self._reducer = zero.policy, zero.watch, zero.built, zero.reducer
         self._gatherer = zero.hooks.gatherer if zero.hooks is not None else None
         self.basic_optimizer, self.zero_optimizer = zero.basic_optimizer, zero.optimizer
-        self.lr_scheduler = parts.lr_scheduler
-        self._schedule = SchedulerCall(self.lr_scheduler)
+        self._schedules = parts.schedules
         self.monitor, self.timers = watching.monitor, watching.timers
         self._at_rest, self._observers = watching.at_rest, watching.observers
         self._recomputation, self._widening = parts.recomputation, parts.casts.widening
         self._conductor = Conductor(parts, watching)
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """The learning-rate scheduler, which a script may replace; None for none."""
+        return self._schedules.learning_rate.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self._schedules.learning_rate.scheduler = scheduler
 
     # The training step. --------------------------------------------------------------------------------------------
 
@@ -170,25 +177,24 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         self._conductor.end_micro_batch(lambda: self._step_at_boundary(lr_kwargs or {}))
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
-        call = self._scheduler_call()
-        call.check(lr_kwargs)  # before the weights change
+        self._schedules.learning_rate.take(lr_kwargs, self.train_batch_size())  # before the weights change
         self._was_step_applied = self._conductor.update()
-        if self._was_step_applied:
-            call.step(lr_kwargs, self.train_batch_size())
-        else:
-            self.skipped_steps += 1
+        progress = Progress(
+            global_steps=self.global_steps + 1,
+            global_samples=self.global_samples
+            + self._micro_batch_size * self.accumulation.num_micro_batches * self.dp_world_size,
+            skipped_steps=self.skipped_steps + (not self._was_step_applied),
+        )
+        self._schedules.step(progress, self._was_step_applied)
         self._conductor.learn_order()
-        self.global_steps += 1
-        self.global_samples += self._micro_batch_size * self.accumulation.num_micro_batches * self.dp_world_size
-        facts = self._step_facts() if self._observers else None
+        self.global_steps, self.global_samples = progress.global_steps, progress.global_samples
+        self.skipped_steps = progress.skipped_steps
+        facts = self._step_facts(progress) if self._observers else None
         for observer in self._observers:
             assert facts is not None, "made where somebody watches"
             observer.step_ended(facts)
 
-    def _step_facts(self) -> StepFacts:
-        progress = Progress(
-            global_steps=self.global_steps, global_samples=self.global_samples, skipped_steps=self.skipped_steps
-        )
+    def _step_facts(self, progress: Progress) -> StepFacts:
         return StepFacts(
             progress=progress,
             was_applied=self._was_step_applied,
@@ -210,11 +216,6 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             micro_batch_size=self.train_micro_batch_size_per_gpu(),
             accumulation=self.gradient_accumulation_steps(),
         )
-
-    def _scheduler_call(self) -> SchedulerCall:
-        if self._schedule.scheduler is not self.lr_scheduler:  # the script has put another one there
-            self._schedule = SchedulerCall(self.lr_scheduler)
-        return self._schedule
 
     def _take_over_edits(self) -> None:
         """Have what the script changed about the model in its place, before that is saved or loaded. Collective."""

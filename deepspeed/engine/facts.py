@@ -10,17 +10,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Progress:
-    """How far a run is, at the end of a step."""
-
-    global_steps: int
-    """Optimizer steps, skipped ones among them."""
-    global_samples: int
-    """Samples over all ranks."""
-    skipped_steps: int
-    """Steps whose gradients overflowed."""
+from deepspeed.utils.schedule import Progress
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -28,7 +28,7 @@ class Conductor:
 
     def __init__(self, parts: Parts, watching: Watching) -> None:
         self._zero, self._accumulation, self._casts = parts.zero, parts.accumulation, parts.casts
-        self._recomputation, self._mesh = parts.recomputation, parts.mesh
+        self._recomputation, self._mesh, self._schedules = parts.recomputation, parts.mesh, parts.schedules
         self._advice, self._observers = watching.advice, watching.observers
         self._reducer, self._watch = parts.zero.reducer, parts.zero.watch
         self._sequence_loss = parts.sequence_loss
@@ -41,6 +41,8 @@ class Conductor:
         if torch.is_grad_enabled():
             self._reducer.hide()  # stage 0 shows averaged gradients; autograd has to add to the local ones
             self._reducer.flush()
+        if self._schedules.input_steps:
+            inputs, kwargs = self._schedules.inputs(inputs, dict(kwargs), module.training)
         self._recomputation.choose(inputs, dict(kwargs))
         inputs = self._casts.inputs(inputs)
         with self.phase("forward", (inputs, kwargs)), self._casts.context():
