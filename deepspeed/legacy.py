@@ -36,7 +36,7 @@ def _later(feature: str, names: str) -> dict[str, str]:
 
 _TOOLS = "deepspeed.porch.tools"
 _NORMS = "deepspeed.porch.norms"
-_PIPE, _MOE, _EXPERTS = "pipeline parallelism", "deepspeed.moe.layer", "mixture of experts"
+_PIPE, _MOE, _EXPERTS = "pipeline parallelism", "deepspeed.moe.layer", "deepspeed.parallel.expert"
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
@@ -180,11 +180,22 @@ PATHS: dict[str, dict[str, str]] = {
         }
     ),
     "deepspeed.moe": {},
-    "deepspeed.moe.layer": _later(_EXPERTS, "MoE"),
-    "deepspeed.moe.sharded_moe": _later(_EXPERTS, "MOELayer TopKGate"),
-    "deepspeed.moe.experts": _later(_EXPERTS, "Experts"),
+    "deepspeed.moe.layer": invert({f"{_EXPERTS}.layer": "MoE"}),
+    "deepspeed.moe.sharded_moe": invert(
+        {
+            f"{_EXPERTS}.layer": "MOELayer",
+            f"{_EXPERTS}.gate": "TopKGate top1gating top2gating topkgating",
+        }
+    ),
+    "deepspeed.moe.experts": invert({f"{_EXPERTS}.experts": "Experts"}),
     "deepspeed.moe.utils": {
-        **invert({_TOOLS: "is_moe_param split_params_into_different_moe_groups_for_optimizer has_moe_layers"}),
+        **invert(
+            {
+                f"{_EXPERTS}.groups": "is_moe_param has_moe_layers is_moe_param_group configure_moe_param_groups "
+                "split_params_into_shared_and_expert_params split_params_grads_into_shared_and_expert_params "
+                "split_params_into_different_moe_groups_for_optimizer"
+            }
+        ),
     },
     "deepspeed.runtime.data_pipeline": {},
     "deepspeed.runtime.data_pipeline.constants": {_CONSTANTS: ""},

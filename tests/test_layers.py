@@ -44,6 +44,7 @@ PURE = [
     "checkpoint/boxes.py",
     "checkpoint/names.py",
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
+    "parallel/expert/capacity.py",
     *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition", "topology")),
 ]
 """Arithmetic, tested without processes: no import of torch.distributed."""

@@ -14,7 +14,7 @@ from torch import nn
 
 from deepspeed.assembly.sequence import check_sequence_size, sequence_size
 from deepspeed.config import BatchSizes, Config
-from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh
+from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh, with_experts
 from deepspeed.mesh.mesh import world_size
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
@@ -53,8 +53,9 @@ def check_model(model: Any) -> None:
             )
 
 
-def make_mesh(config: Config, mpu: Any, mesh_param: Any = None) -> Mesh:
-    """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those.
+def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1) -> Mesh:
+    """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those; experts are
+    spread over `ep` ranks.
 
     Collective over the job.
     """
@@ -62,7 +63,8 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None) -> Mesh:
     near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
     sp = sequence_size(config, mesh_param, world_size(), has_mpu=mpu is not None)
-    mesh = alike_everywhere(data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near), sp=sp))
+    mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near), sp=sp)
+    mesh = alike_everywhere(with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism))
     check_sequence_size(config, mesh)
     return mesh
 
@@ -230,18 +232,21 @@ def make_gradients(
     wire_dtype = config.communication_data_type
     if wire_dtype is None and mesh.size("sequence") > 1:
         wire_dtype = config.seq_parallel_communication_data_type
-    exchange = mesh.exchange("shard", "reduce", placing.device)
     replicas = mesh.exchange("replicate", "reduce", placing.device) if mesh.size("replicate") > 1 else None
     made = []
+    num_averaged = mesh.size("average") // mesh.size("replicate")
     for master in masters:
         rest = gradient_rest(placing, master)
+        # An expert's gradient is a sum over the tokens of all ranks already where it arrives; what is left is to add up
+        # its copies'. It is divided by as many ranks as every other, so that it does not depend on where experts are.
+        exchange = mesh.exchange(master.bucket.over, "reduce", placing.device)
         # One rank's shard is the whole: nothing to scatter, so micro-batches may add up in the flat buffer.
         is_scattered = policy.gradients.is_sharded and (exchange.world_size > 1 or rest is not None)
         reduction = Reduction(
             exchange=exchange,
             replicas=replicas,
             predivide=predivide,
-            divide_by=(exchange.world_size if is_mean else 1.0) / predivide,
+            divide_by=(num_averaged if is_mean else 1.0) / predivide,
             wire_dtype=wire_dtype,
             when=When.EACH_BACKWARD if is_scattered else When.AT_BOUNDARY,
         )

@@ -59,8 +59,8 @@ class Subject:
 
     @property
     def is_first_of_model(self) -> bool:
-        """Whether this rank tells what all of its data-parallel group know."""
-        return self.mesh.rank("average") == 0
+        """Whether this rank tells what all of its data-parallel group know; of experts, all who hold the same."""
+        return self.mesh.rank("average") == 0 or (self.mesh.size("experts") > 1 and self.mesh.rank("expert_shard") == 0)
 
     @cached_property
     def _global(self) -> GlobalNames:

@@ -27,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
 from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.config import Config
+from deepspeed.engine import experts
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_model, flatten, require_equal
 from deepspeed.engine.at_rest import AtRest
@@ -127,8 +128,9 @@ class Watching:
 def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
-    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param)
+    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, ep=experts.ep_size_of(model))
     undo.callback(mesh.release)
+    experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)
     batch = assemble.batch_sizes(config, mesh, given.mpu)
     accumulation = Accumulation(batch.accumulation, config.managed_gradient_accumulation)

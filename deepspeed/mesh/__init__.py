@@ -8,6 +8,6 @@ No dim's name is spelled outside of this folder and `zero.policy`.
 """
 
 from deepspeed.mesh.door import data_parallel_mesh
-from deepspeed.mesh.mesh import Mesh, alike_everywhere
+from deepspeed.mesh.mesh import Mesh, alike_everywhere, with_experts
 
-__all__ = ["Mesh", "alike_everywhere", "data_parallel_mesh"]
+__all__ = ["Mesh", "alike_everywhere", "data_parallel_mesh", "with_experts"]

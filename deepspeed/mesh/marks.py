@@ -72,6 +72,11 @@ class Mark:
         """The dims over which ranks hold different pieces, each once."""
         return tuple(dict.fromkeys(cut.over for cut in self.cuts))
 
+    @property
+    def is_expert(self) -> bool:
+        """Whether it belongs to an expert that other ranks of the "experts" role do not hold."""
+        return self.expert is not None
+
     def counts_here(self, shape: MeshShape, rank: int) -> bool:
         """Whether this rank's squares go into a norm that is summed over the "model" role: on one rank per piece."""
         repeated: tuple[Dim, ...] = (*(() if "tp" in self.cut_over else ("tp",)), *self.repeated_over)

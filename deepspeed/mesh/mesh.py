@@ -16,7 +16,7 @@ Note [Groups outlive engines]
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
 import torch
@@ -160,6 +160,18 @@ def open_mesh(shape: MeshShape, given: dict[tuple[str, ...], ProcessGroup] | Non
     mesh.num_users += 1
     _meshes[shape] = mesh
     return mesh
+
+
+def with_experts(mesh: Mesh, ep: int, *, data_first: bool = False) -> Mesh:
+    """The mesh, with experts spread over `ep` ranks: consecutive ones, or with `data_first` those that are furthest apart.
+
+    Takes over the user that `open_mesh` counted. Raises DeepSpeedConfigError for a size that does not divide.
+    """
+    if ep == 1:
+        return mesh
+    shape = replace(mesh.shape, ep=ep, data_first=data_first)
+    mesh.release()
+    return open_mesh(shape, mesh.given)
 
 
 def alike_everywhere(mesh: Mesh) -> Mesh:

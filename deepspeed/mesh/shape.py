@@ -33,7 +33,7 @@ DIMS: tuple[Dim, ...] = ("pp", "dp_replicate", "dp_shard", "sp", "tp")
 """The box, from the outermost dim to the innermost, whose ranks are consecutive."""
 
 Role = Literal[
-    "batch", "average", "shard", "replicate", "norm", "model", "tensor", "pipeline", "sequence",
+    "batch", "average", "shard", "replicate", "norm", "whole", "model", "tensor", "pipeline", "sequence",
     "experts", "expert_shard", "near", "far", "checkpoint", "job",
 ]  # fmt: skip
 
@@ -48,6 +48,8 @@ ROLES: Mapping[Role, tuple[Dim, ...]] = {
     "replicate": ("dp_replicate",),
     # Together they hold one whole model, each element of a sharded gradient once: a norm is summed over them.
     "norm": ("pp", "dp_shard", "sp", "tp"),
+    # Together they hold one whole model where ZeRO repeats it: cut layers, stages, and every expert.
+    "whole": ("pp", "ep", "tp"),
     # They hold different pieces of the model itself, for the same samples.
     "model": ("pp", "tp"),
     "tensor": ("tp",),
@@ -122,7 +124,7 @@ class MeshShape:
         dense: dict[str, int] = {dim: getattr(self, dim) for dim in DIMS}
         among = self.dp_replicate * self.dp_shard * self.sp * (self.tp if self.folds_tp else 1)
         pair = {"ep": self.ep, "edp": among // self.ep} if self.data_first else {"edp": among // self.ep, "ep": self.ep}
-        experts = {"pp": self.pp, **pair} | ({} if self.folds_tp else {"tp": self.tp})
+        experts = {"pp": self.pp, **pair, "tp": 1 if self.folds_tp else self.tp}
         far = self.dp_shard * self.sp // self.near
         hpz = {"pp": self.pp, "dp_replicate": self.dp_replicate, "far": far, "near": self.near, "tp": self.tp}
         return dense, experts, hpz

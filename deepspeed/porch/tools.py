@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.optim.traits import Needs, needs_of
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import current_rank
 
 inf = float("inf")
@@ -81,26 +81,6 @@ def is_zero_param(parameter: Any) -> bool:
 def is_zero_supported_optimizer(optimizer: torch.optim.Optimizer) -> bool:
     """Whether ZeRO knows that the optimizer can be given pieces of parameters."""
     return isinstance(needs_of(optimizer), Needs)
-
-
-def is_moe_param(param: Any) -> bool:
-    """Whether a parameter belongs to an expert: it is marked with `allreduce` False."""
-    return hasattr(param, "allreduce") and not param.allreduce
-
-
-def has_moe_layers(m: nn.Module) -> tuple[bool, int]:
-    """Whether a model has experts, and how many per layer: none before mixture of experts is there."""
-    return any(is_moe_param(param) for param in m.parameters()), 0
-
-
-def split_params_into_different_moe_groups_for_optimizer(
-    param_groups: Any, max_group_size: int | None = None
-) -> list[dict[str, Any]]:
-    """The groups as they are, where none has an expert's parameter. Raises NotAvailableError where one has."""
-    groups = [param_groups] if isinstance(param_groups, dict) else list(param_groups)
-    if any(is_moe_param(param) for group in groups for param in group["params"]):
-        raise NotAvailableError("optimizer groups of experts are not available yet: mixture of experts.")
-    return groups
 
 
 def apply_to_tensors_only(function: Callable[[Tensor], Any], value: Any, warning_msg_fn: Any = None) -> Any:

@@ -190,7 +190,11 @@ class _Place:
         """Raise KeyError on every rank if a rank lacks its part of a state. Collective where O is sharded."""
         self.optimizer.require_here()
         has_all = all(self.optimizer.has_state(self.position, kind, piece.in_shard) for piece in self.pieces)
-        everyone = self.optimizer.mesh.agree("shard", int(has_all)) if self.master.is_sharded else [(int(has_all),)]
+        everyone = (
+            self.optimizer.mesh.agree(self.master.bucket.over, int(has_all))
+            if self.master.is_sharded
+            else [(int(has_all),)]
+        )
         if not all(has for (has,) in everyone):
             name = self.master.bucket.names[self.index]
             raise KeyError(

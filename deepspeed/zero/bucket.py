@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.mesh.shape import Role
 from deepspeed.tiers import InMemory, Rest, Transfer
 from deepspeed.tiers.buffers import refill_storage, resizable_buffer
 from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
@@ -113,10 +114,13 @@ class Bucket:
         dtype: torch.dtype,
         device: torch.device,
         exchange: Exchange,
+        over: Role = "shard",
         rest: Rest | None = None,
         loads: LoadQueue | None = None,
     ) -> None:
         self.index = index
+        self.over: Role = over
+        """The ranks that share it; `exchange` is between them."""
         self.params = list(params)
         self.names = list(names)
         self.shapes = list(shapes)

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.secondary import SecondaryExchange
 from deepspeed.comm.spread import spread
-from deepspeed.mesh import Mesh
+from deepspeed.mesh import Mesh, marks
+from deepspeed.mesh.shape import Role
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket, LoadQueue
@@ -23,7 +24,6 @@ from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
-from deepspeed.zero.policy import SHARD_DIMS
 
 
 @dataclass
@@ -59,7 +59,7 @@ def build(
             )
     _check_dtypes(named, group_of, placing)
     builder = Builder(group_of, placing, mesh, limits)
-    plan = plan_model(module, group_of, placing, limits, mesh.size("shard"))
+    plan = plan_model(module, group_of, placing, limits, mesh.size("shard"), mesh.size("expert_shard"))
     made = [builder.execute(planned) for planned in plan.buckets]
     builder.built.users = {user: [made[i] for i in used] for user, used in plan.users.items()}
     for param in plan.resident:
@@ -102,13 +102,18 @@ class Builder:
         self.built = Built()
         self.built.builder = self
         self.group_of, self.placing, self._limits = group_of, placing, limits
-        self._shard_size = mesh.size(SHARD_DIMS)
+        self._sizes: dict[Role, int] = {role: mesh.size(role) for role in ("shard", "expert_shard")}
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
         device = placing.device
-        self._exchange = {purpose: mesh.exchange(SHARD_DIMS, purpose, device) for purpose in ("reduce", "gather")}
+        self._exchange = {
+            (role, purpose): mesh.exchange(role, purpose, device)
+            for role in self._sizes
+            for purpose in ("reduce", "gather")
+        }
         self._near = mesh.exchange("near", "gather", device) if mesh.size("near") > 1 else None
         self.everyone = mesh.exchange("average", "build", device)
+        self._with_same_experts = mesh.exchange("expert_shard", "build", device)
 
     def fill_by_size(self, params: Mapping[nn.Parameter, str]) -> None:
         """Make whole buckets of further parameters."""
@@ -117,7 +122,7 @@ class Builder:
 
     def make(self, named: Named, *, is_sharded: bool) -> Bucket:
         """Make one bucket of further parameters."""
-        return self.execute(plan_bucket(named, self.group_of, self.placing, self._shard_size, is_sharded=is_sharded))
+        return self.execute(plan_bucket(named, self.group_of, self.placing, self._sizes, is_sharded=is_sharded))
 
     def execute(self, plan: BucketPlan) -> Bucket:
         """Lay the plan's parameters into a bucket, in the policy's dtype, with the first rank's values; shard it."""
@@ -133,6 +138,7 @@ class Builder:
             dtype=self._policy.parameters.dtype,
             device=self._device,
             exchange=self._exchange_of(plan),
+            over=plan.over,
             rest=self.placing.params(plan.places.params, layout.shard_numel) if is_sharded else None,
             loads=self._loads,
         )
@@ -149,8 +155,8 @@ class Builder:
     def _exchange_of(self, plan: BucketPlan) -> Exchange:
         """How one bucket's parameters are gathered."""
         if not plan.is_sharded:
-            return self._exchange["reduce"]
-        gather = self._exchange["gather"]
+            return self._exchange[plan.over, "reduce"]
+        gather = self._exchange[plan.over, "gather"]
         return gather if self._near is None else SecondaryExchange(gather, self._near)
 
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
@@ -160,18 +166,22 @@ class Builder:
         flat = bucket.full if is_exact else torch.zeros_like(bucket.full, dtype=master_dtype)
         _copy_values(bucket.params, sources, bucket.split(flat))
         if not all(sources):
-            self.everyone.broadcast(flat)
+            self.those_with(bucket.params[0]).broadcast(flat)
         if flat is bucket.full:
             return None
         bucket.full.copy_(flat)
         return flat
+
+    def those_with(self, param: nn.Parameter) -> Exchange:
+        """Between the ranks that have the same parameter, for its first values."""
+        return self._with_same_experts if marks.of(param).is_expert else self.everyone
 
     def place(self, param: nn.Parameter, name: str) -> None:
         """A parameter that does not train and is not sharded: cast, moved, with the first rank's values."""
         dtype = self._policy.parameters.dtype if param.is_floating_point() else param.dtype
         source = param.__dict__.pop("_zero_slot", None)
         if source is None:
-            param.data = spread(self.everyone, param.data.to(self._device, dtype), self._device)
+            param.data = spread(self.those_with(param), param.data.to(self._device, dtype), self._device)
             return
         value = torch.empty(source.bucket.shapes[source.index], dtype=dtype, device=self._device)
         _copy_values([param], [source], [value])

@@ -5,10 +5,11 @@ decision to skip a step follows from its answer, so the answer has the same bits
 
     squares of this rank's slices        cut over "shard" (O sharded): every element lies on one rank
     of parameters with pieces elsewhere  cut over "model" (`mesh.marks`): summed over it
+    of experts                           cut over "expert_shard"; summed over "experts" too, which hold different ones
     of parameters that are repeated      counted on one of the ranks that have them; the others add 0 * norm, which is nan
                                          where theirs is not finite, so that no rank's overflow goes unseen
 
-One all-reduce of two numbers over the role "norm", or over "model" where O is replicated; none where that is one rank.
+One all-reduce of two numbers over the role "norm", or over "whole" where O is replicated; none where that is one rank.
 
 Invariant: with the same gradients in one process, plain PyTorch's `clip_grad_norm_` gives this norm.
 """
@@ -61,7 +62,7 @@ class GradientNorm:
         self._is_sharded = is_sharded
         # On CPUs the group of small agreements will do; a device's numbers need its own backend.
         purpose = "control" if device.type == "cpu" else "norm"
-        self._group: Any = mesh.group("norm" if is_sharded else "model", purpose)
+        self._group: Any = mesh.group("norm" if is_sharded else "whole", purpose)
         self._left_out: list[set[int]] = []
         """Per bucket, its parameters whose squares another rank of the model counts."""
         self.add()
@@ -71,10 +72,12 @@ class GradientNorm:
         self._left_out += [self._repeated_elsewhere(master) for master in self._masters[len(self._left_out) :]]
 
     def _repeated_elsewhere(self, master: Master) -> set[int]:
+        params = master.bucket.params
+        if not self._is_sharded and master.bucket.over == "shard" and self._mesh.rank("experts") > 0:
+            return set(range(len(params)))  # ranks with other experts have these whole, too
         if self._mesh.size("model") == 1:
             return set()
         shape, rank = self._mesh.shape, self._mesh.global_rank
-        params = master.bucket.params
         return {i for i, param in enumerate(params) if not marks.of(param).counts_here(shape, rank)}
 
     def measure(self, is_changed: bool = False) -> Measured:
@@ -97,17 +100,21 @@ class GradientNorm:
 
     def _missed(self) -> Tensor:
         """[], above 0 if a gradient was missing on this rank, or on any where the reductions brought that along."""
-        flags = [flag for gradients in self._gradients if (flag := gradients.take_missed_flag()) is not None]
-        if flags:
-            return torch.cat(flags).float().sum()
+        flags = [(gradients, gradients.take_missed_flag()) for gradients in self._gradients]
+        told = [flag for _, flag in flags if flag is not None]
+        misses_here = any(g.arrivals.misses_any for g, flag in flags if flag is None)
+        if told and not misses_here:
+            return torch.cat(told).float().sum()
         # Filled on the device: a tensor made of a Python number is a copy that the host waits for.
-        return torch.full((), float(any(g.arrivals.misses_any for g in self._gradients)), device=self._device)
+        return torch.full((), float(misses_here), device=self._device)
 
     def _norm_of(self, index: int) -> Tensor:
         """What one bucket adds on this rank."""
         left_out = self._left_out[index]
         if not left_out:
             return self._gradients[index].norm()
+        if len(left_out) == len(self._masters[index].bucket.params):
+            return self._gradients[index].norm() * 0
         master, values = self._masters[index], self._gradients[index].values()
         pieces = [
             (piece.param, values.narrow(0, piece.in_shard, piece.numel)) for piece in master.layout.pieces(master.rank)

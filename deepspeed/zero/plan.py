@@ -6,7 +6,9 @@ more. So there is one place that decides, and a prediction is about the buckets 
     plan_model    1. parameters that are no numbers to train (integers) stay outside of buckets
                   2. where parameters are sharded, small ones stay whole (resident), the others go by unit (`zero.cut`)
                   3. the rest by size, in reverse order of registration, which is about the order of gradients
-    plan_bucket   one bucket: order, layout over `shard_size` ranks, tiers (`zero.placing`)
+    plan_bucket   one bucket: order, layout over the ranks that share it, tiers (`zero.placing`)
+
+Experts that other ranks do not hold have buckets of their own, over "expert_shard" instead of "shard".
 
 Invariant: pure. It reads shapes, marks and the tree of modules; no rank, no value, no memory. Every rank plans the same.
 """
@@ -19,6 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
+from deepspeed.mesh import marks
+from deepspeed.mesh.shape import Role
 from deepspeed.zero.cut import Unit, cut_by_module, cut_by_size, users_of
 from deepspeed.zero.layout import BucketLayout, group_neighbours
 from deepspeed.zero.param import full_numel, full_shape
@@ -55,6 +59,8 @@ class BucketPlan:
     places: Places
     is_sharded: bool
     trains: bool
+    over: Role = "shard"
+    """The ranks that share the bucket."""
 
 
 @dataclass
@@ -70,10 +76,24 @@ class ModelPlan:
     """Parameters without a bucket: cast, moved, and the same on every rank."""
 
 
+def shared_over(param: nn.Parameter) -> Role:
+    """The ranks that hold the same parameter: those with the same experts for an expert's."""
+    return "expert_shard" if marks.of(param).is_expert else "shard"
+
+
 def plan_model(
-    module: nn.Module, group_of: Mapping[nn.Parameter, int], placing: Placing, limits: Limits, shard_size: int
+    module: nn.Module,
+    group_of: Mapping[nn.Parameter, int],
+    placing: Placing,
+    limits: Limits,
+    shard_size: int,
+    expert_shard_size: int | None = None,
 ) -> ModelPlan:
-    """Plan the buckets of `module` on each of `shard_size` ranks. `group_of` gives each optimized parameter its group."""
+    """Plan the buckets of `module` on each of `shard_size` ranks; those of experts on each of `expert_shard_size`.
+
+    `group_of` gives each optimized parameter its group.
+    """
+    sizes: dict[Role, int] = {"shard": shard_size, "expert_shard": expert_shard_size or shard_size}
     plan = ModelPlan()
     named = {param: name for name, param in module.named_parameters()}
     plan.loose = [(p, name) for p, name in named.items() if not (p.is_floating_point() or p.is_complex())]
@@ -82,7 +102,7 @@ def plan_model(
     trained = {param for param in named if param.requires_grad and param in group_of}
 
     def add(params: Named, is_sharded: bool) -> int:
-        plan.buckets.append(plan_bucket(params, group_of, placing, shard_size, is_sharded=is_sharded))
+        plan.buckets.append(plan_bucket(params, group_of, placing, sizes, is_sharded=is_sharded))
         return len(plan.buckets) - 1
 
     def add_by_size(params: Mapping[nn.Parameter, str], trains: bool) -> None:
@@ -107,15 +127,20 @@ def plan_model(
 
 
 def plan_bucket(
-    named: Named, group_of: Mapping[nn.Parameter, int], placing: Placing, shard_size: int, *, is_sharded: bool
+    named: Named, group_of: Mapping[nn.Parameter, int], placing: Placing, sizes: Mapping[Role, int], *, is_sharded: bool
 ) -> BucketPlan:
-    """Plan one bucket of parameters that all train, or all do not; those of one group become neighbours."""
+    """Plan one bucket of parameters that all train, or all do not; those of one group become neighbours.
+
+    `sizes` has the number of ranks that share a bucket, by who they are.
+    """
+    over = shared_over(named[0][0])
+    assert all(shared_over(param) == over for param, _ in named), "a bucket's parameters are shared by the same ranks"
     trains = named[0][0].requires_grad and named[0][0] in group_of
     groups = [group_of[param] if trains else -1 for param, _ in named]
     order = group_neighbours(groups)
     shapes = tuple(full_shape(named[i][0]) for i in order)
     numels = tuple(full_numel(named[i][0]) for i in order)
-    layout = BucketLayout(numels, tuple(groups[i] for i in order), shard_size)
+    layout = BucketLayout(numels, tuple(groups[i] for i in order), sizes[over])
     return BucketPlan(
         params=tuple(named[i][0] for i in order),
         names=tuple(named[i][1] for i in order),
@@ -124,6 +149,7 @@ def plan_bucket(
         places=placing.decide(layout.shard_numel, is_sharded=is_sharded, trains=trains),
         is_sharded=is_sharded,
         trains=trains,
+        over=over,
     )
 
 
@@ -152,6 +178,9 @@ def chunks_by_size(named: Named, limits: Limits) -> list[list[tuple[nn.Parameter
 
 
 def of_one_kind(named: Named) -> list[list[tuple[nn.Parameter, str]]]:
-    """Real and complex parameters apart: a complex view must begin at an even element, which it does among its like."""
-    kinds = ([p for p in named if not p[0].is_complex()], [p for p in named if p[0].is_complex()])
-    return [kind for kind in kinds if kind]
+    """Real and complex parameters apart: a complex view must begin at an even element, which it does among its like. And
+    experts' apart from what all ranks share."""
+    kinds: dict[tuple[bool, bool], list[tuple[nn.Parameter, str]]] = {}
+    for param, name in named:
+        kinds.setdefault((marks.of(param).is_expert, param.is_complex()), []).append((param, name))
+    return [kinds[key] for key in sorted(kinds)]

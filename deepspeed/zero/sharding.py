@@ -32,6 +32,10 @@ class RunSharding:
             self._first_id.append(total)
             total += len(optimizer.masters[i].bucket.shapes)
         self.num_params = total
+        apart = [(i, master) for i, master in enumerate(optimizer.masters) if master.bucket.over == "expert_shard"]
+        self._of_experts = [self._first_id[i] + j for i, master in apart for j in range(len(master.bucket.params))]
+        self._copies = apart[0][1].bucket.exchange if apart else None
+        """Between the ranks with the same experts."""
 
     def pieces(self, run: Tensor) -> Sequence[Piece]:
         """The pieces of parameters in a run, in order; `index` is unique over the model."""
@@ -53,8 +57,14 @@ class RunSharding:
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks that share parameters. Collective."""
         on_device = values.to(self._optimizer._device)
+        of_experts = on_device[self._of_experts] if self._of_experts else None
         if self._optimizer._own_group is not None:
             torch.distributed.all_reduce(on_device, group=self._optimizer._own_group)
+        if of_experts is not None:
+            # Other ranks have other experts under these indices.
+            assert self._copies is not None, "experts have buckets"
+            self._copies.start_all_reduce(of_experts).wait()
+            on_device[self._of_experts] = of_experts
         return on_device
 
     def gather(self, runs: Sequence[Tensor], values: Sequence[Tensor]) -> dict[int, Tensor]:

@@ -22,12 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.shape import Role
 from deepspeed.optim.traits import AveragesItself, Needs, needs_of
 from deepspeed.tiers import InMemory, Rest
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import read
 from deepspeed.zero.param import slot_of
+from deepspeed.zero.plan import shared_over
 
 if TYPE_CHECKING:
     from deepspeed.zero.build import Built
@@ -93,7 +95,8 @@ def _flat_of_tensor(kind: str, tensor: Tensor, spans: Sequence[Span], replicas: 
 def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
     """Every parameter of the model: masters where it trains, the parameters themselves where not."""
     for master in built.masters:
-        yield _flat_of_rest(PARAM, master.weights, 0, _spans(master), _replicas(mesh, master.is_sharded))
+        replicas = _replicas(mesh, master.is_sharded, master.bucket.over)
+        yield _flat_of_rest(PARAM, master.weights, 0, _spans(master), replicas)
     trained = {id(master.bucket) for master in built.masters}
     for bucket in built.buckets:
         if id(bucket) not in trained:
@@ -107,7 +110,7 @@ def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
                 names, starts, numels = bucket.names, bucket.layout.starts, bucket.layout.numels
                 spans = [Span(names[i], 0, starts[i], numels[i]) for i, _ in bucket.members()]
             rest = bucket.rest if bucket.is_sharded else InMemory(bucket.full)
-            yield _flat_of_rest(PARAM, rest, 0, spans, _replicas(mesh, bucket.is_sharded))
+            yield _flat_of_rest(PARAM, rest, 0, spans, _replicas(mesh, bucket.is_sharded, bucket.over))
     for name, param in module.named_parameters():
         if slot_of(param) is None:
             yield _placed(param, name, mesh)
@@ -116,8 +119,9 @@ def weights(built: Built, module: nn.Module, mesh: Mesh) -> Iterator[Flat]:
 def _placed(param: nn.Parameter, name: str, mesh: Mesh) -> Flat:
     values = param.detach()
     values = torch.view_as_real(values) if values.is_complex() else values
+    replicas = _replicas(mesh, False, shared_over(param))
     if values.is_contiguous():
-        return _flat_of_tensor(PARAM, values, [Span(name, 0, 0, values.numel())], _replicas(mesh, False))
+        return _flat_of_tensor(PARAM, values, [Span(name, 0, 0, values.numel())], replicas)
 
     def write(at: int, chunk: Tensor) -> None:
         whole = values.contiguous().view(-1)
@@ -127,10 +131,12 @@ def _placed(param: nn.Parameter, name: str, mesh: Mesh) -> Flat:
     def read(at: int, numel: int) -> Tensor:
         return values.reshape(-1).narrow(0, at, numel).cpu()
 
-    return Flat(PARAM, values.dtype, (Span(name, 0, 0, values.numel()),), *_replicas(mesh, False), read, write)
+    return Flat(PARAM, values.dtype, (Span(name, 0, 0, values.numel()),), *replicas, read, write)
 
 
-def _replicas(mesh: Mesh, is_sharded: bool) -> tuple[int, int]:
+def _replicas(mesh: Mesh, is_sharded: bool, over: Role) -> tuple[int, int]:
+    if over == "expert_shard":
+        return (1, 0) if is_sharded else (mesh.size(over), mesh.rank(over))
     if not is_sharded:
         return mesh.size("average"), mesh.rank("average")
     return mesh.size("replicate"), mesh.rank("replicate")
@@ -199,7 +205,8 @@ def _spans_within(master: Master, start: int, stop: int) -> list[Span]:
 def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
     """Every optimizer state that has an element for each of the weights'."""
     for run in _runs(optimizer):
-        replicas = _replicas(mesh, optimizer.masters[run.master].is_sharded)
+        owner = optimizer.masters[run.master]
+        replicas = _replicas(mesh, owner.is_sharded, owner.bucket.over)
         for key in run.state_kinds(optimizer):
             if run.segment is not None:
                 assert optimizer.stream is not None
@@ -293,7 +300,7 @@ def renew_states(
         before = had.pop(run.tensor, {})
         optimizer.state[run.tensor] = state
         held = [span for span in run.spans if span.name in spec_of]
-        replicas = _replicas(mesh, master.is_sharded)
+        replicas = _replicas(mesh, master.is_sharded, master.bucket.over)
         for kind, stored in spec.dtypes.items():
             keeps = master.weights.dtype == master_dtype_of[name] or not stored.is_floating_point
             key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype

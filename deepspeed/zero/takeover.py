@@ -295,7 +295,7 @@ class Takeover:
             warn_once(
                 f"ranks wrote different values into {name}: the first rank's are taken, as by deepspeed.initialize."
             )
-            self._built.builder.everyone.broadcast(by_name[name].detach())
+            self._built.builder.those_with(by_name[name]).broadcast(by_name[name].detach())
 
     # Acting. -------------------------------------------------------------------------------------------------------
 

@@ -1,0 +1,70 @@
+"""The layers with experts of a model learn their ranks, and their parameters are marked.
+
+Called by the engine, first to know how many ranks share experts (`ep_size_of`, before there is a mesh), then with the
+mesh. What a layer's experts are called in the whole model is handed back, for checkpoints.
+
+Invariant: what is an expert follows from types of modules, never from names. At ep_size 1 experts are parameters like
+all others, and nothing is marked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from torch import nn
+
+from deepspeed.mesh import Mesh, marks
+from deepspeed.mesh.marks import Expert, Mark
+from deepspeed.parallel.expert.layer import MOELayer
+from deepspeed.parallel.expert.place import ExpertPlace
+from deepspeed.utils.errors import DeepSpeedConfigError
+
+
+class Named(NamedTuple):
+    """A module whose children have other names in the whole model."""
+
+    module: nn.Module
+    names: dict[str, str]
+
+
+def expert_layers(model: nn.Module) -> Iterator[tuple[str, MOELayer]]:
+    """The native layers of a model, by name."""
+    yield from ((name, module) for name, module in model.named_modules() if isinstance(module, MOELayer))
+
+
+def ep_size_of(model: nn.Module) -> int:
+    """Over how many ranks the layers of a model spread their experts; 1 without any.
+
+    Raises DeepSpeedConfigError where layers name different sizes above 1.
+    """
+    sizes = {layer.ep_size: name for name, layer in expert_layers(model) if layer.ep_size > 1}
+    if len(sizes) > 1:
+        told = ", ".join(f"{size} ({name})" for size, name in sizes.items())
+        raise DeepSpeedConfigError(
+            f"layers with experts have different ep_size: {told}.\n"
+            "  Give all layers one ep_size, or 1 (every rank has all experts); their num_experts may differ."
+        )
+    return next(iter(sizes), 1)
+
+
+def attach(model: nn.Module, mesh: Mesh) -> list[Named]:
+    """Give every layer its ranks and mark its parameters; the names of local experts. Collective if experts are spread."""
+    named = []
+    for number, (_, layer) in enumerate(expert_layers(model)):
+        if layer.ep_size == 1:
+            continue
+        connect(layer.place, mesh, number)
+        layer._set_ep_group(layer.place.group)
+        named.append(Named(layer.experts.deepspeed_experts, layer.experts.names(layer.place)))
+        for i, expert in enumerate(layer.experts.deepspeed_experts):
+            made = Mark(expert=Expert(layer.place.first + i, layer.place.num_experts, layer.ep_group_name))
+            for param in expert.parameters():
+                marks.mark(param, made)
+    return named
+
+
+def connect(place: ExpertPlace, mesh: Mesh, number: int) -> None:
+    """Tell a place its ranks."""
+    place.size, place.rank = mesh.size("experts"), mesh.rank("experts")
+    place.group, place.number = mesh.group("experts", "tokens"), number

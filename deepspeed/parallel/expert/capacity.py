@@ -1,0 +1,46 @@
+"""How many tokens an expert takes at most: arithmetic, without torch.
+
+Used by `gate`. A capacity is per source rank: each rank fills its own share of every expert.
+
+After GShard (arXiv:2006.16668), section 2.2, with the contract's factors.
+"""
+
+from __future__ import annotations
+
+import math
+
+from deepspeed.utils.errors import DeepSpeedError
+
+
+def capacity_of(num_tokens: int, num_experts: int, factor: float, minimum: int = 0) -> int:
+    """Tokens that each of `num_experts` takes of one rank's `num_tokens`: their even share times `factor`, rounded up, and
+    not below `minimum`."""
+    return max(math.ceil(num_tokens / num_experts * factor), int(minimum))
+
+
+def check_factors(**factors: float) -> None:
+    """Refuse factors that leave experts without tokens. Raises DeepSpeedError, naming the argument."""
+    for name, value in factors.items():
+        if not isinstance(value, (int, float)) or not value > 0 or math.isinf(value):
+            raise DeepSpeedError(
+                f"{name} = {value!r}: experts would take no token, or any number.\n"
+                "  Give a number above 0 (1.0: each expert takes its even share), or drop_tokens=False for no limit."
+            )
+
+
+def num_local(num_experts: int, ep_size: int) -> int:
+    """Experts on each of `ep_size` ranks. Raises DeepSpeedError where they do not divide."""
+    if num_experts < 1 or ep_size < 1 or num_experts % ep_size:
+        raise DeepSpeedError(
+            f"num_experts = {num_experts} should be divisible by ep_size = {ep_size}: every rank holds equally many.\n"
+            f"  Choose ep_size among {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
+        )
+    return num_experts // ep_size
+
+
+def rows_on_the_wire(num_experts: int, k: int, ep_size: int) -> tuple[float, float]:
+    """Rows that a token costs each way under uniform routing to k different experts: (one per destination rank, one per
+    expert elsewhere). With 8 experts, top-2 and 2 ranks: (0.786, 1.0)."""
+    local = num_experts // ep_size
+    untouched = math.comb(num_experts - local, k) / math.comb(num_experts, k)
+    return (ep_size - 1) * (1 - untouched), k * (ep_size - 1) / ep_size

@@ -1,0 +1,243 @@
+"""Tokens to the ranks that hold their experts, and their results back.
+
+Called by every layer with experts (`layer`, `hugging_face`) with tokens, choices and weights; calls what computes.
+
+    choices [s, k]        (token, expert) pairs, sorted by expert, and so by rank
+    counts                one exchange: rows and pairs per expert that each rank will get
+    rows                  one copy of a token per destination rank, however many of its experts are there
+    pairs                 which row, and by what its result is weighed
+    experts               on rows, sorted by expert
+    partial sums          a row's results, weighed and added up where they were computed: one row back
+
+With one rank there is no exchange: rows are the tokens themselves. A rank without tokens takes part with none.
+What stays on a rank does not travel, and does not pass through a buffer of the wire.
+
+Invariant: every rank of the group calls the same layers in the same order. The counts name their layer, so a rank that
+skipped one is named instead of its tokens being taken for others'.
+
+The backward of sending rows is adding up what comes back, and the other way round: two functions, each other's backward.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepspeed.parallel.expert.place import ExpertPlace
+from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
+from deepspeed.utils.waits import COMMUNICATION
+
+Compute = Callable[[Tensor, "list[int]"], Tensor]
+"""(rows [n, width] sorted by local expert, rows per local expert) -> [n, width]."""
+
+
+def run_experts(tokens: Tensor, choices: Tensor, weights: Tensor, place: ExpertPlace, compute: Compute) -> Tensor:
+    """sum_j weights[i, j] * expert[choices[i, j]](tokens[i]), wherever the experts are.
+
+    tokens [s, width]; choices [s, k] global expert numbers, -1 (or one too many) for none; weights [s, k]. Returns
+    [s, width] in the tokens' dtype. Collective over the place's group.
+    """
+    k = choices.shape[1]
+    flat = choices.reshape(-1)
+    flat = torch.where((flat < 0) | (flat >= place.num_experts), place.num_experts, flat)
+    order = torch.argsort(flat, stable=True)
+    counts = torch.bincount(flat, minlength=place.num_experts + 1)[: place.num_experts]
+    place.load.add(counts, flat.numel())
+    per_expert: list[int] = counts.tolist()
+    order = order[: sum(per_expert)]  # dropped ones are last
+    weights = weights.reshape(-1, 1)
+    if place.size == 1:
+        token = order // k
+        return _weighed_sum(compute(tokens.index_select(0, token), per_expert), weights[order], token, len(tokens))
+    routing = plan(flat[order], order // k, per_expert, len(tokens), place)
+    rows = SendRows.apply(tokens, routing.rows)
+    sent_weights = SendRows.apply(weights, routing.pairs_of(order))
+    at = _exchange(routing.row_of_pair.view(-1, 1), routing.pairs)[:, 0].long() + routing.row_starts
+    by_expert = torch.argsort(routing.experts, stable=True)
+    at = at[by_expert]
+    results = compute(rows.index_select(0, at), routing.counts_here)
+    partial = _weighed_sum(results, sent_weights[by_expert], at, len(rows))
+    return AddRows.apply(partial, routing.rows, len(tokens))
+
+
+def _weighed_sum(results: Tensor, weights: Tensor, into: Tensor, num_rows: int) -> Tensor:
+    """[num_rows, width]: results times weights [n, 1] added up at `into`."""
+    weighed = (results * weights).to(results.dtype)
+    return results.new_zeros(num_rows, results.shape[1]).index_add(0, into, weighed)
+
+
+@dataclass(frozen=True)
+class Ways:
+    """Which rows of a local tensor go where. `sent[r]` to rank r and `got[r]` from it; this rank's own do not travel."""
+
+    own: Tensor
+    """[n] rows that stay here."""
+    away: Tensor
+    """[m] rows that travel, sorted by destination."""
+    sent: tuple[int, ...]
+    got: tuple[int, ...]
+    group: Any
+
+    @property
+    def num_here(self) -> int:
+        """Rows after the exchange: this rank's own first, then by rank."""
+        return self.own.numel() + sum(self.got)
+
+
+@dataclass(frozen=True)
+class Routing:
+    """One layer call's exchange, seen from one rank."""
+
+    rows: Ways
+    pairs: Ways
+    """Of `order`'s positions."""
+    row_of_pair: Tensor
+    """[pairs] int32, the row of each among those for its rank."""
+    row_starts: Tensor
+    """[pairs here] the first row of each pair's source rank."""
+    experts: Tensor
+    """[pairs here] local experts."""
+    counts_here: list[int]
+
+    def pairs_of(self, order: Tensor) -> Ways:
+        """The pairs, as rows of what `order` numbers."""
+        pairs = self.pairs
+        return Ways(order[pairs.own], order[pairs.away], pairs.sent, pairs.got, pairs.group)
+
+
+def plan(experts: Tensor, token: Tensor, per_expert: Sequence[int], num_tokens: int, place: ExpertPlace) -> Routing:
+    """Who gets what, from pairs sorted by expert. Collective: one exchange of counts."""
+    size, here, device = place.size, place.num_here, experts.device
+    rank_of_pair = experts // here
+    wanted = torch.zeros(size, num_tokens, dtype=torch.bool, device=device)
+    wanted[rank_of_pair, token] = True
+    number = wanted.cumsum(1, dtype=torch.int32) - 1
+    num_rows: list[int] = wanted.sum(1).tolist()
+    by_rank = [sum(per_expert[r * here : (r + 1) * here]) for r in range(size)]
+    told = _exchange_counts(num_rows, per_expert, place)
+    rows_from, pairs_from = [rows for rows, _ in told], [sum(pairs) for _, pairs in told]
+    nonzero = wanted.nonzero()[:, 1]
+    rows = _ways(nonzero, num_rows, rows_from, place)
+    pairs = _ways(torch.arange(experts.numel(), device=device), by_rank, pairs_from, place)
+    sources = [place.rank, *(r for r in range(size) if r != place.rank)]
+    starts, at = [], 0
+    for source in sources:
+        starts.append(at)
+        at += rows_from[source]
+    per_source = torch.tensor([told[source][1] for source in sources], device=device)
+    local = torch.arange(here, device=device).repeat(size)
+    return Routing(
+        rows=rows,
+        pairs=pairs,
+        row_of_pair=number[rank_of_pair, token],
+        row_starts=torch.tensor(starts, device=device).repeat_interleave(per_source.sum(1)),
+        experts=local.repeat_interleave(per_source.reshape(-1)),
+        counts_here=[sum(pairs[e] for _, pairs in told) for e in range(here)],
+    )
+
+
+def _ways(index: Tensor, sent: Sequence[int], got: Sequence[int], place: ExpertPlace) -> Ways:
+    before = sum(sent[: place.rank])
+    mine = sent[place.rank]
+    own, away = index[before : before + mine], torch.cat([index[:before], index[before + mine :]])
+
+    def without_own(counts: Sequence[int]) -> tuple[int, ...]:
+        return tuple(0 if r == place.rank else n for r, n in enumerate(counts))
+
+    return Ways(own, away, without_own(sent), without_own(got), place.group)
+
+
+HEADER = 2
+"""Integers before the counts: the layer's number, and rows."""
+
+
+def _exchange_counts(
+    num_rows: Sequence[int], per_expert: Sequence[int], place: ExpertPlace
+) -> list[tuple[int, list[int]]]:
+    """From every rank (rows, pairs per local expert) that will come. Raises RankMismatchError where ranks are at
+    different layers."""
+    here = place.num_here
+    told = [[place.number, num_rows[r], *per_expert[r * here : (r + 1) * here]] for r in range(place.size)]
+    device = _device_of(place.group)
+    mine = torch.tensor(told, dtype=torch.int64, device=device)
+    theirs = torch.empty_like(mine)
+    with COMMUNICATION.during("moe.counts", mine.nbytes):
+        dist.all_to_all_single(theirs, mine, group=place.group)
+    lines: list[list[int]] = theirs.tolist()
+    layers = [line[0] for line in lines]
+    if any(layer != place.number for layer in layers):
+        ranks = dist.get_process_group_ranks(place.group)
+        text = ", ".join(f"rank {rank} at layer {layer}" for rank, layer in zip(ranks, layers, strict=True))
+        raise RankMismatchError(
+            f"ranks exchange tokens of different layers with experts: {text}.\n"
+            "  Every expert-parallel rank has to run the same of these layers in the same order; one without tokens runs "
+            "them on none ([0, width])."
+        )
+    return [(line[1], line[HEADER:]) for line in lines]
+
+
+def _device_of(group: Any) -> torch.device:
+    if dist.get_backend(group) == "gloo":
+        return torch.device("cpu")
+    return torch.device(torch.accelerator.current_accelerator() or "cpu")
+
+
+def _exchange(values: Tensor, ways: Ways) -> Tensor:
+    """[own and received, ...]: the rows of `values` that stay, then those that came. Collective."""
+    here = values.new_empty(ways.num_here, *values.shape[1:])
+    num_own = ways.own.numel()
+    torch.index_select(values, 0, ways.own, out=here[:num_own])
+    _all_to_all(here[num_own:], values.index_select(0, ways.away), ways.got, ways.sent, ways.group)
+    return here
+
+
+def _return(here: Tensor, ways: Ways, num_rows: int) -> Tensor:
+    """[num_rows, ...]: where every row of `here` came from, added up there. Collective."""
+    num_own = ways.own.numel()
+    back = here.new_empty(sum(ways.sent), *here.shape[1:])
+    _all_to_all(back, here[num_own:].contiguous(), ways.sent, ways.got, ways.group)
+    total = here.new_zeros(num_rows, *here.shape[1:]).index_add_(0, ways.own, here[:num_own])
+    return total.index_add_(0, ways.away, back)
+
+
+def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[int], group: Any) -> None:
+    """Bytes travel, so that every dtype does."""
+    if rows.dim() != 2:
+        raise DeepSpeedError(f"rows are [n, width], not {tuple(rows.shape)}.")
+    with COMMUNICATION.during("moe.tokens", rows.nbytes):
+        dist.all_to_all_single(into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent), group=group)
+
+
+class SendRows(torch.autograd.Function):
+    """Rows to where they are wanted: [s, width] to [rows here, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, ways: Ways) -> Tensor:
+        """Collective, as is the backward."""
+        ctx.ways, ctx.num_rows = ways, len(rows)
+        return _exchange(rows, ways)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """What comes back is added up."""
+        return AddRows.apply(gradients[0], ctx.ways, ctx.num_rows), None
+
+
+class AddRows(torch.autograd.Function):
+    """Results back to where their rows came from, added up: [rows here, width] to [s, width]."""
+
+    @staticmethod
+    def forward(ctx: Any, here: Tensor, ways: Ways, num_rows: int) -> Tensor:
+        """Collective, as is the backward."""
+        ctx.ways = ways
+        return _return(here, ways, num_rows)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Each row's gradient goes where the row went."""
+        return SendRows.apply(gradients[0], ctx.ways), None, None
