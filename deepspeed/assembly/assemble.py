@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from deepspeed.assembly.sequence import check_sequence_size, sequence_size
+from deepspeed.comm.exchange import Exchange
 from deepspeed.config import BatchSizes, Config
 from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh, with_experts
 from deepspeed.mesh.mesh import world_size
@@ -235,11 +236,14 @@ def make_gradients(
     replicas = mesh.exchange("replicate", "reduce", placing.device) if mesh.size("replicate") > 1 else None
     made = []
     num_averaged = mesh.size("average") // mesh.size("replicate")
+    exchanges: dict[str, Exchange] = {"shard": mesh.exchange("shard", "reduce", placing.device)}
     for master in masters:
         rest = gradient_rest(placing, master)
         # An expert's gradient is a sum over the tokens of all ranks already where it arrives; what is left is to add up
         # its copies'. It is divided by as many ranks as every other, so that it does not depend on where experts are.
-        exchange = mesh.exchange(master.bucket.over, "reduce", placing.device)
+        if master.bucket.over not in exchanges:
+            exchanges[master.bucket.over] = mesh.exchange(master.bucket.over, "reduce", placing.device)
+        exchange = exchanges[master.bucket.over]
         # One rank's shard is the whole: nothing to scatter, so micro-batches may add up in the flat buffer.
         is_scattered = policy.gradients.is_sharded and (exchange.world_size > 1 or rest is not None)
         reduction = Reduction(

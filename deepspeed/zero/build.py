@@ -102,7 +102,8 @@ class Builder:
         self.built = Built()
         self.built.builder = self
         self.group_of, self.placing, self._limits = group_of, placing, limits
-        self._sizes: dict[Role, int] = {role: mesh.size(role) for role in ("shard", "expert_shard")}
+        roles: tuple[Role, ...] = ("shard", "expert_shard") if mesh.size("experts") > 1 else ("shard",)
+        self._sizes: dict[Role, int] = {role: mesh.size(role) for role in roles}
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
         device = placing.device
@@ -113,7 +114,8 @@ class Builder:
         }
         self._near = mesh.exchange("near", "gather", device) if mesh.size("near") > 1 else None
         self.everyone = mesh.exchange("average", "build", device)
-        self._with_same_experts = mesh.exchange("expert_shard", "build", device)
+        has_spread = mesh.size("experts") > 1
+        self._with_same_experts = mesh.exchange("expert_shard", "build", device) if has_spread else self.everyone
 
     def fill_by_size(self, params: Mapping[nn.Parameter, str]) -> None:
         """Make whole buckets of further parameters."""
