@@ -35,6 +35,10 @@ def _is_above_1(value: float | None) -> bool:
     return value is not None and value > 1
 
 
+def _is_deepep(backend: str) -> bool:
+    return backend == "deepep"
+
+
 def _is_missing_optimizer(name: str | None) -> bool:
     return (name or "").lower() in ("muadam", "muadamw", "musgd")
 
@@ -50,7 +54,7 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("msamp.enabled", bool, "MS-AMP"),
     ("sparse_gradients", bool, "sparse reduction of embedding gradients"),
     ("tensor_parallel.autotp_size", _is_above_1, "automatic tensor parallelism"),
-    ("expert_parallel.enabled", bool, "automatic expert parallelism"),
+    ("expert_parallel.comm_backend", _is_deepep, "DeepEP"),
     ("compile.deepcompile", bool, "DeepCompile"),
     ("graph_harvesting", bool, "CUDA graphs of the step"),
     ("hybrid_engine.enabled", bool, "the hybrid engine"),
@@ -249,12 +253,38 @@ _PIPELINED = "reads and writes are queued ahead by themselves"
 NO_EFFECT: dict[str, str] = {
     "zero_force_ds_cpu_optimizer": "no optimizer is refused for an offloaded state that can step it",
     "disable_allgather": "it is of an old version",
-    "use_data_before_expert_parallelism": "there is no expert parallelism yet",
     "allgather_size": _BY_ITSELF,
     "optimizer.legacy_fusion": "there is one layout of states",
     "bf16.immediate_grad_update": "gradients are always added up as backward produces them",
     "bf16.bf16_optimizer_states": "moments have the dtype of the masters",
     "torch_autocast.lower_precision_safe_modules": "gradients travel in communication_data_type",
+    **dict.fromkeys(
+        (
+            "expert_parallel.router_pattern",
+            "expert_parallel.shared_experts_pattern",
+            "expert_parallel.shared_experts_gate_pattern",
+            "expert_parallel.score_func",
+            "expert_parallel.score_apply",
+            "expert_parallel.route_scale",
+            "expert_parallel.expert_w1",
+            "expert_parallel.expert_w2",
+            "expert_parallel.expert_w3",
+            "expert_parallel.num_experts_attr",
+            "expert_parallel.top_k_attr",
+            "expert_parallel.has_shared_experts",
+            "expert_parallel.expert_activation",
+        ),
+        "the model's own router, activation and shared experts are used as they are",
+    ),
+    "expert_parallel.combine_impl": "results are weighed and added up in one way",
+    "expert_parallel.row_weighting_impl": "results are weighed and added up in one way",
+    "expert_parallel.gate_up_impl": "matrices are used as the model has them",
+    "expert_parallel.disable_triton_grouped_mm": "products of experts are torch's",
+    "expert_parallel.comm_num_sm": "it is DeepEP's",
+    "expert_parallel.comm_qp_margin": "it is DeepEP's",
+    "expert_parallel.comm_max_tokens_per_rank": "it is DeepEP's",
+    "expert_parallel.validate_folding_routing": "ranks that share a tensor have the same tokens and route them alike",
+    "expert_parallel.async_split_plan": "counts are exchanged in one message before the tokens",
     "zero_optimization.contiguous_gradients": "gradients always lie in flat buffers",
     "zero_optimization.reduce_scatter": "who receives what follows from the placement of gradients",
     "zero_optimization.use_multi_rank_bucket_allreduce": "every bucket belongs to all ranks",

@@ -128,7 +128,7 @@ class Watching:
 def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
-    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, ep=experts.ep_size_of(model))
+    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, ep=experts.ep_size_of(model, config))
     undo.callback(mesh.release)
     experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)
@@ -252,6 +252,8 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
 
 def _basic_optimizer(given: Given) -> torch.optim.Optimizer | None:
     groups = assemble.parameter_groups(given.model, given.model_parameters)
+    if not isinstance(given.optimizer, torch.optim.Optimizer):
+        groups = experts.parameter_groups(groups)
     basic = assemble.make_optimizer(given.config, given.optimizer, groups, given.model)
     assemble.check_optimizer(basic, given.model, given.config.zero_optimization.stage)
     assemble.mark_leaves(given.model, given.config)

@@ -6,18 +6,33 @@ whole model, and what does not go together is refused on all ranks, before memor
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 
 from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
-from deepspeed.parallel.expert import attach
+from deepspeed.parallel.expert import attach, hugging_face, presets
+from deepspeed.parallel.expert.groups import configure_moe_param_groups
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import log_dist
 
 
-def ep_size_of(model: nn.Module) -> int:
-    """Over how many ranks a model's experts are spread."""
-    return attach.ep_size_of(model)
+def ep_size_of(model: nn.Module, config: Config) -> int:
+    """Over how many ranks a model's experts are spread. Raises DeepSpeedConfigError where that is contradictory."""
+    native = attach.ep_size_of(model)
+    if not config.expert_parallel.enabled:
+        return native
+    found = hugging_face.find(model, config.expert_parallel)
+    presets.check_model(model, found, config.expert_parallel)
+    size = config.expert_parallel.autoep_size
+    hugging_face.check(found, size)
+    if native not in (1, size):
+        raise DeepSpeedConfigError(
+            f"expert_parallel.autoep_size = {size}, but the model has MoE layers of ep_size = {native}.\n  Use one size for both."
+        )
+    return size
 
 
 def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
@@ -26,6 +41,35 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
         _refuse(mesh, config)
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
+    settings = config.expert_parallel
+    if not settings.enabled:
+        return
+    found = hugging_face.find(model, settings)
+    already = {name for name, _ in hugging_face.converted(model)}
+    for number, (name, module) in enumerate(found.items()):
+        if name not in already:
+            _refuse_sharded(name, module, mesh)
+            hugging_face.convert(module, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
+    alone = hugging_face.left_alone(model, found)
+    log_dist(
+        f"expert_parallel: the experts of {len(found)} layers are spread over {mesh.size('experts')} ranks"
+        + (f"; left as they are, on every rank: {', '.join(alone)}" if alone else "")
+        + ".",
+        [0],
+    )
+
+
+def parameter_groups(model_parameters: Any) -> Any:
+    """What the user gave as `model_parameters`, with experts of native layers in groups of their own."""
+    return configure_moe_param_groups(model_parameters)
+
+
+def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
+    if mesh.size("experts") > 1 and any(hasattr(param, "ds_id") for param in module.parameters()):
+        raise DeepSpeedConfigError(
+            f"the experts of {name} were sharded by zero.Init (or an earlier engine) before expert_parallel could spread them.\n"
+            "  Build the model without zero.Init; with expert_parallel a rank then keeps its own experts only."
+        )
 
 
 def _refuse(mesh: Mesh, config: Config) -> None:

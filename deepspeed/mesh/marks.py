@@ -32,6 +32,8 @@ from deepspeed.mesh.shape import Dim, MeshShape
 from deepspeed.utils.errors import DeepSpeedError
 
 _ATTRIBUTE = "_mesh_mark"
+EXPERT_DIM: Dim = "ep"
+"""The dim over which tensors of all experts of a layer are cut, for those who make such marks."""
 _MEGATRON = ("tensor_model_parallel", "model_parallel")
 
 

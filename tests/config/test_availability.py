@@ -20,7 +20,6 @@ ASKS: dict[str, Any] = {
     "msamp.enabled": True,
     "sparse_gradients": True,
     "tensor_parallel.autotp_size": 2,
-    "expert_parallel.enabled": True,
     "compile.deepcompile": True,
     "graph_harvesting": True,
     "hybrid_engine.enabled": True,
@@ -70,6 +69,10 @@ def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -
             "zero_optimization.offload_optimizer.super_offload",
         ),
         ({"optimizer": {"type": "musgd"}}, "optimizer.type"),
+        (
+            {"expert_parallel": {"comm_backend": "deepep", "comm_max_tokens_per_rank": 8}},
+            "expert_parallel.comm_backend",
+        ),
     ],
 )
 def test_the_same_where_other_keys_are_needed(written: dict[str, Any], path: str) -> None:

@@ -20,6 +20,9 @@ from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
+FIRST_FUSED = 1 << 20
+"""Numbers of layers whose experts are matrices begin here."""
+
 
 class Named(NamedTuple):
     """A module whose children have other names in the whole model."""

@@ -1,0 +1,148 @@
+"""Rows in groups, each group times a matrix of its own: what a rank's experts compute, forward and backward.
+
+Called by `parallel.expert`. Two implementations with the same results to rounding:
+
+    loop       one product per group, written into place: few large groups
+    grouped    torch's grouped product: many groups, or low precision; kept off its failing cases (no rows at all, rows of
+               a byte length that is no multiple of 16, an expanded incoming gradient; torch 2.13)
+
+Which is faster depends on the machine, the dtype and the rows per group; `Trial` times both once per kind of product,
+forward and backward, and remembers. Where torch is asked for deterministic algorithms nothing is timed: the loop.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Product = Callable[[Tensor, Tensor, "Sequence[int]"], Tensor]
+"""(rows [n, in], weight [groups, in, out], rows per group) -> [n, out]."""
+
+
+class Looped(torch.autograd.Function):
+    """One product per group, each written into its part of the result."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+        """See Product."""
+        ctx.save_for_backward(rows, weight)
+        ctx.counts = counts
+        return _multiply(rows, weight, counts)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        """Two more products per group; a group without rows has a gradient of zeros."""
+        rows, weight = ctx.saved_tensors
+        gradient = gradients[0]
+        of_rows = _multiply(gradient, weight.transpose(1, 2), ctx.counts) if ctx.needs_input_grad[0] else None
+        if not ctx.needs_input_grad[1]:
+            return of_rows, None, None
+        of_weight = torch.empty_like(weight)  # keeps the strides: a transposed weight's gradient is transposed, too
+        parts = zip(rows.split(ctx.counts), gradient.split(ctx.counts), of_weight.unbind(), strict=True)
+        for part, gradient_part, into in parts:
+            if not len(part):
+                into.zero_()
+            elif into.is_contiguous():
+                torch.mm(part.t(), gradient_part, out=into)
+            else:
+                torch.mm(gradient_part.t(), part, out=into.t())
+        return of_rows, of_weight, None
+
+
+def _multiply(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    out = rows.new_empty(len(rows), weight.shape[2])
+    # unbind, not weight[i]: indexing in the loop costs 3 to 20 times the product for small groups.
+    for part, matrix, into in zip(rows.split(counts), weight.unbind(), out.split(counts), strict=True):
+        if len(part):
+            torch.mm(part, matrix, out=into)
+    return out
+
+
+class _Contiguous(torch.autograd.Function):
+    """The same values; what comes back is contiguous."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor) -> Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Any) -> Any:
+        return gradients[0].contiguous()
+
+
+def looped(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """See Product."""
+    result: Tensor = Looped.apply(rows, weight, list(counts))
+    return result
+
+
+def grouped(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
+    """See Product."""
+    ends = torch.tensor(counts, device=rows.device).cumsum(0).int()
+    result: Tensor = _Contiguous.apply(torch._grouped_mm(rows.contiguous(), weight, offs=ends))
+    return result
+
+
+def can_group(rows: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product takes these."""
+    sizes = (rows.shape[1] * rows.element_size(), weight.shape[2] * rows.element_size())
+    return hasattr(torch, "_grouped_mm") and len(rows) > 0 and all(size % 16 == 0 for size in sizes)
+
+
+MAX_TIMED_ROWS = 4096
+"""Rows of a trial: more take longer and decide nothing."""
+
+
+class Trial:
+    """Which product is faster, by kind: timed at the kind's first use, then remembered."""
+
+    def __init__(self) -> None:
+        self.chosen: dict[tuple[Any, ...], Product] = {}
+
+    def choose(self, rows: Tensor, weight: Tensor) -> Product:
+        """The product for rows like these. Takes a few milliseconds at a kind's first use."""
+        if not can_group(rows, weight) or torch.are_deterministic_algorithms_enabled():
+            return looped
+        each = max(1, len(rows) // len(weight))
+        kind = (rows.dtype, rows.device.type, tuple(weight.shape), weight.stride(), each.bit_length())
+        if kind not in self.chosen:
+            self.chosen[kind] = min((looped, grouped), key=lambda product: self._time(product, rows, weight))
+        return self.chosen[kind]
+
+    def _time(self, product: Product, rows: Tensor, weight: Tensor) -> float:
+        num = min(len(rows), MAX_TIMED_ROWS)
+        counts = [num // len(weight) + (i < num % len(weight)) for i in range(len(weight))]
+        best = float("inf")
+        with torch.enable_grad(), torch.random.fork_rng(devices=[]):
+            sample = rows[:num].detach().clone().requires_grad_()
+            matrices = weight.detach().requires_grad_()
+            for _ in range(3):
+                _wait(rows.device)
+                start = time.perf_counter()
+                result = product(sample, matrices, counts)
+                torch.autograd.grad(result, (sample, matrices), torch.zeros_like(result))
+                _wait(rows.device)
+                best = min(best, time.perf_counter() - start)
+        return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.accelerator.synchronize()
+
+
+TRIAL = Trial()
+"""The process's; what is faster is the machine's."""
+
+
+def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int], *, may_group: bool = True) -> Tensor:
+    """rows [n, in], `counts[g]` of them for group g in order, times weight [groups, in, out]; [n, out].
+
+    Weights that lie as [groups, out, in] are handed in transposed. `may_group=False`: the loop.
+    """
+    product = TRIAL.choose(rows, weight) if may_group else looped
+    return product(rows, weight, counts)

@@ -1,0 +1,173 @@
+"""Experts of Hugging Face models: their matrices of all experts, found by structure, spread over ranks.
+
+Called by the engine where the configuration has `expert_parallel`. A model's own block stays as it is: its router, with
+whatever scores, corrections, groups and norms it has, its shared experts and their gate. What is replaced is how
+the module with the experts' matrices computes, which takes (tokens, chosen experts, weights) in all of them:
+
+    gate_up_proj [experts, 2 * inner, width]   (or up_proj, without a gate; transposed, and with biases, in some)
+    down_proj    [experts, width, inner]
+
+So the routing equals the plain model's to the bit, of every family, and parameters keep their names; a rank holds rows
+[first, first + here) of each. The module's class becomes a subclass of its own, which isinstance does not notice.
+
+Invariant: parameters stay the objects that they were, so optimizers that were built on them hold the same.
+"""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.config.parallelism import ExpertParallelConfig
+from deepspeed.kernels.grouped import grouped_product
+from deepspeed.mesh import Mesh, marks
+from deepspeed.mesh.marks import Cut, Expert, Mark
+from deepspeed.parallel.expert.dispatch import run_experts
+from deepspeed.parallel.expert.place import ExpertPlace
+from deepspeed.utils.errors import DeepSpeedConfigError
+
+PLACE = "ds_expert_place"
+"""Attribute of a module whose experts are spread: its `ExpertPlace`."""
+UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+DIMS_OF = {
+    "gate_up_proj": 3,
+    "up_proj": 3,
+    "down_proj": 3,
+    "gate_up_proj_bias": 2,
+    "up_proj_bias": 2,
+    "down_proj_bias": 2,
+}
+
+
+def is_fused(module: nn.Module) -> bool:
+    """Whether a module has the matrices of all its experts, and computes with them alone."""
+    own = dict(module.named_parameters(recurse=False))
+    ups = [name for name in UP if name in own]
+    if (
+        DOWN not in own
+        or len(ups) != 1
+        or not set(own) <= set(DIMS_OF)
+        or getattr(module, "has_post_expert_norm", False)
+    ):
+        return False
+    counts = {value.shape[0] for value in own.values()}
+    return len(counts) == 1 and all(value.dim() == DIMS_OF[name] for name, value in own.items())
+
+
+def is_block(module: nn.Module) -> bool:
+    """Whether a module looks like a block of experts: a list of alike ones, or matrices of all of them."""
+    experts = getattr(module, "experts", None)
+    return isinstance(experts, nn.Module) and any(True for _ in experts.parameters())
+
+
+def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, nn.Module]:
+    """The modules with experts' matrices, by name; the configuration's patterns narrow them down."""
+    pattern = re.compile(config.moe_layer_pattern) if config.moe_layer_pattern else None
+    found = {}
+    for name, module in model.named_modules():
+        block, _, child = name.rpartition(".")
+        if not is_fused(module) or (config.expert_pattern and child != config.expert_pattern):
+            continue
+        if pattern is None or pattern.search(block) or pattern.search(name):
+            found[name] = module
+    return found
+
+
+def left_alone(model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
+    """Blocks with experts that are none of `found`: they stay as they are, on every rank."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if is_block(module) and not any(inner == name or inner.startswith(f"{name}.") for inner in found)
+    ]
+
+
+def check(found: dict[str, nn.Module], ep: int, name_of_size: str = "expert_parallel.autoep_size") -> None:
+    """Refuse sizes that do not fit the layers. Raises DeepSpeedConfigError, naming the layer."""
+    for name, module in found.items():
+        num_experts = module.get_parameter(DOWN).shape[0]
+        if ep > num_experts:
+            raise DeepSpeedConfigError(
+                f"{name_of_size} = {ep} exceeds num_experts = {num_experts} of {name}.\n  A rank holds at least one expert."
+            )
+        if num_experts % ep:
+            raise DeepSpeedConfigError(
+                f"{name_of_size} = {ep} must divide the {num_experts} experts of {name}: every rank holds equally many.\n"
+                f"  Choose among {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
+            )
+        flags = {param.requires_grad for param in module.parameters()}
+        kinds = {(param.dtype, param.device) for param in module.parameters()}
+        if len(flags) > 1 or len(kinds) > 1:
+            what = "requires_grad" if len(flags) > 1 else "dtypes or devices"
+            raise DeepSpeedConfigError(
+                f"the experts' matrices of {name} have different {what}.\n  Freeze all of a layer's experts or none, in one dtype."
+            )
+
+
+def convert(module: nn.Module, mesh: Mesh, number: int, *, may_group: bool = True) -> None:
+    """Have a module compute with spread experts: keep this rank's, mark them, exchange tokens. Collective at first use."""
+    num_experts = module.get_parameter(DOWN).shape[0]
+    place = ExpertPlace(
+        num_experts, mesh.size("experts"), mesh.rank("experts"), mesh.group("experts", "tokens"), number
+    )
+    first, stop = place.first, place.first + place.num_here
+    for param in module.parameters():
+        if place.size > 1:
+            param.data = param.data[first:stop].clone()
+            cut = Cut(marks.EXPERT_DIM, 0, ((first, stop),), num_experts)
+            marks.mark(param, Mark(cuts=(cut,), expert=Expert(first, num_experts, f"ep_size_{place.size}")))
+            param.allreduce = False  # type: ignore[attr-defined]
+            param.group_name = f"ep_size_{place.size}"  # type: ignore[attr-defined]
+    setattr(module, PLACE, place)
+    module.ds_may_group = may_group  # type: ignore[assignment]
+    kind: Any = type(module)
+    module.__class__ = _spread_class(kind)
+
+
+def converted(model: nn.Module) -> Iterator[tuple[str, ExpertPlace]]:
+    """The places of a model's converted modules, by name."""
+    for name, module in model.named_modules():
+        if PLACE in module.__dict__:
+            yield name, module.__dict__[PLACE]
+
+
+@functools.cache
+def _spread_class(kind: Any) -> Any:
+    return type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+
+
+def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+    """What the block asks of its experts: sums of what each token's experts give, weighed."""
+    return run_experts(
+        hidden_states, top_k_index, top_k_weights, self.ds_expert_place, functools.partial(_compute, self)
+    )
+
+
+def _compute(module: Any, rows: Tensor, counts: list[int]) -> Tensor:
+    if torch.is_autocast_enabled(rows.device.type):
+        rows = rows.to(torch.get_autocast_dtype(rows.device.type))
+    has_gate = "gate_up_proj" in module._parameters
+    up = _linear(module, "gate_up_proj" if has_gate else "up_proj", rows, counts)
+    if hasattr(module, "_apply_gate") and has_gate:
+        inner = module._apply_gate(up)
+    elif has_gate:
+        gate, value = up.chunk(2, dim=-1)
+        inner = module.act_fn(gate) * value
+    else:
+        inner = module.act_fn(up)
+    return _linear(module, DOWN, inner, counts)
+
+
+def _linear(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
+    weight = getattr(module, name).to(rows.dtype)
+    weight = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
+    result = grouped_product(rows, weight, counts, may_group=module.ds_may_group)
+    bias = getattr(module, f"{name}_bias", None)
+    if bias is not None:
+        result = result + bias.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
+    return result

@@ -1,0 +1,83 @@
+"""What `expert_parallel` says about a model's blocks, held against what the blocks are.
+
+Called by the engine before experts are spread. The routers are the models' own, so what a configuration says about them
+is checked, never applied: what agrees is fine, what contradicts the model is refused with the model's value.
+
+Families that the public contract names; others are found by structure alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from torch import nn
+
+from deepspeed.config.parallelism import ExpertParallelConfig
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
+
+FAMILIES: dict[str, tuple[str, ...]] = {
+    "mixtral": ("mixtral",),
+    "qwen3_moe": ("qwen3_moe", "qwen2_moe"),
+    "qwen3_5_moe": ("qwen3_5_moe", "qwen3_5_moe_text"),
+    "deepseek_v2": ("deepseek_v2",),
+    "deepseek_v3": ("deepseek_v3",),
+    "minimax_m3": ("minimax_m3", "minimax_m3_vl", "minimax_m3_vl_text"),
+}
+"""The contract's presets, and the model types that each is for."""
+
+
+def check_model(model: nn.Module, found: dict[str, nn.Module], config: ExpertParallelConfig) -> None:
+    """Refuse what contradicts the model; name what has no effect. Raises DeepSpeedConfigError."""
+    if config.expert_tensor_parallel_size != 1:
+        raise DeepSpeedConfigError(
+            f"expert_parallel.expert_tensor_parallel_size = {config.expert_tensor_parallel_size}: single experts are not cut.\n"
+            "  Use expert_tensor_parallel_size=1, and a larger autoep_size."
+        )
+    if not found:
+        raise DeepSpeedConfigError(
+            "expert_parallel.enabled is true, but the model has no module with the matrices of all experts "
+            f"([experts, ...] {' or '.join(('gate_up_proj', 'up_proj'))} and down_proj)"
+            + (f" that fits moe_layer_pattern = {config.moe_layer_pattern!r}" if config.moe_layer_pattern else "")
+            + ".\n  Check the pattern, or remove expert_parallel; for layers of your own use deepspeed.moe.layer.MoE."
+        )
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if config.preset_model is not None and kind is not None and kind not in FAMILIES[config.preset_model]:
+        warn_once(
+            f"expert_parallel.preset_model = {config.preset_model!r}, but the model is a {kind!r}: its experts are found by "
+            "structure, and its own router is used."
+        )
+    for name in found:
+        _check_router(model, name, config)
+
+
+def _check_router(model: nn.Module, name: str, config: ExpertParallelConfig) -> None:
+    said: dict[str, tuple[Any, tuple[str, ...]]] = {
+        "top_k": (config.top_k, ("top_k", "num_experts_per_tok")),
+        "route_norm": (config.route_norm, ("norm_topk_prob",)),
+        "routed_scaling_factor": (config.routed_scaling_factor, ("routed_scaling_factor",)),
+        "num_expert_groups": (config.num_expert_groups, ("num_group", "n_group", "n_groups")),
+        "num_limited_groups": (config.num_limited_groups, ("topk_group",)),
+    }
+    for key, (wanted, aliases) in said.items():
+        if wanted is None or wanted == "auto":
+            continue
+        told = next(_values(model, name, aliases), None)
+        if told != wanted:
+            raise DeepSpeedConfigError(
+                f"expert_parallel.{key} = {wanted}, but the router of {name} has {told}.\n"
+                f"  Leave {key} out, or make the model with that value: its own router is used."
+            )
+
+
+def _values(model: nn.Module, name: str, aliases: tuple[str, ...]) -> Iterator[Any]:
+    """What the block's router, the block or the model's configuration says."""
+    block = model.get_submodule(name.rpartition(".")[0])
+    config = getattr(model, "config", None)
+    owners = [getattr(block, "gate", None), getattr(block, "router", None), block, config]
+    for owner in owners:
+        for alias in aliases:
+            value = getattr(owner, alias, None)
+            if value is not None and not isinstance(value, nn.Module):
+                yield value
