@@ -133,11 +133,11 @@ PATHS: dict[str, dict[str, str]] = {
             {
                 f"{_SP}.hf": "UlyssesSPAttentionHF",
                 f"{_SP}.loader": "UlyssesSPDataLoaderAdapter",
+                f"{_SP}.tiled": "TiledMLP AutogradComputeMLP SequenceTiledCompute sequence_tiled_compute",
+                f"{_SP}.logits_loss": "TiledFusedLogitsLoss",
             }
         ),
-        **_later(
-            _SEQUENCE, "TiledMLP TiledFusedLogitsLoss SequenceTiledCompute sequence_tiled_compute UlyssesSPFullStack"
-        ),
+        **_later("internal", "UlyssesSPFullStack"),
     },
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {"*": f"{_SP}.parallel_state:"},
     "deepspeed.sequence": {},
