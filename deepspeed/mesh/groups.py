@@ -124,6 +124,8 @@ def _get_broadcast_src_rank() -> int:
 # Sequence. -----------------------------------------------------------------------------------------------------------
 
 _SEQUENCE_DIM = "sequence_parallel"
+_SEQUENCE = "sequence_parallel.script"
+"""What `deepspeed.parallel.sequence.parallel_state` makes."""
 
 
 def _get_sequence_parallel_world_size() -> int:
@@ -131,6 +133,9 @@ def _get_sequence_parallel_world_size() -> int:
     given = _of_mpu("get_sequence_parallel_world_size")
     if given is not None:
         return int(given)
+    made = _made.find(_SEQUENCE)
+    if made is not None:
+        return len(made.own)
     return int(mesh_device[_SEQUENCE_DIM].size()) if mesh_device is not None else current_mesh().size("sequence")
 
 
@@ -139,6 +144,9 @@ def _get_sequence_parallel_rank() -> int:
     given = _of_mpu("get_sequence_parallel_rank")
     if given is not None:
         return int(given)
+    made = _made.find(_SEQUENCE)
+    if made is not None:
+        return _rank_of(made)
     return (
         int(mesh_device[_SEQUENCE_DIM].get_local_rank()) if mesh_device is not None else current_mesh().rank("sequence")
     )
@@ -149,6 +157,9 @@ def _get_sequence_parallel_group() -> Any:
     given = _of_mpu("get_sequence_parallel_group")
     if given is not None:
         return given
+    made = _made.find(_SEQUENCE)
+    if made is not None:
+        return made.group
     if mesh_device is not None:
         return mesh_device.get_group(_SEQUENCE_DIM)
     if current_mesh().size("sequence") == 1:

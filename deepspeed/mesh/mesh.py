@@ -174,6 +174,12 @@ def with_experts(mesh: Mesh, ep: int, *, data_first: bool = False) -> Mesh:
     return open_mesh(shape, mesh.given)
 
 
+def forget_given(group: ProcessGroup) -> None:
+    """Have no mesh answer with a group that its script is about to destroy."""
+    for mesh in _meshes.values():
+        mesh.given = {dims: given for dims, given in mesh.given.items() if given is not group}
+
+
 def alike_everywhere(mesh: Mesh) -> Mesh:
     """The mesh, or where ranks have not made the same groups of it (one failed half way) a new one on every rank.
 

@@ -7,6 +7,10 @@ documents.py        who may see whom in whole sequences: packed samples, padding
 inputs.py           what ranks tell each other of a forward's inputs
 forward.py          the hook around a model's forward that has them do so
 core.py             an attention function of Transformers over whole sequences
+block.py            attention of a block of queries to a block of keys, to be joined with others
+ring.py             keys and values round a ring, and Ulysses within it, where there are fewer key heads than ranks
+tiled.py            what treats tokens alone, tile by tile; `TiledMLP`
+logits_loss.py      logits and their loss, tile by tile; `TiledFusedLogitsLoss`
 supported.py        layers and masks that a part of a sequence misleads, refused by name
 hf.py               `UlyssesSPAttentionHF`, in the tables of Transformers
 loader.py           batches of other samples on each rank, as parts of the same samples

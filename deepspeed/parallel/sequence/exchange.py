@@ -32,20 +32,37 @@ Group = Any
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """How the sequence and the heads are spread over the ranks of a group, and which dimensions of a tensor they are.
+    """How the sequence is spread over the ranks of a group before and after, and which dimensions of a tensor are which.
 
-    lengths: of every rank's part of the sequence. ranges: per tensor, every rank's range of heads.
+    lengths: of every rank's part of the sequence, in order. owned: ranges of the whole sequence that each rank has after
+    `to_heads`, in the order in which it has them; () for all of it on every rank.
     """
 
     lengths: tuple[int, ...]
     seq_dim: int
     head_dim: int
     rank: int
+    owned: tuple[tuple[Range, ...], ...] = ()
+
+    def ranges_of(self, rank: int) -> tuple[Range, ...]:
+        """What a rank has after `to_heads`."""
+        return self.owned[rank] if self.owned else ((0, sum(self.lengths)),)
 
     @property
-    def starts(self) -> tuple[int, ...]:
-        """Where each rank's part begins."""
-        return tuple(sum(self.lengths[:rank]) for rank in range(len(self.lengths)))
+    def own_length(self) -> int:
+        """How much of the sequence this rank has after `to_heads`."""
+        return sum(end - start for start, end in self.ranges_of(self.rank))
+
+    def overlaps(self, source: int, target: int) -> list[tuple[int, int, int]]:
+        """(place in the source's part, place in what the target has, length) of everything that the one sends the other."""
+        first = sum(self.lengths[:source])
+        last, offset, found = first + self.lengths[source], 0, []
+        for start, end in self.ranges_of(target):
+            low, high = max(first, start), min(last, end)
+            if low < high:
+                found.append((low - first, offset + low - start, high - low))
+            offset += end - start
+        return found
 
 
 def qkv_ranges(heads: Heads) -> tuple[tuple[Range, ...], ...]:
@@ -96,19 +113,20 @@ def _scatter_heads(
     ranks = range(len(layout.lengths))
     sent = [
         [
-            t.narrow(layout.head_dim, of[rank][0], of[rank][1] - of[rank][0])
+            t.narrow(layout.head_dim, of[rank][0], of[rank][1] - of[rank][0]).narrow(layout.seq_dim, start, length)
+            for start, _, length in layout.overlaps(layout.rank, rank)
             for t, of in zip(tensors, ranges, strict=True)
         ]
         for rank in ranks
     ]
     own = [of[layout.rank][1] - of[layout.rank][0] for of in ranges]
     outs = [
-        tensor.new_empty(_resized(tensor, {layout.seq_dim: sum(layout.lengths), layout.head_dim: count}))
+        tensor.new_empty(_resized(tensor, {layout.seq_dim: layout.own_length, layout.head_dim: count}))
         for tensor, count in zip(tensors, own, strict=True)
     ]
     into = [
-        [out.narrow(layout.seq_dim, start, length) for out in outs]
-        for start, length in zip(layout.starts, layout.lengths, strict=True)
+        [out.narrow(layout.seq_dim, at, length) for _, at, length in layout.overlaps(rank, layout.rank) for out in outs]
+        for rank in ranks
     ]
     for received, target in zip(_exchange(sent, into, group), into, strict=True):
         for piece, view in zip(received, target, strict=True):
@@ -120,32 +138,37 @@ def _scatter_sequence(
     tensors: Sequence[Tensor], ranges: Sequence[tuple[Range, ...]], layout: Layout, group: Group
 ) -> tuple[Tensor, ...]:
     """To each rank the own heads of its part; from each rank its heads of the own part. Heads of several ranks add up."""
+    ranks = range(len(layout.lengths))
     sent = [
-        [tensor.narrow(layout.seq_dim, start, length) for tensor in tensors]
-        for start, length in zip(layout.starts, layout.lengths, strict=True)
+        [t.narrow(layout.seq_dim, at, length) for _, at, length in layout.overlaps(rank, layout.rank) for t in tensors]
+        for rank in ranks
     ]
     outs, shared = [], []
     for tensor, of in zip(tensors, ranges, strict=True):
-        is_shared = any(b[0] < a[1] for a, b in itertools.pairwise(of))
-        shape = _resized(tensor, {layout.seq_dim: layout.lengths[layout.rank], layout.head_dim: of[-1][1]})
+        # Ranks with the same heads have other parts of the sequence, unless each has all of it.
+        is_shared = not layout.owned and any(b[0] < a[1] for a, b in itertools.pairwise(of))
+        shape = _resized(
+            tensor, {layout.seq_dim: layout.lengths[layout.rank], layout.head_dim: max(end for _, end in of)}
+        )
         outs.append(tensor.new_zeros(shape) if is_shared else tensor.new_empty(shape))
         shared.append(is_shared)
     into = [
         [
-            out.narrow(layout.head_dim, of[rank][0], of[rank][1] - of[rank][0])
+            out.narrow(layout.head_dim, of[rank][0], of[rank][1] - of[rank][0]).narrow(layout.seq_dim, start, length)
+            for start, _, length in layout.overlaps(layout.rank, rank)
             for out, of in zip(outs, ranges, strict=True)
         ]
-        for rank in range(len(layout.lengths))
+        for rank in ranks
     ]
     for received, target in zip(_exchange(sent, into, group), into, strict=True):
-        for piece, view, is_shared in zip(received, target, shared, strict=True):
-            _ = view.add_(piece) if is_shared else view.copy_(piece)
+        for i, (piece, view) in enumerate(zip(received, target, strict=True)):
+            _ = view.add_(piece) if shared[i % len(outs)] else view.copy_(piece)
     return tuple(outs)
 
 
 def _exchange(sent: list[list[Tensor]], into: list[list[Tensor]], group: Group) -> list[list[Tensor]]:
     """One message to each rank with all of its pieces; what came, in the shapes of `into`."""
-    first = sent[0][0]
+    first = next(piece for pieces in (*sent, *into) for piece in pieces)
     out_sizes = [sum(piece.numel() for piece in pieces) for pieces in sent]
     in_sizes = [sum(piece.numel() for piece in pieces) for pieces in into]
     outgoing = first.new_empty(sum(out_sizes))
@@ -181,6 +204,8 @@ def _resized(tensor: Tensor, sizes: dict[int, int]) -> list[int]:
     return shape
 
 
-def layout_of(group: Group, lengths: Sequence[int], seq_dim: int, head_dim: int) -> Layout:
+def layout_of(
+    group: Group, lengths: Sequence[int], seq_dim: int, head_dim: int, owned: tuple[tuple[Range, ...], ...] = ()
+) -> Layout:
     """The layout of a group's ranks, of which this is one."""
-    return Layout(tuple(lengths), seq_dim, head_dim, dist.get_rank(group))
+    return Layout(tuple(lengths), seq_dim, head_dim, dist.get_rank(group), owned)

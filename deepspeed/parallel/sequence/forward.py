@@ -20,9 +20,11 @@ import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor, nn
 
 from deepspeed.parallel.sequence.inputs import SequenceInputs, gather_inputs, shifted, with_targets
+from deepspeed.utils.logging import warn_once
 
 _ON_MODEL, _ON_IDS = "_sequence_forward", "_sequence_inputs"
 
@@ -79,7 +81,14 @@ class SequenceForward:
 
     def _begin(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         self.latest = self.window = None
-        if self.settings is None or (self.settings.disable_in_eval and not model.training):
+        if self.settings is None:
+            return None
+        if self.settings.disable_in_eval and not model.training:
+            if torch.is_grad_enabled():
+                warn_once(
+                    f"{type(model).__name__} is in evaluation mode, where disable_in_eval=True has each rank attend to its own input "
+                    "alone, and gradients are recorded. Call model.train() before training on parts of sequences."
+                )
             return None
         named = _by_name(model, args, kwargs)
         position_ids, mask, labels = named.get("position_ids"), named.get("attention_mask"), named.get("labels")

@@ -28,6 +28,7 @@ from deepspeed.parallel.sequence.exchange import layout_of, qkv_ranges, to_heads
 from deepspeed.parallel.sequence.forward import SequenceForward, forward_of
 from deepspeed.parallel.sequence.heads import share_heads
 from deepspeed.parallel.sequence.inputs import REQUIRES_POSITION_IDS, SequenceInputs, gather_inputs
+from deepspeed.parallel.sequence.ring import plan_ring, ring_attention
 from deepspeed.parallel.sequence.supported import check_layers, check_mask_function
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import warn_once
@@ -87,6 +88,8 @@ class SequenceAttention:
                 f"{type(module).__name__} has its sliding window of {window} tokens in its mask alone: sequence parallelism cannot "
                 "tell whether this layer has it.\n  Use sequences of at most the window, or a model that passes sliding_window."
             )
+        if key.shape[1] < self.registration.size and _can_ring(self.registration.core, kwargs):
+            return self._by_ring(module, query, key, value, inputs, kwargs), None
         group = self.registration.group
         heads = share_heads(query.shape[1], key.shape[1], self.registration.size)
         there, back = (layout_of(group, inputs.lengths, *dims) for dims in ((2, 1), (1, 2)))
@@ -99,6 +102,35 @@ class SequenceAttention:
         kwargs = {**kwargs, "position_ids": inputs.position_ids}
         output = attend(self.core, self.registration.core, local, query, key, value, inputs, kwargs)
         return to_sequence((output,), (heads.query,), back, group)[0], None
+
+    def _by_ring(
+        self,
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        inputs: SequenceInputs,
+        kwargs: dict[str, Any],
+    ) -> Tensor:
+        """As many ranks as there are key heads exchange heads; the keys of the rest come round in a ring."""
+        group = self.registration.group
+        plan = plan_ring(query.shape[1], key.shape[1], inputs.length, self.registration.size, inputs.rank)
+        there = layout_of(group, inputs.lengths, 2, 1, plan.chunks)
+        query, key, value = to_heads((query, key, value), qkv_ranges(plan.heads), there, group)
+        key, value = (expanded(t, plan.heads, inputs.rank, 1) for t in (key, value))
+        given, window = kwargs.get("is_causal"), kwargs.get("sliding_window")
+        output = ring_attention(
+            query,
+            key,
+            value,
+            plan,
+            group,
+            inputs.documents,
+            is_causal=bool(getattr(module, "is_causal", True) if given is None else given),
+            window=int(window) if window and window < inputs.length else None,
+            scale=kwargs.get("scaling"),
+        )
+        return to_sequence((output,), (plan.heads.query,), there, group)[0].transpose(1, 2)
 
     def make_mask(self, *args: Any, **kwargs: Any) -> Any:
         """No mask in a forward of parts; else what the function that was there makes."""
@@ -145,6 +177,13 @@ def _check(module: nn.Module, query: Tensor, key: Tensor, inputs: SequenceInputs
         )
 
 
+def _can_ring(core: str, kwargs: dict[str, Any]) -> bool:
+    """Whether ring attention computes what the core would: plain softmax, no dropout, no sinks, no caps."""
+    return (
+        core == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None and kwargs.get("softcap") is None
+    )
+
+
 class UlyssesSPAttentionHF:
     """The original's class: its one use is `register_with_transformers`."""
 
@@ -177,7 +216,9 @@ class UlyssesSPAttentionHF:
         text = config.get_text_config()
         check_layers(text, type(model_name_or_path).__name__)
         num_heads = text.num_attention_heads
-        share_heads(num_heads, getattr(text, "num_key_value_heads", None) or num_heads, sequence_parallel_size)
+        num_key = getattr(text, "num_key_value_heads", None) or num_heads
+        if num_key >= sequence_parallel_size or core != "sdpa":  # with fewer a ring needs no more heads
+            share_heads(num_heads, num_key, sequence_parallel_size)
         registration = Registration(
             core=core,
             size=sequence_parallel_size,

@@ -13,13 +13,17 @@ from typing import Any
 
 import torch.distributed as dist
 
-from deepspeed.mesh.mesh import world_size
-from deepspeed.mesh.script import Made, ScriptGroups
+from deepspeed.mesh.groups import _made
+from deepspeed.mesh.mesh import forget_given, world_size
+from deepspeed.mesh.script import Made
 from deepspeed.mesh.shape import MeshShape
 from deepspeed.utils.errors import DeepSpeedError
 
-_made = ScriptGroups()
-_SEQUENCE, _DATA, _BOTH = "sequence_parallel", "sequence_parallel.data", "sequence_parallel.both"
+_SEQUENCE, _DATA, _BOTH = (
+    "sequence_parallel.script",
+    "sequence_parallel_batch.script",
+    "sequence_parallel_average.script",
+)
 
 
 class SequenceGroupsError(DeepSpeedError, RuntimeError):
@@ -58,6 +62,7 @@ def destroy_sequence_parallel() -> None:
     for name in (_SEQUENCE, _DATA, _BOTH):
         found = _made.find(name)
         if found is not None and found.group is not dist.GroupMember.NON_GROUP_MEMBER:
+            forget_given(found.group)
             dist.destroy_process_group(found.group)
         _made.forget(name)
 

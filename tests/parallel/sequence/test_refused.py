@@ -45,7 +45,9 @@ def refused_registrations(rank: int, world: int) -> dict[str, str]:
         "unknown": said_by(lambda: register(model, core="spda")),
         "differs": said_by(lambda: register(model, core="flex_attention")),
         "no config": said_by(lambda: register(nn.Linear(2, 2))),
-        "heads": said_by(lambda: register(runs.tiny_model(heads=1, kv=1))),
+        "heads": said_by(
+            lambda: register(runs.tiny_model(heads=1, kv=1, attention="flex_attention"), core="flex_attention")
+        ),
         "linear": said_by(lambda: register(holder)),
         "mamba": said_by(lambda: register(mamba)),
         "size": said_by(lambda: register(model, size=3)),

@@ -57,6 +57,21 @@ def test_sliding_windows(kind: str) -> None:
     check(2, 2, 1, "own", kind, samples=2, length=20, model_type="mistral", sliding_window=5)
 
 
+@pytest.mark.parametrize(
+    ("world", "kv", "kind", "more"),
+    [
+        (2, 1, "packed", {}),
+        (2, 1, "left", {}),
+        (2, 1, "holes", {}),
+        (2, 1, "plain", {"model_type": "mistral", "sliding_window": 5}),
+        (3, 2, "packed", {}),
+        (4, 2, "plain", {}),
+    ],
+)
+def test_more_ranks_than_key_heads_share_a_ring(world: int, kv: int, kind: str, more: dict[str, Any]) -> None:
+    check(world, world, 2, "own", kind, length=17, samples=2, heads=4, kv=kv, **more)
+
+
 def test_data_and_sequence_parallel_together() -> None:
     check(4, 2, 3, "reduced")
 
