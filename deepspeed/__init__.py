@@ -36,7 +36,7 @@ __getattr__, __dir__ = _lazy_exports(
     )
     | {
         name: f"deepspeed.{name}:"
-        for name in "accelerator comm config elasticity env_report launcher memory monitor profiling utils zero".split()
+        for name in "accelerator comm config elasticity env_report inference launcher memory monitor profiling utils zero".split()
     }
     | {"dist": "deepspeed.comm:", "checkpointing": "deepspeed.activation:"}
     | _invert(
@@ -50,6 +50,6 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.module_inject": "replace_transformer_layer revert_transformer_layer",
         }
     )
-    | {"init_inference": "~inference", "default_inference_config": "~inference"}
+    | _invert({"deepspeed.inference.initialize": "init_inference default_inference_config"})
     | _legacy.names(),
 )

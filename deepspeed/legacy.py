@@ -234,15 +234,6 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.utils.nested": "recursive_getattr recursive_setattr"}),
         **_later(_COMPRESSION, "convert_conv1d_to_linear rewrite_optimizer_step module_replacement"),
     },
-    "deepspeed.inference": _later(
-        _INFERENCE,
-        "InferenceEngineV2 RaggedInferenceEngineConfig DeepSpeedTPConfig build_hf_engine build_engine_from_ds_checkpoint",
-    ),
-    "deepspeed.inference.config": {
-        "DtypeEnum": "deepspeed.porch.enums",
-        **_later(_INFERENCE, "DeepSpeedInferenceConfig DeepSpeedTPConfig DeepSpeedMoEConfig QuantizationConfig"),
-    },
-    "deepspeed.inference.engine": _later(_INFERENCE, "InferenceEngine"),
     "deepspeed.inference.v2": {},
     "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),
     "deepspeed.inference.v2.engine_factory": {

@@ -24,7 +24,7 @@ FOREIGN = set(
 """First words of names that are not ours: other libraries, and variables of an example. `engine` is looked up in the engine."""
 FOREIGN_NAMES = set("state.json run.jsonl pytorch_model.bin engine.set_custom_curriculum_learning_schedule".split())
 """Files that a run writes, and what comes later."""
-LATER = set("parallel inference data compression autotuning".split())
+LATER = set("parallel data compression autotuning".split())
 """Folders that features of a later version come with."""
 
 
