@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-gpu bench-gpu test-cluster test-integrations test-monitors test-soak test-edits lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-soak test-edits lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -24,6 +24,10 @@ test-integrations: $(INSTALLED)
 
 # Debian or Ubuntu, root: the real sshd, pdsh, Open MPI, MPICH and Slurm on nodes made of network namespaces.
 CLUSTER_PACKAGES = openssh-server openssh-client pdsh openmpi-bin mpich slurm-wlm slurmctld slurmd munge iproute2 numactl
+
+# Thirty families of Hugging Face's, each alone, padded left and right, against the model itself.
+test-inference: $(INSTALLED)
+	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/inference $(PYTEST_ARGS)
 
 test-cluster: $(INSTALLED)
 	apt-get update -qq

@@ -1,11 +1,11 @@
 """Running models: `deepspeed.init_inference`.
 
-    config.py       what `init_inference` is told, typed and strict
-    initialize.py   the doors: init_inference, default_inference_config
-    engine.py       InferenceEngine: forward, generate, timing, compiling
-    prepare.py      a module cast, loaded, quantised and placed, in this order
-    policy.py       a user's injection_policy, checked against the model
-    limits.py       what is refused before a prompt costs any work
+config.py       what `init_inference` is told, typed and strict
+initialize.py   the doors: init_inference, default_inference_config
+engine.py       InferenceEngine: forward, generate, timing, compiling
+prepare.py      a module cast, loaded, quantised and placed, in this order
+policy.py       a user's injection_policy, checked against the model
+limits.py       what is refused before a prompt costs any work
 """
 
 from deepspeed.utils.lazy import lazy_exports

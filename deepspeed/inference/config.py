@@ -15,6 +15,9 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 from deepspeed.config import ZeroConfig
 from deepspeed.config.base import OldKey, PositiveInt, Problem, Section, also
 from deepspeed.utils.dtypes import dtype_name, parse_dtype
+from deepspeed.utils.lazy import lazy_exports
+
+__getattr__, _ = lazy_exports(__name__, {"DtypeEnum": "deepspeed.porch.enums"})
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -91,7 +91,9 @@ class InferenceEngine(nn.Module):
     def model_times(self) -> list[float]:
         """Milliseconds of each forward since the last call; forgets them. Raises TrainingStateError before `profile_model_time`."""
         if self._times is None:
-            raise TrainingStateError("model_times() before profile_model_time(): no forward was timed.\n  Call it first.")
+            raise TrainingStateError(
+                "model_times() before profile_model_time(): no forward was timed.\n  Call it first."
+            )
         times, self._times = self._times, []
         if not times and self._config.enable_cuda_graph:
             raise TrainingStateError("model_times() has no times: no forward ran since the last call.")
@@ -125,7 +127,9 @@ def _modules_of(model: Any) -> Iterator[nn.Module]:
     if isinstance(model, nn.Module):
         yield model
         return
-    found = [value for value in vars(model).values() if isinstance(value, nn.Module)] if hasattr(model, "__dict__") else []
+    found = (
+        [value for value in vars(model).values() if isinstance(value, nn.Module)] if hasattr(model, "__dict__") else []
+    )
     if not found or not callable(model):
         raise DeepSpeedConfigError(
             f"init_inference got a {type(model).__name__}, which is no nn.Module and no pipeline that holds some.\n"

@@ -38,7 +38,9 @@ def run_dtype(module: nn.Module, config: DeepSpeedInferenceConfig) -> torch.dtyp
         return config.dtype
     if "dtype" not in config.model_fields_set:
         dtype = own_dtype(module)
-        warn_once(f"This device does not compute in fp16, the default of init_inference: running in {dtype_name(dtype)}.")
+        warn_once(
+            f"This device does not compute in fp16, the default of init_inference: running in {dtype_name(dtype)}."
+        )
         return dtype
     raise DeepSpeedConfigError(
         f"dtype = {dtype_name(config.dtype)} is not supported by this device.\n"

@@ -58,7 +58,7 @@ def test_ways_to_generate_are_those_of_hugging_face(how: str) -> None:
     found = []
     for model in (engine, plain):
         torch.manual_seed(3)
-        own = {"past_key_values": DynamicCache(config=plain.config)} if how == "custom cache" else {}
+        own = {"cache": DynamicCache(config=plain.config)} if how == "custom cache" else {}
         found.append(model.generate(**batch, max_new_tokens=6, **of, **own))
     assert torch.equal(*found)
 
@@ -122,7 +122,10 @@ def test_a_prompt_and_its_answer_beyond_the_limit_are_refused_with_both_numbers(
     with pytest.raises(RuntimeError, match="a prompt of 7 tokens and 4 new ones are more than max_out_tokens = 10"):
         engine.generate(**prompts(), max_new_tokens=4)
     assert engine.generate(**prompts(), max_new_tokens=3).shape == (1, 10)
-    assert deepspeed.init_inference(build("llama"), dtype="fp32").generate(**prompts(), max_new_tokens=30).shape == (1, 37)
+    assert deepspeed.init_inference(build("llama"), dtype="fp32").generate(**prompts(), max_new_tokens=30).shape == (
+        1,
+        37,
+    )
 
 
 def test_a_policy_is_read_and_one_that_matches_nothing_is_refused() -> None:
@@ -130,7 +133,9 @@ def test_a_policy_is_read_and_one_that_matches_nothing_is_refused() -> None:
     block = type(model.encoder.block[0])
     names = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
     deepspeed.init_inference(model, dtype=torch.float32, injection_policy={block: names})
-    with pytest.raises(ValueError, match=r"injection_policy\[T5Block\] names 'SelfAttention.out', which matches nothing"):
+    with pytest.raises(
+        ValueError, match=r"injection_policy\[T5Block\] names 'SelfAttention.out', which matches nothing"
+    ):
         deepspeed.init_inference(model, dtype=torch.float32, injection_policy={block: "SelfAttention.out"})
     with pytest.raises(ValueError, match="names Conv2d, of which T5ForConditionalGeneration has none"):
         deepspeed.init_inference(model, dtype=torch.float32, injection_policy={nn.Conv2d: "x"})
