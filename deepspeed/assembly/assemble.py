@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from deepspeed.assembly.exchanges import gradient_exchange, near_size
 from deepspeed.assembly.sequence import check_sequence_size, sequence_size
 from deepspeed.comm.exchange import Exchange
 from deepspeed.config import BatchSizes, Config
@@ -61,10 +62,10 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1) 
     Collective over the job.
     """
     zero = config.zero_optimization
-    near = zero.zero_hpz_partition_size if zero.stage == 3 else 1
+    near = near_size(config, world_size(), has_mpu=mpu is not None)
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
     sp = sequence_size(config, mesh_param, world_size(), has_mpu=mpu is not None)
-    mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=max(1, near), sp=sp)
+    mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=near, sp=sp)
     mesh = alike_everywhere(with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism))
     check_sequence_size(config, mesh)
     return mesh
@@ -243,7 +244,7 @@ def make_gradients(
         # its copies'. It is divided by as many ranks as every other, so that it does not depend on where experts are.
         if master.bucket.over not in exchanges:
             exchanges[master.bucket.over] = mesh.exchange(master.bucket.over, "reduce", placing.device)
-        exchange = exchanges[master.bucket.over]
+        exchange = gradient_exchange(config, mesh, exchanges[master.bucket.over], master.bucket)
         # One rank's shard is the whole: nothing to scatter, so micro-batches may add up in the flat buffer.
         is_scattered = policy.gradients.is_sharded and (exchange.world_size > 1 or rest is not None)
         reduction = Reduction(

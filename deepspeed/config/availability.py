@@ -46,9 +46,6 @@ def _is_missing_optimizer(name: str | None) -> bool:
 NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("zero_optimization.offload_optimizer.super_offload", bool, "offload for Superchips"),
     ("zero_optimization.zenflow", _is_given, "ZenFlow"),
-    ("zero_optimization.zero_quantized_weights", bool, "quantized all-gathers"),
-    ("zero_optimization.zero_quantized_nontrainable_weights", bool, "quantized frozen parameters"),
-    ("zero_optimization.zero_quantized_gradients", bool, "quantized gradient reduction"),
     ("optimizer.type", _is_missing_optimizer, "this optimizer"),
     ("amp.enabled", bool, "Apex mixed precision"),
     ("msamp.enabled", bool, "MS-AMP"),
@@ -114,12 +111,19 @@ def _uncounted_with(key: str) -> Callable[[Root], bool]:
     return lambda config: not config.managed_gradient_accumulation and bool(value_at(config, key))
 
 
+def _below_stage(key: str, least: int) -> Callable[[Root], bool]:
+    return lambda config: bool(value_at(config, key)) and config.zero_optimization.stage < least
+
+
 def _one_bit_with(asks: Callable[[Root], bool]) -> Callable[[Root], bool]:
     return lambda config: _optimizer(config) in ONE_BIT_OPTIMIZERS and asks(config)
 
 
 def _offloads(config: Root) -> bool:
-    offload = config.zero_optimization.offload_optimizer
+    return _is_offloaded(config.zero_optimization.offload_optimizer)
+
+
+def _is_offloaded(offload: Any) -> bool:
     return offload is not None and getattr(offload.device, "value", offload.device) != "none"
 
 
@@ -229,6 +233,35 @@ TOGETHER: tuple[Exclusion, ...] = (
             ("gradient_allreduce_op", lambda c: c.gradient_allreduce_op == "sum", 'Use "mean".'),
         )
     ),
+    *(
+        Exclusion(
+            (key, _STAGE),
+            _below_stage(key, least),
+            reason,
+            f"Use stage {least}{' or above' if least < 3 else ''}, or remove {key}.",
+        )
+        for key, least, reason in (
+            ("zero_optimization.zero_quantized_weights", 3, "below stage 3 no parameters are gathered in a step"),
+            (
+                "zero_optimization.zero_quantized_nontrainable_weights",
+                3,
+                "below stage 3 every rank computes with its own whole parameters",
+            ),
+            (
+                "zero_optimization.zero_quantized_gradients",
+                1,
+                "what is quantized is a reduce-scatter, which stage 0 has none of",
+            ),
+        )
+    ),
+    Exclusion(
+        ("zero_optimization.zero_quantized_nontrainable_weights", "zero_optimization.offload_param"),
+        lambda c: (
+            c.zero_optimization.zero_quantized_nontrainable_weights and _is_offloaded(c.zero_optimization.offload_param)
+        ),
+        "quantized parameters rest on the device",
+        "Remove one of them.",
+    ),
     Exclusion(
         ("optimizer.params", "scheduler.params"),
         _never_freezes,
@@ -312,7 +345,6 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.log_trace_cache_warnings": "there is no trace to leave",
     "zero_optimization.enable_sanity_checks": "checks are always on",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "Muon's momentum rests where the other states do",
-    "zero_optimization.zeropp_loco_param": "there are no quantized gradients yet",
     "timers.throughput.synchronized": "throughput is taken from the wall clock",
     "checkpoint.parallel_write.pipeline_stage": "every rank writes its own pieces",
     "checkpoint.checkpoint_serialization": "files are safetensors",

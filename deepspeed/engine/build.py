@@ -25,6 +25,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
+from deepspeed.assembly.exchanges import make_wire
 from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.config import Config
 from deepspeed.engine import experts
@@ -210,7 +211,7 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
     assemble.cast_buffers(model, config)
     placing = make_placing(config, policy, given.device)
     assemble.open_disks(config, mesh, placing, model, basic)
-    built = build(model, assemble.group_indices(basic), placing, mesh, assemble.make_limits(config))
+    built = build(model, assemble.group_indices(basic), placing, mesh, assemble.make_limits(config), make_wire(config))
     undo.callback(built.close)
     hooks = _make_hooks(given, built, mesh, watch) if built.sharded else None
     if hooks is not None:
@@ -296,7 +297,9 @@ def _wrap_optimizer(
         mesh,
         scale=scale,
         clip=config.gradient_clipping,
-        skip_non_finite=config.bf16.enabled and config.bf16.check_grad_overflow,
+        # What is not finite would make a whole group of a quantized message so.
+        skip_non_finite=(config.bf16.enabled and config.bf16.check_grad_overflow)
+        or config.zero_optimization.zero_quantized_gradients,
         sub_group_numel=config.zero_optimization.sub_group_size,
         placing=placing,
         allow_untested=config.zero_allow_untested_optimizer,

@@ -51,6 +51,7 @@ class Mesh:
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
     _circles: dict[tuple[str, ...], Circle] = field(default_factory=dict)
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
+    _shared: dict[str, Any] = field(default_factory=dict)
 
     def ranks(self, over: Over) -> tuple[int, ...]:
         """Global ranks of this rank's group."""
@@ -81,6 +82,11 @@ class Mesh:
                 if self.global_rank in ranks:
                     self._groups[key] = made
         return self._groups[key]
+
+    def shared(self, name: str, make: Callable[[], T]) -> T:
+        """What belongs to the groups rather than to one engine (the order of their messages, say): made at first use."""
+        found: T = self._shared[name] if name in self._shared else self._shared.setdefault(name, make())
+        return found
 
     def exchange(self, over: Over, purpose: str, device: torch.device) -> Exchange:
         """The way flat buffers on `device` move between the ranks. Collective over the job at first use."""

@@ -115,6 +115,7 @@ class Bucket:
         device: torch.device,
         exchange: Exchange,
         over: Role = "shard",
+        gathers: Exchange | None = None,
         rest: Rest | None = None,
         loads: LoadQueue | None = None,
     ) -> None:
@@ -129,6 +130,9 @@ class Bucket:
         self.layout = layout
         self.dtype = dtype
         self.exchange = exchange
+        self.gathers = gathers or exchange
+        """How a step's gathers go, where that is another way: what it delivers may be rounded to what the wire carries."""
+        self._gathered_by = exchange
         self.is_sharded = is_sharded
         self.state = BucketState.UNSHARDED
         self.is_away = False
@@ -257,7 +261,7 @@ class Bucket:
         """Take this rank's shard from the full values, after somebody changed those in place."""
         if not self.keeps_storage:
             self.rest.start_store(0, self.own_slice(self.full)).wait()
-        self.exchange.invalidate()
+        self._invalidate()
 
     def assigned(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
         """(parameter, its view, a copy of its values) of those that were assigned (`param.data = x`) rather than written in
@@ -310,8 +314,12 @@ class Bucket:
 
     def shard_changed(self) -> None:
         """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
-        self.exchange.invalidate()
+        self._invalidate()
         self.num_updates += 1
+
+    def _invalidate(self) -> None:
+        self.exchange.invalidate()
+        self.gathers.invalidate()
 
     def set_away(self, is_away: bool) -> None:
         """The values are about to be put away, or are back (see zero.away); the bucket is sharded or replicated."""
@@ -323,12 +331,13 @@ class Bucket:
         self.is_away = is_away
 
     def start_unshard(self) -> None:
-        """Start the all-gather of the parameters; a no-op unless sharded. Collective: every rank, same order."""
-        if self.state is BucketState.SHARDED:
-            self.regather()
+        """Start the all-gather of the exact parameters; a no-op if those are here. Collective: every rank, same order."""
+        if self.state is BucketState.SHARDED or self._gathered_by is not self.exchange:
+            self.regather(self.exchange)
 
-    def regather(self) -> None:
-        """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather)."""
+    def regather(self, by: Exchange | None = None) -> None:
+        """Start the all-gather whatever the state, to keep step with other ranks (see zero.gather); as a step does it, or
+        `by` another exchange."""
         if self.is_away:
             raise TrainingStateError(
                 f"{self.names[0]} and others were put away by engine.offload_states.\n  Call engine.reload_states() first."
@@ -338,10 +347,11 @@ class Bucket:
             self.finish_unshard()
         if not self.keeps_storage:
             refill_storage(self.full)
-            if self.exchange.needs_shard:
+            self._gathered_by = by or self.gathers
+            if self._gathered_by.needs_shard:
                 self._start_load()
             else:
-                self._pending = self.exchange.start_all_gather(self.full)
+                self._pending = self._gathered_by.start_all_gather(self.full)
         if self.state is BucketState.SHARDED:
             self.state = BucketState.GATHERING
 
@@ -367,7 +377,7 @@ class Bucket:
             self.own_slice(self.full).fill_(torch.nan)
             raise
         finally:
-            self._pending = self.exchange.start_all_gather(self.full, source)
+            self._pending = self._gathered_by.start_all_gather(self.full, source)
 
     def finish_unshard(self) -> None:
         """Wait for the all-gather and make the parameters usable."""

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange
-from deepspeed.comm.secondary import SecondaryExchange
 from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.shape import Role
+from deepspeed.tiers import Rest
+from deepspeed.tiers.quantized import Int8Rest
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket, LoadQueue
@@ -24,6 +25,7 @@ from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
+from deepspeed.zero.wire import Wire
 
 
 @dataclass
@@ -43,7 +45,12 @@ class Built:
 
 
 def build(
-    module: nn.Module, group_of: MutableMapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
+    module: nn.Module,
+    group_of: MutableMapping[nn.Parameter, int],
+    placing: Placing,
+    mesh: Mesh,
+    limits: Limits,
+    wire: Wire | None = None,
 ) -> Built:
     """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group.
 
@@ -58,7 +65,7 @@ def build(
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
     _check_dtypes(named, group_of, placing)
-    builder = Builder(group_of, placing, mesh, limits)
+    builder = Builder(group_of, placing, mesh, limits, wire or Wire())
     plan = plan_model(module, group_of, placing, limits, mesh.size("shard"), mesh.size("expert_shard"))
     made = [builder.execute(planned) for planned in plan.buckets]
     builder.built.users = {user: [made[i] for i in used] for user, used in plan.users.items()}
@@ -97,7 +104,12 @@ class Builder:
     one, frozen ones too."""
 
     def __init__(
-        self, group_of: MutableMapping[nn.Parameter, int], placing: Placing, mesh: Mesh, limits: Limits
+        self,
+        group_of: MutableMapping[nn.Parameter, int],
+        placing: Placing,
+        mesh: Mesh,
+        limits: Limits,
+        wire: Wire,
     ) -> None:
         self.built = Built()
         self.built.builder = self
@@ -112,7 +124,8 @@ class Builder:
             for role in self._sizes
             for purpose in ("reduce", "gather")
         }
-        self._near = mesh.exchange("near", "gather", device) if mesh.size("near") > 1 else None
+        self._wire = wire
+        self._near = mesh.exchange("near", "gather", device) if wire.keeps_copy and mesh.size("near") > 1 else None
         self.everyone = mesh.exchange("average", "build", device)
         has_spread = mesh.size("experts") > 1
         self._with_same_experts = mesh.exchange("expert_shard", "build", device) if has_spread else self.everyone
@@ -130,6 +143,7 @@ class Builder:
         """Lay the plan's parameters into a bucket, in the policy's dtype, with the first rank's values; shard it."""
         sources = [slot_of(param) for param in plan.params]
         is_sharded, layout = plan.is_sharded, plan.layout
+        exact, gathers = self._exchanges_of(plan)
         bucket = Bucket(
             len(self.built.sharded) if is_sharded else -1,
             list(plan.params),
@@ -139,9 +153,10 @@ class Builder:
             is_sharded=is_sharded,
             dtype=self._policy.parameters.dtype,
             device=self._device,
-            exchange=self._exchange_of(plan),
+            exchange=exact,
             over=plan.over,
-            rest=self.placing.params(plan.places.params, layout.shard_numel) if is_sharded else None,
+            gathers=gathers,
+            rest=self._rest_of(plan),
             loads=self._loads,
         )
         source = self._fill(bucket, sources)
@@ -154,12 +169,22 @@ class Builder:
             bucket.reshard()
         return bucket
 
-    def _exchange_of(self, plan: BucketPlan) -> Exchange:
-        """How one bucket's parameters are gathered."""
+    def _rest_of(self, plan: BucketPlan) -> Rest | None:
+        """Where a sharded bucket's own slice is between uses, if not in the device's memory as it is."""
         if not plan.is_sharded:
-            return self._exchange[plan.over, "reduce"]
-        gather = self._exchange[plan.over, "gather"]
-        return gather if self._near is None else SecondaryExchange(gather, self._near)
+            return None
+        dtype = self._policy.parameters.dtype
+        if self._wire.quantizes_frozen and not plan.trains and dtype.itemsize < 8:
+            return Int8Rest(plan.layout.shard_numel, dtype, self._device)
+        return self.placing.params(plan.places.params, plan.layout.shard_numel)
+
+    def _exchanges_of(self, plan: BucketPlan) -> tuple[Exchange, Exchange | None]:
+        """How one bucket's parameters are gathered, exactly and in a step."""
+        if not plan.is_sharded:
+            return self._exchange[plan.over, "reduce"], None
+        # Experts are shared by other ranks, which are not near and far.
+        near = self._near if plan.over == "shard" else None
+        return self._wire.exchanges(self._exchange[plan.over, "gather"], near)
 
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""

@@ -28,7 +28,7 @@ from deepspeed.optim.traits import AveragesItself, FusedRun, Needs, StepsFused, 
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
-from deepspeed.utils.logging import warn_once
+from deepspeed.utils.logging import logger, warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.local_norm import LocalNorm
@@ -359,8 +359,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         except LossScaleFloorError as error:
             raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
         self.grad_norm = unscaled
-        if self.overflow and self.own_reduction is not None and self._takes_local:
-            self.own_reduction.tell_what_is_bad()
+        if self.overflow and not self.scale.is_dynamic:
+            self._tell_what_is_bad()
         unused = self._agree_on_unused() if missed_any else []
         self._unused = [*unused, *(pair for pair in self.reducer.left_out if pair not in unused)]
         if self.overflow:
@@ -409,6 +409,16 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             [*lines, f"  Largest weight {largest:.4g} (fp16 ends at 65504): {hint}. A model pretrained in bf16 often overflows in "
              'fp16: use "bf16": {"enabled": true}, or lower the learning rate.']
         )  # fmt: skip
+
+    def _tell_what_is_bad(self) -> None:
+        """Warn of a skipped step, where nothing else would say why. Collective."""
+        if self.own_reduction is not None and self._takes_local:
+            self.own_reduction.tell_what_is_bad()
+            return
+        found = next((text for i in range(len(self.masters)) if (text := self._first_non_finite(i))), None)
+        ranks = self.mesh.ranks("shard")
+        told = [f"[rank {ranks[i]}] {text}" for i, text in enumerate(self.mesh.gather_objects("shard", found)) if text]
+        logger.warning("the step is skipped: %s", "; ".join(told) or "a gradient is not finite on another rank")
 
     def _first_non_finite(self, index: int) -> str | None:
         master, result = self.masters[index], self.reducer.gradients[index].values()

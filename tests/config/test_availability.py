@@ -12,9 +12,6 @@ from tests.config.keys import KEYS, nest
 
 ASKS: dict[str, Any] = {
     "zero_optimization.zenflow": {},
-    "zero_optimization.zero_quantized_weights": True,
-    "zero_optimization.zero_quantized_nontrainable_weights": True,
-    "zero_optimization.zero_quantized_gradients": True,
     "optimizer.type": "MuAdamW",
     "amp.enabled": True,
     "msamp.enabled": True,

@@ -84,7 +84,6 @@ def other_value(path: str) -> Any:
         return default + 1
     special = {
         "torch_autocast.lower_precision_safe_modules": ["torch.nn.Linear"],
-        "zero_optimization.zeropp_loco_param": {"err_beta": 0.5},
         "pipeline": {"stages": 2},
         "expert_parallel.score_func": "sigmoid",
         "expert_parallel.score_apply": "pre",
