@@ -73,7 +73,7 @@ class BaseQuantConfig(Section):
 
 
 class WeightQuantConfig(BaseQuantConfig):
-    """`quant.weight`."""
+    """The key "weight" of `quant`."""
 
     group_size: PositiveInt = 64
     """Neighbours in a row of a weight that share a scale. Not in the original."""
@@ -84,11 +84,11 @@ class WeightQuantConfig(BaseQuantConfig):
 
 
 class ActivationQuantConfig(BaseQuantConfig):
-    """`quant.activation`."""
+    """The key "activation" of `quant`."""
 
 
 class QKVQuantConfig(Section):
-    """`quant.qkv`."""
+    """The key "qkv" of `quant`."""
 
     enabled: bool = True
     """Whether the layers that make queries, keys and values are quantized too."""
