@@ -246,7 +246,7 @@ class CheckpointMethods:
 
         engine._take_over_edits()
         source, names, state = ranks.together(what, check)
-        used = set().union(*ranks.all(names.used)) if engine.mesh.size("model") > 1 else names.used
+        used = set().union(*ranks.all(names.used)) if engine.mesh.size("whole") > 1 else names.used
         is_strict = load_module_strict and custom_load_fn is None
         ranks.together(what, lambda: check_names(names, source, used, is_strict))
         _settle(engine)

@@ -50,8 +50,20 @@ def whole_names(model: nn.Module, ep: int, rank: int) -> dict[str, str]:
     return found
 
 
-def train(rank: int, world_size: int, ep: int, k: int, stage: int, extra: dict[str, Any] | None = None) -> Trained:
-    """Clipped steps of ours, on this rank's share."""
+ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01, "eps": 1e-5}}
+
+
+def train(
+    rank: int,
+    world_size: int,
+    ep: int,
+    k: int,
+    stage: int,
+    extra: dict[str, Any] | None = None,
+    load: str | None = None,
+    save: str | None = None,
+) -> Trained:
+    """Clipped steps of ours, on this rank's share: all three, or the first two up to a save, the third after a load."""
     extra = dict(extra or {})
     use_residual = extra.pop("use_residual", False)
     model = ours(ep, k, use_residual)
@@ -61,23 +73,30 @@ def train(rank: int, world_size: int, ep: int, k: int, stage: int, extra: dict[s
     found = Trained()
     with engine_of(model, config) as engine:
         dtype = engine.get_data_types()[0]
-        for step in batches(3, world_size):
+        if load is not None:
+            engine.load_checkpoint(load)
+        steps = slice(2, 3) if load is not None else slice(0, 2) if save is not None else slice(0, 3)
+        for step in batches(3, world_size)[steps]:
             x, y = step[rank]
             loss = engine(x.to(dtype), y)
             engine.backward(loss)
             engine.step()
             found.losses.append(mean_over_ranks(loss))
             found.norms.append(engine.get_global_grad_norm())
+        if save is not None:
+            engine.save_checkpoint(save)
         for name, param in model.named_parameters():
             found.weights[names.get(name, name)] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
     return found
 
 
-def plain(num_ranks: int, k: int, use_residual: bool = False) -> Trained:
+def plain(num_ranks: int, k: int, use_residual: bool = False, is_adam: bool = False) -> Trained:
     """The same steps of the dense loop in one process, with the mean of the ranks' losses."""
     model = Model([Loop(k, use_residual) for _ in range(2)])
     set_values(model)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    optimizer: torch.optim.Optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    if is_adam:
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, weight_decay=0.01, eps=1e-5)
     found = Trained()
     for step in batches(3, num_ranks):
         loss = torch.stack([model(x, y) for x, y in step]).mean()

@@ -1,0 +1,49 @@
+"""Checkpoints with experts: each expert once on disk, loaded by any other placement."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from tests.harness import run_ranks
+from tests.parallel.expert.models import NUM_EXPERTS
+from tests.parallel.expert.runs import ADAM, compare, plain, train
+
+
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        # (ranks, ep, ZeRO stage)
+        ((2, 2, 0), (2, 1, 3)),
+        ((2, 1, 2), (2, 2, 0)),
+        ((2, 2, 3), (2, 2, 1)),
+        ((4, 2, 1), (4, 4, 2)),
+        ((4, 4, 0), (4, 2, 3)),
+    ],
+)
+def test_a_run_goes_on_at_another_placement_as_if_it_had_not_stopped(
+    before: tuple[int, int, int], after: tuple[int, int, int], tmp_path: Path
+) -> None:
+    for optimizer, is_adam in (({}, False), ({"optimizer": ADAM}, True)):
+        folder = str(tmp_path / str(is_adam))
+        ranks, ep, stage = before
+        run_ranks(ranks, train, ep, 2, stage, optimizer, save=folder)
+        ranks, ep, stage = after
+        found = run_ranks(ranks, train, ep, 2, stage, optimizer, load=folder)
+        expected = plain(ranks, 2, is_adam=is_adam)
+        expected.losses, expected.norms = expected.losses[2:], expected.norms[2:]
+        compare(found, expected)
+
+
+def test_every_expert_is_on_disk_once_under_its_number_in_the_whole_model(tmp_path: Path) -> None:
+    run_ranks(2, train, 2, 2, 1, save=str(tmp_path))
+    folder = tmp_path / (tmp_path / "latest").read_text()
+    manifest = json.loads((folder / "manifest.json").read_text())
+    experts = {
+        int(name.split("deepspeed_experts.")[1].split(".")[0])
+        for name in manifest["parameters"]
+        if "deepspeed_experts" in name
+    }
+    assert experts == set(range(NUM_EXPERTS))
