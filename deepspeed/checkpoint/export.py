@@ -10,6 +10,7 @@ import os
 import uuid
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -19,8 +20,8 @@ from deepspeed.checkpoint.container import lay_out
 from deepspeed.checkpoint.digest import default_algorithm
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.staging import Staging
+from deepspeed.checkpoint.subject import Place, Subject
 from deepspeed.checkpoint.writer import Reads, write_tensors
-from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.build import Built
@@ -31,11 +32,14 @@ STAGING_BLOCKS = 8
 
 
 @torch.no_grad()
-def consolidated_state_dict(
-    module: nn.Module, built: Built, mesh: Mesh, exclude_frozen: bool = False
-) -> dict[str, Tensor] | None:
-    """The whole state dict on the CPU of the first rank, None elsewhere; one bucket whole at a time. Collective."""
-    keeps = mesh.rank("average") == 0
+def consolidated_state_dict(subject: Subject, exclude_frozen: bool = False) -> dict[str, Tensor] | None:
+    """The whole state dict on the CPU of the first rank, None elsewhere; one bucket whole at a time. Collective.
+
+    A divided model (cut layers, experts, stages) is put together there, under the names of the whole one.
+    """
+    module, built, mesh = subject.module, subject.built, subject.mesh
+    group = mesh.group("whole", "control", "gloo")
+    keeps = mesh.ranks("whole")[0] == mesh.ranks("job")[0]
     values: dict[nn.Parameter, Tensor] = {}
     for bucket in built.buckets:
         bucket.unshard()
@@ -52,19 +56,43 @@ def consolidated_state_dict(
                 state[name] = values[value] if value in values else value.detach().cpu().clone()
         else:
             state[name] = value.detach().cpu().clone() if isinstance(value, Tensor) else value
-    return state
+    return state if group is None else _put_together(subject, state, group)
 
 
-def save_weights(
-    module: nn.Module, built: Built, mesh: Mesh, folder: Path, file_name: str, exclude_frozen: bool
-) -> None:
+def _put_together(subject: Subject, mine: dict[str, Tensor], group: Any) -> dict[str, Tensor] | None:
+    """What the ranks of one whole model hold, by names and boxes; on the first of them. Collective over them."""
+    placed = []
+    known = dict(subject.module.named_parameters(remove_duplicate=False))
+    for local, value in mine.items():
+        place = subject.place_of(local) if local in known else Place(subject.name_of(local), (), None)
+        placed.append((place, value))
+    first = subject.mesh.rank("whole") == 0
+    everyone: list[Any] | None = [None] * subject.mesh.size("whole") if first else None
+    torch.distributed.gather_object(placed, everyone, dst=subject.mesh.ranks("whole")[0], group=group)
+    whole: dict[str, Tensor] = {}
+    for theirs in everyone or ():
+        for place, value in theirs:
+            if place.box is None:
+                whole.setdefault(place.name, value)
+                continue
+            into = whole.setdefault(place.name, value.new_empty(place.whole))
+            indices = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in place.box.ranges]
+            into[torch.meshgrid(*indices, indexing="ij")] = value
+    return whole if first else None
+
+
+def save_weights(subject: Subject, folder: Path, file_name: str, exclude_frozen: bool) -> None:
     """Write the weights in the model's dtype. Collective; raises CheckpointError on every rank if the first cannot."""
-    ranks = Ranks(mesh)
+    ranks = Ranks(subject.mesh)
     files.check_name(file_name, "save_16bit_model")
-    if file_name.endswith(".safetensors"):
-        _save_safetensors(module, built, ranks, folder, file_name, exclude_frozen)
+    is_safetensors = file_name.endswith(".safetensors")
+    if is_safetensors and subject.mesh.size("whole") == 1:
+        _save_safetensors(subject.module, subject.built, ranks, folder, file_name, exclude_frozen)
         return
-    state = consolidated_state_dict(module, built, mesh, exclude_frozen)
+    state = consolidated_state_dict(subject, exclude_frozen)
+    if is_safetensors:
+        _save_put_together(state or {}, ranks, folder, file_name)
+        return
 
     def write() -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -119,6 +147,34 @@ def _save_safetensors(
         walk.finish()
         ranks.raise_any(what, error)
     ranks.on_first(what, lambda: _publish(folder, planned, nbytes, file_name, nonce))
+
+
+def _save_put_together(state: dict[str, Tensor], ranks: Ranks, folder: Path, file_name: str) -> None:
+    """The same files from a whole state dict on the first rank."""
+    what = f"save_16bit_model({str(folder)!r})"
+    tensors: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        if isinstance(value, Tensor) and value.data_ptr() not in seen:
+            seen |= {value.data_ptr()} if value.numel() else set()
+            tensors[name] = value.contiguous()
+    nbytes = {name: t.nbytes for name, t in tensors.items()}
+
+    def write() -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        planned = hf_layout.plan(nbytes, hf_layout.parse_size(MAX_SHARD), file_name)
+        nonce = uuid.uuid4().hex[:8]
+        for file, names in planned.items():
+            layout = lay_out(((n, tensors[n].dtype, tuple(tensors[n].shape)) for n in names), {"format": "pt"})
+            reads: dict[str, Reads] = {n: _reads_of(tensors[n]) for n in names}
+            write_tensors(folder / f".{file}.{nonce}.tmp", layout, reads, Staging(STAGING_BLOCKS), default_algorithm())
+        _publish(folder, planned, nbytes, file_name, nonce)
+
+    ranks.on_first(what, write)
+
+
+def _reads_of(tensor: Tensor) -> Reads:
+    return lambda start, numel: tensor.reshape(-1).narrow(0, start, numel)
 
 
 def _publish(folder: Path, planned: dict[str, list[str]], nbytes: dict[str, int], file_name: str, nonce: str) -> None:

@@ -75,6 +75,12 @@ class Subject:
         """Where a local parameter belongs."""
         return self._places[local]
 
+    @property
+    def is_cut_unknown(self) -> bool:
+        """Whether the model is divided and this rank holds, or may hold, pieces of which nobody said where they belong."""
+        known = any(marks.of(param).cuts for param in self.module.parameters())
+        return self.mesh.size("model") > 1 and (bool(self._places_unknown) or not known)
+
     @cached_property
     def _places_unknown(self) -> frozenset[str]:
         """Local parameters that are cut, and nobody said where."""

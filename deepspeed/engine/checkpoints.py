@@ -315,7 +315,7 @@ class CheckpointMethods:
     ) -> dict[str, Tensor] | None:
         """The whole state dict on the CPU of rank 0, None elsewhere; one bucket whole at a time. Collective."""
         engine = self
-        return export.consolidated_state_dict(engine.module, engine._built, engine.mesh, exclude_frozen_parameters)
+        return export.consolidated_state_dict(_subject(engine), exclude_frozen_parameters)
 
     _consolidated_16bit_state_dict = _zero3_consolidated_16bit_state_dict
 
@@ -342,9 +342,7 @@ class CheckpointMethods:
             return False
         engine._take_over_edits()
         _refuse_divided(engine, "save_16bit_model")
-        export.save_weights(
-            engine.module, engine._built, engine.mesh, Path(save_dir), save_filename, exclude_frozen_parameters
-        )
+        export.save_weights(_subject(engine), Path(save_dir), save_filename, exclude_frozen_parameters)
         return True
 
     save_fp16_model = save_16bit_model
@@ -355,7 +353,7 @@ def _subject(engine: CheckpointedRun) -> Subject:
 
 
 def _refuse_divided(engine: CheckpointedRun, what: str) -> None:
-    if engine.mesh.size("model") > 1:
+    if _subject(engine).is_cut_unknown:
         raise NotAvailableError(
             f"{what}: the model is divided over {engine.mesh.size('model')} model-parallel ranks, of which none has it whole.\n"
             "  Use save_checkpoint, and put the weights together with `python -m deepspeed.checkpoint export`."
