@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+import deepspeed
 from deepspeed.checkpoint.names import name_children
 from deepspeed.mesh.marks import Cut, Mark, mark
 from tests.checkpoint.runs import own_states
@@ -126,7 +127,15 @@ def run(
             except Exception as error:
                 assert before is None or torch.equal(engine.module.layers[0].scale, before)
                 return Held(error=str(error))
-        return Held(whole_weights(engine), own_states(engine), (grid.stage, grid.dp_rank, grid.tp_rank))
+        return Held(own_weights(engine), own_states(engine), (grid.stage, grid.dp_rank, grid.tp_rank))
+
+
+def own_weights(engine: Any) -> dict[str, Tensor]:
+    """What this model-parallel rank holds, whole over its data-parallel ranks; on the first of them."""
+    module = engine.module
+    found = {name: deepspeed.utils.safe_get_full_fp32_param(param).clone() for name, param in module.named_parameters()}
+    found |= {name: value.clone() for name, value in module.named_buffers()}
+    return found if engine.mesh.rank("average") == 0 else {}
 
 
 def put_together(ranks: list[Held], pp: int, tp: int) -> dict[str, Tensor]:
