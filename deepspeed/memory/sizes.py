@@ -6,7 +6,7 @@ are `Gatherable`s like any bucket.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from torch import nn
@@ -42,11 +42,11 @@ class SizedBucket:
         self.keeps_storage = self._has_storage = not plan.is_sharded or is_whole
         self._on_storage = on_storage
 
-    def hold(self) -> None:
+    def hold(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """See Bucket."""
         self.holders += 1
 
-    def let_go(self) -> None:
+    def let_go(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """See Bucket."""
         self.holders -= 1
 

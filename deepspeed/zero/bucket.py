@@ -24,7 +24,7 @@ Invariant: outside of `unshard` and `reshard` nobody sets `param.data` of a buck
 from __future__ import annotations
 
 import enum
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -145,6 +145,9 @@ class Bucket:
         """How often the values were changed; a graph made before cannot be differentiated after."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
+        self._num_holders_of_all = 0
+        self._held: Counter[int] = Counter()
+        """By `id`: parameters that holders asked for by themselves. A bucket of many small modules is held a piece at a time."""
         self.full = self._make_full(device, is_read=rest is not None and rest.device is None)
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
@@ -390,8 +393,8 @@ class Bucket:
             for param, view in zip(self.params, self.views, strict=True):
                 param.data = view
             self.state = BucketState.UNSHARDED
-            if self.holders == 0:
-                self._set_class(ShardedParameter)
+            if self._num_holders_of_all == 0:
+                self._notice_unheld()
 
     def unshard(self) -> None:
         """Make the parameters usable, now and until `reshard`. Collective if they are sharded."""
@@ -400,17 +403,39 @@ class Bucket:
         self._set_class(ZeroParameter)
         self.loads.raise_failure()
 
-    def hold(self) -> None:
-        """One more user; while there are users the parameters may be used freely and are not resharded."""
+    def hold(self, params: Sequence[nn.Parameter] | None = None) -> None:
+        """One more user, of `params` or of all; while there are users the values stay, and what they hold may be used freely."""
         self.holders += 1
-        if self.holders == 1 and self.is_unsharded:
-            self._set_class(ZeroParameter)
+        if params is None:
+            self._num_holders_of_all += 1
+            if self._num_holders_of_all == 1 and self.is_unsharded:
+                self._set_class(ZeroParameter)
+        elif self.is_sharded:
+            self._held.update(map(id, params))
+            if self.is_unsharded:
+                for param in params:
+                    param.__class__ = ZeroParameter
 
-    def let_go(self) -> None:
+    def let_go(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """One user less. Without any, values may still be here for the next one, but a use of them is noticed."""
         self.holders -= 1
-        if self.holders == 0 and self.is_unsharded:
-            self._set_class(ShardedParameter)
+        if params is None:
+            self._num_holders_of_all -= 1
+            if self._num_holders_of_all == 0 and self.is_unsharded:
+                self._notice_unheld()
+        elif self.is_sharded:
+            self._held.subtract(map(id, params))
+            if self._num_holders_of_all == 0 and self.is_unsharded:
+                for param in params:
+                    if not self._held[id(param)]:
+                        param.__class__ = ShardedParameter
+
+    def _notice_unheld(self) -> None:
+        self._set_class(ShardedParameter)
+        if self.is_sharded and self.holders:
+            for param in self.params:
+                if self._held[id(param)]:
+                    param.__class__ = ZeroParameter
 
     def _set_class(self, kind: type[nn.Parameter]) -> None:
         if self.is_sharded:

@@ -126,10 +126,10 @@ class Gatherable(Protocol):
         """Whom it is gathered from."""
         ...
 
-    def hold(self) -> None:
+    def hold(self, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Keep it unsharded."""
 
-    def let_go(self) -> None:
+    def let_go(self, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """One holder less."""
 
     def regather(self) -> None:
@@ -216,9 +216,9 @@ class Gatherer(Generic[B]):
         )
         self._prefetch()
 
-    def request(self, bucket: B) -> None:
-        """Make a bucket usable now and hold it until `release`."""
-        bucket.hold()
+    def request(self, bucket: B, params: Sequence[torch.nn.Parameter] | None = None) -> None:
+        """Make a bucket usable now and hold it, or only `params` of it, until `release` of the same."""
+        bucket.hold(params)
         phase = self._phase
         if phase is not None:
             if not phase.uses or phase.uses[-1] != bucket.index:
@@ -237,9 +237,9 @@ class Gatherer(Generic[B]):
         if phase is not None:
             self._prefetch()
 
-    def release(self, bucket: B) -> None:
+    def release(self, bucket: B, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Let go of a bucket; it is resharded when another one is requested."""
-        bucket.let_go()
+        bucket.let_go(params)
         if bucket.holders == 0 and bucket.is_sharded:
             self._stale[bucket.index] = bucket
 

@@ -36,6 +36,7 @@ from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.modes import in_transform, plain_modes
+from deepspeed.zero.param import slot_of
 from deepspeed.zero.saved import Memory, SavedWeights
 
 Handle = torch.utils.hooks.RemovableHandle
@@ -102,10 +103,22 @@ class Frame:
     module: nn.Module
     buckets: list[Bucket]
     opened_phase: bool
+    own: dict[Bucket, list[nn.Parameter]] = dataclasses.field(default_factory=dict)
+    """Parameters in those of the buckets that are held for these alone."""
     outer: list[Memory] | None = None
     """What `SavedWeights.leave` takes; None for a call that records no graph."""
     is_unseen: bool = False
     """Whether a transform of `torch.func` ran in or around the call, whose backward asks for nothing."""
+
+
+def _params_inside(module: nn.Module, buckets: Iterable[Bucket]) -> dict[Bucket, list[nn.Parameter]]:
+    """The parameters of a module and those inside, by bucket; of those of `buckets` that have others beside them."""
+    inside: dict[Bucket, list[nn.Parameter]] = {bucket: [] for bucket in buckets if bucket.is_sharded}
+    for param in module.parameters():
+        slot = slot_of(param)
+        if slot is not None and slot.bucket in inside:
+            inside[slot.bucket].append(param)
+    return {bucket: params for bucket, params in inside.items() if 0 < len(params) < len(bucket.params)}
 
 
 class ModuleHook:
@@ -136,6 +149,8 @@ class ModuleHooks:
         self.watch = watch
         self.users = {module: list(buckets) for module, buckets in users.items()}
         self.users.setdefault(root, [])
+        self._inside: dict[nn.Module, dict[Bucket, list[nn.Parameter]]] = {}
+        """What of `users[module]` a call of the module holds for itself: a bucket may be of many small modules."""
         self._names = {module: name for name, module in root.named_modules()}
         self._frames: list[Frame] = []
         self._held: dict[Bucket, set[Frame | None]] = {}
@@ -197,6 +212,7 @@ class ModuleHooks:
         for module, buckets in self.users.items():
             if old in buckets:
                 self.users[module] = [bucket for bucket in buckets if bucket is not old or old.params] + [new]
+                self._inside[module] = _params_inside(module, self.users[module])
 
     def use_around(self, bucket: Bucket, module: nn.Module, is_used: bool = True) -> None:
         """A script says that `module` uses `bucket`, from the call that is running on, or that it does no more."""
@@ -210,6 +226,7 @@ class ModuleHooks:
             self._use_in(self._frames[-1], bucket)
 
     def _attach_to(self, module: nn.Module) -> None:
+        self._inside[module] = _params_inside(module, self.users[module])
         self.handles += [
             module.register_forward_pre_hook(ModuleHook(self._pre_forward), prepend=True, with_kwargs=True),
             module.register_forward_hook(ModuleHook(self._post_forward), always_call=True),
@@ -222,11 +239,11 @@ class ModuleHooks:
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
             with plain_modes():  # it prefetches
                 self.gatherer.begin(kind, self._names.get(module, ""))
-        frame = Frame(module, list(self.users[module]), opens, is_unseen=in_transform())
+        frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=in_transform())
         self._frames.append(frame)
         with plain_modes():
             for bucket in frame.buckets:
-                self.gatherer.request(bucket)
+                self.gatherer.request(bucket, frame.own.get(bucket))
         if torch.is_grad_enabled():
             self._watch_frozen(frame, (args, kwargs))
             frame.outer = self._saved.enter(frame.buckets)
@@ -253,7 +270,7 @@ class ModuleHooks:
             self.watch.watch(output)
         for bucket in frame.buckets:
             if bucket not in kept:
-                self.gatherer.release(bucket)
+                self.gatherer.release(bucket, frame.own.pop(bucket, None))
         if frame.opened_phase:
             with plain_modes():  # it may gather for ranks that are not done
                 self.gatherer.end()
@@ -264,6 +281,8 @@ class ModuleHooks:
         storages = {tensor.untyped_storage()._cdata for tensor in tensors_in(output)} if frame.buckets else set()
         kept = [bucket for bucket in frame.buckets if bucket.full.untyped_storage()._cdata in storages]
         for bucket in kept:
+            bucket.hold()
+            bucket.let_go(frame.own.pop(bucket, None))
             if self._frames:
                 self._use_in(self._frames[-1], bucket)
             else:

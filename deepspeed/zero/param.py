@@ -82,11 +82,10 @@ _GRAD: Any = torch._C.TensorBase.grad
 """The attribute itself, below any class of Python's."""
 
 
-def grad_of(param: Tensor) -> Tensor | None:
-    """`param.grad`, asked for by the engine itself."""
+def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
+    """`param.grad` of each, asked for by the engine itself."""
     with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
-        gradient: Tensor | None = _GRAD.__get__(param)
-    return gradient
+        return list(map(_GRAD.__get__, params))
 
 
 class HiddenGradient(Tensor):
@@ -97,14 +96,14 @@ class HiddenGradient(Tensor):
     @property
     def grad(self) -> Tensor | None:
         """The gradient that autograd or the script left."""
-        gradient = grad_of(self)
+        (gradient,) = grads_of([self])
         if gradient is None:
             self._tell()
         return gradient
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:
-        if gradient is None and grad_of(self) is None:
+        if gradient is None and grads_of([self]) == [None]:
             self._tell()
         with torch._C.DisableTorchFunctionSubclass():
             _GRAD.__set__(self, gradient)
@@ -120,8 +119,10 @@ class HiddenGradient(Tensor):
             slot.bucket.on_gradient_missed(slot.bucket.names[slot.index])
 
 
-class ZeroParameter(HiddenGradient, nn.Parameter):
+class ZeroParameter(nn.Parameter):
     """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
+
+    __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
 
     @property
     def _slot(self) -> Slot:
@@ -460,7 +461,7 @@ class _Sharded(Tensor):
                 bucket.let_go()
 
 
-class ShardedParameter(_Sharded, ZeroParameter):
+class ShardedParameter(_Sharded, HiddenGradient, ZeroParameter):
     """A parameter that nobody holds: only this rank's part of it exists here, or values wait for their next user."""
 
     __torch_function__ = _Sharded.__dict__["__torch_function__"]

@@ -112,9 +112,17 @@ class SavedWeights:
                 return bucket
         return None
 
+    # The next two run once per tensor that the model saves, each: they call nothing that they can do themselves.
+
     def _pack(self, tensor: Tensor) -> SavedWeight | tuple[Tensor, int]:
-        bucket = self._bucket_at(tensor)
-        return (tensor, tensor._version) if bucket is None else SavedWeight(tensor, bucket, bucket.num_updates)
+        try:
+            address = tensor.data_ptr()
+        except (RuntimeError, NotImplementedError):
+            return tensor, tensor._version
+        for start, stop, bucket in self._memories:
+            if start <= address < stop:
+                return SavedWeight(tensor, bucket, bucket.num_updates)
+        return tensor, tensor._version
 
     def _unpack(self, saved: Any) -> Tensor:
         if type(saved) is SavedWeight:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.param import grad_of
+from deepspeed.zero.param import grads_of
 from deepspeed.zero.veil import Veil
 
 
@@ -102,8 +102,8 @@ class ShownGradients:
         return [
             Assigned(gradients, number, gradient)
             for gradients in hidden
-            for number, param in enumerate(gradients.bucket.params)
-            if (gradient := grad_of(param)) is not None
+            for number, gradient in enumerate(grads_of(gradients.bucket.params))
+            if gradient is not None
         ]
 
     def adopt(self) -> list[tuple[int, int]]:

@@ -2,20 +2,20 @@
 clipping, and a script that edits or drops gradients, passes over in silence.
 
 Held by `zero.shown`, for buckets whose gradients are not whole on this rank; lowered after the boundary's backward, lifted when
-the step is over. Parameters that are whole change class for that time; at stage 3 they are `ZeroParameter`, which asks its
-bucket. A property of a class is the one way to see an attribute of a tensor read that costs a step nothing: the veil is down
+the step is over. Parameters that are whole change class for that time; sharded ones have a class of their own, which asks
+its bucket. A property of a class is the one way to see an attribute of a tensor read that costs a step nothing: the veil is down
 in the first steps and in some of the later ones, until somebody was told.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.param import HiddenGradient
+from deepspeed.zero.param import HiddenGradient, ZeroParameter
 
 ALWAYS_UNTIL = 4
 """In so many steps from the first the veil is down..."""
@@ -26,6 +26,16 @@ THEN_EVERY = 16
 
 class VeiledParameter(HiddenGradient, nn.Parameter):
     """A parameter that is whole, while its gradient is not."""
+
+
+class VeiledZeroParameter(HiddenGradient, ZeroParameter):
+    """The same at stage 3, of one that is too small to be sharded."""
+
+
+_VEILED: tuple[tuple[type[nn.Parameter], type[nn.Parameter]], ...] = (
+    (nn.Parameter, VeiledParameter),
+    (ZeroParameter, VeiledZeroParameter),
+)
 
 
 class Veil:
@@ -47,14 +57,14 @@ class Veil:
         for bucket in self._buckets:
             bucket.on_gradient_missed = self._tell
             if not bucket.is_sharded:
-                _change_class(bucket, nn.Parameter, VeiledParameter)
+                _change_classes(bucket, dict(_VEILED))
 
     def lift(self) -> None:
         """They are as they were."""
         for bucket in self._buckets:
             bucket.on_gradient_missed = None
             if not bucket.is_sharded:
-                _change_class(bucket, VeiledParameter, nn.Parameter)
+                _change_classes(bucket, {veiled: plain for plain, veiled in _VEILED})
         self._buckets = []
 
     def _tell(self, name: str) -> None:
@@ -69,7 +79,7 @@ class Veil:
         )
 
 
-def _change_class(bucket: Bucket, old: type[nn.Parameter], new: type[nn.Parameter]) -> None:
+def _change_classes(bucket: Bucket, new: Mapping[type, type[nn.Parameter]]) -> None:
     for param in bucket.params:
-        if type(param) is old:  # not a subclass that somebody brought
-            param.__class__ = new
+        if type(param) in new:  # not a subclass that somebody brought
+            param.__class__ = new[type(param)]

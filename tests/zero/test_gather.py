@@ -38,10 +38,10 @@ class FakeBucket:
         self.holders = 0
         self.loads = LoadQueue()
 
-    def hold(self) -> None:
+    def hold(self, params: object = None) -> None:
         self.holders += 1
 
-    def let_go(self) -> None:
+    def let_go(self, params: object = None) -> None:
         self.holders -= 1
 
     def regather(self) -> None:
