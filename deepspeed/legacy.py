@@ -36,7 +36,11 @@ def _later(feature: str, names: str) -> dict[str, str]:
 
 _TOOLS = "deepspeed.porch.tools"
 _NORMS = "deepspeed.porch.norms"
-_PIPE, _MOE, _EXPERTS = "pipeline parallelism", "deepspeed.moe.layer", "deepspeed.parallel.expert"
+_MOE, _EXPERTS = "deepspeed.moe.layer", "deepspeed.parallel.expert"
+_PIPE_MODULE = {
+    "deepspeed.parallel.pipeline.module": "PipelineModule DualPipeVModule",
+    "deepspeed.parallel.pipeline.layers": "LayerSpec TiedLayerSpec PipelineError",
+}
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
@@ -148,27 +152,32 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.sequence.fpdt_layer": _later(
         _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"
     ),
-    "deepspeed.pipe": invert({"deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec"}),
+    "deepspeed.pipe": invert(_PIPE_MODULE),
     "deepspeed.runtime.pipe": invert(
         {
-            "deepspeed.runtime.pipe.module": "PipelineModule LayerSpec TiedLayerSpec",
-            "deepspeed.runtime.pipe.topology": "ProcessTopology",
+            **_PIPE_MODULE,
+            "deepspeed.parallel.pipeline.topology": "ProcessTopology",
         }
     ),
-    "deepspeed.runtime.pipe.module": _later(_PIPE, "PipelineModule LayerSpec TiedLayerSpec PipelineError"),
+    "deepspeed.runtime.pipe.module": invert(_PIPE_MODULE),
     "deepspeed.runtime.pipe.engine": {
         _CONSTANTS: "",
         "DeepSpeedEngine": "deepspeed.engine.engine",
-        **_later(_PIPE, "PipelineEngine _tensor_bytes"),
+        **invert({"deepspeed.engine.pipeline": "PipelineEngine DualPipeVEngine _tensor_bytes"}),
         **invert({_TOOLS: "_is_even _is_odd"}),
     },
-    "deepspeed.runtime.pipe.p2p": _later(_PIPE, "recv send init_process_groups can_send_recv wait send_obj recv_obj"),
+    "deepspeed.runtime.pipe.p2p": _later(
+        "internal", "recv send init_process_groups can_send_recv wait send_obj recv_obj"
+    ),
     "deepspeed.runtime.pipe.schedule": {
-        **_later(
-            _PIPE,
-            "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule PipeInstruction BufferOpInstruction "
-            "OptimizerStep ReduceGrads ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation "
-            "RecvActivation SendGrad RecvGrad",
+        **invert(
+            {
+                "deepspeed.parallel.pipeline.instructions": "PipeInstruction BufferOpInstruction OptimizerStep ReduceGrads "
+                "ReduceTiedGrads LoadMicroBatch ForwardPass BackwardPass SendActivation RecvActivation SendGrad RecvGrad "
+                "CommitP2P",
+                "deepspeed.parallel.pipeline.slots": "PipeSchedule TrainSchedule InferenceSchedule DataParallelSchedule "
+                "DualPipeVSchedule",
+            }
         ),
         **invert({_TOOLS: "_is_even _is_odd"}),
     },

@@ -46,22 +46,22 @@ def test_every_row_of_the_porch_names_something_that_is_there(path: str) -> None
 
 
 def test_a_placeholder_is_harmless_until_it_is_called() -> None:
-    from deepspeed.pipe import PipelineModule
-    from deepspeed.runtime.pipe.module import PipelineModule as Same
+    from deepspeed.runtime.data_pipeline.data_routing import basic_layer as same
+    from deepspeed.runtime.data_pipeline.data_routing.basic_layer import RandomLayerTokenDrop as Placeholder
 
-    class Mine(PipelineModule, nn.Module):
-        layers: list[PipelineModule] | None = None
+    class Mine(Placeholder, nn.Module):
+        layers: list[Placeholder] | None = None
 
         def forward(self) -> int:
             return 1
 
-    assert PipelineModule is Same
-    assert not isinstance(nn.Linear(1, 1), (PipelineModule, Mine))
-    assert issubclass(Mine, PipelineModule)
-    assert pickle.loads(pickle.dumps(PipelineModule)) is PipelineModule
-    with pytest.raises(NotAvailableError, match=r"PipelineModule is not available yet: pipeline parallelism"):
-        PipelineModule(layers=[], num_stages=2)
-    with pytest.raises(NotAvailableError, match="pipeline parallelism"):
+    assert Placeholder is same.RandomLayerTokenDrop
+    assert not isinstance(nn.Linear(1, 1), (Placeholder, Mine))
+    assert issubclass(Mine, Placeholder)
+    assert pickle.loads(pickle.dumps(Placeholder)) is Placeholder
+    with pytest.raises(NotAvailableError, match=r"RandomLayerTokenDrop is not available yet: random layer-token drop"):
+        Placeholder(layers=[], num_stages=2)
+    with pytest.raises(NotAvailableError, match="random layer-token drop"):
         Mine()
 
 

@@ -349,7 +349,10 @@ NO_EFFECT: dict[str, str] = {
     "checkpoint.parallel_write.pipeline_stage": "every rank writes its own pieces",
     "checkpoint.checkpoint_serialization": "files are safetensors",
     "elasticity.min_time": "nothing waits between two starts",
-    "pipeline": "there is no pipeline parallelism yet",
+    "pipeline.pipe_partitioned": "activations travel whole",
+    "pipeline.grad_partitioned": "gradients travel whole",
+    "pipeline.partition": "the module's partition_method says it",
+    "pipeline.seed_layers": "the module's seed_layers says it",
 }
 """Keys that are accepted and do nothing, whatever their value: why."""
 

@@ -42,6 +42,9 @@ class PipelineConfig(Section, extra="allow"):
     """The same for its gradient."""
     use_reentrant: bool = True
     """Which of PyTorch's two activation checkpointing modes to use."""
+    schedule: str = "auto"
+    """"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v", or a CSV file of actions, a row per rank; "auto":
+    1f1b, or by how many stages a rank has and how they lie."""
 
 
 class TpSizeConfig(Section):

@@ -12,6 +12,8 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.assembly import assemble
 from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.engine.pipeline import PipelineEngine
+from deepspeed.parallel.pipeline.module import PipelineModule
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.init import Init
@@ -64,7 +66,8 @@ def initialize(
     config = choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
-    engine = DeepSpeedEngine(
+    is_pipeline = isinstance(model, PipelineModule)
+    engine = (PipelineEngine if is_pipeline else DeepSpeedEngine)(
         args=args,
         model=model,
         optimizer=optimizer,

@@ -8,7 +8,7 @@ read by the plan of buckets, the gradient norm and checkpoints, which need to kn
     a norm's weight inside of tp      nothing: the same value and gradient on every tp rank
     ... on part of the sequence       summed_over=("tp",): the same value, but each rank's gradient is a part of the sum
     expert 5 of 8, ep 4               expert=Expert(5, 8)
-    a tied head on the last stage     repeated_over=("pp",)
+    a tied head on the last stage     counts=False, and True on the first stage that has it
 
 Contract for readers. A parameter without a mark is the same on all ranks of the "model" role that have it, and its
 gradient is too. Over a dim that a cut names, every rank has a piece of its own: squares of gradients are summed over
@@ -23,7 +23,7 @@ Attributes of Megatron-LM (`tensor_model_parallel`, `model_parallel`) are read a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -68,6 +68,8 @@ class Mark:
     summed_over: tuple[Dim, ...] = ()
     repeated_over: tuple[Dim, ...] = ()
     expert: Expert | None = None
+    counts: bool | None = None
+    """Of a parameter that some stages of a pipeline share: whether this one's squares count. None: by `repeated_over`."""
 
     @property
     def cut_over(self) -> tuple[Dim, ...]:
@@ -82,7 +84,7 @@ class Mark:
     def counts_here(self, shape: MeshShape, rank: int) -> bool:
         """Whether this rank's squares go into a norm that is summed over the "model" role: on one rank per piece."""
         repeated: tuple[Dim, ...] = (*(() if "tp" in self.cut_over else ("tp",)), *self.repeated_over)
-        return all(shape.ranks((dim,), rank)[0] == rank for dim in dict.fromkeys(repeated))
+        return self.counts is not False and all(shape.ranks((dim,), rank)[0] == rank for dim in dict.fromkeys(repeated))
 
 
 PLAIN = Mark()
@@ -102,6 +104,11 @@ def mark(param: nn.Parameter, made: Mark) -> None:
                 f"they are {held}."
             )
     param.__dict__[_ATTRIBUTE] = made
+
+
+def mark_tied(param: nn.Parameter, *, counts: bool) -> None:
+    """Mark a parameter that other stages of the pipeline have too; beside what it is already. `counts`: on one of them."""
+    param.__dict__[_ATTRIBUTE] = replace(of(param), counts=counts)
 
 
 def of(param: Any) -> Mark:

@@ -34,7 +34,11 @@ class ScriptGroups:
         self._world: Any = None
         self._made: dict[str, Made] = {}
 
-    def make(self, name: str, groups: Sequence[Sequence[int]]) -> Made:
+    def share(self, kind: str, groups: Sequence[Sequence[int]]) -> Made:
+        """As `make`, under a name that follows from the groups: whoever asks for equal ones shares them."""
+        return self.make(f"{kind} {[list(ranks) for ranks in groups]}", groups, f"{kind}.script")
+
+    def make(self, name: str, groups: Sequence[Sequence[int]], description: str = "") -> Made:
         """Make groups that partition the ranks, or find them made. Collective over the job.
 
         Raises DeepSpeedError if other groups were made under that name.
@@ -50,7 +54,7 @@ class ScriptGroups:
             return before
         rank = dist.get_rank()
         own = next(ranks for ranks in wanted if rank in ranks)
-        made = [dist.new_group(list(ranks), group_desc=name) for ranks in wanted]
+        made = [dist.new_group(list(ranks), group_desc=description or name) for ranks in wanted]
         self._made[name] = Made(wanted, own, made[wanted.index(own)])
         return self._made[name]
 

@@ -36,6 +36,10 @@ class Arrivals:
         """Whether a parameter had no gradient on this rank in this step."""
         return len(self.used) < self._num_params
 
+    def has(self, index: int) -> bool:
+        """Whether a parameter's gradient waits to be laid down."""
+        return self._tensors[index] is not None
+
     def take(self, index: int, gradient: Tensor, is_ready: bool = True) -> bool:
         """Take a gradient over, or add it to the one that waits; whether it completed the bucket.
 

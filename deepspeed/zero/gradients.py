@@ -113,6 +113,9 @@ class Gradients(Protocol):
     def local_views(self) -> Sequence[Tensor]:
         """This rank's own sums as views, by parameter, where they are whole and stay on the rank (`When.NEVER`)."""
 
+    def sums(self) -> Sequence[Tensor]:
+        """What was laid down on this rank and not reduced, as views by parameter; none where nothing was."""
+
     @property
     def failure(self) -> TierError | None:
         """Gradients of this step that could not be moved to their rest on this rank."""
@@ -218,6 +221,10 @@ class WholeGradients:
     def nbytes(self) -> int:
         """See Gradients."""
         return self._flat.nbytes + self._delivery.nbytes
+
+    def sums(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self._views if self.has_local else ()
 
     def lay_down(self) -> None:
         """See Gradients."""
@@ -325,6 +332,10 @@ class _Loan:
             self.buffer.flat[layout.numel :].zero_()
         arrivals.lay_into(self.buffer.views_of(self._bucket), adds)
 
+    def sums(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self.buffer.views_of(self._bucket) if self.buffer is not None else ()
+
     def hand_over(self) -> FlatBuffer:
         """The buffer, which belongs to a reduction now; the next backward takes another."""
         buffer, self.buffer = self.buffer, None
@@ -365,6 +376,10 @@ class SlicedGradients:
     def nbytes(self) -> int:
         """See Gradients."""
         return self.result.nbytes
+
+    def sums(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self._loan.sums()
 
     def lay_down(self) -> None:
         """See Gradients."""
@@ -461,6 +476,10 @@ class TieredGradients:
     def nbytes(self) -> int:
         """See Gradients."""
         return self._moved.nbytes
+
+    def sums(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self._loan.sums()
 
     def lay_down(self) -> None:
         """See Gradients."""

@@ -340,13 +340,16 @@ class ModuleHooks:
         for frame in self._frames:
             frame.is_unseen = True
 
-    def _keep(self, buckets: Iterable[Bucket]) -> None:
-        """Have buckets unsharded until the step."""
+    def keep_until_step(self, buckets: Iterable[Bucket]) -> None:
+        """Have buckets unsharded until the step. Outside of a phase: the same ones, in one order, on every rank."""
         with plain_modes():
             for bucket in buckets:
                 if bucket not in self._kept:
                     self._kept.add(bucket)
                     self.gatherer.request(bucket)
+
+    def _keep(self, buckets: Iterable[Bucket]) -> None:
+        self.keep_until_step(buckets)
         warn_once(
             "a second derivative (create_graph=True), a transform of torch.func, or a submodule called on its own: the "
             "parameters that it uses stay whole on every rank until engine.step()."

@@ -131,6 +131,8 @@ class Reducer:
             gradient = gradient.to_dense()
         self.saw_backward = self.saw_micro_batch = True
         self.has_stood_in = False
+        if self._num_holds and gradients.has_local and gradients.arrivals.has(index):
+            gradients.lay_down()  # one after the other onto the sum, as autograd adds them up, not two at once
         if gradients.arrivals.take(index, gradient, param.__dict__.get(READY, True)):
             self._complete(gradients)
 
@@ -199,6 +201,19 @@ class Reducer:
             self._held = self._held if self._num_holds else {}
         for gradients in held:
             self._complete(gradients)
+
+    def held_sum(self, param: nn.Parameter) -> torch.Tensor | None:
+        """While a backward is held open, after `flush`: the sum of a parameter's gradients so far, in place. None: there is
+        none, or the parameter does not train."""
+        for gradients in self.gradients:
+            for i, own in enumerate(gradients.bucket.params):
+                if own is param:
+                    if not gradients.has_local:
+                        gradients.lay_down()
+                    gradients.arrivals.used.add(i)
+                    self.saw_backward = True
+                    return gradients.sums()[i]
+        return None
 
     @property
     def is_held(self) -> bool:

@@ -19,6 +19,9 @@ from deepspeed.utils.errors import DeepSpeedConfigError
 
 PIPE, DATA, MODEL = "pipe", "data", "model"
 
+GROUPS = ScriptGroups()
+"""Of all grids and ties of this process: making groups is collective and none is ever closed, so equal ones are shared."""
+
 
 class PipelineParallelGrid:
     """The groups of every axis. Without a topology, the prime factors of the ranks go to pipe and data in turn.
@@ -41,13 +44,12 @@ class PipelineParallelGrid:
         )
         self.slice_parallel_size = self.model_parallel_size
         self.stage_id, self.data_parallel_id = self._place(PIPE), self._place(DATA)
-        self._groups = ScriptGroups()
         self._by_axis = {axis: self._make(axis) for axis in (PIPE, DATA, MODEL)}
         whole_models = [
             topo.filter_match(data=i) if DATA in topo.axes else list(topo.mapping.values())
             for i in range(self.data_parallel_size)
         ]
-        whole = self._groups.make("grid.whole_model", whole_models)
+        whole = GROUPS.share("grid_whole_model", whole_models)
         self.ds_model_proc_group, self.ds_model_world_size = whole.group, len(whole.own)
         self.ds_model_rank = whole.own.index(self.global_rank)
         self.dp_group, self.dp_proc_group = list(self._by_axis[DATA].own), self._by_axis[DATA].group
@@ -62,7 +64,7 @@ class PipelineParallelGrid:
 
     def _make(self, axis: str) -> Made:
         lists = self._topo.get_axis_comm_lists(axis) or [[rank] for rank in range(self.world_size)]
-        return self._groups.make(f"grid.{axis}", lists)
+        return GROUPS.share(f"grid_{axis}", lists)
 
     def _place(self, axis: str, rank: int | None = None) -> int:
         coord = self._topo.get_coord(self.global_rank if rank is None else rank)

@@ -1,0 +1,374 @@
+"""The engine of a model that is cut in depth: what `deepspeed.initialize` returns for a `PipelineModule`.
+
+A second facade over the parts that `engine.engine` is built of. Where that one is driven by calls of forward, backward and
+step, this one has a list of actions carried out per batch (`parallel.pipeline.executor`):
+
+    train_batch     take the batch on first and last rank    pipeline_batch
+                    the list, with backward held open        parallel.pipeline.executor over pipeline_work
+                    sum gradients of tied parameters         parallel.pipeline.tied
+                    reduce once, step as ever                Conductor.update
+                    tell all ranks the loss
+
+At ZeRO stage 3 the parameters of a rank's stages stay gathered for the batch where `stage3_max_live_parameters` allows.
+
+Invariant: gradients leave a rank once per batch, after its last weight gradient, whatever the schedule.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepspeed.activation import checkpoint, non_reentrant_checkpoint
+from deepspeed.engine.build import Parts, Watching
+from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
+from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.engine.pipeline_batch import take
+from deepspeed.engine.pipeline_work import StageWork
+from deepspeed.parallel.pipeline.actions import Actions, read_csv
+from deepspeed.parallel.pipeline.check import require_valid
+from deepspeed.parallel.pipeline.executor import Done, Executor
+from deepspeed.parallel.pipeline.layers import PipelineError
+from deepspeed.parallel.pipeline.mail import Mail
+from deepspeed.parallel.pipeline.module import PipelineModule
+from deepspeed.parallel.pipeline.schedules import NAMED, inference
+from deepspeed.parallel.pipeline.tied import sum_over_owners
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+
+_ONLY = "Only train_batch() is accessible in pipeline mode."
+
+
+class PipelineEngine(DeepSpeedEngine):
+    """A PipelineModule under ZeRO. Every method that trains or evaluates is collective over the job."""
+
+    module: PipelineModule
+
+    def __init__(self, *args: Any, model: Any = None, mpu: Any = None, **kwargs: Any) -> None:
+        if mpu is not None:
+            raise DeepSpeedConfigError(
+                "mpu= does not go with a PipelineModule, which has its own (model.mpu()).\n  Give the module a topology with "
+                'a "model" axis, e.g. PipeModelDataParallelTopology.'
+            )
+        self.batch_fn: Callable[[Any], Any] | None = None
+        self._data_iterator: Iterator[Any] | None = None
+        super().__init__(*args, model=model, mpu=model.mpu(), **kwargs)
+        self.grid = self.module.mpu()
+        self.num_stages = self.module.num_stages
+        self.stage_id = self.module.stage_id
+        self.agg_train_loss: Tensor | None = None
+        self._additional: dict[str, Tensor] = {}
+        self._actions: dict[int, Actions] = {}
+        self._choose_checkpointing()
+        if self.training_dataloader is not None:
+            self.set_dataloader(self.training_dataloader)
+        self._actions_of(self.gradient_accumulation_steps())  # refuses now what cannot run
+
+    def _take(self, model: Any, parts: Parts, watching: Watching) -> None:
+        super()._take(model, parts, watching)
+        mesh = parts.mesh
+        groups = mesh.group("pipeline", "activations"), mesh.group("pipeline", "gradients")
+        self._mail = Mail(mesh.ranks("pipeline"), mesh.rank("pipeline"), groups, self._device)
+        self._work = StageWork(model, parts, self._device)
+        self._executor = Executor(mesh.rank("pipeline"), self._mail, self._work)
+
+    def _choose_checkpointing(self) -> None:
+        section = self._config.pipeline
+        if section.activation_checkpoint_interval > 0:
+            self.module.set_checkpoint_interval(section.activation_checkpoint_interval)
+        if not section.use_reentrant:
+            self.module.activation_checkpoint_func = non_reentrant_checkpoint
+        elif not self.module.has_own_checkpoint_func:
+            self.module.activation_checkpoint_func = checkpoint
+
+    def _reentrant_activation_checkpointing(self) -> bool:
+        """Whether layers are recomputed by the reentrant kind of checkpoint."""
+        return self.module.activation_checkpoint_interval > 0 and self._config.pipeline.use_reentrant
+
+    # The list. -----------------------------------------------------------------------------------------------------
+
+    def _actions_of(self, num_micro: int) -> Actions:
+        if num_micro not in self._actions:
+            self._actions[num_micro] = make_actions(self._config.pipeline.schedule, self.module, num_micro)
+        return self._actions[num_micro]
+
+    @property
+    def actions(self) -> Actions:
+        """What `train_batch` carries out: print it, or write `actions.to_csv()` to a file."""
+        return self._actions_of(self.gradient_accumulation_steps())
+
+    @property
+    def actions_done(self) -> list[Done]:
+        """What this rank did in the last batch, with times and waits."""
+        return self._executor.done
+
+    # Training. -----------------------------------------------------------------------------------------------------
+
+    def train_batch(self, data_iter: Iterator[Any] | None = None) -> Tensor:
+        """One step on `gradient_accumulation_steps` micro-batches (inputs, labels); the mean loss, the same on every rank.
+
+        First and last stage take the same positions of their iterators; others need none. Raises RuntimeError under no_grad,
+        PipelineError on all ranks if one fails, StopIteration on all where the data has ended.
+        """
+        if not torch.is_grad_enabled():
+            raise PipelineError(
+                "train_batch() requires gradients, but they are disabled.\n  Use eval_batch() to evaluate."
+            )
+        if self.zero_optimizer is None:
+            self._conductor.check_step()
+        if data_iter is not None:
+            self._data_iterator = data_iter
+        self.module.train()
+        num_micro = self.accumulation.num_micro_batches
+        batch = take(self.mesh, self._data_iterator, num_micro, self.batch_fn, is_needed=self._reads_data)
+        self.watch.end()
+        self._conductor.reload_states()
+        self._reducer.hide()
+        self._reducer.flush()
+        self._work.begin(batch.inputs, batch.labels, num_micro)
+        with self._conductor.phase("forward", ((), {})):
+            self._compute(num_micro)
+        self.agg_train_loss = self.losses = self._tell_loss(self._work.losses)
+        with self._conductor.phase("backward", self.losses):
+            self._reducer.flush()
+        self.accumulation.is_stepping = True
+        try:
+            self._step_at_boundary({})
+        finally:
+            self.accumulation.is_stepping = False
+            self.accumulation.num_micro_batches = self.accumulation.asked
+        return self.agg_train_loss
+
+    def _compute(self, num_micro: int) -> None:
+        """The list, and the sums of tied gradients. Whatever fails on one rank ends the step on all."""
+        failure: Exception | None = None
+        self.accumulation.no_sync_depth += 1
+        try:
+            with self._reducer.hold():
+                self._keep_gathered()
+                try:
+                    self._executor.run(self._actions_of(num_micro))
+                except Exception as error:
+                    failure = error
+                self._agree_on_failure(failure)
+                self._reducer.flush()
+                self._sum_ties()
+        except Exception:
+            self._reducer.drop()
+            raise
+        finally:
+            self.accumulation.no_sync_depth -= 1
+            self._work.end()
+
+    def _agree_on_failure(self, failure: Exception | None) -> None:
+        failed = [theirs for (theirs,) in self.mesh.agree("job", int(failure is not None))]
+        if not any(failed):
+            return
+        self._mail.drain(self.mesh.gather_objects("pipeline", self._mail.log))
+        words = self.mesh.gather_objects("job", None if failure is None else f"{type(failure).__name__}: {failure}")
+        if failure is not None:
+            raise failure
+        rank = next(rank for rank, text in enumerate(words) if text is not None)
+        raise PipelineError(f"rank {rank} failed, in another pipeline of the same step: {words[rank]}")
+
+    def _keep_gathered(self) -> None:
+        hooks = self._zero.hooks
+        if hooks is None:
+            return
+        numel = sum(bucket.layout.numel for bucket in hooks.gatherer.buckets)
+        if numel <= self._config.zero_optimization.stage3_max_live_parameters:
+            hooks.keep_until_step(hooks.gatherer.buckets)
+
+    def _sum_ties(self) -> None:
+        for tie in self.module.ties:
+            for param in tie.params if tie.group is not None else ():
+                total = self._reducer.held_sum(param)
+                if total is not None:
+                    sum_over_owners(tie, total)
+
+    @property
+    def _reads_data(self) -> bool:
+        return self.is_first_stage() or self.is_last_stage()
+
+    def _tell_loss(self, losses: list[Tensor]) -> Tensor:
+        """The mean over micro-batches and ranks that share the batch, from the last stage to all. Collective."""
+        is_last, mesh = self.is_last_stage(), self.mesh
+        mean = torch.zeros(())
+        if is_last:
+            total = losses[0]
+            for loss in losses[1:]:
+                total = total + loss
+            mean = (total / len(losses)).cpu()
+        named = {name: (value / max(1, len(losses))).cpu() for name, value in self._work.additional.items()}
+        if is_last and mesh.size("batch") > 1:
+            dist.all_reduce(mean, group=mesh.group("batch", "control", "gloo"))
+            mean /= mesh.size("batch")
+        if mesh.size("pipeline") > 1:
+            owner = mesh.ranks("pipeline")[self.module.rank_of[-1]]
+            group = mesh.group("pipeline", "control", "gloo")
+            shape = [tuple(mean.shape) if is_last else None]
+            dist.broadcast_object_list(shape, owner, group=group)
+            mean = mean if is_last else torch.zeros(shape[0] or ())
+            dist.broadcast(mean, owner, group=group)
+        self._additional = named
+        return mean.to(self._device)
+
+    def get_additional_losses(self) -> dict[str, Tensor]:
+        """The module's further losses of the last batch, averaged over its micro-batches."""
+        return self._additional
+
+    # Evaluation. ---------------------------------------------------------------------------------------------------
+
+    def eval_batch(
+        self,
+        data_iter: Iterator[Any],
+        return_logits: bool = False,
+        compute_loss: bool = True,
+        reduce_output: str | None = "avg",
+        bcast_loss: bool = True,
+        num_micro_batches: int | None = None,
+    ) -> Any:
+        """Loss (or outputs) without gradients of `num_micro_batches`, default a step's. The model stays in evaluation mode.
+
+        reduce_output: "avg" for the mean over micro-batches and data-parallel ranks; None for the list, on the last stage.
+        bcast_loss: whether other stages get it too, else None. return_logits: (loss, the last micro-batch's outputs, None but
+        on the last stage). Raises NotImplementedError for another `reduce_output`.
+        """
+        if reduce_output not in ("avg", None):
+            raise NotAvailableError(f'eval_batch(reduce_output={reduce_output!r}): use "avg" or None.')
+        nn_module: torch.nn.Module = self.module
+        nn_module.eval()
+        num_micro = num_micro_batches or self.gradient_accumulation_steps()
+        batch = take(self.mesh, data_iter, num_micro, self.batch_fn, is_needed=self._reads_data)
+        self.watch.end()
+        self._conductor.reload_states()
+        self._work.begin(batch.inputs, batch.labels, num_micro, compute_loss)
+        failure: Exception | None = None
+        with torch.no_grad():
+            try:
+                self._executor.run(inference(self.num_stages, num_micro, self.module.rank_of))
+            except Exception as error:
+                failure = error
+        self._agree_on_failure(failure)
+        logits = self._work.outputs
+        losses = self._work.losses
+        self._work.end()
+        result: Any = (losses if self.is_last_stage() else None) if reduce_output is None else None
+        if reduce_output == "avg":
+            loss = self._tell_loss(losses)
+            result = loss if bcast_loss or self.is_last_stage() else None
+        return (result, logits) if return_logits else result
+
+    # Data. ---------------------------------------------------------------------------------------------------------
+
+    def set_dataiterator(self, iterator: Iterator[Any]) -> None:
+        """Train on this iterator from now on."""
+        self._data_iterator = iterator
+
+    def set_dataloader(self, loader: Any) -> None:
+        """Train on this loader from now on, again from its start where it ends."""
+        self.training_dataloader = loader
+        self._data_iterator = iter(RepeatingLoader(loader))
+
+    def set_batch_fn(self, fn: Callable[[Any], Any]) -> None:
+        """`fn(what the iterator gives)` is then (inputs, labels)."""
+        self.batch_fn = fn
+
+    def deepspeed_io(self, dataset: Any, *args: Any, **kwargs: Any) -> DeepSpeedDataLoader:
+        """As the engine's, in the dataset's own order: every stage has to see the same."""
+        return super().deepspeed_io(dataset, *args, **{"route": "pipeline", **kwargs})
+
+    # What is asked. ------------------------------------------------------------------------------------------------
+
+    def is_first_stage(self) -> bool:
+        """Whether this rank has the first stage."""
+        return 0 in self.module.own_stages
+
+    def is_last_stage(self) -> bool:
+        """Whether this rank has the last stage, which makes the loss."""
+        return len(self.module.rank_of) - 1 in self.module.own_stages
+
+    def get_pipeline_parallel_rank(self) -> int:
+        """This rank's place in the pipeline."""
+        return self.stage_id
+
+    @property
+    def is_pipe_parallel(self) -> bool:
+        """Whether there is more than one stage."""
+        return self.num_stages > 1
+
+    def set_has_attention_mask(self, value: bool) -> None:
+        """Any value may be a mask here."""
+
+    def reset_activation_shape(self) -> None:
+        """Shapes may change at any time here."""
+
+    @property
+    def micro_batches(self) -> int:
+        """Per step."""
+        return self.gradient_accumulation_steps()
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Samples per micro-batch."""
+        return self.train_micro_batch_size_per_gpu()
+
+    def is_gradient_accumulation_boundary(self) -> bool:
+        """True only while gradients are reduced and stepped."""
+        return self.accumulation.is_stepping
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises PipelineError."""
+        raise PipelineError(_ONLY)
+
+    def backward(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises PipelineError."""
+        raise PipelineError(_ONLY)
+
+    def step(self, *args: Any, **kwargs: Any) -> None:
+        """Raises PipelineError."""
+        raise PipelineError(_ONLY)
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        """Raises PipelineError."""
+        raise PipelineError(_ONLY)
+        yield
+
+
+class DualPipeVEngine(PipelineEngine):
+    """The name under which scripts ask for a V-shaped pipeline's engine; the schedule follows from the module."""
+
+
+def make_actions(schedule: str, module: PipelineModule, num_micro: int) -> Actions:
+    """The list of a name or a CSV file, for a module's ranks and stages. Raises DeepSpeedConfigError where it does not fit."""
+    ranks, chunks = module.num_stages, module.num_chunks
+    if schedule == "auto":
+        schedule = "dualpipe-v" if module.placement == "v" else "1f1b" if chunks == 1 else "interleaved"
+    if schedule in NAMED:
+        takes_chunks = schedule in ("interleaved", "zb-h1") and module.placement == "loop" and chunks > 1
+        actions = NAMED[schedule](ranks, num_micro, **({"num_chunks": chunks} if takes_chunks else {}))
+    elif Path(schedule).is_file():
+        actions = read_csv(Path(schedule).read_text(), schedule)
+        require_valid(actions)
+    else:
+        raise DeepSpeedConfigError(
+            f'pipeline.schedule = "{schedule}" is neither a file nor one of {", ".join(["auto", *NAMED])}.'
+        )
+    if actions.rank_of != module.rank_of or actions.num_micro != num_micro:
+        raise DeepSpeedConfigError(
+            f'pipeline.schedule = "{schedule}" has stages on ranks {list(actions.rank_of)} and {actions.num_micro} micro-batches; the '
+            f"module has them on {list(module.rank_of)}, a step {num_micro}.\n"
+            '  Give PipelineModule num_chunks and placement="loop" or "v" as the schedule needs them.'
+        )
+    return actions
+
+
+def _tensor_bytes(tensor: Tensor) -> int:
+    """Bytes of a tensor's elements."""
+    return tensor.nbytes
