@@ -59,7 +59,9 @@ PRELOAD = ["pytest", "numpy", "pydantic", "torch", "torch.distributed"]
 DISTRIBUTED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
 LIBRARY_ENV = ("PYTEST_", "PYTORCH_NVML_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 """Prefixes of variables that pytest, torch.compile and the import of the package set for the life of a process."""
-SHARED_GROUP = re.compile(r"[a-z_+]+\.(activations|build|checkpoint|control|gather|gradients|norm|reduce|script|tokens)")
+SHARED_GROUP = re.compile(
+    r"[a-z_+]+\.(activations|build|checkpoint|control|gather|gradients|norm|reduce|script|tokens)"
+)
 """Descriptions of the groups that a mesh makes: dims and purpose."""
 LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-", "wandb-", "Otel", "Dummy-")
 """Prefixes of threads that tqdm, torch.compile, wandb and autograd (for a device) keep for the life of a process. Ours have names of their own."""

@@ -49,7 +49,7 @@ class PipelineEngine(DeepSpeedEngine):
 
     module: PipelineModule
 
-    def __init__(self, *args: Any, model: Any = None, mpu: Any = None, **kwargs: Any) -> None:
+    def __init__(self, args: Any = None, model: Any = None, mpu: Any = None, **kwargs: Any) -> None:
         if mpu is not None:
             raise DeepSpeedConfigError(
                 "mpu= does not go with a PipelineModule, which has its own (model.mpu()).\n  Give the module a topology with "
@@ -57,7 +57,7 @@ class PipelineEngine(DeepSpeedEngine):
             )
         self.batch_fn: Callable[[Any], Any] | None = None
         self._data_iterator: Iterator[Any] | None = None
-        super().__init__(*args, model=model, mpu=model.mpu(), **kwargs)
+        super().__init__(args=args, model=model, mpu=model.mpu(), **kwargs)
         self.grid = self.module.mpu()
         self.num_stages = self.module.num_stages
         self.stage_id = self.module.stage_id

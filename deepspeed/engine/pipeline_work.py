@@ -114,7 +114,7 @@ class StageWork:
         """See Work."""
         self._zero.scale_guard.is_scaled = True
         with torch.profiler.record_function("pipeline.backward"):
-            torch.autograd.backward(list(roots), list(gradients))  # type: ignore[arg-type]
+            torch.autograd.backward(list(roots), list(gradients))
         self._zero.watch.end()
 
 

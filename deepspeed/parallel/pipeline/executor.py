@@ -220,7 +220,7 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.new_empty(0).set_(value.untyped_storage(), 0, value.shape, value.stride())  # type: ignore[call-overload,no-any-return]
+        return value.new_empty(0).set_(value.untyped_storage(), 0, value.shape, value.stride())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -229,4 +229,4 @@ class _Alias(torch.autograd.Function):
 
 def _writable(value: Tensor | None) -> Tensor | None:
     """What a stage gets for a leaf that gathers its gradient."""
-    return _Alias.apply(value) if value is not None and value.requires_grad else value  # type: ignore[no-any-return]
+    return _Alias.apply(value) if value is not None and value.requires_grad else value

@@ -91,10 +91,6 @@ def grid(rank: int, world_size: int) -> Any:
         "mesh": (mesh.ranks("batch"), mesh.ranks("pipeline"), mesh.size("tensor")),
     }
     mesh.release()
-    for name in made._groups.names():
-        group = made._groups.find(name)
-        assert group is not None
-        dist.destroy_process_group(group.group)
     return found
 
 
@@ -117,8 +113,4 @@ def test_without_a_topology_the_prime_factors_go_to_pipe_and_data_in_turn() -> N
 
 def default_sizes(rank: int, world_size: int) -> tuple[int, int]:
     made = PipelineParallelGrid()
-    for name in made._groups.names():
-        group = made._groups.find(name)
-        assert group is not None
-        dist.destroy_process_group(group.group)
     return made.get_pipe_parallel_world_size(), made.get_data_parallel_world_size()
