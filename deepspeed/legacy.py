@@ -83,7 +83,17 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.runtime.constants": {_CONSTANTS: ""},
     "deepspeed.runtime.compiler": invert({_TOOLS: "is_compiling disable"}),
-    "deepspeed.runtime.sparse_tensor": _later("sparse reduction of embedding gradients", "SparseTensor"),
+    "deepspeed.runtime.sparse_tensor": invert({"deepspeed.comm.sparse_tensor": "SparseTensor"}),
+    "deepspeed.runtime.comm": {},
+    "deepspeed.runtime.comm.coalesced_collectives": invert(
+        {
+            "deepspeed.comm.coalesced": "reduce_scatter_coalesced all_to_all_quant_reduce all_to_all_loco_quant_reduce",
+        }
+    ),
+    "deepspeed.runtime.comm.compressed": invert({"deepspeed.comm.backend": "CompressedBackend"}),
+    "deepspeed.runtime.comm.nccl": {"NcclBackend": "deepspeed.comm.backend:CompressedBackend"},
+    "deepspeed.runtime.comm.mpi": {"MpiBackend": "deepspeed.comm.backend:CompressedBackend"},
+    "deepspeed.runtime.comm.hccl": {"HcclBackend": "deepspeed.comm.backend:CompressedBackend"},
     "deepspeed.runtime.csr_tensor": {"CSRTensor": "deepspeed.runtime.sparse_tensor:SparseTensor"},
     "deepspeed.runtime.eigenvalue": _later("layer curvature", "Eigenvalue"),
     "deepspeed.runtime.quantize": _later("quantization while training", "Quantizer"),

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.quantized import ErrorFeedback, Hops, QuantizedReduction
+from deepspeed.comm.sparse import SparseReduction
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
 from deepspeed.utils.launch_env import discover
@@ -23,6 +24,11 @@ def make_wire(config: Config) -> Wire:
     zero = config.zero_optimization
     if zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
         warn_once("zero_optimization.zeropp_loco_param has no effect: zero_quantized_gradients is not set.")
+    if config.sparse_gradients and zero.stage > 0:
+        warn_once(
+            f"sparse_gradients = true has no effect: with zero_optimization.stage = {zero.stage} each rank gets its slice of a gradient, "
+            "which is sent whole. Embeddings with sparse gradients train all the same."
+        )
     if zero.stage < 3:
         return Wire()
     return Wire(
@@ -50,6 +56,8 @@ def gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange, bucket: Bu
     Parameters that stay whole at stage 3 are small, vectors mostly, and reduced in full. Collective at first use.
     """
     zero = config.zero_optimization
+    if config.sparse_gradients and zero.stage == 0 and exchange.world_size > 1:
+        return SparseReduction(exchange)
     is_small = zero.stage == 3 and not bucket.is_sharded
     if not zero.zero_quantized_gradients or exchange.world_size == 1 or is_small or bucket.over != "shard":
         return exchange

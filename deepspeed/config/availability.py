@@ -49,7 +49,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.type", _is_missing_optimizer, "this optimizer"),
     ("amp.enabled", bool, "Apex mixed precision"),
     ("msamp.enabled", bool, "MS-AMP"),
-    ("sparse_gradients", bool, "sparse reduction of embedding gradients"),
     ("tensor_parallel.autotp_size", _is_above_1, "automatic tensor parallelism"),
     ("expert_parallel.comm_backend", _is_deepep, "DeepEP"),
     ("compile.deepcompile", bool, "DeepCompile"),

@@ -72,8 +72,12 @@ class ScriptAttributes:
 
     @property
     def sparse_tensor_module_names(self) -> set[str]:
-        """Modules whose gradients are reduced sparse: none."""
-        return set()
+        """Parameters whose gradients are reduced sparse."""
+        if not self._config.sparse_gradients:  # type: ignore[attr-defined]
+            return set()
+        kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
+        named = self.module.named_modules()  # type: ignore[attr-defined]
+        return {f"{name}.weight" for name, module in named if isinstance(module, kinds)}
 
     @property
     def gradient_average(self) -> bool:

@@ -15,7 +15,6 @@ ASKS: dict[str, Any] = {
     "optimizer.type": "MuAdamW",
     "amp.enabled": True,
     "msamp.enabled": True,
-    "sparse_gradients": True,
     "tensor_parallel.autotp_size": 2,
     "compile.deepcompile": True,
     "graph_harvesting": True,

@@ -1,0 +1,96 @@
+"""An all-reduce of what is not zero equals the dense one; so do engines with embeddings whose gradients are sparse."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.sparse import BLOCK, SparseReduction
+from deepspeed.runtime.sparse_tensor import SparseTensor
+from deepspeed.utils.waits import COMMUNICATION
+from tests.engine.runs import engine_of, make_config
+from tests.harness import run_ranks
+
+CPU = torch.device("cpu")
+
+
+def gradient(rank: int, rows: int, share: float, dtype: torch.dtype) -> Tensor:
+    generator = torch.Generator().manual_seed(rank)
+    touched = torch.rand(rows, 1, generator=generator) < share
+    return (torch.randn(rows, BLOCK, generator=generator) * touched).to(dtype).view(-1)
+
+
+def both_ways(rank: int, world_size: int, share: float, dtype: torch.dtype) -> tuple[bool, int]:
+    inner = make_exchange(dist.group.WORLD, CPU)
+    dense = gradient(rank, 400, share, dtype)
+    sparse = dense.clone()
+    inner.start_all_reduce(dense, divide_by=world_size).wait()
+    before = COMMUNICATION.nbytes.get("zero.sparse_all_reduce", 0)
+    SparseReduction(inner, min_blocks=8).start_all_reduce(sparse, divide_by=world_size).wait()
+    return torch.equal(dense, sparse), COMMUNICATION.nbytes.get("zero.sparse_all_reduce", 0) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("share", [0.0, 0.05, 1.0])
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_it_has_the_bits_of_the_dense_one_and_sends_fewer_bytes(
+    world_size: int, share: float, dtype: torch.dtype
+) -> None:
+    for is_equal, nbytes in run_ranks(world_size, both_ways, share, dtype):
+        assert is_equal
+        assert nbytes < world_size * 400 * BLOCK * dtype.itemsize * 0.2
+
+
+class Words(nn.Module):
+    """A large table of which a batch touches few rows, and a bag of them."""
+
+    def __init__(self, sparse: bool) -> None:
+        super().__init__()
+        self.table = nn.Embedding(3000, 64, sparse=sparse)
+        self.bag = nn.EmbeddingBag(2000, 64, sparse=sparse)
+        self.head = nn.Linear(64, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return F.mse_loss(self.head(self.table(x).mean(1) + self.bag(x % 2000)), y)
+
+
+def trained(rank: int, world_size: int, stage: int, sparse: bool) -> tuple[list[float], dict[str, Tensor], int]:
+    torch.manual_seed(0)
+    model = Words(sparse)
+    config = {**make_config(stage, micro=4, zero={"reduce_bucket_size": 10**6}), "sparse_gradients": sparse}
+    losses, before = [], COMMUNICATION.nbytes.get("zero.sparse_all_reduce", 0)
+    with engine_of(model, config) as engine:
+        for step in range(4):
+            generator = torch.Generator().manual_seed(10 * step + rank)
+            x = torch.randint(0, 3000, (4, 5 + rank), generator=generator)
+            loss = engine(x, torch.randn(4, 4, generator=generator))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+    return losses, weights, COMMUNICATION.nbytes.get("zero.sparse_all_reduce", 0) - before
+
+
+@pytest.mark.parametrize("stage", [0, 1])
+def test_embeddings_with_sparse_gradients_train_as_dense_ones(stage: int) -> None:
+    (losses, weights, sent), *_ = run_ranks(2, trained, stage, True)
+    (expected, dense, _), *_ = run_ranks(2, trained, stage, False)
+    assert losses == expected
+    assert all(torch.equal(value, dense[name]) for name, value in weights.items())
+    assert (sent > 0) == (stage == 0)
+
+
+def test_rows_that_cancel_are_kept() -> None:
+    dense = torch.zeros(4, 2)
+    dense[1], dense[3] = torch.tensor([1.0, -1.0]), torch.tensor([2.0, 0.0])
+    sparse = SparseTensor(dense)
+    assert sparse.indices.tolist() == [1, 3]
+    assert torch.equal(sparse.to_dense(), dense)
+    assert torch.equal(sparse.to_coo_tensor().to_dense(), dense)
+    sparse.add(SparseTensor(dense))
+    assert torch.equal(sparse.to_dense(), 2 * dense)
+    assert sparse.sparse_size() == (4 + 8, 8)
