@@ -227,6 +227,7 @@ _TREE: dict[str, Any] = {
         "pipe_partitioned": True,
         "grad_partitioned": True,
         "use_reentrant": True,
+        "schedule": "auto",
     },
     "tensor_parallel": {
         "autotp_size": 0,
