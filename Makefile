@@ -10,7 +10,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-soak test-edits lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-soak test-edits lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -21,6 +21,11 @@ test: $(INSTALLED)
 # Every ZeRO stage and combination under the newest libraries; writes docs/compatibility.md.
 test-integrations: $(INSTALLED)
 	$(BIN)/python -m pytest tests/integrations --matrix --compatibility docs/compatibility.md $(PYTEST_ARGS)
+
+# Experts: every family, placement and combination; writes docs/composability.md.
+test-experts: $(INSTALLED)
+	$(BIN)/python -m tests.parallel.expert.composability
+	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/parallel/expert tests/examples/test_moe_example.py $(PYTEST_ARGS)
 
 # Debian or Ubuntu, root: the real sshd, pdsh, Open MPI, MPICH and Slurm on nodes made of network namespaces.
 CLUSTER_PACKAGES = openssh-server openssh-client pdsh openmpi-bin mpich slurm-wlm slurmctld slurmd munge iproute2 numactl

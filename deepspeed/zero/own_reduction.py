@@ -55,6 +55,11 @@ def check_placements(optimizer: AveragesItself, owner: ZeroOptimizer) -> None:
             f"{name} averages whole momenta by itself, but under ZeRO stage {owner.zero_stage} a rank keeps a slice of the gradients "
             "only, already averaged.\n  Use stage 0 or 1."
         )
+    if any(master.bucket.over != "shard" for master in owner.masters):
+        raise DeepSpeedConfigError(
+            f"{name} averages momenta over all ranks, but {owner.mesh.size('experts')} ranks hold different experts.\n"
+            "  Use ep_size 1 (expert_parallel.autoep_size 1), or Adam."
+        )
     if any(master.is_streamed for master in owner.masters):
         raise DeepSpeedConfigError(
             f"{name} averages whole momenta between devices, but its state is offloaded (zero_optimization.offload_optimizer).\n"

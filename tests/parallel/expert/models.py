@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+
+import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 WIDTH, NUM_EXPERTS, CLASSES = 8, 4, 5
+LONG = pytest.mark.skipif(not os.environ.get("DS_TEST_LONG"), reason="long: make test-experts")
 AUX = 0.05
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 from tests.parallel.expert.hf import build
-from tests.parallel.expert.models import NUM_EXPERTS
+from tests.parallel.expert.models import LONG, NUM_EXPERTS
 from tests.parallel.expert.runs import ADAM, compare, plain, train
 
 
@@ -22,9 +22,9 @@ from tests.parallel.expert.runs import ADAM, compare, plain, train
         # (ranks, ep, ZeRO stage)
         ((2, 2, 0), (2, 1, 3)),
         ((2, 1, 2), (2, 2, 0)),
-        ((2, 2, 3), (2, 2, 1)),
-        ((4, 2, 1), (4, 4, 2)),
-        ((4, 4, 0), (4, 2, 3)),
+        pytest.param((2, 2, 3), (2, 2, 1), marks=LONG),
+        pytest.param((4, 2, 1), (4, 4, 2), marks=LONG),
+        pytest.param((4, 4, 0), (4, 2, 3), marks=LONG),
     ],
 )
 def test_a_run_goes_on_at_another_placement_as_if_it_had_not_stopped(
