@@ -23,6 +23,7 @@ __getattr__, __dir__ = _lazy_exports(
     _invert(
         {
             "deepspeed.engine.initialize": "initialize add_config_arguments tp_model_init",
+            "deepspeed.parallel.tensor.requested": "set_autotp_mode",
             "deepspeed.engine.engine": "DeepSpeedEngine",
             "deepspeed.engine.data": "DeepSpeedDataLoader",
             "deepspeed.comm": "init_distributed",

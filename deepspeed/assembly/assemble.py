@@ -55,17 +55,17 @@ def check_model(model: Any) -> None:
             )
 
 
-def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1) -> Mesh:
+def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, tp: int = 1) -> Mesh:
     """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those; experts are
-    spread over `ep` ranks.
+    spread over `ep` ranks, layers cut over `tp` consecutive ones.
 
     Collective over the job.
     """
     zero = config.zero_optimization
-    near = near_size(config, world_size(), has_mpu=mpu is not None)
+    near = near_size(config, world_size() // tp, has_mpu=mpu is not None)
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
-    sp = sequence_size(config, mesh_param, world_size(), has_mpu=mpu is not None)
-    mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=near, sp=sp)
+    sp = sequence_size(config, mesh_param, world_size() // tp, has_mpu=mpu is not None)
+    mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=near, sp=sp, tp=tp)
     mesh = alike_everywhere(with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism))
     check_sequence_size(config, mesh)
     return mesh

@@ -49,7 +49,16 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.type", _is_missing_optimizer, "this optimizer"),
     ("amp.enabled", bool, "Apex mixed precision"),
     ("msamp.enabled", bool, "MS-AMP"),
-    ("tensor_parallel.autotp_size", _is_above_1, "automatic tensor parallelism"),
+    (
+        "tensor_parallel.tensor_parallel.mpu",
+        _is_given,
+        "ranks of tensor parallelism from here; initialize takes an mpu",
+    ),
+    ("tensor_parallel.tensor_parallel.tp_group", _is_given, "a group of ranks from here; they are consecutive"),
+    ("tensor_parallel.vocab_parallel_lm_head", bool, "logits that stay cut over the vocabulary"),
+    ("tensor_parallel.vocab_parallel_ce_backend", lambda backend: backend == "liger", "Liger's cross entropy"),
+    ("tensor_parallel.injection_policy_tuple", _is_given, "layers named by their ends; partition_config names them"),
+    ("tensor_parallel.replace_with_kernel_inject", bool, "kernels for inference in training"),
     ("expert_parallel.comm_backend", _is_deepep, "DeepEP"),
     ("compile.deepcompile", bool, "DeepCompile"),
     ("graph_harvesting", bool, "CUDA graphs of the step"),
@@ -344,6 +353,7 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.log_trace_cache_warnings": "there is no trace to leave",
     "zero_optimization.enable_sanity_checks": "checks are always on",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "Muon's momentum rests where the other states do",
+    "tensor_parallel.keep_module_on_host": "a model is cut where it lies",
     "timers.throughput.synchronized": "throughput is taken from the wall clock",
     "checkpoint.parallel_write.pipeline_stage": "every rank writes its own pieces",
     "checkpoint.checkpoint_serialization": "files are safetensors",
@@ -357,7 +367,6 @@ NO_EFFECT: dict[str, str] = {
 
 SETTINGS_OF: dict[str, str] = {
     "compile": "compile.deepcompile",
-    "tensor_parallel": "tensor_parallel.autotp_size",
     "weight_quantization": "weight_quantization.quantized_initialization",
     "sparse_attention": "sparse_attention",
     "zero_optimization.zenflow": "zero_optimization.zenflow",

@@ -28,7 +28,7 @@ from deepspeed.assembly import assemble
 from deepspeed.assembly.exchanges import make_wire
 from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.config import Config
-from deepspeed.engine import experts
+from deepspeed.engine import experts, tensor
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_model, flatten, require_equal
 from deepspeed.engine.at_rest import AtRest
@@ -129,10 +129,14 @@ class Watching:
 def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
-    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, ep=experts.ep_size_of(model, config))
+    tp = tensor.tensor_size(config, given.mpu)
+    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.ep_size_of(model, config))
     undo.callback(mesh.release)
     experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)
+    check = tensor.cut_model(model, mesh, config, tp, given.optimizer)
+    if check is not None:
+        undo.callback(check.remove)
     batch = assemble.batch_sizes(config, mesh, given.mpu)
     accumulation = Accumulation(batch.accumulation, config.managed_gradient_accumulation)
     recomputation = Recomputation(model, config, mesh, given.device)

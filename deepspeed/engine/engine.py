@@ -35,7 +35,9 @@ from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.script_attributes import LATER, ScriptAttributes
 from deepspeed.engine.step import Conductor
+from deepspeed.mesh import groups
 from deepspeed.monitor.trace import trace
+from deepspeed.parallel.tensor.apply import PARSED
 from deepspeed.tiers import Tier
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, NotAvailableError, TrainingStateError
@@ -99,6 +101,8 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         with plain_modes(), contextlib.ExitStack() as undo:
             parts = build_parts(given, undo)
             self._take(model, parts, build_watching(given, parts, undo))
+            if parts.mesh.size("tensor") > 1 and PARSED in model.__dict__:
+                self.mpu = groups
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
@@ -414,6 +418,14 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
     def mp_world_size(self) -> int:
         """Number of model-parallel ranks."""
         return self.mesh.size("model")
+
+    def autotp_size(self) -> int:
+        """Over how many ranks the model's layers were cut; 0 where they are whole."""
+        return self.mesh.size("tensor") if self.module.__dict__.get(PARSED) else 0
+
+    def tensor_parallel_config(self) -> Any:
+        """The section `tensor_parallel`."""
+        return self._config.tensor_parallel
 
     def train(self, mode: bool = True) -> None:  # type: ignore[override]
         """Set training mode. Returns None, as callers expect."""

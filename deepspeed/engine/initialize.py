@@ -14,7 +14,8 @@ from deepspeed.assembly import assemble
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.pipeline import PipelineEngine
 from deepspeed.parallel.pipeline.module import PipelineModule
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.parallel.tensor import requested
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.init import Init
 
@@ -86,12 +87,11 @@ def initialize(
 def tp_model_init(
     model: nn.Module, tp_size: int = 1, dtype: Any = None, config: Any = None, **kwargs: Any
 ) -> nn.Module:
-    """Cut a model's layers over `tp_size` ranks before `initialize`; 1 leaves it as it is. Raises NotAvailableError."""
-    if tp_size != 1:
-        raise NotAvailableError(
-            f"tp_model_init(tp_size={tp_size}): automatic tensor parallelism is not available yet.\n"
-            '  Remove "tensor_parallel": {"autotp_size": ...} and use ZeRO stage 3.'
-        )
+    """Have the next `initialize` cut a model's layers over `tp_size` ranks; 1 leaves it as it is. Returns the model.
+
+    kwargs: tp_group, the ranks that share layers. Raises DeepSpeedConfigError where calls contradict each other.
+    """
+    requested.request(int(tp_size), dtype, kwargs.get("tp_group"))
     return model
 
 

@@ -51,16 +51,22 @@ class Told:
 
 
 def data_parallel_mesh(
-    mpu: Any = None, *, group: Any = None, shard_size: int | None = None, near_size: int = 1, sp: int = 1
+    mpu: Any = None, *, group: Any = None, shard_size: int | None = None, near_size: int = 1, sp: int = 1, tp: int = 1
 ) -> Mesh:
     """The mesh of all ranks, or of those that `mpu` or a data-parallel `group` tells, in shard groups of `shard_size`
-    (default: all in one) with hpZ groups of `near_size`. `sp`: consecutive ranks that share a sequence, by the configuration.
+    (default: all in one) with hpZ groups of `near_size`. By the configuration, `sp` ranks share a sequence,
+    and `tp` consecutive ones layers.
 
     Collective over all ranks if `mpu` or `group` is given. Raises DeepSpeedConfigError on every rank if what they tell
     does not fit together, or a size does not divide.
     """
     if mpu is None and group is None:
-        return open_mesh(shape_in_shard_groups(world_size(), shard_size, near=near_size, sp=sp))
+        if world_size() % tp:
+            raise DeepSpeedConfigError(
+                f"tensor_parallel.autotp_size = {tp} does not divide the {world_size()} ranks of the job.\n"
+                f"  Choose a divisor of {world_size()}."
+            )
+        return open_mesh(shape_in_shard_groups(world_size() // tp, shard_size, near=near_size, sp=sp, tp=tp))
     groups: dict[str, Any] = {}
     told = read_group(group, groups) if mpu is None else read_mpu(mpu, groups)
     everyone: list[Any] = [told] * world_size()

@@ -249,3 +249,15 @@ def _copy_values(params: Sequence[nn.Parameter], sources: Sequence[Slot | None],
         if bucket is not None:
             bucket.forget_moved()
             bucket.reshard()
+
+
+def make_plain(param: nn.Parameter) -> None:
+    """Take a parameter that `zero.Init` sharded out of its bucket: a plain one again, with all its values. Collective over
+    the ranks that share it; nothing for one that is plain already."""
+    source = param.__dict__.pop("_zero_slot", None)
+    if source is None:
+        return
+    value = torch.empty(source.bucket.shapes[source.index], dtype=source.bucket.dtype, device=source.bucket.full.device)
+    _copy_values([param], [source], [value])
+    param.__class__ = nn.Parameter
+    param.data = value

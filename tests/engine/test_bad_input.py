@@ -64,7 +64,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], str]] = {
         r"warmup_steps[\s\S]*warmup_num_steps",
     ),
     "missing file": ("no/such/ds_config.json", r"no/such/ds_config.json"),  # type: ignore[dict-item]
-    "feature to come": (bad(tensor_parallel={"autotp_size": 2}), r"tensor_parallel.*not available yet"),
+    "feature to come": (bad(tensor_parallel={"kernel_inject": True}), r"tensor_parallel.*not available yet"),
 }
 
 

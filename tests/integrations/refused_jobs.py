@@ -12,14 +12,6 @@ from tests.integrations.model_jobs import own_config, speech_config
 from tests.integrations.trainer_jobs import arguments, make_trainer
 
 
-def tensor_parallel(rank: int, world_size: int) -> str:
-    model = torch.nn.Linear(2, 2)
-    assert deepspeed.tp_model_init(model=model, tp_size=1, dtype=torch.float32, config={}) is model
-    with pytest.raises(NotImplementedError) as caught:
-        deepspeed.tp_model_init(model=model, tp_size=2, dtype=torch.float32, config={})
-    return str(caught.value)
-
-
 def speech(rank: int, world_size: int, folder: str) -> str:
     """`from_pretrained` of a weight-normed model at stage 3."""
     from transformers import Wav2Vec2ForCTC

@@ -13,12 +13,6 @@ from tests.integrations import refused_jobs as jobs
 from tests.integrations.common import ADAMW, ds_config, run_job, save_model
 
 
-def test_tensor_parallelism_says_that_it_is_not_there() -> None:
-    assert "tp_model_init(tp_size=2): automatic tensor parallelism is not available yet" in run_job(
-        jobs.tensor_parallel
-    )
-
-
 def test_a_weight_normed_model_cannot_be_loaded_sharded(tmp_path: Path) -> None:
     assert "is sharded and cannot be used in 'weight_norm'" in run_job(jobs.speech, str(tmp_path))
 

@@ -1,0 +1,12 @@
+"""Tensor parallelism: the layers of a model are cut over ranks, which compute parts of each for the same samples.
+
+cuts.py          which indices of a dimension each rank holds; pure
+rules.py         which layer becomes what: Transformers' styles, presets, patterns, structure; pure
+heads.py         how attention's heads are shared out, also where there are fewer than ranks
+choose.py        which table holds for a model
+collectives.py   what layers send, forward and backward face to face
+layers.py        the layers
+apply.py         cuts a model in place
+inputs.py        whether the ranks get the same data
+requested.py     what `tp_model_init` was told
+"""

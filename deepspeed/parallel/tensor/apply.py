@@ -1,0 +1,389 @@
+"""Cuts a model in place, by the decisions of `choose`: every rank keeps its part of each layer.
+
+Called by the engine before an optimizer is built or looked at. Parameters stay the objects that they are, only their memory
+becomes a part's: what holds them (an optimizer that came first, a second module that is tied) goes on to.
+
+    choose        which layer becomes what
+    agree         a parameter that two modules use is cut as both want it, or by neither
+    cut           values of the first rank to all, the own ranges kept, a mark with them
+    turn          the layer's class, hooks around modules that are no layers, heads counted anew
+
+Invariant: all ranks do the same in the same order; nothing is changed before everything was decided.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.mesh import marks
+from deepspeed.mesh.shape import ROLES
+from deepspeed.parallel.tensor import cuts
+from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
+from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.heads import Heads, heads_of, narrow
+from deepspeed.parallel.tensor.layers import (
+    ColumnLinear,
+    HeadLinear,
+    Part,
+    RowLinear,
+    VocabEmbedding,
+    WidthEmbedding,
+    kind_for,
+    turn,
+)
+from deepspeed.parallel.tensor.rules import Action
+from deepspeed.utils.errors import DeepSpeedConfigError
+
+_DIM = ROLES["tensor"][0]
+PARSED = "ds_autotp_parsed"
+"""The contract's attribute of a model that was cut."""
+
+Ranges = cuts.Ranges
+_COLUMNS = (Action.COLUMN, Action.COLUMN_GATHERED, Action.PACKED_COLUMN)
+_ROWS = (Action.ROW, Action.ROW_SPLIT, Action.PACKED_ROW)
+_KEY_OR_VALUE = frozenset("k_proj v_proj key value k v wk wv k_lin v_lin key_proj value_proj".split())
+_MLP = (
+    "mlp",
+    "gate_proj",
+    "up_proj",
+    "down_proj",
+    "w1",
+    "w2",
+    "w3",
+    "fc1",
+    "fc2",
+    "lm_head",
+    "embed_out",
+    "4h",
+    "expert",
+)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """One parameter's dimension `dim`, of which each rank holds `ranges[rank]`; None: whole, with a gradient to be summed."""
+
+    dim: int
+    ranges: tuple[Ranges, ...] | None
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """Indices per rank."""
+        assert self.ranges is not None, "a whole parameter has no ranges"
+        return tuple(cuts.numel(ranges) for ranges in self.ranges)
+
+
+@dataclass
+class Drawn:
+    """Everything decided, before anything is changed."""
+
+    cuts: dict[nn.Parameter, Cut] = field(default_factory=dict)
+    turns: list[Callable[[], Any]] = field(default_factory=list)
+    wanted_by: dict[nn.Parameter, list[str]] = field(default_factory=dict)
+
+
+def apply(model: nn.Module, ranks: TensorGroup, wishes: Wishes, open_param: Callable[[nn.Parameter], None]) -> Chosen:
+    """Cut `model` over `ranks`. `open_param` makes a parameter a plain one with all its values. Collective over `ranks`.
+
+    Raises DeepSpeedConfigError, on every rank and before anything is changed, for rules that name what is not there and for
+    layers that cannot be cut.
+    """
+    chosen = choose(model, wishes)
+    plan = _Plan(model, ranks, wishes, chosen.decisions)
+    drawn = plan.draw()
+    for param in dict.fromkeys(model.parameters()):
+        if (cut := drawn.cuts.get(param)) is not None:
+            open_param(param)
+            _cut(param, cut, ranks)
+        else:
+            open_param(param)
+            _share(param.data, ranks)
+    for buffer in dict.fromkeys(model.buffers()):
+        _share(buffer, ranks)
+    for do in drawn.turns:
+        do()
+    model.__dict__[PARSED] = True
+    return chosen
+
+
+def _share(values: Tensor, ranks: TensorGroup) -> None:
+    if not values.is_meta and values.numel() and not values.is_nested and values.layout is torch.strided:
+        held = values.contiguous()
+        ranks.broadcast_(held)
+        if held.data_ptr() != values.data_ptr():
+            values.copy_(held)
+
+
+def _cut(param: nn.Parameter, cut: Cut, ranks: TensorGroup) -> None:
+    _share(param.data, ranks)
+    if cut.ranges is None:
+        param.register_hook(partial(_summed, ranks))
+        return
+    own, whole = cut.ranges[ranks.rank], param.shape[cut.dim]
+    kept = [param.data.narrow(cut.dim, start, stop - start) for start, stop in own]
+    param.data = torch.cat(kept, dim=cut.dim).clone() if kept else param.data.narrow(cut.dim, 0, 0).clone()
+    param.grad = None
+    marks.mark(param, marks.Mark(cuts=(marks.Cut(_DIM, cut.dim, own, whole),)))
+    param.tensor_model_parallel = True  # type: ignore[attr-defined]
+    param.ds_is_replaced_module = True  # type: ignore[attr-defined]
+
+
+def _summed(ranks: TensorGroup, grad: Tensor) -> Tensor:
+    return ranks.sum_(grad.clone(memory_format=torch.contiguous_format))
+
+
+class _Plan:
+    """Turns decisions about names into cuts of parameters."""
+
+    def __init__(self, model: nn.Module, ranks: TensorGroup, wishes: Wishes, decisions: dict[str, Decision]) -> None:
+        self.model, self.ranks, self.wishes, self.decisions = model, ranks, wishes, decisions
+        self.modules = dict(model.named_modules(remove_duplicate=False))
+        self.params = dict(model.named_parameters(remove_duplicate=False))
+        self.config: Any = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+        self.drawn = Drawn()
+        self.heads: dict[str, Heads] = {}
+
+    def draw(self) -> Drawn:
+        """All of it."""
+        whole = self._tied_apart()
+        for name, decision in self._expanded():
+            if name in whole:
+                continue
+            if name in self.params and name not in self.modules:
+                self._param(name, decision)
+            elif isinstance(module := self.modules[name], nn.Embedding) or decision.action in (
+                Action.VOCAB,
+                Action.WIDTH,
+            ):
+                self._embedding(name, module, decision)
+            elif decision.action in (*_COLUMNS, *_ROWS):
+                self._linear(name, module, decision)
+            else:
+                self._surround(name, module, decision)
+        for name, heads in self.heads.items():
+            self.drawn.turns.append(partial(narrow, self.modules[name], heads, self.ranks.rank))
+        return self.drawn
+
+    def _expanded(self) -> Iterator[tuple[str, Decision]]:
+        """With adapters around a layer: what is inside is cut, and the adapter's side that meets the cut."""
+        for name, decision in self.decisions.items():
+            module = self.modules.get(name)
+            if module is None or not hasattr(module, "base_layer"):
+                yield name, decision
+                continue
+            yield f"{name}.base_layer", decision
+            side = "lora_B" if decision.action in _COLUMNS else "lora_A"
+            for adapter, _ in getattr(module, side, nn.ModuleDict()).named_children():
+                yield f"{name}.{side}.{adapter}", decision
+
+    def _tied_apart(self) -> set[str]:
+        """Modules whose parameter another module uses that is not cut in the same way: all of those stay whole."""
+        users: dict[nn.Parameter, list[str]] = {}
+        for name, param in self.params.items():
+            users.setdefault(param, []).append(name.rpartition(".")[0])
+        same = {Action.VOCAB: 0, Action.COLUMN_GATHERED: 0, Action.COLUMN: 0, Action.WIDTH: 1}
+        apart: set[str] = set()
+        for owners in users.values():
+            kinds = {
+                same.get(self.decisions[owner].action, owner) if owner in self.decisions else None for owner in owners
+            }
+            if len(owners) > 1 and len(kinds) > 1:
+                apart |= {owner for owner in owners if owner in self.decisions}
+        return apart
+
+    # One layer. ------------------------------------------------------------------------------------------------------
+
+    def _linear(self, name: str, module: Any, decision: Decision) -> None:
+        is_column = decision.action in _COLUMNS
+        kind = kind_for(module, ColumnLinear if is_column else RowLinear)
+        if kind is None:
+            raise DeepSpeedConfigError(
+                f"{name} is a {type(module).__name__}, which tensor parallelism cannot cut as {decision.action.value}: only "
+                "nn.Linear and what only surrounds its forward.\n"
+                "  Give tensor_parallel.partition_config, with partition_type skip for it."
+            )
+        weight = module.weight
+        around = self._attention(name) if decision.action in (*_COLUMNS, *_ROWS) else None
+        heads = around[1] if around is not None else None
+        size = int(_shape(weight)[0 if is_column else 1])
+        if heads is not None and decision.action is Action.COLUMN and heads.copies_kv and _is_kv(name):
+            self._copied_head(module, heads)
+        else:
+            blocks = heads.num_blocks if heads is not None and decision.action in (Action.COLUMN, Action.ROW) else 1
+            cut = self._cut(size, 0 if is_column else 1, decision.parts, blocks, name)
+            self._want(weight, cut, name)
+            if module.bias is not None and is_column:
+                self._want(module.bias, Cut(0, cut.ranges), name)
+            part = Part(
+                ranks=self.ranks,
+                lengths=cut.lengths,
+                gathers=decision.action is Action.COLUMN_GATHERED,
+                splits=decision.action is Action.ROW_SPLIT,
+                overlaps=self.wishes.overlaps,
+            )
+            self.drawn.turns.append(partial(turn, module, kind, part))
+        if around is not None and decision.action is Action.COLUMN:
+            self.heads[around[0]] = around[1]
+
+    def _copied_head(self, module: Any, heads: Heads) -> None:
+        """k or v where there are fewer heads of them than ranks."""
+        part = Part(ranks=self.ranks, lengths=(), heads=heads.kv_for(self.ranks.rank), num_heads=heads.num_kv)
+        for param in (module.weight, module.bias):
+            if param is not None:
+                self.drawn.cuts[param] = Cut(0, None)
+        self.drawn.turns.append(partial(turn, module, kind_for(module, HeadLinear) or HeadLinear, part))
+
+    def _attention(self, name: str) -> tuple[str, Heads] | None:
+        """The attention module around a layer, and how its heads are shared out."""
+        if any(word in name.rpartition(".")[2] or f".{word}." in f".{name}." for word in _MLP):
+            return None
+        parts = name.split(".")
+        for length in range(len(parts) - 1, max(len(parts) - 4, 0), -1):
+            around = ".".join(parts[:length])
+            module = self.modules[around]
+            if "attention" in type(module).__name__.lower() or "attn" in parts[length - 1].lower():
+                heads = heads_of(module, getattr(module, "config", self.config), self.ranks.size, around)
+                return (around, heads) if heads is not None else None
+        return None
+
+    def _cut(self, size: int, dim: int, parts: int | tuple[int, ...], blocks: int, name: str) -> Cut:
+        sizes = (size // parts,) * parts if isinstance(parts, int) else _filled(parts, size)
+        if sum(sizes) != size:
+            raise DeepSpeedConfigError(f"{name} has {size} indices, which are not the parts {parts} of its rule.")
+        of_ranks = []
+        for rank in range(self.ranks.size):
+            start, ranges = 0, []
+            for part in sizes:
+                low, high = (
+                    cuts.blocks(part, blocks, self.ranks.size, rank)
+                    if blocks > 1 and part % blocks == 0
+                    else cuts.even(part, self.ranks.size, rank, self.wishes.grain)
+                )
+                ranges.append((start + low, start + high))
+                start += part
+            of_ranks.append(cuts.packed(ranges))
+        if size < self.ranks.size:
+            raise DeepSpeedConfigError(
+                f"{name} has {size} indices to cut, fewer than tensor_parallel.autotp_size = {self.ranks.size} ranks."
+            )
+        return Cut(dim, tuple(of_ranks))
+
+    def _want(self, param: nn.Parameter, cut: Cut, name: str) -> None:
+        before = self.drawn.cuts.setdefault(param, cut)
+        if before != cut:
+            raise DeepSpeedConfigError(
+                f"{name} and another module share a parameter, and would cut it in different ways.\n"
+                "  Give tensor_parallel.partition_config, with partition_type skip for both."
+            )
+
+    # What is no linear layer. ----------------------------------------------------------------------------------------
+
+    def _param(self, name: str, decision: Decision) -> None:
+        """A bare parameter: experts' weights, attention sinks. After Transformers: columns are the last dim but one."""
+        param = self.params[name]
+        shape, action = _shape(param), decision.action
+        if action in (Action.WHOLE, Action.SUM_GRADIENT):
+            if action is Action.SUM_GRADIENT:
+                self.drawn.cuts[param] = Cut(0, None)
+            return
+        last = len(shape) - 1
+        dim = last if action in _ROWS else max(last - 1, 0)
+        around = self._attention(name)
+        blocks = around[1].num_blocks if around is not None and dim == 0 else 1
+        self._want(param, self._cut(int(shape[dim]), dim, decision.parts, blocks, name), name)
+
+    def _embedding(self, name: str, module: Any, decision: Decision) -> None:
+        action = decision.action
+        if action is Action.WHOLE:
+            return
+        over_vocab = action in (Action.VOCAB, Action.ROW)
+        kind = (
+            kind_for(module, VocabEmbedding if over_vocab else WidthEmbedding)
+            if isinstance(module, nn.Embedding)
+            else None
+        )
+        if kind is None or getattr(module, "max_norm", None) is not None:
+            what = "has max_norm, which needs whole vectors" if kind is not None else "is no plain nn.Embedding"
+            raise DeepSpeedConfigError(
+                f"{name} ({type(module).__name__}) cannot be cut over tensor-parallel ranks: it {what}."
+            )
+        dim = 0 if over_vocab else 1
+        cut = self._cut(int(_shape(module.weight)[dim]), dim, 1, 1, name)
+        self._want(module.weight, cut, name)
+        self.drawn.turns.append(partial(turn, module, kind, Part(ranks=self.ranks, lengths=cut.lengths)))
+
+    def _surround(self, name: str, module: Any, decision: Decision) -> None:
+        ranks, turns = self.ranks, self.drawn.turns
+        if decision.action is Action.SUM_GRADIENT:
+            for param in module.parameters(recurse=False):
+                self.drawn.cuts[param] = Cut(0, None)
+        elif decision.action is Action.SUM_OUTPUT:
+            turns.append(partial(module.register_forward_hook, partial(_sum_output, ranks)))
+        elif decision.action is Action.EXPERTS:
+            turns.append(partial(_with_kwargs, module, partial(_enter_experts, ranks)))
+            turns.append(partial(module.register_forward_hook, partial(_sum_output, ranks)))
+        elif decision.action is Action.IDENTITY_EXPERT:
+            turns.append(partial(module.register_forward_pre_hook, partial(_divide_input, ranks)))
+        elif decision.action is Action.ROPE_TAIL:
+            config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
+            rope = getattr(config, "qk_rope_head_dim", None)
+            if not isinstance(rope, int):
+                raise DeepSpeedConfigError(
+                    f"{name}: the style mla_kv_a_proj needs qk_rope_head_dim in the model's config."
+                )
+            turns.append(partial(module.register_forward_hook, partial(_enter_tail, ranks, rope)))
+
+
+def _with_kwargs(module: nn.Module, hook: Any) -> None:
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _shape(param: Tensor) -> torch.Size:
+    """The whole shape, also of a parameter that ZeRO has sharded already."""
+    shape = getattr(param, "ds_shape", None)
+    return torch.Size(shape) if shape is not None else param.shape
+
+
+def _filled(parts: tuple[int, ...], size: int) -> tuple[int, ...]:
+    rest = size - sum(part for part in parts if part > 0)
+    return tuple(part if part > 0 else rest for part in parts)
+
+
+def _is_kv(name: str) -> bool:
+    parts = name.split(".")
+    return any(part in _KEY_OR_VALUE for part in parts[-3:])
+
+
+# Hooks around modules that are no layers. ----------------------------------------------------------------------------
+
+
+def _sum_output(ranks: TensorGroup, module: nn.Module, args: Any, output: Any) -> Any:
+    if output is None:
+        return None
+    if isinstance(output, tuple):
+        return (ranks.leave(output[0]), *output[1:])
+    return ranks.leave(output)
+
+
+def _enter_experts(ranks: TensorGroup, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """Hidden states, and the weights by which experts' outputs are summed, get gradients from every rank."""
+
+    def entered(value: Any) -> Any:
+        return ranks.enter(value) if isinstance(value, Tensor) and value.is_floating_point() else value
+
+    return tuple(entered(value) for value in args), {key: entered(value) for key, value in kwargs.items()}
+
+
+def _divide_input(ranks: TensorGroup, module: nn.Module, args: Any) -> Any:
+    return (args[0] / ranks.size, *args[1:])
+
+
+def _enter_tail(ranks: TensorGroup, rope: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
+    head, tail = output.split([output.shape[-1] - rope, rope], dim=-1)
+    return torch.cat([head, ranks.enter(tail)], dim=-1)

@@ -1,0 +1,160 @@
+"""Which table of rules holds for a model, and what it says: names of modules and parameters to decisions.
+
+Called by `apply`. Reads the model's tree, its configuration and its `tp_plan`; changes nothing. The first that is given holds:
+`partition_config` (with the preset's behind), `preset_model`, the model's own plan, its structure.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from deepspeed.parallel.tensor import rules
+from deepspeed.parallel.tensor.rules import Action, Spec
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wishes:
+    """What the configuration says about a model's layers."""
+
+    specs: tuple[Spec, ...] = ()
+    use_default_specs: bool = True
+    preset: str | None = None
+    overlaps: bool = False
+    grain: int = 1
+    cuts_head: bool | None = None
+    """Keep logits cut over the vocabulary, and compute the loss from them."""
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What becomes of one module or parameter. `parts`: sizes of a fused weight's parts, "equal" ones where it is an int."""
+
+    action: Action
+    parts: int | tuple[int, ...] = 1
+    dim: int | None = None
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """The decisions, and where they are from."""
+
+    source: str
+    decisions: dict[str, Decision]
+
+
+def choose(model: nn.Module, wishes: Wishes) -> Chosen:
+    """Decide. Raises DeepSpeedConfigError where rules name what is not there, or nothing is found to cut."""
+    if wishes.specs or wishes.preset:
+        chosen = _by_specs(model, wishes)
+    else:
+        planned = _planned(model)
+        chosen = _by_plan(*planned) if planned is not None else _by_structure(model)
+    cutting = [d for d in chosen.decisions.values() if d.action not in (Action.WHOLE, Action.SUM_GRADIENT)]
+    if not cutting:
+        raise DeepSpeedConfigError(
+            f"tensor parallelism finds nothing to cut in {type(model).__name__} by its {chosen.source}.\n"
+            "  Give tensor_parallel.partition_config with patterns for its layers, or leave tensor_parallel out."
+        )
+    return chosen
+
+
+# Specs. --------------------------------------------------------------------------------------------------------------
+
+
+def _by_specs(model: nn.Module, wishes: Wishes) -> Chosen:
+    defaults = rules.PRESETS[wishes.preset] if wishes.preset and wishes.use_default_specs else ()
+    if wishes.preset and not wishes.specs:
+        defaults = rules.PRESETS[wishes.preset]
+    for spec in wishes.specs:
+        rules.check_shape(spec)
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    own = rules.by_specs(wishes.specs, layers, model_type)
+    for spec in wishes.specs:
+        if spec not in own.values() and (spec.model_types is None or model_type in spec.model_types):
+            raise DeepSpeedConfigError(
+                f"tensor_parallel.partition_config: no layer of {type(model).__name__} matches {list(spec.patterns)}.\n"
+                "  Patterns are matched from the start of '<full name>.weight'; the first layers are "
+                f"{', '.join(list(layers)[:3])}."
+            )
+    found = {**rules.by_specs(defaults, layers, model_type), **own}
+    decisions = {name: _decision(layers[name], spec) for name, spec in found.items()}
+    return Chosen("partition_config" if wishes.specs else f"preset {wishes.preset!r}", decisions)
+
+
+def _decision(layer: nn.Module, spec: Spec) -> Decision:
+    if isinstance(layer, nn.Embedding):
+        return Decision(spec.action if spec.action is Action.WHOLE else Action.WIDTH)
+    if spec.shape is None:
+        return Decision(spec.action)
+    dim = (spec.dim or 0) % len(spec.shape)
+    size = spec.shape[dim]
+    return Decision(spec.action, tuple(size) if isinstance(size, (tuple, list)) else int(size))
+
+
+# Transformers' plan. -------------------------------------------------------------------------------------------------
+
+
+def _planned(model: nn.Module) -> tuple[str, nn.Module, dict[str, str]] | None:
+    """The outermost module that has a plan, with its name."""
+    for name, module in model.named_modules():
+        plan = inspect.getattr_static(module, "_tp_plan", None)  # adapters' wrappers hand on what is not theirs
+        if isinstance(plan, dict) and plan:
+            return name, module, dict(plan)
+    return None
+
+
+def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> Chosen:
+    bare = dict(_without_wrappers(model))
+    actions = rules.by_plan(plan, bare)
+    missing = rules.unmet(plan, bare)
+    if missing:
+        warn_once(f"the tp_plan of {type(model).__name__} names layers that it does not have: {', '.join(missing)}.")
+    decisions = {}
+    for name, action in actions.items():
+        full = ".".join(part for part in (prefix, bare[name]) if part)
+        decisions[full] = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
+    return Chosen("tp_plan", decisions)
+
+
+def _without_wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
+    """(name in the plan's terms, name) of modules and parameters."""
+    for name, _ in model.named_modules():
+        if name:
+            yield name, name
+    for name, _ in model.named_parameters(remove_duplicate=False):
+        yield name, name
+
+
+# Structure. ----------------------------------------------------------------------------------------------------------
+
+
+def _by_structure(model: nn.Module) -> Chosen:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    linears: list[tuple[str, str | None]] = []
+    for list_name, blocks in model.named_modules():
+        if isinstance(blocks, nn.ModuleList) and not _is_inside(list_name, linears):
+            for index, block in blocks.named_children():
+                names = [(f"{list_name}.{index}.{name}", m) for name, m in block.named_modules() if name]
+                leaves = [(name, m) for name, m in names if not list(m.children())]
+                for (name, module), after in zip(leaves, [*leaves[1:], None], strict=False):
+                    if isinstance(module, nn.Linear):
+                        linears.append((name, _kind_name(after)))
+    actions = rules.by_structure(linears, model_type)
+    return Chosen("structure", {name: Decision(action) for name, action in actions.items()})
+
+
+def _kind_name(leaf: Any) -> str | None:
+    return None if leaf is None else type(leaf[1]).__name__
+
+
+def _is_inside(name: str, linears: list[tuple[str, str | None]]) -> bool:
+    """Whether a list lies inside of blocks that were read already."""
+    return any(found.startswith(f"{name}.") for found, _ in linears)

@@ -1,0 +1,168 @@
+"""Runs on ranks that share layers, for the tests; each compares with plain PyTorch in its own process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import deepspeed
+from deepspeed.mesh import marks
+from tests.parallel.tensor.models import batch, share, small
+
+
+def config(tp: int, stage: int = 0, **more: Any) -> dict[str, Any]:
+    """A configuration for fp32 training."""
+    return {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "tensor_parallel": {"autotp_size": tp},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        **more,
+    }
+
+
+def part(whole: Tensor, param: nn.Parameter) -> Tensor:
+    """What a rank should hold of a whole tensor, by the parameter's mark."""
+    for cut in marks.of(param).cuts:
+        whole = torch.cat([whole.narrow(cut.dim, a, b - a) for a, b in cut.ranges], dim=cut.dim)
+    return whole
+
+
+def plain_step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, dict[str, Tensor], float]:
+    """Loss, gradients and their norm in one process."""
+    loss = model(**inputs).loss
+    loss.backward()
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads.values()]))
+    return float(loss.detach()), grads, float(norm)
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    """The largest difference, relative to the largest value."""
+    assert got.shape == want.shape, f"{tuple(got.shape)}, expected {tuple(want.shape)}"
+    return float((got.float() - want).abs().max() / want.abs().max().clamp(min=1e-12)) if want.numel() else 0.0
+
+
+def compare(
+    rank: int, world_size: int, family: str, tp: int, stage: int, changes: dict[str, Any], steps: int = 1
+) -> dict[str, float]:
+    """Loss, gradients, norm against one process; the largest errors."""
+    dp = world_size // tp
+    oracle, inputs = small(family, **changes), batch(2 * dp)
+    loss, grads, norm = plain_step(oracle, inputs)
+    model = small(family, **changes)
+    engine, *_ = deepspeed.initialize(model=model, config=config(tp, stage))
+    own = engine(**share(inputs, rank // tp, dp)).loss
+    mean = own.detach().clone()
+    torch.distributed.all_reduce(mean)
+    engine.backward(own)
+    found = {"loss": abs(float(mean) / world_size - loss) / abs(loss), "cut": 0.0, "grad": 0.0}
+    for name, param in engine.module.named_parameters():
+        got = deepspeed.utils.safe_get_full_grad(param)
+        if name in grads:
+            found["grad"] = max(found["grad"], error(got, part(grads[name], param)))
+        found["cut"] += bool(marks.of(param).cuts)
+    engine.step()
+    found["norm"] = abs(engine.get_global_grad_norm() - norm) / norm
+    engine.destroy()
+    return found
+
+
+def train(rank: int, world_size: int, family: str, tp: int, stage: int, more: dict[str, Any], steps: int = 3) -> Any:
+    """Losses and this rank's weights after some steps."""
+    dp = world_size // tp
+    engine, *_ = deepspeed.initialize(model=small(family), config=config(tp, stage, **more))
+    losses = []
+    for step in range(steps):
+        loss = engine(**share(batch(2 * dp, seed=step), rank // tp, dp)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    weights = {n: deepspeed.utils.safe_get_full_fp32_param(p).clone() for n, p in engine.module.named_parameters()}
+    engine.destroy()
+    return losses, weights
+
+
+def read_different_data(rank: int, world_size: int) -> None:
+    engine, *_ = deepspeed.initialize(model=small("llama"), config=config(2))
+    with pytest.raises(AssertionError, match="^Data inconsistency within the TP group. Please check the Dataloader"):
+        engine(**batch(2, seed=rank))
+    engine.destroy()
+
+
+def optimizer_first(rank: int, world_size: int) -> None:
+    model = small("llama")
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    told = {key: value for key, value in config(2).items() if key != "optimizer"}
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=told
+    )
+    losses = []
+    for _ in range(3):
+        loss = engine(**batch(2)).loss
+        engine.backward(loss)
+        engine.step()
+        losses.append(float(loss.detach()))
+    engine.destroy()
+    plain = small("llama")
+    stepped = torch.optim.AdamW(plain.parameters(), lr=1e-2)
+    for loss in losses:
+        expected = plain(**batch(2)).loss
+        expected.backward()
+        stepped.step()
+        stepped.zero_grad()
+        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+
+
+def compare_under_init(rank: int, world_size: int) -> dict[str, float]:
+    loss, _, norm = plain_step(small("llama"), batch(2))
+    with deepspeed.zero.Init(config_dict_or_path=config(2, 3)):
+        model = small("llama")
+    engine, *_ = deepspeed.initialize(model=model, config=config(2, 3))
+    own = engine(**batch(2)).loss
+    engine.backward(own)
+    engine.step()
+    found = {"loss": abs(float(own.detach()) - loss) / loss, "norm": abs(engine.get_global_grad_norm() - norm) / norm}
+    engine.destroy()
+    return {**found, "cut": 1.0, "grad": 0.0}
+
+
+def compare_adapters(rank: int, world_size: int) -> None:
+    import peft
+
+    def adapted() -> nn.Module:
+        torch.manual_seed(0)
+        asked = peft.LoraConfig(
+            r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.0
+        )
+        return peft.get_peft_model(small("llama"), asked)
+
+    loss, grads, norm = plain_step(adapted(), batch(2))
+    engine, *_ = deepspeed.initialize(model=adapted(), config=config(2, 2))
+    own = engine(**batch(2)).loss
+    engine.backward(own)
+    for name, param in engine.module.named_parameters():
+        if name in grads:
+            assert error(deepspeed.utils.safe_get_full_grad(param), part(grads[name], param)) < 1e-5, name
+    engine.step()
+    assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
+    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
+    engine.destroy()
+
+
+def compare_checkpointed(rank: int, world_size: int) -> None:
+    loss, _, norm = plain_step(small("llama"), batch(2))
+    model = small("llama")
+    model.gradient_checkpointing_enable()
+    model.train()
+    engine, *_ = deepspeed.initialize(model=model, config=config(2, 3))
+    own = engine(**batch(2)).loss
+    engine.backward(own)
+    engine.step()
+    assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
+    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
+    engine.destroy()

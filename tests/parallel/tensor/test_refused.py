@@ -1,0 +1,69 @@
+"""What tensor parallelism refuses, in these words, on every rank."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.parallel.tensor import requested
+from deepspeed.utils.errors import DeepSpeedConfigError
+from tests.harness import run_ranks
+from tests.parallel.tensor.models import small
+from tests.parallel.tensor.runs import config
+
+pytest.importorskip("transformers")
+
+TP = "tensor_parallel"
+BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
+    ({"autotp_size": 3}, {}, "autotp_size = 3 does not divide the 2 ranks"),
+    (
+        {"autotp_size": 2},
+        {"num_attention_heads": 1, "num_key_value_heads": 1},
+        "has 1 attention heads, which cannot be split",
+    ),
+    (
+        {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [".*nowhere.*"]}]}},
+        {},
+        "no layer of LlamaForCausalLM matches",
+    ),
+    ({"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": ["("]}]}}, {}, "is no regular expression"),
+    (
+        {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [".*"], "shape": [[[1]], 2]}]}},
+        {},
+        "supports only 1-level nesting",
+    ),
+]
+
+
+def refuse(rank: int, world_size: int, section: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    with pytest.raises(DeepSpeedConfigError) as caught:
+        deepspeed.initialize(model=small("llama", **changes), config={**config(2), TP: section})
+    assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(("section", "changes", "words"), BAD, ids=[words for *_, words in BAD])
+def test_bad_input_is_one_error_on_every_rank(section: dict[str, Any], changes: dict[str, Any], words: str) -> None:
+    run_ranks(2, refuse, section, changes, words)
+
+
+def refuse_style(rank: int, world_size: int) -> None:
+    model = small("llama")
+    model._tp_plan = {"model.layers.*.self_attn.q_proj": "diagonal"}  # type: ignore[assignment]
+    with pytest.raises(DeepSpeedConfigError, match="'diagonal', a style nobody knows"):
+        deepspeed.initialize(model=model, config=config(2))
+
+
+def test_a_style_nobody_knows_is_named() -> None:
+    run_ranks(2, refuse_style)
+
+
+def test_calls_of_tp_model_init_that_contradict_are_refused() -> None:
+    model = torch.nn.Linear(2, 2)
+    assert deepspeed.tp_model_init(model, tp_size=2, dtype=torch.bfloat16) is model
+    with pytest.raises(ValueError, match="Conflicting tp_model_init arguments"):
+        deepspeed.tp_model_init(model, tp_size=4, dtype=torch.bfloat16)
+    assert requested.take() == requested.Request(2, torch.bfloat16, None)
+    assert requested.take() is None
