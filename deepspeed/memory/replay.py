@@ -50,6 +50,7 @@ from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import ModelPlan
 from deepspeed.zero.policy import Tier, ZeroPolicy
 from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_KEPT, MAX_STORING
+from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
@@ -216,15 +217,13 @@ class Reductions:
         policy = settings.policy
         self._delivers_shard = policy.optimizer.is_sharded
         self._itemsize = policy.gradients.dtype.itemsize
-        self.order = sizes.trained
+        self._rounds: Rounds[SizedBucket] = Rounds()
+        self._rounds.add(sizes.trained)
         self._bucket_of = {
             position_of[param]: bucket for bucket in sizes.trained for param in bucket.params if param in position_of
         }
         self._missing = {bucket: len(bucket.params) for bucket in self.order}
         self._arrived: Counter[SizedBucket] = Counter()
-        self._ready: set[SizedBucket] = set()
-        self._completed: list[SizedBucket] = []
-        self._next = 0
         self._in_flight: deque[Callable[[], None]] = deque()
         self._flats = Pool(ledger, BUCKETS, MAX_KEPT)
         self._scratch = Pool(ledger, COMMUNICATION, NUM_KEPT)
@@ -245,6 +244,11 @@ class Reductions:
                 ledger.add(GRADIENTS, self.result_nbytes(bucket))
         if settings.sends_directly and settings.shard_size > 1:
             ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
+
+    @property
+    def order(self) -> list[SizedBucket]:
+        """Trained buckets as they are launched."""
+        return self._rounds.order
 
     def _on_tier(self, bucket: SizedBucket) -> bool:
         """Whether reduced gradients rest apart from the device, with the optimizer's state."""
@@ -279,10 +283,9 @@ class Reductions:
         if not (self._is_sharded(bucket) or self.reduces_now):
             self._lay_down(bucket)
             return
-        self._completed.append(bucket)
-        self._ready.add(bucket)
-        while self._next < len(self.order) and self.order[self._next] in self._ready:
-            self._launch(self.order[self._next])
+        self._rounds.fill(bucket)
+        for due in self._rounds.due():
+            self._launch(due)
 
     def _lay_down(self, bucket: SizedBucket) -> None:
         if self._is_sharded(bucket):
@@ -291,7 +294,6 @@ class Reductions:
         self._missing[bucket] = len(bucket.params)
 
     def _launch(self, bucket: SizedBucket) -> None:
-        self._next += 1
         if self._missing[bucket] < len(bucket.params) or self._is_sharded(bucket):
             self._lay_down(bucket)
         self._settle(self._max_in_flight - 1)
@@ -347,20 +349,17 @@ class Reductions:
                 if self._missing[bucket] < len(bucket.params):
                     self._lay_down(bucket)
             return
-        if self._next or self._ready or any(self._missing[b] < len(b.params) for b in self.order):
-            while self._next < len(self.order):
-                self._launch(self.order[self._next])
-        self._next = 0
-        self._ready.clear()
+        if self._rounds.has_begun or any(self._missing[b] < len(b.params) for b in self.order):
+            for bucket in self._rounds.rest():
+                self._launch(bucket)
+        self._rounds.end()
 
     def finish(self) -> None:
         """Deliver everything; the next round is in the order in which buckets filled."""
         self.flush()
         self._settle()
         self._end_stores()
-        seen = list(dict.fromkeys(self._completed))
-        self.order = seen + [bucket for bucket in self.order if bucket not in seen]
-        self._completed.clear()
+        self._rounds.set_order(self._rounds.completion_order())
 
 
 class Replay:

@@ -16,6 +16,8 @@
     tiled      linear layers in tiles              modes      out of the caller's modes
     facts      what a script may change            takeover   acts on what it did change
     join       parameters that begin to train later           saved    weights that autograd saved
+    runs       what the wrapped optimizer steps    update     steps it
+    blame      gradients that are not finite       rounds     in which order buckets leave (pure)
     placing    which bytes rest on which tier      offload    from the configuration to that
     stream     the step of what rests on a tier    shards     what lies where, for checkpoints
     away       states put away between steps       parameter_offload   hooks, as libraries handle them

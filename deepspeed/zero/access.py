@@ -183,13 +183,13 @@ class _Place:
     def reader(self, kind: str) -> Callable[[int, int], Tensor]:
         """Reads "master" or a state of the optimizer. The KeyError of a state that does not exist is raised when read; that
         they are put away is told at once, to ranks that hold nothing of the parameter too."""
-        self.optimizer.require_here()
-        return functools.partial(self.optimizer.read_state, self.position, kind)
+        self.optimizer.runs.require_here()
+        return functools.partial(self.optimizer.runs.read_state, self.position, kind)
 
     def require_state(self, kind: str) -> None:
         """Raise KeyError on every rank if a rank lacks its part of a state. Collective where O is sharded."""
-        self.optimizer.require_here()
-        has_all = all(self.optimizer.has_state(self.position, kind, piece.in_shard) for piece in self.pieces)
+        self.optimizer.runs.require_here()
+        has_all = all(self.optimizer.runs.has_state(self.position, kind, piece.in_shard) for piece in self.pieces)
         everyone = (
             self.optimizer.mesh.agree(self.master.bucket.over, int(has_all))
             if self.master.is_sharded
@@ -198,7 +198,7 @@ class _Place:
         if not all(has for (has,) in everyone):
             name = self.master.bucket.names[self.index]
             raise KeyError(
-                f"{name} has no optimizer state {kind!r} (it has {self.optimizer.state_kinds(self.position) or 'none'}): "
+                f"{name} has no optimizer state {kind!r} (it has {self.optimizer.runs.state_kinds(self.position) or 'none'}): "
                 "states appear with a parameter's first step."
             )
 
@@ -206,7 +206,7 @@ class _Place:
         """Write this rank's pieces of a full value into the masters or a state."""
         self._require_here(kind)
         for piece, part in self.cut(value):
-            self.optimizer.write_state(self.position, kind, piece.in_shard, part)
+            self.optimizer.runs.write_state(self.position, kind, piece.in_shard, part)
 
     def publish(self, value: Tensor) -> None:
         """Write this rank's part of a full value, the same on every rank, into the parameter; all of it where it is whole."""
@@ -221,7 +221,7 @@ class _Place:
     def _require_here(self, kind: str) -> None:
         """Raise TrainingStateError, before anything is written and on every rank alike, for what is put away: a master is
         written with its parameter."""
-        self.optimizer.require_here()
+        self.optimizer.runs.require_here()
         bucket = self.master.bucket
         if kind == "master" and bucket.is_away:
             raise TrainingStateError(
@@ -247,7 +247,7 @@ class _Place:
         """Write this rank's piece."""
         self._require_here(kind)
         for piece in self.pieces:
-            self.optimizer.write_state(self.position, kind, piece.in_shard, value.reshape(-1))
+            self.optimizer.runs.write_state(self.position, kind, piece.in_shard, value.reshape(-1))
 
     def gradients(self) -> Tensor:
         """This rank's reduced gradients [S]; delivers them first. Collective."""

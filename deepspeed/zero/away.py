@@ -84,7 +84,7 @@ class PutAway:
             for bucket in self._buckets:
                 bucket.set_away(True)
         if kinds & {OffloadStateTypeEnum.optim_states, OffloadStateTypeEnum.hp_params}:
-            self._optimizer.is_away = True
+            self._optimizer.runs.is_away = True
 
     def bring_back(self, non_blocking: bool = False) -> None:
         """Have everything at its place again."""
@@ -94,7 +94,7 @@ class PutAway:
             storage.copy_(copy.untyped_storage(), non_blocking)
         for bucket in self._buckets:
             bucket.set_away(False)
-        self._optimizer.is_away = False
+        self._optimizer.runs.is_away = False
 
     def _put(self, tensor: Tensor, pin_memory: bool, non_blocking: bool) -> None:
         storage = tensor.untyped_storage()

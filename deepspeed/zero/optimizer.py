@@ -14,34 +14,31 @@ After ZeRO (arXiv:1910.02054), section 5, and Mixed Precision Training (arXiv:17
 
 from __future__ import annotations
 
-import functools
 import math
 import zlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import AveragesItself, FusedRun, Needs, StepsFused, needs_of
+from deepspeed.optim.traits import AveragesItself
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.tiers import Tier
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
-from deepspeed.utils.logging import logger, warn_once
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
+from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.local_norm import LocalNorm
-from deepspeed.zero.master import Master, read
+from deepspeed.zero.master import Master
 from deepspeed.zero.norm import GradientNorm, Measured
 from deepspeed.zero.own_reduction import ZeroReduction, check_placements
-from deepspeed.zero.param import slot_of
 from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
-from deepspeed.zero.sharding import RunSharding
-from deepspeed.zero.stream import Segment, TileStream
+from deepspeed.zero.runs import Runs
+from deepspeed.zero.update import Update
 
 if TYPE_CHECKING:
     from deepspeed.zero.takeover import Takeover
@@ -51,25 +48,6 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer the engine returns; `.optimizer` is the wrapped torch optimizer."""
 
     optimizer: torch.optim.Optimizer
-
-
-class Members(list[Tensor]):
-    """The runs of one parameter group, which also answers for the model's parameters that lie in them."""
-
-    def __init__(self, runs: Iterable[Tensor], owner: ZeroOptimizer, group: int) -> None:
-        super().__init__(runs)
-        self._owner, self._group = owner, group
-
-    def __contains__(self, tensor: object) -> bool:
-        if any(run is tensor for run in self):
-            return True
-        slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
-        trained = slot is not None and any(master.bucket is slot.bucket for master in self._owner.masters)
-        return trained and slot.bucket.layout.groups[slot.index] == self._group  # type: ignore[union-attr]
-
-    def __reduce__(self) -> Any:
-        """A copy is a plain list."""
-        return list, (list(self),)
 
 
 class ZeroOptimizer(DeepSpeedOptimizer):
@@ -117,16 +95,19 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """What the last step's gradients were larger by, and what it multiplied them by where it changed them in place."""
         self._unused: list[tuple[int, int]] = []
         self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
-        self._sub_group_numel = sub_group_numel
-        self._own_group = (
-            mesh.group("shard", "control" if self._device.type == "cpu" else "norm") if self._is_sharded else None
-        )
         self._norm = GradientNorm(reducer.gradients, self.masters, mesh, self._device, is_sharded=self._is_sharded)
-        self.is_away = False
-        """Whether `engine.offload_states` has put masters or states away."""
-        self.stream: TileStream | None = None
-        """The step of masters that rest on a tier, if there are any."""
-        self._install_runs(allow_untested, placing)
+        self.runs = Runs(
+            optimizer,
+            self.masters,
+            reducer.gradients,
+            mesh,
+            is_sharded=self._is_sharded,
+            sub_group_numel=sub_group_numel,
+            placing=placing,
+            allow_untested=allow_untested,
+            zero_stage=zero_stage,
+        )
+        """What the wrapped optimizer steps, and its states."""
         self.own_reduction: ZeroReduction | None = None
         """Of an optimizer that averages by itself."""
         if isinstance(optimizer, AveragesItself):
@@ -160,98 +141,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _device(self) -> torch.device:
         return self.masters[0].bucket.full.device if self.masters else torch.device("cpu")
 
-    def _install_runs(self, allow_untested: bool, placing: Placing | None) -> None:
-        needs = needs_of(self.optimizer)
-        if needs is None and self._is_sharded and not allow_untested:
-            name = type(self.optimizer).__name__
-            raise DeepSpeedConfigError(
-                f"{name} is not known to work on flat shards: under ZeRO stage {self.zero_stage} it would step 1-D pieces that "
-                "hold parts of several parameters, which is right only for element-wise optimizers.\n"
-                '  If it is element-wise set "zero_allow_untested_optimizer": true; otherwise use stage 0.'
-            )
-        if needs is None and self._is_sharded:
-            warn_once(
-                f"{type(self.optimizer).__name__} is not known to be element-wise. Under ZeRO stage {self.zero_stage} it steps 1-D "
-                "pieces that hold parts of several parameters; if it looks at shapes or norms of parameters, as Adafactor does, "
-                "it trains with other numbers than at stage 0. zero_allow_untested_optimizer allows it; some libraries set that key."
-            )
-        gives_whole = not self._is_sharded and needs is not Needs.ELEMENTWISE
-        self._refuse_tiers(needs)
-        is_elementwise = needs is Needs.ELEMENTWISE or (needs is None and allow_untested)
-        self._stream_placing = placing if is_elementwise else None
-        self._gives_whole = gives_whole
-        self.steppable: list[list[tuple[int, Tensor]]] = []
-        """Per master in the device's memory, (group, tensor) that the wrapped optimizer steps; else none."""
-        self._list_runs()
-        if self.optimizer.state:
-            warn_once(
-                f"{type(self.optimizer).__name__} was given with state from earlier steps; it starts anew, since its parameters "
-                "are laid out differently now."
-            )
-        self.optimizer.state.clear()
-
     def add(self, masters: Sequence[Master]) -> None:
         """Train these too, beginning without state. The reducer has their gradients already. The same on every rank."""
         self.masters += masters
-        self._refuse_tiers(needs_of(self.optimizer))
+        self.runs.refuse_tiers()
         self._norm.add()
-        self._list_runs()
+        self.runs.refresh()
         self._choose_reduction()
-
-    def _list_runs(self) -> None:
-        """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""
-        if self.stream is not None:
-            self.stream.add()
-        elif self._stream_placing is not None and any(master.is_streamed for master in self.masters):
-            self.stream = TileStream(
-                self.optimizer, self.masters, self.reducer.gradients, self._stream_placing, self._sub_group_numel
-            )
-        for master in self.masters[len(self.steppable) :]:
-            mine = self._cut(master)
-            self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
-        tensors = self.runs()
-        for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
-            param_group["params"] = Members(members, self, i)
-        if needs_of(self.optimizer) in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not self._gives_whole:
-            self.optimizer.sharding = RunSharding(self)  # type: ignore[attr-defined]
-
-    def _cut(self, master: Master) -> list[tuple[int, Tensor]]:
-        """(group, piece of the masters) as the wrapped optimizer steps them, where they are in memory."""
-        if self._gives_whole:
-            return master.whole_params()
-        if self._is_streamed(master):
-            return []
-        return [(s.group, master.tensor.narrow(0, s.start, s.stop - s.start)) for s in master.spans]
-
-    def follow_memory(self, bucket: Bucket) -> None:
-        """A bucket has other memory: masters that are its parameters, and their runs, are there now."""
-        for i, master in enumerate(self.masters):
-            if master.bucket is bucket and master.is_alias:
-                master.follow_memory()
-                for (_, run), (_, piece) in zip(self.steppable[i], self._cut(master), strict=True):
-                    run.data = piece
-                if self.stream is not None:
-                    self.stream.show(i)
-
-    def runs(self) -> list[list[Tensor]]:
-        """Per group, the tensors that its `params` has to list."""
-        tensors: list[list[Tensor]] = [[] for _ in self.optimizer.param_groups]
-        for i in range(len(self.masters)):
-            streamed = self.stream.segments(i) if self.stream else ()
-            for group, tensor in [*self.steppable[i], *((segment.group, segment.param) for segment in streamed)]:
-                tensors[group].append(tensor)
-        return tensors
-
-    def _refuse_tiers(self, needs: Needs | None) -> None:
-        """Optimizers that ask for more than elements cannot stream tile by tile from a disk."""
-        if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and any(m.tier is Tier.NVME for m in self.masters):
-            raise DeepSpeedConfigError(
-                f"{type(self.optimizer).__name__} needs {needs.value}, but on the nvme tier a step sees one tile at a time.\n"
-                '  Use "offload_optimizer": {"device": "cpu"}, or an element-wise optimizer such as Adam.'
-            )
-
-    def _is_streamed(self, master: Master) -> bool:
-        return self.stream is not None and master.is_streamed
 
     # What other libraries read. ------------------------------------------------------------------------------------
 
@@ -288,7 +184,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             return self.scale.scale
         scale, factor = self._kept
         is_changed = self.policy.gradients.dtype == self.policy.optimizer.dtype
-        return scale * factor if is_changed and not self._is_streamed(self.masters[index]) else scale
+        return scale * factor if is_changed and not self.runs.is_streamed(self.masters[index]) else scale
 
     @property
     def dynamic_loss_scale(self) -> bool:
@@ -305,14 +201,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     @property
     def nbytes(self) -> int:
         """Bytes of masters (but for those that are the parameters) and states, on whatever tier."""
-        on_tier = [rest for states in self.stream.states for rest in states.values()] if self.stream else []
-        rests = [*on_tier, *(master.weights for master in self.masters if not master.is_alias)]
-        resident = [
-            value for members in self.steppable for _, tensor in members for value in self.optimizer.state.get(tensor, {}).values()
-        ]  # fmt: skip
-        return sum(rest.numel * rest.dtype.itemsize for rest in rests) + sum(
-            value.nbytes for value in resident if isinstance(value, Tensor) and value.dim() > 0
-        )
+        return self.runs.nbytes
 
     def __repr__(self) -> str:
         return f"ZeroOptimizer(stage {self.zero_stage}, {self.optimizer!r})"
@@ -357,10 +246,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             scale_used = self.scale.scale
             self.scale.update(self.overflow)
         except LossScaleFloorError as error:
-            raise LossScaleFloorError(f"{error}\n{self._blame()}") from None
+            raise LossScaleFloorError(f"{error}\n{blame(self.masters, self.reducer.gradients, self.mesh)}") from None
         self.grad_norm = unscaled
         if self.overflow and not self.scale.is_dynamic:
-            self._tell_what_is_bad()
+            if self.own_reduction is not None and self._takes_local:
+                self.own_reduction.tell_what_is_bad()
+            else:
+                tell_what_is_bad(self.masters, self.reducer.gradients, self.mesh)
         unused = self._agree_on_unused() if missed_any else []
         self._unused = [*unused, *(pair for pair in self.reducer.left_out if pair not in unused)]
         if self.overflow:
@@ -395,65 +287,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
                 unused += [(i, j) for j in range(len(master.bucket.params)) if j not in seen]
         return unused
 
-    def _blame(self) -> str:
-        """Which gradients are not finite, from all ranks, and what usually helps."""
-        found = next((self._first_non_finite(i) for i in range(len(self.masters)) if self._first_non_finite(i)), None)
-        lines = [
-            f"  [rank {self.mesh.ranks('shard')[i]}] {text}"
-            for i, text in enumerate(self.mesh.gather_objects("shard", found))
-            if text
-        ]
-        largest = max((m.tensor.abs().max().item() for m in self.masters if m.numel), default=0.0)
-        hint = "the weights themselves exceed fp16's largest value" if largest > 65504 else "values of fp16's range"
-        return "\n".join(
-            [*lines, f"  Largest weight {largest:.4g} (fp16 ends at 65504): {hint}. A model pretrained in bf16 often overflows in "
-             'fp16: use "bf16": {"enabled": true}, or lower the learning rate.']
-        )  # fmt: skip
-
-    def _tell_what_is_bad(self) -> None:
-        """Warn of a skipped step, where nothing else would say why. Collective."""
-        if self.own_reduction is not None and self._takes_local:
-            self.own_reduction.tell_what_is_bad()
-            return
-        found = next((text for i in range(len(self.masters)) if (text := self._first_non_finite(i))), None)
-        ranks = self.mesh.ranks("shard")
-        told = [f"[rank {ranks[i]}] {text}" for i, text in enumerate(self.mesh.gather_objects("shard", found)) if text]
-        logger.warning("the step is skipped: %s", "; ".join(told) or "a gradient is not finite on another rank")
-
-    def _first_non_finite(self, index: int) -> str | None:
-        master, result = self.masters[index], self.reducer.gradients[index].values()
-        for piece in master.layout.pieces(master.rank):
-            part = result.narrow(0, piece.in_shard, piece.numel)
-            if not torch.isfinite(part).all():
-                kind = "nan" if torch.isnan(part).any() else "inf"
-                return f"first bad gradient: {master.bucket.names[piece.param]} has {kind}"
-        return None
-
     def _update(self, factor: float) -> None:
         if self.own_reduction is not None and self._takes_local:
             self.own_reduction.factor = factor
             self.optimizer.step()
             return
-        for members in self._sub_groups():
-            stepped = [pair for i in members for pair in self._with_gradients(i, factor)]
-            if len(members) == len(self.masters):
-                self.optimizer.step()
-            else:
-                self._step_only(stepped)
-            for _, tensor in stepped:
-                tensor.grad = None
-        if self.stream is not None:
-            failure = None
-            skipped = {
-                segment
-                for i, j in self._unused
-                if self._is_streamed(self.masters[i])
-                for segment in self._cut_out(i, j)
-            }
-            try:
-                self.stream.step(functools.partial(self._step_segments, factor, skipped))
-            except TierError as error:
-                failure = error
+        failure = Update(self.runs).run(factor, self._unused)
+        if self.runs.stream is not None:
             self._agree_on_failure(failure)
 
     def _agree_on_failure(self, failure: TierError | None) -> None:
@@ -471,134 +311,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
         ) from failure
 
-    def _cut_out(self, index: int, param: int) -> list[Segment]:
-        """The segments of one parameter, made segments of their own."""
-        assert self.stream is not None
-        master = self.masters[index]
-        return [
-            segment
-            for piece in master.layout.pieces(master.rank)
-            if piece.param == param
-            for segment in self.stream.isolate(index, piece.in_shard, piece.in_shard + piece.numel)
-        ]
-
-    def _step_segments(
-        self,
-        factor: float,
-        skipped: set[Segment],
-        segments: list[Segment],
-        gradients: dict[int, Tensor],
-        low: dict[int, Tensor | None],
-    ) -> None:
-        """Step loaded segments; their parameters in low precision go to `low`."""
-        stepped = [i for i, segment in enumerate(segments) if segment not in skipped]
-        rounds = isinstance(self.optimizer, StepsFused)
-        if isinstance(self.optimizer, StepsFused):
-            runs = [(i, FusedRun(segments[i].param, gradients[i], _if_narrow(low[i]))) for i in stepped]
-            self.optimizer.step_fused([(self.param_groups[segments[i].group], run) for i, run in runs], factor)
-            # What torch's learning-rate schedulers look for: they watch `step`, which a fused step does not go through.
-            self.optimizer._opt_called = True  # type: ignore[attr-defined]
-        else:
-            for i in stepped:
-                grad = gradients[i].to(segments[i].param.dtype)
-                segments[i].param.grad = grad.mul(factor) if factor != 1.0 else grad
-            self._step_only([(segments[i].group, segments[i].param) for i in stepped])
-        for i, segment in enumerate(segments):
-            segment.param.grad = None
-            target = low[i]
-            is_written = rounds and _if_narrow(target) is not None and segment not in skipped
-            if target is not None and not is_written:
-                target.copy_(segment.param.data)
-
-    def _sub_groups(self) -> Iterator[list[int]]:
-        members: list[int] = []
-        numel = 0
-        for i, master in enumerate(self.masters):
-            if self._is_streamed(master):
-                continue
-            if members and numel + master.numel > self._sub_group_numel and not self._is_one_step:
-                yield members
-                members, numel = [], 0
-            members.append(i)
-            numel += master.numel
-        if members:
-            yield members
-
-    @property
-    def _is_one_step(self) -> bool:
-        """Whether the wrapped optimizer may count its calls, so that a step must be one call."""
-        return needs_of(self.optimizer) is not Needs.ELEMENTWISE
-
-    def _with_gradients(self, index: int, factor: float) -> list[tuple[int, Tensor]]:
-        """Give one bucket's runs their gradients in the master dtype, times `factor`."""
-        master, gradients = self.masters[index], self.reducer.gradients[index]
-        result = gradients.rest().view(0, master.numel)
-        assert result is not None, "what is not streamed is in memory"
-        result = result.to(master.weights.dtype)
-        if factor != 1.0:
-            result.mul_(factor)
-        if self._gives_whole:
-            pieces = master.bucket.split_numbers(result)
-        else:
-            pieces = [result.narrow(0, span.start, span.stop - span.start) for span in master.spans]
-        for (_, tensor), piece in zip(self.steppable[index], pieces, strict=True):
-            tensor.grad = piece
-        for j in [j for i, j in self._unused if i == index]:
-            self._leave_out(index, j)
-        return self.steppable[index]
-
-    def _leave_out(self, index: int, param: int) -> None:
-        """Keep a parameter without gradients out of this step: its run has no gradient, and is its own from now on."""
-        if self._gives_whole:
-            self.steppable[index][param][1].grad = None
-        elif needs_of(self.optimizer) is Needs.ELEMENTWISE:
-            master = self.masters[index]
-            for piece in master.layout.pieces(master.rank):
-                if piece.param == param:
-                    position = self._isolate(index, piece.in_shard, piece.in_shard + piece.numel)
-                    self.steppable[index][position][1].grad = None
-
-    def _isolate(self, index: int, start: int, stop: int) -> int:
-        """Have the elements [start, stop) of a shard be a run of their own; returns its position."""
-        master, steppable = self.masters[index], self.steppable[index]
-        position = next(i for i, span in enumerate(master.spans) if span.start <= start and stop <= span.stop)
-        span, (group, old) = master.spans[position], steppable[position]
-        cuts = [(a, b) for a, b in ((span.start, start), (start, stop), (stop, span.stop)) if a < b]
-        if len(cuts) == 1:
-            return position
-        state = self.optimizer.state.pop(old, {})
-        made = []
-        for a, b in cuts:
-            run = nn.Parameter(master.tensor.narrow(0, a, b - a), requires_grad=True)
-            run.grad = None if old.grad is None else old.grad.narrow(0, a - span.start, b - a)
-            if state:
-                self.optimizer.state[run] = {key: _cut(v, old, a - span.start, b - a) for key, v in state.items()}
-            made.append((group, run))
-        master.spans = (
-            *master.spans[:position],
-            *(RunSpan(group, a, b) for a, b in cuts),
-            *master.spans[position + 1 :],
-        )
-        steppable[position : position + 1] = made
-        params = self.optimizer.param_groups[group]["params"]
-        at = next(i for i, tensor in enumerate(params) if tensor is old)
-        params[at : at + 1] = [run for _, run in made]
-        return position + cuts.index((start, stop))
-
-    def _step_only(self, members: Sequence[tuple[int, Tensor]]) -> None:
-        everything = [group["params"] for group in self.optimizer.param_groups]
-        try:
-            for i, group in enumerate(self.optimizer.param_groups):
-                group["params"] = [tensor for index, tensor in members if index == i]
-            self.optimizer.step()
-        finally:
-            for group, params in zip(self.optimizer.param_groups, everything, strict=True):
-                group["params"] = params
-
     def _publish(self) -> None:
         pending = []
         for master in self.masters:
-            if not self._is_streamed(master):
+            if not self.runs.is_streamed(master):
                 master.to_params()
             if master.is_sharded:
                 pending.append(master.bucket.publish())
@@ -646,84 +362,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self._publish()
         self.states_loaded()
 
-    def state_kinds(self, index: int) -> list[str]:
-        """Names of the states that are as long as the masters of one bucket: "exp_avg", ...; none before the first step."""
-        if self._is_streamed(self.masters[index]):
-            assert self.stream is not None
-            return list(self.stream.states[index])
-        found: dict[str, None] = {}
-        for _, tensor in self.steppable[index]:
-            state = self.optimizer.state.get(tensor, {})
-            found.update((k, None) for k, v in state.items() if isinstance(v, Tensor) and v.shape == tensor.shape)
-        return list(found)
-
-    def require_here(self) -> None:
-        """Raise TrainingStateError, on every rank alike, while masters or states are put away."""
-        if self.is_away:
-            raise TrainingStateError(
-                "masters or states were put away by engine.offload_states.\n  Call engine.reload_states() first."
-            )
-
-    def has_state(self, index: int, kind: str, position: int) -> bool:
-        """Whether element `position` of a master's shard has a state of this kind."""
-        if self._is_streamed(self.masters[index]):
-            assert self.stream is not None
-            return any(s.start <= position < s.stop and kind in s.states for s in self.stream.segments(index))
-        try:
-            self._state_around(index, kind, position)
-        except KeyError:
-            return False
-        return True
-
-    def read_state(self, index: int, kind: str, start: int, stop: int) -> Tensor:
-        """Elements [start, stop) of a master's shard, of `kind` "master" or one of `state_kinds`: a view where they are in
-        memory. They lie in one run. Raises KeyError for a state that does not exist."""
-        master = self.masters[index]
-        self.require_here()
-        if kind == "master":
-            return read(master.weights, start, stop)
-        if self._is_streamed(master):
-            assert self.stream is not None
-            return read(self.stream.states[index][kind], start, stop)
-        span_start, value = self._state_around(index, kind, start)
-        return value.view(-1)[start - span_start : stop - span_start]
-
-    def write_state(self, index: int, kind: str, start: int, values: Tensor) -> None:
-        """Replace the elements from `start` on; see `read_state`. The caller has asked `require_here`."""
-        master = self.masters[index]
-        rest = master.weights if kind == "master" else None
-        if rest is None and self._is_streamed(master):
-            assert self.stream is not None
-            rest = self.stream.states[index][kind]
-        if rest is not None:
-            rest.start_store(start, values.to(rest.dtype).contiguous()).wait()
-        else:
-            self.read_state(index, kind, start, start + values.numel()).copy_(values)
-
-    def _state_around(self, index: int, kind: str, position: int) -> tuple[int, Tensor]:
-        """The state tensor that holds element `position` of the shard, and its first element's position."""
-        master = self.masters[index]
-        layout = master.layout
-        starts = layout.starts if self._gives_whole else [span.start for span in master.spans]
-        for start, (_, tensor) in zip(starts, self.steppable[index], strict=True):
-            if start <= position < start + tensor.numel():
-                return start, self.optimizer.state[tensor][kind]
-        raise KeyError(kind)
-
     def refresh_from_params(self, buckets: Sequence[Bucket]) -> None:
         """Take masters anew from parameters that were changed from outside."""
         for master in self.masters:
             if master.bucket in buckets:
                 master.follow_params()
-
-
-def _if_narrow(low: Tensor | None) -> Tensor | None:
-    """`low` where it is narrower than fp32, which is what a fused step can write."""
-    return low if low is not None and low.dtype.itemsize < 4 else None
-
-
-def _cut(value: Any, old: Tensor, start: int, numel: int) -> Any:
-    """A piece of an optimizer state: of tensors as long as the run a view, of everything else a copy."""
-    if not isinstance(value, Tensor):
-        return value
-    return value.narrow(0, start, numel) if value.shape == old.shape else value.clone()

@@ -134,7 +134,7 @@ class ZeroReduction:
         if self._is_whole:
             return
         num_steps = self.num_steps
-        for runs in self._owner.steppable:
+        for runs in self._owner.runs.steppable:
             for _, run in runs:
                 state = self._owner.optimizer.state[run]
                 state["step"] = num_steps
@@ -246,7 +246,7 @@ class ZeroReduction:
         """(local name, state, the run that is the whole parameter if there is one)."""
         for i, master in enumerate(self._owner.masters):
             for j, _ in master.bucket.members():
-                run = self._owner.steppable[i][j][1] if self._is_whole else None
+                run = self._owner.runs.steppable[i][j][1] if self._is_whole else None
                 yield master.bucket.names[j], self._state(i, j), run
 
     # -----------------------------------------------------------------------------------------------------------------
@@ -264,7 +264,7 @@ class ZeroReduction:
     def _state(self, i: int, j: int) -> dict[str, Any]:
         if not self._is_whole:
             return self._states.setdefault((i, j), {})
-        state: dict[str, Any] = self._owner.optimizer.state[self._owner.steppable[i][j][1]]
+        state: dict[str, Any] = self._owner.optimizer.state[self._owner.runs.steppable[i][j][1]]
         return state
 
     def _whole(self, i: int, j: int) -> Whole:
@@ -281,7 +281,7 @@ class ZeroReduction:
     def _parts(self, i: int, j: int) -> list[Part]:
         """Where a parameter lies in this rank's runs."""
         master: Master = self._owner.masters[i]
-        runs = self._owner.steppable[i]
+        runs = self._owner.runs.steppable[i]
         if self._is_whole:
             return [Part(runs[j][1], 0, master.layout.numels[j], 0)]
         found = []
@@ -299,7 +299,7 @@ class ZeroReduction:
             layout = master.layout
             full = torch.zeros(layout.padded_numel, dtype=self._moment_dtype, device=self._owner._device)
             own = full.narrow(0, master.rank * layout.shard_numel, layout.shard_numel)
-            for span, (_, run) in zip(master.spans, self._owner.steppable[i], strict=True):
+            for span, (_, run) in zip(master.spans, self._owner.runs.steppable[i], strict=True):
                 moment = self._owner.optimizer.state.get(run, {}).get("exp_avg")
                 if moment is not None:
                     own[span.start : span.stop].copy_(moment)

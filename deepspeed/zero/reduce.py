@@ -35,6 +35,7 @@ from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
 from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
 
 READY = "ds_grad_is_ready"
@@ -67,8 +68,7 @@ class Reducer:
         on_complete: Callable[[Bucket], None] | None = None,
     ) -> None:
         self.pool = pool
-        self.gradients: list[Gradients] = []
-        self.order: list[Gradients] = []
+        self._rounds: Rounds[Gradients] = Rounds()
         self._hooks: list[LastHook] = []
         self._early: list[tuple[Gradients, int, nn.Parameter]] = []
         """Gradients that hooks of the script were yet to see when ours ran."""
@@ -90,21 +90,27 @@ class Reducer:
         self._num_holds = 0
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
-        self._next = 0
-        self._completion: dict[Gradients, None] = {}
-        self._ready: set[int] = set()
         self._in_flight: deque[InFlight] = deque()
         self.add(gradients)
 
     def add(self, gradients: Sequence[Gradients]) -> None:
         """Take these too; they are launched after those that are here. The same on every rank."""
-        self.gradients += gradients
-        self.order += gradients
+        self._rounds.add(gradients)
         self._hooks += [
             LastHook(param, functools.partial(self._take, own, i), functools.partial(self._take_early, own, i))
             for own in gradients
             for i, param in enumerate(own.bucket.params)
         ]
+
+    @property
+    def gradients(self) -> list[Gradients]:
+        """Of every bucket, in the order of masters."""
+        return self._rounds.members
+
+    @property
+    def order(self) -> list[Gradients]:
+        """The same in the order in which they are launched."""
+        return self._rounds.order
 
     # Gradients arrive. ---------------------------------------------------------------------------------------------
 
@@ -173,13 +179,12 @@ class Reducer:
         if not self._leaves(gradients):
             gradients.lay_down()
             return
-        position = self.order.index(gradients) if len(self.order) > 1 else 0
-        if position in self._ready or position < self._next:
+        if self._rounds.had_turn(gradients):
             self.flush()  # it was launched in this round: end that one, and begin the next with what came since
-        self._completion[gradients] = None
-        self._ready.add(position)
+        self._rounds.fill(gradients)
         if self._overlap:
-            self._launch_ready()
+            for due in self._rounds.due():
+                self._launch(due)
 
     def _leaves(self, gradients: Gradients) -> bool:
         """Whether a bucket's gradients leave the rank in this backward."""
@@ -235,12 +240,7 @@ class Reducer:
         while gradients.is_whole and any(other.gradients is gradients for other in self._in_flight):
             self._wait_oldest()
 
-    def _launch_ready(self) -> None:
-        while self._next in self._ready:
-            self._launch(self.order[self._next])
-
     def _launch(self, gradients: Gradients) -> None:
-        self._next += 1
         self._wait_for(gradients)
         if gradients.arrivals.has_any or not gradients.has_local:
             gradients.lay_down()
@@ -263,16 +263,15 @@ class Reducer:
         if self._num_holds:
             self._keep()
             return
-        has_begun = self._next > 0 or bool(self._ready)
+        has_begun = self._rounds.has_begun
         is_owed, self._is_owed = self._is_owed, False
         if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
             if has_begun or any(self._leaves(gradients) for gradients in self.order):
-                while self._next < len(self.order):
-                    self._launch(self.order[self._next])
+                for gradients in self._rounds.rest():
+                    self._launch(gradients)
             else:
                 self._keep()
-        self._next = 0
-        self._ready.clear()
+        self._rounds.end()
 
     def _keep(self) -> None:
         """Lay down what arrived; it stays on the rank."""
@@ -295,7 +294,6 @@ class Reducer:
                 gradients.keep_local()
             elif is_owed and id(gradients) not in in_flight:
                 self._launch(gradients)
-        self._next = 0
         while self._in_flight:
             self._wait_oldest()
         for gradients in self.order:
@@ -339,8 +337,7 @@ class Reducer:
         self.left_out = []
         for gradients in self.gradients:
             gradients.drop()
-        self._next = 0
-        self._ready.clear()
+        self._rounds.end()
         self._held.clear()
         self.saw_backward = self.has_stood_in = False
 
@@ -356,14 +353,11 @@ class Reducer:
 
     def completion_order(self) -> list[int]:
         """Bucket positions in the order in which they filled since the last call; those that did not, last."""
-        seen = [self.gradients.index(gradients) for gradients in self._completion]
-        self._completion.clear()
-        return seen + [i for i in range(len(self.gradients)) if i not in seen]
+        return self._rounds.completion_order()
 
     def set_order(self, order: Sequence[int]) -> None:
         """Launch in this order from the next round on; must be the same on every rank."""
-        assert sorted(order) == list(range(len(self.gradients))), f"not an order of all buckets: {order}"
-        self.order = [self.gradients[i] for i in order]
+        self._rounds.set_order(order)
 
     def close(self) -> None:
         """Forget gradients, remove the hooks, free the memory that was kept for reuse."""

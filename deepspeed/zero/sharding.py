@@ -7,32 +7,44 @@ Given by the optimizer wrapper to optimizers that declare such needs (LAMB, Muon
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Piece
-
-if TYPE_CHECKING:
-    from deepspeed.zero.optimizer import ZeroOptimizer
+from deepspeed.zero.master import Master
 
 
 class RunSharding:
-    """Where the pieces of parameters lie in the runs of one wrapped optimizer."""
+    """Where the pieces of parameters lie in the runs of one wrapped optimizer: `steppable[i]` are those of `masters[i]`.
 
-    def __init__(self, optimizer: ZeroOptimizer) -> None:
-        self._optimizer = optimizer
+    is_sharded: each rank has a shard of every master.
+    """
+
+    def __init__(
+        self,
+        masters: Sequence[Master],
+        steppable: Sequence[Sequence[tuple[int, Tensor]]],
+        mesh: Mesh,
+        *,
+        is_sharded: bool,
+    ) -> None:
+        self._masters = masters
+        self._device = masters[0].bucket.full.device if masters else torch.device("cpu")
+        purpose = "control" if self._device.type == "cpu" else "norm"
+        self._group: Any = mesh.group("shard", purpose) if is_sharded else None
         self._place: dict[int, tuple[int, int]] = {}
         self._first_id: list[int] = []
         total = 0
-        for i, members in enumerate(optimizer.steppable):
+        for i, members in enumerate(steppable):
             for j, (_, tensor) in enumerate(members):
                 self._place[id(tensor)] = (i, j)
             self._first_id.append(total)
-            total += len(optimizer.masters[i].bucket.shapes)
+            total += len(masters[i].bucket.shapes)
         self.num_params = total
-        apart = [(i, master) for i, master in enumerate(optimizer.masters) if master.bucket.over == "expert_shard"]
+        apart = [(i, master) for i, master in enumerate(masters) if master.bucket.over == "expert_shard"]
         self._of_experts = [self._first_id[i] + j for i, master in apart for j in range(len(master.bucket.params))]
         self._copies = apart[0][1].bucket.exchange if apart else None
         """Between the ranks with the same experts."""
@@ -40,7 +52,7 @@ class RunSharding:
     def pieces(self, run: Tensor) -> Sequence[Piece]:
         """The pieces of parameters in a run, in order; `index` is unique over the model."""
         i, j = self._place[id(run)]
-        master = self._optimizer.masters[i]
+        master = self._masters[i]
         span = master.spans[j]
         return [
             Piece(
@@ -56,10 +68,10 @@ class RunSharding:
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """Sum of `values` over the ranks that share parameters. Collective."""
-        on_device = values.to(self._optimizer._device)
+        on_device = values.to(self._device)
         of_experts = on_device[self._of_experts] if self._of_experts else None
-        if self._optimizer._own_group is not None:
-            torch.distributed.all_reduce(on_device, group=self._optimizer._own_group)
+        if self._group is not None:
+            torch.distributed.all_reduce(on_device, group=self._group)
         if of_experts is not None:
             # Other ranks have other experts under these indices.
             assert self._copies is not None, "experts have buckets"
@@ -76,7 +88,7 @@ class RunSharding:
         for run, value in zip(runs, values, strict=True):
             by_bucket.setdefault(self._place[id(run)][0], []).append((run, value))
         found: dict[int, Tensor] = {}
-        for i, master in enumerate(self._optimizer.masters):
+        for i, master in enumerate(self._masters):
             full = torch.zeros(master.layout.padded_numel, dtype=master.weights.dtype, device=master.bucket.full.device)
             mine = full.narrow(0, master.rank * master.layout.shard_numel, master.layout.shard_numel)
             wanted: set[int] = set()

@@ -176,13 +176,13 @@ class _Run(NamedTuple):
 
 def _runs(optimizer: ZeroOptimizer) -> Iterator[_Run]:
     for index, master in enumerate(optimizer.masters):
-        segments = optimizer.stream.segments(index) if optimizer.stream is not None else ()
+        segments = optimizer.runs.stream.segments(index) if optimizer.runs.stream is not None else ()
         for segment in segments:
             spans = _spans_within(master, segment.start, segment.stop)
             numel = segment.stop - segment.start
             yield _Run(index, segment.group, segment.param, segment.start, numel, spans, segment)
-        for position, (group, tensor) in enumerate(optimizer.steppable[index]):
-            if optimizer._gives_whole:
+        for position, (group, tensor) in enumerate(optimizer.runs.steppable[index]):
+            if optimizer.runs.gives_whole:
                 start, numel = master.layout.starts[position], master.layout.numels[position]
                 is_gone = position in master.bucket.gone
                 spans = [] if is_gone else [Span(master.bucket.names[position], 0, 0, numel)]
@@ -209,9 +209,9 @@ def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
         replicas = _replicas(mesh, owner.is_sharded, owner.bucket.over)
         for key in run.state_kinds(optimizer):
             if run.segment is not None:
-                assert optimizer.stream is not None
+                assert optimizer.runs.stream is not None
                 yield _flat_of_rest(
-                    OPTIM + key, optimizer.stream.states[run.master][key], run.start, run.spans, replicas
+                    OPTIM + key, optimizer.runs.stream.states[run.master][key], run.start, run.spans, replicas
                 )
             else:
                 # States keep the optimizer's memory format; a run or a bucket's view is always contiguous.
@@ -241,7 +241,7 @@ def private_states(optimizer: ZeroOptimizer) -> tuple[str, ...]:
 
 def _check_values(optimizer: ZeroOptimizer, values: Mapping[str, Any]) -> None:
     for key, value in values.items():
-        if isinstance(value, Tensor) and value.dim() > 0 and not optimizer._gives_whole:
+        if isinstance(value, Tensor) and value.dim() > 0 and not optimizer.runs.gives_whole:
             raise CheckpointError(
                 f"{type(optimizer.optimizer).__name__} keeps {key} of shape {tuple(value.shape)} for a run of several parameters: "
                 "neither one number nor one per element, so nobody can say which parameter it belongs to.\n"
@@ -305,8 +305,8 @@ def renew_states(
             keeps = master.weights.dtype == master_dtype_of[name] or not stored.is_floating_point
             key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype
             if run.segment is not None:
-                assert optimizer.stream is not None
-                rest = optimizer.stream.adopt_state(run.master, run.segment, key, dtype)
+                assert optimizer.runs.stream is not None
+                rest = optimizer.runs.stream.adopt_state(run.master, run.segment, key, dtype)
                 flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
             else:
                 like = run.tensor.detach()
@@ -327,7 +327,7 @@ def _reusable(before: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
 
 def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> None:
     """Cut runs where neighbours have different specifications; only element-wise optimizers can work on parts."""
-    if optimizer._gives_whole or needs_of(optimizer.optimizer) not in (Needs.ELEMENTWISE, None):
+    if optimizer.runs.gives_whole or needs_of(optimizer.optimizer) not in (Needs.ELEMENTWISE, None):
         return
     for index, master in enumerate(optimizer.masters):
         wanted: list[RunSpan] = []
@@ -344,7 +344,7 @@ def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> Non
                     wanted.append(RunSpan(run.group, span.at, span.at + span.numel))
                 previous = signature
         for span_ in wanted:
-            if optimizer.stream is not None and optimizer._is_streamed(master):
-                optimizer.stream.isolate(index, span_.start, span_.stop)
+            if optimizer.runs.stream is not None and optimizer.runs.is_streamed(master):
+                optimizer.runs.stream.isolate(index, span_.start, span_.stop)
             else:
-                optimizer._isolate(index, span_.start, span_.stop)
+                optimizer.runs.isolate(index, span_.start, span_.stop)

@@ -191,7 +191,7 @@ class Takeover:
                 f"the optimizer has {len(groups)} parameter groups, and had {num_known}.\n"
                 "  Leave the groups there; to stop training parameters use requires_grad_(False)."
             )
-        runs = self._optimizer.runs()
+        runs = self._optimizer.runs.by_group()
         known = {id(run) for members in runs for run in members}
         given: dict[nn.Parameter, int] = {}
         for i, (group, own) in enumerate(zip(groups, runs, strict=True)):
@@ -310,7 +310,7 @@ class Takeover:
         slots = {param: slot for param in params if (slot := slot_of(param))}
         for bucket in dict.fromkeys(slot.bucket for slot in slots.values()):
             bucket.leave_memory()
-            self._optimizer.follow_memory(bucket)
+            self._optimizer.runs.follow_memory(bucket)
         for param, slot in slots.items():
             view = slot.bucket.view_of(param)
             view.copy_(param.detach())
