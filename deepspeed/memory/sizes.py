@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 
 from torch import nn
 
-from deepspeed.zero.bucket import BucketState, LoadQueue
+from deepspeed.zero.bucket import BucketState
+from deepspeed.zero.loads import LoadQueue
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, ModelPlan
 

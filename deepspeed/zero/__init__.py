@@ -3,7 +3,8 @@
     policy     the table                           layout     interval arithmetic (pure)
     cut        which parameters share a bucket     plan       the buckets of a model (pure)
     build      plan -> buckets                     master     what the optimizer updates
-    bucket     the flat space                      param      what a sharded parameter answers
+    space      which parameters lie where          loads      how a bucket is filled
+    bucket     a space whose memory comes and goes param      what a sharded parameter answers
     gather     unshard / reshard, in step          hooks      where modules and graphs drive it
     reduce     gradients on their way: when        gradients  how: whole, sliced or on a tier
     arrivals   what autograd has given             delivery   where reduced gradients rest

@@ -6,11 +6,6 @@ optimizer steps its shard. What a stage or a tier changes is only which of its m
     full    [world_size * S]  every rank's slices; parameters are views of it      (storage comes and goes if sharded)
     rest    [S]               this rank's slice: own memory or a file if sharded, else a view of `full`
 
-Note [Loads keep the order of launches]
-    An all-gather needs every rank's slice, and a slice on the nvme tier has to be read first. Reads end when they end,
-    but gathers must be started in the same order on every rank. So a bucket that is being loaded queues up in its
-    `LoadQueue`, and gathers are started from the queue's head; whoever needs one starts those before it.
-
 Note [Storage resize and autograd]
     `full` is one tensor object for life (but for `leave_full`). Unsharding resizes its storage up and the all-gather lands in place;
     resharding resizes it to zero. Views that autograd saved (`weight.t()`, an expanded bias) share the storage and are
@@ -24,20 +19,22 @@ Invariant: outside of `unshard` and `reshard` nobody sets `param.data` of a buck
 from __future__ import annotations
 
 import enum
-from collections import Counter, deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.mesh.shape import Role
-from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.tiers import InMemory, Rest
 from deepspeed.tiers.buffers import refill_storage, resizable_buffer
-from deepspeed.utils.errors import ShardError, TierError, TrainingStateError
+from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.loads import Filling, LoadQueue
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
+from deepspeed.zero.space import FlatSpace
 
 
 def is_view(param: Tensor, view: Tensor) -> bool:
@@ -60,39 +57,7 @@ class BucketState(enum.Enum):
     """Parameters are views of `full`; they may be used by holders (see `hold`)."""
 
 
-class LoadQueue:
-    """Buckets whose slices are being loaded, in launch order; see Note [Loads keep the order of launches]."""
-
-    def __init__(self) -> None:
-        self._buckets: deque[Bucket] = deque()
-        self.failure: TierError | None = None
-        """The first load that failed here. Its gather goes on, with NaN, so that no rank waits for this one."""
-
-    def add(self, bucket: Bucket) -> None:
-        """Queue a bucket up; its gather starts at once where nothing has to be waited for."""
-        self._buckets.append(bucket)
-        while self._buckets and self._buckets[0].is_loaded:
-            self._start_first()
-
-    def settle(self, until: Bucket | None = None) -> None:
-        """Start the gathers of all buckets in the queue, or of those up to `until`, waiting for their loads."""
-        while self._buckets and (until is None or until in self._buckets):
-            self._start_first()
-
-    def raise_failure(self) -> None:
-        """Raise the load that failed, if one did."""
-        failure, self.failure = self.failure, None
-        if failure is not None:
-            raise failure
-
-    def _start_first(self) -> None:
-        try:
-            self._buckets.popleft().gather_loaded()
-        except TierError as error:
-            self.failure = self.failure or error
-
-
-class Bucket:
+class Bucket(FlatSpace):
     """Parameters of one dtype, one `requires_grad` and one set of reduction dims, in one flat space.
 
     `params[i]` has full shape `shapes[i]` and covers `layout.starts[i]` onwards. A bucket is made with the parameters
@@ -119,26 +84,18 @@ class Bucket:
         rest: Rest | None = None,
         loads: LoadQueue | None = None,
     ) -> None:
+        super().__init__(params, names, shapes, layout, exchange.rank)
         self.index = index
         self.over: Role = over
         """The ranks that share it; `exchange` is between them."""
-        self.params = list(params)
-        self.names = list(names)
-        self.shapes = list(shapes)
-        self.is_complex = [param.is_complex() for param in self.params]
-        """Which parameters are complex: they lie here as pairs of real numbers, as optimizers of torch step them."""
-        self.layout = layout
         self.dtype = dtype
         self.exchange = exchange
         self.gathers = gathers or exchange
         """How a step's gathers go, where that is another way: what it delivers may be rounded to what the wire carries."""
-        self._gathered_by = exchange
         self.is_sharded = is_sharded
         self.state = BucketState.UNSHARDED
         self.is_away = False
         """Whether `engine.offload_states` has put the values away."""
-        self.gone: set[int] = set()
-        """Parameters that have left the model, or moved to another bucket, since this one was made."""
         self.use_around: Callable[..., None] | None = None
         """Has the bucket unsharded around the calls of one more module, while an engine drives it (see zero.hooks)."""
         self.num_updates = 0
@@ -157,9 +114,7 @@ class Bucket:
         self.rest: Rest = rest or InMemory(own if self.keeps_storage else torch.zeros_like(own))
         """Where this rank's slice is between uses."""
         self.loads = loads or LoadQueue()
-        self._load: Transfer | None = None
-        self._source: Tensor | None = None
-        self._pending: Pending | None = None
+        self._filling = Filling(self.rest, self.loads)
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
             param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
@@ -169,32 +124,8 @@ class Bucket:
             return resizable_buffer(self.layout.padded_numel, self.dtype)
         return torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=device)
 
-    def split(self, flat: Tensor) -> list[Tensor]:
-        """Views of a flat buffer [world_size * S], one per parameter in its full shape; of complex ones complex."""
-        return [
-            torch.view_as_complex(piece) if is_complex and not flat.is_complex() else piece
-            for piece, is_complex in zip(self.split_numbers(flat), self.is_complex, strict=True)
-        ]
-
-    def split_numbers(self, flat: Tensor) -> list[Tensor]:
-        """The same, complex ones as [..., 2] real numbers."""
-        layout = self.layout
-        return [
-            flat.narrow(0, layout.starts[i], layout.numels[i]).view(self.shape_of_numbers(i, flat.is_complex()))
-            for i in range(len(self.shapes))
-        ]
-
-    def shape_of_numbers(self, index: int, are_complex: bool = False) -> torch.Size:
-        """A parameter's full shape as it lies in a buffer of real (or complex) numbers."""
-        shape = self.shapes[index]
-        return torch.Size((*shape, 2)) if self.is_complex[index] and not are_complex else shape
-
     def _empty_like(self, view: Tensor) -> Tensor:
         return view.new_empty(0) if view.is_complex() else self._nothing
-
-    def own_slice(self, flat: Tensor) -> Tensor:
-        """This rank's slice [S] of a flat buffer [world_size * S]."""
-        return flat.narrow(0, self.exchange.rank * self.layout.shard_numel, self.layout.shard_numel)
 
     @property
     def shard(self) -> Tensor:
@@ -215,30 +146,9 @@ class Bucket:
         """Bytes that are here only while the parameters are unsharded."""
         return 0 if self.keeps_storage else self.full.untyped_storage().nbytes()
 
-    @property
-    def requires_grad(self) -> bool:
-        """Whether any of the parameters wants a gradient now: scripts freeze and unfreeze between steps."""
-        return any(param.requires_grad for param in self.params)
-
-    def rename(self, names: Mapping[nn.Parameter, str]) -> None:
-        """Know the parameters by the names that the model has for them now; those that it has none for are gone."""
-        for param in self.params:
-            slot = slot_of(param)
-            assert slot is not None, "a parameter of this bucket"
-            if param in names:
-                self.names[slot.index] = names[param]
-                self.gone.discard(slot.index)
-            else:
-                self.gone.add(slot.index)
-
     def view_of(self, param: nn.Parameter) -> Tensor:
         """The view of `full` that is this parameter's memory."""
         return next(view for other, view in zip(self.params, self.views, strict=True) if other is param)
-
-    def members(self) -> list[tuple[int, nn.Parameter]]:
-        """(index in the layout, parameter) of those that are still here and in the model."""
-        slots = [(slot_of(param), param) for param in self.params]
-        return [(slot.index, param) for slot, param in slots if slot and slot.index not in self.gone]
 
     @property
     def is_unsharded(self) -> bool:
@@ -274,7 +184,7 @@ class Bucket:
         for param, view in found:
             if param.shape != view.shape:
                 raise ShardError(
-                    f"{self._name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
+                    f"{self.name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
                     "  To change a parameter's shape, replace the parameter in its module before deepspeed.initialize."
                 )
         return [(param, view, param.data.clone()) for param, view in found]
@@ -310,11 +220,6 @@ class Bucket:
         if not kept:
             self.rest.release()
 
-    def _name_of(self, param: nn.Parameter) -> str:
-        slot = slot_of(param)
-        assert slot is not None, "a parameter of this bucket"
-        return self.names[slot.index]
-
     def shard_changed(self) -> None:
         """The optimizer is about to write the shard: copies made of it are stale. On every rank."""
         self._invalidate()
@@ -345,49 +250,17 @@ class Bucket:
             raise TrainingStateError(
                 f"{self.names[0]} and others were put away by engine.offload_states.\n  Call engine.reload_states() first."
             )
-        self.loads.settle(until=self)
-        if self._pending is not None:
+        if self._filling.is_under_way:
             self.finish_unshard()
         if not self.keeps_storage:
             refill_storage(self.full)
-            self._gathered_by = by or self.gathers
-            if self._gathered_by.needs_shard:
-                self._start_load()
-            else:
-                self._pending = self._gathered_by.start_all_gather(self.full)
+            self._filling.start(self.full, self.own_slice(self.full), by or self.gathers)
         if self.state is BucketState.SHARDED:
             self.state = BucketState.GATHERING
 
-    def _start_load(self) -> None:
-        is_here = self.rest.device == self.full.device
-        self._source = self.rest.view(0, self.layout.shard_numel) if is_here else None
-        self._load = None if self._source is not None else self.rest.start_load(0, self.own_slice(self.full))
-        self.loads.add(self)
-
-    @property
-    def is_loaded(self) -> bool:
-        """Whether this rank's slice is there, so that its gather may start without waiting."""
-        return self._load is None or self._load.is_done
-
-    def gather_loaded(self) -> None:
-        """Wait for this rank's slice and start the all-gather. Raises TierError, having started it all the same."""
-        load, self._load = self._load, None
-        source, self._source = self._source, None
-        try:
-            if load is not None:
-                load.wait()
-        except TierError:
-            self.own_slice(self.full).fill_(torch.nan)
-            raise
-        finally:
-            self._pending = self._gathered_by.start_all_gather(self.full, source)
-
     def finish_unshard(self) -> None:
         """Wait for the all-gather and make the parameters usable."""
-        self.loads.settle(until=self)
-        if self._pending is not None:
-            self._pending.wait()
-            self._pending = None
+        self._filling.wait()
         if self.state is BucketState.GATHERING:
             self._set_class(ZeroParameter)
             for param, view in zip(self.params, self.views, strict=True):
@@ -472,10 +345,6 @@ class Bucket:
         if self.is_sharded or self.exchange.world_size == 1:
             return None
         return self.exchange.start_all_gather(self.full, None)
-
-    def broadcast(self, flat: Tensor) -> None:
-        """Give every rank the first rank's values of a flat buffer."""
-        self.exchange.broadcast(flat)
 
     def release(self) -> None:
         """Forget the parameters, which keep what they hold: plain tensors if unsharded."""

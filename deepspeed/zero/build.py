@@ -20,7 +20,8 @@ from deepspeed.tiers import Rest
 from deepspeed.tiers.quantized import Int8Rest
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
-from deepspeed.zero.bucket import Bucket, LoadQueue
+from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.loads import LoadQueue
 from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing

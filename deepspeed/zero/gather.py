@@ -39,8 +39,9 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 import torch
 
 from deepspeed.utils.errors import TierError
-from deepspeed.zero.bucket import BucketState, LoadQueue
+from deepspeed.zero.bucket import BucketState
 from deepspeed.zero.layout import BucketLayout
+from deepspeed.zero.loads import LoadQueue
 
 Agree = Callable[[int, int], Sequence[tuple[int, ...]]]
 """Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""

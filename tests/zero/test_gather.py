@@ -16,8 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import deepspeed
-from deepspeed.zero.bucket import BucketState, LoadQueue
+from deepspeed.zero.bucket import BucketState
 from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.loads import LoadQueue
 from tests.engine.runs import small_units
 from tests.harness import run_ranks
 
