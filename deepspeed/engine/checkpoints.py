@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import psutil
 import torch
@@ -22,7 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import compat, export, rng
 from deepspeed.checkpoint.background import Background, SaveTimes
 from deepspeed.checkpoint.find import checkpoint_folder, latest_tag, open_checkpoint
-from deepspeed.checkpoint.load import check_names, load_optimizer, load_weights, pair_names, publish
+from deepspeed.checkpoint.load import Names, check_names, load_optimizer, load_weights, pair_names, publish
 from deepspeed.checkpoint.manifest import FILE_NAME as MANIFEST
 from deepspeed.checkpoint.names import GlobalNames
 from deepspeed.checkpoint.ranks import Ranks
@@ -230,48 +230,26 @@ class CheckpointMethods:
             "custom_load_fn": "given" if custom_load_fn is not None else None,
         }
         _check_load_arguments(ranks, load_dir, chosen)
-        if tag is None:
-            tag = ranks.on_first(what, lambda: latest_tag(Path(load_dir), engine._config.checkpoint.load_universal))
-            if tag is None:
-                cure = _cure(Path(load_dir)) if ranks.is_first else ""
-                log_dist(f"{what}: no file {Path(load_dir) / 'latest'}, nothing is loaded. {cure}", [0], 30)
-                return None, None
-        folder = Path(ranks.on_first(what, lambda: str(checkpoint_folder(Path(load_dir), str(tag)))))
+        folder = _choose_folder(engine, ranks, what, Path(load_dir), tag)
+        if folder is None:
+            return None, None
         subject = _subject(engine)
         has_optimizer = engine.zero_optimizer is not None and load_optimizer_states and not load_module_only
-
-        def check() -> tuple[Source, Any, Any]:
-            source = open_checkpoint(folder)
-            return source, pair_names(subject, source), source.state()
-
         engine._take_over_edits()
-        source, names, state = ranks.together(what, check)
+        opened = ranks.together(what, lambda: _open(folder, subject))
+        _, source, names, state = opened
         used = set().union(*ranks.all(names.used)) if engine.mesh.size("whole") > 1 else names.used
         is_strict = load_module_strict and custom_load_fn is None
         ranks.together(what, lambda: check_names(names, source, used, is_strict))
         _settle(engine)
-        published: list[Pending] = []
-        if custom_load_fn is None:
-            is_rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
-            ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names, is_rounded)))
-            published = publish(subject)
-        else:
-            _load_custom(engine, custom_load_fn, source)
-        try:
-            if has_optimizer and "optimizer" not in state:
-                log_dist(f"{folder} holds no optimizer state: it starts anew. Weights are loaded.", [0], 30)
-            elif has_optimizer:
-                ranks.together(what, lambda: _load_step(lambda: load_optimizer(subject, source, state, names)))
-        finally:
-            for pending in published:
-                pending.wait()
+        _load_values(engine, ranks, what, subject, opened, has_optimizer, custom_load_fn)
+        is_same = _layout(engine.mesh) == _layout_of(source.about)
         if not load_module_only:
-            is_same = _layout(engine.mesh) == _layout_of(source.about)
             # With other ranks, what is known best is where the data of the same data-parallel rank stood.
             number = ranks.rank if is_same else engine.mesh.rank("batch")
             own = ranks.together(what, lambda: source.rank_state(number)) or {}
             _load_rest(engine, source, state, own, has_optimizer, load_lr_scheduler_states)
-        if _layout(engine.mesh) != _layout_of(source.about):
+        if not is_same:
             log_dist(f"{folder}: resharded {_said(_layout_of(source.about))} -> {_said(_layout(engine.mesh))}", [0])
         client = {**state.get("client_state", {}), "ds_version": source.about.get("deepspeed_version")}
         return str(folder / compat.model_file_name(int(source.about["zero_stage"]))), client
@@ -474,6 +452,59 @@ def _load_step(step: Callable[[], None]) -> None:
         raise CheckpointError(
             f"{error}\n  The model is half loaded: load another checkpoint before using it."
         ) from error
+
+
+class _Opened(NamedTuple):
+    """A checkpoint, and how the model's names are paired with its own."""
+
+    folder: Path
+    source: Source
+    names: Names
+    state: dict[str, Any]
+
+
+def _open(folder: Path, subject: Subject) -> _Opened:
+    source = open_checkpoint(folder)
+    return _Opened(folder, source, pair_names(subject, source), source.state())
+
+
+def _choose_folder(engine: CheckpointedRun, ranks: Ranks, what: str, parent: Path, tag: str | None) -> Path | None:
+    """The checkpoint's folder, as the first rank finds it; None, told, where no tag is given and `parent` names none."""
+    if tag is None:
+        tag = ranks.on_first(what, lambda: latest_tag(parent, engine._config.checkpoint.load_universal))
+        if tag is None:
+            cure = _cure(parent) if ranks.is_first else ""
+            log_dist(f"{what}: no file {parent / 'latest'}, nothing is loaded. {cure}", [0], 30)
+            return None
+    return Path(ranks.on_first(what, lambda: str(checkpoint_folder(parent, str(tag)))))
+
+
+def _load_values(
+    engine: CheckpointedRun,
+    ranks: Ranks,
+    what: str,
+    subject: Subject,
+    opened: _Opened,
+    has_optimizer: bool,
+    custom_load_fn: Callable[..., Any] | None,
+) -> None:
+    """Weights and the optimizer's state. Collective; raises CheckpointError on every rank."""
+    folder, source, names, state = opened
+    published: list[Pending] = []
+    if custom_load_fn is None:
+        is_rounded = has_optimizer and not engine._config.zero_optimization.load_from_fp32_weights
+        ranks.together(what, lambda: _load_step(lambda: load_weights(subject, source, names, is_rounded)))
+        published = publish(subject)
+    else:
+        _load_custom(engine, custom_load_fn, source)
+    try:
+        if has_optimizer and "optimizer" not in state:
+            log_dist(f"{folder} holds no optimizer state: it starts anew. Weights are loaded.", [0], 30)
+        elif has_optimizer:
+            ranks.together(what, lambda: _load_step(lambda: load_optimizer(subject, source, state, names)))
+    finally:
+        for pending in published:
+            pending.wait()
 
 
 def _settle(engine: CheckpointedRun) -> None:

@@ -71,12 +71,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         dont_change_device: bool = False,
     ) -> None:
         super().__init__()
-        assemble.check_model(model)
-        assert model is not None, "check_model refuses it"
-        if isinstance(model, DeepSpeedEngine):
-            raise DeepSpeedError(
-                "the model is already a DeepSpeedEngine.\n  Pass engine.module, after engine.destroy()."
-            )
+        model = _checked(model)
         take_over(model)
         self.mesh_device = mesh_device
         self._user_config = config if isinstance(config, dict) else read_config(config)
@@ -534,3 +529,11 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
     def num_parameters(self) -> int:
         """Elements of all parameters, sharded or not."""
         return sum(full_numel(param) for param in self.module.parameters())
+
+
+def _checked(model: nn.Module | None) -> nn.Module:
+    assemble.check_model(model)
+    assert model is not None, "check_model refuses it"
+    if isinstance(model, DeepSpeedEngine):
+        raise DeepSpeedError("the model is already a DeepSpeedEngine.\n  Pass engine.module, after engine.destroy().")
+    return model

@@ -7,13 +7,11 @@ from __future__ import annotations
 
 import struct
 import time
-from collections.abc import Mapping
 from typing import Any, final
 
 import psutil
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.peak import measured_peak
@@ -23,14 +21,14 @@ from deepspeed.config import Config
 from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import PHASES, Observer, PhaseClocks, computing_dtype
+from deepspeed.engine.step_work import SinceLast, StepWork
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import RankNumbers, progress_line
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.monitor.step import StepNumbers
 from deepspeed.monitor.stretch import Stretch
-from deepspeed.profiling.counter import OpCounter, Phase, StepFlops
 from deepspeed.utils.logging import current_rank
-from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, OFFLOAD_S, RESTING
+from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, RESTING
 
 COMM_EVERY = 10
 """Steps between two logs of collectives in the record, where `steps_per_print` does not say."""
@@ -40,11 +38,7 @@ MEMORY_EVERY_S = 0.5
 
 @final
 class StepReport(Observer):
-    """Fills a `StepNumbers` per step, for the monitors, the record and the progress line.
-
-    The operations of a step are counted in the first micro-batch and scaled by the number of tokens (or samples) after
-    that. Where the script calls `loss.backward()` itself, backward is taken for twice forward.
-    """
+    """Fills a `StepNumbers` per step, for the monitors, the record and the progress line."""
 
     def __init__(
         self, config: Config, monitor: MonitorMaster, clocks: PhaseClocks, mesh: Mesh, at_rest: AtRest
@@ -56,24 +50,14 @@ class StepReport(Observer):
         self._mesh = mesh
         self._at_rest = at_rest
         self._tells_times = config.wall_clock_breakdown or config.flops_profiler.enabled
-        self._seen_phases: Mapping[str, float] = dict.fromkeys(PHASES, 0.0)
         self._since_line = Stretch()
-        self._ended_s: float | None = None
+        self._since_step = SinceLast()
+        self._work = StepWork()
         self._losses: list[Tensor] = []
-        self._num_forwards = self._rows = 0
-        self._tokens: int | None = None
-        self._flops = StepFlops()
-        self._counted_rows = 0
-        self._is_first_micro_batch: bool | None = None
-        """None before the first forward of training, whose operations are counted."""
-        self._counting: OpCounter | None = None
         self._peak: float | None = None
         self._memory: dict[str, int] = {}
         self._memory_read_s = 0.0
         self._num_ranks = 0
-        self._seen_comm_s = self._seen_offload_s = 0.0
-        self._seen_nbytes: dict[str, int] = {}
-        self._seen_offload: dict[str, float] = {}
         COMMUNICATION.times_device = OFFLOAD.times_device = True
 
     def begins(self, phase: str, value: Any) -> None:
@@ -81,48 +65,20 @@ class StepReport(Observer):
         if phase == "forward" and not torch.is_grad_enabled():
             return  # evaluation is no training step
         if phase == "forward":
-            if self._ended_s is None:
-                self._start_counters()
-            self._count_rows(value)
-            self._num_forwards += 1
-            self._is_first_micro_batch = self._is_first_micro_batch is None
+            self._since_step.begin()
         elif phase == "backward":
             self._losses.append(value)
-        if phase != "step" and self._is_first_micro_batch:
-            self._counting = OpCounter(self._flops.add)
-            self._counting.__enter__()
+        self._work.begins(phase, value)
 
     def ends(self, phase: str) -> None:
         """See Observer."""
-        if self._counting is not None:
-            self._counting.__exit__(None, None, None)
-            self._counting = None
-        if phase == "forward" and self._flops.by_phase[Phase.FORWARD] and not self._counted_rows:
-            self._counted_rows = self._rows
-
-    def _start_counters(self) -> None:
-        self._ended_s = time.perf_counter()
-        self._seen_comm_s, self._seen_offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
-        self._seen_nbytes = dict(COMMUNICATION.nbytes)
-        self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
-
-    def _count_rows(self, inputs: Any) -> None:
-        args, kwargs = inputs
-        leaves = [*args, *kwargs.values()]
-        if not all(isinstance(leaf, Tensor) for leaf in leaves):
-            leaves = tree_leaves(leaves)
-        tensors = [leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.dim() > 0]
-        tokens = next((t for t in tensors if t.dim() == 2 and t.dtype in (torch.int64, torch.int32)), None)
-        if tokens is not None:
-            self._tokens = (self._tokens or 0) + tokens.numel()
-        counted = tokens.numel() if tokens is not None else tensors[0].shape[0] if tensors else 1
-        self._rows += counted
+        self._work.ends(phase)
 
     def step_ended(self, facts: StepFacts) -> None:
         """See Observer."""
         step = facts.progress.global_steps
         is_line = bool(self._every) and step % (self._every or 1) == 0
-        if self._peak is None and self._flops.model:
+        if self._peak is None and self._work.has_counted:
             peak = self._config.monitor.peak_tflops
             self._peak = peak * 1e12 if peak else measured_peak(computing_dtype(self._config))
         numbers = self._numbers(facts)
@@ -135,8 +91,7 @@ class StepReport(Observer):
         if self._config.comms_logger.enabled and step % (self._every or COMM_EVERY) == 0:
             self._write_comm(step)
         self._losses.clear()
-        self._num_forwards = self._rows = 0
-        self._tokens = None
+        self._work.end_step()
 
     def _write_comm(self, step: int) -> None:
         recorder = Current.recorder
@@ -150,49 +105,24 @@ class StepReport(Observer):
 
     def _numbers(self, facts: StepFacts) -> StepNumbers:
         now_s = time.perf_counter()
-        step_s = now_s - (self._ended_s if self._ended_s is not None else now_s)
-        self._ended_s = now_s
-        comm_s, offload_s = COMMUNICATION.seconds, OFFLOAD.seconds
-        sent = {op: n - self._seen_nbytes.get(op, 0) for op, n in COMMUNICATION.nbytes.items()}
-        offload = {key: now - self._seen_offload.get(key, 0) for key, now in (OFFLOAD.nbytes | OFFLOAD_S).items()}
         ranks = self._num_ranks = self._num_ranks or self._mesh.size("average")
-        phases = self._clocks.seconds()
-        numbers = StepNumbers(
+        work = self._work
+        return StepNumbers(
             step=facts.progress.global_steps,
             samples=facts.progress.global_samples,
             time=time.time(),
-            step_s=step_s,
             loss=sum(loss.item() for loss in self._losses) / len(self._losses) if self._losses else None,
             lr=list(facts.lr),
             grad_norm=facts.grad_norm,
             loss_scale=facts.loss_scale,
             skipped=facts.progress.skipped_steps,
-            step_samples=self._num_forwards * facts.micro_batch_size * ranks,
-            step_tokens=self._tokens * ranks if self._tokens is not None else None,
-            flops=self._step_flops(),
+            step_samples=work.num_forwards * facts.micro_batch_size * ranks,
+            step_tokens=work.tokens * ranks if work.tokens is not None else None,
+            flops=work.flops(),
             peak_flops=self._peak,
-            forward_s=phases["forward"] - self._seen_phases["forward"],
-            backward_s=phases["backward"] - self._seen_phases["backward"],
-            update_s=phases["step"] - self._seen_phases["step"],
-            wait_comm_s=comm_s - self._seen_comm_s,
-            wait_offload_s=offload_s - self._seen_offload_s,
-            offload_s={key: offload[key] for key in OFFLOAD_S},
-            offload_nbytes={key: int(offload[key]) for key in OFFLOAD.nbytes},
             memory=self._read_memory(now_s),
-            comm_nbytes={op: n for op, n in sent.items() if n},
+            **self._since_step.mark(now_s, self._clocks.seconds()),
         )
-        self._seen_phases = phases
-        self._seen_comm_s, self._seen_offload_s = comm_s, offload_s
-        self._seen_nbytes = dict(COMMUNICATION.nbytes)
-        self._seen_offload = OFFLOAD.nbytes | OFFLOAD_S
-        return numbers
-
-    def _step_flops(self) -> float | None:
-        if not self._counted_rows:
-            return None
-        saw_backward = self._flops.by_phase[Phase.BACKWARD] > 0
-        counted = self._flops.model if saw_backward else 3 * self._flops.by_phase[Phase.FORWARD]
-        return counted * self._rows / self._counted_rows
 
     def _read_memory(self, now_s: float) -> dict[str, int]:
         if now_s - self._memory_read_s < MEMORY_EVERY_S:
