@@ -105,7 +105,7 @@ class Bucket(FlatSpace):
         self._num_holders_of_all = 0
         self._held: Counter[int] = Counter()
         """By `id`: parameters that holders asked for by themselves. A bucket of many small modules is held a piece at a time."""
-        self.full = self._make_full(device, is_read=rest is not None and rest.device is None)
+        self.full = _make_full(layout.padded_numel, dtype, device, is_read=rest is not None and rest.device is None)
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
@@ -114,15 +114,10 @@ class Bucket(FlatSpace):
         self.rest: Rest = rest or InMemory(own if self.keeps_storage else torch.zeros_like(own))
         """Where this rank's slice is between uses."""
         self.loads = loads or LoadQueue()
-        self._filling = Filling(self.rest, self.loads)
+        self._filling = Filling(self.rest, self.loads, exchange)
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
             param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
-
-    def _make_full(self, device: torch.device, is_read: bool) -> Tensor:
-        if is_read and device.type == "cpu":
-            return resizable_buffer(self.layout.padded_numel, self.dtype)
-        return torch.zeros(self.layout.padded_numel, dtype=self.dtype, device=device)
 
     def _empty_like(self, view: Tensor) -> Tensor:
         return view.new_empty(0) if view.is_complex() else self._nothing
@@ -240,7 +235,7 @@ class Bucket(FlatSpace):
 
     def start_unshard(self) -> None:
         """Start the all-gather of the exact parameters; a no-op if those are here. Collective: every rank, same order."""
-        if self.state is BucketState.SHARDED or self._gathered_by is not self.exchange:
+        if self.state is BucketState.SHARDED or self._filling.by is not self.exchange:
             self.regather(self.exchange)
 
     def regather(self, by: Exchange | None = None) -> None:
@@ -337,7 +332,9 @@ class Bucket(FlatSpace):
         parameter made from another), and have another for the next time. Resharding would take theirs away."""
         if not self.keeps_storage:
             with plain_modes():
-                self.full = self._make_full(self.full.device, is_read=self.rest.device is None)
+                self.full = _make_full(
+                    self.layout.padded_numel, self.dtype, self.full.device, is_read=self.rest.device is None
+                )
                 self.views = self.split(self.full)
 
     def publish(self) -> Pending | None:
@@ -358,3 +355,10 @@ class Bucket(FlatSpace):
         first = self.names[0] if self.names else "-"
         kind = "sharded" if self.is_sharded else "replicated"
         return f"Bucket({self.index}, {kind}, {len(self.names)} parameters from {first}, {self.layout.numel} elements)"
+
+
+def _make_full(numel: int, dtype: torch.dtype, device: torch.device, is_read: bool) -> Tensor:
+    """Zeros [numel]; `is_read`: a part of it will be read from a file."""
+    if is_read and device.type == "cpu":
+        return resizable_buffer(numel, dtype)
+    return torch.zeros(numel, dtype=dtype, device=device)

@@ -60,9 +60,10 @@ class LoadQueue:
 class Filling:
     """Fills a buffer [world_size * S] from `rest` [S] on each rank."""
 
-    def __init__(self, rest: Rest, queue: LoadQueue) -> None:
+    def __init__(self, rest: Rest, queue: LoadQueue, by: Exchange) -> None:
         self._rest, self._queue = rest, queue
-        self._exchange: Exchange | None = None
+        self.by = by
+        """By what the buffer was filled last."""
         self._full: Tensor | None = None
         self._own: Tensor | None = None
         self._load: Transfer | None = None
@@ -71,7 +72,7 @@ class Filling:
 
     def start(self, full: Tensor, own: Tensor, exchange: Exchange) -> None:
         """Begin to fill `full`, of which `own` is this rank's slice. Collective: every rank, same order."""
-        self._full, self._own, self._exchange = full, own, exchange
+        self._full, self._own, self.by = full, own, exchange
         if not exchange.needs_shard:
             self._pending = exchange.start_all_gather(full)
             return
@@ -94,7 +95,6 @@ class Filling:
         """Wait for this rank's slice and start the all-gather. Raises TierError, having started it all the same."""
         assert self._full is not None, "queued by `start`"
         assert self._own is not None, "set with it"
-        assert self._exchange is not None, "set with it"
         load, self._load = self._load, None
         source, self._source = self._source, None
         try:
@@ -104,11 +104,11 @@ class Filling:
             self._own.fill_(torch.nan)
             raise
         finally:
-            self._pending = self._exchange.start_all_gather(self._full, source)
+            self._pending = self.by.start_all_gather(self._full, source)
 
     def wait(self) -> None:
         """Have the buffer filled, if it was started."""
         self._queue.settle(until=self)
         if self._pending is not None:
             self._pending.wait()
-        self._full = self._own = self._exchange = self._pending = None
+        self._full = self._own = self._pending = None
