@@ -134,6 +134,18 @@ def test_no_modules_of_a_folder_import_each_other_in_a_circle_counting_types_and
     assert not circles(uses_within(folder))
 
 
+IN_CIRCLES = [
+    {"access", "join", "optimizer", "own_reduction", "takeover"},  # the wrapper, and what acts on it between its phases
+    {"bucket", "param", "space"},  # a parameter asks its bucket, which knows its parameters
+]
+"""Files of zero/ that know each other, by types or in functions. None may join them, and no third circle be made."""
+
+
+def test_the_circles_within_zero_are_those_that_are_listed() -> None:
+    found = [{name.rpartition(".")[2] for name in circle} for circle in circles(uses_within("zero"))]
+    assert sorted(found, key=sorted) == IN_CIRCLES
+
+
 def test_a_circle_over_three_modules_is_found_and_a_tail_is_not_in_it() -> None:
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"a"}, "d": {"a"}}) == [{"a", "b", "c"}]
 
