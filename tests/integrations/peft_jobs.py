@@ -99,6 +99,59 @@ def merge(rank: int, world_size: int, model_folder: str, adapter_folder: str, co
     return {"before": before, "merged": merged, "unmerged": unmerged}
 
 
+def adalora(rank: int, world_size: int, model_folder: str, stage: int | None) -> list[float]:
+    """Losses of AdaLoRA, whose ranks are pruned by importance between backward and step; `stage` None is plain PyTorch."""
+    from peft import AdaLoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+    from transformers.integrations import HfDeepSpeedConfig
+
+    pruning = AdaLoraConfig(
+        init_r=4,
+        target_r=2,
+        tinit=1,
+        tfinal=2,
+        deltaT=1,
+        total_step=6,
+        target_modules=["q_proj", "v_proj"],
+        task_type="CAUSAL_LM",
+    )
+    base = AutoModelForCausalLM.from_pretrained(model_folder)
+    torch.manual_seed(0)
+    model = get_peft_model(base, pruning)
+    windows = ByteDataset(6 * 4).windows.view(6, 4, -1)
+    losses = []
+    if stage is None:
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+        for step, ids in enumerate(windows):
+            loss = model(input_ids=ids, labels=ids).loss
+            loss.backward()
+            model.base_model.update_and_allocate(step)
+            optimizer.step()
+            optimizer.zero_grad()
+            losses.append(loss.item())
+        return losses
+    config = {
+        "train_micro_batch_size_per_gpu": 4 // world_size,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2, "weight_decay": 0.01}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    keep = HfDeepSpeedConfig(config)  # by which PEFT knows to ask for whole gradients
+    engine, *_ = deepspeed.initialize(model=model, config=config)
+    adapters = [param for name, param in model.named_parameters() if "lora_" in name]
+    for step, ids in enumerate(windows):
+        share = ids.chunk(world_size)[rank]
+        loss = engine(input_ids=share, labels=share).loss
+        engine.backward(loss)
+        with deepspeed.zero.GatheredParameters(adapters, modifier_rank=0):
+            model.base_model.update_and_allocate(step)
+        engine.step()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(mean.item() / world_size)
+    del keep
+    return losses
+
+
 def modules_to_save(rank: int, world_size: int, model_folder: str, folder: str, config: Any) -> dict[str, Any]:
     """`modules_to_save` deep-copies a sharded head inside of a gather; it trains, the original does not."""
     from peft import get_peft_model

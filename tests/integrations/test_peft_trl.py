@@ -80,6 +80,13 @@ def test_an_adapter_merges_inside_of_a_gather(model: str, adapter: str) -> None:
     torch.testing.assert_close(found["unmerged"], found["before"], rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.compat("PEFT", "AdaLoRA prunes its ranks")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_adalora_prunes_between_backward_and_step_like_plain_pytorch(stage: int, model: str) -> None:
+    plain = run_job(jobs.adalora, model, None, world_size=1)
+    assert run_job(jobs.adalora, model, stage) == pytest.approx(plain, rel=2e-5)
+
+
 @pytest.mark.compat("PEFT", "`modules_to_save`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_modules_to_save_copies_a_sharded_module(stage: int, tmp_path: Path) -> None:
