@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.activation import checkpoint, non_reentrant_checkpoint
+from deepspeed.config import load_config
 from deepspeed.engine.build import Parts, Watching
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
@@ -56,6 +57,11 @@ class PipelineEngine(DeepSpeedEngine):
                 'a "model" axis, e.g. PipeModelDataParallelTopology.'
             )
         self.batch_fn: Callable[[Any], Any] | None = None
+        stages = load_config(kwargs["config"]).pipeline.stages
+        if stages not in ("auto", model.num_stages):
+            raise DeepSpeedConfigError(
+                f"pipeline.stages = {stages}, but the PipelineModule has num_stages = {model.num_stages}.\n  Give one of them."
+            )
         self._data_iterator: Iterator[Any] | None = None
         super().__init__(args=args, model=model, mpu=model.mpu(), **kwargs)
         self.grid = self.module.mpu()

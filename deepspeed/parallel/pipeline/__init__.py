@@ -8,5 +8,17 @@
     topology.py     ranks as points of a box of axes, as scripts name them
     grid.py         its process groups, as an mpu
 
-All but the grid is pure: it knows no tensor and no process.
+    layers.py       layers as descriptions
+    cut.py          the names of `partition_method`
+    module.py       the model: a rank builds the layers of its stages
+    tied.py         parameters that several stages have
+    hf.py           a model of Hugging Face as such a module
+    executor.py     carries a list out
+    mail.py         values on their way between ranks
+    form.py         what a hop carries, in few bytes
+    weights.py      weight gradients later
+    slots.py        the contract's schedules, for scripts
+    instructions.py what they are made of
+
+Actions, schedules, check, generate, partition, topology, form, slots and instructions are pure: they know no process.
 """
