@@ -154,11 +154,13 @@ PATHS: dict[str, dict[str, str]] = {
         **_later("internal", "UlyssesSPFullStack"),
     },
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {"*": f"{_SP}.parallel_state:"},
-    "deepspeed.sequence": {},
+    "deepspeed.sequence": {"tile_model": f"{_SP}.tile_hf"},
     "deepspeed.sequence.layer": invert(
         {f"{_SP}.attention": "DistributedAttention single_all_to_all _SeqAllToAll apply_rotary_pos_emb"}
     ),
-    "deepspeed.sequence.cross_entropy": _later(_SEQUENCE, "vocab_sequence_parallel_cross_entropy"),
+    "deepspeed.sequence.cross_entropy": invert(
+        {f"{_SP}.cross_entropy": "vocab_parallel_cross_entropy vocab_sequence_parallel_cross_entropy"}
+    ),
     "deepspeed.sequence.fpdt_layer": _later(
         _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"
     ),
@@ -320,6 +322,9 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.activation_checkpointing": {},
+    "deepspeed.runtime.activation_checkpointing.offload_activations": {
+        "get_checkpoint_hidden_states_offloading_ctx_manager": "deepspeed.activation.hidden"
+    },
     "deepspeed.runtime.activation_checkpointing.checkpointing": {"*": "deepspeed.activation:"},
     "deepspeed.runtime.zero": invert(
         {"deepspeed.runtime.zero.partition_parameters": "Init GatheredParameters ZeroParamStatus"}

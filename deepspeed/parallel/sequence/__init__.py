@@ -11,6 +11,8 @@ block.py            attention of a block of queries to a block of keys, to be jo
 ring.py             keys and values round a ring, and Ulysses within it, where there are fewer key heads than ranks
 tiled.py            what treats tokens alone, tile by tile; `TiledMLP`
 logits_loss.py      logits and their loss, tile by tile; `TiledFusedLogitsLoss`
+tile_hf.py          `tile_model`: both of these in a model of Transformers
+cross_entropy.py    losses of logits whose vocabulary or sequence is in parts
 supported.py        layers and masks that a part of a sequence misleads, refused by name
 hf.py               `UlyssesSPAttentionHF`, in the tables of Transformers
 loader.py           batches of other samples on each rank, as parts of the same samples
