@@ -168,15 +168,15 @@ def main() -> None:
     )
     print(f"torch {torch.__version__}, transformers {transformers.__version__}; load {os.getloadavg()[0]:.1f}")
     limit, here = args.gib * GIB, sys.executable
-    predicted = fit("plain", limit, here, (256, 512))
+    predicted = fit("plain", limit, here, (1024, 1536))
     plain = int(predicted * 0.97)
     at_plain = run("plain", plain, here)
-    longest = {"plain": plain, "ours": fit("ours", limit, here, (2048, 4096))}
+    longest = {"plain": plain, "ours": fit("ours", limit, here, (4096, 8192))}
     ours_at_plain = run("ours", plain, here)
     many = int(plain * args.times)
     confirmed = run("ours", many, here)
     if args.original:
-        longest["original"] = fit("original", limit, args.original, (2048, 4096))
+        longest["original"] = fit("original", limit, args.original, (4096, 8192))
     print("\n| | longest in the limit | of plain | |\n|---|--:|--:|---|")
     for variant, tokens in longest.items():
         print(f"| {variant} | {tokens} | {tokens / plain:.1f} | {'predicted' if variant != 'plain' else 'run'} |")

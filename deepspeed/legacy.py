@@ -43,7 +43,7 @@ _PIPE_MODULE = {
 }
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
-_COMPRESSION, _SEQUENCE, _SPARSE = "compression", "sequence parallelism", "sparse attention"
+_COMPRESSION, _SPARSE = "compression", "sparse attention"
 _SP = "deepspeed.parallel.sequence"
 
 PATHS: dict[str, dict[str, str]] = {
@@ -154,15 +154,21 @@ PATHS: dict[str, dict[str, str]] = {
         **_later("internal", "UlyssesSPFullStack"),
     },
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {"*": f"{_SP}.parallel_state:"},
-    "deepspeed.sequence": {"tile_model": f"{_SP}.tile_hf"},
+    "deepspeed.sequence": invert(
+        {
+            f"{_SP}.tile_hf": "tile_model",
+            f"{_SP}.vision": "auto_wrap_model_for_sp detect_model_sp_info SPModelInfo UlyssesSPViTAttention "
+            "ModalityFusionSPAdapter LlavaFusionAdapter InternVLFusionAdapter Qwen2VLFusionAdapter",
+        }
+    ),
     "deepspeed.sequence.layer": invert(
         {f"{_SP}.attention": "DistributedAttention single_all_to_all _SeqAllToAll apply_rotary_pos_emb"}
     ),
     "deepspeed.sequence.cross_entropy": invert(
         {f"{_SP}.cross_entropy": "vocab_parallel_cross_entropy vocab_sequence_parallel_cross_entropy"}
     ),
-    "deepspeed.sequence.fpdt_layer": _later(
-        _SEQUENCE, "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"
+    "deepspeed.sequence.fpdt_layer": invert(
+        {f"{_SP}.fpdt": "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"}
     ),
     "deepspeed.pipe": invert(_PIPE_MODULE),
     "deepspeed.runtime.pipe": invert(

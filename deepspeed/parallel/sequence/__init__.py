@@ -13,6 +13,8 @@ tiled.py            what treats tokens alone, tile by tile; `TiledMLP`
 logits_loss.py      logits and their loss, tile by tile; `TiledFusedLogitsLoss`
 tile_hf.py          `tile_model`: both of these in a model of Transformers
 cross_entropy.py    losses of logits whose vocabulary or sequence is in parts
+fpdt.py             attention and its neighbours chunk by chunk, for Megatron-style code
+vision.py           towers that see, and adapters where images join text
 supported.py        layers and masks that a part of a sequence misleads, refused by name
 hf.py               `UlyssesSPAttentionHF`, in the tables of Transformers
 loader.py           batches of other samples on each rank, as parts of the same samples
