@@ -4,6 +4,7 @@
     saved        where a checkpoint's inputs rest: whole, sharded over those ranks, on the CPU, in one buffer
     call         the checkpoint, reentrant and not, on `torch.utils.checkpoint`
     rng          named random states, so that dropout repeats itself per model-parallel rank
+    hidden       the inputs of a whole model's checkpoints in main memory, by a context around its forward
     blocks       the engine's part: which blocks of a model recompute, and how much of them
 
 What users reach as `deepspeed.checkpointing.<name>` is in the table below.
