@@ -1,0 +1,55 @@
+"""Saving under tensor parallelism and resuming at another size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+import deepspeed
+from tests.parallel.tensor.models import batch, share, small
+from tests.parallel.tensor.runs import config
+
+
+def steps(engine: Any, rank: int, dp: int, seeds: range) -> list[float]:
+    losses = []
+    for seed in seeds:
+        loss = engine(**share(batch(4, seed=seed), rank, dp)).loss
+        engine.backward(loss)
+        engine.step()
+        mean = loss.detach().clone()
+        torch.distributed.all_reduce(mean)
+        losses.append(float(mean) / torch.distributed.get_world_size())
+    return losses
+
+
+def told(tp: int, stage: int) -> dict[str, Any]:
+    asked = config(tp, stage)
+    asked["zero_optimization"]["stage3_gather_16bit_weights_on_model_save"] = True
+    del asked["train_micro_batch_size_per_gpu"]
+    return {**asked, "train_batch_size": 4}
+
+
+def save(rank: int, world_size: int, folder: str, tp: int, stage: int) -> list[float]:
+    """Two steps, a checkpoint, and the losses of the next two; the exported model beside it."""
+    dp = world_size // tp
+    engine, *_ = deepspeed.initialize(model=small("llama"), config=told(tp, stage))
+    steps(engine, rank // tp, dp, range(2))
+    engine.save_checkpoint(folder)
+    engine.save_16bit_model(f"{folder}/export", "model.bin")
+    state = engine._consolidated_16bit_state_dict() if stage == 3 or tp > 1 else None
+    if rank == 0 and state is not None:
+        whole = small("llama").state_dict()
+        assert {n: t.shape for n, t in state.items()} == {n: t.shape for n, t in whole.items()}
+    losses = steps(engine, rank // tp, dp, range(2, 4))
+    engine.destroy()
+    return losses
+
+
+def resume(rank: int, world_size: int, folder: str, tp: int, stage: int) -> list[float]:
+    dp = world_size // tp
+    engine, *_ = deepspeed.initialize(model=small("llama"), config=told(tp, stage))
+    engine.load_checkpoint(folder)
+    losses = steps(engine, rank // tp, dp, range(2, 4))
+    engine.destroy()
+    return losses
