@@ -35,6 +35,17 @@ struct QuantizeLoops {
     void (*add_signs)(const uint8_t* bits, float* into, size_t n, float scale);
 };
 
+// Dot products of a weight's row with a vector; see products.inl.
+struct ProductLoops {
+    float (*fp32)(const void* row, const float* x, size_t n);
+    float (*bf16)(const void* row, const float* x, size_t n);
+    // `starts`: what each group's sum begins with. `group_size` is a multiple of 32.
+    float (*int8)(const uint8_t* w, const int16_t* x, const int32_t* starts, const float* weight_scales, const float* x_scales,
+                  size_t num_groups, size_t group_size);
+    float (*int4)(const uint8_t* w, const int16_t* x, const int32_t* starts, const float* weight_scales, const float* x_scales,
+                  size_t num_groups, size_t group_size);
+};
+
 struct Kernels {
     void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
     void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
@@ -44,6 +55,7 @@ struct Kernels {
     Loop sgd[3];                                                   // by Momentum
     Loop lamb_moments[2], lamb_apply[2];                           // eps outside and inside of the root
     QuantizeLoops quantize;
+    ProductLoops products;
 };
 
 extern const Kernels kPortableKernels;

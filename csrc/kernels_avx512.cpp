@@ -33,6 +33,7 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
     for (; i < n; ++i) to[i] = _cvtss_sh(from[i], _MM_FROUND_TO_NEAREST_INT);
 }
 
+#define DS_HAS_AVX2
 #include "kernels.inl"
 
 }  // namespace

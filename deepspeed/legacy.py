@@ -261,6 +261,10 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.utils.nested": "recursive_getattr recursive_setattr"}),
         **_later(_COMPRESSION, "convert_conv1d_to_linear rewrite_optimizer_step module_replacement"),
     },
+    "deepspeed.inference.quantization": {},
+    "deepspeed.inference.quantization.quantization": {
+        "_init_group_wise_weight_quantization": "deepspeed.quant.replace:init_group_wise_weight_quantization"
+    },
     "deepspeed.inference.v2": {},
     "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),
     "deepspeed.inference.v2.engine_factory": {

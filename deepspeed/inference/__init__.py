@@ -3,7 +3,8 @@
 config.py       what `init_inference` is told, typed and strict
 initialize.py   the doors: init_inference, default_inference_config
 engine.py       InferenceEngine: forward, generate, timing, compiling
-prepare.py      a module cast, loaded, quantised and placed, in this order
+prepare.py      a module cast, and placed on its device
+quantized.py    what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
 limits.py       what is refused before a prompt costs any work
 """

@@ -132,7 +132,7 @@ class DeepSpeedInferenceConfig(Section):
     replace_with_kernel_inject: Annotated[bool, also("replace_with_kernel_inject", "kernel_inject")] = False
     """Use fused kernels where the model has them; where not, it runs unfused."""
     dtype: Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(_dump_dtype)] = torch.float16
-    """fp16, bf16, fp32; int8 quantizes the weights and leaves everything else in the model's own dtype. Where it is not
+    """fp16, bf16, fp32; "int8" and "int4" quantize the weights and leave everything else in the model's own dtype. Where it is not
     given and the device has no fp16, the model's own."""
     tensor_parallel: Annotated[DeepSpeedTPConfig, also("tensor_parallel", "tp")] = Field(
         default_factory=DeepSpeedTPConfig
@@ -189,6 +189,9 @@ class DeepSpeedInferenceConfig(Section):
     def adapt(cls, data: dict[str, Any]) -> dict[str, Any]:
         """Move keys of older versions into the sections that have them now."""
         given = dict(data)
+        if str(given.get("dtype")).removeprefix("torch.") == "int4":
+            quant = dict(given.get("quant", {}))
+            given |= {"dtype": "int8", "quant": quant | {"weight": {"num_bits": 4, **quant.get("weight", {})}}}
         for section, moved in _MOVED.items():
             found = {new: given.pop(old) for old, new in moved.items() if old in given}
             if found:

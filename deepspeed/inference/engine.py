@@ -21,6 +21,7 @@ from deepspeed.inference import prepare
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.limits import check_length
 from deepspeed.inference.policy import row_names
+from deepspeed.inference.quantized import quantize
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 
@@ -41,6 +42,7 @@ class InferenceEngine(nn.Module):
             warn_once(f"init_inference({key}=...) has no effect.")
         for module, dtype in zip(modules, dtypes, strict=True):
             prepare.cast(module, dtype)
+            quantize(module, config)
             prepare.place(module, config)
             module.eval()
         self.module = model
@@ -148,8 +150,6 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
             f"tensor_parallel.tp_size = {config.tensor_parallel.tp_size} is not available yet for inference.\n"
             "  Run on one rank."
         )
-    if config.dtype is torch.int8:
-        raise NotAvailableError("dtype = int8 is not available yet.\n  Use fp32, fp16 or bf16.")
     if config.checkpoint is not None or config.checkpoint_config.checkpoint_dir or config.save_mp_checkpoint_path:
         raise NotAvailableError("loading a checkpoint in init_inference is not available yet.\n  Load it before.")
     if config.enable_cuda_graph:

@@ -1,0 +1,6 @@
+"""Weights of 8 and 4 bits in models that only run.
+
+spec.py       how a weight is quantized; the group size that fits its width
+linear.py     QuantizedWeight, and the layers that multiply with one and look rows up in one
+replace.py    a model's layers replaced, by rule or by name
+"""

@@ -1,0 +1,121 @@
+"""int8 and int4 models say what their dequantized weights say, take the memory promised, and are refused where nothing can be."""
+
+from __future__ import annotations
+
+import copy
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deepspeed
+from deepspeed.inference.quantization.quantization import _init_group_wise_weight_quantization
+from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear
+from deepspeed.utils.errors import DeepSpeedConfigError
+from tests.inference.families import FAMILIES, build, prompts
+from tests.inference.test_engine import logits_of
+
+pytest.importorskip("transformers")
+
+TESTED = FAMILIES if os.environ.get("DS_TEST_LONG") else ["llama", "gpt2", "t5"]
+
+
+def dequantized(plain: nn.Module, quantized: nn.Module) -> Any:
+    """A copy of `plain` with the weights that `quantized` holds."""
+    other = copy.deepcopy(plain)
+    for name, layer in quantized.named_modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
+            target = other.get_submodule(name)
+            with torch.no_grad():
+                target.weight.copy_(layer.weight.t() if type(target).__name__ == "Conv1D" else layer.weight)
+    return other
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+@pytest.mark.parametrize("family", TESTED)
+def test_a_quantized_model_says_what_its_weights_say(family: str, dtype: str) -> None:
+    plain, batch = build(family), prompts("left")
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype=dtype, quant={"weight": {"group_size": 32}})
+    assert any(isinstance(layer, QuantizedLinear) for layer in engine.modules())
+    expected = logits_of(dequantized(plain, engine.module), batch)
+    found = logits_of(engine, batch)
+    assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_greedy_words_are_those_of_the_dequantized_weights(dtype: str) -> None:
+    plain, batch = build("llama", hidden_size=96, intermediate_size=128), prompts("left")
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype=dtype, quant={"weight": {"group_size": 32}})
+    other = dequantized(plain, engine.module)
+    assert torch.equal(engine.generate(**batch, max_new_tokens=12), other.generate(**batch, max_new_tokens=12))
+
+
+def test_a_tied_head_and_its_embedding_share_one_weight() -> None:
+    engine = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype=torch.int8)
+    assert engine.module.lm_head.quantized is engine.module.model.embed_tokens.quantized
+
+
+def test_queries_keys_and_values_can_be_left_as_they_are() -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="int8", quant={"qkv": {"enabled": False}})
+    attention = engine.module.model.layers[0].self_attn
+    assert type(attention.q_proj) is nn.Linear and isinstance(attention.o_proj, QuantizedLinear)
+
+
+def test_a_model_nobody_can_quantize_is_refused() -> None:
+    with pytest.raises(ValueError, match="Conv2d has no layer whose weights can be quantized"):
+        deepspeed.init_inference(nn.Conv2d(1, 1, 3), dtype=torch.int8)
+
+
+def test_layers_are_quantized_by_name_and_names_that_match_none_or_two_are_refused() -> None:
+    spec = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
+
+    def config(**keys: Any) -> dict[str, Any]:
+        return {"train_micro_batch_size_per_gpu": 1, "weight_quantization": {"post_init_quant": keys}}
+
+    model = _init_group_wise_weight_quantization(build("llama"), config(mlp=spec))
+    layer = model.model.layers[0]
+    assert isinstance(layer.mlp.up_proj, QuantizedLinear) and type(layer.self_attn.q_proj) is nn.Linear
+    with pytest.raises(DeepSpeedConfigError, match="nowhere matches no layer of LlamaForCausalLM"):
+        _init_group_wise_weight_quantization(build("llama"), config(nowhere=spec))
+    with pytest.raises(AssertionError, match="is matched by mlp and up_proj"):
+        _init_group_wise_weight_quantization(build("llama"), config(mlp=spec, up_proj=spec))
+    with pytest.raises(AssertionError, match="group_size = 36 does not divide the 48 inputs"):
+        _init_group_wise_weight_quantization(build("llama"), config(up_proj={**spec, "group_size": 36}))
+
+
+def perplexity(model: Any, text: torch.Tensor) -> float:
+    """Per character, over windows of 64."""
+    windows = text[: len(text) // 64 * 64].view(-1, 64)
+    with torch.no_grad():
+        losses = [model(input_ids=part, labels=part).loss for part in windows.split(32)]
+    return float(torch.stack(losses).mean().exp())
+
+
+@pytest.mark.skipif(not os.environ.get("DS_TEST_LONG"), reason="trains a model; make test-inference")
+def test_perplexity_stays_within_what_was_promised() -> None:
+    pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
+    text = torch.tensor([min(byte, 127) for page in pages for byte in page.read_bytes()])
+    model = build("llama", vocab_size=128, hidden_size=128, intermediate_size=256)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() > 1:
+                param.div_(3.0)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    train, held = text[: len(text) * 9 // 10], text[len(text) * 9 // 10 :][: 64 * 256]
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(400):
+        starts = torch.randint(0, len(train) - 64, (16, 1), generator=generator)
+        batch = train[starts + torch.arange(64)]
+        model(input_ids=batch, labels=batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    plain = perplexity(model, held)
+    worse = {}
+    for dtype in ("int8", "int4"):
+        engine = deepspeed.init_inference(copy.deepcopy(model).eval(), dtype=dtype)
+        worse[dtype] = perplexity(engine, held) / plain - 1
+    print(f"perplexity {plain:.3f}, int8 {worse['int8']:+.3%}, int4 {worse['int4']:+.3%}")
+    assert worse["int8"] <= 0.005 and worse["int4"] <= 0.03

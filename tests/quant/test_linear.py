@@ -1,0 +1,103 @@
+"""Quantized layers multiply with the weight they hold: compiled and by torch, on every instruction set, at any size."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from deepspeed.kernels import native, native_products
+from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from deepspeed.quant.spec import Spec, fitting_group
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compiled library: {native.why_missing()}")
+
+
+def weight_of(rows: int, width: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("group_size", [32, 64, 192, 24])
+@pytest.mark.parametrize("batch", [1, 3, 20])
+def test_a_layer_answers_with_the_weight_it_holds(num_bits: int, symmetric: bool, group_size: int, batch: int) -> None:
+    held = QuantizedWeight(weight_of(37, 384), Spec(num_bits=num_bits, group_size=group_size, symmetric=symmetric))
+    layer, x, bias = QuantizedLinear(held, torch.randn(37)), weight_of(batch, 384, 1), torch.randn(37)
+    layer.bias = nn.Parameter(bias, requires_grad=False)
+    torch.testing.assert_close(layer(x), F.linear(x, layer.weight, bias), rtol=1e-4, atol=2e-3)
+
+
+@pytest.mark.parametrize("num_bits", [4, 8])
+def test_an_element_comes_back_within_half_a_step_of_its_group(num_bits: int) -> None:
+    weight = weight_of(16, 256)
+    held = QuantizedWeight(weight, Spec(num_bits=num_bits, group_size=64))
+    bound = held.scales.view(16, 4).repeat_interleave(64, 1) * (0.5 + 1e-4)
+    assert ((held.whole() - weight).abs() <= bound).all()
+
+
+@needs_library
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
+def test_products_have_the_same_bits_on_every_instruction_set(kind: str) -> None:
+    weight, x = weight_of(50, 32 * 9), weight_of(2, 32 * 9, 1)
+    x[1] *= 1e-3
+    found = []
+    try:
+        for isa in native.isas():
+            native.use_isa(isa)
+            if kind in ("int8", "int4"):
+                held = QuantizedWeight(weight, Spec(num_bits=int(kind[3:]), group_size=32))
+                found.append(QuantizedLinear(held, None)(x))
+            else:
+                found.append(
+                    native_products.product(
+                        x, weight.to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[kind])), None
+                    )
+                )
+    finally:
+        native.use_isa()
+    assert len(found) == len(native.isas()) and all(torch.equal(found[0], other) for other in found)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 31, 96, 1000])
+def test_products_with_floats_are_torchs(dtype: torch.dtype, width: int) -> None:
+    weight, x, bias = weight_of(70, width).to(dtype), weight_of(2, width, 1), torch.randn(70)
+    expected = F.linear(x.double(), weight.double(), bias.double()).float()
+    torch.testing.assert_close(native_products.product(x, weight, bias), expected, rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_not_finite_shows() -> None:
+    layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec()), None)
+    x = torch.ones(1, 64)
+    x[0, 3] = float("inf")
+    assert not torch.isfinite(layer(x)).any()
+    with pytest.raises(DeepSpeedError, match="holds NaN or infinity"):
+        QuantizedWeight(torch.full((2, 64), float("nan")), Spec())
+
+
+def test_a_tied_embedding_gives_the_rows_of_the_weight() -> None:
+    held = QuantizedWeight(weight_of(20, 64), Spec(num_bits=4, group_size=32))
+    indices = torch.tensor([[3, 0], [19, 3]])
+    assert torch.equal(QuantizedEmbedding(held, None)(indices), held.whole()[indices])
+
+
+@pytest.mark.parametrize(("num_bits", "limit"), [(8, 1.1), (4, 0.6)])
+def test_a_parameter_takes_the_bytes_that_were_promised(num_bits: int, limit: float) -> None:
+    held = QuantizedWeight(weight_of(256, 512), Spec(num_bits=num_bits))
+    assert sum(b.numel() * b.element_size() for b in held.buffers()) / (256 * 512) <= limit
+
+
+def test_group_sizes_fit_widths() -> None:
+    assert [fitting_group(width, 64) for width in (512, 96, 48, 50, 7, 2049)] == [64, 32, 48, 50, None, None]
+    with pytest.raises(DeepSpeedConfigError, match="num_bits = 3"):
+        Spec(num_bits=3)
+
+
+def test_a_quantized_weight_cannot_be_cast_by_mistake() -> None:
+    layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec()), None)
+    with pytest.raises(DeepSpeedError, match="cannot be cast to bf16"):
+        layer.to(torch.bfloat16)
