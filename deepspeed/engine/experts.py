@@ -15,7 +15,7 @@ from deepspeed.config import Config
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.expert import attach, hugging_face, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import log_dist
 
 
@@ -39,6 +39,13 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
+    if mesh.size("tensor") > 1 and any(
+        getattr(module, "enable_expert_tensor_parallelism", False) for module in model.modules()
+    ):
+        raise NotAvailableError(
+            "enable_expert_tensor_parallelism = True is not available yet: experts are not cut over tensor-parallel ranks.\n"
+            "  Leave it False: every tensor-parallel rank then has whole experts."
+        )
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
     settings = config.expert_parallel
@@ -74,6 +81,12 @@ def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
 
 def _refuse(mesh: Mesh, config: Config) -> None:
     ep = mesh.size("experts")
+    for role, what in (("tensor", "tensor parallelism"), ("sequence", "sequence parallelism")):
+        if mesh.size(role) > 1:
+            raise NotAvailableError(
+                f"experts on {ep} ranks together with {what} on {mesh.size(role)} are not available yet: nobody has shown that "
+                "they equal one process.\n  Set ep_size (or expert_parallel.autoep_size) to 1, or leave one of the two out."
+            )
     if mesh.size("replicate") > 1:
         raise DeepSpeedConfigError(
             f"zero_optimization.mics_shard_size = {config.zero_optimization.mics_shard_size} with experts on {ep} ranks: an "

@@ -18,6 +18,8 @@ from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
+PLAN = "tp_plan"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Wishes:
@@ -56,6 +58,8 @@ def choose(model: nn.Module, wishes: Wishes) -> Chosen:
     else:
         planned = _planned(model)
         chosen = _by_plan(*planned) if planned is not None else _by_structure(model)
+    if chosen.source != PLAN:
+        _refuse_fused(model, chosen)
     cutting = [d for d in chosen.decisions.values() if d.action not in (Action.WHOLE, Action.SUM_GRADIENT)]
     if not cutting:
         raise DeepSpeedConfigError(
@@ -63,6 +67,19 @@ def choose(model: nn.Module, wishes: Wishes) -> Chosen:
             "  Give tensor_parallel.partition_config with patterns for its layers, or leave tensor_parallel out."
         )
     return chosen
+
+
+def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    for name, decision in chosen.decisions.items():
+        is_whole = decision.parts == 1 and decision.action in (Action.COLUMN, Action.COLUMN_GATHERED)
+        if is_whole and rules.has_unknown_layout(name, model_type):
+            raise DeepSpeedConfigError(
+                f"{name} is several layers in one, and its {chosen.source} does not say how its rows are ordered: cut as one, "
+                "ranks would take parts of the wrong heads.\n"
+                '  Say it in tensor_parallel.partition_config: "shape" and "partition_dim" of that layer\'s spec, for example '
+                '"shape": [[<rows of q>, <rows of k>, <rows of v>], -1], "partition_dim": 0.'
+            )
 
 
 # Specs. --------------------------------------------------------------------------------------------------------------
@@ -121,7 +138,7 @@ def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> Chosen:
     for name, action in actions.items():
         full = ".".join(part for part in (prefix, bare[name]) if part)
         decisions[full] = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
-    return Chosen("tp_plan", decisions)
+    return Chosen(PLAN, decisions)
 
 
 def _without_wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:

@@ -207,6 +207,20 @@ UNSUPPORTED = frozenset("deberta flaubert fsmt gpt2 led longformer xlm xlnet".sp
 """Model types whose layers cannot be told by their structure."""
 
 
+FUSED_NAMES = frozenset(
+    "query_key_value qkv qkv_proj fused_qkv Wqkv W_pack c_attn in_proj in_proj_qkv gate_up_proj".split()
+)
+"""Last names of layers that are several in one. Consecutive rows of one do not make a part of each."""
+
+FUSED_BY_HEAD = frozenset("bloom gpt_neox persimmon".split())
+"""Model types whose fused attention lies head by head (q, k and v of the first, of the second, ...): whole heads are rows."""
+
+
+def has_unknown_layout(name: str, model_type: str | None) -> bool:
+    """Whether a layer's name says that it is fused, and nothing says how its rows are ordered."""
+    return name.rpartition(".")[2] in FUSED_NAMES and model_type not in FUSED_BY_HEAD
+
+
 def is_row(name: str) -> bool:
     """Whether a layer's name ends as those that write to the residual stream."""
     parts = name.split(".")

@@ -60,6 +60,29 @@ def test_a_style_nobody_knows_is_named() -> None:
     run_ranks(2, refuse_style)
 
 
+class Fused(torch.nn.Module):
+    """Blocks whose attention is one layer of q, k and v."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            [torch.nn.ModuleDict({"Wqkv": torch.nn.Linear(8, 24), "out_proj": torch.nn.Linear(8, 8)})]
+        )
+
+
+def refuse_fused(rank: int, world_size: int) -> None:
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"blocks\.0\.Wqkv is several layers in one, and its structure does not say"
+    ):
+        deepspeed.initialize(model=Fused(), config=config(2))
+    with pytest.raises(DeepSpeedConfigError, match=r"qkv_proj is several layers in one, and its preset 'phi3'"):
+        deepspeed.initialize(model=small("phi3"), config={**config(2), TP: {"autotp_size": 2, "preset_model": "phi3"}})
+
+
+def test_a_fused_layer_whose_order_nobody_told_is_not_cut_by_chance() -> None:
+    run_ranks(2, refuse_fused)
+
+
 def test_calls_of_tp_model_init_that_contradict_are_refused() -> None:
     model = torch.nn.Linear(2, 2)
     assert deepspeed.tp_model_init(model, tp_size=2, dtype=torch.bfloat16) is model
