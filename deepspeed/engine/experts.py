@@ -13,6 +13,7 @@ from torch import nn
 from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.shape import Role
 from deepspeed.parallel.expert import attach, hugging_face, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
@@ -81,7 +82,8 @@ def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
 
 def _refuse(mesh: Mesh, config: Config) -> None:
     ep = mesh.size("experts")
-    for role, what in (("tensor", "tensor parallelism"), ("sequence", "sequence parallelism")):
+    unshown: tuple[tuple[Role, str], ...] = (("tensor", "tensor parallelism"), ("sequence", "sequence parallelism"))
+    for role, what in unshown:
         if mesh.size(role) > 1:
             raise NotAvailableError(
                 f"experts on {ep} ranks together with {what} on {mesh.size(role)} are not available yet: nobody has shown that "
