@@ -13,7 +13,6 @@ from torch import nn
 from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
-from deepspeed.mesh.shape import Role
 from deepspeed.parallel.expert import attach, hugging_face, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
@@ -82,13 +81,6 @@ def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
 
 def _refuse(mesh: Mesh, config: Config) -> None:
     ep = mesh.size("experts")
-    unshown: tuple[tuple[Role, str], ...] = (("tensor", "tensor parallelism"), ("sequence", "sequence parallelism"))
-    for role, what in unshown:
-        if mesh.size(role) > 1:
-            raise NotAvailableError(
-                f"experts on {ep} ranks together with {what} on {mesh.size(role)} are not available yet: nobody has shown that "
-                "they equal one process.\n  Set ep_size (or expert_parallel.autoep_size) to 1, or leave one of the two out."
-            )
     if mesh.size("replicate") > 1:
         raise DeepSpeedConfigError(
             f"zero_optimization.mics_shard_size = {config.zero_optimization.mics_shard_size} with experts on {ep} ranks: an "

@@ -49,7 +49,7 @@ CELLS = [
     Cell("hpZ", 3, ranks=4, extra={"zero": {"zero_hpz_partition_size": 2}}, refused="zero_optimization.zero_hpz_partition_size = 2 with experts"),
     Cell("1-bit Adam", 1, extra={"optimizer": {"type": "OneBitAdam", "params": {"lr": 0.01}}}, refused="OnebitAdam averages"),
     Cell("tensor parallelism", 1, ranks=4, extra={"tensor_parallel": {"autotp_size": 2}}, refused="experts on 2 ranks together with tensor"),
-    Cell("sequence parallelism", 1, ranks=4, extra={"sequence_parallel_size": 2, "data_parallel_size": 2}, refused="experts on 2 ranks together with sequence"),
+    Cell("sequence parallelism", 1, ranks=4, extra={"sequence_parallel_size": 2, "data_parallel_size": 2}, refused="experts on 2 ranks together with parts"),
     Cell("experts on 3 of 4 ranks", 1, ranks=4, ep=3, refused="num_experts = 4 should be divisible by ep_size = 3"),
 ]  # fmt: skip
 
