@@ -40,3 +40,9 @@ def refuse_unshown(mesh: Mesh, *, cuts_layers: bool) -> None:
                 f"{WORDS[one]} on {mesh.size(one)} ranks together with {WORDS[other]} on {mesh.size(other)} are not available "
                 "yet: nobody has shown that they equal one process.\n  Leave one of the two out."
             )
+
+
+def as_markdown() -> str:
+    """The table, for `docs/composability.md`."""
+    rows = [f"| {WORDS[one]} | {WORDS[other]} |" for one, other in NOT_SHOWN]
+    return "\n".join(["| of these two | one at a time |", "|---|---|", *rows])

@@ -217,8 +217,13 @@ class DeepSpeedInferenceConfig(Section):
             )
 
     def without_effect(self) -> Iterator[str]:
-        """The keys that were given and do nothing."""
-        return (key for key in _NO_EFFECT if key in self.model_fields_set)
+        """The keys that were given another value than their default and do nothing."""
+        for key in _NO_EFFECT:
+            section, _, inner = key.rpartition(".")
+            holder = getattr(self, section) if section else self
+            default = type(holder).model_fields[inner].get_default(call_default_factory=True)
+            if inner in holder.model_fields_set and getattr(holder, inner) != default:
+                yield key
 
     @property
     def limit(self) -> int:
@@ -240,5 +245,7 @@ _MOVED = {
 
 _NO_EFFECT = (
     "use_triton triton_autotune zero triangular_masking set_empty_params return_tuple training_mp_size min_out_tokens "
-    "transposed_mode"
+    "transposed_mode base_dir injection_policy_tuple config tensor_parallel.tp_grain_size tensor_parallel.mpu "
+    "tensor_parallel.tp_group moe.moe_experts moe.type moe.ep_group moe.ep_mp_group"
 ).split()
+"""Nobody reads these. Those of ranks and experts: models run on one rank, their experts as the model has them."""

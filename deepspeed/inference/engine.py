@@ -39,7 +39,7 @@ class InferenceEngine(nn.Module):
         _check(modules, config)
         dtypes = [prepare.run_dtype(module, config) for module in modules]
         for key in config.without_effect():
-            warn_once(f"init_inference({key}=...) has no effect.")
+            warn_once(f"init_inference: {key} has no effect.")
         for module, dtype in zip(modules, dtypes, strict=True):
             prepare.cast(module, dtype)
             quantize(module, config)
@@ -150,7 +150,13 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
             f"tensor_parallel.tp_size = {config.tensor_parallel.tp_size} is not available yet for inference.\n"
             "  Run on one rank."
         )
-    if config.checkpoint is not None or config.checkpoint_config.checkpoint_dir or config.save_mp_checkpoint_path:
+    sizes = config.moe.ep_size if isinstance(config.moe.ep_size, tuple) else (config.moe.ep_size,)
+    if config.moe.enabled and max(sizes) > 1:
+        raise NotAvailableError(
+            f"moe.ep_size = {max(sizes)} is not available yet for inference.\n  Run every expert on one rank."
+        )
+    older = config.checkpoint_config
+    if config.checkpoint is not None or config.save_mp_checkpoint_path or any(older.model_dump().values()):
         raise NotAvailableError("loading a checkpoint in init_inference is not available yet.\n  Load it before.")
     if config.enable_cuda_graph:
         warn_once("enable_cuda_graph = true has no effect: forwards are not recorded.")

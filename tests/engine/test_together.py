@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 from torch import nn
 
 import deepspeed
+from deepspeed.engine.together import as_markdown
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils.errors import NotAvailableError
 from tests.harness import run_ranks
@@ -33,6 +35,11 @@ def refused(rank: int, world_size: int) -> list[str]:
             deepspeed.initialize(model=model, config={**BASE, **section})
         words.append(str(caught.value))
     return words
+
+
+def test_the_page_has_the_pairs() -> None:
+    page = Path(__file__).resolve().parents[2] / "docs" / "composability.md"
+    assert as_markdown() in page.read_text()
 
 
 def test_pairs_that_nobody_has_shown_are_refused_in_words() -> None:

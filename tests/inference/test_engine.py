@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 import deepspeed
+from deepspeed.inference import engine as engine_module
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from tests.inference.families import FAMILIES, build, prompts
 
 pytest.importorskip("transformers")
@@ -169,3 +170,33 @@ def test_the_defaults_are_a_dict_that_can_be_given_back() -> None:
 def test_what_is_no_model_is_refused() -> None:
     with pytest.raises(DeepSpeedConfigError, match="got a str, which is no nn.Module"):
         deepspeed.init_inference("gpt2", dtype=torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("given", "key"),
+    [
+        ({"base_dir": "somewhere"}, "base_dir"),
+        ({"injection_policy_tuple": ("mlp.down",)}, "injection_policy_tuple"),
+        ({"args": object()}, "config"),
+        ({"tp": {"tp_grain_size": 1}}, "tensor_parallel.tp_grain_size"),
+        ({"moe": {"type": "residual"}}, "moe.type"),
+    ],
+)
+def test_keys_that_nobody_reads_say_so(given: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_module, "warn_once", said.append)
+    deepspeed.init_inference(torch.nn.Linear(2, 2), dtype=torch.float32, **given)
+    assert said == [f"init_inference: {key} has no effect."]
+
+
+def test_the_defaults_given_back_say_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    said: list[str] = []
+    monkeypatch.setattr(engine_module, "warn_once", said.append)
+    deepspeed.init_inference(torch.nn.Linear(2, 2), deepspeed.default_inference_config() | {"dtype": "fp32"})
+    assert said == []
+
+
+@pytest.mark.parametrize("given", [{"moe": {"ep_size": 2}}, {"ckpt_config": {"base_dir": "somewhere"}}])
+def test_experts_over_ranks_and_checkpoints_are_refused_wherever_they_are_asked_for(given: dict[str, Any]) -> None:
+    with pytest.raises(NotAvailableError):
+        deepspeed.init_inference(torch.nn.Linear(2, 2), dtype=torch.float32, **given)

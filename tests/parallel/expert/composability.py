@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from deepspeed.engine.together import as_markdown
 from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import close_pools, run_ranks
 from tests.parallel.expert.runs import ADAM, compare, plain, train
@@ -19,6 +20,13 @@ DOC = Path(__file__).resolve().parents[3] / "docs" / "composability.md"
 OFFLOAD = {"offload_optimizer": {"device": "cpu"}}
 BF16 = {"bf16": {"enabled": True}}
 FP16 = {"fp16": {"enabled": True, "initial_scale_power": 8}}
+PAIRS = [
+    "# What does not go together yet",
+    "",
+    "Ways of dividing ranks that nobody has shown together: refused by name, on all ranks, at `deepspeed.initialize`. Tensor",
+    "parallelism that a script brings itself, by its mpu or topology, is its own to answer for but beside experts.",
+    "",
+]
 
 
 @dataclass(frozen=True)
@@ -94,7 +102,7 @@ def write() -> str:
         print(cell, flush=True)
         lines.append(f"| {cell.what} | {cell.stage} | {cell.ranks}, {cell.ep} | {run_cell(cell)} |")
     close_pools()
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, "", *PAIRS, as_markdown()]) + "\n"
 
 
 if __name__ == "__main__":
