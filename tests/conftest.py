@@ -11,6 +11,9 @@ import pytest
 
 from tests import harness
 
+# Before any process imports huggingface_hub, which reads them once: no test reaches for the network, and no thread reports.
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
 
 @pytest.fixture(autouse=True)
 def _no_leaked_environment() -> Iterator[None]:

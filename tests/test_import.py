@@ -77,7 +77,8 @@ engine.step()
 def test_training_by_a_configured_optimizer_leaves_the_compiler_unloaded() -> None:
     seen = probe(TRAINS)
     assert "step 1" in seen["stdout"], "the operations of a step were counted"
-    assert not HEAVY & set(seen["modules"])
+    # Not Triton: torch's own flop formulas import it where it is installed.
+    assert not (HEAVY - {"triton"}) & set(seen["modules"])
 
 
 @pytest.mark.parametrize(

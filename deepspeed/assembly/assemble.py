@@ -66,8 +66,13 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, 
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
     sp = sequence_size(config, mesh_param, world_size() // tp, has_mpu=mpu is not None)
     mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=near, sp=sp, tp=tp)
-    mesh = alike_everywhere(with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism))
-    check_sequence_size(config, mesh)
+    try:
+        mesh = with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism)
+        mesh = alike_everywhere(mesh)
+        check_sequence_size(config, mesh)
+    except DeepSpeedError:
+        mesh.release()  # or `deepspeed.utils.groups` would answer for an engine that never was
+        raise
     return mesh
 
 

@@ -10,6 +10,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed.engine.together import as_markdown
+from deepspeed.mesh.mesh import _meshes as meshes
 from deepspeed.pipe import PipelineModule
 from deepspeed.utils.errors import NotAvailableError
 from tests.harness import run_ranks
@@ -34,6 +35,7 @@ def refused(rank: int, world_size: int) -> list[str]:
         with pytest.raises((NotAvailableError, deepspeed.utils.errors.DeepSpeedError)) as caught:
             deepspeed.initialize(model=model, config={**BASE, **section})
         words.append(str(caught.value))
+        assert not any(mesh.num_users for mesh in meshes.values()), "no engine lives"
     return words
 
 
