@@ -288,7 +288,6 @@ def _worker(connection: Connection, stack_file: str, env: dict[str, str] | None,
         os.environ["DS_ACCELERATOR"] = os.environ.get("DS_ACCELERATOR", "cpu") if device == "cpu" else device
         if sys.platform == "linux":
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        torch.set_num_threads(1)
         with contextlib.suppress(EOFError):
             _serve(connection, env, device, stacks)
     os._exit(0)  # no interpreter shutdown: it would wait for threads a test left
@@ -333,6 +332,7 @@ def _execute(message: bytes, rank: tuple[int, ...]) -> Any:
     sys.path[:], request = pickle.loads(message)
     module, name, args, kwargs = _load(request)
     torch.manual_seed(0)
+    torch.set_num_threads(1)  # libraries change it (Accelerate on CPUs), and the last bits of gradients with it
     return getattr(import_module(module), name)(*rank, *args, **kwargs)
 
 

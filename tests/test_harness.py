@@ -88,6 +88,10 @@ def _seed_and_threads(rank: int, world_size: int) -> tuple[float, int]:
     return torch.rand(1).item(), torch.get_num_threads()
 
 
+def _take_more_threads(rank: int, world_size: int) -> None:
+    torch.set_num_threads(3)
+
+
 def _distributed_names(*names: str) -> tuple[list[str], bool]:
     return [name for name in names if name in os.environ], dist.is_initialized()
 
@@ -107,8 +111,10 @@ def test_processes_are_reused_and_a_second_call_is_fast() -> None:
 
 def test_every_call_starts_with_one_thread_and_the_same_seed() -> None:
     (first, threads), (second, _) = run_ranks(2, _seed_and_threads)
-    assert first == second == run_ranks(2, _seed_and_threads)[0][0]
-    assert threads == 1
+    run_ranks(2, _take_more_threads)
+    again, threads_again = run_ranks(2, _seed_and_threads)[0]
+    assert first == second == again
+    assert threads == threads_again == 1
 
 
 def test_an_error_on_one_rank_ends_the_others_waiting_in_a_collective() -> None:

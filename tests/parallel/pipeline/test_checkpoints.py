@@ -72,7 +72,6 @@ def test_any_number_of_stages_goes_on_where_another_stopped(tmp_path: Path) -> N
             mine = [theirs[i] for theirs in found]
             assert all(part["loss"] == saved[0]["loss"] for part in mine)
             weights = joined(mine)
-            for name, value in joined(saved).items():
-                # Once in some ten runs on a loaded machine a weight differed in its last bit, the loss never; why is not known.
-                torch.testing.assert_close(weights[name], value, rtol=1e-6, atol=1e-7)
+            differ = {name: (weights[name] - value).abs().max().item() for name, value in joined(saved).items()}
+            assert not any(differ.values()), f"cut {others[i]} on {world} ranks: {differ}"
     assert run_ranks(1, _load_whole, str(tmp_path)) == [saved[0]["loss"]]
