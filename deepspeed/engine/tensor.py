@@ -16,12 +16,12 @@ from deepspeed.config import Config
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
 from deepspeed.parallel.tensor import requested
-from deepspeed.parallel.tensor.apply import PARSED, apply
-from deepspeed.parallel.tensor.choose import Wishes
+from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
+from deepspeed.parallel.tensor.choose import Chosen, Wishes, require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import check_first_forward
 from deepspeed.parallel.tensor.rules import Action, Spec
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.build import make_plain
 
@@ -88,7 +88,8 @@ def cut_model(model: nn.Module, mesh: Mesh, config: Config, size: int, optimizer
     if mesh.size("tensor") != size:
         raise DeepSpeedConfigError(
             f"tensor_parallel.autotp_size = {size}, but the mpu has {mesh.size('tensor')} tensor-parallel ranks.\n"
-            "  Give both the same size, or leave the mpu out."
+            "  Give both the same size (a PipelineModule by topology=PipeModelDataParallelTopology(num_pp, num_mp, num_dp)), or leave "
+            "the mpu out."
         )
     if PARSED not in model.__dict__:
         _cut(model, mesh, config, optimizer)
@@ -103,12 +104,34 @@ def _cut(model: nn.Module, mesh: Mesh, config: Config, optimizer: Any) -> None:
     ranks = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), mesh.size("tensor"))
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
         optimizer.state.clear()
-    chosen = apply(model, ranks, _wishes(config), make_plain)
-    acted = sum(d.action is not Action.WHOLE for d in chosen.decisions.values())
-    log_dist(f"tensor parallelism over {ranks.size} ranks: {acted} layers by the model's {chosen.source}", ranks=[0])
+    chosen, drawn = _drawn(model, mesh, ranks, _wishes(config, is_part=mesh.size("pipeline") > 1))
+    carry_out(model, ranks, drawn, make_plain)
+    log_dist(
+        f"tensor parallelism over {ranks.size} ranks: {chosen.num_acted} layers by the model's {chosen.source}",
+        ranks=[0],
+    )
 
 
-def _wishes(config: Config) -> Wishes:
+def _drawn(model: nn.Module, mesh: Mesh, ranks: TensorGroup, wishes: Wishes) -> tuple[Chosen, Drawn]:
+    """What becomes of each layer. Stages tell each other, so that a refusal of one is all ranks' error."""
+    mine: tuple[Chosen, Drawn] | None = None
+    refusal: DeepSpeedError | None = None
+    try:
+        mine = draw(model, ranks, wishes)
+    except DeepSpeedError as error:
+        refusal = error
+    told = mesh.gather_objects("pipeline", mine[0] if mine is not None else str(refusal))
+    if refusal is not None:
+        raise refusal
+    elsewhere = next((words for words in told if isinstance(words, str)), None)
+    if elsewhere is not None:
+        raise DeepSpeedConfigError(f"on another stage of the pipeline: {elsewhere}")
+    require_found(model, told)
+    assert mine is not None, "there is a refusal, or there are decisions"
+    return mine
+
+
+def _wishes(config: Config, *, is_part: bool) -> Wishes:
     section = config.tensor_parallel
     partition = section.partition_config
     specs = tuple(
@@ -128,4 +151,5 @@ def _wishes(config: Config) -> Wishes:
         overlaps=section.tp_overlap_comm,
         grain=section.tensor_parallel.tp_grain_size,
         cuts_head=section.vocab_parallel_lm_head,
+        is_part=is_part,
     )

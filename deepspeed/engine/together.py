@@ -22,7 +22,6 @@ WORDS: dict[Role, str] = {
 NOT_SHOWN: tuple[tuple[Role, Role], ...] = (
     ("experts", "tensor"),
     ("experts", "sequence"),
-    ("tensor", "pipeline"),
     ("tensor", "sequence"),
     ("tensor", "replicate"),
     ("tensor", "near"),

@@ -60,13 +60,14 @@ class Part(nn.Module):
 
 
 class Ends(nn.Module):
-    """The embedding, first so that it has one name wherever it is, and what else the first layer needs."""
+    """The embedding, first so that it has one name wherever it is, what else the first layer needs, and the head it is."""
 
-    def __init__(self, embed: nn.Module, front: Part | None) -> None:
+    def __init__(self, embed: nn.Module, front: Part | None, whole: nn.Module) -> None:
         super().__init__()
         self.embed = embed
         if front is not None:
             self.front = front
+        self.whole = whole
 
 
 class _LiveTied(TiedLayerSpec):
@@ -108,9 +109,11 @@ def layers_of(model: Any) -> list[Any]:
         parts.append(Part(_skeleton(base, blocks_name, norm_name, [], has_norm=True)))
     whole = _around(model, base, _skeleton(base, blocks_name, norm_name, []))
     if head is not None and head.weight is embed.weight:
+        if getattr(head, "bias", None) is not None:
+            raise LayerError(f"{type(model).__name__} has a head with a bias of its own over the embedding's weight.")
         ends: list[Any] = [
-            _LiveTied(Ends(embed, front), lambda module, values: front(values)),
-            _LiveTied(Ends(embed, None), lambda module, values: _logits(whole, values)),
+            _LiveTied(Ends(embed, front, whole), lambda module, values: front(values)),
+            _LiveTied(Ends(embed, None, whole), lambda module, values: _logits(whole, values)),
         ]
     else:
         ends = [front, Head(whole)]

@@ -88,15 +88,14 @@ class Drawn:
     wanted_by: dict[nn.Parameter, list[str]] = field(default_factory=dict)
 
 
-def apply(model: nn.Module, ranks: TensorGroup, wishes: Wishes, open_param: Callable[[nn.Parameter], None]) -> Chosen:
-    """Cut `model` over `ranks`. `open_param` makes a parameter a plain one with all its values. Collective over `ranks`.
-
-    Raises DeepSpeedConfigError, on every rank and before anything is changed, for rules that name what is not there and for
-    layers that cannot be cut.
-    """
+def draw(model: nn.Module, ranks: TensorGroup, wishes: Wishes) -> tuple[Chosen, Drawn]:
+    """Decide all, changing nothing. Raises DeepSpeedConfigError for rules and layers that do not go together."""
     chosen = choose(model, wishes)
-    plan = _Plan(model, ranks, wishes, chosen.decisions)
-    drawn = plan.draw()
+    return chosen, _Plan(model, ranks, wishes, chosen.decisions).draw()
+
+
+def carry_out(model: nn.Module, ranks: TensorGroup, drawn: Drawn, open_param: Callable[[nn.Parameter], None]) -> None:
+    """Cut `model` over `ranks`. `open_param` makes a parameter a plain one with all its values. Collective over `ranks`."""
     for param in dict.fromkeys(model.parameters()):
         if (cut := drawn.cuts.get(param)) is not None:
             open_param(param)
@@ -109,7 +108,6 @@ def apply(model: nn.Module, ranks: TensorGroup, wishes: Wishes, open_param: Call
     for do in drawn.turns:
         do()
     model.__dict__[PARSED] = True
-    return chosen
 
 
 def _share(values: Tensor, ranks: TensorGroup) -> None:
@@ -153,7 +151,7 @@ class _Plan:
         """All of it."""
         whole = self._tied_apart()
         for name, decision in self._expanded():
-            if name in whole:
+            if name in whole or (self.wishes.is_part and _has_left(self.modules.get(name))):
                 continue
             if name in self.params and name not in self.modules:
                 self._param(name, decision)
@@ -183,17 +181,18 @@ class _Plan:
                 yield f"{name}.{side}.{adapter}", decision
 
     def _tied_apart(self) -> set[str]:
-        """Modules whose parameter another module uses that is not cut in the same way: all of those stay whole."""
+        """Modules whose parameter another module uses that is not cut in the same way, or another stage of a pipeline: all of
+        those stay whole."""
         users: dict[nn.Parameter, list[str]] = {}
         for name, param in self.params.items():
             users.setdefault(param, []).append(name.rpartition(".")[0])
         same = {Action.VOCAB: 0, Action.COLUMN_GATHERED: 0, Action.COLUMN: 0, Action.WIDTH: 1}
         apart: set[str] = set()
-        for owners in users.values():
+        for param, owners in users.items():
             kinds = {
                 same.get(self.decisions[owner].action, owner) if owner in self.decisions else None for owner in owners
             }
-            if len(owners) > 1 and len(kinds) > 1:
+            if (len(owners) > 1 and len(kinds) > 1) or marks.of(param).counts is not None:
                 apart |= {owner for owner in owners if owner in self.decisions}
         return apart
 
@@ -382,6 +381,11 @@ def _enter_experts(ranks: TensorGroup, module: nn.Module, args: Any, kwargs: Any
 
 def _divide_input(ranks: TensorGroup, module: nn.Module, args: Any) -> Any:
     return (args[0] / ranks.size, *args[1:])
+
+
+def _has_left(module: nn.Module | None) -> bool:
+    """Whether something without parameters stands where the plan names a layer, which is on another stage."""
+    return module is not None and next(module.parameters(), None) is None
 
 
 def _enter_tail(ranks: TensorGroup, rope: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ Called by `apply`. Reads the model's tree, its configuration and its `tp_plan`; 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +32,8 @@ class Wishes:
     grain: int = 1
     cuts_head: bool | None = None
     """Keep logits cut over the vocabulary, and compute the loss from them."""
+    is_part: bool = False
+    """The model is a stage's layers: what a rule names may be on another stage."""
 
 
 @dataclass(frozen=True)
@@ -49,24 +51,43 @@ class Chosen:
 
     source: str
     decisions: dict[str, Decision]
+    unmet: tuple[tuple[str, ...], ...] = ()
+    """Patterns of specs that no layer here matches."""
+
+    @property
+    def num_acted(self) -> int:
+        """Layers that do not stay as they are."""
+        return sum(d.action not in (Action.WHOLE, Action.SUM_GRADIENT) for d in self.decisions.values())
 
 
 def choose(model: nn.Module, wishes: Wishes) -> Chosen:
-    """Decide. Raises DeepSpeedConfigError where rules name what is not there, or nothing is found to cut."""
+    """Decide. Raises DeepSpeedConfigError for what cannot be cut; whether enough was found is `require_found`'s."""
     if wishes.specs or wishes.preset:
         chosen = _by_specs(model, wishes)
     else:
         planned = _planned(model)
-        chosen = _by_plan(*planned) if planned is not None else _by_structure(model)
+        chosen = _by_plans(planned, wishes) if planned else _by_structure(model, wishes.is_part)
     if chosen.source != PLAN:
         _refuse_fused(model, chosen)
-    cutting = [d for d in chosen.decisions.values() if d.action not in (Action.WHOLE, Action.SUM_GRADIENT)]
-    if not cutting:
+    return chosen
+
+
+def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
+    """Raise DeepSpeedConfigError where rules name what is on no stage, or no stage has anything to cut. `everyone`: what
+    was chosen for each part of the model; one, where it is not in parts."""
+    unmet = [patterns for patterns in everyone[0].unmet if all(patterns in other.unmet for other in everyone)]
+    if unmet:
+        names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
         raise DeepSpeedConfigError(
-            f"tensor parallelism finds nothing to cut in {type(model).__name__} by its {chosen.source}.\n"
+            f"tensor_parallel.partition_config: no layer of {type(model).__name__} matches {list(unmet[0])}.\n"
+            "  Patterns are matched from the start of '<full name>.weight'; the first layers are "
+            f"{', '.join(names[:3])}."
+        )
+    if not any(chosen.num_acted for chosen in everyone):
+        raise DeepSpeedConfigError(
+            f"tensor parallelism finds nothing to cut in {type(model).__name__} by its {everyone[0].source}.\n"
             "  Give tensor_parallel.partition_config with patterns for its layers, or leave tensor_parallel out."
         )
-    return chosen
 
 
 def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
@@ -94,16 +115,14 @@ def _by_specs(model: nn.Module, wishes: Wishes) -> Chosen:
     layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     own = rules.by_specs(wishes.specs, layers, model_type)
-    for spec in wishes.specs:
-        if spec not in own.values() and (spec.model_types is None or model_type in spec.model_types):
-            raise DeepSpeedConfigError(
-                f"tensor_parallel.partition_config: no layer of {type(model).__name__} matches {list(spec.patterns)}.\n"
-                "  Patterns are matched from the start of '<full name>.weight'; the first layers are "
-                f"{', '.join(list(layers)[:3])}."
-            )
+    unmet = tuple(
+        spec.patterns
+        for spec in wishes.specs
+        if spec not in own.values() and (spec.model_types is None or model_type in spec.model_types)
+    )
     found = {**rules.by_specs(defaults, layers, model_type), **own}
     decisions = {name: _decision(layers[name], spec) for name, spec in found.items()}
-    return Chosen("partition_config" if wishes.specs else f"preset {wishes.preset!r}", decisions)
+    return Chosen("partition_config" if wishes.specs else f"preset {wishes.preset!r}", decisions, unmet)
 
 
 def _decision(layer: nn.Module, spec: Spec) -> Decision:
@@ -119,26 +138,35 @@ def _decision(layer: nn.Module, spec: Spec) -> Decision:
 # Transformers' plan. -------------------------------------------------------------------------------------------------
 
 
-def _planned(model: nn.Module) -> tuple[str, nn.Module, dict[str, str]] | None:
-    """The outermost module that has a plan, with its name."""
+def _planned(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
+    """The outermost modules that have a plan, with their names; several where a model is in parts."""
+    found: list[tuple[str, nn.Module, dict[str, str]]] = []
     for name, module in model.named_modules():
         plan = inspect.getattr_static(module, "_tp_plan", None)  # adapters' wrappers hand on what is not theirs
-        if isinstance(plan, dict) and plan:
-            return name, module, dict(plan)
-    return None
+        is_inside = any(not outer or name.startswith(f"{outer}.") for outer, *_ in found)
+        if isinstance(plan, dict) and plan and not is_inside:
+            found.append((name, module, dict(plan)))
+    return found
 
 
-def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> Chosen:
+def _by_plans(planned: Sequence[tuple[str, nn.Module, dict[str, str]]], wishes: Wishes) -> Chosen:
+    decisions: dict[str, Decision] = {}
+    for prefix, module, plan in planned:
+        decisions.update(_by_plan(prefix, module, plan, warns=not wishes.is_part))
+    return Chosen(PLAN, decisions)
+
+
+def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str], *, warns: bool) -> dict[str, Decision]:
     bare = dict(_without_wrappers(model))
     actions = rules.by_plan(plan, bare)
     missing = rules.unmet(plan, bare)
-    if missing:
+    if missing and warns:
         warn_once(f"the tp_plan of {type(model).__name__} names layers that it does not have: {', '.join(missing)}.")
     decisions = {}
     for name, action in actions.items():
         full = ".".join(part for part in (prefix, bare[name]) if part)
         decisions[full] = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
-    return Chosen(PLAN, decisions)
+    return decisions
 
 
 def _without_wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
@@ -153,19 +181,33 @@ def _without_wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:
 # Structure. ----------------------------------------------------------------------------------------------------------
 
 
-def _by_structure(model: nn.Module) -> Chosen:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+def _by_structure(model: nn.Module, is_part: bool) -> Chosen:
+    source = next((m for m in model.modules() if hasattr(m, "config")), None) if is_part else model
+    model_type = getattr(getattr(source, "config", None), "model_type", None)
     linears: list[tuple[str, str | None]] = []
     for list_name, blocks in model.named_modules():
         if isinstance(blocks, nn.ModuleList) and not _is_inside(list_name, linears):
             for index, block in blocks.named_children():
-                names = [(f"{list_name}.{index}.{name}", m) for name, m in block.named_modules() if name]
-                leaves = [(name, m) for name, m in names if not list(m.children())]
-                for (name, module), after in zip(leaves, [*leaves[1:], None], strict=False):
-                    if isinstance(module, nn.Linear):
-                        linears.append((name, _kind_name(after)))
+                linears += _linears(f"{list_name}.{index}", block)
     actions = rules.by_structure(linears, model_type)
+    if is_part:
+        for name, layer in model.named_children():
+            if not isinstance(layer, nn.ModuleDict) and not any(isinstance(m, nn.ModuleList) for m in layer.modules()):
+                actions.update(_of_block(rules.by_structure(_linears(name, layer), model_type)))
     return Chosen("structure", {name: Decision(action) for name, action in actions.items()})
+
+
+def _linears(block_name: str, block: nn.Module) -> list[tuple[str, str | None]]:
+    """The linear layers of a block, and what stands after each."""
+    names = [(f"{block_name}.{name}", m) for name, m in block.named_modules() if name]
+    leaves = [(name, m) for name, m in names if not list(m.children())]
+    following = zip(leaves, [*leaves[1:], None], strict=False)
+    return [(name, _kind_name(after)) for (name, module), after in following if isinstance(module, nn.Linear)]
+
+
+def _of_block(actions: dict[str, Action]) -> dict[str, Action]:
+    """A pipeline's layer is a block where it takes cut inputs and gives cut outputs; a head or an embedding stays whole."""
+    return actions if {Action.ROW, Action.COLUMN} <= set(actions.values()) else {}
 
 
 def _kind_name(leaf: Any) -> str | None:

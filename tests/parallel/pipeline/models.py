@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,6 +13,8 @@ import deepspeed
 from deepspeed.parallel.pipeline.module import PipelineModule
 
 WIDTH, STEPS = 16, 2
+LONG = bool(os.environ.get("DS_TEST_LONG"))
+"""Also the long matrices: make test-pipeline."""
 
 
 def mlp(seed: int = 0) -> list[nn.Module]:
