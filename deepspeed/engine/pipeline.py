@@ -202,7 +202,7 @@ class PipelineEngine(DeepSpeedEngine):
         return self.is_first_stage() or self.is_last_stage()
 
     def _tell_loss(self, losses: list[Tensor]) -> Tensor:
-        """The mean over micro-batches and ranks that share the batch, from the last stage to all. Collective."""
+        """The mean over micro-batches and ranks that average gradients, from the last stage to all. Collective."""
         is_last, mesh = self.is_last_stage(), self.mesh
         mean = torch.zeros(())
         if is_last:
@@ -211,9 +211,9 @@ class PipelineEngine(DeepSpeedEngine):
                 total = total + loss
             mean = (total / len(losses)).cpu()
         named = {name: (value / max(1, len(losses))).cpu() for name, value in self._work.additional.items()}
-        if is_last and mesh.size("batch") > 1:
-            dist.all_reduce(mean, group=mesh.group("batch", "control", "gloo"))
-            mean /= mesh.size("batch")
+        if is_last and mesh.size("average") > 1:
+            dist.all_reduce(mean, group=mesh.group("average", "control", "gloo"))
+            mean /= mesh.size("average")
         if mesh.size("pipeline") > 1:
             owner = mesh.ranks("pipeline")[self.module.rank_of[-1]]
             group = mesh.group("pipeline", "control", "gloo")

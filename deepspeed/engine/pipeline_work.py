@@ -106,7 +106,12 @@ class StageWork:
             raise PipelineError(
                 "the last stage's loss does not require grad: it was detached, or does not depend on its parameters."
             )
+        weighs = self._parts.sequence_loss
+        if weighs is not None:
+            weighs.note_loss(loss)
         divided = loss / self.num_micro if self.num_micro > 1 else loss
+        if weighs is not None:
+            divided = weighs.weighted(divided)
         scale = self._zero.scale_guard.scale.scale
         return divided.float() * scale if scale != 1.0 else divided
 

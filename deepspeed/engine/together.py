@@ -25,7 +25,6 @@ NOT_SHOWN: tuple[tuple[Role, Role], ...] = (
     ("tensor", "sequence"),
     ("tensor", "replicate"),
     ("tensor", "near"),
-    ("pipeline", "sequence"),
 )
 
 

@@ -1,7 +1,8 @@
 """A topology's process groups, as an `mpu`: `deepspeed.runtime.pipe.topology.PipelineParallelGrid`.
 
 Made by scripts and by pipeline modules; the engine reads it at its door like any mpu (`mesh.door`). "Model" in its
-getters is pipe x model, as the contract has it; "slice" is the model axis alone.
+getters is pipe x model, as the contract has it; "slice" is the model axis alone. An axis "sequence" is ours: its ranks have
+parts of the same sequences.
 
 Invariant: making one is collective over its ranks' job, and every getter afterwards is not.
 """
@@ -17,7 +18,7 @@ from deepspeed.mesh.script import Made, ScriptGroups
 from deepspeed.parallel.pipeline.topology import PipeDataParallelTopology, ProcessTopology, _prime_factors
 from deepspeed.utils.errors import DeepSpeedConfigError
 
-PIPE, DATA, MODEL = "pipe", "data", "model"
+PIPE, DATA, MODEL, SEQUENCE = "pipe", "data", "model", "sequence"
 
 GROUPS = ScriptGroups()
 """Of all grids and ties of this process: making groups is collective and none is ever closed, so equal ones are shared."""
@@ -44,7 +45,7 @@ class PipelineParallelGrid:
         )
         self.slice_parallel_size = self.model_parallel_size
         self.stage_id, self.data_parallel_id = self._place(PIPE), self._place(DATA)
-        self._by_axis = {axis: self._make(axis) for axis in (PIPE, DATA, MODEL)}
+        self._by_axis = {axis: self._make(axis) for axis in (PIPE, DATA, MODEL, SEQUENCE)}
         whole_models = [
             topo.filter_match(data=i) if DATA in topo.axes else list(topo.mapping.values())
             for i in range(self.data_parallel_size)
@@ -150,6 +151,18 @@ class PipelineParallelGrid:
     def get_slice_parallel_group(self) -> Any:
         """The ranks that hold pieces of the same layers."""
         return self.slice_proc_group
+
+    def get_sequence_parallel_rank(self) -> int:
+        """This rank's place in the sequence axis."""
+        return self._place(SEQUENCE)
+
+    def get_sequence_parallel_world_size(self) -> int:
+        """Size of the sequence axis."""
+        return max(self._topo.get_dim(SEQUENCE), 1)
+
+    def get_sequence_parallel_group(self) -> Any:
+        """The ranks that have parts of the same sequences."""
+        return self._by_axis[SEQUENCE].group
 
     get_tensor_model_parallel_rank = get_slice_parallel_rank
     get_tensor_model_parallel_world_size = get_slice_parallel_world_size

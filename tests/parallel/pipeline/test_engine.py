@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Any
 
@@ -15,6 +14,7 @@ from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, PipelineEr
 from deepspeed.parallel.pipeline.module import PipelineModule
 from tests.harness import run_ranks
 from tests.parallel.pipeline.models import (
+    LONG,
     batches,
     config_of,
     joined,
@@ -34,7 +34,6 @@ SCHEDULES = {
     "zb-v": (2, "v"),
     "dualpipe-v": (2, "v"),
 }
-LONG = bool(os.environ.get("DS_TEST_LONG"))
 
 
 def cut_mlp(schedule: str = "1f1b", stages: int = 2, **more: Any) -> PipelineModule:

@@ -123,7 +123,10 @@ def test_families_of_hugging_face_are_cut_by_their_own_plan_in_each_stage() -> N
 
 
 def _refused(rank: int, world: int) -> None:
-    unmet = {**TENSOR["tensor_parallel"], "partition_config": {"layer_specs": [{**PATTERNS[0], "patterns": ["nothing"]}]}}
+    unmet = {
+        **TENSOR["tensor_parallel"],
+        "partition_config": {"layer_specs": [{**PATTERNS[0], "patterns": ["nothing"]}]},
+    }
     for section, words in ((unmet, "matches \\['nothing'\\]"), (TENSOR["tensor_parallel"], "finds nothing to cut")):
         topology = PipeModelDataParallelTopology(num_pp=2, num_mp=2, num_dp=1)
         module = PipelineModule([nn.Linear(4, 4) for _ in range(4)], topology=topology, loss_fn=nn.MSELoss())
