@@ -12,6 +12,7 @@ from torch import nn
 
 from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
+from deepspeed.engine.expert_load import warn_of_unused_coefficient
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.expert import attach, hugging_face, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
@@ -57,6 +58,7 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
         if name not in already:
             _refuse_sharded(name, module, mesh)
             hugging_face.convert(module, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
+    warn_of_unused_coefficient(getattr(model, "config", None))
     alone = hugging_face.left_alone(model, found)
     log_dist(
         f"expert_parallel: the experts of {len(found)} layers are spread over {mesh.size('experts')} ranks"

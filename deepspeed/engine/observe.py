@@ -16,6 +16,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config
 from deepspeed.config.explain import show
 from deepspeed.engine.at_rest import AtRest
+from deepspeed.engine.expert_load import AuxiliaryLossWatch, ExpertLoads, trainable_gates
 from deepspeed.engine.facts import RunFacts
 from deepspeed.engine.observer import Observer, PhaseClocks
 from deepspeed.engine.step_profiler import StepProfiler
@@ -65,9 +66,13 @@ def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> 
         clocks = PhaseClocks(watched.watch, watched.timers)
         made.append(clocks)
         if reports:
-            made.append(StepReport(config, monitor, clocks, watched.mesh, watched.at_rest))
+            loads = ExpertLoads(watched.model, watched.mesh)
+            made.append(StepReport(config, monitor, clocks, watched.mesh, watched.at_rest, loads))
         if config.flops_profiler.enabled and config.flops_profiler.profile_step > 0:
             made.append(StepProfiler(config, watched.model, clocks))
+    gates = trainable_gates(watched.model)
+    if gates:
+        made.append(AuxiliaryLossWatch(gates))
     if config.monitor.trace_step is not None:
         folder = monitor.run_dir or Path()
         made.append(StepTrace(folder, config.monitor.trace_step, config.monitor.trace_num_steps))

@@ -19,6 +19,7 @@ from deepspeed.comm.observe import hidden_share, measure_alone
 from deepspeed.comm.recorder import Current
 from deepspeed.config import Config
 from deepspeed.engine.at_rest import AtRest
+from deepspeed.engine.expert_load import ExpertLoads, in_numbers
 from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import PHASES, Observer, PhaseClocks, computing_dtype
 from deepspeed.engine.step_work import SinceLast, StepWork
@@ -41,7 +42,13 @@ class StepReport(Observer):
     """Fills a `StepNumbers` per step, for the monitors, the record and the progress line."""
 
     def __init__(
-        self, config: Config, monitor: MonitorMaster, clocks: PhaseClocks, mesh: Mesh, at_rest: AtRest
+        self,
+        config: Config,
+        monitor: MonitorMaster,
+        clocks: PhaseClocks,
+        mesh: Mesh,
+        at_rest: AtRest,
+        experts: ExpertLoads,
     ) -> None:
         self._config = config
         self._monitor = monitor
@@ -49,6 +56,7 @@ class StepReport(Observer):
         self._clocks = clocks
         self._mesh = mesh
         self._at_rest = at_rest
+        self._experts = experts
         self._tells_times = config.wall_clock_breakdown or config.flops_profiler.enabled
         self._since_line = Stretch()
         self._since_step = SinceLast()
@@ -63,6 +71,7 @@ class StepReport(Observer):
     def begins(self, phase: str, value: Any) -> None:
         """See Observer."""
         if phase == "forward" and not torch.is_grad_enabled():
+            self._experts.pause()
             return  # evaluation is no training step
         if phase == "forward":
             self._since_step.begin()
@@ -73,6 +82,8 @@ class StepReport(Observer):
     def ends(self, phase: str) -> None:
         """See Observer."""
         self._work.ends(phase)
+        if phase == "forward":
+            self._experts.resume()
 
     def step_ended(self, facts: StepFacts) -> None:
         """See Observer."""
@@ -81,7 +92,7 @@ class StepReport(Observer):
         if self._peak is None and self._work.has_counted:
             peak = self._config.monitor.peak_tflops
             self._peak = peak * 1e12 if peak else measured_peak(computing_dtype(self._config))
-        numbers = self._numbers(facts)
+        numbers = self._numbers(facts, self._load_of_experts(step, is_line))
         times = _elapsed_events(numbers) if self._tells_times else {}
         self._monitor.write_step(numbers, [(name, value, numbers.samples) for name, value in times.items()])
         if self._every:
@@ -103,7 +114,17 @@ class StepReport(Observer):
             hidden = hidden_share(recorder.flows.values())
             self._monitor.write_line("comm", {"step": step, "hidden": hidden, "ops": ops})
 
-    def _numbers(self, facts: StepFacts) -> StepNumbers:
+    def _load_of_experts(self, step: int, is_line: bool) -> dict[str, float] | None:
+        """For monitors, the record and the line; None without experts, or where nobody reads it. Collective."""
+        if not (self._experts.exist and (self._monitor.enabled or is_line)):
+            return None
+        loads = self._experts.take()
+        if self._monitor.enabled and (is_line or step % (self._every or COMM_EVERY) == 0):
+            layers = {name: load.counts for name, load in loads.items()}
+            self._monitor.write_line("experts", {"step": step, "layers": layers})
+        return in_numbers(loads)
+
+    def _numbers(self, facts: StepFacts, experts: dict[str, float] | None) -> StepNumbers:
         now_s = time.perf_counter()
         ranks = self._num_ranks = self._num_ranks or self._mesh.size("average")
         work = self._work
@@ -121,6 +142,7 @@ class StepReport(Observer):
             flops=work.flops(),
             peak_flops=self._peak,
             memory=self._read_memory(now_s),
+            experts=experts,
             **self._since_step.mark(now_s, self._clocks.seconds()),
         )
 

@@ -3,7 +3,8 @@
     step 120 | loss 2.3456 | lr 1e-03 | norm 0.872 | 3.9k tokens/s | 0.081 TFLOP/s | MFU 41 % | device 0.61 GB (peak
     0.70) | wait: communication 8 % (3 to 8), offload 0 %
 
-Rates, and shares of the wall time, are over all steps since the last line; the loss is the last step's.
+Rates, and shares of the wall time, are over all steps since the last line; the loss is the last step's. A model with
+experts also has "experts: max/mean 1.31, dropped 0.40 %, auxiliary 1.02".
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ def progress_line(
     if last.skipped:
         parts.append(f"skipped {last.skipped}")
     parts += _rates(steps, last) if steps.wall_s > 0 else []
-    parts += [_memory(last, ranks), _waits(steps, ranks), *_disk(steps)]
+    parts += [*_experts(last.experts or {}), _memory(last, ranks), _waits(steps, ranks), *_disk(steps)]
     if times_ms:
         parts.append(", ".join(f"{name} {ms:.1f} ms" for name, ms in times_ms.items()))
     if memory_by_kind:
@@ -73,6 +74,13 @@ def _rates(steps: Stretch, last: StepNumbers) -> list[str]:
         if last.peak_flops:
             parts.append(f"MFU {steps.flops * per_s / last.peak_flops:.1%}".replace("%", " %"))
     return parts
+
+
+def _experts(load: dict[str, float]) -> list[str]:
+    """Of the last step."""
+    words = {"max_over_mean": "max/mean {:.3g}", "dropped": "dropped {:.2%}", "auxiliary": "auxiliary {:.3g}"}
+    told = [text.format(load[key]).replace("%", " %") for key, text in words.items() if key in load]
+    return [f"experts: {', '.join(told)}"] if told else []
 
 
 def _memory(last: StepNumbers, ranks: Sequence[RankNumbers]) -> str:

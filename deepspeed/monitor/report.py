@@ -25,6 +25,7 @@ MAX_STACKED = 120
 """Of areas on top of each other, which only show anything where they are calm."""
 
 _SERIES = ("loss", "grad_norm", "tokens_per_s", "samples_per_s", "mfu", "tflops")
+_OF_EXPERTS = ("max_over_mean", "mean_max_over_mean", "dropped", "auxiliary")
 _TIERS = {"device": "device", "device_peak": "device, peak", "cpu": "cpu", "nvme": "nvme"}
 
 
@@ -66,6 +67,7 @@ def _step_times(record: RunRecord) -> list[dict[str, Any]]:
 def page_data(record: RunRecord) -> dict[str, Any]:
     """What the page needs of one run."""
     series = {key: thin(points) for key in _SERIES if (points := record.series(key))}
+    series |= {f"expert_{key}": thin(record.series(f"experts.{key}")) for key in _OF_EXPERTS}
     series["lr"] = thin([(step["step"], step["lr"][0]) for step in record.steps if step.get("lr")])
     series["wait_comm"] = thin(_shares(record, "wait_comm_s"))
     series["wait_offload"] = thin(_shares(record, "wait_offload_s"))
@@ -90,6 +92,7 @@ def page_data(record: RunRecord) -> dict[str, Any]:
         },
         "comm": lines,
         "hidden": (record.comm or {}).get("hidden"),
+        "experts": record.experts,
     }
 
 

@@ -7,6 +7,7 @@ it. Read by `deepspeed report` and `deepspeed top`, also while it is being writt
     {"kind": "step", "step": 1, ...} see `step.py` for its fields; seconds, bytes, plain numbers
     {"kind": "event", "name": ...}   what a script logs with `engine.monitor.write_events`
     {"kind": "comm", ...}            the log of collectives so far, where `comms_logger` is on
+    {"kind": "experts", "layers": {"layers.0": [9, 7]}}    tokens of each expert in one step, now and then
 
 Invariant: a line is complete or not there. Readers skip a last line that is still being written, and anything whose kind
 they do not know, so that fields and kinds can be added.
@@ -93,6 +94,8 @@ class RunRecord:
     """In order; a step that was trained again after a restart is there once, as it went last."""
     comm: dict[str, Any] | None = None
     """The last log of collectives."""
+    experts: dict[str, Any] | None = None
+    """The last table of tokens per expert."""
     num_starts: int = 0
 
     def add(self, lines: Iterable[str]) -> None:
@@ -112,6 +115,8 @@ class RunRecord:
                 self.steps.append({sys.intern(key): value for key, value in entry.items()})
             elif kind == "comm":
                 self.comm = entry
+            elif kind == "experts":
+                self.experts = entry
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one field, given by a dotted path, where it was written."""

@@ -54,6 +54,9 @@ class StepNumbers:
     """Bytes in use by tier, and the peaks: device, device_peak, cpu, nvme."""
     comm_nbytes: dict[str, int] = field(default_factory=dict)
     """Message bytes by operation."""
+    experts: dict[str, float] | None = None
+    """Of all ranks' tokens: max_over_mean (of the layer with the most uneven experts), mean_max_over_mean (over layers),
+    dropped (share of choices), auxiliary (mean over layers); see `engine.expert_load`."""
 
     @property
     def samples_per_s(self) -> float:
@@ -101,6 +104,7 @@ class StepNumbers:
             "mfu": self.mfu,
             "wait_communication_ms": self.wait_comm_s * 1e3,
             "wait_offload_ms": self.wait_offload_s * 1e3,
+            **{f"expert_{name}": value for name, value in (self.experts or {}).items()},
             **{f"memory_gb_{tier}": nbytes / 1e9 for tier, nbytes in self.memory.items()},
         }
         return [(f"Train/Samples/{name}", value, self.samples) for name, value in values.items() if value is not None]

@@ -36,18 +36,26 @@ Compute = Callable[[Tensor, "list[int]"], Tensor]
 """(rows [n, width] sorted by local expert, rows per local expert) -> [n, width]."""
 
 
-def run_experts(tokens: Tensor, choices: Tensor, weights: Tensor, place: ExpertPlace, compute: Compute) -> Tensor:
+def run_experts(
+    tokens: Tensor,
+    choices: Tensor,
+    weights: Tensor,
+    place: ExpertPlace,
+    compute: Compute,
+    chosen: Tensor | None = None,
+) -> Tensor:
     """sum_j weights[i, j] * expert[choices[i, j]](tokens[i]), wherever the experts are.
 
     tokens [s, width]; choices [s, k] global expert numbers, -1 (or one too many) for none; weights [s, k]. Returns
-    [s, width] in the tokens' dtype. Collective over the place's group.
+    [s, width] in the tokens' dtype. `chosen`: how many choices the gate made, where some of them were dropped. Collective
+    over the place's group.
     """
     k = choices.shape[1]
     flat = choices.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= place.num_experts), place.num_experts, flat)
     order = torch.argsort(flat, stable=True)
     counts = torch.bincount(flat, minlength=place.num_experts + 1)[: place.num_experts]
-    place.load.add(counts, flat.numel())
+    place.load.add(counts, counts if chosen is None else chosen)
     per_expert: list[int] = counts.tolist()
     order = order[: sum(per_expert)]  # dropped ones are last
     weights = weights.reshape(-1, 1)

@@ -61,8 +61,9 @@ class MOELayer(nn.Module):
         routes = self.gate(tokens, used_token, sparse_routes=True)
         assert isinstance(routes, Routes), "asked for sparse routes"
         self.l_aux, self.exp_counts = routes.l_aux, routes.exp_counts
-        self.place.load.auxiliary = routes.l_aux.detach()
-        result = run_experts(tokens, routes.indices.T.long(), routes.gates.T, self.place, self.experts)
+        self.place.load.note_auxiliary(routes.l_aux)
+        choices, weights = routes.indices.T.long(), routes.gates.T
+        result = run_experts(tokens, choices, weights, self.place, self.experts, routes.exp_counts)
         return result.reshape(*hidden.shape[:-1], result.shape[-1])
 
     def _set_ep_group(self, ep_group: Any) -> None:
