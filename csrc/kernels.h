@@ -16,6 +16,7 @@ enum Momentum : int { kPlain = 0, kHeavyBall = 1, kNesterov = 2 };
 
 constexpr int kNumScalars = 10;  // per run; the meaning of each is beside the loop that reads it
 constexpr int kBlock = 1024;     // the most elements a loop is called for
+constexpr int kChunk = 512;      // positions of a cache that one call of attention's loops takes
 constexpr int kNumLanes = 16;    // sums are made in this many lanes on every instruction set
 
 // One step on n elements. `sums` [2 * kNumLanes] is for LAMB alone.
@@ -46,6 +47,19 @@ struct ProductLoops {
                   size_t num_groups, size_t group_size);
 };
 
+// Attention over a chunk of a cache, for the heads that share it; see attention.inl. By element: fp32, bfloat16.
+struct AttentionLoops {
+    void (*score[2])(const void* keys, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float* scores);
+    void (*score_bytes)(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
+                        int32_t* sums);
+    void (*exponentials)(float* x, size_t n, float top);
+    void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
+    void (*mix_bytes)(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
+                      int32_t* out);
+    void (*gather)(float* x, size_t n);
+    void (*spread)(float* x, size_t n);
+};
+
 struct Kernels {
     void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
     void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
@@ -56,6 +70,7 @@ struct Kernels {
     Loop lamb_moments[2], lamb_apply[2];                           // eps outside and inside of the root
     QuantizeLoops quantize;
     ProductLoops products;
+    AttentionLoops attention;
 };
 
 extern const Kernels kPortableKernels;

@@ -180,6 +180,7 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
 
 #include "quantize.inl"
 #include "products.inl"
+#include "attention.inl"
 
 static constexpr Kernels kTable = {
     {widen_bf16, widen_fp16},
@@ -193,4 +194,6 @@ static constexpr Kernels kTable = {
     {magnitude, range, to_bytes, to_nibbles, {from_bytes<uint8_t>, from_bytes<int8_t>}, from_nibbles, add_and_square,
      take_signs, add_signs},
     {dot_fp32, dot_bf16, dot_int8, dot_int4},
+    {{score<ReadFloats>, score<ReadBFloats>}, score_bytes, exponentials, {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather,
+     spread},
 };

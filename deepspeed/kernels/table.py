@@ -1,6 +1,6 @@
 """Which operation has which implementation, and which of them a device takes: one table.
 
-Asked by the optimizers and by everything that quantises; a new kernel is a row here and a module beside the others.
+Asked by the optimizers, by everything that quantises, and by models that generate; a new kernel is a row here and a module beside the others.
 
 Rows name modules instead of importing them: Triton is imported by the first operation on a device that runs it, never
 by `import deepspeed`. Where Triton is not installed, the next implementation runs and one warning says what is slower.
@@ -56,6 +56,10 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "triton": Implementation("triton.signs", "add_signs"),
         "native": Implementation("native_quantize", "add_signs"),
         "torch": Implementation("reference.signs", "add_signs"),
+    },
+    "decode_attention": {
+        "native": Implementation("native_attention", "decode_attention"),
+        "torch": Implementation("reference.attention", "decode_attention"),
     },
 }
 """The optimizers' torch implementations are in `optim.kernels`, beside the compiled loops' calls."""

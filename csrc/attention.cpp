@@ -1,0 +1,200 @@
+// Attention of one new token over a cache of keys and values: what a model does in each layer while it generates. Called by
+// deepspeed/kernels/native_attention.py.
+//
+// A cache is cut into chunks of kChunk positions. Each is read once for all heads that share it, and leaves its largest score, the
+// sum of its weights and its mean of values; these are put together in the order of the chunks, so results depend neither on
+// threads nor on the instruction set. After arXiv:2205.14135 (sums by parts).
+
+#include <cmath>
+#include <vector>
+
+#include "isa.h"
+#include "kernels.h"
+#include "native.h"
+#include "threads.h"
+
+namespace {
+
+constexpr int kBytes = 4;  // int8 with a scale per position, beside the values of Precision
+
+struct Cache {
+    const char* at;
+    const float* scales;  // of int8
+    int64_t of_batch, of_head, of_row;              // strides in elements
+    int64_t scale_of_batch, scale_of_head, scale_of_row;
+};
+
+struct Attention {
+    const AttentionLoops& loops;
+    int dtype;
+    const float* queries;  // [batch, heads, dim], scaled
+    Cache keys, values;
+    const int64_t* ranges;  // [batch, 2]: the first position and the one after the last
+    const float* bias;      // added to scores; strides of batch, head and position in elements
+    int64_t bias_of_batch, bias_of_head, bias_of_row;
+    float* out;  // [batch, heads, dim]
+    int64_t num_shared, heads, dim, num_chunks;  // heads: those that share one of the cache's `num_shared`
+    float *tops, *sums, *parts;  // of every chunk: [batch, num_shared, num_chunks, heads (, dim)]
+
+    int64_t nbytes() const { return dtype == kFloat32 ? 4 : dtype == kBFloat16 ? 2 : 1; }
+    const char* row(const Cache& cache, int64_t b, int64_t shared, int64_t position) const {
+        return cache.at + (b * cache.of_batch + shared * cache.of_head + position * cache.of_row) * nbytes();
+    }
+    const float* scale(const Cache& cache, int64_t b, int64_t shared, int64_t position) const {
+        return cache.scales + b * cache.scale_of_batch + shared * cache.scale_of_head + position * cache.scale_of_row;
+    }
+
+    void score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const;
+    void mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const;
+    void chunk(int64_t index) const;
+    void combine(int64_t index) const;
+};
+
+// x [n] as int16 with one scale, the largest magnitude at 32767; NaN where x is not finite.
+float to_words(const float* x, size_t n, int16_t* to) {
+    float largest = 0;
+    bool is_finite = true;
+    for (size_t i = 0; i < n; ++i) {
+        const float magnitude = std::fabs(x[i]);
+        is_finite = is_finite && magnitude <= 3.0e38f;
+        largest = magnitude > largest ? magnitude : largest;
+    }
+    const float scale = is_finite ? largest / 32767.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    for (size_t i = 0; i < n; ++i) {
+        const float value = is_finite ? x[i] * inverse : 0.0f;
+        const int32_t q = static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f));
+        to[i] = static_cast<int16_t>(q > 32767 ? 32767 : q < -32767 ? -32767 : q);
+    }
+    return scale;
+}
+
+void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const {
+    const float* mine = queries + (b * num_shared + shared) * heads * dim;
+    const char* at = row(keys, b, shared, first);
+    if (dtype != kBytes) {
+        loops.score[dtype - kFloat32](at, keys.of_row, n, dim, mine, heads, scores);
+    } else {
+        static thread_local std::vector<int16_t> words;
+        static thread_local std::vector<int32_t> sums;
+        words.resize(heads * dim);
+        sums.resize(heads * kChunk);
+        std::vector<float> factors(heads);
+        for (int64_t h = 0; h < heads; ++h) factors[h] = to_words(mine + h * dim, dim, words.data() + h * dim);
+        loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.data(), heads, sums.data());
+        for (size_t i = 0; i < n; ++i) {
+            const float factor = *scale(keys, b, shared, first + i);
+            for (int64_t h = 0; h < heads; ++h)
+                scores[h * kChunk + i] = static_cast<float>(sums[h * kChunk + i]) * (factors[h] * factor);
+        }
+    }
+    if (!bias) return;
+    for (int64_t h = 0; h < heads; ++h) {
+        const float* added = bias + b * bias_of_batch + (shared * heads + h) * bias_of_head;
+        for (size_t i = 0; i < n; ++i) scores[h * kChunk + i] += added[(first + static_cast<int64_t>(i)) * bias_of_row];
+    }
+}
+
+void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const {
+    const char* at = row(values, b, shared, first);
+    if (dtype != kBytes) {
+        loops.mix[dtype - kFloat32](at, values.of_row, n, dim, weights, heads, part);
+        return;
+    }
+    static thread_local std::vector<int16_t> words;
+    static thread_local std::vector<int32_t> sums;
+    words.assign(heads * kChunk, 0);
+    sums.assign(heads * dim, 0);
+    std::vector<float> factors(heads);
+    for (int64_t h = 0; h < heads; ++h) {
+        float* mine = weights + h * kChunk;
+        for (size_t i = 0; i < n; ++i) mine[i] *= *scale(values, b, shared, first + i);
+        factors[h] = to_words(mine, n, words.data() + h * kChunk);
+    }
+    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, words.data(), heads, sums.data());
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t d = 0; d < dim; ++d) part[h * dim + d] = static_cast<float>(sums[h * dim + d]) * factors[h];
+}
+
+void Attention::chunk(int64_t index) const {
+    static thread_local std::vector<float> held;
+    const int64_t shared = index / num_chunks % num_shared, b = index / num_chunks / num_shared;
+    const int64_t start = ranges[2 * b] + index % num_chunks * kChunk, stop = ranges[2 * b + 1];
+    float *top = tops + index * heads, *sum = sums + index * heads, *part = parts + index * heads * dim;
+    for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, sum[h] = 0;
+    if (start >= stop) return;
+    const size_t n = static_cast<size_t>(stop - start < kChunk ? stop - start : kChunk), padded = (n + 7) / 8 * 8;
+    held.resize(heads * kChunk);
+    float* const scores = held.data();
+    score(b, shared, start, n, scores);
+    for (int64_t h = 0; h < heads; ++h) {
+        float* mine = scores + h * kChunk;
+        for (size_t i = n; i < padded; ++i) mine[i] = -INFINITY;
+        for (size_t i = 0; i < n; ++i) top[h] = mine[i] > top[h] || mine[i] != mine[i] ? mine[i] : top[h];
+        if (top[h] == -INFINITY) {
+            for (size_t i = 0; i < padded; ++i) mine[i] = 0;
+            continue;
+        }
+        loops.exponentials(mine, padded, top[h]);
+        float lanes[8] = {};
+        for (size_t i = 0; i < padded; i += 8)
+            for (size_t j = 0; j < 8; ++j) lanes[j] += mine[i + j];
+        sum[h] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+    }
+    for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
+    mix(b, shared, start, n, scores, part);
+}
+
+void Attention::combine(int64_t index) const {
+    const int64_t chunk0 = index * num_chunks;
+    for (int64_t h = 0; h < heads; ++h) {
+        float* to = out + (index * heads + h) * dim;
+        for (int64_t d = 0; d < dim; ++d) to[d] = 0;
+        float top = -INFINITY, total = 0;
+        for (int64_t c = chunk0; c < chunk0 + num_chunks; ++c) {
+            const float mine = tops[c * heads + h];
+            top = mine > top || mine != mine ? mine : top;
+        }
+        if (top == -INFINITY) continue;
+        for (int64_t c = chunk0; c < chunk0 + num_chunks; ++c) {
+            if (tops[c * heads + h] == -INFINITY) continue;
+            float weight[8] = {tops[c * heads + h], 0, 0, 0, 0, 0, 0, 0};
+            loops.exponentials(weight, 8, top);
+            total += weight[0] * sums[c * heads + h];
+            const float* part = parts + (c * heads + h) * dim;
+            for (int64_t d = 0; d < dim; ++d) to[d] += weight[0] * part[d];
+        }
+        for (int64_t d = 0; d < dim; ++d) to[d] /= total;
+        if (dtype == kBFloat16) loops.spread(to, static_cast<size_t>(dim));
+    }
+}
+
+}  // namespace
+
+// out [batch, num_shared * heads, dim] = softmax(queries keys^T + bias) values, over positions [ranges[b][0], ranges[b][1]) of a
+// cache [batch, num_shared, positions, dim]. `queries` [batch, num_shared * heads, dim] are scaled, and changed here. dtype: a
+// Precision (not fp16), or 4 for int8 with `key_scales` and `value_scales` per position. dim is a multiple of 16, at most 512.
+// strides: of batch, head and position for keys, values, their scales and the bias, 15 in all. Where all scores are -inf, out is 0.
+DS_API void ds_decode_attention(float* queries, const void* keys, const void* values, const float* key_scales,
+                                const float* value_scales, const float* bias, const int64_t* ranges, const int64_t* strides,
+                                float* out, int dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
+                                int num_threads) {
+    const auto cache = [&](const void* at, const float* scales, const int64_t* of, const int64_t* of_scales) {
+        return Cache{static_cast<const char*>(at), scales, of[0], of[1], of[2], of_scales[0], of_scales[1], of_scales[2]};
+    };
+    int64_t longest = 1;
+    for (int64_t b = 0; b < batch; ++b) {
+        const int64_t length = ranges[2 * b + 1] - ranges[2 * b];
+        longest = length > longest ? length : longest;
+    }
+    const int64_t num_chunks = (longest + kChunk - 1) / kChunk, num_parts = batch * num_shared * num_chunks;
+    static thread_local std::vector<float> held;
+    held.resize(num_parts * heads * (dim + 2));
+    float* const parts = held.data();
+    float *const tops = parts + num_parts * heads * dim, *const sums = tops + num_parts * heads;
+    Attention attention{current_kernels().attention, dtype, queries, cache(keys, key_scales, strides, strides + 6),
+                        cache(values, value_scales, strides + 3, strides + 9), ranges, bias, strides[12], strides[13], strides[14],
+                        out, num_shared, heads, dim, num_chunks, tops, sums, parts};
+    if (dtype == kBFloat16) attention.loops.gather(queries, static_cast<size_t>(batch * num_shared * heads * dim));
+    parallel_for(num_parts, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->chunk(i); }, &attention);
+    parallel_for(batch * num_shared, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->combine(i); }, &attention);
+}
