@@ -22,6 +22,7 @@ from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
 from deepspeed.optim.traits import StepsFused
+from deepspeed.parallel.sequence import parallel_state
 from deepspeed.precision import DynamicLossScale, StaticLossScale
 from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
@@ -65,6 +66,8 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, 
     near = near_size(config, world_size() // tp, has_mpu=mpu is not None)
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
     sp = sequence_size(config, mesh_param, world_size() // tp, has_mpu=mpu is not None)
+    if tp > 1 and mpu is parallel_state and parallel_state.is_initialized():
+        parallel_state.divide_layers(tp)
     mesh = data_parallel_mesh(mpu, shard_size=shard_size, near_size=near, sp=sp, tp=tp)
     try:
         mesh = with_experts(mesh, ep, data_first=config.use_data_before_expert_parallelism)

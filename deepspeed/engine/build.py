@@ -42,7 +42,6 @@ from deepspeed.engine.out_of_memory import MemoryAdvice
 from deepspeed.engine.owners import shared_with_another
 from deepspeed.engine.recompute import Recomputation
 from deepspeed.engine.schedules import LearningRate, Schedules
-from deepspeed.engine.together import refuse_unshown
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.parallel.sequence.loss import SequenceLoss
@@ -133,7 +132,6 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     tp = tensor.tensor_size(config, given.mpu)
     mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.ep_size_of(model, config))
     undo.callback(mesh.release)
-    refuse_unshown(mesh, cuts_layers=tp > 1)
     experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)
     check = tensor.cut_model(model, mesh, config, tp, given.optimizer)

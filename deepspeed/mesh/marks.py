@@ -106,6 +106,13 @@ def mark(param: nn.Parameter, made: Mark) -> None:
     param.__dict__[_ATTRIBUTE] = made
 
 
+def cut_further(param: nn.Parameter, cut: Cut) -> None:
+    """Mark a parameter as cut, beside what it is already: a matrix of experts of which each rank has some columns."""
+    before = of(param)
+    param.__dict__.pop(_ATTRIBUTE, None)
+    mark(param, replace(before, cuts=(*before.cuts, cut)))
+
+
 def mark_tied(param: nn.Parameter, *, counts: bool) -> None:
     """Mark a parameter that other stages of the pipeline have too; beside what it is already. `counts`: on one of them."""
     param.__dict__[_ATTRIBUTE] = replace(of(param), counts=counts)

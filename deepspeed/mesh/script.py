@@ -62,6 +62,11 @@ class ScriptGroups:
         """The groups of a name, or None."""
         return self._known().get(name)
 
+    def rename(self, name: str, now: str) -> None:
+        """Have groups be found by another name, so that others can be made under theirs."""
+        known = self._known()
+        known[now] = known.pop(name)
+
     def forget(self, name: str) -> None:
         """Have a name no longer stand for groups; whoever asks destroys them."""
         self._known().pop(name, None)

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from deepspeed.comm.collective import all_gather_single
 from deepspeed.parallel.sequence.inputs import shifted
+from deepspeed.parallel.sequence.parallel_state import current_place
 from deepspeed.utils.errors import DeepSpeedError
 
 REQUIRED = ("input_ids", "position_ids", "labels")
@@ -61,6 +62,7 @@ class UlyssesSPDataLoaderAdapter:
     def _refill(self) -> None:
         if self.iter is None:
             self.iter = iter(self.dl)
+            self.sp_group, self.sp_rank = current_place(self.sp_group, self.sp_rank)
         batch = next(self.iter, None)
         problem = "" if batch is None else _problem_of(batch, self.sp_world_size)
         others = {} if batch is None or problem else {k: v for k, v in batch.items() if not isinstance(v, Tensor)}

@@ -2,7 +2,9 @@
 
 `initialize_sequence_parallel(n)` makes the groups, once per job: n consecutive ranks share a sequence, those at the same place
 of different sequences share a batch. `deepspeed.initialize(mpu=...)` takes the module itself. The getters of a "model parallel"
-group mean the sequence, as in the public contract; there is no model parallelism in it.
+group mean the sequence, as in the public contract. Where the engine's configuration cuts layers too (`autotp_size`), the groups
+are made anew with the ranks that share layers innermost (`divide_layers`): t consecutive ranks share layers, and every t-th one
+a sequence.
 
 Invariant: groups belong to the default process group and are forgotten with it.
 """
@@ -19,11 +21,17 @@ from deepspeed.mesh.script import Made
 from deepspeed.mesh.shape import MeshShape
 from deepspeed.utils.errors import DeepSpeedError
 
-_SEQUENCE, _DATA, _BOTH = (
+_SEQUENCE, _DATA, _BOTH, _TENSOR = (
     "sequence_parallel.script",
     "sequence_parallel_batch.script",
     "sequence_parallel_average.script",
+    "sequence_parallel_tensor.script",
 )
+_BEFORE = "before."
+"""In front of the names of groups that `divide_layers` replaced."""
+
+
+_NAMES = (_SEQUENCE, _DATA, _BOTH, _TENSOR)
 
 
 class SequenceGroupsError(DeepSpeedError, RuntimeError):
@@ -51,15 +59,50 @@ def initialize_sequence_parallel(sequence_parallel_size: int) -> None:
             f"sequence parallel groups of {get_sequence_parallel_world_size()} ranks were made before in this job.\n"
             "  Call initialize_sequence_parallel (or register_with_transformers) once."
         )
-    shape = MeshShape(dp_shard=world // sequence_parallel_size, sp=sequence_parallel_size)
+    _make(MeshShape(dp_shard=world // sequence_parallel_size, sp=sequence_parallel_size))
+
+
+def divide_layers(tp: int) -> None:
+    """Make the groups anew, for a job in which `tp` consecutive ranks share layers. Collective; nothing where they are so.
+
+    What a script took from the getters before is of the old groups: `current_place` knows. Raises SequenceGroupsError.
+    """
+    sp, world = get_sequence_parallel_world_size(), world_size()
+    if get_slice_parallel_world_size() == tp:
+        return
+    if world % (sp * tp):
+        raise SequenceGroupsError(
+            f"sequence parallel size {sp} times tensor_parallel.autotp_size = {tp} does not divide the {world} ranks of the job.\n"
+            f"  Choose sizes whose product divides {world}, or start more ranks."
+        )
+    for name in _NAMES:
+        found = _made.find(name)
+        if found is not None:
+            forget_given(found.group)
+            _made.rename(name, _BEFORE + name)
+    _make(MeshShape(dp_shard=world // sp // tp, sp=sp, tp=tp))
+
+
+def _make(shape: MeshShape) -> None:
     _made.make(_SEQUENCE, shape.groups("sequence"))
     _made.make(_DATA, shape.groups("batch"))
     _made.make(_BOTH, shape.groups("average"))
+    if shape.tp > 1:
+        _made.make(_TENSOR, shape.groups("tensor"))
+
+
+def current_place(group: Any, rank: int) -> tuple[Any, int]:
+    """The group and the rank in it that stand for a group of a sequence and a rank in it, which a script may have asked for
+    before the groups were made anew."""
+    before = _made.find(_BEFORE + _SEQUENCE)
+    if before is None or before.group is not group:
+        return group, rank
+    return get_sequence_parallel_group(), get_sequence_parallel_rank()
 
 
 def destroy_sequence_parallel() -> None:
     """Take the groups down, so that others can be made. Every rank calls it, after its engines are gone."""
-    for name in (_SEQUENCE, _DATA, _BOTH):
+    for name in (*_NAMES, *(_BEFORE + name for name in _NAMES)):
         found = _made.find(name)
         if found is not None and found.group is not dist.GroupMember.NON_GROUP_MEMBER:
             forget_given(found.group)
@@ -129,6 +172,24 @@ def get_sequence_data_parallel_world_size() -> int:
 def get_sequence_data_parallel_rank() -> int:
     """This rank's position among them."""
     return _get(_BOTH).own.index(dist.get_rank())
+
+
+def get_slice_parallel_group() -> Any:
+    """The group of the ranks that share layers with this one; None where layers are whole."""
+    found = _made.find(_TENSOR)
+    return found.group if found is not None else None
+
+
+def get_slice_parallel_world_size() -> int:
+    """How many they are."""
+    found = _made.find(_TENSOR)
+    return len(found.own) if found is not None else 1
+
+
+def get_slice_parallel_rank() -> int:
+    """This rank's position among them."""
+    found = _made.find(_TENSOR)
+    return found.own.index(dist.get_rank()) if found is not None else 0
 
 
 get_model_parallel_group = get_sequence_parallel_group

@@ -127,7 +127,7 @@ def _cut(param: nn.Parameter, cut: Cut, ranks: TensorGroup) -> None:
     kept = [param.data.narrow(cut.dim, start, stop - start) for start, stop in own]
     param.data = torch.cat(kept, dim=cut.dim).clone() if kept else param.data.narrow(cut.dim, 0, 0).clone()
     param.grad = None
-    marks.mark(param, marks.Mark(cuts=(marks.Cut(_DIM, cut.dim, own, whole),)))
+    marks.cut_further(param, marks.Cut(_DIM, cut.dim, own, whole))
     param.tensor_model_parallel = True  # type: ignore[attr-defined]
     param.ds_is_replaced_module = True  # type: ignore[attr-defined]
 
