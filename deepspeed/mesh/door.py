@@ -89,7 +89,9 @@ def read_mpu(mpu: Any, groups: dict[str, Any]) -> Told:
     places: dict[str, Place] = {}
     for dim, names in _GETTERS.items():
         if dim == "tp" and hasattr(mpu, "initialize_sequence_parallel"):
-            names = names[:1]  # the contract's module of sequence parallelism: its model-parallel getters mean the sequence
+            names = names[
+                :1
+            ]  # the contract's module of sequence parallelism: its model-parallel getters mean the sequence
         try:
             place = _place(mpu, names, dim, groups)
         except AssertionError:

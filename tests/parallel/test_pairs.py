@@ -129,4 +129,6 @@ def too_many(rank: int, world_size: int) -> str:
 
 def test_sizes_whose_product_does_not_divide_the_ranks_are_refused() -> None:
     for text in run_ranks(4, too_many):
-        assert text.startswith("sequence parallel size 2 times tensor_parallel.autotp_size = 4 does not divide the 4 ranks")
+        assert text.startswith(
+            "sequence parallel size 2 times tensor_parallel.autotp_size = 4 does not divide the 4 ranks"
+        )
