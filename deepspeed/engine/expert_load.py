@@ -24,7 +24,7 @@ from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import Observer
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
-from deepspeed.parallel.expert import attach, hugging_face
+from deepspeed.parallel.expert import adapters, attach, hugging_face
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.logging import warn_once
@@ -37,7 +37,7 @@ def places(model: nn.Module) -> Iterator[tuple[str, ExpertPlace]]:
     for name, layer in attach.expert_layers(model):
         yield whole(name.removesuffix(".deepspeed_moe")), layer.place
     for name, place in hugging_face.converted(model):
-        yield whole(name.removesuffix(".experts")), place
+        yield whole(adapters.without_wrappers(name).removesuffix(".experts")), place
 
 
 class LayerLoad(NamedTuple):

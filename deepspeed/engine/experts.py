@@ -28,7 +28,7 @@ def ep_size_of(model: nn.Module, config: Config) -> int:
     found = hugging_face.find(model, config.expert_parallel)
     presets.check_model(model, found, config.expert_parallel)
     size = config.expert_parallel.autoep_size
-    hugging_face.check(found, size)
+    hugging_face.check(model, found, size)
     if native not in (1, size):
         raise DeepSpeedConfigError(
             f"expert_parallel.autoep_size = {size}, but the model has MoE layers of ep_size = {native}.\n  Use one size for both."
@@ -57,7 +57,7 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
     for number, (name, module) in enumerate(found.items()):
         if name not in already:
             _refuse_sharded(name, module, mesh)
-            hugging_face.convert(module, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
+            hugging_face.convert(model, name, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
     warn_of_unused_coefficient(getattr(model, "config", None))
     alone = hugging_face.left_alone(model, found)
     log_dist(

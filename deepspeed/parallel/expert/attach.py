@@ -64,6 +64,7 @@ def attach(model: nn.Module, mesh: Mesh) -> list[Named]:
             made = Mark(expert=Expert(layer.place.first + i, layer.place.num_experts, layer.ep_group_name))
             for param in expert.parameters():
                 marks.mark(param, made)
+                param.allreduce, param.group_name = False, layer.ep_group_name  # type: ignore[attr-defined]
     return named
 
 

@@ -27,6 +27,7 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.kernels.grouped import grouped_product
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Cut, Expert, Mark
+from deepspeed.parallel.expert import adapters
 from deepspeed.parallel.expert.dispatch import run_experts
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -70,7 +71,7 @@ def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, nn.Module]
     pattern = re.compile(config.moe_layer_pattern) if config.moe_layer_pattern else None
     found = {}
     for name, module in model.named_modules():
-        block, _, child = name.rpartition(".")
+        block, _, child = adapters.without_wrappers(name).rpartition(".")
         if not is_fused(module) or (config.expert_pattern and child != config.expert_pattern):
             continue
         if pattern is None or pattern.search(block) or pattern.search(name):
@@ -87,7 +88,9 @@ def left_alone(model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
     ]
 
 
-def check(found: dict[str, nn.Module], ep: int, name_of_size: str = "expert_parallel.autoep_size") -> None:
+def check(
+    model: nn.Module, found: dict[str, nn.Module], ep: int, name_of_size: str = "expert_parallel.autoep_size"
+) -> None:
     """Refuse sizes that do not fit the layers. Raises DeepSpeedConfigError, naming the layer."""
     for name, module in found.items():
         num_experts = module.get_parameter(DOWN).shape[0]
@@ -100,6 +103,7 @@ def check(found: dict[str, nn.Module], ep: int, name_of_size: str = "expert_para
                 f"{name_of_size} = {ep} must divide the {num_experts} experts of {name}: every rank holds equally many.\n"
                 f"  Choose among {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
             )
+        adapters.check(model, name, num_experts // ep)
         flags = {param.requires_grad for param in module.parameters()}
         kinds = {(param.dtype, param.device) for param in module.parameters()}
         if len(flags) > 1 or len(kinds) > 1:
@@ -109,18 +113,22 @@ def check(found: dict[str, nn.Module], ep: int, name_of_size: str = "expert_para
             )
 
 
-def convert(module: nn.Module, mesh: Mesh, number: int, *, may_group: bool = True) -> None:
+def convert(model: nn.Module, name: str, mesh: Mesh, number: int, *, may_group: bool = True) -> None:
     """Have a module compute with spread experts: keep this rank's, mark them, exchange tokens. Collective at first use."""
+    module = model.get_submodule(name)
     num_experts = module.get_parameter(DOWN).shape[0]
     place = ExpertPlace(
         num_experts, mesh.size("experts"), mesh.rank("experts"), mesh.group("experts", "tokens"), number
     )
     first, stop = place.first, place.first + place.num_here
+    cut = Cut(marks.EXPERT_DIM, 0, ((first, stop),), num_experts)
+    mark = Mark(cuts=(cut,), expert=Expert(first, num_experts, f"ep_size_{place.size}"))
+    for wrapper in adapters.wrappers(model, name) if place.size > 1 else []:
+        adapters.cut(wrapper, place, mark)
     for param in module.parameters():
         if place.size > 1:
             param.data = param.data[first:stop].clone()
-            cut = Cut(marks.EXPERT_DIM, 0, ((first, stop),), num_experts)
-            marks.mark(param, Mark(cuts=(cut,), expert=Expert(first, num_experts, f"ep_size_{place.size}")))
+            marks.mark(param, mark)
             param.allreduce = False  # type: ignore[attr-defined]
             param.group_name = f"ep_size_{place.size}"  # type: ignore[attr-defined]
     setattr(module, PLACE, place)
@@ -151,7 +159,7 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 def _compute(module: Any, rows: Tensor, counts: list[int]) -> Tensor:
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    has_gate = "gate_up_proj" in module._parameters
+    has_gate = hasattr(module, "gate_up_proj")  # while an adapter is at work, it is no parameter
     up = _linear(module, "gate_up_proj" if has_gate else "up_proj", rows, counts)
     if hasattr(module, "_apply_gate") and has_gate:
         inner = module._apply_gate(up)

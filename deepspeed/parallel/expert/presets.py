@@ -14,6 +14,7 @@ from typing import Any
 from torch import nn
 
 from deepspeed.config.parallelism import ExpertParallelConfig
+from deepspeed.parallel.expert.adapters import without_wrappers
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
@@ -73,7 +74,7 @@ def _check_router(model: nn.Module, name: str, config: ExpertParallelConfig) -> 
 
 def _values(model: nn.Module, name: str, aliases: tuple[str, ...]) -> Iterator[Any]:
     """What the block's router, the block or the model's configuration says."""
-    block = model.get_submodule(name.rpartition(".")[0])
+    block = model.get_submodule(without_wrappers(name).rpartition(".")[0])
     config = getattr(model, "config", None)
     owners = [getattr(block, "gate", None), getattr(block, "router", None), block, config]
     for owner in owners:

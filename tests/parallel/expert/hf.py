@@ -45,8 +45,11 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
 }  # fmt: skip
 
 
-def build(family: str) -> nn.Module:
-    """The family's causal language model; every weight is random, also biases that routers begin with zeros."""
+def build(family: str, how: str = "") -> nn.Module:
+    """The family's causal language model; every weight is random, also biases that routers begin with zeros.
+
+    how: "adapted" experts and attention by PEFT, on frozen weights; "recomputed" or "re-entrant" activation checkpoints.
+    """
     import transformers
 
     prefix, settings = FAMILIES[family]
@@ -60,7 +63,25 @@ def build(family: str) -> nn.Module:
         for name, value in [*model.named_parameters(), *model.named_buffers()]:
             if value.dim() > 1 or name.endswith("e_score_correction_bias"):
                 value.normal_(std=0.3)
-    return model
+    if how in ("recomputed", "re-entrant"):
+        model.gradient_checkpointing_enable({"use_reentrant": how == "re-entrant"})
+        model.enable_input_require_grads()
+    return adapted(model) if how == "adapted" else model
+
+
+def adapted(model: nn.Module) -> nn.Module:
+    """Factors of rank 3 on every expert's matrices and on queries; none of them zeros."""
+    from peft import LoraConfig, get_peft_model
+
+    experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
+    config = LoraConfig(r=3, lora_alpha=6, target_modules=["q_proj"], target_parameters=experts)
+    wrapped = get_peft_model(model, config)
+    torch.manual_seed(4)
+    with torch.no_grad():
+        for name, value in wrapped.named_parameters():
+            if "lora_" in name:
+                value.normal_(std=0.2)
+    return wrapped
 
 
 def tokens(num_steps: int, num_ranks: int) -> list[list[Tensor]]:
@@ -79,39 +100,52 @@ class Trained:
     norms: list[float] = field(default_factory=list)
     weights: dict[str, Tensor] = field(default_factory=dict)
     first: int = 0
-    error: str = ""
 
 
-def train(rank: int, world_size: int, family: str, ep: int, stage: int, extra: dict[str, Any] | None = None) -> Trained:
-    """Clipped steps with spread experts."""
+def train(
+    rank: int,
+    world_size: int,
+    family: str,
+    ep: int,
+    stage: int,
+    extra: dict[str, Any] | None = None,
+    how: str = "",
+    parts: int = 1,
+) -> Trained:
+    """Clipped steps with spread experts, each of `parts` micro-batches."""
     import deepspeed
     from tests.engine.runs import engine_of, make_config, mean_over_ranks
     from tests.parallel.expert.runs import CLIP, SGD
 
-    model = build(family)
+    model = build(family, how)
     config = make_config(
-        stage, micro=2, clip=CLIP, **{"optimizer": SGD, "expert_parallel": {"enabled": True, "autoep_size": ep}, **(extra or {})}
+        stage, micro=2 // parts, accumulation=parts, clip=CLIP, **{"optimizer": SGD, "expert_parallel": {"enabled": True, "autoep_size": ep}, **(extra or {})}
     )  # fmt: skip
     found = Trained()
     with engine_of(model, config) as engine:
         for step in tokens(2, world_size):
-            loss = engine(input_ids=step[rank], labels=step[rank]).loss
-            engine.backward(loss)
-            engine.step()
-            found.losses.append(mean_over_ranks(loss))
+            losses = []
+            for ids in step[rank].chunk(parts):
+                loss = engine(input_ids=ids, labels=ids).loss
+                engine.backward(loss)
+                engine.step()
+                losses.append(mean_over_ranks(loss))
+            found.losses.append(sum(losses) / parts)
             found.norms.append(engine.get_global_grad_norm())
         for name, param in model.named_parameters():
-            found.weights[name] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
+            if param.requires_grad:
+                found.weights[name] = deepspeed.utils.safe_get_full_fp32_param(param).clone()
+    assert found.weights
     found.first = rank % ep
     return found
 
 
-def plain(family: str, num_ranks: int) -> Trained:
+def plain(family: str, num_ranks: int, how: str = "") -> Trained:
     """The plain model in one process."""
     from tests.parallel.expert.runs import CLIP
 
-    model = build(family)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.3, momentum=0.9)
+    model = build(family, how)
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.3, momentum=0.9)
     found = Trained()
     for step in tokens(2, num_ranks):
         loss = torch.stack([model(input_ids=ids, labels=ids).loss for ids in step]).mean()
@@ -132,5 +166,14 @@ def compare(ranks: list[Trained], expected: Trained) -> None:
         for name, value in found.weights.items():
             whole = expected.weights[name]
             if value.shape != whole.shape:
-                whole = whole[found.first * len(value) : (found.first + 1) * len(value)]
+                whole = part_of(name, whole, value, found.first)
             torch.testing.assert_close(value, whole, rtol=1e-5, atol=2e-6, msg=lambda m, n=name: f"{n}: {m}")
+
+
+def part_of(name: str, whole: Tensor, part: Tensor, index: int) -> Tensor:
+    """What rank `index` holds of a tensor of all experts."""
+    if "lora_B" not in name:
+        return whole[index * len(part) : (index + 1) * len(part)]
+    per_expert = whole.view(len(whole), 3, 4)  # [out, r, experts], as PEFT reads it
+    here = part.shape[1] // 3
+    return per_expert[:, :, index * here : (index + 1) * here].reshape(len(whole), -1)
