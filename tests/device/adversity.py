@@ -23,6 +23,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.exchange import Exchange, Pending
 from tests.device import sim
 from tests.device.cases import config_of, tier_section
+from tests.device.features import FEATURES
 from tests.device.scenes import SCENES
 from tests.engine.runs import Run, train
 from tests.harness import run_ranks
@@ -43,6 +44,9 @@ CASES: dict[str, tuple[str, int, str, str, dict[str, Any]]] = {
     "exchanges, stage 3": ("cpu", 3, "none", "none", {"stage3_max_reuse_distance": 0}),
 }
 """By name: device, stage, tier of the optimizer, tier of parameters, other keys of `zero_optimization`."""
+
+SPLIT = {f"{name}, stage {stages[-1]}": (run, stages[-1]) for name, (run, stages) in FEATURES.items()}
+"""Models that are split, and bytes that are compressed, on the simulated device."""
 
 
 def device_of(case: str) -> str:
@@ -152,6 +156,10 @@ def run_late(rank: int, world_size: int, case: str, seeds: list[int | None], aro
 def _run(rank: int, world_size: int, case: str, folder: str) -> Run:
     if case in SCENES:
         return Run(weights=SCENES[case]())
+    if case in SPLIT:
+        run, stage = SPLIT[case]
+        losses, weights = run(rank, world_size, stage)
+        return Run(losses=losses, weights=weights)
     _, stage, optimizer, param, zero = CASES[case]
     config = config_of(stage, zero={**tier_section(optimizer, param, Path(folder)), **zero})
     return train(rank, world_size, "gpt_tied", config, num_steps=3)
@@ -175,7 +183,7 @@ def main() -> None:
     """Every case under every seed, some seeds at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seeds", type=int, default=200)
-    parser.add_argument("--cases", nargs="*", default=[*SCENES, *CASES])
+    parser.add_argument("--cases", nargs="*", default=[*SCENES, *CASES, *SPLIT])
     args = parser.parse_args()
     for case in args.cases:
         for first in range(0, args.seeds, 20):

@@ -18,7 +18,7 @@ from unittest import mock
 
 from deepspeed.comm.exchange import Pending
 from deepspeed.tiers import nvme, rest
-from tests.device.adversity import CASES, device_of, differences, run_late
+from tests.device.adversity import CASES, SPLIT, device_of, differences, run_late
 from tests.device.group import SimWork
 from tests.device.scenes import SCENES
 from tests.harness import RanksFailedError, close_pools, run_ranks
@@ -39,8 +39,12 @@ IN_TESTS = "the test"
 MIN_CAUGHT = 20
 """Sites that have to be noticed when every case is run, so that an empty search does not pass."""
 
-REDUNDANT: dict[Site, str] = {}
-"""Sites that may go unnoticed, with the proof that something else waits. Empty: whatever is not noticed fails the run."""
+REDUNDANT: dict[Site, str] = {
+    Site(
+        "Work.wait", "parallel/pipeline/mail.py:settle"
+    ): "keeps what is sent in memory; `SimGroup` reads it when it is queued",
+}
+"""Sites that may go unnoticed, with the proof that something else waits. Whatever else is not noticed fails the run."""
 
 KINDS: dict[str, tuple[type, str]] = {
     "Pending.wait": (Pending, "wait"),
@@ -151,7 +155,7 @@ def search(cases: Sequence[str]) -> tuple[dict[Site, str], set[Site]]:
 
 def main() -> int:
     """The exit status: 1 where a site that should have been noticed was not."""
-    cases = sys.argv[1:] or [*SCENES, *CASES]
+    cases = sys.argv[1:] or [*SCENES, *CASES, *SPLIT]
     found, missed = search(cases)
     print(f"{len(found)} of {len(found) + len(missed)} waits noticed when taken away")
     for site in sorted(missed):

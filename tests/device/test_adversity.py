@@ -9,14 +9,14 @@ from typing import Any
 
 import pytest
 
-from tests.device.adversity import CASES, check_case, device_of, run_late
+from tests.device.adversity import CASES, SPLIT, check_case, device_of, run_late
 from tests.device.mutations import Site, noticed
 from tests.device.scenes import SCENES
 from tests.harness import run_ranks
 
 IS_WHOLE = bool(os.environ.get("DS_TEST_DEVICE"))
 """Whether to run every case; see conftest.py."""
-SOME_CASES = [*SCENES, *CASES] if IS_WHOLE else [*SCENES, "stage 3, all on cpu", "exchanges, stage 3"]
+SOME_CASES = [*SCENES, *CASES, *SPLIT] if IS_WHOLE else [*SCENES, "stage 3, all on cpu", "exchanges, stage 3"]
 SEEDS = [0, 2, 3] if IS_WHOLE else [0, 3]
 
 
