@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.inference import prepare
+from deepspeed.inference import prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.limits import check_length
 from deepspeed.inference.policy import row_names
@@ -40,13 +40,21 @@ class InferenceEngine(nn.Module):
         dtypes = [prepare.run_dtype(module, config) for module in modules]
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
+        self._ranks = tensor.ranks_of(config)
+        decided = [tensor.decide(module, config, self._ranks) for module in modules] if self._ranks else []
         for module, dtype in zip(modules, dtypes, strict=True):
+            if self._ranks is not None:
+                tensor.cut(module, self._ranks, decided.pop(0))
+                self._ranks.compare_first_inputs(module)
             prepare.cast(module, dtype)
             quantize(module, config)
             prepare.place(module, config)
             module.eval()
         self.module = model
-        self.mp_world_size = config.tensor_parallel.tp_size
+        self.mp_world_size = 1
+        if self._ranks is not None:
+            self.mp_world_size = self._ranks.tensor.size
+            self._ranks.same_draws()
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -82,6 +90,8 @@ class InferenceEngine(nn.Module):
         reset = getattr(self.module, "reset_cache", None)
         if callable(reset):
             reset()
+        if self._ranks is not None:
+            self._ranks.same_draws()
         with torch.no_grad():
             return generate(*args, **kwargs)
 
@@ -122,6 +132,9 @@ class InferenceEngine(nn.Module):
     def destroy(self) -> None:
         """Give the module back; the engine holds nothing that outlives it."""
         self._times = None
+        if self._ranks is not None:
+            self._ranks.release()
+            self._ranks = None
 
 
 def _modules_of(model: Any) -> Iterator[nn.Module]:
@@ -145,11 +158,6 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
     if config.injection_policy is not None:
         for module in modules:
             row_names(module, config.injection_policy)
-    if config.tensor_parallel.enabled and config.tensor_parallel.tp_size > 1:
-        raise NotAvailableError(
-            f"tensor_parallel.tp_size = {config.tensor_parallel.tp_size} is not available yet for inference.\n"
-            "  Run on one rank."
-        )
     sizes = config.moe.ep_size if isinstance(config.moe.ep_size, tuple) else (config.moe.ep_size,)
     if config.moe.enabled and max(sizes) > 1:
         raise NotAvailableError(

@@ -13,6 +13,7 @@ from torch import nn
 from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.config.explain import read_section
 from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.parts import MAKE
 from deepspeed.quant.replace import quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.logging import warn_once
@@ -42,7 +43,7 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
     if weight.quantized_initialization:
         given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
-    quantize_model(module, spec, weight.q_groups, _kept(config))
+    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE)
 
 
 def _kept(config: DeepSpeedInferenceConfig):  # type: ignore[no-untyped-def]

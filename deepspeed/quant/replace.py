@@ -21,17 +21,25 @@ from deepspeed.utils.logging import log_dist
 
 Places = dict[int, list[tuple[nn.Module, str, nn.Module]]]
 """By the identity of a weight: parent, name and layer of each layer that has it."""
+Make = Callable[[nn.Module, QuantizedWeight], nn.Module]
+"""What takes a layer's place, from the layer and its quantized weight."""
 
 
 def quantize_model(
-    model: nn.Module, spec: Spec, groups_per_row: int = 1, keep: Callable[[str], bool] = lambda name: False
+    model: nn.Module,
+    spec: Spec,
+    groups_per_row: int = 1,
+    keep: Callable[[str], bool] = lambda name: False,
+    more: Mapping[type[nn.Module], Make] | None = None,
 ) -> int:
-    """Quantize every layer that can be; returns how many weights. `keep` names layers that stay.
+    """Quantize every layer that can be; returns how many weights. `keep` names layers that stay, `more` has kinds of layers
+    beyond Linear, Conv1D and Embedding.
 
     Raises DeepSpeedConfigError where there is none, because what was asked for would not happen.
     """
     left: list[str] = []
     count = 0
+    kinds = {**_MAKE, **(more or {})}
     for names, sites in _by_weight(model):
         layers = [layer for _, _, layer in sites]
         weight = _weight_of(layers[0])
@@ -39,10 +47,10 @@ def quantize_model(
         group = fitting_group(weight.shape[1], wanted)
         if all(_is_embedding(layer) for layer in layers):
             continue
-        if group is None or not all(_is_taken(layer) for layer in layers) or any(map(keep, names)):
+        if group is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
             left += names
             continue
-        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric))
+        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds)
         count += 1
     left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
     if not count:
@@ -81,7 +89,7 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
             f"  Its layers are named {', '.join(names[0] for names, _ in list(_by_weight(model))[:4])}, ..."
         )
     for sites, spec in chosen:
-        _replace(sites, spec)
+        _replace(sites, spec, _MAKE)
     return len(chosen)
 
 
@@ -114,7 +122,9 @@ def _by_weight(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[nn.Modu
     for prefix, parent in model.named_modules():
         for name, layer in parent.named_children():
             weight = getattr(layer, "weight", None)
-            if (_is_taken(layer) or isinstance(layer, (nn.Linear, nn.Embedding))) and isinstance(weight, nn.Parameter):
+            if (_is_taken(layer, _MAKE) or isinstance(layer, (nn.Linear, nn.Embedding))) and isinstance(
+                weight, nn.Parameter
+            ):
                 found.setdefault(id(weight), []).append((parent, name, layer))
                 names.setdefault(id(weight), []).append(f"{prefix}.{name}".lstrip("."))
     return iter([(names[key], sites) for key, sites in found.items()])
@@ -129,11 +139,11 @@ def _is_embedding(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
-def _is_taken(layer: nn.Module) -> bool:
+def _is_taken(layer: nn.Module, kinds: Mapping[type[nn.Module], Make]) -> bool:
     """Exact classes: a subclass computes something more."""
-    if type(layer) is nn.Embedding:
-        return layer.max_norm is None
-    return type(layer) is nn.Linear or _is_conv1d(layer)
+    if type(layer) is nn.Embedding and layer.max_norm is not None:
+        return False
+    return type(layer) in kinds or _is_conv1d(layer)
 
 
 def _weight_of(layer: nn.Module) -> Tensor:
@@ -142,14 +152,22 @@ def _weight_of(layer: nn.Module) -> Tensor:
     return weight.t() if _is_conv1d(layer) else weight
 
 
-def _replace(sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec) -> None:
+def _linear(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
+    bias = getattr(layer, "bias", None)
+    return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+
+
+def _embedding(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
+    padding = getattr(layer, "padding_idx", None)
+    return QuantizedEmbedding(weight, padding if isinstance(padding, int) else None)
+
+
+_MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embedding}
+
+
+def _replace(sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make]) -> None:
     weight = QuantizedWeight(_weight_of(sites[0][2]).contiguous(), spec)
     for parent, name, layer in sites:
-        new: nn.Module
-        if isinstance(layer, nn.Embedding):
-            new = QuantizedEmbedding(weight, layer.padding_idx)
-        else:
-            bias = getattr(layer, "bias", None)
-            new = QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
+        new = kinds.get(type(layer), _linear)(layer, weight)
         new.train(layer.training)
         setattr(parent, name, new)

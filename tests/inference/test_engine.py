@@ -178,7 +178,6 @@ def test_what_is_no_model_is_refused() -> None:
         ({"base_dir": "somewhere"}, "base_dir"),
         ({"injection_policy_tuple": ("mlp.down",)}, "injection_policy_tuple"),
         ({"args": object()}, "config"),
-        ({"tp": {"tp_grain_size": 1}}, "tensor_parallel.tp_grain_size"),
         ({"moe": {"type": "residual"}}, "moe.type"),
     ],
 )

@@ -16,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from deepspeed.mesh.shape import ROLES
 from deepspeed.parallel.tensor import cuts
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
 from deepspeed.parallel.tensor.collectives import TensorGroup
-from deepspeed.parallel.tensor.heads import Heads, heads_of, narrow
+from deepspeed.parallel.tensor.heads import Heads, heads_of, narrow, own_bias
 from deepspeed.parallel.tensor.layers import (
     ColumnLinear,
     HeadLinear,
@@ -88,9 +88,12 @@ class Drawn:
     wanted_by: dict[nn.Parameter, list[str]] = field(default_factory=dict)
 
 
-def draw(model: nn.Module, ranks: TensorGroup, wishes: Wishes) -> tuple[Chosen, Drawn]:
-    """Decide all, changing nothing. Raises DeepSpeedConfigError for rules and layers that do not go together."""
-    chosen = choose(model, wishes)
+def draw(model: nn.Module, ranks: TensorGroup, wishes: Wishes, chosen: Chosen | None = None) -> tuple[Chosen, Drawn]:
+    """Decide all, changing nothing; `chosen` has decisions in place of those of `choose`.
+
+    Raises DeepSpeedConfigError for rules and layers that do not go together.
+    """
+    chosen = chosen or choose(model, wishes)
     return chosen, _Plan(model, ranks, wishes, chosen.decisions).draw()
 
 
@@ -121,7 +124,8 @@ def _share(values: Tensor, ranks: TensorGroup) -> None:
 def _cut(param: nn.Parameter, cut: Cut, ranks: TensorGroup) -> None:
     _share(param.data, ranks)
     if cut.ranges is None:
-        param.register_hook(partial(_summed, ranks))
+        if param.requires_grad:
+            param.register_hook(partial(_summed, ranks))
         return
     own, whole = cut.ranges[ranks.rank], param.shape[cut.dim]
     kept = [param.data.narrow(cut.dim, start, stop - start) for start, stop in own]
@@ -166,7 +170,16 @@ class _Plan:
                 self._surround(name, module, decision)
         for name, heads in self.heads.items():
             self.drawn.turns.append(partial(narrow, self.modules[name], heads, self.ranks.rank))
+            self._biases(self.modules[name], heads)
         return self.drawn
+
+    def _biases(self, attention: nn.Module, heads: Heads) -> None:
+        """What is added to scores head by head: a table of distances inside of the module, or an argument (ALiBi)."""
+        ranges = tuple((heads.own_q(rank),) for rank in range(self.ranks.size))
+        for table in attention.children():
+            if isinstance(table, nn.Embedding) and _shape(table.weight)[1] == heads.num_q:
+                self.drawn.cuts.setdefault(cast(nn.Parameter, table.weight), Cut(1, ranges))
+        self.drawn.turns.append(partial(_with_kwargs, attention, partial(own_bias, heads, self.ranks.rank)))
 
     def _expanded(self) -> Iterator[tuple[str, Decision]]:
         """With adapters around a layer: what is inside is cut, and the adapter's side that meets the cut."""

@@ -17,9 +17,14 @@ Ranges = tuple[tuple[int, int], ...]
 
 
 def even(size: int, num_ranks: int, rank: int, grain: int = 1) -> tuple[int, int]:
-    """The rank-th of `num_ranks` pieces, multiples of `grain` that differ by one at most; what fills no grain is the last's."""
-    units = size // grain if size >= grain * num_ranks else size
-    step = grain if size >= grain * num_ranks else 1
+    """The rank-th of `num_ranks` pieces, multiples of `grain` that differ by one at most; what fills no grain is the last's.
+
+    Where there is not a grain for each rank, it is halved until there is.
+    """
+    step = grain
+    while step > 1 and size < step * num_ranks:
+        step //= 2
+    units = size // step
     start = sum(_share(units, num_ranks, r) for r in range(rank))
     stop = start + _share(units, num_ranks, rank)
     return start * step, size if rank == num_ranks - 1 else stop * step

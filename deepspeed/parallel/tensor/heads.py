@@ -15,7 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from deepspeed.parallel.tensor.cuts import even
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -29,6 +29,7 @@ _Q_ATTRIBUTES = (
     "num_heads num_attention_heads n_heads n_head nh num_q_heads attn_heads attention_heads n_local_heads".split()
 )
 _KV_ATTRIBUTES = "num_key_value_heads num_kv_heads n_kv_heads kv_heads n_head_kv".split()
+_BIASES = ("alibi", "position_bias")
 _WIDTHS = "all_head_size embed_dim d_model inner_dim hidden_size split_size".split()
 
 
@@ -123,6 +124,18 @@ def narrow(module: nn.Module, heads: Heads, rank: int) -> None:
     for attribute in ("num_key_value_groups", "n_rep", "num_kv_groups"):
         if isinstance(state.get(attribute), int):
             state[attribute] = num_q // num_kv
+
+
+def own_bias(heads: Heads, rank: int, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
+    """A hook before an attention: of a bias for all heads, [batch * heads, 1, keys] or [heads, queries, keys], the rank's."""
+
+    def own(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[0] % heads.num_q:
+            return value
+        start, stop = heads.own_q(rank)
+        return value.unflatten(0, (-1, heads.num_q))[:, start:stop].flatten(0, 1)
+
+    return args, {name: own(value) if name in _BIASES else value for name, value in kwargs.items()}
 
 
 def _is_product(module: nn.Module, width: int, num_q: int) -> bool:

@@ -1,0 +1,163 @@
+"""Models that run over tensor-parallel ranks: which ranks, what is cut, and that they stay together.
+
+Called by the engine, which asks `decide` for each module before anything is changed, and has it `cut` then. The layers are those of
+`parallel.tensor`; a user's injection policy takes the place of its rules: what the policy names is summed over ranks, every other
+linear layer of such a block is a column. Ranks that sample draw the same numbers (`same_draws`), and the first forward compares
+what they were given.
+
+Invariant: all ranks decide alike, from the model and the configuration alone, before a collective.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.init import init_distributed
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.policy import row_names
+from deepspeed.mesh import Mesh, data_parallel_mesh
+from deepspeed.mesh.door import tensor_place
+from deepspeed.mesh.mesh import world_size
+from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
+from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found
+from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.inputs import check_first_forward
+from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
+from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import log_dist
+
+_WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|router|q_a_proj|kv_a_proj_with_mqa)$")
+"""Layers that stay whole under an injection policy, as the contract names them."""
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """The ranks that have pieces of each layer; `mesh` where the groups are ours, to be released."""
+
+    tensor: TensorGroup
+    mesh: Mesh | None = None
+
+    def release(self) -> None:
+        """The engine is done."""
+        if self.mesh is not None:
+            self.mesh.release()
+
+    def same_draws(self) -> None:
+        """The first rank's random state on all of them, so that they sample the same tokens. Collective."""
+        states = [torch.get_rng_state()]
+        accelerator = get_accelerator()
+        has_own = accelerator.device_name() != "cpu"
+        if has_own:
+            states.append(accelerator.get_rng_state())
+        device = accelerator.current_device_name() if dist.get_backend(self.tensor.group) == "nccl" else "cpu"
+        for state in states:
+            sent = state.to(device)
+            self.tensor.broadcast_(sent)
+            state.copy_(sent)
+        torch.set_rng_state(states[0])
+        if has_own:
+            accelerator.set_rng_state(states[1])
+
+    def compare_first_inputs(self, module: nn.Module) -> None:
+        """Have the module's first forward refuse, on all ranks, inputs that differ between them."""
+
+        def tell_all(digest: str) -> list[str]:
+            found: list[Any] = [digest] * self.tensor.size
+            dist.all_gather_object(found, digest, group=self.tensor.group)
+            return found
+
+        check_first_forward(module, tell_all)
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What will be cut of one module."""
+
+    chosen: Chosen
+    drawn: Drawn
+
+
+def ranks_of(config: DeepSpeedInferenceConfig) -> Ranks | None:
+    """The ranks that the configuration says; None for one alone. Starts torch.distributed where a launcher's ranks have not.
+
+    Collective where groups are made. Raises DeepSpeedConfigError, on every rank, for a size that does not fit.
+    """
+    section = config.tensor_parallel
+    if not section.enabled:
+        return None
+    given = section.tp_group
+    if given is None and section.mpu is not None:
+        given = tensor_place(section.mpu)[1]
+    size = section.tp_size
+    if given is not None:
+        return _of_group(given, size if "tp_size" in section.model_fields_set else None)
+    if size == 1:
+        return None
+    init_distributed(verbose=False)
+    if world_size() % size:
+        raise DeepSpeedConfigError(
+            f"tensor_parallel.tp_size = {size}, but the job has {world_size()} ranks.\n"
+            f"  Start a multiple of {size} ranks (deepspeed --num_accelerators {size} script.py), or choose a divisor."
+        )
+    mesh = data_parallel_mesh(tp=size)
+    return Ranks(TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), size), mesh)
+
+
+def _of_group(group: Any, stated: int | None) -> Ranks | None:
+    size = dist.get_world_size(group)
+    if stated is not None and stated != size:
+        raise DeepSpeedConfigError(
+            f"tensor_parallel.tp_size = {stated}, but the group that was given has {size} ranks.\n  Leave tp_size out."
+        )
+    return Ranks(TensorGroup(group, dist.get_rank(group), size)) if size > 1 else None
+
+
+def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) -> Decided:
+    """What becomes of each layer; nothing is changed. Raises DeepSpeedConfigError where nothing can be cut, or not so."""
+    if PARSED in module.__dict__:
+        raise DeepSpeedConfigError(
+            f"{type(module).__name__} is cut over ranks already.\n  Give init_inference the whole model."
+        )
+    policy = config.injection_policy
+    wishes = Wishes(grain=config.tensor_parallel.tp_grain_size)
+    chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
+    require_found(module, [chosen])
+    return Decided(chosen, drawn)
+
+
+def cut(module: nn.Module, ranks: Ranks, decided: Decided) -> None:
+    """Do it. Collective."""
+    carry_out(module, ranks.tensor, decided.drawn, lambda param: None)
+    acted = sum(d.action is not Action.WHOLE for d in decided.chosen.decisions.values())
+    log_dist(f"over {ranks.tensor.size} ranks: {acted} layers by the model's {decided.chosen.source}", ranks=[0])
+
+
+def _by_policy(module: nn.Module, policy: Any) -> Chosen:
+    rows = set(row_names(module, policy))
+    model_type = getattr(getattr(module, "config", None), "model_type", None)
+    decisions: dict[str, Decision] = {}
+    for prefix, block in module.named_modules():
+        is_named = isinstance(block, tuple(policy))
+        for name, layer in block.named_modules() if is_named else ():
+            full = f"{prefix}.{name}".lstrip(".")
+            if isinstance(layer, nn.Linear) and not _WHOLE.search(full):
+                decisions[full] = Decision(Action.ROW if full in rows else Action.COLUMN)
+    odd = [name for name, d in decisions.items() if d.action is Action.COLUMN and has_unknown_layout(name, model_type)]
+    if odd:
+        raise DeepSpeedConfigError(
+            f"injection_policy: {odd[0]} is several layers in one, and nothing says how its rows are ordered.\n"
+            "  Leave injection_policy out where the model has a tp_plan, or run on one rank."
+        )
+    if not any(d.action is Action.ROW for d in decisions.values()):
+        raise DeepSpeedConfigError(
+            f"injection_policy names {', '.join(sorted(rows))}, none of which is a linear layer that can be cut over ranks.\n"
+            "  Name the layers whose outputs are summed."
+        )
+    return Chosen("injection_policy", decisions)

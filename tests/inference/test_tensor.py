@@ -1,0 +1,113 @@
+"""Over tensor-parallel ranks a model says what Hugging Face's says in one process; what cannot be is refused on all ranks."""
+
+from __future__ import annotations
+
+import copy
+import os
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+import deepspeed
+from deepspeed.utils.errors import DeepSpeedConfigError
+from tests.harness import run_ranks
+from tests.inference.families import FAMILIES, build, prompts
+from tests.inference.test_engine import logits_of
+
+pytest.importorskip("transformers")
+
+IS_LONG = bool(os.environ.get("DS_TEST_LONG"))
+NOT_CUT = {"gpt2", "falcon", "gpt_bigcode", "mpt", "codegen"}
+"""Families whose fused layers tensor parallelism does not know."""
+QUICK = ["llama", "bloom", "t5"]
+TESTED = [family for family in FAMILIES if family not in NOT_CUT] if IS_LONG else QUICK
+GREEDY = {"max_new_tokens": 6, "do_sample": False}
+
+
+def says_the_same(rank: int, world_size: int, families: list[str]) -> dict[str, str]:
+    """By family, what differs from the whole model; every rank starts from other weights than the first, which count."""
+    found = {}
+    for family in families:
+        plain = build(family)
+        model = copy.deepcopy(plain)
+        if rank:
+            with torch.no_grad():
+                for param in model.parameters():
+                    param.add_(1.0)
+        engine = deepspeed.init_inference(model, dtype=torch.float32, tensor_parallel={"tp_size": world_size})
+        assert engine.mp_world_size == world_size
+        for padded in ("alone", "left", "right"):
+            batch = prompts(padded)
+            worst = float((logits_of(engine, batch) - logits_of(plain, batch)).abs().max())
+            if worst > 1e-5 or not torch.equal(engine.generate(**batch, **GREEDY), plain.generate(**batch, **GREEDY)):
+                found[f"{family}, {padded}"] = f"{worst:.1e}"
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3] if IS_LONG else [2])
+def test_families_have_the_logits_and_the_words_of_hugging_face(num_ranks: int) -> None:
+    assert run_ranks(num_ranks, says_the_same, TESTED, timeout=500) == [{}] * num_ranks
+
+
+def other_ways(rank: int, world_size: int) -> dict[str, Any]:
+    """A policy, a group, sampling, and quantized weights."""
+    found: dict[str, Any] = {}
+    batch = prompts("left")
+    plain = build("t5")
+    block = type(plain.encoder.block[0])
+    policy = {block: ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")}
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype="fp32", mp_size=world_size, injection_policy=policy)
+    found["policy"] = torch.equal(engine.generate(**batch, **GREEDY), plain.generate(**batch, **GREEDY))
+    found["cut"] = tuple(engine.module.encoder.block[0].layer[0].SelfAttention.q.weight.shape)
+
+    llama = deepspeed.init_inference(build("llama"), dtype="fp32", tp={"tp_group": dist.group.WORLD})
+    torch.manual_seed(rank)
+    found["sampled"] = llama.generate(**batch, max_new_tokens=6, do_sample=True).tolist()
+
+    for dtype in ("int8", "int4"):
+        tied = build("llama", tie_word_embeddings=True, hidden_size=192, intermediate_size=256)
+        alone = deepspeed.init_inference(copy.deepcopy(tied), dtype=dtype)
+        parts = deepspeed.init_inference(tied, dtype=dtype, tensor_parallel={"tp_size": world_size})
+        worst = (logits_of(parts, batch) - logits_of(alone, batch)).abs().max() / logits_of(alone, batch).abs().max()
+        found[dtype] = float(worst)
+        found[f"{dtype} layer"] = type(parts.module.model.layers[0].mlp.down_proj).__name__
+    return found
+
+
+def test_policies_groups_sampling_and_quantized_weights_over_ranks() -> None:
+    first, second = run_ranks(2, other_ways)
+    assert first["policy"] and second["policy"] and first["cut"] == (24, 48)
+    assert first["sampled"] == second["sampled"]
+    assert first["int8 layer"] == "QuantizedRow" and max(first["int8"], second["int8"]) < 1e-3
+    assert max(first["int4"], second["int4"]) < 1e-3
+
+
+def refused(rank: int, world_size: int) -> None:
+    """Each on every rank, and nothing was changed."""
+    model = build("llama")
+    with pytest.raises(ValueError, match="tp_size = 3, but the job has 2 ranks"):
+        deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 3})
+    with pytest.raises(ValueError, match="tp_size = 4, but the group that was given has 2 ranks"):
+        deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": 4, "tp_group": dist.group.WORLD})
+    with pytest.raises(DeepSpeedConfigError, match="finds nothing to cut in Linear"):
+        deepspeed.init_inference(nn.Linear(4, 4), dtype="fp32", tensor_parallel={"tp_size": 2})
+    norm = {type(model.model.layers[0]): "input_layernorm"}
+    with pytest.raises(DeepSpeedConfigError, match="none of which is a linear layer that can be cut"):
+        deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": 2}, injection_policy=norm)
+    one_head = build("llama", num_attention_heads=1, num_key_value_heads=1)
+    with pytest.raises(DeepSpeedConfigError, match="has 1 attention heads, which cannot be split over"):
+        deepspeed.init_inference(one_head, dtype="fp32", tensor_parallel={"tp_size": 2})
+    assert model.model.layers[0].mlp.up_proj.weight.shape == (64, 48)
+    engine = deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 2})
+    with pytest.raises(DeepSpeedConfigError, match="is cut over ranks already"):
+        deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 2})
+    with pytest.raises(AssertionError, match="Data inconsistency within the TP group"):
+        engine(torch.tensor([[rank + 2, 3]]))
+
+
+def test_what_cannot_be_cut_is_refused_on_every_rank() -> None:
+    run_ranks(2, refused)
