@@ -234,6 +234,7 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
         optimizer.before_update = hooks.before_update if hooks is not None else watch.end
         optimizer.takeover = _take_over_edits(given, mesh, built, reducer, hooks, placing, optimizer, undo)
         trainers.add(optimizer)
+        undo.callback(optimizer.runs.give_back)
         undo.callback(trainers.remove, optimizer)
     if not policy.optimizer.is_sharded or mesh.size("average") == 1:
         watch.on_begin.append(reducer.hide)

@@ -29,6 +29,7 @@ from deepspeed.engine.checkpoints import CheckpointMethods
 from deepspeed.engine.compile import compile_model
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.facts import Progress, RunFacts, StepFacts
+from deepspeed.engine.holders import give_back, innermost
 from deepspeed.engine.observe import announce
 from deepspeed.engine.observer import computing_dtype
 from deepspeed.engine.owners import forget_owner, note_owner, take_over
@@ -86,7 +87,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             self._config,
             self._user_config,
             model,
-            optimizer,
+            innermost(optimizer),
             model_parameters,
             lr_scheduler,
             mpu,
@@ -481,6 +482,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         """Take hooks and buffers away; the model can be given to another engine. Also done when the engine is dropped."""
         self._finalizer()
         forget_owner(self.module)
+        give_back(self)
 
     def collect_python_gc(self) -> int:
         """Collect Python's cyclic garbage now, for runs with `disable_python_gc`; the number of objects found."""

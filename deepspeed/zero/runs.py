@@ -85,6 +85,7 @@ class Runs:
         self.gives_whole = not is_sharded and needs is not Needs.ELEMENTWISE
         """Whether runs are whole parameters in their shapes."""
         self.refuse_tiers()
+        self._given = [list(group["params"]) for group in optimizer.param_groups]
         self._placing = placing if needs is Needs.ELEMENTWISE or (needs is None and allow_untested) else None
         self.steppable: list[list[tuple[int, Tensor]]] = []
         """Per master in the device's memory, (group, tensor) that the wrapped optimizer steps; else none."""
@@ -110,6 +111,12 @@ class Runs:
             param_group["params"] = Members(members, self, i)
         if needs_of(self.optimizer) in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not self.gives_whole:
             self.optimizer.sharding = RunSharding(self.masters, self.steppable, self._mesh, is_sharded=self.is_sharded)  # type: ignore[attr-defined]
+
+    def give_back(self) -> None:
+        """Have the optimizer list parameters again, as it was given: another engine may take it. Its state is of runs, and ends."""
+        for group, params in zip(self.optimizer.param_groups, self._given, strict=False):
+            group["params"] = list(params)
+        self.optimizer.state.clear()
 
     def _cut(self, master: Master) -> list[tuple[int, Tensor]]:
         """(group, piece of the masters) as the wrapped optimizer steps them, where they are in memory."""

@@ -4,13 +4,11 @@ REASONS = (
     "Transformers, `TrainingArguments(deepspeed=...)` on a machine without accelerators and without `use_cpu=True`: Accelerate knows "
     "no backend for it, counts one process, and computes `train_batch_size` for one. Add `--use_cpu`.",
     "Transformers, `ACCELERATE_USE_CPU=true`: Accelerate then does not use DeepSpeed at all, without a word.",
-    "Transformers, `Trainer.train()` twice on one Trainer: the second call keeps the first's engine, which Accelerate has destroyed. "
-    "A second Trainer on the same model works.",
     "Transformers, `auto_find_batch_size` at ZeRO stage 3: refused by the Trainer.",
     "Transformers, Wav2Vec2 and its relatives, `from_pretrained` at ZeRO stage 3: the initialisation of version 5 reads a weight-normed "
     "weight outside of any gather. Here that is a `ShardError`. Built under `deepspeed.zero.Init` the model works.",
-    "Transformers, `evaluate` before `train` on one Trainer: at stages 1 and 2 the Trainer refuses to evaluate first; "
-    "at stage 3 it trains on the engine it evaluated with, which Accelerate has destroyed by then.",
+    "Transformers, `evaluate` before `train` on one Trainer: at stages 1 and 2 the Trainer refuses to evaluate first.",
+    "Transformers, `Trainer.train()` a second time: the optimizer's moments start anew, which the plain Trainer keeps.",
     "Transformers, `save_only_model` with `load_best_model_at_end`: refused by the Trainer.",
     "Transformers, `from_pretrained(..., ignore_mismatched_sizes=True)` at ZeRO stage 3: its sharded loader reports "
     "the mismatch as an error all the same.",

@@ -34,14 +34,6 @@ def batch_size_search(rank: int, world_size: int, model_folder: str, folder: str
     return str(caught.value)
 
 
-def train_twice(rank: int, world_size: int, model_folder: str, folder: str, config: Any) -> str:
-    trainer = make_trainer(model_folder, arguments(folder, config, max_steps=1))
-    trainer.train()
-    with pytest.raises(RuntimeError) as caught:
-        trainer.train()
-    return str(caught.value)
-
-
 def lightning_on_cpu(rank: int, world_size: int) -> str:
     import lightning.pytorch as pl
     from lightning.pytorch.demos.boring_classes import BoringModel

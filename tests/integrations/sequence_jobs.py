@@ -43,14 +43,23 @@ def clean_up(size: int) -> None:
 
 
 def train_by_trainer(
-    rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any, size: int
+    rank: int,
+    world_size: int,
+    model_folder: str,
+    folder: str,
+    deepspeed: Any,
+    size: int,
+    train_twice: bool = False,
+    **changes: Any,
 ) -> dict[str, Any]:
     """Curves of losses and norms, and an evaluation on whole sequences at the end."""
-    more = {"parallelism_config": parallelism(size)} if size > 1 else {}
-    args = trainer_jobs.arguments(folder, deepspeed, **more)
+    more: dict[str, Any] = {"parallelism_config": parallelism(size)} if size > 1 else {}
+    args = trainer_jobs.arguments(folder, deepspeed, **more, **changes)
     data = {"train_dataset": Positioned(64), "eval_dataset": Positioned(12, offset=64)}
     trainer = trainer_jobs.make_trainer(model_folder, args, **data)
     trainer.train()
+    if train_twice:
+        trainer.train()
     found = {
         "losses": trainer_jobs.curve(trainer),
         "norms": trainer_jobs.norms(trainer),

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tests.integrations import refused_jobs as jobs
-from tests.integrations.common import ADAMW, ds_config, run_job, save_model
+from tests.integrations.common import ds_config, run_job, save_model
 
 
 def test_a_weight_normed_model_cannot_be_loaded_sharded(tmp_path: Path) -> None:
@@ -21,12 +21,6 @@ def test_transformers_refuses_the_search_for_a_batch_size_at_stage_3(tmp_path: P
     folder = save_model(tmp_path / "model")
     words = run_job(jobs.batch_size_search, folder, str(tmp_path), ds_config(3))
     assert "`auto_find_batch_size` isn't supported yet with DeepSpeed Zero-3" in words
-
-
-def test_a_trainer_that_trains_twice_uses_an_engine_that_was_destroyed(tmp_path: Path) -> None:
-    folder = save_model(tmp_path / "model")
-    words = run_job(jobs.train_twice, folder, str(tmp_path), ds_config(2, optimizer=ADAMW))
-    assert "this engine was destroyed" in words
 
 
 def test_lightning_insists_on_cuda() -> None:

@@ -41,7 +41,7 @@ def config(stage: int) -> dict[str, Any]:
     }
 
 
-@pytest.mark.compat("Transformers", '`parallelism_config=ParallelismConfig(sp_backend="deepspeed")`')
+@pytest.mark.compat("Transformers Trainer", '`parallelism_config=ParallelismConfig(sp_backend="deepspeed")`')
 @pytest.mark.parametrize("stage", [1, 3])
 def test_the_trainer_s_curves_equal_one_process(
     stage: int, model: str, plain_trainer: dict[str, Any], tmp_path: Path
@@ -50,6 +50,19 @@ def test_the_trainer_s_curves_equal_one_process(
     assert found["losses"] == pytest.approx(plain_trainer["losses"], rel=1e-4)
     assert found["norms"] == pytest.approx(plain_trainer["norms"], rel=1e-3)
     assert found["eval"] == pytest.approx(plain_trainer["eval"], rel=1e-4)
+
+
+@pytest.mark.compat(
+    "Transformers Trainer", '`parallelism_config=ParallelismConfig(sp_backend="deepspeed")`, `train()` twice'
+)
+@pytest.mark.parametrize("stage", [3])
+def test_a_second_training_equals_one_process(stage: int, model: str, tmp_path: Path) -> None:
+    runs = [
+        run_job(jobs.train_by_trainer, model, str(tmp_path / name), section, size, True, optim="sgd", world_size=size)
+        for name, section, size in (("plain", None, 1), ("own", config(stage), 2))
+    ]
+    for key in ("losses", "norms", "eval"):
+        assert runs[1][key] == pytest.approx(runs[0][key], rel=1e-3 if key == "norms" else 1e-4)
 
 
 @pytest.mark.compat("Accelerate", '`ParallelismConfig(sp_backend="deepspeed", sp_size=2)` in a loop')

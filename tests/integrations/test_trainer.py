@@ -157,6 +157,15 @@ def test_a_second_trainer_takes_the_model_over(stage: int, model: str, tmp_path:
     assert losses == pytest.approx(plain, rel=2e-5)
 
 
+@pytest.mark.compat("Transformers Trainer", "`train()` twice, `evaluate` first at stage 3")
+@pytest.mark.parametrize("stage", [3, 2])
+def test_a_trainer_trains_a_second_time(stage: int, model: str, tmp_path: Path) -> None:
+    expected = run_job(jobs.train_twice, model, str(tmp_path / "plain"), None)
+    found = run_job(jobs.train_twice, model, str(tmp_path / "own"), ds_config(stage), evaluates_first=stage == 3)
+    assert found["losses"] == pytest.approx(expected["losses"], rel=2e-5)
+    assert found["eval"] == pytest.approx(expected["eval"], rel=2e-5)
+
+
 @pytest.mark.compat("Transformers Trainer", "`auto_find_batch_size`")
 @pytest.mark.parametrize("stage", [1, 2])  # Transformers refuses it at stage 3
 def test_a_batch_size_that_does_not_fit_is_halved_with_a_new_engine(stage: int, model: str, tmp_path: Path) -> None:

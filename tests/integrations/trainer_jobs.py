@@ -97,6 +97,20 @@ def train(
     return found
 
 
+def train_twice(
+    rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any, *, evaluates_first: bool = False
+) -> dict[str, Any]:
+    """The curves of two trainings by one Trainer, with an optimizer that has no state, and the loss after them."""
+    trainer = make_trainer(model_folder, arguments(folder, deepspeed, optim="sgd", learning_rate=0.1, max_steps=3))
+    if evaluates_first:
+        trainer.evaluate()
+    curves = []
+    for _ in range(2):
+        trainer.train()
+        curves += curve(trainer)
+    return {"losses": curves, "eval": trainer.evaluate()["eval_loss"]}
+
+
 def watch(rank: int, world_size: int, model_folder: str, folder: str, deepspeed: Any) -> dict[str, Any]:
     """A callback that reads a weight's gradient, master and first moment at every step, and sets the last two once."""
     from transformers import TrainerCallback
