@@ -6,6 +6,13 @@ engine.py       InferenceEngine: forward, generate, timing, compiling
 prepare.py      a module cast, and placed on its device
 quantized.py    what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
+tensor.py       over which ranks a model is cut, and that they stay together
+parts.py        quantized layers of which a rank has a part
+found.py        from what `checkpoint` says to open weights
+weights.py      stored tensors, and reading a part of one
+names.py        which stored tensors make which parameter
+load.py         weights into a module, parameter by parameter
+save.py         save_mp_checkpoint_path
 limits.py       what is refused before a prompt costs any work
 """
 

@@ -245,6 +245,6 @@ _MOVED = {
 
 _NO_EFFECT = (
     "use_triton triton_autotune zero triangular_masking set_empty_params return_tuple training_mp_size min_out_tokens "
-    "transposed_mode base_dir injection_policy_tuple config moe.moe_experts moe.type moe.ep_group moe.ep_mp_group"
+    "transposed_mode injection_policy_tuple config moe.moe_experts moe.type moe.ep_group moe.ep_mp_group"
 ).split()
 """Nobody reads these. Those of ranks and experts: models run on one rank, their experts as the model has them."""

@@ -10,8 +10,10 @@ Invariant: nothing of the module is changed before all that can be refused has b
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -19,11 +21,26 @@ from torch import nn
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference import prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.found import open_weights
 from deepspeed.inference.limits import check_length
+from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
 from deepspeed.inference.quantized import quantize
+from deepspeed.inference.save import check_can_save, save
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TrainingStateError
 from deepspeed.utils.logging import warn_once
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What will be done to one module."""
+
+    module: nn.Module
+    dtype: torch.dtype
+    loader: Loader | None
+    decided: tensor.Decided | None
 
 
 class InferenceEngine(nn.Module):
@@ -37,24 +54,61 @@ class InferenceEngine(nn.Module):
         self._times: list[float] | None = None
         self._is_compiled = False
         _check(modules, config)
-        dtypes = [prepare.run_dtype(module, config) for module in modules]
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
         self._ranks = tensor.ranks_of(config)
-        decided = [tensor.decide(module, config, self._ranks) for module in modules] if self._ranks else []
-        for module, dtype in zip(modules, dtypes, strict=True):
-            if self._ranks is not None:
-                tensor.cut(module, self._ranks, decided.pop(0))
-                self._ranks.compare_first_inputs(module)
-            prepare.cast(module, dtype)
-            quantize(module, config)
-            prepare.place(module, config)
-            module.eval()
+        self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
+        made = self._together(lambda: [self._decide(module) for module in modules])
+        for plan in made:
+            self._together(partial(self._prepare, plan))
         self.module = model
-        self.mp_world_size = 1
         if self._ranks is not None:
-            self.mp_world_size = self._ranks.tensor.size
             self._ranks.same_draws()
+
+    def _together(self, step: Callable[[], T]) -> T:
+        """Do a step on every rank, and raise on all where it fails on one."""
+        found: list[T] = []
+        error: Exception | None = None
+        try:
+            found.append(step())
+        except Exception as raised:
+            error = raised
+        if self._ranks is not None:
+            self._ranks.agree(error)
+        elif error is not None:
+            raise error
+        return found[0]
+
+    def _decide(self, module: nn.Module) -> _Plan:
+        """All that can be refused, before the module is changed."""
+        dtype = prepare.run_dtype(module, self._config)
+        check_can_save(self._config)
+        weights = open_weights(self._config, self._rank, self.mp_world_size)
+        loader = None if weights is None else make_loader(module, weights)
+        decided = None if self._ranks is None else tensor.decide(module, self._config, self._ranks)
+        return _Plan(module, dtype, loader, decided)
+
+    def _prepare(self, plan: _Plan) -> None:
+        module, loader = plan.module, plan.loader
+        if self._ranks is not None and plan.decided is not None:
+            tensor.cut(module, self._ranks, plan.decided)
+            self._ranks.compare_first_inputs(module)
+        prepare.cast(module, plan.dtype)
+        try:
+            quantize(module, self._config, (lambda layer: None) if loader is None else loader.fill)
+            if loader is not None:
+                loader.fill_rest()
+        except BaseException:
+            if loader is not None:
+                loader.undo()
+            raise
+        prepare.place(module, self._config)
+        module.eval()
+        save(module, self._config, self._rank, self.mp_world_size)
+
+    @property
+    def _rank(self) -> int:
+        return 0 if self._ranks is None else self._ranks.tensor.rank
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -163,9 +217,10 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
         raise NotAvailableError(
             f"moe.ep_size = {max(sizes)} is not available yet for inference.\n  Run every expert on one rank."
         )
-    older = config.checkpoint_config
-    if config.checkpoint is not None or config.save_mp_checkpoint_path or any(older.model_dump().values()):
-        raise NotAvailableError("loading a checkpoint in init_inference is not available yet.\n  Load it before.")
+    if len(modules) > 1 and (config.checkpoint is not None or config.checkpoint_config.checkpoint_dir):
+        raise DeepSpeedConfigError(
+            f"checkpoint is for one module, and a pipeline of {len(modules)} was given.\n  Load each, or pass the module."
+        )
     if config.enable_cuda_graph:
         warn_once("enable_cuda_graph = true has no effect: forwards are not recorded.")
     if config.replace_with_kernel_inject:

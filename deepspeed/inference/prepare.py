@@ -82,6 +82,9 @@ def _names(module: nn.Module, attribute: str) -> Iterable[str]:
 
 
 def place(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
-    """Move to this rank's device, unless it is to stay on the host."""
+    """Move to this rank's device, unless it is to stay on the host. What is still on "meta" gets memory without values."""
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        warn_once(f"{type(module).__name__} is on the meta device and no checkpoint was given: it has no values.")
+        module.to_empty(device=torch.device(get_accelerator().current_device_name()))
     if not config.keep_module_on_host:
         module.to(torch.device(get_accelerator().current_device_name()))

@@ -14,7 +14,7 @@ from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.config.explain import read_section
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.parts import MAKE
-from deepspeed.quant.replace import quantize_by_name, quantize_model
+from deepspeed.quant.replace import Fill, quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.logging import warn_once
 
@@ -24,8 +24,11 @@ _QKV = re.compile(
 """Last parts of the names of layers that make queries, keys and values."""
 
 
-def quantize(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
-    """Quantize what the configuration asks for, in place. Raises DeepSpeedConfigError where that is nothing."""
+def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, fill: Fill) -> None:
+    """Quantize what the configuration asks for, in place; `fill` loads a layer just before.
+
+    Raises DeepSpeedConfigError where that is nothing.
+    """
     weight = config.quant.weight
     if not config.quant.enabled or not weight.enabled:
         if config.dtype is torch.int8:
@@ -33,7 +36,7 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
         return
     if weight.post_init_quant:
         specs = {key: read_section(QuantizationSpecConfig, value) for key, value in weight.post_init_quant.items()}
-        quantize_by_name(module, specs)
+        quantize_by_name(module, specs, fill)
         return
     if config.dtype is not torch.int8 and not weight.quantized_initialization:
         return
@@ -43,7 +46,7 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
     if weight.quantized_initialization:
         given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
-    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE)
+    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE, fill)
 
 
 def _kept(config: DeepSpeedInferenceConfig):  # type: ignore[no-untyped-def]

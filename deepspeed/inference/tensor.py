@@ -30,7 +30,7 @@ from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_f
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import check_first_forward
 from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import log_dist
 
 _WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|router|q_a_proj|kv_a_proj_with_mqa)$")
@@ -64,6 +64,16 @@ class Ranks:
         torch.set_rng_state(states[0])
         if has_own:
             accelerator.set_rng_state(states[1])
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
+        told: list[Any] = [None] * self.tensor.size
+        dist.all_gather_object(told, None if error is None else str(error), group=self.tensor.group)
+        if error is not None:
+            raise error
+        rank = next((rank for rank, words in enumerate(told) if words is not None), None)
+        if rank is not None:
+            raise DeepSpeedError(f"[rank {rank} of {self.tensor.size}] {told[rank]}")
 
     def compare_first_inputs(self, module: nn.Module) -> None:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""

@@ -23,6 +23,7 @@ Places = dict[int, list[tuple[nn.Module, str, nn.Module]]]
 """By the identity of a weight: parent, name and layer of each layer that has it."""
 Make = Callable[[nn.Module, QuantizedWeight], nn.Module]
 """What takes a layer's place, from the layer and its quantized weight."""
+Fill = Callable[[nn.Module], None]
 
 
 def quantize_model(
@@ -31,9 +32,10 @@ def quantize_model(
     groups_per_row: int = 1,
     keep: Callable[[str], bool] = lambda name: False,
     more: Mapping[type[nn.Module], Make] | None = None,
+    fill: Fill = lambda layer: None,
 ) -> int:
     """Quantize every layer that can be; returns how many weights. `keep` names layers that stay, `more` has kinds of layers
-    beyond Linear, Conv1D and Embedding.
+    beyond Linear, Conv1D and Embedding, `fill` gives a layer its weights just before they are quantized.
 
     Raises DeepSpeedConfigError where there is none, because what was asked for would not happen.
     """
@@ -50,7 +52,7 @@ def quantize_model(
         if group is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
             left += names
             continue
-        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds)
+        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, fill)
         count += 1
     left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
     if not count:
@@ -63,7 +65,9 @@ def quantize_model(
     return count
 
 
-def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfig]) -> int:
+def quantize_by_name(
+    model: nn.Module, specs: Mapping[str, QuantizationSpecConfig], fill: Fill = lambda layer: None
+) -> int:
     """Quantize the layers whose names contain a key of `specs`; returns how many weights.
 
     Raises DeepSpeedConfigError, before anything is changed, for a layer that two keys match, a key that matches none, and
@@ -89,7 +93,7 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
             f"  Its layers are named {', '.join(names[0] for names, _ in list(_by_weight(model))[:4])}, ..."
         )
     for sites, spec in chosen:
-        _replace(sites, spec, _MAKE)
+        _replace(sites, spec, _MAKE, fill)
     return len(chosen)
 
 
@@ -165,9 +169,14 @@ def _embedding(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
 _MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embedding}
 
 
-def _replace(sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make]) -> None:
+def _replace(
+    sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], fill: Fill
+) -> None:
+    for _, _, layer in sites:
+        fill(layer)
     weight = QuantizedWeight(_weight_of(sites[0][2]).contiguous(), spec)
     for parent, name, layer in sites:
         new = kinds.get(type(layer), _linear)(layer, weight)
         new.train(layer.training)
         setattr(parent, name, new)
+        layer._parameters["weight"] = None  # or lists of layers, this one's too, would keep the whole one

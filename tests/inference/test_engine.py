@@ -175,7 +175,6 @@ def test_what_is_no_model_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "key"),
     [
-        ({"base_dir": "somewhere"}, "base_dir"),
         ({"injection_policy_tuple": ("mlp.down",)}, "injection_policy_tuple"),
         ({"args": object()}, "config"),
         ({"moe": {"type": "residual"}}, "moe.type"),
@@ -195,7 +194,7 @@ def test_the_defaults_given_back_say_nothing(monkeypatch: pytest.MonkeyPatch) ->
     assert said == []
 
 
-@pytest.mark.parametrize("given", [{"moe": {"ep_size": 2}}, {"ckpt_config": {"base_dir": "somewhere"}}])
+@pytest.mark.parametrize("given", [{"moe": {"ep_size": 2}}])
 def test_experts_over_ranks_and_checkpoints_are_refused_wherever_they_are_asked_for(given: dict[str, Any]) -> None:
     with pytest.raises(NotAvailableError):
         deepspeed.init_inference(torch.nn.Linear(2, 2), dtype=torch.float32, **given)

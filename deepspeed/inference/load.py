@@ -1,0 +1,210 @@
+"""Weights into a module, parameter by parameter: a rank reads its own part, in the dtype the module was cast to.
+
+Made by the engine before the module is changed: everything that can be refused is refused then (names that are missing, shapes that
+differ). After the module was cut and cast, `fill` gives a layer its weights, which `quantized` asks for one by one, so that
+memory holds the parts of this rank and one tensor more; `fill_rest` reads what is left, and computes buffers that no checkpoint has.
+
+Invariant: a parameter that was on "meta" becomes a new one with the old one's mark, in every module that had it; another keeps its
+object. Where reading fails, parameters are what they were before.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from deepspeed.checkpoint.boxes import Box, box_of
+from deepspeed.inference.found import Parts
+from deepspeed.inference.names import Recipe, recipes_for
+from deepspeed.inference.weights import Weights
+from deepspeed.mesh import marks
+from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
+
+
+@dataclass
+class _Place:
+    """One tensor of the module: who has it, and how it is read."""
+
+    name: str
+    tensor: Tensor
+    owners: list[tuple[nn.Module, str]]
+    recipe: Recipe
+    weights: Weights
+    is_part: bool = False
+    """Stored as this rank's part already."""
+
+
+@dataclass
+class Loader:
+    """What will be read into one module."""
+
+    module: nn.Module
+    what: str
+    places: dict[int, _Place] = field(default_factory=dict)
+    _before: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
+
+    def fill(self, layer: nn.Module) -> None:
+        """Read a layer's own parameters."""
+        for param in list(layer._parameters.values()):
+            if param is not None and (place := self.places.pop(id(param), None)) is not None:
+                self._read(place)
+
+    def fill_rest(self) -> None:
+        """Read everything that is left."""
+        for key in list(self.places):
+            self._read(self.places.pop(key))
+        _compute_buffers(self.module)
+        self._before.clear()
+
+    def undo(self) -> None:
+        """Put back parameters that were on "meta"."""
+        for owner, name, param in self._before:
+            if name in owner._parameters:
+                owner._parameters[name] = param
+
+    def _read(self, place: _Place) -> None:
+        box = None if place.is_part else _box(place)
+        values = place.recipe.read(place.weights, box).to(place.tensor.dtype)
+        if tuple(values.shape) != tuple(place.tensor.shape):
+            raise CheckpointError(
+                f"{place.name} is {list(values.shape)} in {place.weights.what}, and {list(place.tensor.shape)} here."
+            )
+        for owner, name in place.owners:
+            if name in owner._buffers:
+                owner._buffers[name] = values.to(place.tensor.device) if not place.tensor.is_meta else values
+        if not isinstance(place.tensor, nn.Parameter):
+            return
+        if not place.tensor.is_meta:
+            place.tensor._is_hf_initialized = True  # type: ignore[attr-defined]
+            place.tensor.data = values.to(place.tensor.device)
+            return
+        made = nn.Parameter(values, requires_grad=False)
+        made.__dict__.update(place.tensor.__dict__, _is_hf_initialized=True)
+        for owner, name in place.owners:
+            self._before.append((owner, name, place.tensor))
+            owner._parameters[name] = made
+
+
+def _box(place: _Place) -> Box | None:
+    cuts = marks.of(place.tensor).cuts if isinstance(place.tensor, nn.Parameter) else ()
+    if not cuts:
+        return None
+    whole = list(place.tensor.shape)
+    for cut in cuts:
+        whole[cut.dim] = cut.whole
+    return box_of(whole, {cut.dim: list(cut.ranges) for cut in cuts})
+
+
+def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:
+    """Match weights to a module that is whole yet. Raises CheckpointError for missing names and shapes that differ."""
+    if isinstance(weights, Parts):
+        return _of_parts(module, weights)
+    tensors = _tensors(module)
+    recipes, unused = recipes_for(module, [name for names, _ in tensors.values() for name in names], weights)
+    loader = Loader(module, weights.what)
+    missing: list[str] = []
+    for key, (names, place) in tensors.items():
+        recipe = next((recipes[name] for name in names if name in recipes), None)
+        if recipe is not None:
+            loader.places[key] = _Place(names[0], place[0], place[1], recipe, weights)
+        elif not any(map(_ignored(module, "_keys_to_ignore_on_load_missing"), names)):
+            missing.append(names[0])
+    _refuse_missing(module, missing, unused, weights.what)
+    for item in loader.places.values():
+        found, wanted = item.recipe.shape(item.weights), tuple(item.tensor.shape)
+        if found != wanted:
+            raise CheckpointError(
+                f"{item.name} is {list(found)} in {weights.what}, and {list(wanted)} in {type(module).__name__}.\n"
+                "  Build the model from the configuration that the checkpoint was saved with; nothing was loaded."
+            )
+    ignored = _ignored(module, "_keys_to_ignore_on_load_unexpected")
+    left = [name for name in unused if not ignored(name) and not name.endswith("inv_freq")]
+    if left:
+        warn_once(
+            f"{weights.what}: {len(left)} tensors have no place in {type(module).__name__}: {', '.join(left[:4])}."
+        )
+    return loader
+
+
+def _of_parts(module: nn.Module, parts: Parts) -> Loader:
+    loader = Loader(module, parts.what)
+    missing = []
+    for key, (names, place) in _tensors(module).items():
+        name = next((name for name in names if name in parts.parts.held or name in parts.whole.held), None)
+        if name is None:
+            missing.append(names[0])
+            continue
+        is_part = name in parts.parts.held
+        source = parts.parts if is_part else parts.whole
+        loader.places[key] = _Place(names[0], place[0], place[1], Recipe(name, name), source, is_part)
+    _refuse_missing(module, missing, sorted(parts.whole.held), parts.what)
+    return loader
+
+
+def _refuse_missing(module: nn.Module, missing: list[str], unused: list[str], what: str) -> None:
+    if missing:
+        others = f"\n  It has {', '.join(unused[:3])}, which this model has not." if unused else ""
+        raise CheckpointError(
+            f"{what} lacks {len(missing)} tensors of {type(module).__name__}: {', '.join(missing[:4])}; nothing was loaded."
+            f"{others}"
+        )
+
+
+def _ignored(module: nn.Module, attribute: str) -> Callable[[str], bool]:
+    patterns = [re.compile(text) for text in getattr(module, attribute, None) or ()]
+    return lambda name: any(pattern.search(name) for pattern in patterns)
+
+
+def _tensors(module: nn.Module) -> dict[int, tuple[list[str], tuple[Tensor, list[tuple[nn.Module, str]]]]]:
+    """Parameters and saved buffers by identity: their names, the tensor, who has it."""
+    found: dict[int, tuple[list[str], tuple[Tensor, list[tuple[nn.Module, str]]]]] = {}
+    for prefix, owner in module.named_modules(remove_duplicate=False):
+        own: dict[str, Any] = dict(owner._parameters)
+        own |= {n: b for n, b in owner._buffers.items() if n not in owner._non_persistent_buffers_set}
+        for name, tensor in own.items():
+            if tensor is not None:
+                names, (_, owners) = found.setdefault(id(tensor), ([], (tensor, [])))
+                names.append(f"{prefix}.{name}".lstrip("."))
+                if (owner, name) not in owners:
+                    owners.append((owner, name))
+    return found
+
+
+def _compute_buffers(module: nn.Module) -> None:
+    """Buffers that no checkpoint has (rotary frequencies), where they are on "meta": as Hugging Face's model fills them."""
+    left: list[str] = []
+    for prefix, owner in module.named_modules():
+        on_meta = [name for name, buffer in owner._buffers.items() if buffer is not None and buffer.is_meta]
+        if not on_meta:
+            continue
+        init: Any = getattr(module, "_init_weights", None)
+        if init is None:
+            left += [f"{prefix}.{name}" for name in on_meta]
+            continue
+        for name in on_meta:
+            owner._buffers[name] = _unset(owner._buffers[name])
+        with torch.no_grad():
+            init(owner)
+        left += [
+            f"{prefix}.{name}"
+            for name in on_meta
+            if (made := owner._buffers[name]) is not None and made.is_floating_point() and bool(made.isnan().any())
+        ]
+    if left:
+        raise DeepSpeedConfigError(
+            f"{', '.join(left[:4])} of {type(module).__name__} are computed, not stored, and were made on the meta device.\n"
+            "  Build the model with its buffers on the host (include_buffers=False of OnDevice), or whole."
+        )
+
+
+def _unset(buffer: Tensor | None) -> Tensor | None:
+    """On the host, with values that show whether somebody set them."""
+    if buffer is None or not buffer.is_floating_point():
+        return None if buffer is None else torch.zeros_like(buffer, device="cpu")
+    return torch.full_like(buffer, float("nan"), device="cpu")

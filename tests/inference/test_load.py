@@ -1,0 +1,189 @@
+"""Models on the meta device get their weights from whatever holds them, each rank its part; what is damaged loads nothing."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import struct
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import deepspeed
+from deepspeed.inference.weights import SafetensorsFiles
+from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
+from tests.harness import run_ranks
+from tests.inference.families import build, prompts
+from tests.inference.test_engine import logits_of
+
+pytest.importorskip("transformers")
+
+
+def on_meta(family: str, **changes: Any) -> Any:
+    """The family's model without values."""
+    with deepspeed.OnDevice(dtype=torch.float32, device="meta"):
+        return build(family, **changes)
+
+
+def same_words(engine: Any, plain: Any) -> bool:
+    """Logits bit for bit, and greedy words."""
+    batch = prompts("left")
+    options: dict[str, Any] = {"max_new_tokens": 4, "do_sample": False}
+    return torch.equal(logits_of(engine, batch), logits_of(plain, batch)) and torch.equal(
+        engine.generate(**batch, **options), plain.generate(**batch, **options)
+    )
+
+
+@pytest.mark.parametrize("family", ["llama", "mixtral", "gpt2", "t5"])
+def test_a_sharded_hugging_face_folder_fills_a_meta_model(family: str, tmp_path: Path) -> None:
+    plain = build(family)
+    plain.save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    engine = deepspeed.init_inference(on_meta(family), dtype="fp32", checkpoint=str(tmp_path))
+    assert same_words(engine, plain)
+
+
+def test_files_json_files_and_dicts_of_torch_files_and_a_base_models_weights(tmp_path: Path) -> None:
+    plain = build("llama", tie_word_embeddings=True)
+    state = plain.state_dict()
+    names = list(state)
+    for index in range(2):
+        torch.save({name: state[name] for name in names[index::2]}, tmp_path / f"part_{index}.bin")
+    form = {"type": "ds_model", "checkpoints": ["part_0.bin", "part_1.bin"], "version": 1.0}
+    (tmp_path / "model.json").write_text(json.dumps(form))
+    torch.save({"module": plain.model.state_dict()}, tmp_path / "base.pt")
+    ways: list[dict[str, Any]] = [
+        {"checkpoint": str(tmp_path / "model.json")},
+        {"checkpoint": form, "base_dir": str(tmp_path)},
+        {"ckpt_config": {"checkpoint_dir": "model.json", "base_dir": str(tmp_path)}},
+        {"checkpoint": "base.pt", "base_dir": str(tmp_path)},
+    ]
+    for given in ways:
+        engine = deepspeed.init_inference(on_meta("llama", tie_word_embeddings=True), dtype="fp32", **given)
+        assert same_words(engine, plain), given
+    other = build("llama", tie_word_embeddings=True)
+    for param in other.parameters():
+        param.data.zero_()
+    assert same_words(deepspeed.init_inference(other, dtype="fp32", **ways[0]), plain)
+
+
+def train_and_save(rank: int, world_size: int, folder: str, stage: int) -> Any:
+    """One step at a stage; the weights after it."""
+    config = {
+        "train_micro_batch_size_per_gpu": 1,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-2}},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+    }
+    engine, *_ = deepspeed.initialize(model=build("llama"), config=config)
+    batch = prompts()
+    engine.backward(engine(**batch, labels=batch["input_ids"]).loss)
+    engine.step()
+    engine.save_checkpoint(folder)
+    state = engine._consolidated_16bit_state_dict() if stage == 3 else engine.module.state_dict()
+    return state if rank == 0 else None
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3] if os.environ.get("DS_TEST_LONG") else [3])
+def test_a_training_checkpoint_is_a_model_to_run(stage: int, tmp_path: Path) -> None:
+    state = run_ranks(2, train_and_save, str(tmp_path), stage)[0]
+    plain = build("llama")
+    plain.load_state_dict(state)
+    engine = deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path))
+    assert same_words(engine, plain)
+
+
+def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
+    """Parts from a whole checkpoint, saved as parts, and loaded again; quantized on the way."""
+    plain, found = build("mixtral"), {}
+    batch, size = prompts("left"), {"tp_size": world_size}
+    read: list[int] = []
+    before = SafetensorsFiles.read
+
+    def watched(self: Any, name: str, box: Any) -> Any:
+        values = before(self, name, box)
+        read.append(values.nbytes)
+        return values
+
+    SafetensorsFiles.read = watched  # type: ignore[method-assign]
+    parts = deepspeed.init_inference(
+        on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/llama", save_mp_checkpoint_path=f"{folder}/parts"
+    )
+    SafetensorsFiles.read = before  # type: ignore[method-assign]
+    whole = build("llama")
+    cut = sum(p.nbytes for p in whole.parameters() if p.dim() > 1) - whole.get_input_embeddings().weight.nbytes
+    found["most read"] = (sum(read) - sum(p.nbytes for p in whole.parameters()) + cut) / cut
+    found["llama"] = float((logits_of(parts, batch) - logits_of(whole, batch)).abs().max())
+    again = deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/parts")
+    found["again"] = torch.equal(logits_of(again, batch), logits_of(parts, batch))
+    mixtral = deepspeed.init_inference(on_meta("mixtral"), dtype="fp32", tp=size, checkpoint=f"{folder}/mixtral")
+    found["mixtral"] = float((logits_of(mixtral, batch) - logits_of(plain, batch)).abs().max())
+    eight = deepspeed.init_inference(
+        on_meta("llama"), dtype="int8", tp=size, checkpoint=f"{folder}/llama", save_mp_checkpoint_path=f"{folder}/eight"
+    )
+    same = deepspeed.init_inference(on_meta("llama"), dtype="int8", tp=size, checkpoint=f"{folder}/eight")
+    found["int8"] = float((logits_of(same, batch) - logits_of(eight, batch)).abs().max())
+    with pytest.raises(DeepSpeedConfigError, match="was saved for tp_size = 2, and this run has 1"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=f"{folder}/parts")
+    if rank == 1:
+        (Path(folder) / "llama" / "model.safetensors").rename(Path(folder) / "llama" / "gone")
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match="holds no weights"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/llama")
+    return found
+
+
+def test_ranks_read_their_parts_and_save_them(tmp_path: Path) -> None:
+    for family in ("llama", "mixtral"):
+        build(family).save_pretrained(tmp_path / family)
+    for found in run_ranks(2, over_ranks, str(tmp_path)):
+        assert found["most read"] < 0.67 and found["again"]
+        assert max(found["llama"], found["mixtral"]) < 1e-5 and found["int8"] < 1e-4
+
+
+def test_int8_while_loading_is_int8_after_loading(tmp_path: Path) -> None:
+    plain = build("llama", tie_word_embeddings=True)
+    plain.save_pretrained(tmp_path)
+    model = on_meta("llama", tie_word_embeddings=True)
+    loaded = deepspeed.init_inference(model, dtype="int4", checkpoint=str(tmp_path))
+    after = deepspeed.init_inference(copy.deepcopy(plain), dtype="int4")
+    assert torch.equal(logits_of(loaded, prompts()), logits_of(after, prompts()))
+
+
+def test_what_is_damaged_or_does_not_fit_loads_nothing(tmp_path: Path) -> None:
+    plain = build("llama")
+    plain.save_pretrained(tmp_path, max_shard_size="40KB")
+    shard = sorted(tmp_path.glob("model-*.safetensors"))[1]
+    good = shard.read_bytes()
+
+    def refused(error: type[Exception], words: str, **changes: Any) -> None:
+        model = on_meta("llama", **changes)
+        with pytest.raises(error, match=words):
+            deepspeed.init_inference(model, dtype="fp32", checkpoint=str(tmp_path))
+        assert all(param.is_meta for param in model.parameters())
+
+    shard.write_bytes(struct.pack("<Q", 1 << 60) + good[8:])
+    refused(CheckpointError, "its header claims 1152921504606846976 bytes")
+    shard.write_bytes(good.replace(b'"F32"', b'"F64"', 1))
+    refused(CheckpointError, r"is F64\[.*which is not the .* bytes its header gives it")
+    shard.write_bytes(good[:-4])
+    refused(CheckpointError, "it is cut off or damaged")
+    shard.write_bytes(good)
+    refused(CheckpointError, r"is \[64, 48\] in .*, and \[32, 48\] in LlamaForCausalLM", intermediate_size=32)
+    refused(CheckpointError, "lacks 9 tensors of LlamaForCausalLM: model.layers.2", num_hidden_layers=3)
+    shard.unlink()
+    refused(CheckpointError, f"lacks {shard.name}, which its model.safetensors.index.json names")
+    with pytest.raises(CheckpointError, match="there is no checkpoint .*nowhere, and no model of that name"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path / "nowhere"))
+    megatron = {"type": "Megatron", "checkpoints": ["a.pt", "b.pt"]}
+    with pytest.raises(DeepSpeedConfigError, match="files of type 'Megatron' are parts of ranks"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=megatron)
+    with pytest.raises(DeepSpeedConfigError, match="computed, not stored, and were made on the meta device"):
+        with torch.device("meta"):
+            own = nn.Sequential(nn.Linear(2, 2))
+            own.register_buffer("table", torch.zeros(2), persistent=False)
+        torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), tmp_path / "own.pt")
+        deepspeed.init_inference(own, dtype="fp32", checkpoint=str(tmp_path / "own.pt"))
