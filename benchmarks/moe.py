@@ -74,7 +74,7 @@ def compare(num_experts: int, tokens: int, width: int, inner: int, dtype: torch.
     """One line of the table."""
     torch.manual_seed(0)
     loop, ours = (Fused(num_experts, width, inner).to(dtype) for _ in range(2))
-    hugging_face.convert(ours, Mesh(MeshShape(), 0), 0)
+    hugging_face.convert(ours, "", Mesh(MeshShape(), 0), 0)
     dense = Dense(width, TOP_K * inner).to(dtype)
     router = nn.Linear(width, num_experts, bias=False)
     x = torch.randn(tokens, width).to(dtype).requires_grad_()

@@ -112,7 +112,10 @@ def take_snapshot(subject: Subject, request: SaveRequest, rank: int) -> Snapshot
     if subject.is_first_of_model:
         state = _to_json(_state_of_model(subject), tensors, "" if rank == 0 else f"rank{rank}")
         of_model = OfModel(parameters, subject.tied(), excluded, state)
-        for name, buffer in subject.buffers().items():
+        written = subject.buffers()
+        if subject.mesh.rank("average") != 0:  # what is no expert's, the first rank has too
+            written = {name: written[name] for name in subject.buffers_of_experts()}
+        for name, buffer in written.items():
             if name not in subject.elsewhere:
                 found.append(whole(BUFFER, name, buffer))
                 shapes[BUFFER, name] = tuple(buffer.shape)

@@ -133,12 +133,25 @@ class Subject:
 
     def buffers(self) -> dict[str, Tensor]:
         """The buffers that belong to the module's state."""
-        found: dict[str, Tensor] = {}
+        return {self.name_of(local): buffer for local, buffer in self._local_buffers()}
+
+    def buffers_of_experts(self) -> set[str]:
+        """Names of the buffers of experts that no other "experts" rank holds."""
+        return {self.name_of(local) for local, _ in self._local_buffers() if self._is_of_expert(local)}
+
+    def _local_buffers(self) -> Iterator[tuple[str, Tensor]]:
         for prefix, module in self.module.named_modules():
             for name, buffer in module._buffers.items():
                 if buffer is not None and name not in module._non_persistent_buffers_set:
-                    found[self.name_of(f"{prefix}.{name}".lstrip("."))] = buffer
-        return found
+                    yield f"{prefix}.{name}".lstrip("."), buffer
+
+    def _is_of_expert(self, local: str) -> bool:
+        """Whether the nearest module around that has parameters has marked ones alone, and its own name in the whole model."""
+        owner = local.rpartition(".")[0]
+        while owner and not any(True for _ in self.module.get_submodule(owner).parameters()):
+            owner = owner.rpartition(".")[0]
+        params = list(self.module.get_submodule(owner).parameters())
+        return self._global(local) != local and bool(params) and all(marks.of(param).is_expert for param in params)
 
     def extra_states(self) -> dict[str, Any]:
         """What modules add to their state by `get_extra_state`."""

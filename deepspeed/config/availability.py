@@ -301,7 +301,6 @@ NO_EFFECT: dict[str, str] = {
     "torch_autocast.lower_precision_safe_modules": "gradients travel in communication_data_type",
     **dict.fromkeys(
         (
-            "expert_parallel.router_pattern",
             "expert_parallel.shared_experts_pattern",
             "expert_parallel.shared_experts_gate_pattern",
             "expert_parallel.score_func",

@@ -132,7 +132,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     tp = tensor.tensor_size(config, given.mpu)
     mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.ep_size_of(model, config))
     undo.callback(mesh.release)
-    experts.spread(model, mesh, config)
+    gone = experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)
     check = tensor.cut_model(model, mesh, config, tp, given.optimizer)
     if check is not None:
@@ -141,7 +141,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     accumulation = Accumulation(batch.accumulation, config.managed_gradient_accumulation)
     recomputation = Recomputation(model, config, mesh, given.device)
     undo.callback(recomputation.detach)
-    zero = _build_zero(given, mesh, accumulation, undo)
+    zero = _build_zero(given, mesh, accumulation, gone, undo)
     sequence_loss = make_sequence_loss(config, mesh, model)
     if sequence_loss is not None:
         zero.scale_guard.on_plain.append(sequence_loss.check_plain)
@@ -205,9 +205,11 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
 # ZeRO. ---------------------------------------------------------------------------------------------------------------
 
 
-def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: contextlib.ExitStack) -> Zero:
+def _build_zero(
+    given: Given, mesh: Mesh, accumulation: Accumulation, gone: experts.Gone, undo: contextlib.ExitStack
+) -> Zero:
     config, model = given.config, given.model
-    basic = _basic_optimizer(given)
+    basic = _basic_optimizer(given, gone)
     policy = assemble.make_policy(config, model)
     scale_guard = LossScaleGuard(assemble.make_scale(config))
     watch = BackwardWatch()
@@ -256,9 +258,11 @@ def _build_zero(given: Given, mesh: Mesh, accumulation: Accumulation, undo: cont
     )
 
 
-def _basic_optimizer(given: Given) -> torch.optim.Optimizer | None:
+def _basic_optimizer(given: Given, gone: experts.Gone) -> torch.optim.Optimizer | None:
     groups = assemble.parameter_groups(given.model, given.model_parameters)
-    if not isinstance(given.optimizer, torch.optim.Optimizer):
+    is_clients = isinstance(given.optimizer, torch.optim.Optimizer)
+    experts.without(gone, given.optimizer.param_groups if is_clients else groups)
+    if not is_clients:
         groups = experts.parameter_groups(groups)
     basic = assemble.make_optimizer(given.config, given.optimizer, groups, given.model)
     assemble.check_optimizer(basic, given.model, given.config.zero_optimization.stage)

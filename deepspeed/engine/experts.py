@@ -6,15 +6,17 @@ whole model, and what does not go together is refused on all ranks, before memor
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 from torch import nn
 
 from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
+from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.engine.expert_load import warn_of_unused_coefficient
 from deepspeed.mesh import Mesh
-from deepspeed.parallel.expert import attach, hugging_face, presets
+from deepspeed.parallel.expert import attach, hugging_face, listed, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.logging import log_dist
@@ -25,10 +27,12 @@ def ep_size_of(model: nn.Module, config: Config) -> int:
     native = attach.ep_size_of(model)
     if not config.expert_parallel.enabled:
         return native
-    found = hugging_face.find(model, config.expert_parallel)
-    presets.check_model(model, found, config.expert_parallel)
-    size = config.expert_parallel.autoep_size
+    settings = config.expert_parallel
+    found, blocks = hugging_face.find(model, settings), listed.find(model, settings)
+    presets.check_model(model, found, {name: block.recipe for name, block in blocks.items()}, settings)
+    size = settings.autoep_size
     hugging_face.check(model, found, size)
+    listed.check(blocks, size)
     if native not in (1, size):
         raise DeepSpeedConfigError(
             f"expert_parallel.autoep_size = {size}, but the model has MoE layers of ep_size = {native}.\n  Use one size for both."
@@ -36,7 +40,11 @@ def ep_size_of(model: nn.Module, config: Config) -> int:
     return size
 
 
-def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
+Gone = frozenset[nn.Parameter]
+"""Parameters that left the model, because other ranks hold them."""
+
+
+def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
@@ -49,28 +57,45 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> None:
         )
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
-    settings = config.expert_parallel
-    if not settings.enabled:
-        return
-    found = hugging_face.find(model, settings)
+    return _spread_found(model, mesh, config.expert_parallel) if config.expert_parallel.enabled else Gone()
+
+
+def _spread_found(model: nn.Module, mesh: Mesh, settings: ExpertParallelConfig) -> Gone:
+    """What `expert_parallel` finds."""
+    found, blocks = hugging_face.find(model, settings), listed.find(model, settings)
     already = {name for name, _ in hugging_face.converted(model)}
+    gone: set[nn.Parameter] = set()
     for number, (name, module) in enumerate(found.items()):
         if name not in already:
             _refuse_sharded(name, module, mesh)
             hugging_face.convert(model, name, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
+    for number, (name, block) in enumerate(blocks.items()):
+        if name not in already:
+            names, left = listed.convert(block, mesh, attach.FIRST_LISTED + number)
+            gone.update(left)
+            if mesh.size("experts") > 1:
+                name_children(block.module._modules[block.child], names)  # type: ignore[arg-type]
     warn_of_unused_coefficient(getattr(model, "config", None))
-    alone = hugging_face.left_alone(model, found)
+    alone = hugging_face.left_alone(model, {*found, *blocks})
     log_dist(
-        f"expert_parallel: the experts of {len(found)} layers are spread over {mesh.size('experts')} ranks"
+        f"expert_parallel: the experts of {len(found) + len(blocks)} layers are spread over {mesh.size('experts')} ranks"
         + (f"; left as they are, on every rank: {', '.join(alone)}" if alone else "")
         + ".",
         [0],
+        logging.WARNING if alone else logging.INFO,
     )
+    return Gone(gone)
 
 
 def parameter_groups(model_parameters: Any) -> Any:
     """What the user gave as `model_parameters`, with experts of native layers in groups of their own."""
     return configure_moe_param_groups(model_parameters)
+
+
+def without(gone: Gone, groups: list[dict[str, Any]]) -> None:
+    """Take parameters that left the model out of an optimizer's groups, in place."""
+    for group in groups if gone else []:
+        group["params"] = [param for param in group["params"] if param not in gone]
 
 
 def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:

@@ -6,6 +6,7 @@
     experts     what a rank computes: modules one by one, or matrices of all experts in grouped products
     layer       `MoE`, the layer of the public contract, with its residual form
     hugging_face, presets     experts of Hugging Face models, found by structure
+    listed, recipe            blocks with a list of experts, and what such a block computes, found out by trying
     adapters    PEFT's low-rank factors on matrices of all experts
     attach      the layers of a model learn their ranks; their parameters are marked
     groups      optimizer groups of experts, by the contract's functions

@@ -21,7 +21,9 @@ from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 FIRST_FUSED = 1 << 20
-"""Numbers of layers whose experts are matrices begin here."""
+"""Numbers of layers whose experts are matrices begin here ..."""
+FIRST_LISTED = 1 << 21
+"""... and of blocks with a list of experts here."""
 
 
 class Named(NamedTuple):

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
@@ -29,11 +29,9 @@ from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Cut, Expert, Mark
 from deepspeed.parallel.expert import adapters
 from deepspeed.parallel.expert.dispatch import run_experts
-from deepspeed.parallel.expert.place import ExpertPlace
+from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
-PLACE = "ds_expert_place"
-"""Attribute of a module whose experts are spread: its `ExpertPlace`."""
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
 DIMS_OF = {
     "gate_up_proj": 3,
@@ -79,7 +77,7 @@ def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, nn.Module]
     return found
 
 
-def left_alone(model: nn.Module, found: dict[str, nn.Module]) -> list[str]:
+def left_alone(model: nn.Module, found: Collection[str]) -> list[str]:
     """Blocks with experts that are none of `found`: they stay as they are, on every rank."""
     return [
         name

@@ -11,6 +11,9 @@ from typing import Any
 from deepspeed.parallel.expert.capacity import num_local
 from deepspeed.parallel.expert.load import Load
 
+PLACE = "ds_expert_place"
+"""Attribute of a module whose experts are spread: its `ExpertPlace`."""
+
 
 @dataclass(eq=False)
 class ExpertPlace:

@@ -8,13 +8,14 @@ Families that the public contract names; others are found by structure alike.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from torch import nn
 
 from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.parallel.expert.adapters import without_wrappers
+from deepspeed.parallel.expert.recipe import Recipe
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
@@ -29,17 +30,20 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """The contract's presets, and the model types that each is for."""
 
 
-def check_model(model: nn.Module, found: dict[str, nn.Module], config: ExpertParallelConfig) -> None:
+def check_model(
+    model: nn.Module, found: Collection[str], recipes: Mapping[str, Recipe], config: ExpertParallelConfig
+) -> None:
     """Refuse what contradicts the model; name what has no effect. Raises DeepSpeedConfigError."""
     if config.expert_tensor_parallel_size != 1:
         raise DeepSpeedConfigError(
             f"expert_parallel.expert_tensor_parallel_size = {config.expert_tensor_parallel_size}: single experts are not cut.\n"
             "  Use expert_tensor_parallel_size=1, and a larger autoep_size."
         )
-    if not found:
+    if not found and not recipes:
         raise DeepSpeedConfigError(
             "expert_parallel.enabled is true, but the model has no module with the matrices of all experts "
-            f"([experts, ...] {' or '.join(('gate_up_proj', 'up_proj'))} and down_proj)"
+            f"([experts, ...] {' or '.join(('gate_up_proj', 'up_proj'))} and down_proj), and no block with a list of experts "
+            "whose routing is understood"
             + (f" that fits moe_layer_pattern = {config.moe_layer_pattern!r}" if config.moe_layer_pattern else "")
             + ".\n  Check the pattern, or remove expert_parallel; for layers of your own use deepspeed.moe.layer.MoE."
         )
@@ -49,8 +53,35 @@ def check_model(model: nn.Module, found: dict[str, nn.Module], config: ExpertPar
             f"expert_parallel.preset_model = {config.preset_model!r}, but the model is a {kind!r}: its experts are found by "
             "structure, and its own router is used."
         )
+    if config.router_pattern and not recipes:
+        warn_once(
+            f"expert_parallel.router_pattern = {config.router_pattern!r} has no effect: it is for blocks with a list of experts."
+        )
     for name in found:
         _check_router(model, name, config)
+    for name, recipe in recipes.items():
+        _check_recipe(name, recipe, config)
+
+
+def _check_recipe(name: str, recipe: Recipe, config: ExpertParallelConfig) -> None:
+    if recipe.by == "router":
+        return  # which is the model's own, and says no numbers
+    said: dict[str, tuple[Any, Any]] = {
+        "top_k": (config.top_k, recipe.top_k),
+        "route_norm": (config.route_norm, recipe.sums_to_one),
+        "routed_scaling_factor": (config.routed_scaling_factor, recipe.scale),
+        "score_func": (config.score_func, recipe.by),
+    }
+    for key, (wanted, told) in said.items():
+        if wanted not in (None, "auto", told):
+            raise _contradiction(key, wanted, name, told)
+
+
+def _contradiction(key: str, wanted: Any, name: str, told: Any) -> DeepSpeedConfigError:
+    return DeepSpeedConfigError(
+        f"expert_parallel.{key} = {wanted}, but the router of {name} has {told}.\n"
+        f"  Leave {key} out, or make the model with that value: its own router is used."
+    )
 
 
 def _check_router(model: nn.Module, name: str, config: ExpertParallelConfig) -> None:
@@ -66,10 +97,7 @@ def _check_router(model: nn.Module, name: str, config: ExpertParallelConfig) -> 
             continue
         told = next(_values(model, name, aliases), None)
         if told != wanted:
-            raise DeepSpeedConfigError(
-                f"expert_parallel.{key} = {wanted}, but the router of {name} has {told}.\n"
-                f"  Leave {key} out, or make the model with that value: its own router is used."
-            )
+            raise _contradiction(key, wanted, name, told)
 
 
 def _values(model: nn.Module, name: str, aliases: tuple[str, ...]) -> Iterator[Any]:
