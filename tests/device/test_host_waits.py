@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.device.waits import count_on_ranks
+from tests.device.waits import count_feature, count_on_ranks
 
 NORM = "copy_ to the host in zero/norm.py"
 """The one wait that a step has to have: the host decides by the norm whether to step, and by how much gradients are clipped."""
@@ -25,3 +25,13 @@ def test_copies_to_tiers_are_never_waited_for_in_forward_and_backward(stage: int
     # whether a script has written to parameters whose masters are elsewhere.
     others = {site.partition(":")[0] for site in sites["step"]} - {NORM}
     assert others <= {"event.synchronize in tiers/rest.py", "copy_ to the host in zero/takeover.py"}
+
+
+LAYERS = "copy_ to the host in parallel/expert/dispatch.py"
+
+
+@pytest.mark.parametrize(
+    ("feature", "expected"), [("tensor", {NORM: 1}), ("experts", {NORM: 1, LAYERS: 2})], ids=["tensor", "experts"]
+)
+def test_split_models_wait_for_the_norm_and_for_each_exchange_of_counts(feature: str, expected: dict[str, int]) -> None:
+    assert count_feature(feature, 3) == expected

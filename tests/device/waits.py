@@ -5,12 +5,14 @@
 
 from __future__ import annotations
 
+import collections
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-from tests.device import sim
+from tests.device import features, sim
 from tests.device.cases import config_of, tier_section
 from tests.engine.runs import engine_of, on_device
 from tests.harness import run_ranks
@@ -54,7 +56,22 @@ def count_on_ranks(stage: int, optimizer: str = "none", param: str = "none", **e
     return sites
 
 
+def _count_run(rank: int, world_size: int, name: str, stage: int, num_steps: int) -> collections.Counter[str]:
+    with mock.patch.object(features, "STEPS", num_steps), sim.watched() as seen:
+        features.FEATURES[name][0](rank, world_size, stage)
+    ours = [site for site in seen.sites if not site.endswith("in the caller")]
+    return collections.Counter(site.partition(":")[0] for site in ours)
+
+
+def count_feature(name: str, stage: int) -> dict[str, int]:
+    """Waits of a step of a run of `features.FEATURES`, by file: those that one step more makes."""
+    short, long = (run_ranks(2, _count_run, name, stage, n, device=sim.NAME)[0] for n in (WARM_STEPS, WARM_STEPS + 1))
+    return dict(long - short)
+
+
 if __name__ == "__main__":
+    for name in ("tensor", "sequence", "experts"):
+        print(name, count_feature(name, 3))
     for case in [(0,), (1,), (2,), (3,), (2, "cpu"), (3, "cpu", "cpu"), (3, "nvme", "nvme")]:
         found = count_on_ranks(*case)
         print(case, {phase: len(where) for phase, where in found.items()})

@@ -53,16 +53,16 @@ def run_experts(
     k = choices.shape[1]
     flat = choices.reshape(-1)
     flat = torch.where((flat < 0) | (flat >= place.num_experts), place.num_experts, flat)
-    order = torch.argsort(flat, stable=True)
-    counts = torch.bincount(flat, minlength=place.num_experts + 1)[: place.num_experts]
+    order = torch.argsort(flat, stable=True)  # dropped ones are last
+    counts = _count(flat, place.num_experts)
     place.load.add(counts, counts if chosen is None else chosen)
-    per_expert: list[int] = counts.tolist()
-    order = order[: sum(per_expert)]  # dropped ones are last
     weights = weights.reshape(-1, 1)
     if place.size == 1:
+        per_expert: list[int] = counts.tolist()
+        order = order[: sum(per_expert)]
         token = order // k
         return _weighed_sum(compute(tokens.index_select(0, token), per_expert), weights[order], token, len(tokens))
-    routing = plan(flat[order], order // k, per_expert, len(tokens), place)
+    routing = plan(flat[order], order // k, counts, len(tokens), place)
     rows = SendRows.apply(tokens, routing.rows)
     sent_weights = SendRows.apply(weights, routing.pairs_of(order))
     at = _exchange(routing.row_of_pair.view(-1, 1), routing.pairs)[:, 0].long() + routing.row_starts
@@ -71,6 +71,12 @@ def run_experts(
     results = compute(rows.index_select(0, at), routing.counts_here)
     partial = _weighed_sum(results, sent_weights[by_expert], at, len(rows))
     return AddRows.apply(partial, routing.rows, len(tokens))
+
+
+def _count(choices: Tensor, num_experts: int) -> Tensor:
+    """[num_experts] how often each was chosen; unlike `bincount` without asking a device for the largest."""
+    counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=choices.device)
+    return counts.index_add_(0, choices.long(), torch.ones_like(choices, dtype=torch.int64))[:num_experts]
 
 
 def _weighed_sum(results: Tensor, weights: Tensor, into: Tensor, num_rows: int) -> Tensor:
@@ -118,35 +124,50 @@ class Routing:
         return Ways(order[pairs.own], order[pairs.away], pairs.sent, pairs.got, pairs.group)
 
 
-def plan(experts: Tensor, token: Tensor, per_expert: Sequence[int], num_tokens: int, place: ExpertPlace) -> Routing:
-    """Who gets what, from pairs sorted by expert. Collective: one exchange of counts."""
+def plan(experts: Tensor, token: Tensor, counts: Tensor, num_tokens: int, place: ExpertPlace) -> Routing:
+    """Who gets what, from pairs sorted by expert, dropped ones last; `counts` [experts] of those that were not.
+
+    Collective: one exchange of counts, and one wait of the host for the device, which learns all sizes by it.
+    """
     size, here, device = place.size, place.num_here, experts.device
     rank_of_pair = experts // here
-    wanted = torch.zeros(size, num_tokens, dtype=torch.bool, device=device)
+    wanted = torch.zeros(size + 1, num_tokens, dtype=torch.bool, device=device)  # the last row: nobody's
     wanted[rank_of_pair, token] = True
     number = wanted.cumsum(1, dtype=torch.int32) - 1
-    num_rows: list[int] = wanted.sum(1).tolist()
-    by_rank = [sum(per_expert[r * here : (r + 1) * here]) for r in range(size)]
-    told = _exchange_counts(num_rows, per_expert, place)
-    rows_from, pairs_from = [rows for rows, _ in told], [sum(pairs) for _, pairs in told]
-    nonzero = wanted.nonzero()[:, 1]
-    rows = _ways(nonzero, num_rows, rows_from, place)
-    pairs = _ways(torch.arange(experts.numel(), device=device), by_rank, pairs_from, place)
-    sources = [place.rank, *(r for r in range(size) if r != place.rank)]
-    starts, at = [], 0
-    for source in sources:
-        starts.append(at)
-        at += rows_from[source]
-    per_source = torch.tensor([told[source][1] for source in sources], device=device)
+    num_rows = wanted[:size].sum(1)
+    told = torch.cat([num_rows.new_full((size, 1), place.number), num_rows[:, None], counts.view(size, here)], dim=1)
+    theirs, sent, got = _exchange_counts(told, place)
+    theirs = _own_first(theirs.to(device), place.rank)
+    of_source = theirs[:, HEADER:]
+    num_pairs = sum(sum(line[HEADER:]) for line in got)
     local = torch.arange(here, device=device).repeat(size)
+    rows = _numbered(wanted[:size], num_rows, sum(line[1] for line in sent))
+    pairs = torch.arange(sum(sum(line[HEADER:]) for line in sent), device=device)
     return Routing(
-        rows=rows,
-        pairs=pairs,
+        rows=_ways(rows, [line[1] for line in sent], [line[1] for line in got], place),
+        pairs=_ways(pairs, [sum(line[HEADER:]) for line in sent], [sum(line[HEADER:]) for line in got], place),
         row_of_pair=number[rank_of_pair, token],
-        row_starts=torch.tensor(starts, device=device).repeat_interleave(per_source.sum(1)),
-        experts=local.repeat_interleave(per_source.reshape(-1)),
-        counts_here=[sum(pairs[e] for _, pairs in told) for e in range(here)],
+        row_starts=_starts(theirs[:, 1]).repeat_interleave(of_source.sum(1), output_size=num_pairs),
+        experts=local.repeat_interleave(of_source.reshape(-1), output_size=num_pairs),
+        counts_here=[sum(line[HEADER + e] for line in got) for e in range(here)],
     )
+
+
+def _starts(lengths: Tensor) -> Tensor:
+    return lengths.cumsum(0) - lengths
+
+
+def _own_first(lines: Tensor, rank: int) -> Tensor:
+    """Lines by rank, in the order in which rows lie after an exchange."""
+    return torch.cat([lines[rank : rank + 1], lines[:rank], lines[rank + 1 :]])
+
+
+def _numbered(wanted: Tensor, num_rows: Tensor, total: int) -> Tensor:
+    """[total] the columns of `wanted` [ranks, tokens] that are set, row by row. `nonzero` would ask how many."""
+    at = _starts(num_rows)[:, None] + wanted.cumsum(1) - 1
+    tokens = torch.arange(wanted.shape[1], device=wanted.device).expand_as(wanted)
+    found = tokens.new_empty(total + 1)  # the last place takes what is not wanted
+    return found.scatter_(0, torch.where(wanted, at, total).reshape(-1), tokens.reshape(-1))[:total]
 
 
 def _ways(index: Tensor, sent: Sequence[int], got: Sequence[int], place: ExpertPlace) -> Ways:
@@ -164,19 +185,16 @@ HEADER = 2
 """Integers before the counts: the layer's number, and rows."""
 
 
-def _exchange_counts(
-    num_rows: Sequence[int], per_expert: Sequence[int], place: ExpertPlace
-) -> list[tuple[int, list[int]]]:
-    """From every rank (rows, pairs per local expert) that will come. Raises RankMismatchError where ranks are at
-    different layers."""
-    here = place.num_here
-    told = [[place.number, num_rows[r], *per_expert[r * here : (r + 1) * here]] for r in range(place.size)]
-    device = _device_of(place.group)
-    mine = torch.tensor(told, dtype=torch.int64, device=device)
+def _exchange_counts(told: Tensor, place: ExpertPlace) -> tuple[Tensor, list[list[int]], list[list[int]]]:
+    """`told` [ranks, HEADER + local experts] goes to the ranks, line by line: what came, then both as integers.
+
+    Raises RankMismatchError where ranks are at different layers.
+    """
+    mine = told.to(_device_of(place.group))
     theirs = torch.empty_like(mine)
     with COMMUNICATION.during("moe.counts", mine.nbytes):
         dist.all_to_all_single(theirs, mine, group=place.group)
-    lines: list[list[int]] = theirs.tolist()
+    sent, lines = torch.stack([mine, theirs]).tolist()
     layers = [line[0] for line in lines]
     if any(layer != place.number for layer in layers):
         ranks = dist.get_process_group_ranks(place.group)
@@ -186,7 +204,7 @@ def _exchange_counts(
             "  Every expert-parallel rank has to run the same of these layers in the same order; one without tokens runs "
             "them on none ([0, width])."
         )
-    return [(line[1], line[HEADER:]) for line in lines]
+    return theirs, sent, lines
 
 
 def _device_of(group: Any) -> torch.device:

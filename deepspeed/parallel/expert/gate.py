@@ -33,6 +33,7 @@ class Routes(NamedTuple):
     l_aux: Tensor
     """[], the auxiliary loss: 1 where experts are used evenly (for k choices scaled alike)."""
     capacity: int
+    """Places of each expert; 0 where nothing is dropped, when nobody has to know."""
     num_experts: int
     indices: Tensor
     """[k, s] int32, the expert of each choice; -1 where it was dropped."""
@@ -81,7 +82,7 @@ def top1gating(
         priority = mask * torch.rand_like(gates) if use_rts else mask.float()
         mask = mask * _first(priority, min(capacity, s))
     else:
-        capacity = _largest(counts, ep_group)
+        capacity = 0 if sparse_routes else _largest(counts, ep_group)
     places = _places(mask)
     weights = (gates * mask).sum(dim=1)
     kept = mask.sum(dim=1) > 0
@@ -114,7 +115,7 @@ def top2gating(
         capacity = capacity_of(s, num_experts, 2 * capacity_factor, min_capacity)
         mask1, mask2 = mask1 * (places1 < capacity), mask2 * (places2 < capacity)
     else:
-        capacity = _largest(counts, ep_group)
+        capacity = 0 if sparse_routes else _largest(counts, ep_group)
     weights1, weights2 = (gates * mask1).sum(dim=1), (gates * mask2).sum(dim=1)
     total = (weights1 + weights2).clamp_min(torch.finfo(gates.dtype).eps)
     return _routes(
@@ -156,7 +157,7 @@ def topkgating(
         else:
             mask = mask * (_places(mask) < capacity)
     else:
-        capacity = _largest(counts, ep_group)
+        capacity = 0 if sparse_routes else _largest(counts, ep_group)
     places = _places(mask)
     kept = mask.gather(1, chosen) > 0
     weights = torch.where(kept, values, 0.0)

@@ -359,7 +359,7 @@ class Call {
     bool makes_new = has_sync_ || resized_.defined();
     for (const auto& returned : schema_.returns())
       if (returned.alias_info() == nullptr || !returned.alias_info()->isWrite()) makes_new = true;
-    bool asks_host = has_sync_ || kDataDependent.count(name_) || returns_host_value();
+    bool asks_host = has_sync_ || (kDataDependent.count(name_) && !knows_size()) || returns_host_value();
     int number = current_number(device_);
     auto arguments = std::make_shared<torch::jit::Stack>(std::move(converted_));
     auto op = op_;
@@ -374,6 +374,13 @@ class Call {
 
  private:
   const IValue& argument(size_t i) const { return (*stack_)[first_ + i]; }
+
+  // repeat_interleave with output_size need not ask the device how much comes.
+  bool knows_size() const {
+    for (size_t i = 0; i < schema_.arguments().size(); i++)
+      if (schema_.arguments()[i].name() == "output_size" && !argument(i).isNone()) return true;
+    return false;
+  }
 
   void find_device() {
     bool found = false;
