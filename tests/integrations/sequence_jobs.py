@@ -69,10 +69,27 @@ def train_by_trainer(
     return found
 
 
-def train_by_accelerate(rank: int, world_size: int, model_folder: str, stage: int | None, size: int) -> dict[str, Any]:
+def plugin(stage: int, tp: int) -> Any:
+    """Accelerate's settings; with layers cut over `tp` ranks by a configuration."""
+    from accelerate import DeepSpeedPlugin
+
+    if tp == 1:
+        return DeepSpeedPlugin(zero_stage=stage, gradient_clipping=1.0)
+    section = {
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_clipping": 1.0,
+        "zero_optimization": {"stage": stage},
+        "tensor_parallel": {"autotp_size": tp},
+    }
+    return DeepSpeedPlugin(hf_ds_config=section)
+
+
+def train_by_accelerate(
+    rank: int, world_size: int, model_folder: str, stage: int | None, size: int, tp: int = 1
+) -> dict[str, Any]:
     """Losses and norms of a loop that weighs the ranks' losses by their tokens, as Accelerate's documentation does."""
     import torch.distributed.nn.functional as collectives
-    from accelerate import Accelerator, DeepSpeedPlugin, InitProcessGroupKwargs
+    from accelerate import Accelerator, InitProcessGroupKwargs
     from torch.utils.data import DataLoader
     from transformers import AutoModelForCausalLM
 
@@ -81,7 +98,7 @@ def train_by_accelerate(rank: int, world_size: int, model_folder: str, stage: in
     else:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "true"
         accelerator = Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(zero_stage=stage, gradient_clipping=1.0),
+            deepspeed_plugin=plugin(stage, tp),
             parallelism_config=parallelism(size),
             kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")],
         )
@@ -103,9 +120,13 @@ def train_by_accelerate(rank: int, world_size: int, model_folder: str, stage: in
             logits = model(**batch).logits
             loss = model.module.loss_function(logits, None, model.module.config.vocab_size, shift_labels=targets)
             count = (targets != -100).sum()
-            found = torch.stack(collectives.all_gather(loss, group=group))
-            counts = torch.stack(collectives.all_gather(count, group=group))
-            loss = (torch.where(counts > 0, found, 0.0) * counts).sum() / counts.sum()
+            total = collectives.all_reduce(count.clone(), group=group)
+            if world_size > size:  # torch's all_gather has no backward on gloo where the group is a part of the ranks
+                loss = collectives.all_reduce(loss.nan_to_num() * count, group=group) / total
+            else:
+                found = torch.stack(collectives.all_gather(loss, group=group))
+                counts = torch.stack(collectives.all_gather(count, group=group))
+                loss = (torch.where(counts > 0, found, 0.0) * counts).sum() / total
         accelerator.backward(loss)
         if size == 1:
             norms.append(float(accelerator.clip_grad_norm_(model.parameters(), 1.0)))
@@ -114,5 +135,7 @@ def train_by_accelerate(rank: int, world_size: int, model_folder: str, stage: in
             norms.append(float(model.get_global_grad_norm()))
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
+    if tp > 1 and rank < tp:  # Accelerate's own mesh of tensor-parallel ranks
+        torch.distributed.destroy_process_group(accelerator.state.ds_device_mesh.get_group())
     clean_up(size)
     return {"losses": losses, "norms": norms, "skipped": accelerator.optimizer_step_was_skipped}

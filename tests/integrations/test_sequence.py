@@ -55,7 +55,7 @@ def test_the_trainer_s_curves_equal_one_process(
 @pytest.mark.compat(
     "Transformers Trainer", '`parallelism_config=ParallelismConfig(sp_backend="deepspeed")`, `train()` twice'
 )
-@pytest.mark.parametrize("stage", [3])
+@pytest.mark.parametrize("stage", [1])
 def test_a_second_training_equals_one_process(stage: int, model: str, tmp_path: Path) -> None:
     runs = [
         run_job(jobs.train_by_trainer, model, str(tmp_path / name), section, size, True, optim="sgd", world_size=size)
@@ -69,5 +69,18 @@ def test_a_second_training_equals_one_process(stage: int, model: str, tmp_path: 
 @pytest.mark.parametrize("stage", [2])
 def test_a_loop_of_accelerate_equals_one_process(stage: int, model: str, plain_loop: dict[str, Any]) -> None:
     found = run_job(jobs.train_by_accelerate, model, stage, 2)
+    assert found["losses"] == pytest.approx(plain_loop["losses"], rel=1e-5)
+    assert found["norms"] == pytest.approx(plain_loop["norms"], rel=1e-4)
+
+
+@pytest.mark.matrix
+@pytest.mark.compat(
+    "Accelerate", '`ParallelismConfig(sp_backend="deepspeed", sp_size=2)` and `autotp_size`: 2 in a loop'
+)
+@pytest.mark.parametrize("stage", [2])
+def test_layers_and_sequences_are_divided_at_once_by_accelerate(
+    stage: int, model: str, plain_loop: dict[str, Any]
+) -> None:
+    found = run_job(jobs.train_by_accelerate, model, stage, 2, 2, world_size=4)
     assert found["losses"] == pytest.approx(plain_loop["losses"], rel=1e-5)
     assert found["norms"] == pytest.approx(plain_loop["norms"], rel=1e-4)
