@@ -13,6 +13,7 @@
     module.py       the model: a rank builds the layers of its stages
     tied.py         parameters that several stages have
     hf.py           a model of Hugging Face as such a module
+    hf_parts.py     its layers; hf_folder.py: the same, read from a folder where they belong
     executor.py     carries a list out
     mail.py         values on their way between ranks
     form.py         what a hop carries, in few bytes

@@ -10,7 +10,6 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import nn
 
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec
@@ -79,20 +78,9 @@ def name_of(layer: Any) -> str:
 def num_trained(layer: Any) -> int:
     """Elements of a layer's parameters that train; of a description, without building it in memory."""
     if isinstance(layer, LayerSpec):
-        layer = _build_nowhere(layer)
+        layer = layer.outline()
     return sum(_numel(p) for p in layer.parameters() if p.requires_grad) if isinstance(layer, nn.Module) else 0
 
 
 def _numel(param: Any) -> int:
     return int(getattr(param, "ds_numel", None) or param.numel())
-
-
-def _build_nowhere(spec: LayerSpec) -> nn.Module:
-    state = torch.random.get_rng_state()
-    try:
-        with torch.device("meta"):
-            return spec.build()
-    except (NotImplementedError, RuntimeError):  # a constructor that reads its own weights
-        return spec.build()
-    finally:
-        torch.random.set_rng_state(state)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 
 from deepspeed.utils.errors import DeepSpeedError, TrainingStateError
@@ -37,6 +38,17 @@ class LayerSpec:
         if log:
             logger.info("building %r", self)
         return self.typename(*self.module_args, **self.module_kwargs)
+
+    def outline(self) -> nn.Module:
+        """The layer without memory, to be counted; no random number is drawn."""
+        state = torch.random.get_rng_state()
+        try:
+            with torch.device("meta"):
+                return self.build()
+        except (NotImplementedError, RuntimeError):  # a constructor that reads its own weights
+            return self.build()
+        finally:
+            torch.random.set_rng_state(state)
 
     def __repr__(self) -> str:
         arguments = [repr(value) for value in self.module_args]

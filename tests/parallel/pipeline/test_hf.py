@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
-from deepspeed.parallel.pipeline.hf import layers_of, pipeline_of
+from deepspeed.parallel.pipeline.hf import pipeline_of
+from deepspeed.parallel.pipeline.hf_folder import layers_in
+from deepspeed.parallel.pipeline.hf_parts import layers_of
+from deepspeed.parallel.pipeline.layers import LayerError
 from tests.harness import run_ranks
-from tests.parallel.pipeline.models import config_of, joined, start, whole_weights
+from tests.parallel.pipeline.models import LONG, config_of, joined, start, whole_weights
 
 transformers = pytest.importorskip("transformers")
 
@@ -53,14 +59,28 @@ def token_batches(num: int) -> Any:
         yield (tokens, mask), torch.where(mask > 0, tokens, -100)
 
 
+NO_DROPOUT: dict[str, Any] = dict.fromkeys(
+    [
+        "attention_dropout",
+        "dropout",
+        "hidden_dropout",
+        "resid_pdrop",
+        "embd_pdrop",
+        "attn_pdrop",
+        "residual_dropout",
+        "embedding_dropout",
+    ],
+    0.0,
+)
+UNTIED = {**NO_DROPOUT, "tie_word_embeddings": False}
+
+
 def _train(rank: int, world: int, families: list[str]) -> dict[str, Any]:
     found = {}
     for i, family in enumerate(families):
-        module = pipeline_of(build(family, attention_dropout=0.0), num_stages=world)
-        engine = start(
-            module,
-            config_of([0, 3, 1][i % 3] if world > 1 else 0, accumulation=2, schedule="zb-h1" if i % 2 else "1f1b"),
-        )
+        module = pipeline_of(build(family, **(UNTIED if LONG else NO_DROPOUT)), num_stages=world)
+        schedule = ("1f1b", "zb-h1", "gpipe", "zb-h2")[i % 4]
+        engine = start(module, config_of((0, 3, 1, 2)[i % 4], accumulation=2, schedule=schedule, gradient_clipping=0))
         data = token_batches(4)
         losses = [engine.train_batch(data).item() for _ in range(2)]
         found[family] = {"losses": losses, "weights": whole_weights(engine)}
@@ -68,12 +88,90 @@ def _train(rank: int, world: int, families: list[str]) -> dict[str, Any]:
     return found
 
 
-def test_cut_models_train_as_on_one_rank() -> None:
-    families = ["llama", "qwen3", "gemma3_text"]
-    (expected,) = run_ranks(1, _train, families)
-    found = run_ranks(2, _train, families)
+def _train_whole(family: str) -> tuple[list[float], dict[str, Tensor], bool]:
+    """The model itself, in one process; whether its head is its embedding."""
+    torch.set_num_threads(1)
+    model = build(family, **(UNTIED if LONG else NO_DROPOUT)).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+    data, losses = token_batches(4), []
+    for _ in range(2):
+        total = torch.zeros(())
+        for (tokens, mask), labels in (next(data), next(data)):
+            loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
+            (loss / 2).backward()
+            total = total + loss.detach()
+        losses.append((total / 2).item())
+        optimizer.step()
+        optimizer.zero_grad()
+    is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
+    return losses, {name: param.detach() for name, param in model.named_parameters()}, is_tied
+
+
+def _in_model(name: str, weights: dict[str, Tensor]) -> str:
+    """The model's name of a pipeline's parameter: block 0 of layer k is the model's block k - 1."""
+    number, _, rest = name.partition(".")
+    rest = rest.removeprefix("base.").removeprefix("whole.").removeprefix("ends.").removeprefix("front.base.")
+    if number.isdigit():
+        rest = re.sub(r"^(layers|h|decoder\.layers)\.0\.", rf"\1.{int(number) - 1}.", rest)
+    if number == "tied_modules" and rest == "embed.weight":
+        return next(n for n in weights if re.search(r"(embed_tokens|wte|embed_in)\.weight$", n))
+    return min((n for n in weights if n == rest or n.endswith(f".{rest}")), key=len)
+
+
+def test_cut_models_train_as_the_models_themselves_bit_for_bit() -> None:
+    families = FAMILIES if LONG else ["llama", "qwen3", "gemma3_text"]
+    found = run_ranks(2, _train, list(families), timeout=200)
+    for family in families:
+        losses, weights, is_tied = _train_whole(family)
+        mine = [part[family] for part in found]
+        assert mine[0]["losses"] == mine[1]["losses"], family
+        assert mine[0]["losses"] == pytest.approx(losses, rel=1e-6) if is_tied else mine[0]["losses"] == losses, family
+        cut = joined(mine)
+        assert {_in_model(name, weights) for name in cut} == set(weights), family
+        for name, value in cut.items():
+            wanted = weights[_in_model(name, weights)]
+            # The gradient of a tied weight is the sum of its stages' sums, in another order than one process' sum.
+            assert torch.allclose(value, wanted, atol=2e-6) if is_tied else torch.equal(value, wanted), (family, name)
+
+
+def _from_folder(rank: int, world: int, folders: dict[str, str]) -> dict[str, Any]:
+    found = {}
+    for family, folder in folders.items():
+        module = pipeline_of(folder, num_stages=world, seed_layers=True, load={"dtype": torch.float32})
+        held = sum(p.numel() for p in module.parameters())
+        state = {name: param.detach().clone() for name, param in module.named_parameters()}
+        engine = start(module, config_of(1, accumulation=2))
+        data = token_batches(4)
+        losses = [engine.train_batch(data).item() for _ in range(2)]
+        found[family] = {"losses": losses, "held": held, "state": state}
+        engine.destroy()
+    return found
+
+
+def test_each_rank_reads_its_own_layers_from_a_folder(tmp_path: Path) -> None:
+    families = FAMILIES if LONG else ("llama", "gemma3_text", "gpt2")
+    folders, sizes = {}, {}
+    for family in families:
+        model = build(family, attention_dropout=0.0)
+        model.save_pretrained(tmp_path / family, max_shard_size="20KB")
+        folders[family], sizes[family] = str(tmp_path / family), sum(p.numel() for p in model.parameters())
+    (whole,) = run_ranks(1, _from_folder, folders)
+    found = run_ranks(2, _from_folder, folders)
     for family in families:
         mine = [part[family] for part in found]
-        assert mine[0]["losses"] == mine[1]["losses"] == pytest.approx(expected[family]["losses"], rel=1e-6)
-        for name, value in expected[family]["weights"].items():
-            assert torch.allclose(joined(mine)[name], value, atol=2e-6), (family, name)
+        assert mine[0]["losses"] == mine[1]["losses"] == pytest.approx(whole[family]["losses"], rel=1e-6), family
+        for part in mine:
+            assert part["held"] < 0.8 * sizes[family], "not more than its own layers"
+            for name, value in part["state"].items():
+                assert torch.equal(value, whole[family]["state"][name]), (family, name)
+        assert whole[family]["held"] == sizes[family]
+
+
+def test_a_folder_without_a_layer_of_this_rank_says_which(tmp_path: Path) -> None:
+    model = build("llama")
+    weights = {name: value for name, value in model.state_dict().items() if ".layers.1." not in name}
+    model.save_pretrained(tmp_path, state_dict=weights)
+    layers, _ = layers_in(str(tmp_path), {})
+    assert layers[1].build() is not None
+    with pytest.raises(LayerError, match=r"no weights model\.layers\.1\..* of block 1"):
+        layers[2].build()
