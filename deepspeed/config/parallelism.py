@@ -44,7 +44,9 @@ class PipelineConfig(Section, extra="allow"):
     """Which of PyTorch's two activation checkpointing modes to use."""
     schedule: str = "auto"
     """"gpipe", "1f1b", "interleaved", "zb-h1", "zb-h2", "zb-v", "dualpipe-v", or a CSV file of actions, a row per rank; "auto":
-    1f1b, or by how many stages a rank has and how they lie."""
+    1f1b, or by how many stages a rank has and how they lie; "generated": made for what the stages took in the first two batches."""
+    max_activation_memory: Size = 0
+    """Bytes of activations that a rank may keep alive under a "generated" schedule; 0: what the "auto" one takes at its peak."""
 
 
 class TpSizeConfig(Section):

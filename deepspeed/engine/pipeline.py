@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -31,14 +30,14 @@ from deepspeed.engine.build import Parts, Watching
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.pipeline_batch import take
+from deepspeed.engine.pipeline_lists import Lists
 from deepspeed.engine.pipeline_work import StageWork
-from deepspeed.parallel.pipeline.actions import Actions, read_csv
-from deepspeed.parallel.pipeline.check import require_valid
+from deepspeed.parallel.pipeline.actions import Actions
 from deepspeed.parallel.pipeline.executor import Done, Executor
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.mail import Mail
 from deepspeed.parallel.pipeline.module import PipelineModule
-from deepspeed.parallel.pipeline.schedules import NAMED, inference
+from deepspeed.parallel.pipeline.schedules import inference
 from deepspeed.parallel.pipeline.tied import sum_over_owners
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 
@@ -69,11 +68,10 @@ class PipelineEngine(DeepSpeedEngine):
         self.stage_id = self.module.stage_id
         self.agg_train_loss: Tensor | None = None
         self._additional: dict[str, Tensor] = {}
-        self._actions: dict[int, Actions] = {}
         self._choose_checkpointing()
         if self.training_dataloader is not None:
             self.set_dataloader(self.training_dataloader)
-        self._actions_of(self.gradient_accumulation_steps())  # refuses now what cannot run
+        self._lists.of(self.gradient_accumulation_steps())  # refuses now what cannot run
 
     def _take(self, model: Any, parts: Parts, watching: Watching) -> None:
         super()._take(model, parts, watching)
@@ -82,6 +80,7 @@ class PipelineEngine(DeepSpeedEngine):
         self._mail = Mail(mesh.ranks("pipeline"), mesh.rank("pipeline"), groups, self._device)
         self._work = StageWork(model, parts, self._device)
         self._executor = Executor(mesh.rank("pipeline"), self._mail, self._work)
+        self._lists = Lists(self._config.pipeline, model)
 
     def _choose_checkpointing(self) -> None:
         section = self._config.pipeline
@@ -98,15 +97,10 @@ class PipelineEngine(DeepSpeedEngine):
 
     # The list. -----------------------------------------------------------------------------------------------------
 
-    def _actions_of(self, num_micro: int) -> Actions:
-        if num_micro not in self._actions:
-            self._actions[num_micro] = make_actions(self._config.pipeline.schedule, self.module, num_micro)
-        return self._actions[num_micro]
-
     @property
     def actions(self) -> Actions:
         """What `train_batch` carries out: print it, or write `actions.to_csv()` to a file."""
-        return self._actions_of(self.gradient_accumulation_steps())
+        return self._lists.of(self.gradient_accumulation_steps())
 
     @property
     def actions_done(self) -> list[Done]:
@@ -137,8 +131,11 @@ class PipelineEngine(DeepSpeedEngine):
         self._reducer.hide()
         self._reducer.flush()
         self._work.begin(batch.inputs, batch.labels, num_micro)
+        self._executor.measures = self._lists.measures
         with self._conductor.phase("forward", ((), {})):
             self._compute(num_micro)
+        if self._lists.measures:
+            self._lists.learn(self._executor, self._mail, self.mesh)
         self.agg_train_loss = self.losses = self._tell_loss(self._work.losses)
         with self._conductor.phase("backward", self.losses):
             self._reducer.flush()
@@ -158,7 +155,7 @@ class PipelineEngine(DeepSpeedEngine):
             with self._reducer.hold():
                 self._keep_gathered()
                 try:
-                    self._executor.run(self._actions_of(num_micro))
+                    self._executor.run(self._lists.of(num_micro))
                 except Exception as error:
                     failure = error
                 self._agree_on_failure(failure)
@@ -349,30 +346,6 @@ class PipelineEngine(DeepSpeedEngine):
 
 class DualPipeVEngine(PipelineEngine):
     """The name under which scripts ask for a V-shaped pipeline's engine; the schedule follows from the module."""
-
-
-def make_actions(schedule: str, module: PipelineModule, num_micro: int) -> Actions:
-    """The list of a name or a CSV file, for a module's ranks and stages. Raises DeepSpeedConfigError where it does not fit."""
-    ranks, chunks = module.num_stages, module.num_chunks
-    if schedule == "auto":
-        schedule = "dualpipe-v" if module.placement == "v" else "1f1b" if chunks == 1 else "interleaved"
-    if schedule in NAMED:
-        takes_chunks = schedule in ("interleaved", "zb-h1") and module.placement == "loop" and chunks > 1
-        actions = NAMED[schedule](ranks, num_micro, **({"num_chunks": chunks} if takes_chunks else {}))
-    elif Path(schedule).is_file():
-        actions = read_csv(Path(schedule).read_text(), schedule)
-        require_valid(actions)
-    else:
-        raise DeepSpeedConfigError(
-            f'pipeline.schedule = "{schedule}" is neither a file nor one of {", ".join(["auto", *NAMED])}.'
-        )
-    if actions.rank_of != module.rank_of or actions.num_micro != num_micro:
-        raise DeepSpeedConfigError(
-            f'pipeline.schedule = "{schedule}" has stages on ranks {list(actions.rank_of)} and {actions.num_micro} micro-batches; the '
-            f"module has them on {list(module.rank_of)}, a step {num_micro}.\n"
-            '  Give PipelineModule num_chunks and placement="loop" or "v" as the schedule needs them.'
-        )
-    return actions
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

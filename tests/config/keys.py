@@ -228,6 +228,7 @@ _TREE: dict[str, Any] = {
         "grad_partitioned": True,
         "use_reentrant": True,
         "schedule": "auto",
+        "max_activation_memory": 0,
     },
     "tensor_parallel": {
         "autotp_size": 0,

@@ -10,6 +10,7 @@
 
     layers.py       layers as descriptions
     cut.py          the names of `partition_method`
+    profile.py      what layers take, for two of them; saved.py: what autograd keeps
     module.py       the model: a rank builds the layers of its stages
     tied.py         parameters that several stages have
     hf.py           a model of Hugging Face as such a module

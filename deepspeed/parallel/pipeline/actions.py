@@ -36,6 +36,8 @@ class Op(enum.Enum):
     INPUT = "I"
     WEIGHT = "W"
 
+    __hash__ = object.__hash__  # enum's own is written in Python; long lists hash ops a million times
+
 
 class Action(NamedTuple):
     """One op on one micro-batch at one stage."""
@@ -106,6 +108,19 @@ def v_shaped(num_ranks: int) -> tuple[int, ...]:
     return (*range(num_ranks), *reversed(range(num_ranks)))
 
 
+def in_halves(actions: Actions) -> Actions:
+    """The same list with every backward as its two halves, one after the other."""
+    lists = (
+        tuple(
+            Action(action.stage, op, action.micro)
+            for action in row
+            for op in ((Op.INPUT, Op.WEIGHT) if action.op is Op.BACKWARD else (action.op,))
+        )
+        for row in actions.lists
+    )
+    return Actions(tuple(lists), actions.rank_of, actions.num_micro, f"{actions.name} in halves")
+
+
 def read_csv(text: str, name: str = "") -> Actions:
     """Lists from CSV; which rank has which stage is seen in them. Raises DeepSpeedError, naming row and cell."""
     rows: list[tuple[Action, ...]] = []
@@ -152,7 +167,7 @@ class Script:
         self._stages = stages
         self._num_micro = num_micro
         self._chunks = {Op.FORWARD: iter(forwards), Op.BACKWARD: iter(backwards)}
-        self._next: dict[tuple[int, Op], int] = {}
+        self._next: dict[Op, dict[int, int]] = {Op.FORWARD: {}, Op.BACKWARD: {}}
         self._owed: deque[tuple[int, int]] = deque()
         self._weight_lag = weight_lag
         self.actions: list[Action] = []
@@ -180,8 +195,9 @@ class Script:
             return
         counter = Op.FORWARD if op is Op.FORWARD else Op.BACKWARD
         stage = self._stages[next(self._chunks[counter]) if chunk is None else chunk]
-        micro = self._next.get((stage, counter), 0)
-        self._next[stage, counter] = micro + 1
+        counted = self._next[counter]
+        micro = counted.get(stage, 0)
+        counted[stage] = micro + 1
         if micro >= self._num_micro:
             return
         self.actions.append(Action(stage, op, micro))

@@ -14,11 +14,12 @@ from torch import nn
 
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec
 from deepspeed.parallel.pipeline.partition import balanced, uniform
+from deepspeed.parallel.pipeline.profile import costs_of
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 
 
-def cut(layers: Sequence[Any], method: str, num_stages: int) -> list[int]:
-    """The bounds of all stages: stage s has layers [bounds[s], bounds[s + 1]).
+def cut(layers: Sequence[Any], method: str, num_stages: int, sample_inputs: Any = None) -> list[int]:
+    """The bounds of all stages: stage s has layers [bounds[s], bounds[s + 1]). "time" and "memory" are collective over the job.
 
     Raises LayerError for fewer layers than stages and for a `type:` that no layer has, NotImplementedError for an unknown
     method. Methods are read in lower case, as class names are.
@@ -36,11 +37,17 @@ def cut(layers: Sequence[Any], method: str, num_stages: int) -> list[int]:
         return balanced([float(num_trained(layer)) for layer in layers], num_stages)
     if kind == "type":
         return balanced(_matches(layers, pattern, method), num_stages)
+    if kind in ("time", "memory"):
+        if sample_inputs is None:
+            raise DeepSpeedConfigError(
+                f'partition_method = "{method}" runs the layers once: give PipelineModule sample_inputs, the inputs of a micro-batch.'
+            )
+        return balanced(costs_of(layers, sample_inputs, kind, num_stages), num_stages)
     if kind == "costs":
         return balanced(_costs(layers, pattern, method), num_stages)
     raise NotAvailableError(
-        f'partition_method = "{method}" is not known.\n  Use "uniform", "parameters", "type:<regular expression>", or '
-        '"costs:<a number per layer, separated by commas>" with what a profile measured (time or memory).'
+        f'partition_method = "{method}" is not known.\n  Use "uniform", "parameters", "time", "memory", '
+        '"type:<regular expression>", or "costs:<a number per layer, separated by commas>".'
     )
 
 

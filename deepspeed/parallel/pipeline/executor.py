@@ -27,6 +27,7 @@ from deepspeed.parallel.pipeline.actions import Action, Actions, Op
 from deepspeed.parallel.pipeline.form import unpack
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.mail import Key, Mail
+from deepspeed.parallel.pipeline.saved import Saved
 from deepspeed.parallel.pipeline.weights import Later, Queue
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -86,13 +87,17 @@ class Executor:
         """Of the last list."""
         self.peak_alive = 0
         """Most micro-batches alive at once on this rank in the last list."""
+        self.measures = False
+        """Whether the next list notes `saved_bytes`."""
+        self.saved_bytes: dict[int, int] = {}
+        """By stage, what autograd kept of a micro-batch, the most there was."""
 
     def run(self, actions: Actions) -> None:
         """Carry this rank's row out. Raises PipelineError on all ranks of the pipeline if one fails."""
         self._mail.begin(actions)
         self._alive.clear()
         self._owed.clear()
-        self.done, self.peak_alive = [], 0
+        self.done, self.peak_alive, self.saved_bytes = [], 0, {}
         row = actions.lists[self._rank]
         trains = any(action.op is not Op.FORWARD for action in row)
         puts_off = any(action.op is Op.WEIGHT for action in row)
@@ -116,8 +121,14 @@ class Executor:
 
     def _carry_out(self, actions: Actions, action: Action, trains: bool, puts_off: bool) -> None:
         if action.op is Op.FORWARD:
-            with self._later if puts_off else contextlib.nullcontext():
+            saved = Saved()
+            with (
+                self._later if puts_off else contextlib.nullcontext(),
+                saved if self.measures else contextlib.nullcontext(),
+            ):
                 self._forward(actions, action, trains)
+            if self.measures:
+                self.saved_bytes[action.stage] = max(saved.nbytes, self.saved_bytes.get(action.stage, 0))
         elif action.op is Op.WEIGHT:
             queue = self._alive.pop((action.stage, action.micro)).queue
             self._owed[action.stage].remove(queue)

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from deepspeed.parallel.pipeline import schedules
 from deepspeed.parallel.pipeline.actions import Action, Actions, Op, looped, v_shaped
-from deepspeed.parallel.pipeline.check import Costs, peak_alive, simulate
+from deepspeed.parallel.pipeline.check import Costs, makespan, peak_alive
 from deepspeed.utils.errors import DeepSpeedError
 
 
@@ -57,15 +57,19 @@ def generate(rank_of: Sequence[int], num_micro: int, costs: Costs, max_alive: Se
             )
     bound = least_makespan(rank_of, num_micro, costs)
     best: tuple[float, Actions] | None = None
-    for searched in (_named(rank_of, num_ranks, num_micro), _searched(rank_of, num_ranks, num_micro, costs, limits)):
+    for is_search, candidates in (
+        (False, _named(rank_of, num_ranks, num_micro)),
+        (True, _searched(rank_of, num_ranks, num_micro, costs, limits)),
+    ):
+        for candidate in candidates:
+            fits = all(alive <= limit for alive, limit in zip(peak_alive(candidate, costs), limits, strict=True))
+            ends = makespan(candidate, costs) if fits else float("inf")
+            if fits and (best is None or ends < best[0]):
+                best = ends, candidate
+            if is_search and best is not None and best[0] <= NEAR * bound:
+                return best[1]
         if best is not None and best[0] <= NEAR * bound:
             break
-        for candidate in searched:
-            if any(alive > limit for alive, limit in zip(peak_alive(candidate, costs), limits, strict=True)):
-                continue
-            makespan = simulate(candidate, costs).makespan
-            if best is None or makespan < best[0]:
-                best = makespan, candidate
     assert best is not None, "a search keeps to the limits, and there is room for one micro-batch"
     return best[1]
 

@@ -199,6 +199,30 @@ class Mail:
 
         return receive
 
+    def time_hop(self, rounds: int = 5) -> float:
+        """Seconds that the largest message of the last list takes to the next rank of the pipeline, 0 on the last one.
+        Collective over the pipeline."""
+        sizes = [numel * dtype.itemsize for (_, forward), sent in self._log.items() if forward for numel, dtype in sent]
+        ball = torch.empty(max(sizes, default=1), dtype=torch.uint8, device=self._device)
+        best = float("inf")
+        for first in range(len(self._ranks) - 1):
+            if self._own not in (first, first + 1):
+                continue
+            size = torch.tensor([ball.numel()], dtype=torch.int64, device=self._device)
+            other = self._ranks[first + 1 if self._own == first else first]
+            if self._own == first:
+                dist.send(size, other, group=self._groups[0])
+            else:
+                dist.recv(size, other, group=self._groups[0])
+            thrown = ball if self._own == first else torch.empty(int(size), dtype=torch.uint8, device=self._device)
+            for _ in range(rounds):
+                began = time.perf_counter()
+                for sends in (self._own == first, self._own != first):
+                    (dist.send if sends else dist.recv)(thrown, other, group=self._groups[0])
+                if self._own == first:
+                    best = min(best, (time.perf_counter() - began) / 2)
+        return best if best < float("inf") else 0.0
+
     # After a failure. ----------------------------------------------------------------------------------------------
 
     @property

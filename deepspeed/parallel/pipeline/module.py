@@ -52,6 +52,7 @@ class PipelineModule(nn.Module):
     partition_method: see `cut`.
     activation_checkpoint_interval: layers per block that backward recomputes; 0 for none.
     num_chunks, placement: stages per rank, and how they lie, for interleaved and V-shaped schedules.
+    sample_inputs: a micro-batch's, for `partition_method` "time" and "memory".
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class PipelineModule(nn.Module):
         *,
         num_chunks: int = 1,
         placement: Literal["loop", "v"] = "loop",
+        sample_inputs: Any = None,
     ) -> None:
         super().__init__()
         if num_stages is None and topology is None:
@@ -102,7 +104,7 @@ class PipelineModule(nn.Module):
         )
         """By stage; where a rank has several, `num_stages` counts ranks, as the contract has it."""
         self.partition_method = partition_method
-        self.parts = cut(self._layer_specs, partition_method, len(self.rank_of))
+        self.parts = cut(self._layer_specs, partition_method, len(self.rank_of), sample_inputs)
         self._build()
         self._mark_empty()
         self.ties: list[Tie] = make_ties(

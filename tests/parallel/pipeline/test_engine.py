@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, PipelineError, TiedLayerSpec
 from deepspeed.parallel.pipeline.module import PipelineModule
-from tests.harness import run_ranks
+from tests.harness import RanksFailedError, run_ranks
 from tests.parallel.pipeline.models import (
     LONG,
     batches,
@@ -261,3 +261,30 @@ def _bad_input(rank: int, world: int) -> None:
 
 def test_bad_input_is_one_clear_error_on_all_ranks() -> None:
     run_ranks(2, _bad_input)
+
+
+def _generated(rank: int, world: int, limit: int) -> dict[str, Any]:
+    engine = start(
+        cut_mlp("1f1b"),
+        config_of(1, schedule="generated", pipeline={"schedule": "generated", "max_activation_memory": limit}),
+    )
+    before = str(engine.actions)
+    found = train(engine, steps=4)
+    found |= {"before": before, "after": str(engine.actions), "name": engine.actions.name, "costs": engine._lists.costs}
+    engine.destroy()
+    return found
+
+
+def test_a_generated_list_is_made_of_measured_times_and_trains_with_the_same_bits() -> None:
+    expected = train_plain(mlp(), steps=4)
+    found = run_ranks(2, _generated, 0)
+    assert found[0]["before"].startswith("rank 0: 0F0 0F1 0I0 0W0")
+    assert found[0]["after"] == found[1]["after"] and found[0]["costs"] == found[1]["costs"]
+    assert found[0]["name"] != "1f1b in halves"
+    costs = found[0]["costs"]
+    assert min(*costs.forward, *costs.input, costs.hop) > 0 and min(costs.activation) > 4 * 16 * 4
+    assert all(mine["losses"] == expected["losses"] for mine in found)
+    for name, value in joined(found).items():
+        assert torch.equal(value, expected["weights"][name])
+    with pytest.raises(RanksFailedError, match="may keep 8 alive, one micro-batch at each of its stages takes"):
+        run_ranks(2, _generated, 8)

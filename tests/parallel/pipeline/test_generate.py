@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 
 from deepspeed.parallel.pipeline import schedules
 from deepspeed.parallel.pipeline.actions import Actions, looped, v_shaped
-from deepspeed.parallel.pipeline.check import Costs, peak_alive, require_valid, simulate
+from deepspeed.parallel.pipeline.check import Costs, makespan, peak_alive, require_valid, simulate
 from deepspeed.parallel.pipeline.generate import generate, least_makespan
 from deepspeed.utils.errors import DeepSpeedError
+from tests.parallel.pipeline.models import LONG
 
 
 def _costs(generator: random.Random, num_stages: int) -> Costs:
@@ -30,9 +32,9 @@ def _named(rank_of: tuple[int, ...], num_micro: int, costs: Costs, limit: float)
     return found
 
 
-def test_500_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None:
+def test_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None:
     generator = random.Random(0)
-    for _ in range(500):
+    for _ in range(500 if LONG else 200):
         num_ranks, num_micro = generator.randint(1, 6), generator.randint(1, 12)
         rank_of = v_shaped(num_ranks) if generator.random() < 0.3 else looped(num_ranks, num_ranks)
         costs = _costs(generator, len(rank_of))
@@ -43,6 +45,31 @@ def test_500_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> 
         makespan = simulate(made, costs).makespan
         assert makespan <= min(_named(rank_of, num_micro, costs, limit), default=float("inf")) + 1e-9
         assert makespan >= least_makespan(rank_of, num_micro, costs) - 1e-9
+
+
+@pytest.mark.skipif(not LONG, reason="minutes: make test-pipeline")
+def test_500_random_cost_sets_of_any_size_are_never_worse_and_take_seconds() -> None:
+    generator, slowest = random.Random(1), 0.0
+    for _ in range(500):
+        num_ranks, num_micro = int(2 ** generator.uniform(0, 6)), int(2 ** generator.uniform(0, 9))
+        rank_of = v_shaped(num_ranks) if num_ranks <= 32 and generator.random() < 0.3 else looped(num_ranks, num_ranks)
+        costs = _costs(generator, len(rank_of))
+        limit = generator.choice([2.0, 2.0 * num_ranks, 1e9])
+        began = time.process_time()
+        made = generate(rank_of, num_micro, costs, [limit] * num_ranks)
+        slowest = max(slowest, time.process_time() - began)
+        best = min(_named(rank_of, num_micro, costs, limit), default=float("inf"))
+        assert simulate(made, costs).makespan <= best + 1e-9 * num_micro
+    print(f"the slowest took {slowest:.1f} s")
+    assert slowest < 5
+
+
+def test_the_quick_clock_is_the_simulation_s() -> None:
+    generator = random.Random(4)
+    for make in schedules.NAMED.values():
+        made = make(4, 12)
+        costs = _costs(generator, made.num_stages)
+        assert makespan(made, costs) == pytest.approx(simulate(made, costs).makespan, rel=1e-12)
 
 
 def test_a_slow_stage_in_the_middle_is_kept_busy() -> None:
