@@ -5,6 +5,7 @@ TORCH_INDEX ?=
 RANKS ?= 2
 CONFIG ?= zero2
 PYTEST_ARGS ?=
+WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
@@ -15,8 +16,9 @@ PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TOR
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
 
+# A file's tests go to one worker, which keeps their pools of ranks. WORKERS=0 runs them in one process.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
 # Every ZeRO stage and combination under the newest libraries; writes docs/compatibility.md.
 test-integrations: $(INSTALLED)
