@@ -22,9 +22,11 @@ FOREIGN = set(
     "torch nn F json shlex apex args param loss module weight child self timers costs root optimizer Module".split()
 )
 """First words of names that are not ours: other libraries, and variables of an example. `engine` is looked up in the engine."""
-FOREIGN_NAMES = set("state.json run.jsonl pytorch_model.bin engine.set_custom_curriculum_learning_schedule".split())
+FOREIGN_NAMES = set(
+    "state.json ds_config_optimal.json cmd_optimal.txt summary.txt cmd.txt model_info.json ds_config.json metrics.json candidates.json report.html run.jsonl pytorch_model.bin engine.set_custom_curriculum_learning_schedule".split()
+)
 """Files that a run writes, and what comes later."""
-LATER = set("parallel data compression autotuning".split())
+LATER = set("parallel data compression".split())
 """Folders that features of a later version come with."""
 
 

@@ -25,7 +25,7 @@ LADDER = [
     "checkpoint profiling",
     "memory",
     "engine",
-    "inference autotuning elasticity launcher",
+    "inference elasticity launcher planner autotuning",
     "op_builders env_report porch",
     "__init__ legacy",
 ]
@@ -43,6 +43,8 @@ PURE = [
     "zero/plan.py",
     "checkpoint/boxes.py",
     "checkpoint/names.py",
+    "planner/cost.py",
+    *(f"autotuning/{name}.py" for name in ("lessons", "prior", "script", "space", "surrogate", "tuners")),
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
     "parallel/expert/capacity.py",
     *(f"parallel/pipeline/{name}.py" for name in ("actions", "check", "generate", "partition", "topology")),

@@ -5,7 +5,7 @@
 
 `parse.py` reads the source; `root.py` is the tree's root; the sections are in files by theme: `zero.py`, `precision.py`,
 `optimizer.py`, `storage.py` (files and memory), `monitors.py`, `parallelism.py`, `execution.py`, `data.py`,
-`compression.py`, `tuning.py`. `explain.py` words what is wrong, `unknown.py` what becomes of keys that no field names, `schema.py` what a section looks like; `batch.py`
+`compression.py`, `tuning.py`. `dotted.py` reads and sets dotted keys of a plain dict. `explain.py` words what is wrong, `unknown.py` what becomes of keys that no field names, `schema.py` what a section looks like; `batch.py`
 computes batch sizes, `elastic.py` those for many numbers of ranks; `availability.py` has three tables: not yet, not
 together, no effect (`tables.py` prints them); `base.py` is what sections have in common; `legacy_config.py` is the flat
 object that scripts know as `DeepSpeedConfig`.

@@ -11,7 +11,7 @@ from typing import Annotated, Literal
 
 from pydantic import StringConstraints
 
-from deepspeed.config.base import NonNegativeFloat, PositiveInt, Problem, Section, also
+from deepspeed.config.base import NonNegativeFloat, PositiveFloat, PositiveInt, Problem, Section, also
 
 Folder = Annotated[str, StringConstraints(min_length=1)]
 
@@ -33,25 +33,25 @@ class AutotuningConfig(Section):
     """`autotuning`: try configurations and keep the best."""
 
     enabled: bool = False
-    """Tune when the launcher is asked to."""
+    """Tune when the launcher is asked to (`deepspeed --autotuning`); in training it has no effect."""
     fast: bool = True
-    """Tune micro-batch sizes only."""
+    """Tune micro-batch sizes and ZeRO stages only; false adds buckets, prefetch, recomputation and offload."""
     results_dir: Folder = "autotuning_results"
-    """Folder for results."""
+    """Folder for results: a folder per trial, `summary.txt`, `report.html`, `ds_config_optimal.json`, `cmd_optimal.txt`."""
     exps_dir: Folder = "autotuning_exps"
-    """Folder for experiments."""
+    """Folder for experiments: a JSON each, before it runs."""
     overwrite: bool = True
-    """Run experiments again that have results."""
+    """Start over where an earlier search ended; one that was interrupted is always continued."""
     metric: Literal["throughput", "latency", "flops"] = "throughput"
-    """What "best" means."""
+    """What "best" means: most samples per second, least seconds per step, or most operations per second."""
     metric_path: Path | None = None
-    """File in which a run leaves its metric."""
+    """File in which a run leaves its metric; written by the autotuner. A run that has it ends after `end_profile_step`."""
     start_profile_step: PositiveInt = 3
     """First step measured; those before it warm up."""
     end_profile_step: PositiveInt = 5
     """Last step measured; the run ends there."""
     tuner_type: Literal["gridsearch", "random", "model_based"] = "gridsearch"
-    """In which order configurations are tried."""
+    """In which order configurations are tried: as they are listed, at random, or the most promising first (when not given)."""
     tuner_early_stopping: PositiveInt = 5
     """Experiments without improvement before the search ends."""
     tuner_num_trials: PositiveInt = 50
@@ -59,7 +59,7 @@ class AutotuningConfig(Section):
     arg_mappings: dict[str, str] | None = None
     """From configuration keys to the script's own arguments."""
     mp_size: PositiveInt = 1
-    """Ranks that share one copy of the model."""
+    """Ranks that share one copy of the model (a script's own model parallelism)."""
     max_train_batch_size: PositiveInt | None = None
     """Largest `train_batch_size` tried; no bound when not given."""
     min_train_batch_size: PositiveInt = 1
@@ -69,11 +69,26 @@ class AutotuningConfig(Section):
     min_train_micro_batch_size_per_gpu: PositiveInt = 1
     """Smallest."""
     num_tuning_micro_batch_sizes: PositiveInt = 3
-    """Micro-batch sizes tried."""
+    """Micro-batch sizes tried for each choice of everything else."""
     model_info_path: Path | None = None
     """File in which a profiling run leaves what it found."""
     model_info: ModelInfoConfig | None = None
     """What is known of the model."""
+    trial_timeout: PositiveInt = 1800
+    """Seconds after which a trial that shows no sign of progress is ended; less where trials before it were quicker."""
+    device_memory_gb: PositiveFloat | None = None
+    """GiB that a rank may use; measured when not given."""
+
+    def rules(self) -> Iterator[Problem]:
+        """Bounds in order."""
+        for low, high in (
+            ("start_profile_step", "end_profile_step"),
+            ("min_train_batch_size", "max_train_batch_size"),
+            ("min_train_micro_batch_size_per_gpu", "max_train_micro_batch_size_per_gpu"),
+        ):
+            most = getattr(self, high)
+            if most is not None and getattr(self, low) > most:
+                yield Problem((low, high), "the bounds are the wrong way round", "Exchange them.")
 
 
 class ElasticityConfig(Section):

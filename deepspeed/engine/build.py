@@ -178,7 +178,19 @@ def build_watching(given: Given, parts: Parts, undo: contextlib.ExitStack) -> Wa
     timers = SynchronizedWallClockTimer(get_accelerator().synchronize) if is_timed else NoopTimer()
     at_rest = AtRest(given.model, zero.built, zero.reducer, zero.optimizer)
     advice = MemoryAdvice(at_rest, config, parts.mesh.size("batch"))
-    observers = make_observers(config, monitor, Watched(given.model, zero.watch, parts.mesh, at_rest, timers))
+    observers = make_observers(
+        config,
+        monitor,
+        Watched(
+            given.model,
+            zero.watch,
+            parts.mesh,
+            at_rest,
+            timers,
+            (parts.micro_batch_size, parts.accumulation.num_micro_batches),
+            given.user_config,
+        ),
+    )
     for observer in observers:
         undo.callback(observer.close)
     return Watching(monitor, timers, at_rest, advice, observers)

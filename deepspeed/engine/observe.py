@@ -19,14 +19,16 @@ from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.expert_load import AuxiliaryLossWatch, ExpertLoads, trainable_gates
 from deepspeed.engine.facts import RunFacts
 from deepspeed.engine.observer import Observer, PhaseClocks
+from deepspeed.engine.probe import Probe
 from deepspeed.engine.step_profiler import StepProfiler
 from deepspeed.engine.step_report import StepReport
 from deepspeed.engine.step_trace import StepTrace
+from deepspeed.engine.trial import Trial
 from deepspeed.mesh import Mesh
 from deepspeed.monitor.line import short
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.utils.logging import current_rank
+from deepspeed.utils.logging import current_rank, warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero.hooks import BackwardWatch
 
@@ -56,13 +58,25 @@ class Watched:
     mesh: Mesh
     at_rest: AtRest
     timers: SynchronizedWallClockTimer | NoopTimer
+    sizes: tuple[int, int]
+    """Samples per rank and micro-batch, micro-batches per step."""
+    user_config: dict[str, Any]
 
 
 def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> list[Observer]:
     """The observers that the configuration asks for; the clock first, whose times the others read."""
     reports = bool(config.steps_per_print or monitor.enabled or config.comms_logger.enabled)
     made: list[Observer] = []
-    if reports or config.flops_profiler.enabled or config.wall_clock_breakdown:
+    tuning = config.autotuning
+    is_trial = tuning.enabled and tuning.metric_path is not None
+    is_probe = tuning.enabled and tuning.model_info is not None and tuning.model_info.profile and tuning.model_info_path
+    if tuning.enabled and not is_trial and not is_probe:
+        warn_once(
+            "autotuning.enabled = true has no effect in training: `deepspeed --autotuning tune SCRIPT ...` reads the section."
+        )
+    if is_probe:
+        made.append(Probe(config, watched.user_config, watched.model, watched.mesh, watched.sizes))
+    if reports or is_trial or config.flops_profiler.enabled or config.wall_clock_breakdown:
         clocks = PhaseClocks(watched.watch, watched.timers)
         made.append(clocks)
         if reports:
@@ -70,6 +84,8 @@ def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> 
             made.append(StepReport(config, monitor, clocks, watched.mesh, watched.at_rest, loads))
         if config.flops_profiler.enabled and config.flops_profiler.profile_step > 0:
             made.append(StepProfiler(config, watched.model, clocks))
+        if is_trial:
+            made.append(Trial(config, clocks, watched.mesh, watched.sizes))
     gates = trainable_gates(watched.model)
     if gates:
         made.append(AuxiliaryLossWatch(gates))

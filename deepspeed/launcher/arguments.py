@@ -23,6 +23,17 @@ from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 HOSTFILE = Path("/job/hostfile")
 
 
+def _autotuning_word(word: str) -> str:
+    """tune or run. Raises ArgumentTypeError for anything else, a script's name above all."""
+    if word not in ("", "tune", "run"):
+        raise argparse.ArgumentTypeError(
+            f"the word after --autotuning is tune or run, not {word}.\n"
+            "  tune writes the best configuration, run also trains with it: "
+            "deepspeed --autotuning tune train.py --deepspeed_config ds.json"
+        )
+    return word
+
+
 def make_parser() -> argparse.ArgumentParser:
     """The parser, without the checks."""
     parser = argparse.ArgumentParser(
@@ -76,7 +87,13 @@ def make_parser() -> argparse.ArgumentParser:
     add_elastic_arguments(parser, "--elastic_training")
     parser.add_argument("--run_dir", type=Path, help="folder of the run's record; sets DS_RUN_DIR for the ranks")
     parser.add_argument("--save_pid", action="store_true", help="write our process id to <tmp>/<id>.deepspeed")
-    parser.add_argument("--autotuning", choices=("tune", "run"), default="", help="search for a fast configuration")
+    parser.add_argument(
+        "--autotuning",
+        metavar="{tune,run}",
+        type=_autotuning_word,
+        default="",
+        help="search for the fastest configuration of the script; run: then train with it",
+    )
     add_job_arguments(parser)
     parser.add_argument("user_script", help="what to start")
     parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments")

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import dataclasses
 import hashlib
+import importlib
 import os
 import shlex
 import sys
@@ -34,7 +35,7 @@ from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.remote import RemoteRun, check_reachable
 from deepspeed.launcher.starters import STARTERS, Plan, Starter
 from deepspeed.launcher.variables import FILE_NAME, PREFIXES, exported
-from deepspeed.utils.errors import DeepSpeedError, LaunchError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedError, LaunchError
 from deepspeed.utils.launch_env import expand_hosts
 
 DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", FILE_NAME)
@@ -43,6 +44,9 @@ DEEPSPEED_ENVIRONMENT_NAME = os.environ.get("DS_ENV_FILE", FILE_NAME)
 DLTS_HOSTFILE = str(HOSTFILE)
 EXPORT_ENVS = list(PREFIXES)
 """Under these names scripts look for the default hostfile and for the prefixes of variables that go along."""
+
+AUTOTUNER = "deepspeed.autotuning.autotuner"
+"""What --autotuning starts; it starts this command for every trial."""
 
 BY_HAND_START_S = 600.0
 """How long nodes that are started by hand may be apart."""
@@ -160,12 +164,12 @@ def _job(args: argparse.Namespace, environ: Mapping[str, str], platform: Platfor
 
 def run(args: argparse.Namespace) -> int:
     """Do what the arguments ask for; the exit code."""
-    if args.autotuning:
-        raise NotAvailableError("--autotuning is not available in this version yet.\n  Leave the flag out.")
     if args.run_dir:
         os.environ["DS_RUN_DIR"] = str(args.run_dir.absolute())
     platform = _platform(os.environ)
     world = find_world(args, os.environ, platform)
+    if args.autotuning:
+        return int(importlib.import_module(AUTOTUNER).main(args, world))
     with pid_file(os.getpid() if args.save_pid else None):
         if (len(world) > 1 or args.force_multi) and not args.no_ssh:
             return run_remote(args, world, platform)

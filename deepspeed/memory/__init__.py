@@ -5,6 +5,7 @@
     replay    an engine played to the trace, on a ledger
     ledger    bytes by kind and tier, and their peak
     estimator one configuration          options  all of them, and the smallest change that fits
+    scaling   any size of the micro-batch, from two traces
     budget    the least recomputation that fits        measure  the peak of something that is run
     cli, html `deepspeed estimate`       model_states  the original's formulas
 
@@ -23,6 +24,7 @@ __getattr__, __dir__ = _lazy_exports(
     _invert(
         {
             "deepspeed.memory.estimator": "estimate Estimate Estimator",
+            "deepspeed.memory.scaling": "BatchEstimator",
             "deepspeed.memory.options": "survey Survey Limits",
             "deepspeed.memory.trace": "TraceError trace_step",
             "deepspeed.memory.measure": "Measured measure_peak",

@@ -110,15 +110,18 @@ class Estimator:
         self._loss_of = loss_of
         self._traces: dict[Any, Trace] = {}
 
-    def estimate(self, config: Any, *, world_size: int = 1, plan: Sequence[Recompute] | None = None) -> Estimate:
+    def estimate(
+        self, config: Any, *, world_size: int = 1, plan: Sequence[Recompute] | None = None, bounds: bool = True
+    ) -> Estimate:
         """Predict for a configuration (dict, path or `Config`) on `world_size` data-parallel ranks.
 
-        plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`.
+        plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`. bounds: play the
+        fast network too; without, `low_nbytes` is the peak.
         """
         if world_size < 1:
             raise DeepSpeedError(f"world_size = {world_size}: a prediction needs at least one rank.\n  Give 1 or more.")
         config = config if isinstance(config, Config) else load_config(config)
-        trace = self._trace(config, plan)
+        trace = self.trace(config, plan)
         policy = assemble.make_policy(config, trace.model)
         assemble.mark_leaves(trace.model, config)
         optimizer, notes = self._make_optimizer(trace.model, config)
@@ -150,13 +153,14 @@ class Estimator:
             stage=zero.stage,
             dtype=policy.parameters.dtype,
             recompute=recompute,
-            ledger=play(settings),
-            fast_network=play(dataclasses.replace(settings, max_in_flight=1)),
+            ledger=(played := play(settings)),
+            fast_network=play(dataclasses.replace(settings, max_in_flight=1)) if bounds else played,
             num_params=sum(param.numel() for param in trace.params),
             notes=notes,
         )
 
-    def _trace(self, config: Config, plan: Sequence[Recompute] | None) -> Trace:
+    def trace(self, config: Config, plan: Sequence[Recompute] | None = None) -> Trace:
+        """The step that is predicted from; kept."""
         recompute = config.activation_checkpointing.recompute
         chosen: Any = tuple(plan) if plan is not None else Recompute(recompute)
         autocast = config.torch_autocast

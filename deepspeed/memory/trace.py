@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deepspeed.activation.blocks import Recompute, blocks_of
 from deepspeed.precision import Widening, needs_wide_matmul
+from deepspeed.profiling.counter import OpCounter, StepFlops
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.hooks import tensors_in
 from deepspeed.zero.param import full_shape
@@ -72,6 +73,8 @@ class Trace:
     events: list[Event] = field(default_factory=list)
     modules: list[nn.Module] = field(default_factory=list)
     params: list[nn.Parameter] = field(default_factory=list)
+    flops: StepFlops = field(default_factory=StepFlops)
+    """Operations of the micro-batch, by phase."""
     origin: str = ""
     """The file and line in the model's code, or the module, that the largest storage at the activations' peak is from."""
 
@@ -138,7 +141,7 @@ def trace_step(
     # Not before the recorder's hooks: these are the engine's, which run inside of the widening's.
     Widening(skeleton.modules() if widens else ())
     try:
-        with mode, recorder, torch.enable_grad():
+        with mode, OpCounter(recorder.trace.flops.add), recorder, torch.enable_grad():
             recorder.note(What.FORWARD)
             for tensor in tree_leaves(inputs):
                 if isinstance(tensor, Tensor):

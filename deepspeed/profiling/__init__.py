@@ -6,6 +6,7 @@ watch.py      hooks that fill it
 profiler.py   FlopsProfiler, get_model_profile
 text.py       the profile as text                           (pure)
 flame.py      the profile as a flame chart in HTML          (pure)
+rates.py      what the machine can do: products, copies, wire, disk
 """
 
 from deepspeed.utils.lazy import invert as _invert

@@ -34,7 +34,6 @@ ASKS: dict[str, Any] = {
         "mlp": {"num_bits": 4, "group_size": 64, "group_dim": 1, "symmetric": False}
     },
     "aio.use_gds": True,
-    "autotuning.enabled": True,
     "data_efficiency.enabled": True,
     "curriculum_learning.enabled": True,
     "progressive_layer_drop.enabled": True,

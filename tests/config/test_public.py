@@ -19,6 +19,7 @@ ACCEPTED = {
     "refused_07": ["comms_config has no effect", "monitor_config has no effect"],
     "refused_08": [],
     "notyet_06": [],
+    "notyet_08": [],
     "ok_01": ["use stage3_gather_16bit_weights_on_model_save"],
     "ok_07": ["cpu_offload is an old"],
     "ok_23": ["cpu_offload is an old"],
@@ -34,7 +35,6 @@ NOT_YET = {
     "notyet_04": "is not available yet: sparse attention",
     "notyet_05": "curriculum_learning.enabled = true is not available yet",
     "notyet_07": "compression_training.channel_pruning.enabled = true is not available yet",
-    "notyet_08": "autotuning.enabled = true is not available yet",
 }
 
 

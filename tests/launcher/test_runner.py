@@ -188,7 +188,6 @@ def test_contradictions_are_refused_with_the_cure(flags: list[str], words: str, 
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--autotuning", "tune"], "--autotuning is not available"),
         (["--launcher", "carrier-pigeon"], "--launcher carrier-pigeon is not known.\n  Use one of pdsh, ssh, openmpi"),
     ],
 )

@@ -1,0 +1,68 @@
+"""What the first run found out, as the cost model's `Work` and `Rates`; and its seconds for every candidate. Pure.
+
+Where the model could not be traced, its operations are taken for six per parameter and token of one: the constant is wrong, and
+the first trials correct it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from deepspeed.autotuning.space import BUCKET, EXPERTS, OFFLOAD, PREFETCH, RECOMPUTE, REUSE, SEQUENCE, TENSOR, Candidate
+from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.profiling.rates import Rates
+
+
+def work_of(info: Mapping[str, Any]) -> Work:
+    """The model's step, from `model_info.json`."""
+    params = int(info["num_params"])
+    flops = float(info.get("flops") or 6 * params)
+    itemsize = 4 if info.get("dtype") == "float32" else 2
+    return Work(
+        num_params=params,
+        flops=flops,
+        forward_flops=float(info.get("forward_flops") or flops / 3),
+        activation_nbytes=float(info.get("activation_mem_per_gpu") or 0),
+        num_modules=int(info.get("num_modules", 0)),
+        param_itemsize=itemsize,
+        state_itemsize=8 if itemsize == 4 else 12,
+        is_host=info.get("device") == "cpu",
+    )
+
+
+def choice_of(candidate: Candidate) -> Choice:
+    """A candidate as the cost model knows it."""
+    values = candidate.values
+
+    def number(key: str, default: int) -> int:
+        value = values.get(key, default)
+        return int(value) if isinstance(value, (int, float)) else default
+
+    return Choice(
+        stage=candidate.stage,
+        micro=candidate.micro,
+        accumulation=candidate.accumulation,
+        ranks=max(1, candidate.data_parallel * max(1, number(SEQUENCE, 1))),
+        recompute=str(values.get(RECOMPUTE, "none")),
+        states_on=str(values.get(OFFLOAD, "device")).replace("none", "device"),  # type: ignore[arg-type]
+        bucket_numel=min(number(BUCKET, 8 << 20), 8 << 20),
+        reuse_numel=number(REUSE, 10**9),
+        prefetch_numel=number(PREFETCH, 50_000_000),
+        quantized_weights=bool(values.get("zero_optimization.zero_quantized_weights")),
+        quantized_gradients=bool(values.get("zero_optimization.zero_quantized_gradients")),
+    )
+
+
+def prior_seconds(info: Mapping[str, Any], candidates: Sequence[Candidate]) -> dict[str, float]:
+    """Seconds per step of each, by name."""
+    rates, work = Rates(**info["rates"]), work_of(info)
+    found = {}
+    for candidate in candidates:
+        parts = step_parts(rates, work, choice_of(candidate))
+        shared = 1
+        for key in (TENSOR, SEQUENCE, EXPERTS):
+            value = candidate.values.get(key)
+            shared *= int(value) if key != EXPERTS and isinstance(value, (int, float)) and value else 1
+        found[candidate.name] = parts.total - parts.compute * (1 - 1 / shared)
+    return found

@@ -1,0 +1,114 @@
+"""Seconds of untried configurations: the cost model, corrected by what trials measured. Pure.
+
+Called by the model-based tuner. The logarithm of a step's time is taken for a Gaussian process around the cost model's
+(`planner.cost`): a constant that the model has wrong everywhere, a smooth error along each feature, and a smaller one of all together. Near what
+was measured the prediction is the measurement; far from it, it is the model times what the model was wrong by, with the
+doubt that belongs to it.
+
+Invariant: without trials the prediction is the cost model's, and a trial's own prediction is within its noise of what it measured.
+Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.7 (a prior mean) and algorithm 2.1.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from deepspeed.autotuning.space import Candidate
+
+CONSTANT_STD = 1.5
+"""Of the logarithm: the cost model may be wrong by a factor of four everywhere."""
+OWN_STD = 0.25
+"""By so much along each feature by itself: most errors are of one part, which one feature decides about."""
+TREND_STD = 0.1
+"""And per unit of a feature, so that an error that grows goes on growing."""
+JOINT_STD = 0.1
+"""And by so much for what features do together."""
+NOISE_STD = 0.02
+
+
+class Prediction(NamedTuple):
+    """Seconds of a step, and how far off the logarithm may be (one standard deviation)."""
+
+    step_s: float
+    std: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What a trial found: seconds, and their relative noise."""
+
+    step_s: float
+    noise: float = NOISE_STD
+
+
+def features(candidate: Candidate, keys: Sequence[str] = ()) -> list[float]:
+    """Columns of a candidate: at a distance of 1 two values are related, from 2 on hardly. `keys`: the other keys, in order."""
+    columns = [math.log2(candidate.micro) / 1.5, math.log2(candidate.accumulation) / 1.5, 1.5 * candidate.stage]
+    return columns + [_column(candidate.values.get(key)) for key in keys]
+
+
+_WORDS = {"selective": 0.7, "full": 2.0, "cpu": 2.0, "nvme": 4.0}
+
+
+def _column(value: Any) -> float:
+    if isinstance(value, bool):
+        return 2.0 * value
+    if isinstance(value, (int, float)):
+        return math.log2(1 + value) / 4 if value > 4096 else 1.5 * math.log2(1 + value)
+    return _WORDS.get(str(value), 0.0)
+
+
+class Surrogate:
+    """Predictions for some candidates from a prior in seconds and measurements so far."""
+
+    def __init__(self, candidates: Sequence[Candidate], prior_s: Mapping[str, float]) -> None:
+        self._names = [candidate.name for candidate in candidates]
+        keys = sorted({key for candidate in candidates for key in candidate.values})
+        self._x = np.array([features(candidate, keys) for candidate in candidates])
+        self._x = self._x[:, np.ptp(self._x, axis=0) > 0] if len(self._x) else self._x
+        self._prior = np.log([prior_s[name] for name in self._names])
+        self._index = {name: i for i, name in enumerate(self._names)}
+
+    def predict(self, measured: Mapping[str, Measurement]) -> dict[str, Prediction]:
+        """For every candidate."""
+        known = [self._index[name] for name in measured if name in self._index]
+        x = self._x
+        own = CONSTANT_STD**2 + JOINT_STD**2 + x.shape[1] * OWN_STD**2
+        prior_var = np.full(len(x), own) + TREND_STD**2 * (x**2).sum(1)
+        if not known:
+            return self._as_predictions(self._prior, prior_var)
+        found = [measured[self._names[i]] for i in known]
+        errors = np.log([m.step_s for m in found]) - self._prior[known]
+        noise = np.diag([max(m.noise, NOISE_STD / 2) ** 2 for m in found])
+        within = _kernel(x[known], x[known]) + noise
+        across = _kernel(x, x[known])
+        lower = np.linalg.cholesky(within)
+        weights = np.linalg.solve(lower.T, np.linalg.solve(lower, errors))
+        spread = np.linalg.solve(lower, across.T)
+        variance = np.maximum(prior_var - (spread**2).sum(0), 1e-8)
+        return self._as_predictions(self._prior + across @ weights, variance)
+
+    def _as_predictions(self, mean: np.ndarray, variance: np.ndarray) -> dict[str, Prediction]:
+        rows = zip(self._names, np.exp(mean), np.sqrt(variance), strict=True)
+        return {name: Prediction(float(step_s), float(std)) for name, step_s, std in rows}
+
+
+def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    squares = (a[:, None, :] - b[None, :, :]) ** 2
+    alone = OWN_STD**2 * np.exp(-0.5 * squares).sum(-1)
+    return CONSTANT_STD**2 + alone + TREND_STD**2 * (a @ b.T) + JOINT_STD**2 * np.exp(-0.5 * squares.sum(-1))
+
+
+def expected_gain(log_value: float, std: float, log_best: float) -> float:
+    """The expected improvement of a logarithm over the best so far; for values of which more is better."""
+    if std <= 0:
+        return max(0.0, log_value - log_best)
+    z = (log_value - log_best) / std
+    density = math.exp(-0.5 * z * z) / math.sqrt(2 * math.pi)
+    below = 0.5 * (1 + math.erf(z / math.sqrt(2)))
+    return (log_value - log_best) * below + std * density

@@ -1,0 +1,171 @@
+"""The autotuner's first run, seen from inside: what the model is, what the machine can do, what each candidate would need.
+
+An observer, made where `autotuning.model_info.profile` is on and `model_info_path` names a file (the autotuner writes both).
+At the first forward of training there are a model, a micro-batch and a configuration, which is all that `deepspeed.memory`
+needs: the first rank predicts the peak of every candidate that lies beside the file (`candidates.json`), all ranks measure
+the machine together, and the run ends with exit code 0 before anything large was computed.
+
+Invariant: a model that cannot be traced is no error; its memory is then unknown, and the file says why.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Iterator
+from typing import Any, final
+
+import psutil
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.activation.blocks import find_blocks
+from deepspeed.config import Config
+from deepspeed.config.dotted import with_values
+from deepspeed.engine.observer import Observer, computing_dtype
+from deepspeed.engine.trial import write_whole
+from deepspeed.memory.scaling import BatchEstimator
+from deepspeed.memory.trace import own_memory
+from deepspeed.mesh import Mesh
+from deepspeed.profiling.counter import Phase
+from deepspeed.profiling.rates import measure_rates
+from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.logging import current_rank
+from deepspeed.zero.param import full_numel
+
+CANDIDATES = "candidates.json"
+"""Beside the result: [{"name": ..., "overrides": {dotted key: value}, "micro": samples, "rest": ..., "data_parallel": ranks}]."""
+MAX_PREDICT_S = 300.0
+"""After so long the rest of the candidates go without a prediction."""
+USABLE = 0.92
+"""Of the memory there is; drivers, contexts and fragmentation have the rest."""
+
+
+@final
+class Probe(Observer):
+    """Says what it sees at the first forward, and ends the run."""
+
+    def __init__(
+        self, config: Config, user_config: dict[str, Any], model: nn.Module, mesh: Mesh, sizes: tuple[int, int]
+    ) -> None:
+        """user_config: as the script gave it. sizes: samples per rank and micro-batch, and micro-batches per step."""
+        assert config.autotuning.model_info_path is not None, "made where a file is named"
+        self._base = {key: value for key, value in user_config.items() if key != "autotuning"}
+        self._config, self._model, self._mesh, self._sizes = config, model, mesh, sizes
+        self._path = config.autotuning.model_info_path.absolute()
+        if current_rank() == 0:
+            write_whole(self._path.with_name(f"{self._path.name}.progress"), {"step": 0, "time": time.time()})
+
+    def begins(self, phase: str, value: Any) -> None:
+        """See Observer."""
+        if phase != "forward" or not torch.is_grad_enabled():
+            return
+        offload = self._config.zero_optimization.offload_optimizer
+        rates = measure_rates(computing_dtype(self._config), offload.nvme_path if offload else None)
+        limit = self._limit()
+        if current_rank() == 0:
+            write_whole(self._path, {**self._facts(limit), "rates": rates.as_json(), **self._predictions(value, limit)})
+        if dist.is_initialized():
+            dist.barrier()
+        raise SystemExit(0)
+
+    def _facts(self, limit: int) -> dict[str, Any]:
+        params = list(self._model.parameters())
+        optimizer = self._config.optimizer
+        return {
+            "num_params": sum(full_numel(param) for param in params),
+            "trainable_num_params": sum(full_numel(param) for param in params if param.requires_grad),
+            "rank": 0,
+            "model": type(self._model).__name__,
+            "num_modules": sum(1 for _ in self._model.modules()),
+            "has_blocks": bool(find_blocks(self._model)),
+            "dtype": str(self._config.precision_dtype).removeprefix("torch."),
+            "device": get_accelerator().device_name(),
+            "num_ranks": dist.get_world_size() if dist.is_initialized() else 1,
+            "data_parallel": self._mesh.size("batch"),
+            "micro_batch": self._sizes[0],
+            "accumulation": self._sizes[1],
+            "filled_by_transformers": "transformers.trainer" in sys.modules,
+            "optimizer": optimizer.type if optimizer is not None else None,
+            "device_nbytes": limit,
+        }
+
+    def _limit(self) -> int:
+        """Bytes that a rank may use: the configuration's, the device's, or this rank's part of the free main memory. Collective."""
+        given = self._config.autotuning.device_memory_gb
+        if given is not None:
+            return int(given * 2**30)
+        if get_accelerator().device_name() == "cpu":
+            here = psutil.Process().memory_info().rss
+            free = psutil.virtual_memory().available
+            local = sum(self._mesh.gather_objects("job", here)) if dist.is_initialized() else here
+            ranks = dist.get_world_size() if dist.is_initialized() else 1
+            return int(USABLE * (free + local) / ranks) - here
+        return int(USABLE * get_accelerator().total_memory())
+
+    def _predictions(self, inputs: Any, limit: int) -> dict[str, Any]:
+        """What the model's step is and what the candidates need; or why nobody knows."""
+        args, kwargs = inputs
+        batch: Any = {**kwargs} if kwargs and not args else tuple(args) if args and not kwargs else None
+        if batch is None:
+            return {
+                "memory": {},
+                "unknown": "the model is not called with one batch (arguments in order and by name, or a pipeline)",
+            }
+        estimator = BatchEstimator(self._model, batch, _samples(batch, self._sizes[0]))
+        try:
+            own = estimator.trace(self._plain(), self._sizes[0])
+            single = estimator.trace(self._plain(), 1)
+        except (DeepSpeedError, RuntimeError, TypeError, ValueError) as error:
+            return {"memory": {}, "unknown": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        return {
+            "activation_mem_per_gpu": max(own_memory(single), default=0),
+            "forward_flops": single.flops.by_phase[Phase.FORWARD],
+            "flops": single.flops.model,
+            "num_events": len(own.events),
+            "memory": dict(self._each(estimator, limit)),
+        }
+
+    def _plain(self) -> dict[str, Any]:
+        return {"train_micro_batch_size_per_gpu": 1, **_precision(self._config)}
+
+    def _each(self, estimator: BatchEstimator, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, prediction) of every candidate; larger micro-batches than one that does not fit are not played."""
+        path = self._path.parent / CANDIDATES
+        candidates = json.loads(path.read_text()) if path.is_file() else []
+        began_s = time.monotonic()
+        too_large: dict[str, int] = {}
+        for candidate in sorted(candidates, key=lambda each: each["micro"]):
+            rest, micro = candidate["rest"], candidate["micro"]
+            if rest in too_large:
+                yield candidate["name"], {"fits": False, "why": f"micro-batch {too_large[rest]} does not fit either"}
+                continue
+            if time.monotonic() - began_s > MAX_PREDICT_S:
+                return
+            try:
+                config = with_values(self._base, candidate["overrides"])
+                found = estimator.estimate(config, micro=micro, world_size=candidate["data_parallel"], bounds=False)
+            except (DeepSpeedError, RuntimeError, TypeError, ValueError) as error:
+                yield candidate["name"], {"fits": None, "why": str(error).splitlines()[0]}
+                continue
+            needed = found.peak_nbytes + (found.allowance_nbytes if get_accelerator().device_name() != "cpu" else 0)
+            if needed > limit:
+                too_large[rest] = micro
+            yield (
+                candidate["name"],
+                {"fits": needed <= limit, "nbytes": needed, "phase": found.phase, "by_kind": found.by_kind},
+            )
+
+
+def _samples(batch: Any, micro: int) -> int:
+    """The first dim that scales with the micro-batch: the engine's number where a tensor has it, else the first tensor's."""
+    firsts = [tensor.shape[0] for tensor in tree_leaves(batch) if isinstance(tensor, Tensor) and tensor.dim()]
+    return micro if micro in firsts or not firsts else int(firsts[0])
+
+
+def _precision(config: Config) -> dict[str, Any]:
+    return {"fp16": {"enabled": config.fp16.enabled}, "bf16": {"enabled": config.bf16.enabled}}

@@ -1,0 +1,165 @@
+"""What a training step of one layout takes, part by part, from measured rates. Pure.
+
+Read by the autotuner as the prior of its predictions (`autotuning.surrogate` corrects it by what trials measured), and by
+`deepspeed doctor`. A step is operations over a rate, bytes over a rate, and calls times a latency:
+
+    compute   (forward + backward + what is recomputed) / matrix rate, element-wise traffic / copy rate, launches
+    gather    parameters: after the update (ZeRO 1, 2), around their use in each micro-batch (ZeRO 3)
+    reduce    gradients: once per step (ZeRO 0, 1), in each micro-batch (ZeRO 2, 3)
+    update    states read and written where they rest; offloaded ones also travel
+
+Invariant: monotone where the machine is: more samples, more bytes or a slower rate never predict a shorter step.
+Sources: bytes of each stage from ZeRO (arXiv:1910.02054, section 7); overlap as a share of backward.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Literal
+
+from deepspeed.profiling.rates import Rates
+
+Tier = Literal["device", "cpu", "nvme"]
+
+EFFICIENCY = 0.7
+"""Of the matrix rate that a model's own products reach."""
+ELEMENTWISE_PASSES = 3.0
+"""How often kept activations are read or written by what is no matrix product, forward and backward."""
+LAUNCH_S = 1.5e-5
+"""Of a module's call, forward and backward."""
+OVERLAP = 0.8
+"""Of backward that can hide communication, where the processor does not have to move the bytes itself."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """A model's step for one sample, and its states."""
+
+    num_params: int
+    flops: float
+    """Forward and backward of a sample, without recomputation."""
+    forward_flops: float
+    activation_nbytes: float
+    """Kept per sample between forward and backward."""
+    num_modules: int = 0
+    param_itemsize: int = 4
+    state_itemsize: int = 12
+    """Master and moments, per parameter."""
+    is_host: bool = False
+    """Whether ranks compute on CPUs, which also move their messages."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Choice:
+    """A configuration, as far as it decides about time."""
+
+    stage: int
+    micro: int
+    accumulation: int = 1
+    ranks: int = 1
+    """Over which ZeRO shards."""
+    recompute: str = "none"
+    states_on: Tier = "device"
+    params_on: Tier = "device"
+    bucket_numel: int = 8 << 20
+    reuse_numel: int = 10**9
+    prefetch_numel: int = 50_000_000
+    quantized_weights: bool = False
+    quantized_gradients: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parts:
+    """Seconds of a step."""
+
+    compute: float
+    gather: float
+    reduce: float
+    update: float
+    hidden: float = 0.0
+    """Communication behind backward."""
+
+    @property
+    def total(self) -> float:
+        """Of the whole step."""
+        return self.compute + self.gather + self.reduce + self.update - self.hidden
+
+    def shares(self) -> dict[str, float]:
+        """Each part of the total."""
+        return {field.name: getattr(self, field.name) / self.total for field in dataclasses.fields(self)}
+
+
+def step_parts(rates: Rates, work: Work, choice: Choice) -> Parts:
+    """Seconds of one optimizer step."""
+    backward_s, compute_s = _compute(rates, work, choice)
+    gather_s, reduce_s = _gather(rates, work, choice), _reduce(rates, work, choice)
+    hideable = 0.0 if work.is_host else OVERLAP * backward_s
+    if choice.stage < 2 and choice.accumulation > 1:
+        hideable /= choice.accumulation  # only the last backward has something to send
+    return Parts(
+        compute=compute_s,
+        gather=gather_s,
+        reduce=reduce_s,
+        update=_update(rates, work, choice),
+        hidden=min(hideable, reduce_s + (gather_s if choice.stage == 3 and choice.prefetch_numel else 0.0)),
+    )
+
+
+def _compute(rates: Rates, work: Work, choice: Choice) -> tuple[float, float]:
+    """(backward's seconds, all of it) over the micro-batches of a step."""
+    again = {"none": 0.0, "selective": 0.05, "full": 1.0}.get(choice.recompute, 0.0)
+    rate = EFFICIENCY * rates.matmul_flops
+    products = choice.micro * (work.flops + again * work.forward_flops) / rate
+    elements = choice.micro * work.activation_nbytes * ELEMENTWISE_PASSES * (1 + again / 2) / rates.copy_nbytes_s
+    launches = work.num_modules * LAUNCH_S * (1 + again / 2)
+    micro_s = products + elements + launches
+    share = (2 + again) / (3 + again)
+    return choice.accumulation * micro_s * share, choice.accumulation * micro_s
+
+
+def _wire(rates: Rates, nbytes: float, calls: float, ranks: int) -> float:
+    if ranks == 1:
+        return 0.0
+    return nbytes * (ranks - 1) / ranks / max(rates.wire_nbytes_s, 1.0) + calls * rates.wire_latency_s
+
+
+def _calls(work: Work, choice: Choice) -> float:
+    """Messages to move the model once."""
+    return max(1.0, work.num_params / max(1, choice.bucket_numel))
+
+
+def _gather(rates: Rates, work: Work, choice: Choice) -> float:
+    if choice.stage == 0:
+        return 0.0
+    nbytes = work.num_params * (1.03 if choice.quantized_weights and choice.stage == 3 else work.param_itemsize)
+    if choice.stage < 3:
+        return _wire(rates, nbytes, _calls(work, choice), choice.ranks)
+    per_micro = 1 if work.num_params <= choice.reuse_numel else 2
+    calls = max(_calls(work, choice), work.num_modules / 8)
+    gathered = choice.accumulation * per_micro * _wire(rates, nbytes, calls, choice.ranks)
+    away = 0.0
+    if choice.params_on != "device":
+        rate = rates.disk_read_nbytes_s if choice.params_on == "nvme" else rates.host_nbytes_s
+        away = choice.accumulation * per_micro * nbytes / choice.ranks / (rate or rates.copy_nbytes_s)
+    return gathered + away
+
+
+def _reduce(rates: Rates, work: Work, choice: Choice) -> float:
+    itemsize = 0.53 if choice.quantized_gradients else work.param_itemsize
+    nbytes = work.num_params * itemsize * (2 if choice.stage == 0 else 1)
+    times = choice.accumulation if choice.stage >= 2 else 1
+    copies = choice.accumulation * 3 * work.num_params * work.param_itemsize / rates.copy_nbytes_s
+    return times * _wire(rates, nbytes, _calls(work, choice), choice.ranks) + copies
+
+
+def _update(rates: Rates, work: Work, choice: Choice) -> float:
+    owned = work.num_params / (choice.ranks if choice.stage >= 1 else 1)
+    touched = owned * (2 * work.state_itemsize + 2 * work.param_itemsize)
+    if choice.states_on == "device":
+        return touched / rates.copy_nbytes_s
+    if choice.states_on == "cpu":
+        host = rates.host_nbytes_s or rates.copy_nbytes_s
+        return touched / min(host, rates.copy_nbytes_s) + 2 * owned * work.param_itemsize / host
+    read, write = rates.disk_read_nbytes_s or 1e9, rates.disk_write_nbytes_s or 1e9
+    return owned * work.state_itemsize * (1 / read + 1 / write) + touched / rates.copy_nbytes_s

@@ -1,0 +1,130 @@
+"""What this machine can do, measured by all ranks at once: matrix products, copies, the wire, a disk.
+
+Called by the autotuner's first run in its ranks, and by `deepspeed plan --measure`. Rates are the denominators of predictions
+(`deepspeed.planner`): a step is so many operations, bytes copied, bytes sent. Ranks that share a processor slow each other
+down, so each rate is taken while all ranks do the same thing.
+
+Invariant: `measure_rates` is collective where torch.distributed is up, and leaves nothing behind.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.accelerator.peak import measured_peak
+from deepspeed.comm.choose import make_exchange
+
+NUM_RUNS = 3
+COPY_NBYTES = 32 << 20
+"""More than caches hold."""
+SMALL_NUMEL, LARGE_NUMEL = 1 << 10, 1 << 21
+"""Elements (fp32, all ranks together) of the two messages that tell latency and bandwidth apart."""
+DISK_NBYTES = 64 << 20
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rates:
+    """Of one rank while all of them work. Operations, bytes, seconds."""
+
+    matmul_flops: float
+    """Operations per second of large products in the run's dtype."""
+    copy_nbytes_s: float
+    """Bytes read and written per second by a copy on the device."""
+    wire_nbytes_s: float = 0.0
+    """Bytes per second that a rank receives in an all-gather; 0: alone."""
+    wire_latency_s: float = 0.0
+    """Of a collective with nothing in it."""
+    host_nbytes_s: float = 0.0
+    """Bytes per second between device and host; 0: they are one."""
+    disk_read_nbytes_s: float = 0.0
+    disk_write_nbytes_s: float = 0.0
+
+    def as_json(self) -> dict[str, float]:
+        """For a file."""
+        return dataclasses.asdict(self)
+
+
+def measure_rates(dtype: torch.dtype, folder: Path | None = None) -> Rates:
+    """Measure, in about a second. `folder`: on the disk to measure, None for none. Collective."""
+    device = torch.device(get_accelerator().current_device_name())
+    _meet()
+    matmul = measured_peak(dtype)
+    source = torch.ones(COPY_NBYTES // 4, device=device)
+    target = torch.empty_like(source)
+    copy_s = _fastest(lambda: target.copy_(source))
+    host = 0.0
+    if device.type != "cpu":
+        away = torch.empty(COPY_NBYTES // 4, pin_memory=True)
+        host = COPY_NBYTES / _fastest(lambda: away.copy_(source))
+    latency_s, wire = _measure_wire(device)
+    read, write = _measure_disk(folder) if folder is not None else (0.0, 0.0)
+    return Rates(
+        matmul_flops=matmul,
+        copy_nbytes_s=2 * COPY_NBYTES / copy_s,
+        wire_nbytes_s=wire,
+        wire_latency_s=latency_s,
+        host_nbytes_s=host,
+        disk_read_nbytes_s=read,
+        disk_write_nbytes_s=write,
+    )
+
+
+def _measure_wire(device: torch.device) -> tuple[float, float]:
+    """(seconds of an all-gather of nothing, bytes per second received in a large one)."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0, 0.0
+    exchange, size = make_exchange(None, device), dist.get_world_size()
+    times = []
+    for numel in (SMALL_NUMEL, LARGE_NUMEL):
+        full = torch.zeros(-(-numel // size) * size, device=device)
+        times.append(_fastest(lambda full=full: exchange.start_all_gather(full).wait()))  # type: ignore[misc]
+    received = (LARGE_NUMEL - SMALL_NUMEL) * 4 * (size - 1) / size
+    return times[0], received / max(times[1] - times[0], 1e-9)
+
+
+def _measure_disk(folder: Path) -> tuple[float, float]:
+    """(read, write) bytes per second of a file that is flushed; what the page cache gives back is not the disk's."""
+    data = os.urandom(1 << 20) * (DISK_NBYTES >> 20)
+    with contextlib.suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as file:
+        start_s = time.perf_counter()
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+        write_s = time.perf_counter() - start_s
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        start_s = time.perf_counter()
+        file.seek(0)
+        file.read()
+        return DISK_NBYTES / (time.perf_counter() - start_s), DISK_NBYTES / write_s
+    return 0.0, 0.0
+
+
+def _fastest(call: Callable[[], Any]) -> float:
+    synchronize = get_accelerator().synchronize
+    fastest = float("inf")
+    for _ in range(NUM_RUNS + 1):
+        _meet()
+        synchronize()
+        start_s = time.perf_counter()
+        call()
+        synchronize()
+        fastest = min(fastest, time.perf_counter() - start_s)
+    return fastest
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()

@@ -1,0 +1,198 @@
+"""Searches with real processes, of a script that only pretends to train: crashes, hangs, kills, and what is left of them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from deepspeed.launcher import runner
+from deepspeed.utils.errors import DeepSpeedError
+
+PRETENDER = Path(__file__).parent / "pretender.py"
+SECTION = {"enabled": True, "max_train_micro_batch_size_per_gpu": 32, "trial_timeout": 4}
+
+
+@pytest.fixture(autouse=True)
+def on_cpus(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.chdir(tmp_path)
+
+
+def config_file(tmp_path: Path, section: dict[str, Any] | None = None, **config: Any) -> str:
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps({**config, "autotuning": {**SECTION, **(section or {})}}))
+    return str(path)
+
+
+def tune(config: str, *arguments: str, ranks: int = 1, word: str = "tune") -> int:
+    flags = ["--num_gpus", str(ranks), "--autotuning", word, "--log_level", "error", "--grace_period", "1"]
+    return runner.main([*flags, str(PRETENDER), *arguments, "--deepspeed_config", config])
+
+
+def alive(log: Path) -> list[int]:
+    """Processes of trials that still run."""
+    found = []
+    for line in log.read_text().splitlines():
+        with contextlib.suppress(OSError):
+            os.kill(int(line.split()[1]), 0)
+            found.append(int(line.split()[1]))
+    return found
+
+
+def test_a_search_in_which_trials_crash_hang_and_are_killed_finds_the_best_and_leaves_nothing(tmp_path: Path) -> None:
+    log = tmp_path / "trials.log"
+    crashing = [f"z{stage}_gas1_tmbspg{m}" for stage in (0, 3) for m in (2, 8, 16)]
+    began_s = time.monotonic()
+    misbehaving = ["--log", str(log), "--crash", *crashing, "--hang", "z1_gas1_tmbspg16", "--kill", "z2_gas1_tmbspg16"]
+    assert (
+        tune(
+            config_file(tmp_path, {"tuner_early_stopping": 20}, train_micro_batch_size_per_gpu=[2, 8, 16, 32]),
+            *misbehaving,
+        )
+        == 0
+    )
+    assert time.monotonic() - began_s < 60
+    best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
+    assert (best["zero_optimization"]["stage"], best["train_micro_batch_size_per_gpu"]) == (2, 8)
+    assert "autotuning" not in best
+    state = json.loads((tmp_path / "autotuning_results/state.json").read_text())
+    assert {"failed", "measured"} <= {done["state"] for done in state["outcomes"].values()}
+    assert not [name for name in state["outcomes"] if name.endswith("tmbspg32")], "they are predicted not to fit"
+    assert not alive(log)
+    summary = (tmp_path / "autotuning_results/summary.txt").read_text()
+    assert "| z2 " in summary and "| global " in summary and "Tuning took" in summary
+    page = (tmp_path / "autotuning_results/report.html").read_text()
+    assert "z2_gas1_tmbspg8" in page and "does not fit" in page.replace("too large", "does not fit")
+    for name in ("cmd.txt", "exp.json", "ds_config.json", "metrics.json", "stdout.log", "stderr.log"):
+        assert (tmp_path / "autotuning_results/z2_gas1_tmbspg8" / name).is_file()
+    assert (tmp_path / "autotuning_exps/z2_gas1_tmbspg8.json").is_file()
+    assert "z2_gas1_tmbspg8" not in (tmp_path / "autotuning_results/cmd_optimal.txt").read_text()
+
+
+def test_each_metric_has_its_own_best_and_run_trains_with_it(tmp_path: Path) -> None:
+    stages = {"zero_optimization": {"stage": [1, 2]}, "train_micro_batch_size_per_gpu": [2, 8]}
+    metrics = {"metric": "latency", "tuner_type": "gridsearch", "overwrite": True}
+    assert tune(config_file(tmp_path, metrics, **stages)) == 0
+    best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
+    assert (best["zero_optimization"]["stage"], best["train_micro_batch_size_per_gpu"]) == (2, 2)
+    # `run` starts the script with the result; the pretender needs a section, and without one ends badly.
+    code = tune(config_file(tmp_path, {**metrics, "metric": "flops"}, **stages), word="run")
+    assert code != 0
+    best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
+    assert best["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_a_search_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+    log = tmp_path / "trials.log"
+    config = config_file(tmp_path, {"tuner_type": "gridsearch", "trial_timeout": 600}, zero_optimization={"stage": [1, 2]},
+                         train_micro_batch_size_per_gpu=[2, 4])  # fmt: skip
+    hanging = ["--log", str(log), "--hang", "z2_gas1_tmbspg2"]
+    flags = ["--num_gpus", "1", "--autotuning", "tune", "-q", str(PRETENDER), *hanging, "--deepspeed_config", config]
+    first = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *flags], stdout=subprocess.DEVNULL)
+    try:
+        until_s = time.monotonic() + 60
+        while "z2_gas1_tmbspg2" not in (log.read_text() if log.is_file() else "") and time.monotonic() < until_s:
+            time.sleep(0.05)
+    finally:
+        first.send_signal(signal.SIGKILL)
+        first.wait()
+    until_s = time.monotonic() + 10
+    while alive(log) and time.monotonic() < until_s:
+        time.sleep(0.05)
+    assert not alive(log), "a killed tuner takes its trial along"
+    before = log.read_text().split()
+    assert before.count("z1_gas1_tmbspg2") == 1
+    (tmp_path / "go").touch()
+    arguments = [str(PRETENDER), *hanging, "--deepspeed_config", config]
+    state = json.loads((tmp_path / "autotuning_results/state.json").read_text())
+    assert set(state["outcomes"]) == {"z1_gas1_tmbspg2", "z1_gas1_tmbspg4"}
+    # The one that hangs is skipped by its time limit now.
+    patched = json.loads(Path(config).read_text())
+    assert patched["autotuning"]["trial_timeout"] == 600
+    from deepspeed.autotuning import resources
+
+    least, resources.LEAST_S = resources.LEAST_S, 2.0
+    try:
+        assert runner.main(["--num_gpus", "1", "--autotuning", "tune", "-q", *arguments]) == 0
+    finally:
+        resources.LEAST_S = least
+    after = log.read_text().split()
+    assert after.count("z1_gas1_tmbspg2") == 1 and after.count("profile_model_info") == 1, "not run again"
+    assert "z2_gas1_tmbspg4" in after
+
+
+@pytest.mark.parametrize(
+    ("mode", "words"),
+    [
+        ("silent", "never built an engine from the configuration"),
+        ("never", "no engine was built within 2 s"),
+    ],
+)
+def test_a_script_that_does_nothing_or_never_ends_says_what_to_do(tmp_path: Path, mode: str, words: str) -> None:
+    with pytest.raises(DeepSpeedError, match=words) as caught:
+        tune(config_file(tmp_path, {"trial_timeout": 2}), "--mode", mode)
+    assert "--deepspeed_config" in str(caught.value)
+
+
+def test_a_script_that_fails_in_the_first_step_shows_its_error_and_where_it_wrote(tmp_path: Path) -> None:
+    config = config_file(tmp_path, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=[1, 2])
+    with pytest.raises(DeepSpeedError, match="none of 2 trials gave a result") as caught:
+        tune(config, "--mode", "first-step")
+    assert "in the first step" in str(caught.value)
+    assert "shapes (3, 4) and (5, 6)" in str(caught.value)
+    assert "Run the script once without --autotuning" in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--autotuning", "tune", "s.py", "--lr", "3"], "name no DeepSpeed configuration"),
+        (["--autotuning", "tune", "s.py", "--deepspeed_config", "no.json"], "neither a file nor base64"),
+    ],
+)
+def test_a_wrong_command_is_refused_with_the_cure(arguments: list[str], words: str) -> None:
+    with pytest.raises(DeepSpeedError, match=words):
+        runner.main(["--num_gpus", "1", *arguments])
+
+
+@pytest.mark.parametrize("word", ["tun", "train.py"])
+def test_another_word_after_the_flag_shows_the_usage(word: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        runner.main(["--num_gpus", "1", "--autotuning", word, "train.py", "--deepspeed_config", "ds.json"])
+    said = capsys.readouterr().err
+    assert f"the word after --autotuning is tune or run, not {word}" in said
+    assert "deepspeed --autotuning tune train.py" in said
+
+
+def test_an_unknown_metric_lists_those_there_are(tmp_path: Path) -> None:
+    with pytest.raises(DeepSpeedError, match='autotuning.metric = "speed"') as caught:
+        tune(config_file(tmp_path, {"metric": "speed"}))
+    assert '"throughput", "latency"' in str(caught.value)
+
+
+def test_a_section_that_is_switched_off_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DeepSpeedError, match="autotuning.enabled = false, and --autotuning was asked for"):
+        tune(config_file(tmp_path, {"enabled": False}))
+
+
+def test_no_space_for_results_says_where_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))  # type: ignore[attr-defined]
+    with pytest.raises(DeepSpeedError, match="no space is left for results") as caught:
+        tune(config_file(tmp_path))
+    assert "set autotuning.results_dir" in str(caught.value)
+
+
+def test_a_results_folder_that_is_a_file_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "taken").write_text("")
+    with pytest.raises(DeepSpeedError, match="Set autotuning.results_dir and autotuning.exps_dir to folders"):
+        tune(config_file(tmp_path, {"results_dir": str(tmp_path / "taken")}))

@@ -1,0 +1,107 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from deepspeed.autotuning.space import Question, candidates, listed
+from deepspeed.config import load_config
+from deepspeed.config.dotted import get_at, with_values
+from deepspeed.utils.errors import DeepSpeedError
+
+
+def names(config: dict[str, Any], num_ranks: int = 2, **section: Any) -> list[str]:
+    read = load_config({"autotuning": section}).autotuning
+    return [c.name for c in candidates(Question(config, read, num_ranks, is_host=True))]
+
+
+def test_what_is_not_given_or_auto_is_searched_and_what_is_fixed_stays() -> None:
+    found = names({}, max_train_micro_batch_size_per_gpu=2)
+    assert found == [f"z{stage}_gas1_tmbspg{micro}" for stage in range(4) for micro in (1, 2)]
+    fixed = {"zero_optimization": {"stage": 2}, "train_micro_batch_size_per_gpu": 3, "gradient_accumulation_steps": 5}
+    assert names(fixed) == ["z2_gas5_tmbspg3"]
+    assert names({**fixed, "train_micro_batch_size_per_gpu": "auto"}, max_train_micro_batch_size_per_gpu=2) == [
+        "z2_gas5_tmbspg1",
+        "z2_gas5_tmbspg2",
+    ]
+
+
+def test_with_a_fixed_train_batch_the_accumulation_follows() -> None:
+    config = {"train_batch_size": 12, "zero_optimization": {"stage": 1}}
+    assert names(config) == ["z1_gas6_tmbspg1", "z1_gas3_tmbspg2", "z1_gas2_tmbspg3", "z1_gas1_tmbspg6"]
+    for candidate in candidates(Question(config, load_config({}).autotuning, 2)):
+        load_config(candidate.apply(config)).batch_sizes(data_parallel_size=2, size_source="test")
+
+
+def test_lists_are_the_users_own_space_unless_the_key_takes_a_list() -> None:
+    config = {
+        "train_micro_batch_size_per_gpu": [2, 4],
+        "zero_optimization": {"stage": ["all"], "reduce_bucket_size": [1e6, 5e6]},
+        "optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95]}},
+    }
+    assert set(listed(config)) == {
+        "train_micro_batch_size_per_gpu",
+        "zero_optimization.stage",
+        "zero_optimization.reduce_bucket_size",
+    }
+    found = names(config)
+    assert len(found) == 4 * 2 * 2
+    assert found[0] == "z0_gas1_tmbspg2_rb1e6"
+
+
+def test_slow_searches_add_keys_where_they_have_an_effect() -> None:
+    config = {"train_micro_batch_size_per_gpu": 4}
+    found = names(config, fast=False)
+    assert "z0_gas1_tmbspg4_rcfull_rb1Mi" in found
+    assert "z3_gas1_tmbspg4_rcnone_pf50e6_rd0" in found
+    assert not [name for name in found if "off" in name]  # ranks on CPUs: the host is the device
+    on_gpu = candidates(Question(config, load_config({"autotuning": {"fast": False}}).autotuning, 2))
+    assert any(c.values.get("zero_optimization.offload_optimizer.device") == "cpu" for c in on_gpu)
+
+
+def test_bounds_of_the_section_hold_and_ranks_that_share_a_batch_count_once() -> None:
+    config = {"zero_optimization": {"stage": 0}}
+    assert names(config, 4, max_train_batch_size=16, min_train_batch_size=8) == ["z0_gas1_tmbspg2", "z0_gas1_tmbspg4"]
+    assert names(config, 4, max_train_batch_size=8, mp_size=2) == [f"z0_gas1_tmbspg{m}" for m in (1, 2, 4)]
+    found = candidates(
+        Question(
+            {**config, "train_micro_batch_size_per_gpu": 2, "tensor_parallel": {"autotp_size": [1, 2]}},
+            load_config({}).autotuning,
+            4,
+        )
+    )
+    assert [(c.name, c.data_parallel, c.train_batch) for c in found] == [
+        ("z0_gas1_tmbspg2_tp1", 4, 8),
+        ("z0_gas1_tmbspg2_tp2", 2, 4),
+    ]
+
+
+def test_no_configuration_left_says_what_to_widen() -> None:
+    with pytest.raises(DeepSpeedError, match='Set train_batch_size and train_micro_batch_size_per_gpu to "auto"'):
+        names({"train_batch_size": 3})
+
+
+def test_a_candidate_changes_its_keys_alone() -> None:
+    config = {
+        "zero_optimization": {"stage": [1, 2], "overlap_comm": False},
+        "autotuning": {"enabled": True},
+        "fp16": {"enabled": True},
+    }
+    read = load_config({"autotuning": {"max_train_micro_batch_size_per_gpu": 1}}).autotuning
+    made = [candidate.apply(config) for candidate in candidates(Question(config, read, 2))]
+    assert [get_at(each, "zero_optimization.stage") for each in made] == [1, 2]
+    assert made[0] == {
+        "zero_optimization": {"stage": 1, "overlap_comm": False},
+        "fp16": {"enabled": True},
+        "train_batch_size": 2,
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+    }
+    assert config["zero_optimization"] == {"stage": [1, 2], "overlap_comm": False}
+
+
+def test_values_at_dotted_keys_are_set_and_taken_away() -> None:
+    assert with_values({"a": {"b": 1}}, {"a.c": 2, "d.e": 3, "a.b": None, "x.y": None}) == {
+        "a": {"c": 2},
+        "d": {"e": 3},
+    }
