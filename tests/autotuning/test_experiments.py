@@ -61,7 +61,7 @@ def test_a_search_in_which_trials_crash_hang_and_are_killed_finds_the_best_and_l
         )
         == 0
     )
-    assert time.monotonic() - began_s < 60
+    assert time.monotonic() - began_s < 200, "the one that hangs would take 600"
     best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
     assert (best["zero_optimization"]["stage"], best["train_micro_batch_size_per_gpu"]) == (2, 8)
     assert "autotuning" not in best
