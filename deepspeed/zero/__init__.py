@@ -22,6 +22,7 @@
     placing    which bytes rest on which tier      offload    from the configuration to that
     stream     the step of what rests on a tier    shards     what lies where, for checkpoints
     away       states put away between steps       parameter_offload   hooks, as libraries handle them
+    generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
     last_hook  takes gradients after the script's own hooks
 
@@ -37,6 +38,7 @@ __getattr__, __dir__ = _lazy_exports(
         {
             "deepspeed.zero.init": "Init MiCS_Init",
             "deepspeed.zero.access": "GatheredParameters register_external_parameter unregister_external_parameter",
+            "deepspeed.zero.generation": "unwrap_model_for_generation",
             "deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias",
             "deepspeed.zero.param": "ZeroParamStatus",
         }

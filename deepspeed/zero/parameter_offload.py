@@ -28,6 +28,7 @@ class ParameterOffload:
     def __init__(self, hooks: ModuleHooks) -> None:
         self._hooks = hooks
         self.module = hooks.root
+        self._times_off = 0
         self.backward_hooks: list[Any] = []
         """Backward is entered through hooks on outputs, made anew in each forward: there are none to take off."""
         for module in self.module.modules():
@@ -42,6 +43,19 @@ class ParameterOffload:
     @forward_hooks.setter
     def forward_hooks(self, handles: list[Any]) -> None:
         self._hooks.handles = list(handles)
+
+    def take_off(self) -> None:
+        """Take the hooks off the modules, until `put_back` was called as often."""
+        self._times_off += 1
+        for handle in self._hooks.handles:
+            handle.remove()
+        self._hooks.handles = []
+
+    def put_back(self) -> None:
+        """Undo one `take_off`."""
+        self._times_off -= 1
+        if not self._times_off:
+            self._hooks.attach_to_modules()
 
     def _register_deepspeed_module(self, module: nn.Module) -> None:
         """Put the hooks back on the modules."""

@@ -89,7 +89,7 @@ def train_and_save(rank: int, world_size: int, folder: str, stage: int) -> Any:
 
 @pytest.mark.parametrize("stage", [1, 2, 3] if os.environ.get("DS_TEST_LONG") else [3])
 def test_a_training_checkpoint_is_a_model_to_run(stage: int, tmp_path: Path) -> None:
-    state = run_ranks(2, train_and_save, str(tmp_path), stage)[0]
+    state = run_ranks(2, train_and_save, str(tmp_path), stage, timeout=300)[0]
     plain = build("llama")
     plain.load_state_dict(state)
     engine = deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path))
@@ -139,7 +139,7 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
 def test_ranks_read_their_parts_and_save_them(tmp_path: Path) -> None:
     for family in ("llama", "mixtral"):
         build(family).save_pretrained(tmp_path / family)
-    for found in run_ranks(2, over_ranks, str(tmp_path)):
+    for found in run_ranks(2, over_ranks, str(tmp_path), timeout=300):
         assert found["most read"] < 0.67 and found["again"]
         assert max(found["llama"], found["mixtral"]) < 1e-5 and found["int8"] < 1e-4
 

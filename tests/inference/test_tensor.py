@@ -79,7 +79,7 @@ def other_ways(rank: int, world_size: int) -> dict[str, Any]:
 
 
 def test_policies_groups_sampling_and_quantized_weights_over_ranks() -> None:
-    first, second = run_ranks(2, other_ways)
+    first, second = run_ranks(2, other_ways, timeout=300)
     assert first["policy"] and second["policy"] and first["cut"] == (24, 48)
     assert first["sampled"] == second["sampled"]
     assert first["int8 layer"] == "QuantizedRow" and max(first["int8"], second["int8"]) < 1e-3
@@ -110,4 +110,4 @@ def refused(rank: int, world_size: int) -> None:
 
 
 def test_what_cannot_be_cut_is_refused_on_every_rank() -> None:
-    run_ranks(2, refused)
+    run_ranks(2, refused, timeout=300)
