@@ -5,29 +5,7 @@
 // exactly: the same bits on every instruction set, in every tile. bfloat16 is read two elements a word, the even ones by a
 // shift and the odd ones by a mask: queries lie in that order, and `spread` takes it back from what comes out.
 
-typedef int32_t Ints8 __attribute__((vector_size(32), aligned(4), may_alias));
-
 constexpr size_t kTileRows = 32;  // positions that are in the first-level cache for all heads
-
-#ifdef __clang__
-#define DS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
-#else
-#define DS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints8){__VA_ARGS__})
-#endif
-
-// sums[i] = the 8 lanes of v[i], ((0+4) + (2+6)) + ((1+5) + (3+7)), for 8 vectors.
-static inline __attribute__((always_inline)) void sum_lanes(const Floats8* v, float* sums) {
-    Floats8 half[4], quarter[2];
-    for (int i = 0; i < 4; ++i)
-        half[i] = DS_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
-                  DS_SHUFFLE(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
-    for (int i = 0; i < 2; ++i)
-        quarter[i] = DS_SHUFFLE(half[2 * i], half[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
-                     DS_SHUFFLE(half[2 * i], half[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
-    const Floats8 mixed = DS_SHUFFLE(quarter[0], quarter[1], 0, 2, 8, 10, 4, 6, 12, 14) +
-                          DS_SHUFFLE(quarter[0], quarter[1], 1, 3, 9, 11, 5, 7, 13, 15);
-    *reinterpret_cast<Floats8*>(sums) = DS_SHUFFLE(mixed, mixed, 0, 4, 1, 5, 2, 6, 3, 7);
-}
 
 // 16 elements of a row as two vectors.
 struct ReadFloats {

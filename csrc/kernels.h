@@ -17,6 +17,7 @@ enum Momentum : int { kPlain = 0, kHeavyBall = 1, kNesterov = 2 };
 constexpr int kNumScalars = 10;  // per run; the meaning of each is beside the loop that reads it
 constexpr int kBlock = 1024;     // the most elements a loop is called for
 constexpr int kChunk = 512;      // positions of a cache that one call of attention's loops takes
+constexpr int kStreams = 8;      // rows of a weight that are read side by side
 constexpr int kNumLanes = 16;    // sums are made in this many lanes on every instruction set
 
 // One step on n elements. `sums` [2 * kNumLanes] is for LAMB alone.
@@ -36,15 +37,27 @@ struct QuantizeLoops {
     void (*add_signs)(const uint8_t* bits, float* into, size_t n, float scale);
 };
 
-// Dot products of a weight's row with a vector; see products.inl.
+// Rows of a weight of 8 or 4 bits, and of a vector beside it: as `arrange` left it, scaled group by group, with what is added to
+// each group's sum. `group_size` is a multiple of 32.
+struct IntegerRows {
+    const uint8_t* values[kStreams];
+    const float* scales[kStreams];
+};
+
+struct Integers {
+    const int16_t* values;
+    const int32_t* starts;
+    const float* scales;
+    size_t num_groups, group_size;
+};
+
+// Dot products of kStreams rows of a weight with a vector; see products.inl. By 8 and 4 bits where there are two.
 struct ProductLoops {
-    float (*fp32)(const void* row, const float* x, size_t n);
-    float (*bf16)(const void* row, const float* x, size_t n);
-    // `starts`: what each group's sum begins with. `group_size` is a multiple of 32.
-    float (*int8)(const uint8_t* w, const int16_t* x, const int32_t* starts, const float* weight_scales, const float* x_scales,
-                  size_t num_groups, size_t group_size);
-    float (*int4)(const uint8_t* w, const int16_t* x, const int32_t* starts, const float* weight_scales, const float* x_scales,
-                  size_t num_groups, size_t group_size);
+    void (*fp32)(const void* const* rows, const float* x, size_t n, float* out);
+    void (*bf16)(const void* const* rows, const float* x, size_t n, float* out);  // x: the even elements of each whole 16 first
+    void (*integers[2])(const IntegerRows& rows, const Integers& x, float* out);
+    void (*arrange[2])(const int16_t* q, size_t n, size_t group_size, int16_t* to);
+    uint64_t (*read)(const uint64_t* words, size_t n, size_t streams);
 };
 
 // Attention over a chunk of a cache, for the heads that share it; see attention.inl. By element: fp32, bfloat16.

@@ -13,62 +13,114 @@
 namespace {
 
 constexpr int64_t kTaskBytes = 64 * 1024;
+constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
+constexpr float kLargest = 32639.0f;   // 127 * 256 + 127: both bytes of it fit, whatever the sign
 
-// The rows of x as int16 with a scale per group. For int4 the even elements of each 32 come before the odd ones, and `starts`
-// has what takes back the 8 that is added to its weights.
+// The largest divisor of a group that is a multiple of 32 and small enough.
+int64_t part_of(int64_t group_size) {
+    int64_t part = group_size < kMaxPart ? group_size : kMaxPart;
+    while (group_size % part) part -= 32;
+    return part;
+}
+
+// The rows of x beside integers: with 15 bits and a scale per part; `starts` takes back the 8 that is added to weights of int4.
 struct Vectors {
-    std::vector<int16_t> values;
+    std::vector<int16_t> rounded, values;
     std::vector<int32_t> starts;
     std::vector<float> scales;
 
-    void fill(const float* x, int64_t numel, int64_t group_size, bool is_int4) {
-        const int64_t num_groups = numel / group_size;
+    void fill(const float* x, int64_t numel, int64_t part, const ProductLoops& loops, bool is_int4) {
+        const int64_t num_parts = numel / part;
+        rounded.resize(numel);
         values.resize(numel);
-        scales.resize(num_groups);
-        starts.assign(num_groups, 0);
-        for (int64_t g = 0; g < num_groups; ++g, x += group_size) {
-            float largest = 0;
-            bool is_finite = true;
-            for (int64_t i = 0; i < group_size; ++i) {
-                const float magnitude = std::fabs(x[i]);
-                is_finite = is_finite && magnitude <= 3.0e38f;
-                largest = magnitude > largest ? magnitude : largest;
-            }
-            int16_t* to = values.data() + g * group_size;
-            scales[g] = is_finite ? largest / 32767.0f : NAN;
-            int32_t sum = 0;
-            for (int64_t i = 0; i < group_size; ++i) {
-                const float value = is_finite && scales[g] > 0 ? x[i] / scales[g] : 0.0f;
-                const int32_t rounded = static_cast<int32_t>(std::nearbyint(value));
-                const int32_t q = rounded > 32767 ? 32767 : rounded < -32767 ? -32767 : rounded;
-                to[is_int4 ? i / 32 * 32 + i % 2 * 16 + i % 32 / 2 : i] = static_cast<int16_t>(q);
-                sum += q;
-            }
-            starts[g] = -8 * sum;
+        scales.resize(num_parts);
+        starts.resize(num_parts);
+        for (int64_t p = 0; p < num_parts; ++p) fill_part(x + p * part, p, part, is_int4);
+        loops.arrange[is_int4](rounded.data(), static_cast<size_t>(numel), static_cast<size_t>(part), values.data());
+    }
+
+    void fill_part(const float* x, int64_t index, int64_t part, bool is_int4) {
+        float largest = 0;
+        bool is_finite = true;
+        for (int64_t i = 0; i < part; ++i) {
+            const float magnitude = std::fabs(x[i]);
+            is_finite = is_finite && magnitude <= 3.0e38f;
+            largest = magnitude > largest ? magnitude : largest;
         }
+        const float scale = scales[index] = is_finite ? largest / kLargest : NAN;
+        int16_t* to = rounded.data() + index * part;
+        int32_t sum = 0;
+        for (int64_t i = 0; i < part; ++i) {
+            const float value = is_finite && scale > 0 ? x[i] / scale : 0.0f;
+            const float bounded = value > kLargest ? kLargest : value < -kLargest ? -kLargest : value;
+            const int32_t q = static_cast<int32_t>(bounded + (bounded < 0 ? -0.5f : 0.5f));
+            to[i] = static_cast<int16_t>(q);
+            sum += q;
+        }
+        starts[index] = is_int4 ? -8 * sum : 0;
     }
 };
+
+// The rows of x beside bfloat16: the even elements of each 16 first, as far as there are whole ones.
+void part_even_and_odd(const float* x, int64_t width, int64_t batch, std::vector<float>* to) {
+    to->resize(batch * width);
+    for (int64_t b = 0; b < batch; ++b)
+        for (int64_t i = 0; i < width; ++i)
+            (*to)[b * width + (i < width / 16 * 16 ? i / 16 * 16 + i % 2 * 8 + i % 16 / 2 : i)] = x[b * width + i];
+}
 
 struct Product {
     const ProductLoops& loops;
     const uint8_t* weight;
     int bits;  // 32, 16, 8 or 4
     const float* scales;
-    int64_t group_size;
+    int64_t group_size, part;
     const float *x, *bias;
     float* y;
-    int64_t num_rows, width, batch, rows_per_task;
+    int64_t num_rows, width, batch;
+    int64_t apart, rows_per_task;  // rows that are read side by side are `apart` rows from each other
     const Vectors* vectors;
 
     int64_t row_nbytes() const { return width * bits / 8; }
+    int64_t row_of(int64_t first, int stream) const {  // the last row again where a stream has run out
+        const int64_t row = first + stream * apart;
+        return row < num_rows ? row : num_rows - 1;
+    }
 
-    float dot(int64_t row, int64_t b) const {
-        const uint8_t* w = weight + row * row_nbytes();
-        if (bits >= 16) return (bits == 32 ? loops.fp32 : loops.bf16)(w, x + b * width, static_cast<size_t>(width));
-        const int64_t groups = width / group_size;
-        return (bits == 8 ? loops.int8 : loops.int4)(
-            w, vectors->values.data() + b * width, vectors->starts.data() + b * groups, scales + row * groups,
-            vectors->scales.data() + b * groups, static_cast<size_t>(groups), static_cast<size_t>(group_size));
+    void rows(int64_t first) const {
+        static thread_local std::vector<float> held;
+        IntegerRows rows;
+        const void* at[kStreams];
+        const int64_t parts = width / part;
+        if (part != group_size) held.resize(kStreams * parts);
+        for (int k = 0; k < kStreams; ++k) {
+            const int64_t row = row_of(first, k);
+            at[k] = rows.values[k] = weight + row * row_nbytes();
+            rows.scales[k] = scales + row * (width / group_size);
+            if (part == group_size) continue;
+            float* const repeated = held.data() + k * parts;
+            for (int64_t p = 0; p < parts; ++p) repeated[p] = rows.scales[k][p * part / group_size];
+            rows.scales[k] = repeated;
+        }
+        for (int64_t b = 0; b < batch; ++b) {
+            float out[kStreams];
+            dot(at, rows, b, out);
+            for (int k = 0; k < kStreams; ++k) {
+                const int64_t row = first + k * apart;
+                if (row < num_rows) y[b * num_rows + row] = out[k] + (bias ? bias[row] : 0.0f);
+            }
+        }
+    }
+
+    void dot(const void* const* at, const IntegerRows& rows, int64_t b, float* out) const {
+        if (bits >= 16) {
+            (bits == 32 ? loops.fp32 : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
+            return;
+        }
+        const int64_t parts = width / part;
+        const Integers beside{vectors->values.data() + b * width, vectors->starts.data() + b * parts,
+                              vectors->scales.data() + b * parts, static_cast<size_t>(parts), static_cast<size_t>(part)};
+        loops.integers[bits == 4](rows, beside, out);
     }
 };
 
@@ -80,27 +132,25 @@ struct Product {
 DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int64_t group_size, const float* x,
                        const float* bias, float* y, int64_t num_rows, int64_t width, int64_t batch, int num_threads) {
     static thread_local Vectors vectors;
-    if (bits < 16) vectors.fill(x, batch * width, group_size, bits == 4);
-    Product product{current_kernels().products, weight, bits, scales, group_size, x, bias, y, num_rows, width, batch, 1, &vectors};
-    const int64_t fitting = kTaskBytes / product.row_nbytes();
+    static thread_local std::vector<float> parted;
+    const ProductLoops& loops = current_kernels().products;
+    const int64_t part = bits < 16 ? part_of(group_size) : group_size;
+    if (bits < 16) vectors.fill(x, batch * width, part, loops, bits == 4);
+    if (bits == 16) part_even_and_odd(x, width, batch, &parted);
+    const int64_t apart = (num_rows + kStreams - 1) / kStreams;
+    Product product{loops, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
+                    apart, 1, &vectors};
+    const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes());
     product.rows_per_task = fitting > 0 ? fitting : 1;
-    const int64_t num_tasks = (num_rows + product.rows_per_task - 1) / product.rows_per_task;
+    const int64_t num_tasks = (apart + product.rows_per_task - 1) / product.rows_per_task;
     parallel_for(num_tasks, num_threads, [](void* self, int64_t index) {
         const Product& all = *static_cast<Product*>(self);
         const int64_t stop = (index + 1) * all.rows_per_task;
-        for (int64_t row = index * all.rows_per_task; row < stop && row < all.num_rows; ++row)
-            for (int64_t b = 0; b < all.batch; ++b)
-                all.y[b * all.num_rows + row] = all.dot(row, b) + (all.bias ? all.bias[row] : 0.0f);
+        for (int64_t first = index * all.rows_per_task; first < stop && first < all.apart; ++first) all.rows(first);
     }, &product);
 }
 
-// The sum of numel floats' bits, read as fast as this processor can: what the bandwidth of a product is compared with.
-DS_API uint64_t ds_read(const uint64_t* words, int64_t numel) {
-    uint64_t a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-    for (int64_t i = 0; i + 8 <= numel; i += 8) {
-        __builtin_prefetch(words + i + 128);
-        a += words[i]; b += words[i + 1]; c += words[i + 2]; d += words[i + 3];
-        e += words[i + 4]; f += words[i + 5]; g += words[i + 6]; h += words[i + 7];
-    }
-    return a + b + c + d + e + f + g + h;
+// The sum of numel 64-bit words, read in `streams` places at once (of which each has the same number, the rest left out).
+DS_API uint64_t ds_read(const uint64_t* words, int64_t numel, int streams) {
+    return current_kernels().products.read(words, static_cast<size_t>(numel), static_cast<size_t>(streams));
 }

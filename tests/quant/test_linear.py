@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -38,27 +40,37 @@ def test_an_element_comes_back_within_half_a_step_of_its_group(num_bits: int) ->
     assert ((held.whole() - weight).abs() <= bound).all()
 
 
-@needs_library
-@pytest.mark.parametrize("kind", ["fp32", "bf16", "int8", "int4"])
-def test_products_have_the_same_bits_on_every_instruction_set(kind: str) -> None:
-    weight, x = weight_of(50, 32 * 9), weight_of(2, 32 * 9, 1)
-    x[1] *= 1e-3
+def on_every_isa(call: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """What every instruction set gives, which must be the same."""
     found = []
     try:
         for isa in native.isas():
             native.use_isa(isa)
-            if kind in ("int8", "int4"):
-                held = QuantizedWeight(weight, Spec(num_bits=int(kind[3:]), group_size=32))
-                found.append(QuantizedLinear(held, None)(x))
-            else:
-                found.append(
-                    native_products.product(
-                        x, weight.to(getattr(torch, {"fp32": "float32", "bf16": "bfloat16"}[kind])), None
-                    )
-                )
+            found.append(call())
     finally:
         native.use_isa()
     assert len(found) == len(native.isas()) and all(torch.equal(found[0], other) for other in found)
+    return found[0]
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_products_with_floats_have_the_same_bits_on_every_instruction_set(dtype: torch.dtype) -> None:
+    weight, x = weight_of(50, 32 * 9 + 5).to(dtype), weight_of(2, 32 * 9 + 5, 1)
+    on_every_isa(lambda: native_products.product(x, weight, None))
+
+
+@needs_library
+@pytest.mark.parametrize("num_bits", [4, 8])
+@pytest.mark.parametrize(("group_size", "num_groups"), [(32, 9), (64, 13), (96, 8), (1024, 2), (4096, 1)])
+def test_products_with_integers_have_the_same_bits_on_every_instruction_set(
+    num_bits: int, group_size: int, num_groups: int
+) -> None:
+    weight, x = weight_of(50, group_size * num_groups), weight_of(2, group_size * num_groups, 1)
+    x[1] *= 1e-3
+    held = QuantizedWeight(weight, Spec(num_bits=num_bits, group_size=group_size))
+    found = on_every_isa(lambda: QuantizedLinear(held, None)(x))
+    torch.testing.assert_close(found, F.linear(x.double(), held.whole().double()).float(), rtol=1e-4, atol=2e-3)
 
 
 @needs_library
