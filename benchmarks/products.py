@@ -74,8 +74,8 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
         total = sum(t.nbytes for t in arguments.values())
 
         def torchs() -> object:
-            whole = [dequantize(one).view(shape) for one in (k, v)]
-            return F.scaled_dot_product_attention(query.unsqueeze(2), *whole, enable_gqa=True)
+            keys, values = (dequantize(one).view(shape) for one in (k, v))
+            return F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True)
 
         return Case(name, total, lambda: decode_attention(query, scale=DIM**-0.5, **arguments), torchs)
     keys, values = (one.to(dtype) for one in cache)
