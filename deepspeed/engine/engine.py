@@ -30,7 +30,7 @@ from deepspeed.engine.compile import compile_model
 from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.facts import Progress, RunFacts, StepFacts
 from deepspeed.engine.holders import give_back, innermost
-from deepspeed.engine.observe import announce
+from deepspeed.engine.observe import announce, divided
 from deepspeed.engine.observer import computing_dtype
 from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
@@ -210,6 +210,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             num_parameters=self.num_parameters(),
             zero_stage=self._config.zero_optimization.stage,
             num_ranks=self.dp_world_size,
+            divided=divided(self.mesh),
             dtype=dtype_name(computing_dtype(self._config)),
             optimizer=type(self.basic_optimizer).__name__ if self.basic_optimizer is not None else None,
             train_batch_size=self.train_batch_size(),

@@ -38,6 +38,8 @@ class RunFacts:
     zero_stage: int
     num_ranks: int
     """Data-parallel ranks."""
+    divided: str
+    """How many ranks share layers, sequences, experts, or are stages; empty where none do."""
     dtype: str
     """That matrix products run in."""
     optimizer: str | None

@@ -25,6 +25,7 @@ from deepspeed.engine.step_report import StepReport
 from deepspeed.engine.step_trace import StepTrace
 from deepspeed.engine.trial import Trial
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.shape import Role
 from deepspeed.monitor.line import short
 from deepspeed.monitor.master import MonitorMaster
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -101,6 +102,19 @@ def _shown(path: Path) -> Path:
     return path.relative_to(here) if path.is_relative_to(here) else path
 
 
+SHARED: dict[Role, str] = {
+    "tensor": "ranks share layers",
+    "sequence": "ranks share a sequence",
+    "experts": "ranks share experts",
+    "pipeline": "stages",
+}
+
+
+def divided(mesh: Mesh) -> str:
+    """How the ranks are divided beside data parallelism, for people."""
+    return ", ".join(f"{mesh.size(role)} {what}" for role, what in SHARED.items() if mesh.size(role) > 1)
+
+
 def announce(facts: RunFacts, monitor: MonitorMaster, says_line: bool) -> None:
     """Begin the record, and say in one line what is trained, where progress is wanted."""
     if current_rank() != 0:
@@ -109,7 +123,7 @@ def announce(facts: RunFacts, monitor: MonitorMaster, says_line: bool) -> None:
     if says_line:
         print(
             f"deepspeed: {facts.model} with {short(facts.num_parameters)} parameters, ZeRO-{facts.zero_stage} over "
-            f"{facts.num_ranks} {'ranks' if facts.num_ranks > 1 else 'rank'}, {facts.dtype}, {facts.optimizer}, "
+            f"{facts.num_ranks} {'ranks' if facts.num_ranks > 1 else 'rank'}{f' ({facts.divided})' if facts.divided else ''}, {facts.dtype}, {facts.optimizer}, "
             f"{facts.train_batch_size} samples per step ({facts.micro_batch_size} x {facts.accumulation} x "
             f"{facts.num_ranks})" + (f"; record in {_shown(monitor.run_dir)}" if monitor.run_dir else ""),
             flush=True,

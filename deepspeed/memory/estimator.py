@@ -27,6 +27,7 @@ from deepspeed.activation.blocks import Recompute
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
 from deepspeed.memory.ledger import Ledger
+from deepspeed.memory.parts import part_of
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
@@ -115,12 +116,16 @@ class Estimator:
     ) -> Estimate:
         """Predict for a configuration (dict, path or `Config`) on `world_size` data-parallel ranks.
 
+        With `sequence_parallel_size` P the batch has whole sequences, of which each rank has a part; `world_size` counts all ranks.
         plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`. bounds: play the
         fast network too; without, `low_nbytes` is the peak.
         """
         if world_size < 1:
             raise DeepSpeedError(f"world_size = {world_size}: a prediction needs at least one rank.\n  Give 1 or more.")
         config = config if isinstance(config, Config) else load_config(config)
+        parts = config.sequence_parallel_size or 1
+        if world_size % parts:
+            raise DeepSpeedError(f"sequence_parallel_size = {parts} does not divide world_size = {world_size}.")
         trace = self.trace(config, plan)
         policy = assemble.make_policy(config, trace.model)
         assemble.mark_leaves(trace.model, config)
@@ -165,12 +170,14 @@ class Estimator:
         chosen: Any = tuple(plan) if plan is not None else Recompute(recompute)
         autocast = config.torch_autocast
         low = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
-        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen
+        parts = config.sequence_parallel_size or 1
+        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts
         if key not in self._traces:
+            args, kwargs = part_of((self.args, self.kwargs), parts) if parts > 1 else (self.args, self.kwargs)
             self._traces[key] = trace_step(
                 self._model,
-                self.args,
-                self.kwargs,
+                args,
+                kwargs,
                 dtype=config.precision_dtype,
                 device_type=self.device_type,
                 autocast=low,

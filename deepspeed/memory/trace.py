@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deepspeed.activation.blocks import Recompute, blocks_of
+from deepspeed.parallel.sequence.tile_hf import is_tiled
 from deepspeed.precision import Widening, needs_wide_matmul
 from deepspeed.profiling.counter import OpCounter, StepFlops
 from deepspeed.utils.errors import DeepSpeedError
@@ -93,8 +94,8 @@ def fake_copy(model: nn.Module, mode: FakeTensorMode, dtype: torch.dtype | None 
         memo[id(buffer)] = _empty(mode, buffer.shape, buffer.dtype)
     made = copy.deepcopy(model, memo)
     for module in made.modules():
-        wrapped = module.__dict__.pop("forward", None)
-        assert wrapped is None or isinstance(wrapped, functools.partial) or callable(wrapped)
+        if not is_tiled(module.__dict__.get("forward")):
+            module.__dict__.pop("forward", None)
         for hooks in (
             module._forward_pre_hooks,
             module._forward_hooks,

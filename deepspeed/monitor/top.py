@@ -78,6 +78,7 @@ def screen(record: RunRecord, width: int, now: float) -> RenderableType:
     head = (
         f"{start.get('model', '?')}, {short(start.get('params', 0))} parameters, ZeRO-{start.get('zero_stage', '?')} over "
         f"{start.get('ranks', '?')} ranks, {start.get('dtype', '')}"
+        + (f", {start['divided']}" if start.get("divided") else "")
     )
     facts = Table.grid(padding=(0, 3))
     facts.add_row("step", f"{last['step']}", "last step ended", f"{_age(now - last.get('time', now))} ago")

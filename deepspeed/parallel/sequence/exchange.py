@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deepspeed.comm import all_to_all_single
 from deepspeed.parallel.sequence.heads import Heads, Range
+from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 
@@ -179,14 +180,15 @@ def _exchange(sent: list[list[Tensor]], into: list[list[Tensor]], group: Group) 
             offset += piece.numel()
     incoming = first.new_empty(sum(in_sizes))
     nbytes = first.element_size()  # bytes travel in every dtype; gloo refuses some
-    all_to_all_single(
-        incoming.view(torch.uint8),
-        outgoing.view(torch.uint8),
-        output_split_sizes=[size * nbytes for size in in_sizes],
-        input_split_sizes=[size * nbytes for size in out_sizes],
-        group=group,
-        log_name="sequence.all_to_all",
-    )
+    with COMMUNICATION.during("sequence.all_to_all", outgoing.nbytes):
+        all_to_all_single(
+            incoming.view(torch.uint8),
+            outgoing.view(torch.uint8),
+            output_split_sizes=[size * nbytes for size in in_sizes],
+            input_split_sizes=[size * nbytes for size in out_sizes],
+            group=group,
+            log_name="sequence.all_to_all",
+        )
     received: list[list[Tensor]] = []
     offset = 0
     for pieces in into:

@@ -21,6 +21,7 @@ from torch import Tensor
 from deepspeed.comm.collective import all_gather_single
 from deepspeed.parallel.sequence.documents import Documents, documents_of
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 IGNORED = -100
@@ -130,7 +131,8 @@ def _gather(group: Group, values: Tensor, numel: int) -> Tensor:
     """[ranks, numel] of every rank's values."""
     num_ranks = dist.get_world_size(group)
     found = values.new_empty(num_ranks * numel)
-    all_gather_single(found, values.reshape(-1), group=group)
+    with COMMUNICATION.during("sequence.inputs", found.nbytes):
+        all_gather_single(found, values.reshape(-1), group=group)
     return found.view(num_ranks, numel)
 
 

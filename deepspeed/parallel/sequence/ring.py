@@ -28,6 +28,7 @@ from torch import Tensor
 from deepspeed.parallel.sequence import block
 from deepspeed.parallel.sequence.documents import Documents
 from deepspeed.parallel.sequence.heads import Heads, Range, deal, share_heads
+from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 
@@ -198,8 +199,9 @@ class _Moving:
 
     def wait(self) -> list[Tensor]:
         """What the neighbour had."""
-        for work in self._works:
-            work.wait()
+        with COMMUNICATION.during("sequence.ring", sum(tensor.nbytes for tensor in self._sent)):
+            for work in self._works:
+                work.wait()
         return self._received
 
 

@@ -62,6 +62,11 @@ def _replace_forward(module: Any, by: Callable[..., Any], tokens: int) -> None:
     module.forward = made
 
 
+def is_tiled(forward: Any) -> bool:
+    """Whether a module's own `forward` is one that `tile_model` put there."""
+    return isinstance(forward, functools.partial) and forward.func in (_in_tiles, _loss_in_tiles)
+
+
 def _has_one_input(module: nn.Module) -> bool:
     required = [
         p

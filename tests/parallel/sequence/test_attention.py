@@ -12,6 +12,7 @@ from torch import Tensor
 
 from deepspeed.sequence.layer import DistributedAttention, apply_rotary_pos_emb, single_all_to_all
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.waits import COMMUNICATION
 from tests.harness import run_ranks
 
 Case = dict[str, Any]
@@ -106,6 +107,7 @@ def count_bytes(rank: int, world: int) -> list[tuple[int, int]]:
         return original(output, tensor, *args, **kwargs)
 
     dist.all_to_all_single = counted
+    before = COMMUNICATION.nbytes.get("sequence.all_to_all", 0)
     try:
         q, k, v = (torch.randn(1, 16, heads, 4, requires_grad=True) for heads in (8, 4, 4))
         output = DistributedAttention(local_attention, dist.group.WORLD, 2, 1)(q, k, v, 0, is_batch_first=True)
@@ -113,6 +115,7 @@ def count_bytes(rank: int, world: int) -> list[tuple[int, int]]:
         output.sum().backward()
     finally:
         dist.all_to_all_single = original
+    assert COMMUNICATION.nbytes["sequence.all_to_all"] - before >= sum(sent), "the report's"
     return [forward, (len(sent), sum(sent))]
 
 
