@@ -27,6 +27,7 @@ from deepspeed.checkpoint.boxes import meeting
 from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
+from deepspeed.checkpoint.original_stages import Stages, is_pipeline, read_stages
 from deepspeed.checkpoint.source import Wanted
 from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.utils.errors import CheckpointError
@@ -101,6 +102,7 @@ class Original:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+        self.about: dict[str, Any] = {}
         self.parameters: dict[str, ParameterInfo] = {}
         self.tied: dict[str, str] = {}
         self.tensors: dict[str, dict[str, StoredTensor]] = {}
@@ -117,6 +119,9 @@ class Original:
             ) from error
 
     def _open(self) -> None:
+        if is_pipeline(self.folder):
+            self._open_stages(read_stages(self.folder, read_torch_file))
+            return
         models = _by_rank(self.folder, _MODEL)
         optims = _by_rank(self.folder, _OPTIM)
         self._model: dict[str, Any] = read_torch_file(models[0])
@@ -126,26 +131,14 @@ class Original:
                 f"{models[0]} holds no weights: it is one of the files that stand beside a checkpoint for other libraries' helpers.\n"
                 "  Copy the checkpoint's folder whole, with its manifest.json."
             )
-        if (
-            int(model.get("mp_world_size") or 1) != 1
-            or any(self.folder.glob("*expert*"))
-            or any(self.folder.glob("layer_*"))
-        ):
+        if int(model.get("mp_world_size") or 1) != 1 or any(self.folder.glob("*expert*")):
             raise CheckpointError(
-                f"{self.folder} was written with tensor, pipeline or expert parallelism, which cannot be imported.\n"
+                f"{self.folder} was written with tensor or expert parallelism, which cannot be imported.\n"
                 "  Load it with the software that wrote it, export whole weights, and start from those."
             )
         states = [read_torch_file(path) for path in optims]
         stage = _stage(states[0]["optimizer_state_dict"]) if states else 0
-        self.about: dict[str, Any] = {
-            "deepspeed_version": model.get("ds_version"),
-            "zero_stage": stage,
-            "world_size": int(model["dp_world_size"]),
-            "global_steps": int(model.get("global_steps") or 0),
-            "global_samples": int(model.get("global_samples") or 0),
-            "skipped_steps": int(model.get("skipped_steps") or 0),
-            "original": True,
-        }
+        self.about = _about(model, stage)
         world_size = self.about["world_size"]
         if states and len(states) != world_size:
             raise CheckpointError(
@@ -163,6 +156,17 @@ class Original:
         if states:
             self._scaler = optimizers[0].get("loss_scaler")
         self._finish(shapes)
+
+    def _open_stages(self, found: Stages) -> None:
+        """A pipeline's, whose optimizers have names at ZeRO stage 1 alone; at stage 0 its weights are read."""
+        self._model = found.model
+        with_optimizers = [stage for stage in found.stages if stage.optimizers]
+        self.about = _about(self._model, 1 if with_optimizers else 0)
+        for stage in with_optimizers:
+            self._read_partitions(stage.optimizers, stage.shapes)
+            self._scaler = stage.optimizers[0].get("loss_scaler")
+        self._read_module(1)
+        self._finish([shape for stage in found.stages for shape in stage.shapes])
 
     def _add(self, kind: str, name: str, values: Tensor) -> None:
         self._pieces.setdefault((kind, name), []).append(values)
@@ -287,6 +291,18 @@ class Original:
                 for meets in meeting((None, start, start + piece.numel()), wanted_of_box, shape):
                     want.sink(meets.at_second - want.start, piece.narrow(0, meets.at_first - start, meets.numel))
                 start += piece.numel()
+
+
+def _about(model: Mapping[str, Any], stage: int) -> dict[str, Any]:
+    return {
+        "deepspeed_version": model.get("ds_version"),
+        "zero_stage": stage,
+        "world_size": int(model["dp_world_size"]),
+        "global_steps": int(model.get("global_steps") or 0),
+        "global_samples": int(model.get("global_samples") or 0),
+        "skipped_steps": int(model.get("skipped_steps") or 0),
+        "original": True,
+    }
 
 
 def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:

@@ -12,8 +12,8 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.assembly import assemble
 from deepspeed.engine.engine import DeepSpeedEngine
-from deepspeed.engine.pipeline import PipelineEngine
-from deepspeed.parallel.pipeline.module import PipelineModule
+from deepspeed.engine.pipeline import DualPipeVEngine, PipelineEngine
+from deepspeed.parallel.pipeline.module import DualPipeVModule, PipelineModule
 from deepspeed.parallel.tensor import requested
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
@@ -67,8 +67,9 @@ def initialize(
     config = choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
-    is_pipeline = isinstance(model, PipelineModule)
-    engine = (PipelineEngine if is_pipeline else DeepSpeedEngine)(
+    kind = PipelineEngine if isinstance(model, PipelineModule) else DeepSpeedEngine
+    kind = DualPipeVEngine if isinstance(model, DualPipeVModule) else kind
+    engine = kind(
         args=args,
         model=model,
         optimizer=optimizer,

@@ -30,6 +30,7 @@ from deepspeed.engine.build import Parts, Watching
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.pipeline_batch import take
+from deepspeed.engine.pipeline_instructions import Instructed
 from deepspeed.engine.pipeline_lists import Lists
 from deepspeed.engine.pipeline_work import StageWork
 from deepspeed.parallel.pipeline.actions import Actions
@@ -44,7 +45,7 @@ from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 _ONLY = "Only train_batch() is accessible in pipeline mode."
 
 
-class PipelineEngine(DeepSpeedEngine):
+class PipelineEngine(Instructed, DeepSpeedEngine):
     """A PipelineModule under ZeRO. Every method that trains or evaluates is collective over the job."""
 
     module: PipelineModule
@@ -155,7 +156,11 @@ class PipelineEngine(DeepSpeedEngine):
             with self._reducer.hold():
                 self._keep_gathered()
                 try:
-                    self._executor.run(self._lists.of(num_micro))
+                    own = self._own_schedule(num_micro)
+                    if own is not None:
+                        self._exec_schedule(own)
+                    else:
+                        self._executor.run(self._lists.of(num_micro))
                 except Exception as error:
                     failure = error
                 self._agree_on_failure(failure)
@@ -345,7 +350,24 @@ class PipelineEngine(DeepSpeedEngine):
 
 
 class DualPipeVEngine(PipelineEngine):
-    """The name under which scripts ask for a V-shaped pipeline's engine; the schedule follows from the module."""
+    """The engine of a `DualPipeVModule`, whose first rank has the first and the last stage.
+
+    Raises DeepSpeedConfigError (an AssertionError and a ValueError) for fewer micro-batches than twice the ranks, unless another
+    V-shaped schedule is configured."""
+
+    def __init__(self, args: Any = None, model: Any = None, mpu: Any = None, **kwargs: Any) -> None:
+        if not isinstance(model, PipelineModule) or model.placement != "v":
+            raise DeepSpeedConfigError(
+                f"DualPipeVEngine runs a DualPipeVModule, not a {type(model).__name__}: each rank has two stages, there and back."
+            )
+        config = load_config(kwargs["config"])
+        num_micro, schedule = config.gradient_accumulation_steps, config.pipeline.schedule
+        if schedule in ("auto", "dualpipe-v") and isinstance(num_micro, int) and num_micro < 2 * model.num_stages:
+            raise DeepSpeedConfigError(
+                f"gradient_accumulation_steps = {num_micro}, but DualPipeV on {model.num_stages} ranks needs at least "
+                f"{2 * model.num_stages} micro-batches.\n  Raise it, or set pipeline.schedule to zb-v."
+            )
+        super().__init__(args=args, model=model, mpu=mpu, **kwargs)
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

@@ -18,7 +18,7 @@ _BY_FEATURE = {
     "pipeline parallelism": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
     "is_first_stage is_last_stage micro_batches num_stages stage_id next_stage prev_stage reset_activation_shape "
     "set_has_attention_mask set_dataloader set_dataiterator fwd_outputs pipe_buffers pipe_recv_buf first_output_send "
-    "num_pipe_buffers _exec_schedule _exec_reduce_tied_grads _INSTRUCTION_MAP _next_batch",
+    "num_pipe_buffers _exec_reduce_tied_grads _next_batch",
     "data efficiency": "random_ltd_scheduler set_data_post_process_func curriculum_scheduler_legacy "
     "curriculum_scheduler_difficulty",
     "progressive layer dropping": "progressive_layer_drop get_pld_theta",

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -92,8 +92,10 @@ class Executor:
         self.saved_bytes: dict[int, int] = {}
         """By stage, what autograd kept of a micro-batch, the most there was."""
 
-    def run(self, actions: Actions) -> None:
-        """Carry this rank's row out. Raises PipelineError on all ranks of the pipeline if one fails."""
+    def run(self, actions: Actions, drive: Callable[[Callable[[Action], None]], None] | None = None) -> None:
+        """Carry this rank's row out. Raises PipelineError on all ranks of the pipeline if one fails.
+
+        drive: goes through the row itself, with something in between; it is given what carries an action out."""
         self._mail.begin(actions)
         self._alive.clear()
         self._owed.clear()
@@ -102,12 +104,21 @@ class Executor:
         trains = any(action.op is not Op.FORWARD for action in row)
         puts_off = any(action.op is Op.WEIGHT for action in row)
         action: Action | None = None
+
+        def do(given: Action) -> None:
+            nonlocal action
+            action = given
+            start, waited = time.perf_counter(), self._mail.waited_s
+            self._carry_out(actions, action, trains, puts_off)
+            self.peak_alive = max(self.peak_alive, len(self._alive))
+            self.done.append(Done(action, start, time.perf_counter(), self._mail.waited_s - waited))
+
         try:
-            for action in row:
-                start, waited = time.perf_counter(), self._mail.waited_s
-                self._carry_out(actions, action, trains, puts_off)
-                self.peak_alive = max(self.peak_alive, len(self._alive))
-                self.done.append(Done(action, start, time.perf_counter(), self._mail.waited_s - waited))
+            if drive is not None:
+                drive(do)
+            else:
+                for given in row:
+                    do(given)
             self._mail.settle()
         except BaseException as error:
             self._mail.tell_failure(self._words(error, action))

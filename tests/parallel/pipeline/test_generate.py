@@ -47,6 +47,7 @@ def test_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None
         assert makespan >= least_makespan(rank_of, num_micro, costs) - 1e-9
 
 
+@pytest.mark.timeout(3600)
 @pytest.mark.skipif(not LONG, reason="minutes: make test-pipeline")
 def test_500_random_cost_sets_of_any_size_are_never_worse_and_take_seconds() -> None:
     generator, slowest = random.Random(1), 0.0
