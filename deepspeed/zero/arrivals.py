@@ -9,27 +9,35 @@ Invariant: a gradient is owned by exactly one place, autograd's tensor here or t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import final
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+
+READY = "ds_grad_is_ready"
+"""Attribute by which code that runs several backward passes per parameter says which of them is the last."""
 
 
+@final
 class Arrivals:
-    """The gradients of one bucket's `num_params` parameters since they were last laid down."""
+    """The gradients of one bucket's parameters since they were last laid down."""
+
+    __slots__ = ("_num_params", "_parts", "_tensors", "num_here", "used")
 
     def __init__(self, num_params: int) -> None:
         self._num_params = num_params
         self._tensors: list[Tensor | None] = [None] * num_params
-        self._num_here = 0
-        self._num_missing = num_params
-        self._is_ready = [False] * num_params
+        self.num_here = 0
+        """Of how many parameters a gradient waits to be laid down."""
+        self._parts: set[int] = set()
+        """Parameters of whose gradients more is to come; known where all have arrived."""
         self.used: set[int] = set()
         """Parameters that had a gradient in this step."""
 
     @property
     def has_any(self) -> bool:
         """Whether gradients wait to be laid down."""
-        return self._num_here > 0
+        return self.num_here > 0
 
     @property
     def misses_any(self) -> bool:
@@ -40,25 +48,34 @@ class Arrivals:
         """Whether a parameter's gradient waits to be laid down."""
         return self._tensors[index] is not None
 
-    def take(self, index: int, gradient: Tensor, is_ready: bool = True) -> bool:
-        """Take a gradient over, or add it to the one that waits; whether it completed the bucket.
-
-        One that is not ready is a part: the parameter counts as arrived with the part that is (`ds_grad_is_ready`).
-        """
+    def take(self, index: int, gradient: Tensor) -> bool:
+        """Take a gradient over, or add it to the one that waits; whether that was the last one of the bucket, or may have been
+        (`awaits_parts`). Runs once per parameter, between autograd's nodes: it touches as little memory as it can."""
         before = self._tensors[index]
-        self._tensors[index] = gradient if before is None else before + gradient
-        self._num_here += before is None
-        if not is_ready or self._is_ready[index]:
+        if before is not None:
+            return self._add(index, before, gradient)
+        self._tensors[index] = gradient
+        self.num_here += 1
+        return self.num_here == self._num_params
+
+    def _add(self, index: int, before: Tensor, gradient: Tensor) -> bool:
+        self._tensors[index] = _dense(before) + _dense(gradient)
+        if index not in self._parts:
             return False
-        self._is_ready[index] = True
-        self._num_missing -= 1
-        return self._num_missing == 0
+        self._parts.discard(index)
+        return not self._parts
+
+    def awaits_parts(self, params: Sequence[nn.Parameter]) -> bool:
+        """All have arrived: whether some arrived in part (`ds_grad_is_ready` is False), and are complete with one to come."""
+        self._parts.update(i for i, param in enumerate(params) if not param.__dict__.get(READY, True))
+        return bool(self._parts)
 
     def lay_into(self, views: Sequence[Tensor], adds: bool) -> None:
         """Write what waits into the parameters' views, or add it. Unless it adds, what did not arrive becomes zero."""
-        here = [i for i, tensor in enumerate(self._tensors) if tensor is not None]
-        gradients = [tensor for tensor in self._tensors if tensor is not None]
-        targets = [views[i] for i in here]
+        is_complete = self.num_here == self._num_params  # as nearly always
+        here = range(self._num_params) if is_complete else [i for i, t in enumerate(self._tensors) if t is not None]
+        gradients = [_dense(tensor) for tensor in self._tensors if tensor is not None]
+        targets = list(views) if is_complete else [views[i] for i in here]
         if gradients and adds:
             torch._foreach_add_(targets, gradients)
         elif gradients:
@@ -71,5 +88,9 @@ class Arrivals:
     def forget(self) -> None:
         """Let go of what waits."""
         self._tensors = [None] * self._num_params
-        self._is_ready = [False] * self._num_params
-        self._num_here, self._num_missing = 0, self._num_params
+        self._parts.clear()
+        self.num_here = 0
+
+
+def _dense(gradient: Tensor) -> Tensor:
+    return gradient.to_dense() if gradient.is_sparse else gradient

@@ -9,31 +9,41 @@ behind it moves itself to the end, and is *early* this once.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, final
+from typing import Any, Protocol, final
 
 from torch import nn
+
+from deepspeed.zero.gradients import Gradients
+
+
+class Taker(Protocol):
+    """Who takes gradients: the reducer."""
+
+    def take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """`param`, number `index` of its bucket, has its gradient, and every other hook has seen it."""
+
+    def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """The same, but other hooks are yet to run."""
 
 
 @final
 class LastHook:
-    """Calls `take(param)` after the other post-accumulate hooks of `param`; `take_early(param)` where some are yet to run."""
+    """Tells `taker` of parameter number `index` of a bucket, after the other post-accumulate hooks of the parameter."""
 
-    __slots__ = ("_handle", "_hooks", "_take", "_take_early")
+    __slots__ = ("_gradients", "_handle", "_hooks", "_index", "_number", "_taker")
 
-    def __init__(
-        self, param: nn.Parameter, take: Callable[[nn.Parameter], None], take_early: Callable[[nn.Parameter], None]
-    ) -> None:
-        self._take, self._take_early = take, take_early
+    def __init__(self, taker: Taker, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        self._taker, self._gradients, self._index = taker, gradients, index
         self._handle = param.register_post_accumulate_grad_hook(self)
         self._hooks: dict[int, Any] = param._post_accumulate_grad_hooks
+        self._number = self._handle.id
 
     def __call__(self, param: nn.Parameter) -> None:
-        if len(self._hooks) == 1 or next(reversed(self._hooks)) == self._handle.id:
-            self._take(param)
+        if len(self._hooks) == 1 or next(reversed(self._hooks)) == self._number:
+            self._taker.take(self._gradients, self._index, param)
             return
-        self._hooks[self._handle.id] = self._hooks.pop(self._handle.id)
-        self._take_early(param)
+        self._hooks[self._number] = self._hooks.pop(self._number)
+        self._taker.take_early(self._gradients, self._index, param)
 
     def remove(self) -> None:
         """Take it off the parameter."""

@@ -20,7 +20,6 @@ After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's Dis
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -37,9 +36,6 @@ from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
-
-READY = "ds_grad_is_ready"
-"""Attribute by which code that runs several backward passes per parameter says which of them is the last."""
 
 
 class InFlight(NamedTuple):
@@ -83,6 +79,8 @@ class Reducer:
         self.left_out: list[tuple[int, int]] = []
         """(bucket, parameter) whose gradient the script took away: they are not stepped on this rank."""
         self._shown = ShownGradients()
+        self._assigned: list[Assigned] | None = None
+        """Of the step that is under way."""
         self._max_in_flight = max_in_flight
         self._overlap = overlap
         self._should_reduce = should_reduce
@@ -96,11 +94,7 @@ class Reducer:
     def add(self, gradients: Sequence[Gradients]) -> None:
         """Take these too; they are launched after those that are here. The same on every rank."""
         self._rounds.add(gradients)
-        self._hooks += [
-            LastHook(param, functools.partial(self._take, own, i), functools.partial(self._take_early, own, i))
-            for own in gradients
-            for i, param in enumerate(own.bucket.params)
-        ]
+        self._hooks += [LastHook(self, own, i, param) for own in gradients for i, param in enumerate(own.bucket.params)]
 
     @property
     def gradients(self) -> list[Gradients]:
@@ -121,30 +115,37 @@ class Reducer:
             for i, param in enumerate(gradients.bucket.params):
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
-                    gradients.arrivals.take(i, gradient.to_dense() if gradient.is_sparse else gradient)
-                    self.saw_backward = self.saw_micro_batch = True
+                    gradients.arrivals.take(i, gradient)
+                    self._note_arrival()
 
-    def _take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
-        """The hook: take `param.grad` over, and count."""
-        if self._early:
-            self._take_those_seen()
-        if self._shown:
-            self._begin_again(gradients, index, param)
+    def take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """See LastHook: take `param.grad` over, and count."""
+        if self._early or self._shown.shows_any or self._num_holds:
+            self._prepare(gradients, index, param)
         gradient, param.grad = param.grad, None
         if gradient is None:  # autograd calls the hook for a function that gave this parameter nothing, too
             return
-        if gradient.is_sparse:
-            gradient = gradient.to_dense()
-        self.saw_backward = self.saw_micro_batch = True
-        self.has_stood_in = False
-        if self._num_holds and gradients.has_local and gradients.arrivals.has(index):
-            gradients.lay_down()  # one after the other onto the sum, as autograd adds them up, not two at once
-        if gradients.arrivals.take(index, gradient, param.__dict__.get(READY, True)):
+        arrivals = gradients.arrivals
+        if not arrivals.num_here:
+            self._note_arrival()
+        if arrivals.take(index, gradient) and not arrivals.awaits_parts(gradients.bucket.params):
             self._complete(gradients)
 
-    def _take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
-        """The hook, while hooks of the script are yet to run: the gradient stays with the parameter until the next arrives."""
-        if self._shown:
+    def _note_arrival(self) -> None:
+        self.saw_backward = self.saw_micro_batch = True
+        self.has_stood_in = False
+
+    def _prepare(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """What else is to be done before a gradient is taken over."""
+        self._take_those_seen()
+        if self._shown.shows_any:
+            self._begin_again(gradients, index, param)
+        if self._num_holds and gradients.has_local and gradients.arrivals.has(index):
+            gradients.lay_down()  # one after the other onto the sum, as autograd adds them up, not two at once
+
+    def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        """See LastHook: the gradient stays with the parameter until the next arrives."""
+        if self._shown.shows_any:
             self._begin_again(gradients, index, param)
         self._early.append((gradients, index, param))
         self.saw_backward = self.saw_micro_batch = True
@@ -152,7 +153,7 @@ class Reducer:
     def _take_those_seen(self) -> None:
         early, self._early = self._early, []
         for gradients, index, param in early:
-            self._take(gradients, index, param)
+            self.take(gradients, index, param)
 
     def _begin_again(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """A backward that nobody announced (outside of the model's outputs) ran into gradients that are shown. What autograd
@@ -319,18 +320,27 @@ class Reducer:
 
     def hide(self) -> None:
         """Take back what is shown, as the script left it, before autograd could add to it."""
-        if self._shown:
+        if self._shown.shows_any:
             self._shown.hide()
 
     def assigned(self) -> list[Assigned]:
         """Gradients that the script put where none are shown."""
+        if self._assigned is not None:
+            return self._assigned
         self._take_those_seen()
         return self._shown.assigned(self.gradients)
+
+    def look_for_assigned(self) -> list[Assigned]:
+        """The same, and until `drop` they are as found now: in a step the script has no turn."""
+        self._assigned = None
+        self._assigned = self.assigned()
+        return self._assigned
 
     def drop(self) -> None:
         """Forget this step's gradients. Waits for what is on the wire."""
         for assigned in self.assigned():
             assigned.param.grad = None
+        self._assigned = None
         while self._in_flight:
             self._wait_oldest()
         self._shown.close()

@@ -11,12 +11,14 @@ Gradients that add up in another dtype than the parameter's cannot be `param.gra
 the script changed in it are taken over. Where ranks have slices nothing is shown; a gradient that the script assigns there,
 the same on every rank, is stepped all the same, by each rank its slice.
 
-Invariant: autograd never adds to a view that is shown without the reducer being told (`Reducer._take`).
+Invariant: autograd never adds to a view that is shown without the reducer being told (`Reducer.take`).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
+from operator import is_, is_not
 from typing import NamedTuple
 
 import torch
@@ -28,20 +30,25 @@ from deepspeed.zero.veil import Veil
 
 
 class _Shown(NamedTuple):
-    """One parameter and what it shows of its view: number `number` of bucket number `position`."""
+    """One bucket, number `position`, and what its parameters show of it."""
 
     position: int
-    number: int
     gradients: Gradients
-    param: nn.Parameter
-    view: Tensor
-    face: Tensor
-    """The view itself, or a copy in the parameter's dtype."""
+    params: list[nn.Parameter]
+    views: Sequence[Tensor]
+    faces: list[Tensor]
+    """The views themselves, or copies in the parameters' dtype."""
 
-    def take_edits(self) -> None:
-        """Have in the view what the script changed in the copy, without rounding the rest."""
-        if self.face is not self.view:
-            self.view.copy_(torch.where(self.view.to(self.face.dtype) == self.face, self.view, self.face))
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was assigned to any of the parameters, and what was written was written to the views."""
+        return all(map(is_, grads_of(self.params), self.views))
+
+    def take_edits(self, number: int) -> None:
+        """Have in a view what the script changed in the copy of it, without rounding the rest."""
+        view, face = self.views[number], self.faces[number]
+        if face is not view:
+            view.copy_(torch.where(view.to(face.dtype) == face, view, face))
 
 
 class Assigned(NamedTuple):
@@ -75,21 +82,23 @@ class ShownGradients:
     """What is shown at the moment."""
 
     def __init__(self) -> None:
+        self.shows_any = False
+        """Asked for every gradient that arrives."""
         self._shown: list[_Shown] = []
         self._veil = Veil()
 
-    def __bool__(self) -> bool:
-        return bool(self._shown)
-
     def show(self, buckets: Sequence[Gradients]) -> None:
         """Show what is whole on this rank; what is shown already stays as the script left it."""
-        if self._shown:
+        if self.shows_any:
             return
         for position, gradients in enumerate(buckets):
-            pairs = zip(gradients.bucket.params, gradients.shown, strict=False)
-            for number, (param, view) in enumerate(pairs):
-                param.grad = face = view.to(param.dtype)
-                self._shown.append(_Shown(position, number, gradients, param, view, view if face is view else face))
+            params, views = gradients.bucket.params, gradients.shown
+            if views:
+                faces = [v if v.dtype is p.dtype else v.to(p.dtype) for p, v in zip(params, views, strict=False)]
+                for param, face in zip(params, faces, strict=False):
+                    param.grad = face
+                self._shown.append(_Shown(position, gradients, list(params), views[: len(params)], faces))
+        self.shows_any = bool(self._shown)
 
     def veil(self, buckets: Sequence[Gradients]) -> None:
         """These show nothing, until `close`: tell a script that looks."""
@@ -98,11 +107,12 @@ class ShownGradients:
     def assigned(self, buckets: Sequence[Gradients]) -> list[Assigned]:
         """What the script has assigned to `param.grad` of parameters that are shown nothing."""
         showing = {id(shown.gradients) for shown in self._shown}
-        hidden = [gradients for gradients in buckets if id(gradients) not in showing]
+        hidden = [(own, grads_of(own.bucket.params)) for own in buckets if id(own) not in showing]
         return [
-            Assigned(gradients, number, gradient)
-            for gradients in hidden
-            for number, gradient in enumerate(grads_of(gradients.bucket.params))
+            Assigned(own, number, gradient)
+            for own, found in hidden
+            if any(map(is_not, found, itertools.repeat(None)))
+            for number, gradient in enumerate(found)
             if gradient is not None
         ]
 
@@ -110,28 +120,33 @@ class ShownGradients:
         """Take over what the script put in place of views; they stay shown. (bucket, parameter) without a gradient now."""
         missing = []
         for shown in self._shown:
-            gradient = shown.param.grad
-            if gradient is None:
-                shown.view.zero_()  # adds nothing to the norm
-                missing.append((shown.position, shown.number))
-            elif gradient is shown.face:
-                shown.take_edits()
-            else:
-                shown.view.copy_(gradient)
+            if shown.is_untouched:
+                continue
+            for number, gradient in enumerate(grads_of(shown.params)):
+                if gradient is None:
+                    shown.views[number].zero_()  # adds nothing to the norm
+                    missing.append((shown.position, number))
+                elif gradient is shown.faces[number]:
+                    shown.take_edits(number)
+                else:
+                    shown.views[number].copy_(gradient)
         return missing
 
     def hide(self) -> None:
         """Take everything back, before a backward adds to it; a parameter without a gradient had none in this step."""
-        self.adopt()
+        missing = set(self.adopt())
         for shown in self._shown:
-            if shown.param.grad is None:
-                shown.gradients.arrivals.used.discard(shown.number)
-            shown.param.grad = None
-        self._shown.clear()
+            shown.gradients.arrivals.used -= {number for position, number in missing if position == shown.position}
+        self._take_back()
 
     def close(self) -> None:
         """Take everything back; the step is over."""
-        for shown in self._shown:
-            shown.param.grad = None
-        self._shown.clear()
+        self._take_back()
         self._veil.lift()
+
+    def _take_back(self) -> None:
+        for shown in self._shown:
+            for param in shown.params:
+                param.grad = None
+        self._shown.clear()
+        self.shows_any = False

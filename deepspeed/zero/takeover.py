@@ -78,7 +78,8 @@ class Takeover:
     def begin_step(self) -> None:
         """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
         reducer = self._optimizer.reducer
-        is_changed = self.facts.have_changed() or reducer.has_stood_in or bool(reducer.assigned())
+        is_assigned = bool(reducer.look_for_assigned())
+        is_changed = self.facts.have_changed() or reducer.has_stood_in or is_assigned
         self.waits = is_changed and self._rides
         if not self._rides:
             self._settle_if(is_changed)

@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Pending, deliver
+from deepspeed.zero.arrivals import READY
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.pool import FlatPool
-from deepspeed.zero.reduce import READY, Reducer
+from deepspeed.zero.reduce import Reducer
 
 NAMES = "abc"
 NUMEL = 3
