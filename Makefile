@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-edits test-sequence lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-edits test-sequence test-tensor lint format bench native clean
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -64,6 +64,10 @@ test-pipeline: $(INSTALLED)
 # Two ways of dividing ranks at once: every pair at every stage on 4 and 8 ranks, and checkpoints from one to another.
 test-pairs: $(INSTALLED)
 	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/parallel/test_pairs.py $(PYTEST_ARGS)
+
+# Layers cut over ranks: 34 families on 2, 3 and 4 ranks against one process, every plan of Transformers, a thousand steps.
+test-tensor: $(INSTALLED)
+	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/parallel/tensor $(PYTEST_ARGS)
 
 # Scripts that edit their model while it trains, as many as ROUNDS says, against plain PyTorch.
 test-edits: $(INSTALLED)

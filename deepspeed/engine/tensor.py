@@ -103,6 +103,9 @@ def cut_model(model: nn.Module, mesh: Mesh, config: Config, size: int, optimizer
 def _cut(model: nn.Module, mesh: Mesh, config: Config, optimizer: Any) -> None:
     ranks = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), mesh.size("tensor"))
     if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
+        warn_once(
+            f"the {type(optimizer).__name__} has stepped before deepspeed.initialize: its states are of whole layers and begin anew."
+        )
         optimizer.state.clear()
     chosen, drawn = _drawn(model, mesh, ranks, _wishes(config, is_part=mesh.size("pipeline") > 1))
     carry_out(model, ranks, drawn, make_plain)

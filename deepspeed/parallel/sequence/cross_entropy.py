@@ -23,7 +23,7 @@ from deepspeed.utils.errors import DeepSpeedError
 Group = Any
 
 
-class _TokenLosses(torch.autograd.Function):
+class TokenLosses(torch.autograd.Function):
     """-log softmax of each token's target, [...], from logits [..., own vocabulary]; 0 for ignored targets."""
 
     @staticmethod
@@ -107,7 +107,7 @@ def vocab_parallel_cross_entropy(
             f"vocab_parallel_cross_entropy: target is {tuple(target.shape)}, logits {tuple(logits.shape)}: they agree in all but the "
             "last dimension."
         )
-    losses = _TokenLosses.apply(logits, target, tp_group, _first_of(logits, tp_group), ignore_index)
+    losses = TokenLosses.apply(logits, target, tp_group, _first_of(logits, tp_group), ignore_index)
     assert isinstance(losses, Tensor), "one output"
     if reduction == "none":
         return losses
@@ -134,7 +134,7 @@ def vocab_sequence_parallel_cross_entropy(
 
     Backward is of this rank's tokens alone. Collective over the group.
     """
-    losses = _TokenLosses.apply(vocab_seq_parallel_logits, target, None, 0, ignore_index)
+    losses = TokenLosses.apply(vocab_seq_parallel_logits, target, None, 0, ignore_index)
     joined = _JoinedSequence.apply(losses, sp_group, 0)
     assert isinstance(joined, Tensor), "one output"
     return joined

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from deepspeed.parallel.sequence import block
 from deepspeed.parallel.sequence.attention import apply_rotary_pos_emb
-from deepspeed.parallel.sequence.cross_entropy import _JoinedSequence, _TokenLosses
+from deepspeed.parallel.sequence.cross_entropy import TokenLosses, _JoinedSequence
 from deepspeed.parallel.sequence.exchange import layout_of, qkv_ranges, to_heads, to_sequence
 from deepspeed.parallel.sequence.heads import share_heads
 from deepspeed.parallel.sequence.tiled import Concatenated, tile_bounds, tiled
@@ -107,7 +107,7 @@ class FPDT_LogitsLoss:  # noqa: N801 - the public name
 
         def run(index: int, tile: Tensor) -> Tensor:
             own = targets[slice(*bounds[index])]
-            found = _TokenLosses.apply(F.linear(tile, logit_weights), own, None, 0, -100)
+            found = TokenLosses.apply(F.linear(tile, logit_weights), own, None, 0, -100)
             assert isinstance(found, Tensor), "one output"
             return found
 

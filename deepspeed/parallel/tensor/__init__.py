@@ -6,6 +6,8 @@ heads.py         how attention's heads are shared out, also where there are fewe
 choose.py        which table holds for a model
 collectives.py   what layers send, forward and backward face to face
 layers.py        the layers
+head.py          logits that stay cut over the vocabulary, and their loss
+surround.py      hooks around modules that are no layers
 apply.py         cuts a model in place
 inputs.py        whether the ranks get the same data
 requested.py     what `tp_model_init` was told

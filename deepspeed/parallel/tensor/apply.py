@@ -13,6 +13,7 @@ Invariant: all ranks do the same in the same order; nothing is changed before ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
@@ -23,9 +24,10 @@ from torch import Tensor, nn
 
 from deepspeed.mesh import marks
 from deepspeed.mesh.shape import ROLES
-from deepspeed.parallel.tensor import cuts
+from deepspeed.parallel.tensor import cuts, surround
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
 from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.head import find_head, replace_loss
 from deepspeed.parallel.tensor.heads import Heads, heads_of, narrow, own_bias
 from deepspeed.parallel.tensor.layers import (
     ColumnLinear,
@@ -45,6 +47,9 @@ PARSED = "ds_autotp_parsed"
 """The contract's attribute of a model that was cut."""
 
 Ranges = cuts.Ranges
+_GROUPED_GRAIN = 8
+"""Indices in which the width of experts is cut: torch multiplies them in groups, whose rows begin at multiples of 16 bytes."""
+_HEAD_NORM = re.compile(r"(q|k|v|qk|query|key|value)_?(layer_?)?norm\w*$")
 _COLUMNS = (Action.COLUMN, Action.COLUMN_GATHERED, Action.PACKED_COLUMN)
 _ROWS = (Action.ROW, Action.ROW_SPLIT, Action.PACKED_ROW)
 _KEY_OR_VALUE = frozenset("k_proj v_proj key value k v wk wv k_lin v_lin key_proj value_proj".split())
@@ -94,6 +99,11 @@ def draw(model: nn.Module, ranks: TensorGroup, wishes: Wishes, chosen: Chosen | 
     Raises DeepSpeedConfigError for rules and layers that do not go together.
     """
     chosen = chosen or choose(model, wishes)
+    if wishes.cuts_head:
+        _, head, table = find_head(model)
+        chosen.decisions[head] = Decision(Action.COLUMN)
+        if table is not None:
+            chosen.decisions[table] = Decision(Action.VOCAB)
     return chosen, _Plan(model, ranks, wishes, chosen.decisions).draw()
 
 
@@ -171,6 +181,11 @@ class _Plan:
         for name, heads in self.heads.items():
             self.drawn.turns.append(partial(narrow, self.modules[name], heads, self.ranks.rank))
             self._biases(self.modules[name], heads)
+            self._norms(name, heads)
+        if self.wishes.cuts_head:
+            owner, head, _ = find_head(self.model)
+            lengths = self.drawn.cuts[cast(nn.Parameter, self.modules[head].weight)].lengths
+            self.drawn.turns.append(partial(replace_loss, owner, self.ranks, lengths))
         return self.drawn
 
     def _biases(self, attention: nn.Module, heads: Heads) -> None:
@@ -180,6 +195,26 @@ class _Plan:
             if isinstance(table, nn.Embedding) and _shape(table.weight)[1] == heads.num_q:
                 self.drawn.cuts.setdefault(cast(nn.Parameter, table.weight), Cut(1, ranges))
         self.drawn.turns.append(partial(_with_kwargs, attention, partial(own_bias, heads, self.ranks.rank)))
+
+    def _norms(self, around: str, heads: Heads) -> None:
+        """Of queries and keys, where no rule says: one for all heads sees some of them here, so gradients are summed; one with a
+        row for each head is cut."""
+        attention: Any = self.modules[around]
+        for child, norm in attention.named_children():
+            if not _HEAD_NORM.match(child) or f"{around}.{child}" in self.decisions:
+                continue
+            for param in norm.parameters():
+                shape = _shape(param)
+                whole = heads.num_kv if child.startswith("k") else heads.num_q
+                if isinstance(norm, nn.ModuleList) or any(True for _ in norm.children()):
+                    raise DeepSpeedConfigError(_per_head(f"{around}.{child}", "is a norm of each head's own"))
+                if len(shape) == 1 and shape[0] == getattr(attention, "head_dim", None):
+                    self.drawn.cuts.setdefault(param, Cut(0, None))
+                elif len(shape) == 2 and shape[0] == whole and not (heads.copies_kv and child.startswith("k")):
+                    ranges = self._cut(whole, 0, 1, heads.num_blocks, f"{around}.{child}").ranges
+                    self.drawn.cuts.setdefault(param, Cut(0, ranges))
+                else:
+                    raise DeepSpeedConfigError(_per_head(f"{around}.{child}", "does not see each head alone"))
 
     def _expanded(self) -> Iterator[tuple[str, Decision]]:
         """With adapters around a layer: what is inside is cut, and the adapter's side that meets the cut."""
@@ -264,7 +299,7 @@ class _Plan:
                 return (around, heads) if heads is not None else None
         return None
 
-    def _cut(self, size: int, dim: int, parts: int | tuple[int, ...], blocks: int, name: str) -> Cut:
+    def _cut(self, size: int, dim: int, parts: int | tuple[int, ...], blocks: int, name: str, grain: int = 1) -> Cut:
         sizes = (size // parts,) * parts if isinstance(parts, int) else _filled(parts, size)
         if sum(sizes) != size:
             raise DeepSpeedConfigError(f"{name} has {size} indices, which are not the parts {parts} of its rule.")
@@ -275,7 +310,7 @@ class _Plan:
                 low, high = (
                     cuts.blocks(part, blocks, self.ranks.size, rank)
                     if blocks > 1 and part % blocks == 0
-                    else cuts.even(part, self.ranks.size, rank, self.wishes.grain)
+                    else cuts.even(part, self.ranks.size, rank, max(self.wishes.grain, grain))
                 )
                 ranges.append((start + low, start + high))
                 start += part
@@ -308,7 +343,8 @@ class _Plan:
         dim = last if action in _ROWS else max(last - 1, 0)
         around = self._attention(name)
         blocks = around[1].num_blocks if around is not None and dim == 0 else 1
-        self._want(param, self._cut(int(shape[dim]), dim, decision.parts, blocks, name), name)
+        grain = _GROUPED_GRAIN if len(shape) > 2 else 1
+        self._want(param, self._cut(int(shape[dim]), dim, decision.parts, blocks, name, grain), name)
 
     def _embedding(self, name: str, module: Any, decision: Decision) -> None:
         action = decision.action
@@ -336,12 +372,12 @@ class _Plan:
             for param in module.parameters(recurse=False):
                 self.drawn.cuts[param] = Cut(0, None)
         elif decision.action is Action.SUM_OUTPUT:
-            turns.append(partial(module.register_forward_hook, partial(_sum_output, ranks)))
+            turns.append(partial(module.register_forward_hook, partial(surround.sum_output, ranks)))
         elif decision.action is Action.EXPERTS:
-            turns.append(partial(_with_kwargs, module, partial(_enter_experts, ranks)))
-            turns.append(partial(module.register_forward_hook, partial(_sum_output, ranks)))
+            turns.append(partial(_with_kwargs, module, partial(surround.enter_experts, ranks)))
+            turns.append(partial(module.register_forward_hook, partial(surround.sum_output, ranks)))
         elif decision.action is Action.IDENTITY_EXPERT:
-            turns.append(partial(module.register_forward_pre_hook, partial(_divide_input, ranks)))
+            turns.append(partial(module.register_forward_pre_hook, partial(surround.divide_input, ranks)))
         elif decision.action is Action.ROPE_TAIL:
             config = self.config.get_text_config() if hasattr(self.config, "get_text_config") else self.config
             rope = getattr(config, "qk_rope_head_dim", None)
@@ -349,7 +385,7 @@ class _Plan:
                 raise DeepSpeedConfigError(
                     f"{name}: the style mla_kv_a_proj needs qk_rope_head_dim in the model's config."
                 )
-            turns.append(partial(module.register_forward_hook, partial(_enter_tail, ranks, rope)))
+            turns.append(partial(module.register_forward_hook, partial(surround.enter_tail, ranks, rope)))
 
 
 def _with_kwargs(module: nn.Module, hook: Any) -> None:
@@ -372,35 +408,13 @@ def _is_kv(name: str) -> bool:
     return any(part in _KEY_OR_VALUE for part in parts[-3:])
 
 
-# Hooks around modules that are no layers. ----------------------------------------------------------------------------
-
-
-def _sum_output(ranks: TensorGroup, module: nn.Module, args: Any, output: Any) -> Any:
-    if output is None:
-        return None
-    if isinstance(output, tuple):
-        return (ranks.leave(output[0]), *output[1:])
-    return ranks.leave(output)
-
-
-def _enter_experts(ranks: TensorGroup, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """Hidden states, and the weights by which experts' outputs are summed, get gradients from every rank."""
-
-    def entered(value: Any) -> Any:
-        return ranks.enter(value) if isinstance(value, Tensor) and value.is_floating_point() else value
-
-    return tuple(entered(value) for value in args), {key: entered(value) for key, value in kwargs.items()}
-
-
-def _divide_input(ranks: TensorGroup, module: nn.Module, args: Any) -> Any:
-    return (args[0] / ranks.size, *args[1:])
+def _per_head(name: str, what: str) -> str:
+    return (
+        f"{name} {what}, and its attention's heads would be on several ranks.\n"
+        "  Give tensor_parallel.partition_config, with partition_type skip for the layers of that attention."
+    )
 
 
 def _has_left(module: nn.Module | None) -> bool:
     """Whether something without parameters stands where the plan names a layer, which is on another stage."""
     return module is not None and next(module.parameters(), None) is None
-
-
-def _enter_tail(ranks: TensorGroup, rope: int, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-    head, tail = output.split([output.shape[-1] - rope, rope], dim=-1)
-    return torch.cat([head, ranks.enter(tail)], dim=-1)

@@ -16,7 +16,6 @@ from torch import nn
 from deepspeed.parallel.tensor import rules
 from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.utils.logging import warn_once
 
 PLAN = "tp_plan"
 
@@ -76,6 +75,11 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
     """Raise DeepSpeedConfigError where rules name what is on no stage, or no stage has anything to cut. `everyone`: what
     was chosen for each part of the model; one, where it is not in parts."""
     unmet = [patterns for patterns in everyone[0].unmet if all(patterns in other.unmet for other in everyone)]
+    if unmet and everyone[0].source == PLAN:
+        raise DeepSpeedConfigError(
+            f"the tp_plan of {type(model).__name__} names {unmet[0][0]!r}, and no layer or parameter is called that.\n"
+            "  Numbers are written as *; or give tensor_parallel.partition_config, which takes the plan's place."
+        )
     if unmet:
         names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
         raise DeepSpeedConfigError(
@@ -91,10 +95,10 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
 
 
 def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
     for name, decision in chosen.decisions.items():
         is_whole = decision.parts == 1 and decision.action in (Action.COLUMN, Action.COLUMN_GATHERED)
-        if is_whole and rules.has_unknown_layout(name, model_type):
+        if is_whole and rules.has_unknown_layout(name, config):
             raise DeepSpeedConfigError(
                 f"{name} is several layers in one, and its {chosen.source} does not say how its rows are ordered: cut as one, "
                 "ranks would take parts of the wrong heads.\n"
@@ -151,17 +155,24 @@ def _planned(model: nn.Module) -> list[tuple[str, nn.Module, dict[str, str]]]:
 
 def _by_plans(planned: Sequence[tuple[str, nn.Module, dict[str, str]]], wishes: Wishes) -> Chosen:
     decisions: dict[str, Decision] = {}
+    unmet: list[str] = []
     for prefix, module, plan in planned:
-        decisions.update(_by_plan(prefix, module, plan, warns=not wishes.is_part))
-    return Chosen(PLAN, decisions)
+        missing = rules.unmet(plan, dict(_without_wrappers(module)))
+        unmet += [key for key in missing if not _is_familys(key, module)]
+        decisions.update(_by_plan(prefix, module, plan))
+    return Chosen(PLAN, decisions, tuple((key,) for key in unmet))
 
 
-def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str], *, warns: bool) -> dict[str, Decision]:
+def _is_familys(key: str, model: nn.Module) -> bool:
+    """Whether an entry is in the plan that Transformers gives to all models of a kind: it need not be met by each."""
+    plans = [getattr(type(module), "_tp_plan", None) for module in model.modules()]
+    plans += [getattr(type(getattr(m, "config", None)), "base_model_tp_plan", None) for m in model.modules()]
+    return any(key == entry or key.endswith(f".{entry}") for plan in plans if plan for entry in plan)
+
+
+def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> dict[str, Decision]:
     bare = dict(_without_wrappers(model))
     actions = rules.by_plan(plan, bare)
-    missing = rules.unmet(plan, bare)
-    if missing and warns:
-        warn_once(f"the tp_plan of {type(model).__name__} names layers that it does not have: {', '.join(missing)}.")
     decisions = {}
     for name, action in actions.items():
         full = ".".join(part for part in (prefix, bare[name]) if part)

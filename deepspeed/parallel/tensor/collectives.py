@@ -81,7 +81,7 @@ class TensorGroup:
 
     def start_sum(self, x: Tensor) -> Any:
         """Begin to sum `x` over the ranks in place; `wait()` of what is returned ends it."""
-        self._count(2 * x.nbytes)
+        self.count(2 * x.nbytes)
         return dist.all_reduce(x, group=self.group, async_op=True)
 
     def sum_(self, x: Tensor) -> Tensor:
@@ -94,7 +94,7 @@ class TensorGroup:
     def max_(self, x: Tensor) -> Tensor:
         """The largest of the ranks' values, in place."""
         if self.size > 1:
-            self._count(2 * x.nbytes)
+            self.count(2 * x.nbytes)
             dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
@@ -103,7 +103,7 @@ class TensorGroup:
         longest = max(lengths)
         padded = x.contiguous() if x.shape[-1] == longest else torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
         parts = [torch.empty_like(padded) for _ in lengths]
-        self._count(padded.nbytes * self.size)
+        self.count(padded.nbytes * self.size)
         with COMMUNICATION.during("tensor.all_gather", padded.nbytes):
             dist.all_gather(parts, padded, group=self.group)
         return torch.cat([part.narrow(-1, 0, length) for part, length in zip(parts, lengths, strict=True)], dim=-1)
@@ -117,7 +117,8 @@ class TensorGroup:
         if self.size > 1:
             dist.broadcast(x, group=self.group, group_src=0)
 
-    def _count(self, nbytes: int) -> None:
+    def count(self, nbytes: int) -> None:
+        """Add what a collective of `nbytes` on every rank sends, as a ring does."""
         self.num_sent_bytes += nbytes * (self.size - 1) // self.size
 
 

@@ -80,7 +80,13 @@ def heads_of(module: nn.Module, config: Any, num_ranks: int, name: str) -> Heads
     num_q, num_kv = _by_layers(module) or (_count(config, _Q_COUNTS), _count(config, _KV_COUNTS))
     if not num_q:
         return None
-    num_kv = num_kv or num_q
+    num_kv = _kv_by_layers(module, num_q) or num_kv or num_q
+    stripes = getattr(module, "mp_num", None)
+    if isinstance(stripes, int) and stripes % num_ranks:
+        raise DeepSpeedConfigError(
+            f"{name}: its fused layer lies in {stripes} stripes (mp_num), which tensor_parallel.autotp_size = {num_ranks} does not "
+            "divide.\n  Choose a size that does."
+        )
     if num_q % num_kv:
         return None
     if num_q < num_ranks:
@@ -100,12 +106,31 @@ def _by_layers(module: nn.Module) -> tuple[int, int] | None:
     return (num_kv * groups, num_kv) if num_kv and not rest else None
 
 
+def _kv_by_layers(module: nn.Module, num_q: int) -> int | None:
+    """The heads of keys, where layers of queries and keys stand side by side: their widths tell."""
+    for query, key in (("q_proj", "k_proj"), ("query", "key"), ("q", "k")):
+        widths = [getattr(getattr(module, name, None), "out_features", None) for name in (query, key)]
+        if all(isinstance(width, int) and width for width in widths):
+            heads, rest = divmod(num_q * widths[1], widths[0])  # type: ignore[operator]
+            return heads if not rest else None
+    return None
+
+
 def _count(config: Any, names: list[str]) -> int | None:
     if config is None:
         return None
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
-    found = next((value for name in names if isinstance(value := getattr(text, name, None), int)), None)
+    found = next((value for name in names if isinstance(value := _value(text, name), int)), None)
     return found or None
+
+
+def _value(config: Any, name: str) -> Any:
+    try:
+        return getattr(config, name, None)
+    except Exception as error:  # Transformers' own, of models whose layers differ: the layer's module tells, or nobody
+        if "PerLayer" not in type(error).__name__:
+            raise
+        return None
 
 
 def narrow(module: nn.Module, heads: Heads, rank: int) -> None:
@@ -124,6 +149,8 @@ def narrow(module: nn.Module, heads: Heads, rank: int) -> None:
     for attribute in ("num_key_value_groups", "n_rep", "num_kv_groups"):
         if isinstance(state.get(attribute), int):
             state[attribute] = num_q // num_kv
+    if isinstance(state.get("mp_num"), int):  # CodeGen's fused layer: stripes of q, v and k, whole ones on a rank
+        state["mp_num"] //= heads.num_ranks
 
 
 def own_bias(heads: Heads, rank: int, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:

@@ -27,6 +27,8 @@ from torch import Tensor, nn
 from deepspeed.parallel.tensor.collectives import ColumnOverlapped, TensorGroup
 
 _PART = "tensor_part"
+_PLAIN = ("FalconLinear",)
+"""Classes whose own forward is the base's product, written differently."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,7 +156,7 @@ def kind_for(module: nn.Module, wanted: type[nn.Module]) -> type[nn.Module] | No
     around `wanted`; None for a class with another product of its own."""
     base: Any = nn.Linear if issubclass(wanted, nn.Linear) else nn.Embedding
     own = type(module)
-    if own is base:
+    if own is base or own.__name__ in _PLAIN:
         return wanted
     if not isinstance(module, base):
         return None

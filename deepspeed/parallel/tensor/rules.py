@@ -216,9 +216,13 @@ FUSED_BY_HEAD = frozenset("bloom gpt_neox persimmon".split())
 """Model types whose fused attention lies head by head (q, k and v of the first, of the second, ...): whole heads are rows."""
 
 
-def has_unknown_layout(name: str, model_type: str | None) -> bool:
-    """Whether a layer's name says that it is fused, and nothing says how its rows are ordered."""
-    return name.rpartition(".")[2] in FUSED_NAMES and model_type not in FUSED_BY_HEAD
+def has_unknown_layout(name: str, config: Any) -> bool:
+    """Whether a layer's name says that it is fused, and nothing says how its rows are ordered. `config`: the model's."""
+    model_type = getattr(config, "model_type", None)
+    is_by_head = model_type in FUSED_BY_HEAD
+    if model_type == "falcon":  # the first 7B has all queries, then one key and one value
+        is_by_head = bool(config.new_decoder_architecture or not config.multi_query)
+    return name.rpartition(".")[2] in FUSED_NAMES and not is_by_head
 
 
 def is_row(name: str) -> bool:

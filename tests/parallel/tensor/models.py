@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
+import pytest
 import torch
 import transformers
 from torch import Tensor, nn
 
+LONG = pytest.mark.skipif(not os.environ.get("DS_TEST_LONG"), reason="long: make test-tensor")
 SMALL: dict[str, Any] = {
     "vocab_size": 96,
     "hidden_size": 32,
@@ -24,10 +27,11 @@ SMALL: dict[str, Any] = {
 
 
 def small(family: str, **changes: Any) -> nn.Module:
-    """A small causal model of a family, with the same values for everyone."""
+    """A small causal model of a family, with the same values for everyone. "none" leaves a setting to the family."""
     torch.manual_seed(3)
-    config = transformers.AutoConfig.for_model(family, **{**SMALL, **changes})
-    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    asked = {key: value for key, value in {**SMALL, **changes}.items() if value != "none"}
+    config = transformers.AutoConfig.for_model(family, **asked)
+    model: nn.Module = transformers.AutoModelForCausalLM.from_config(config)
     return model.float()
 
 

@@ -10,7 +10,12 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.mesh import marks
+from deepspeed.parallel.tensor.apply import carry_out, draw
+from deepspeed.parallel.tensor.choose import PLAN, Wishes, require_found
+from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.layers import part_of
 from tests.parallel.tensor.models import batch, share, small
+from tests.parallel.tensor.plans import on_meta
 
 
 def config(tp: int, stage: int = 0, **more: Any) -> dict[str, Any]:
@@ -37,7 +42,7 @@ def plain_step(model: nn.Module, inputs: dict[str, Tensor]) -> tuple[float, dict
     loss = model(**inputs).loss
     loss.backward()
     grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    norm = torch.linalg.vector_norm(torch.stack([g.norm() for g in grads.values()]))
+    norm = torch.linalg.vector_norm(torch.stack([g.double().norm() for g in grads.values()]))
     return float(loss.detach()), grads, float(norm)
 
 
@@ -48,23 +53,34 @@ def error(got: Tensor, want: Tensor) -> float:
 
 
 def compare(
-    rank: int, world_size: int, family: str, tp: int, stage: int, changes: dict[str, Any], steps: int = 1
+    rank: int, world_size: int, family: str, tp: int, stage: int, changes: dict[str, Any], section: Any = ()
 ) -> dict[str, float]:
-    """Loss, gradients, norm against one process; the largest errors."""
+    """Loss, gradients, norm against one process; the largest errors. `section`: more of tensor_parallel."""
     dp = world_size // tp
     oracle, inputs = small(family, **changes), batch(2 * dp)
     loss, grads, norm = plain_step(oracle, inputs)
     model = small(family, **changes)
-    engine, *_ = deepspeed.initialize(model=model, config=config(tp, stage))
-    own = engine(**share(inputs, rank // tp, dp)).loss
+    asked = config(tp, stage)
+    asked["tensor_parallel"].update(section)
+    engine, *_ = deepspeed.initialize(model=model, config=asked)
+    output = engine(**share(inputs, rank // tp, dp))
+    if "vocab_parallel_lm_head" in asked["tensor_parallel"]:
+        whole, parts = model.config.vocab_size, [None] * tp
+        torch.distributed.all_gather_object(parts, output.logits.shape[-1])
+        assert sum(parts) == whole and output.logits.shape[-1] < whole, parts  # type: ignore[arg-type]
+    own = output.loss
     mean = own.detach().clone()
     torch.distributed.all_reduce(mean)
     engine.backward(own)
     found = {"loss": abs(float(mean) / world_size - loss) / abs(loss), "cut": 0.0, "grad": 0.0}
+    largest = max(float(grad.abs().max()) for grad in grads.values())
+    nothing = 1e-8 * largest  # keys' biases drop out of a softmax: their gradients are zero but for rounding
     for name, param in engine.module.named_parameters():
         got = deepspeed.utils.safe_get_full_grad(param)
         if name in grads:
-            found["grad"] = max(found["grad"], error(got, part(grads[name], param)))
+            want = part(grads[name], param)
+            found["grad"] = max(found["grad"], error(got, want) if grads[name].abs().max() > nothing else 0.0)
+            assert (got.float() - want).abs().max() < 1e-5 * largest if want.numel() else True, name
         found["cut"] += bool(marks.of(param).cuts)
     engine.step()
     found["norm"] = abs(engine.get_global_grad_norm() - norm) / norm
@@ -166,3 +182,45 @@ def compare_checkpointed(rank: int, world_size: int) -> None:
     assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
     assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
     engine.destroy()
+
+
+def count_bytes(rank: int, world_size: int, num_layers: int, section: dict[str, Any]) -> int:
+    """What one rank sends in a forward and a backward of 2 x 8 tokens."""
+    model = small("llama", num_hidden_layers=num_layers)
+    asked = config(world_size)
+    asked["tensor_parallel"].update(section)
+    engine, *_ = deepspeed.initialize(model=model, config=asked)
+    ranks = part_of(model.model.layers[0].mlp.down_proj).ranks
+    before = ranks.num_sent_bytes
+    engine.backward(engine(**batch(2)).loss)
+    engine.step()
+    engine.destroy()
+    return ranks.num_sent_bytes - before
+
+
+def train_long(rank: int, world_size: int, steps: int) -> dict[str, Tensor]:
+    """The parameters that are not cut, after some steps."""
+    engine, *_ = deepspeed.initialize(model=small("qwen3"), config=config(world_size, 2))
+    for step in range(steps):
+        engine.backward(engine(**batch(2, length=4, seed=step % 7)).loss)
+        engine.step()
+    whole = {n: p.detach().clone() for n, p in engine.module.named_parameters() if not marks.of(p).cuts}
+    engine.destroy()
+    return whole
+
+
+def apply_plans(rank: int, world_size: int, names: list[str]) -> dict[str, str]:
+    """By family, what went wrong: a refusal, or an entry of the plan that has no effect."""
+    group = TensorGroup(torch.distributed.group.WORLD, rank, world_size)
+    wrong = {}
+    for name in names:
+        try:
+            model = on_meta(name)
+            chosen, drawn = draw(model, group, Wishes())
+            require_found(model, [chosen])
+            carry_out(model, group, drawn, lambda param: None)
+            if chosen.source != PLAN:
+                wrong[name] = f"by its {chosen.source}"
+        except Exception as error:
+            wrong[name] = f"{type(error).__name__}: {error}"
+    return wrong

@@ -56,6 +56,39 @@ def refuse_style(rank: int, world_size: int) -> None:
         deepspeed.initialize(model=model, config=config(2))
 
 
+def refuse_plans_names(rank: int, world_size: int) -> None:
+    model = small("llama")
+    model._tp_plan = {**model._tp_plan, "model.layers.*.mlp.gate": "colwise"}  # type: ignore[assignment,dict-item]
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"names 'model\.layers\.\*\.mlp\.gate', and no layer or parameter is"
+    ):
+        deepspeed.initialize(model=model, config=config(2))
+
+
+def test_a_plan_that_names_a_layer_that_is_not_there_is_refused() -> None:
+    run_ranks(2, refuse_plans_names)
+
+
+def refuse_heads(rank: int, world_size: int) -> None:
+    asked = {**config(2), TP: {"autotp_size": 2, "vocab_parallel_lm_head": True}}
+    with pytest.raises(ValueError, match="has no head that get_output_embeddings"):
+        deepspeed.initialize(model=small("llama").model, config=asked)
+    stripes = small(
+        "codegen", n_embd=60, n_head=6, rotary_dim=4, n_layer=1, n_inner=48, **dict.fromkeys(NOT_ITS, "none")
+    )
+    for layer in stripes.transformer.h:  # type: ignore[union-attr]
+        layer.attn.mp_num = 3
+    with pytest.raises(DeepSpeedConfigError, match=r"its fused layer lies in 3 stripes \(mp_num\)"):
+        deepspeed.initialize(model=stripes, config=config(2))
+
+
+NOT_ITS = ("hidden_size", "num_attention_heads", "num_hidden_layers", "num_key_value_heads", "intermediate_size")
+
+
+def test_heads_that_cannot_be_cut_are_refused() -> None:
+    run_ranks(2, refuse_heads)
+
+
 def test_a_style_nobody_knows_is_named() -> None:
     run_ranks(2, refuse_style)
 

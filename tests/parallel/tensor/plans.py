@@ -1,0 +1,80 @@
+"""Every family of Transformers that has a plan, built small in depth and on the meta device: `on_meta(name)`."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from typing import Any
+
+import torch
+import transformers
+from torch import nn
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+_DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
+_PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
+_NUM_LAYERS = 4
+FILLED: dict[str, dict[str, Any]] = {
+    "hunyuan_v1_dense": {"head_dim": 128},
+    "hunyuan_v1_moe": {"head_dim": 128},
+    "hunyuan_vl_text": {"head_dim": 128},
+    "ministral": {"head_dim": 128},
+}
+"""Sizes that a family's configuration leaves to its checkpoints."""
+
+
+def names() -> list[str]:
+    """The model types whose configuration, or a configuration inside of it, has a plan."""
+    return [name for name in CONFIG_MAPPING if _has_plan(CONFIG_MAPPING[name])]
+
+
+def _has_plan(config: Any, depth: int = 0) -> bool:
+    if getattr(config, "base_model_tp_plan", None):
+        return True
+    inner = getattr(config, "sub_configs", None) or {}
+    return depth < 3 and any(
+        inspect.isclass(c) and c.__name__ != "AutoConfig" and _has_plan(c, depth + 1) for c in inner.values()
+    )
+
+
+def on_meta(name: str) -> nn.Module:
+    """The family's model, with 4 layers where it can be that few; the last error where nothing builds."""
+    error: Exception | None = None
+    for is_shallow in (True, False):
+        for make in _makers(name):
+            try:
+                config = CONFIG_MAPPING[name](**FILLED.get(name, {}))
+                if is_shallow:
+                    _shorten(config)
+                with torch.device("meta"):
+                    return make(config)
+            except Exception as caught:
+                error = caught
+    raise LookupError(f"{name} cannot be built: {error!r}")
+
+
+def _makers(name: str) -> list[Any]:
+    kinds = ("CausalLM", "ImageTextToText", "Seq2SeqLM", "MultimodalLM", "SpeechSeq2Seq")
+    autos = [getattr(transformers, f"AutoModelFor{kind}", None) for kind in kinds] + [transformers.AutoModel]
+    cls = CONFIG_MAPPING[name]
+    module = importlib.import_module(cls.__module__.replace(".configuration_", ".modeling_"))
+    own = [
+        model
+        for _, model in inspect.getmembers(module, inspect.isclass)
+        if issubclass(model, transformers.PreTrainedModel)
+        and model.__dict__.get("config_class", getattr(model, "config_class", None)) is cls
+    ]
+    own.sort(key=lambda model: "PreTrained" in model.__name__)
+    return [auto.from_config for auto in autos if auto is not None] + own
+
+
+def _shorten(config: Any) -> None:
+    for depth in _DEPTHS:
+        if isinstance(getattr(config, depth, None), int) and getattr(config, depth) > _NUM_LAYERS:
+            setattr(config, depth, _NUM_LAYERS)
+    for per_layer in _PER_LAYER:
+        if isinstance(getattr(config, per_layer, None), list):
+            setattr(config, per_layer, getattr(config, per_layer)[:_NUM_LAYERS])
+    for inner in getattr(config, "sub_configs", None) or {}:
+        if getattr(config, inner, None) is not None:
+            _shorten(getattr(config, inner))
