@@ -27,6 +27,7 @@ from deepspeed.checkpoint.boxes import meeting
 from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
+from deepspeed.checkpoint.original_experts import EXPERT_FILE, Experts, names_of_groups
 from deepspeed.checkpoint.original_stages import Stages, is_pipeline, read_stages
 from deepspeed.checkpoint.source import Wanted
 from deepspeed.checkpoint.subject import BUFFER
@@ -131,9 +132,10 @@ class Original:
                 f"{models[0]} holds no weights: it is one of the files that stand beside a checkpoint for other libraries' helpers.\n"
                 "  Copy the checkpoint's folder whole, with its manifest.json."
             )
-        if int(model.get("mp_world_size") or 1) != 1 or any(self.folder.glob("*expert*")):
+        is_cut = int(model.get("mp_world_size") or 1) != 1
+        if is_cut or any(not EXPERT_FILE.fullmatch(path.name) for path in self.folder.glob("layer_*")):
             raise CheckpointError(
-                f"{self.folder} was written with tensor or expert parallelism, which cannot be imported.\n"
+                f"{self.folder} was written with tensor parallelism, or experts inside of it, which cannot be imported.\n"
                 "  Load it with the software that wrote it, export whole weights, and start from those."
             )
         states = [read_torch_file(path) for path in optims]
@@ -145,7 +147,10 @@ class Original:
                 f"{self.folder} was written by {world_size} ranks; it has optimizer files of {len(states)}."
             )
         self.tied = dict(model.get("shared_params") or {})
-        shapes = [{name: tuple(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []]
+        self._experts = Experts(self.folder, model, read_torch_file)
+        told = [{name: tuple(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []]
+        shapes = [self._experts.of_all_ranks(group) for group in told]
+        self._trained = {name for group in shapes for name in group} if told else None
         optimizers = [state["optimizer_state_dict"] for state in states]
         if stage in (1, 2):
             self._read_partitions(optimizers, shapes)
@@ -153,6 +158,8 @@ class Original:
             self._read_sharded(optimizers, shapes, world_size)
             self._read_frozen(models, world_size)
         self._read_module(stage)
+        if not states:
+            self._read_whole_states()
         if states:
             self._scaler = optimizers[0].get("loss_scaler")
         self._finish(shapes)
@@ -160,6 +167,9 @@ class Original:
     def _open_stages(self, found: Stages) -> None:
         """A pipeline's, whose optimizers have names at ZeRO stage 1 alone; at stage 0 its weights are read."""
         self._model = found.model
+        self._experts = Experts(self.folder, self._model, read_torch_file)
+        told = self._model.get("param_shapes")
+        self._trained = {name for group in told for name in group} if told else None
         with_optimizers = [stage for stage in found.stages if stage.optimizers]
         self.about = _about(self._model, 1 if with_optimizers else 0)
         for stage in with_optimizers:
@@ -174,12 +184,14 @@ class Original:
     def _read_partitions(self, ranks: Sequence[Mapping[str, Any]], shapes: Sequence[Mapping[str, Any]]) -> None:
         for group, members in enumerate(shapes):
             self._note_group(ranks[0]["base_optimizer_state"], group, list(members))
-            for rank in ranks:
+            for index, rank in enumerate(ranks):
                 flat = rank["single_partition_of_fp32_groups"][group]
                 state = rank["base_optimizer_state"]["state"].get(group, {})
                 for name, place in rank["param_slice_mappings"][group].items():
                     # The last parameter's interval may reach into the padding, which the weights lack.
-                    self._add_state(name, flat, state, place.start, min(place.numel, flat.numel() - place.start))
+                    numel = min(place.numel, flat.numel() - place.start)
+                    name = self._experts.name(name, self._experts.rank_of(index))
+                    self._add_state(name, flat, state, place.start, numel)
 
     def _add_state(self, name: str, flat: Tensor, state: Mapping[str, Any], start: int, numel: int) -> None:
         self._add(PARAM, name, flat.narrow(0, start, numel))
@@ -225,7 +237,7 @@ class Original:
                 self._add(PARAM, name, fragments[name].view(-1).narrow(0, 0, own))
 
     def _read_module(self, stage: int) -> None:
-        module = self._model.get("module") or {}
+        module = {**(self._model.get("module") or {}), **self._experts.tensors}
         buffers = set(self._model.get("buffer_names") or ())
         for name, value in module.items():
             if not isinstance(value, Tensor):
@@ -233,11 +245,47 @@ class Original:
             is_buffer = name in buffers
             kind = BUFFER if is_buffer else PARAM
             if not is_buffer:
-                is_trained = any(name in group for group in self._model.get("param_shapes") or ())
+                is_trained = self._trained is None or name in self._trained
                 self.parameters[name] = ParameterInfo(dtype_key(value.dtype, name), tuple(value.shape), not is_trained)
             if name in self.tied or (kind, name) in self._pieces or (stage == 3 and not is_buffer):
                 continue
             self._add(kind, name, value.reshape(-1))
+
+    def _read_whole_states(self) -> None:
+        """Optimizer states of a run without ZeRO, whose files have numbers instead of names."""
+        dense = [name for name in self.parameters if name not in self._experts.tensors]
+        ranks = self._experts.states(dense)
+        if not ranks and isinstance(self._model.get("optimizer"), Mapping):
+            ranks = [(self._model["optimizer"], names_of_groups(self._model["optimizer"], dense, []))]
+        if any(not groups and state.get("state") for state, groups in ranks):
+            warn_once(
+                f"{self.folder} has optimizer states of several groups without names: weights are loaded, the optimizer begins anew."
+            )
+            return
+        seen: set[str] = set()
+        for state, groups in ranks:
+            for group, names in zip(state["param_groups"], groups, strict=True):
+                self._read_whole_group(state["state"], group, [n for n in names if n not in seen], names)
+                seen |= set(names)
+
+    def _read_whole_group(
+        self, states: Mapping[int, Any], group: Mapping[str, Any], new: list[str], names: list[str]
+    ) -> None:
+        settings = {key: value for key, value in group.items() if key not in _SETTINGS_LEFT_OUT}
+        same = next((known for known in self._groups if known["settings"] == settings), None)
+        if same is None:
+            self._groups.append({"params": list(new), "settings": settings})
+        else:
+            same["params"] += new
+        for index, name in zip(group["params"], names, strict=True):
+            state = states.get(index) if name in new else None
+            if not state:
+                continue
+            kinds = [key for key, value in state.items() if isinstance(value, Tensor) and value.dim() > 0]
+            for key in kinds:
+                self._add(OPTIM + key, name, state[key].reshape(-1))
+            rest = {key: value for key, value in state.items() if key not in kinds}
+            self._values.append({"params": [name], "kinds": [OPTIM + key for key in kinds], "values": rest})
 
     def _finish(self, shapes: Iterable[Mapping[str, Any]]) -> None:
         known = {name: shape for group in shapes for name, shape in group.items()}
@@ -312,7 +360,7 @@ def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
         if match:
             if int(match[2]) != 0:
                 raise CheckpointError(
-                    f"{folder} was written with tensor, pipeline or expert parallelism ({path.name}), which cannot be imported.\n"
+                    f"{folder} was written with tensor or pipeline parallelism ({path.name}), which cannot be imported.\n"
                     "  Load it with the software that wrote it, export whole weights, and start from those."
                 )
             found[int(match[1] or 0)] = path

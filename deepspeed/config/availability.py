@@ -317,7 +317,6 @@ NO_EFFECT: dict[str, str] = {
     "expert_parallel.combine_impl": "results are weighed and added up in one way",
     "expert_parallel.row_weighting_impl": "results are weighed and added up in one way",
     "expert_parallel.gate_up_impl": "matrices are used as the model has them",
-    "expert_parallel.disable_triton_grouped_mm": "products of experts are torch's",
     "expert_parallel.comm_num_sm": "it is DeepEP's",
     "expert_parallel.comm_qp_margin": "it is DeepEP's",
     "expert_parallel.comm_max_tokens_per_rank": "it is DeepEP's",

@@ -15,6 +15,7 @@ from deepspeed.checkpoint.names import name_children
 from deepspeed.config import Config
 from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.engine.expert_load import warn_of_unused_coefficient
+from deepspeed.kernels.grouped import Ways
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.expert import attach, hugging_face, listed, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
@@ -65,10 +66,11 @@ def _spread_found(model: nn.Module, mesh: Mesh, settings: ExpertParallelConfig) 
     found, blocks = hugging_face.find(model, settings), listed.find(model, settings)
     already = {name for name, _ in hugging_face.converted(model)}
     gone: set[nn.Parameter] = set()
+    ways = Ways(settings.use_grouped_mm, settings.use_grouped_mm and not settings.disable_triton_grouped_mm)
     for number, (name, module) in enumerate(found.items()):
         if name not in already:
             _refuse_sharded(name, module, mesh)
-            hugging_face.convert(model, name, mesh, attach.FIRST_FUSED + number, may_group=settings.use_grouped_mm)
+            hugging_face.convert(model, name, mesh, attach.FIRST_FUSED + number, ways=ways)
     for number, (name, block) in enumerate(blocks.items()):
         if name not in already:
             names, left = listed.convert(block, mesh, attach.FIRST_LISTED + number)

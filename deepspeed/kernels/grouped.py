@@ -1,6 +1,6 @@
 """Rows in groups, each group times a matrix of its own: what a rank's experts compute, forward and backward.
 
-Called by `parallel.expert`. Two implementations with the same results to rounding:
+Called by `parallel.expert`. Implementations with the same results to rounding:
 
     loop       one product per group, written into place: few large groups
     grouped    torch's grouped product: many groups, or low precision; kept off its failing cases (no rows at all, rows of
@@ -14,12 +14,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
+
+from deepspeed.kernels.table import pick
 
 Product = Callable[[Tensor, Tensor, "Sequence[int]"], Tensor]
 """(rows [n, in], weight [groups, in, out], rows per group) -> [n, out]."""
@@ -99,20 +101,52 @@ MAX_TIMED_ROWS = 4096
 """Rows of a trial: more take longer and decide nothing."""
 
 
+class Ways(NamedTuple):
+    """What may be tried beside the loop."""
+
+    grouped: bool = True
+    triton: bool = True
+
+
+EVERY_WAY = Ways()
+
+
+def candidates(rows: Tensor, weight: Tensor, ways: Ways) -> list[Product]:
+    """The products that take these, the loop first."""
+    found: list[Product] = [looped]
+    if ways.grouped and can_group(rows, weight):
+        found.append(grouped)
+    ours = pick("grouped_product", rows.device.type) if ways.triton and len(rows) else None
+    if ours is not None and rows.dtype in (torch.float32, torch.bfloat16, torch.float16):
+        found.append(ours)
+    return found
+
+
 class Trial:
     """Which product is faster, by kind: timed at the kind's first use, then remembered."""
 
     def __init__(self) -> None:
         self.chosen: dict[tuple[Any, ...], Product] = {}
 
-    def choose(self, rows: Tensor, weight: Tensor) -> Product:
+    def choose(self, rows: Tensor, weight: Tensor, ways: Ways = EVERY_WAY) -> Product:
         """The product for rows like these. Takes a few milliseconds at a kind's first use."""
-        if not can_group(rows, weight) or torch.are_deterministic_algorithms_enabled():
+        if torch.are_deterministic_algorithms_enabled():
+            return looped
+        products = candidates(rows, weight, ways)
+        if len(products) == 1:
             return looped
         each = max(1, len(rows) // len(weight))
-        kind = (rows.dtype, rows.device.type, tuple(weight.shape), weight.stride(), each.bit_length())
+        kind = (
+            rows.dtype,
+            rows.device.type,
+            tuple(weight.shape),
+            weight.stride(),
+            each.bit_length(),
+            len(products),
+            ways,
+        )
         if kind not in self.chosen:
-            self.chosen[kind] = min((looped, grouped), key=lambda product: self._time(product, rows, weight))
+            self.chosen[kind] = min(products, key=lambda product: self._time(product, rows, weight))
         return self.chosen[kind]
 
     def _time(self, product: Product, rows: Tensor, weight: Tensor) -> float:
@@ -146,10 +180,9 @@ TRIAL = Trial()
 """The process's; what is faster is the machine's."""
 
 
-def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int], *, may_group: bool = True) -> Tensor:
+def grouped_product(rows: Tensor, weight: Tensor, counts: Sequence[int], ways: Ways = EVERY_WAY) -> Tensor:
     """rows [n, in], `counts[g]` of them for group g in order, times weight [groups, in, out]; [n, out].
 
-    Weights that lie as [groups, out, in] are handed in transposed. `may_group=False`: the loop.
+    Weights that lie as [groups, out, in] are handed in transposed.
     """
-    product = TRIAL.choose(rows, weight) if may_group else looped
-    return product(rows, weight, counts)
+    return TRIAL.choose(rows, weight, ways)(rows, weight, counts)

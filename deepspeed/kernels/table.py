@@ -57,6 +57,7 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "native": Implementation("native_quantize", "add_signs"),
         "torch": Implementation("reference.signs", "add_signs"),
     },
+    "grouped_product": {"triton": Implementation("triton.grouped", "grouped_product")},
     "decode_attention": {
         "native": Implementation("native_attention", "decode_attention"),
         "torch": Implementation("reference.attention", "decode_attention"),

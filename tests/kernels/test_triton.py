@@ -199,6 +199,41 @@ def test_signs_equal_the_reference_bit_for_bit() -> None:
     run_alone(_signs_are_bitwise)
 
 
+GROUPS = [
+    # (rows per group, in, out): a group without rows, one row, more than a tile; widths of no tile; no rows at all
+    ([70, 0, 1, 130], 33, 65),
+    ([5, 64], 64, 64),
+    ([0, 3, 0], 1, 7),
+    ([0, 0], 16, 16),
+]
+
+
+def _grouped_products_equal_a_loop(dtype: torch.dtype) -> None:
+    _interpret()
+    from deepspeed.kernels.grouped import looped
+    from deepspeed.kernels.triton.grouped import grouped_product
+
+    for counts, inner, columns in GROUPS:
+        for is_transposed in (False, True):
+            weight = torch.randn(len(counts), columns, inner).to(dtype) / inner**0.5
+            weight = weight.transpose(1, 2) if is_transposed else weight.transpose(1, 2).contiguous()
+            rows = torch.randn(sum(counts) + 1, inner + 3).to(dtype)[
+                1:, 3:
+            ]  # neither starts nor ends where memory does
+            found = []
+            for product in (looped, grouped_product):
+                left, right = rows.detach().requires_grad_(), weight.detach().requires_grad_()
+                result = product(left, right, counts)
+                gradients = torch.autograd.grad(result, (left, right), torch.ones(1, 1, dtype=dtype).expand_as(result))
+                found.append([result, *gradients])
+            _close(found[1], found[0])
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16])
+def test_grouped_products_equal_a_loop_at_awkward_sizes(dtype: torch.dtype) -> None:
+    run_alone(_grouped_products_equal_a_loop, dtype)
+
+
 def _refuses() -> None:
     _interpret()
     from deepspeed.kernels.triton.adam import TritonAdam
@@ -244,6 +279,11 @@ POINTERS = {
 TABLES = ("addresses", "numels", "owners", "starts", "firsts")
 
 
+_STRIDES = "inner columns row_stride row_step gradient_stride gradient_step group_stride inner_stride column_stride"
+PRODUCTS = {
+    **dict.fromkeys(("rows", "weight", "gradient", "out"), "*bf16"), **dict.fromkeys(("tiles", "starts"), "*i64"),
+    **dict.fromkeys(_STRIDES.split(), "i32"),
+}  # fmt: skip
 SIGNS = {"x": "*fp32", "error": "*fp32", "into": "*fp32", "bits": "*u8", "scale": "*fp32", "sums": "*fp64"}
 
 
@@ -268,7 +308,7 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from deepspeed.kernels.triton import adam, lamb, lion, quantize, signs
+    from deepspeed.kernels.triton import adam, grouped, lamb, lion, quantize, signs
 
     target = GPUTarget(backend, arch, warp)
     types = {"param_type": tl.float32, "grad_type": tl.bfloat16, "state_type": tl.float32, "low_type": tl.bfloat16}
@@ -285,6 +325,8 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     _compile(signs.add_and_square_kernel, {"block": 4096}, target, SIGNS)
     _compile(signs.take_signs_kernel, {"num_bytes": 512}, target, SIGNS)
     _compile(signs.add_signs_kernel, {"block": 4096}, target, SIGNS)
+    _compile(grouped.multiply_kernel, {"num_rows": 64, "num_columns": 64, "block": 32}, target, PRODUCTS)
+    _compile(grouped.weight_kernel, {"num_inner": 64, "num_columns": 64, "block": 32}, target, PRODUCTS)
 
 
 @pytest.mark.parametrize(("backend", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.config.parallelism import ExpertParallelConfig
-from deepspeed.kernels.grouped import grouped_product
+from deepspeed.kernels.grouped import EVERY_WAY, Ways, grouped_product
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Cut, Expert, Mark
 from deepspeed.parallel.expert import adapters
@@ -111,7 +111,7 @@ def check(
             )
 
 
-def convert(model: nn.Module, name: str, mesh: Mesh, number: int, *, may_group: bool = True) -> None:
+def convert(model: nn.Module, name: str, mesh: Mesh, number: int, *, ways: Ways = EVERY_WAY) -> None:
     """Have a module compute with spread experts: keep this rank's, mark them, exchange tokens. Collective at first use."""
     module = model.get_submodule(name)
     num_experts = module.get_parameter(DOWN).shape[0]
@@ -130,7 +130,7 @@ def convert(model: nn.Module, name: str, mesh: Mesh, number: int, *, may_group: 
             param.allreduce = False  # type: ignore[attr-defined]
             param.group_name = f"ep_size_{place.size}"  # type: ignore[attr-defined]
     setattr(module, PLACE, place)
-    module.ds_may_group = may_group  # type: ignore[assignment]
+    module.ds_ways = ways  # type: ignore[assignment]
     kind: Any = type(module)
     module.__class__ = _spread_class(kind)
 
@@ -172,7 +172,7 @@ def _compute(module: Any, rows: Tensor, counts: list[int]) -> Tensor:
 def _linear(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
     weight = getattr(module, name).to(rows.dtype)
     weight = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
-    result = grouped_product(rows, weight, counts, may_group=module.ds_may_group)
+    result = grouped_product(rows, weight, counts, module.ds_ways)
     bias = getattr(module, f"{name}_bias", None)
     if bias is not None:
         result = result + bias.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)

@@ -100,6 +100,19 @@ def set_values(model: nn.Module, names: dict[str, str] | None = None) -> None:
             param.copy_(torch.randn(param.shape, generator=generator) * 0.4)
 
 
+def whole_names(model: nn.Module, ep: int, rank: int) -> dict[str, str]:
+    """From a rank's names to those in the whole model; experts of one rank are neighbours."""
+    here = NUM_EXPERTS // ep
+    found = {}
+    for name, _ in model.named_parameters():
+        head, middle, tail = name.partition(".deepspeed_experts.")
+        if middle:
+            local, _, rest = tail.partition(".")
+            name_ = f"{head}{middle}{int(local) + rank % ep * here}.{rest}"
+            found[name] = name_
+    return found
+
+
 def batches(num_steps: int, num_ranks: int, tokens: int = 24) -> list[list[tuple[Tensor, Tensor]]]:
     """Per step, the share of each of `num_ranks`."""
     generator = torch.Generator().manual_seed(5)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.moe.layer import MoE
 from tests.engine.runs import engine_of, make_config, mean_over_ranks
-from tests.parallel.expert.models import NUM_EXPERTS, WIDTH, FeedForward, Loop, Model, batches, set_values
+from tests.parallel.expert.models import NUM_EXPERTS, WIDTH, FeedForward, Loop, Model, batches, set_values, whole_names
 
 CLIP = 0.5
 SGD = {"type": "SGD", "params": {"lr": 0.3, "momentum": 0.9}}
@@ -35,19 +35,6 @@ def ours(ep: int, k: int, use_residual: bool, **arguments: Any) -> Model:
             for _ in range(2)
         ]
     )
-
-
-def whole_names(model: nn.Module, ep: int, rank: int) -> dict[str, str]:
-    """From a rank's names to those in the whole model; experts of one rank are neighbours."""
-    here = NUM_EXPERTS // ep
-    found = {}
-    for name, _ in model.named_parameters():
-        head, middle, tail = name.partition(".deepspeed_experts.")
-        if middle:
-            local, _, rest = tail.partition(".")
-            name_ = f"{head}{middle}{int(local) + rank % ep * here}.{rest}"
-            found[name] = name_
-    return found
 
 
 ADAM = {"type": "AdamW", "params": {"lr": 0.01, "weight_decay": 0.01, "eps": 1e-5}}
@@ -91,7 +78,7 @@ def train(
     return found
 
 
-def plain(num_ranks: int, k: int, use_residual: bool = False, is_adam: bool = False) -> Trained:
+def plain(num_ranks: int, k: int, use_residual: bool = False, is_adam: bool = False, clip: float = CLIP) -> Trained:
     """The same steps of the dense loop in one process, with the mean of the ranks' losses."""
     model = Model([Loop(k, use_residual) for _ in range(2)])
     set_values(model)
@@ -103,7 +90,7 @@ def plain(num_ranks: int, k: int, use_residual: bool = False, is_adam: bool = Fa
         loss = torch.stack([model(x, y) for x, y in step]).mean()
         optimizer.zero_grad()
         loss.backward()
-        found.norms.append(nn.utils.clip_grad_norm_(model.parameters(), CLIP).item())
+        found.norms.append(nn.utils.clip_grad_norm_(model.parameters(), clip).item())
         optimizer.step()
         found.losses.append(loss.item())
     found.weights = {name: param.detach().clone() for name, param in model.named_parameters()}
