@@ -110,6 +110,7 @@ class Original:
         self._pieces: dict[tuple[str, str], list[Tensor]] = {}
         self._values: list[dict[str, Any]] = []
         self._groups: list[dict[str, Any]] = []
+        self._scaler: Any = None
         try:
             self._open()
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:

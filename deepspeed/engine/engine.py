@@ -36,7 +36,7 @@ from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.script_attributes import LATER, ScriptAttributes
 from deepspeed.engine.step import Conductor
-from deepspeed.mesh import groups
+from deepspeed.mesh import groups, marks
 from deepspeed.monitor.trace import trace
 from deepspeed.parallel.tensor.apply import PARSED
 from deepspeed.tiers import Tier
@@ -530,8 +530,10 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         )
 
     def num_parameters(self) -> int:
-        """Elements of all parameters, sharded or not."""
-        return sum(full_numel(param) for param in self.module.parameters())
+        """Elements of all parameters, sharded or not, with the experts of other ranks."""
+        num_ranks = self.mesh.size("experts")
+        params = list(self.module.parameters())
+        return sum(full_numel(param) * (num_ranks if marks.of(param).is_expert else 1) for param in params)
 
 
 def _checked(model: nn.Module | None) -> nn.Module:

@@ -19,7 +19,7 @@ import torch
 from torch import nn
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.inference import prepare, tensor
+from deepspeed.inference import experts, prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
 from deepspeed.inference.limits import check_length
@@ -27,7 +27,7 @@ from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
 from deepspeed.inference.quantized import quantize
 from deepspeed.inference.save import check_can_save, save
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TrainingStateError
+from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 
 T = TypeVar("T")
@@ -56,6 +56,7 @@ class InferenceEngine(nn.Module):
         _check(modules, config)
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
+        self._experts = experts.ranks_of(modules, config)
         self._ranks = tensor.ranks_of(config)
         self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
         made = self._together(lambda: [self._decide(module) for module in modules])
@@ -93,6 +94,8 @@ class InferenceEngine(nn.Module):
         if self._ranks is not None and plan.decided is not None:
             tensor.cut(module, self._ranks, plan.decided)
             self._ranks.compare_first_inputs(module)
+        if self._experts is not None:
+            self._experts.spread(module)
         prepare.cast(module, plan.dtype)
         try:
             quantize(module, self._config, (lambda layer: None) if loader is None else loader.fill)
@@ -146,6 +149,8 @@ class InferenceEngine(nn.Module):
             reset()
         if self._ranks is not None:
             self._ranks.same_draws()
+        if self._experts is not None:
+            kwargs = self._experts.in_step(kwargs)
         with torch.no_grad():
             return generate(*args, **kwargs)
 
@@ -186,6 +191,9 @@ class InferenceEngine(nn.Module):
     def destroy(self) -> None:
         """Give the module back; the engine holds nothing that outlives it."""
         self._times = None
+        if self._experts is not None:
+            self._experts.release()
+            self._experts = None
         if self._ranks is not None:
             self._ranks.release()
             self._ranks = None
@@ -212,11 +220,6 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
     if config.injection_policy is not None:
         for module in modules:
             row_names(module, config.injection_policy)
-    sizes = config.moe.ep_size if isinstance(config.moe.ep_size, tuple) else (config.moe.ep_size,)
-    if config.moe.enabled and max(sizes) > 1:
-        raise NotAvailableError(
-            f"moe.ep_size = {max(sizes)} is not available yet for inference.\n  Run every expert on one rank."
-        )
     if len(modules) > 1 and (config.checkpoint is not None or config.checkpoint_config.checkpoint_dir):
         raise DeepSpeedConfigError(
             f"checkpoint is for one module, and a pipeline of {len(modules)} was given.\n  Load each, or pass the module."

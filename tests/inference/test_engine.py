@@ -16,7 +16,7 @@ import deepspeed
 from deepspeed.inference import engine as engine_module
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.inference.families import FAMILIES, build, prompts
 
 pytest.importorskip("transformers")
@@ -192,9 +192,3 @@ def test_the_defaults_given_back_say_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_module, "warn_once", said.append)
     deepspeed.init_inference(torch.nn.Linear(2, 2), deepspeed.default_inference_config() | {"dtype": "fp32"})
     assert said == []
-
-
-@pytest.mark.parametrize("given", [{"moe": {"ep_size": 2}}])
-def test_experts_over_ranks_and_checkpoints_are_refused_wherever_they_are_asked_for(given: dict[str, Any]) -> None:
-    with pytest.raises(NotAvailableError):
-        deepspeed.init_inference(torch.nn.Linear(2, 2), dtype=torch.float32, **given)

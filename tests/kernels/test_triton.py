@@ -226,7 +226,9 @@ def _grouped_products_equal_a_loop(dtype: torch.dtype) -> None:
                 result = product(left, right, counts)
                 gradients = torch.autograd.grad(result, (left, right), torch.ones(1, 1, dtype=dtype).expand_as(result))
                 found.append([result, *gradients])
-            _close(found[1], found[0])
+            for ours, theirs in zip(found[1], found[0], strict=True):
+                tolerance = 1e-5 if dtype is FP32 else 2e-2
+                torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance * 10)
 
 
 @pytest.mark.parametrize("dtype", [FP32, BF16])
@@ -325,8 +327,12 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     _compile(signs.add_and_square_kernel, {"block": 4096}, target, SIGNS)
     _compile(signs.take_signs_kernel, {"num_bytes": 512}, target, SIGNS)
     _compile(signs.add_signs_kernel, {"block": 4096}, target, SIGNS)
-    _compile(grouped.multiply_kernel, {"num_rows": 64, "num_columns": 64, "block": 32}, target, PRODUCTS)
-    _compile(grouped.weight_kernel, {"num_inner": 64, "num_columns": 64, "block": 32}, target, PRODUCTS)
+    _compile(
+        grouped.multiply_kernel, {"num_rows": 64, "num_columns": 64, "block": 32, "widens": False}, target, PRODUCTS
+    )
+    _compile(
+        grouped.weight_kernel, {"num_inner": 64, "num_columns": 64, "block": 32, "widens": False}, target, PRODUCTS
+    )
 
 
 @pytest.mark.parametrize(("backend", "arch", "warp"), [("cuda", 80, 32), ("cuda", 90, 32), ("hip", "gfx942", 64)])

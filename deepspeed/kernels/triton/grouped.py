@@ -38,6 +38,7 @@ def multiply_kernel(
     num_rows: tl.constexpr,
     num_columns: tl.constexpr,
     block: tl.constexpr,
+    widens: tl.constexpr,
 ):
     """One tile of one group's result."""
     tile = tl.program_id(0)
@@ -53,6 +54,8 @@ def multiply_kernel(
         left = tl.load(left_at, mask=(row < many)[:, None] & (at < inner)[None, :], other=0.0)
         right_at = weight + group * group_stride + at[:, None] * inner_stride + column[None, :] * column_stride
         right = tl.load(right_at, mask=(at < inner)[:, None] & (column < columns)[None, :], other=0.0)
+        if widens:
+            left, right = left.to(tl.float32), right.to(tl.float32)
         total += tl.dot(left, right, input_precision="ieee")
     into = out + (first + row)[:, None] * columns + column[None, :]
     tl.store(into, total.to(out.dtype.element_ty), mask=(row < many)[:, None] & (column < columns)[None, :])
@@ -76,6 +79,7 @@ def weight_kernel(
     num_inner: tl.constexpr,
     num_columns: tl.constexpr,
     block: tl.constexpr,
+    widens: tl.constexpr,
 ):
     """One tile of one group's gradient: rows, transposed, times what came back."""
     group = tl.program_id(0).to(tl.int64)
@@ -90,6 +94,8 @@ def weight_kernel(
         left = tl.load(left_at, mask=(at < inner)[:, None] & (row < stop)[None, :], other=0.0)
         right_at = gradient + row[:, None] * gradient_stride + column[None, :] * gradient_step
         right = tl.load(right_at, mask=(row < stop)[:, None] & (column < columns)[None, :], other=0.0)
+        if widens:
+            left, right = left.to(tl.float32), right.to(tl.float32)
         total += tl.dot(left, right, input_precision="ieee")
     into = out + group * group_stride + at[:, None] * inner_stride + column[None, :] * column_stride
     tl.store(into, total.to(out.dtype.element_ty), mask=(at < inner)[:, None] & (column < columns)[None, :])
@@ -107,7 +113,8 @@ def multiply(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         grid = (len(tiles), triton.cdiv(weight.shape[2], COLUMNS))
         table = torch.tensor(tiles, dtype=torch.int64, device=rows.device)
         multiply_kernel[grid](
-            rows, weight, out, table, weight.shape[1], weight.shape[2], *rows.stride(), *weight.stride(), ROWS, COLUMNS, INNER
+            rows, weight, out, table, weight.shape[1], weight.shape[2], *rows.stride(), *weight.stride(), ROWS, COLUMNS, INNER,
+            _widens(rows),
         )  # fmt: skip
     return out
 
@@ -122,9 +129,14 @@ def of_weights(rows: Tensor, gradient: Tensor, counts: Sequence[int], out: Tenso
     if out.numel():
         weight_kernel[grid](
             rows, gradient, out, table, out.shape[1], out.shape[2], *rows.stride(), *gradient.stride(), *out.stride(),
-            ROWS, COLUMNS, INNER,
+            ROWS, COLUMNS, INNER, _widens(rows),
         )  # fmt: skip
     return out
+
+
+def _widens(rows: Tensor) -> bool:
+    """Whether factors become fp32 before they meet: Triton's interpreter multiplies bf16 as if it were integers."""
+    return bool(triton.knobs.runtime.interpret) and rows.dtype == torch.bfloat16
 
 
 class Grouped(torch.autograd.Function):

@@ -38,8 +38,8 @@ class Forgetful(Model):
 
 
 def layers(num: int = 2, **arguments: Any) -> list[nn.Module]:
-    settings = {"capacity_factor": 0.5, "min_capacity": 1, "k": 1, **arguments}
-    return [MoE(WIDTH, FeedForward(), NUM_EXPERTS, ep_size=2, **settings) for _ in range(num)]
+    settings = {"ep_size": 2, "capacity_factor": 0.5, "min_capacity": 1, "k": 1, **arguments}
+    return [MoE(WIDTH, FeedForward(), NUM_EXPERTS, **settings) for _ in range(num)]
 
 
 def watched(rank: int, world_size: int, folder: str, forgets: bool) -> dict[str, Any]:
@@ -75,6 +75,7 @@ def test_the_record_the_line_and_monitors_tell_the_load_of_experts_over_all_rank
     tables = [line["layers"] for line in lines if line["kind"] == "experts"]
     steps = [line["experts"] for line in lines if line["kind"] == "step"]
     assert len(tables) == len(steps) == 3
+    assert lines[0]["params"] == sum(param.numel() for param in Model(layers(ep_size=1)).parameters())
     for step, (table, told) in enumerate(zip(tables, steps, strict=True)):
         chosen = [sum(each["counts"][step][layer] for each in found).tolist() for layer in range(2)]
         kept = list(table.values())
