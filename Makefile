@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-edits test-sequence test-tensor lint format bench native clean
+.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-edits test-sequence test-tensor lint format bench native clean test-wire
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -52,6 +52,11 @@ test-soak: $(INSTALLED)
 	$(BIN)/python -m tests.soak.crash --rounds $(ROUNDS)
 	$(BIN)/python -m tests.soak.errors --rounds $(ROUNDS)
 	$(BIN)/python -m pytest tests/checkpoint/test_damage.py tests/checkpoint/test_durability.py
+
+# Fewer bytes on the wire: every 1-bit optimizer, quantized exchange and resumed run against a simulation in one process.
+test-wire: $(INSTALLED)
+	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/engine/test_onebit.py tests/engine/test_quantized.py tests/comm/test_quantized.py \
+	    tests/comm/test_coalesced.py tests/comm/test_sparse.py tests/comm/test_secondary.py tests/kernels $(PYTEST_ARGS)
 
 # Sequences in parts: 2, 3 and 4 ranks at every stage, packed and padded, odd lengths, batches of three, against one process.
 test-sequence: $(INSTALLED)

@@ -32,8 +32,8 @@ struct QuantizeLoops {
     void (*to_nibbles)(const float* x, uint8_t* q, size_t n, float low, float scale, int offset);
     void (*from_bytes[2])(const uint8_t* q, float* x, size_t n, float low, float scale);  // unsigned, signed
     void (*from_nibbles)(const uint8_t* q, float* x, size_t n, float low, float scale, int offset);
-    void (*add_and_square)(const float* x, float* error, size_t n, double* sums);
-    void (*take_signs)(float* error, uint8_t* bits, size_t n, float scale);
+    void (*square_sums)(const float* x, const float* error, size_t n, double* sums);
+    void (*take_signs)(const float* x, float* error, uint8_t* bits, size_t n, float scale);
     void (*add_signs)(const uint8_t* bits, float* into, size_t n, float scale);
 };
 

@@ -152,7 +152,7 @@ DS_API float ds_compress_signs(const float* x, float* error, uint8_t* bits, int6
     parallel_for(num_tasks(numel), num_threads, [](void* self, int64_t index) {
         Signs& all = *static_cast<Signs*>(self);
         blocks_of(index, all.numel, [&](int64_t at, size_t n) {
-            all.kernels.quantize.add_and_square(all.x + at, all.error + at, n, all.sums + index * kNumLanes);
+            all.kernels.quantize.square_sums(all.x + at, all.error + at, n, all.sums + index * kNumLanes);
         });
     }, &signs);
     double total = 0;
@@ -161,7 +161,7 @@ DS_API float ds_compress_signs(const float* x, float* error, uint8_t* bits, int6
     parallel_for(num_tasks(numel), num_threads, [](void* self, int64_t index) {
         Signs& all = *static_cast<Signs*>(self);
         blocks_of(index, all.numel, [&](int64_t at, size_t n) {
-            all.kernels.quantize.take_signs(all.error + at, all.bits + at / 8, n, all.scale);
+            all.kernels.quantize.take_signs(all.x + at, all.error + at, all.bits + at / 8, n, all.scale);
         });
     }, &signs);
     return signs.scale;

@@ -67,15 +67,66 @@ static void from_nibbles(const uint8_t* __restrict q, float* __restrict x, size_
     }
 }
 
-// error += x, and the squares of the new error, in kNumLanes lanes.
-static void add_and_square(const float* __restrict x, float* __restrict error, size_t n, double* __restrict sums) {
-    for (size_t i = 0; i < n; ++i) error[i] += x[i];
-    add_squares(error, n, sums);
+#ifdef DS_HAS_AVX2
+
+static inline void add_wide(__m256 x, __m256d* lanes) {
+    const __m256d low = _mm256_cvtps_pd(_mm256_castps256_ps128(x)), high = _mm256_cvtps_pd(_mm256_extractf128_ps(x, 1));
+    lanes[0] = _mm256_add_pd(lanes[0], _mm256_mul_pd(low, low));
+    lanes[1] = _mm256_add_pd(lanes[1], _mm256_mul_pd(high, high));
 }
 
-// The signs of 8 elements a byte, the first in the lowest bit, 1 for >= 0; what they do not say stays in `error`. n is a
-// multiple of 8.
-static void take_signs(float* __restrict error, uint8_t* __restrict bits, size_t n, float scale) {
+// The squares of x + error, in kNumLanes lanes. n is a multiple of 8.
+static void square_sums(const float* __restrict x, const float* __restrict error, size_t n, double* __restrict sums) {
+    __m256d lanes[kNumLanes / 4];
+    for (size_t j = 0; j < kNumLanes / 4; ++j) lanes[j] = _mm256_loadu_pd(sums + 4 * j);
+    for (size_t i = 0; i < n; i += kNumLanes) {
+        __builtin_prefetch(x + i + kBlock / 2);
+        __builtin_prefetch(error + i + kBlock / 2);
+        add_wide(_mm256_add_ps(_mm256_loadu_ps(error + i), _mm256_loadu_ps(x + i)), lanes);
+        if (i + 8 < n) add_wide(_mm256_add_ps(_mm256_loadu_ps(error + i + 8), _mm256_loadu_ps(x + i + 8)), lanes + 2);
+    }
+    for (size_t j = 0; j < kNumLanes / 4; ++j) _mm256_storeu_pd(sums + 4 * j, lanes[j]);
+}
+
+// error += x, whose signs are taken, 8 a byte, the first in the lowest bit, 1 for >= 0; what they do not say stays in `error`.
+static void take_signs(const float* __restrict x, float* __restrict error, uint8_t* __restrict bits, size_t n, float scale) {
+    const __m256 size = _mm256_set1_ps(scale), sign = _mm256_set1_ps(-0.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        if (i % 16 == 0) {
+            __builtin_prefetch(x + i + kBlock / 2);
+            __builtin_prefetch(error + i + kBlock / 2, 1);
+        }
+        const __m256 sum = _mm256_add_ps(_mm256_loadu_ps(error + i), _mm256_loadu_ps(x + i));
+        const __m256 is_positive = _mm256_cmp_ps(sum, _mm256_setzero_ps(), _CMP_GE_OQ);
+        bits[i / 8] = static_cast<uint8_t>(_mm256_movemask_ps(is_positive));
+        _mm256_storeu_ps(error + i, _mm256_sub_ps(sum, _mm256_xor_ps(size, _mm256_andnot_ps(is_positive, sign))));
+    }
+}
+
+// into += scale * sign, for the signs of `take_signs`.
+static void add_signs(const uint8_t* __restrict bits, float* __restrict into, size_t n, float scale) {
+    const __m256i places = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+    const __m256 size = _mm256_set1_ps(scale), sign = _mm256_set1_ps(-0.0f);
+    for (size_t i = 0; i < n; i += 8) {
+        const __m256i mine = _mm256_and_si256(_mm256_set1_epi32(bits[i / 8]), places);
+        const __m256 is_positive = _mm256_castsi256_ps(_mm256_cmpeq_epi32(mine, places));
+        const __m256 said = _mm256_xor_ps(size, _mm256_andnot_ps(is_positive, sign));
+        _mm256_storeu_ps(into + i, _mm256_add_ps(_mm256_loadu_ps(into + i), said));
+    }
+}
+
+#else
+
+// The squares of x + error, in kNumLanes lanes. n is a multiple of 8.
+static void square_sums(const float* __restrict x, const float* __restrict error, size_t n, double* __restrict sums) {
+    float added[kBlock];
+    for (size_t i = 0; i < n; ++i) added[i] = error[i] + x[i];
+    add_squares(added, n, sums);
+}
+
+// error += x, whose signs are taken, 8 a byte, the first in the lowest bit, 1 for >= 0; what they do not say stays in `error`.
+static void take_signs(const float* __restrict x, float* __restrict error, uint8_t* __restrict bits, size_t n, float scale) {
+    for (size_t i = 0; i < n; ++i) error[i] += x[i];
     for (size_t i = 0; i < n; i += 8) {
         uint32_t packed = 0;
         for (size_t j = 0; j < 8; ++j) packed |= static_cast<uint32_t>(error[i + j] >= 0) << j;
@@ -92,3 +143,5 @@ static void add_signs(const uint8_t* __restrict bits, float* __restrict into, si
         for (uint32_t j = 0; j < 8; ++j) into[i + j] += float_of(magnitude_bits ^ (~packed >> j & 1) << 31);
     }
 }
+
+#endif

@@ -53,6 +53,16 @@ class CompressedOptimizer(ShardableOptimizer, AveragesItself):
         ]
         return {"class": type(self).__name__, "groups": groups}
 
+    def _warn_unsettled(self, name: str, num_steps: int) -> None:
+        """Say once that a variance stays before it has seen the steps that its own average reaches back over."""
+        beta2 = max(float(group["betas"][1]) for group in self.param_groups)
+        if beta2 < 1 and num_steps * (1 - beta2) < 1:
+            warn_once(
+                f"{type(self).__name__}: {name} = {num_steps}, but with betas[1] = {beta2:g} the variance needs about "
+                f"{round(1 / (1 - beta2))} steps to settle; frozen sooner it is too small, and steps are too large for ever.\n"
+                f"  Set {name} to 15 to 25 % of the run and betas[1] to what settles within it, such as 0.95 for a few hundred steps."
+            )
+
     def _own(self) -> OwnReduction:
         return self.reduction if self.reduction is not None else Alone(self)
 

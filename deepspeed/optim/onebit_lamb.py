@@ -81,6 +81,7 @@ class OnebitLamb(CompressedOptimizer):
             "amsgrad": amsgrad,
         }
         super().__init__(params, defaults, cuda_aware=cuda_aware, backend=comm_backend_name)
+        self._warn_unsettled("freeze_step", self.freeze_step)
 
     @property
     def takes_local(self) -> bool:

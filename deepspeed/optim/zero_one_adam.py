@@ -120,6 +120,7 @@ class ZeroOneAdam(CompressedOptimizer):
             "amsgrad": amsgrad,
         }
         super().__init__(params, defaults, cuda_aware=cuda_aware, backend=comm_backend_name)
+        self._warn_unsettled("var_freeze_step", self.var_freeze_step)
 
     @property
     def freeze_key(self) -> bool:

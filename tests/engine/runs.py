@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,9 @@ from torch import Tensor
 import deepspeed
 import deepspeed.zero.plan as zero_plan
 from tests.models import Batch, build, make_batches, rank_share, to_dtype, total_loss
+
+LONG = pytest.mark.skipif(os.environ.get("DS_TEST_LONG") != "1", reason="the whole matrix: make test-wire")
+"""Of cases that go the same way as one that is always run."""
 
 LR = 3e-3
 EPS = 1e-5

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 
 import deepspeed
 from deepspeed.utils.errors import DeepSpeedConfigError
-from tests.engine.runs import EPS, LR, engine_of, make_config, train, whole_weights
+from tests.engine.runs import EPS, LONG, LR, engine_of, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
 from tests.optim.onebit_oracle import Simulated, onebit_adam, onebit_lamb, zero_one_adam
@@ -33,8 +34,18 @@ def simulated(name: str, world_size: int, accumulation: int, num_steps: int) -> 
     return onebit_adam(model, batches, world_size, freeze_step=FREEZE, lr=LR, eps=EPS, weight_decay=0.01)
 
 
-@pytest.mark.parametrize(("world_size", "accumulation"), [(1, 1), (2, 1), (2, 2), (3, 1)])
-@pytest.mark.parametrize("stage", [0, 1])
+def long_but(short: Sequence[tuple[Any, ...]], every: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """All cases, of which only the short ones are always run."""
+    return [case if case in short else pytest.param(*case, marks=LONG) for case in every]
+
+
+@pytest.mark.parametrize(
+    ("stage", "world_size", "accumulation"),
+    long_but(
+        [(0, 1, 1), (0, 2, 2), (1, 3, 1)],
+        [(stage, *rest) for stage in (0, 1) for rest in ((1, 1), (2, 1), (2, 2), (3, 1))],
+    ),
+)
 def test_onebit_adam_has_the_bits_of_a_simulation_in_one_process(
     stage: int, world_size: int, accumulation: int
 ) -> None:
@@ -55,7 +66,7 @@ def other_config(kind: str, stage: int, world_size: int, **params: Any) -> dict[
     return {**config, "optimizer": {"type": kind, "params": settings}}
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 3])
+@pytest.mark.parametrize("world_size", [pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)])
 def test_zero_one_adam_has_the_bits_of_a_simulation_in_one_process(world_size: int) -> None:
     config = other_config("ZeroOneAdam", 0, world_size, **LOCAL)
     run, *_ = run_ranks(world_size, train, "gpt_tied", config, num_steps=12)
@@ -69,7 +80,7 @@ def test_zero_one_adam_has_the_bits_of_a_simulation_in_one_process(world_size: i
         assert torch.equal(run.weights[name], param.detach()), name
 
 
-@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (0, 2), (1, 2), (1, 3)])
+@pytest.mark.parametrize(("stage", "world_size"), long_but([(0, 2), (1, 3)], [(0, 1), (0, 2), (1, 2), (1, 3)]))
 def test_onebit_lamb_has_the_weights_of_a_simulation_in_one_process(stage: int, world_size: int) -> None:
     config = other_config("OneBitLamb", stage, world_size, freeze_step=FREEZE)
     config["zero_optimization"]["reduce_bucket_size"] = 10**6
@@ -134,8 +145,11 @@ KINDS = {
 
 @pytest.mark.parametrize(
     ("kind", "stage", "before"),
-    [("OneBitAdam", 0, 2), ("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitAdam", 1, 5),
-     ("OneBitLamb", 0, 5), ("OneBitLamb", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 2), ("ZeroOneAdam", 0, 6)],
+    long_but(
+        [("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 6)],
+        [("OneBitAdam", 0, 2), ("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitAdam", 1, 5),
+         ("OneBitLamb", 0, 5), ("OneBitLamb", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 2), ("ZeroOneAdam", 0, 6)],
+    ),
 )  # fmt: skip
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(kind: str, stage: int, before: int, tmp_path: Path) -> None:
     config = other_config(kind, stage, 2, **KINDS[kind])
@@ -206,6 +220,25 @@ def test_a_step_with_nan_on_one_rank_is_skipped_on_all_and_the_errors_stay_clean
     for skipped, is_finite, norm in run_ranks(2, after_the_freeze_with_a_bad_gradient, stage):
         assert (skipped, is_finite) == (1, True)
         assert norm == norm
+
+
+def unsettled(rank: int, world_size: int) -> list[str]:
+    from deepspeed.runtime.fp16.onebit import OnebitAdam, ZeroOneAdam
+    from deepspeed.utils import logging
+
+    said: list[str] = []
+    logging.warn_once.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.logger, "warning", lambda message, *args, **kwargs: said.append(str(message)))
+        params = [torch.nn.Parameter(torch.ones(8))]
+        OnebitAdam(params, freeze_step=60)
+        ZeroOneAdam(params, var_freeze_step=60, betas=(0.9, 0.95))
+    return said
+
+
+def test_a_freeze_before_the_variance_has_settled_is_one_warning_with_the_steps_it_needs() -> None:
+    (said,) = unsettled(0, 1)
+    assert "OnebitAdam: freeze_step = 60, but with betas[1] = 0.999 the variance needs about 1000 steps" in said
 
 
 def settings_differ(rank: int, world_size: int) -> None:

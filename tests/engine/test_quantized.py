@@ -11,7 +11,7 @@ from torch import Tensor
 
 import deepspeed
 from deepspeed.utils.waits import COMMUNICATION
-from tests.engine.runs import Run, engine_of, make_config, train
+from tests.engine.runs import LONG, Run, engine_of, make_config, train
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
 
@@ -33,12 +33,14 @@ def zeropp(world_size: int, accumulation: int = 1, stage: int = 3, **extra: Any)
 @pytest.mark.parametrize(
     ("world_size", "accumulation", "zero"),
     [
-        (2, 1, {"zero_quantized_weights": True}),
+        pytest.param(2, 1, {"zero_quantized_weights": True}, marks=LONG),
         (2, 2, {"zero_quantized_gradients": True}),
         (3, 1, QUANTIZED),
-        (4, 2, {**QUANTIZED, "zero_hpz_partition_size": 2}),
+        pytest.param(4, 2, {**QUANTIZED, "zero_hpz_partition_size": 2}, marks=LONG),
         (4, 1, {**QUANTIZED, "zero_hpz_partition_size": 2, "zeropp_loco_param": {"err_beta": 0.8, "reset_T": 16}}),
-        (2, 1, {**QUANTIZED, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}),
+        pytest.param(
+            2, 1, {**QUANTIZED, "offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}, marks=LONG
+        ),
     ],
 )
 def test_the_loss_is_that_of_plain_stage_3_within_half_a_percent(
