@@ -26,6 +26,7 @@ from torch import Tensor
 
 from deepspeed.activation import checkpoint, non_reentrant_checkpoint
 from deepspeed.config import load_config
+from deepspeed.engine import pipeline_trace
 from deepspeed.engine.build import Parts, Watching
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
@@ -146,6 +147,8 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         finally:
             self.accumulation.is_stepping = False
             self.accumulation.num_micro_batches = self.accumulation.asked
+        if pipeline_trace.is_due(self.global_steps, self._executor.actions, self.monitor):
+            pipeline_trace.tell(self.global_steps, self._executor.actions, self.actions_done, self.mesh, self.monitor)
         return self.agg_train_loss
 
     def _compute(self, num_micro: int) -> None:

@@ -93,6 +93,7 @@ def page_data(record: RunRecord) -> dict[str, Any]:
         "comm": lines,
         "hidden": (record.comm or {}).get("hidden"),
         "experts": record.experts,
+        "pipeline": record.pipeline,
     }
 
 

@@ -7,6 +7,7 @@ it. Read by `deepspeed report` and `deepspeed top`, also while it is being writt
     {"kind": "step", "step": 1, ...} see `step.py` for its fields; seconds, bytes, plain numbers
     {"kind": "event", "name": ...}   what a script logs with `engine.monitor.write_events`
     {"kind": "comm", ...}            the log of collectives so far, where `comms_logger` is on
+    {"kind": "pipeline", "name": "1f1b", "measured": [...], "planned": [...]}   one batch's actions on every rank, now and then
     {"kind": "experts", "layers": {"layers.0": [9, 7]}}    tokens of each expert in one step, now and then
 
 Invariant: a line is complete or not there. Readers skip a last line that is still being written, and anything whose kind
@@ -96,6 +97,8 @@ class RunRecord:
     """The last log of collectives."""
     experts: dict[str, Any] | None = None
     """The last table of tokens per expert."""
+    pipeline: dict[str, Any] | None = None
+    """The last batch of a pipeline that was told."""
     num_starts: int = 0
 
     def add(self, lines: Iterable[str]) -> None:
@@ -117,6 +120,8 @@ class RunRecord:
                 self.comm = entry
             elif kind == "experts":
                 self.experts = entry
+            elif kind == "pipeline":
+                self.pipeline = entry
 
     def series(self, key: str) -> list[tuple[int, float]]:
         """(step, value) of one field, given by a dotted path, where it was written."""

@@ -83,8 +83,10 @@ class Executor:
         self._owed: dict[int, list[Queue]] = {}
         """By stage, what was put off and not run, in the order of micro-batches."""
         self._later = Later(lambda: self._current)
+        self.actions = Actions((), (), 0)
+        """The last list."""
         self.done: list[Done] = []
-        """Of the last list."""
+        """What this rank did of it."""
         self.peak_alive = 0
         """Most micro-batches alive at once on this rank in the last list."""
         self.measures = False
@@ -96,6 +98,7 @@ class Executor:
         """Carry this rank's row out. Raises PipelineError on all ranks of the pipeline if one fails.
 
         drive: goes through the row itself, with something in between; it is given what carries an action out."""
+        self.actions = actions
         self._mail.begin(actions)
         self._alive.clear()
         self._owed.clear()

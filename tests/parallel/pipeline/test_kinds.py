@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,6 +12,8 @@ from torch import nn
 
 import deepspeed
 from deepspeed.engine.pipeline import DualPipeVEngine, PipelineEngine
+from deepspeed.monitor.report import write_report
+from deepspeed.monitor.run_record import read_records
 from deepspeed.parallel.pipeline.instructions import BackwardPass, ForwardPass, PipeInstruction
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.module import DualPipeVModule, PipelineModule
@@ -189,3 +192,29 @@ def test_a_dual_pipe_module_gets_its_own_engine() -> None:
     assert [part["losses"] for part in found] == [expected["losses"]] * 2
     for name, value in joined(found).items():
         assert torch.equal(value, expected["weights"][name])
+
+
+# The report. ---------------------------------------------------------------------------------------------------------
+
+
+def _reported(rank: int, world: int, folder: str) -> None:
+    engine = start(_cut(), config_of(1, schedule="zb-h1", monitor={"run_dir": folder}))
+    train(engine, steps=3)
+    engine.destroy()
+
+
+def test_the_report_draws_the_batch_that_ran_beside_its_plan(tmp_path: Path) -> None:
+    run_ranks(2, _reported, str(tmp_path))
+    (record,) = read_records(tmp_path)
+    told = record.pipeline
+    assert told is not None and (told["step"], told["name"]) == (2, "zb-h1")
+    assert [[action[0] for action in row] for row in told["measured"]] == [
+        [a[0] for a in row] for row in told["planned"]
+    ]
+    assert len(told["measured"]) == 2 and len(told["measured"][0]) == 12
+    for row in told["measured"]:
+        assert all(0 <= start <= end and 0 <= waited <= end - start for _, start, end, waited, _ in row)
+        assert all(before[2] <= after[1] + 1e-6 for before, after in itertools.pairwise(row))
+    waits = {action[0]: action[4] for row in told["measured"] for action in row}
+    assert waits["0F0"] is None and waits["1F0"] == 0 and waits["0I0"] == 1 and waits["0W0"] is None
+    assert '"pipeline":{"kind":"pipeline","step":2' in write_report([tmp_path]).read_text()
