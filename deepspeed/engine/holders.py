@@ -1,7 +1,7 @@
 """What libraries still hold of an engine that has ended: the Trainer's wrapped model, Accelerate's wrapped optimizer.
 
 Called where an engine is destroyed or made. Transformers' Trainer has Accelerate destroy its engine at the beginning of
-each `train()`, and goes on with it: `trainer.model_wrapped` is the engine, so no new one would be made, and an optimizer of the
+each `train()`, and goes on with it: what the Trainer wrapped is the engine, so no new one would be made, and an optimizer of the
 Trainer's own making is the one inside of the engine's. So an engine that ends puts its model in its place there, as
 the Trainer itself does where it looks for a batch size, and an optimizer that was in an ended engine is taken out of it.
 

@@ -339,6 +339,8 @@ _TREE: dict[str, Any] = {
         "min_train_micro_batch_size_per_gpu": 1,
         "num_tuning_micro_batch_sizes": 3,
         "model_info_path": None,
+        "trial_timeout": 1800,
+        "device_memory_gb": None,
         "model_info": {"profile": False, "num_params": None, "hidden_size": None, "num_layers": None},
     },
     "elasticity": {
