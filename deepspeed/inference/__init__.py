@@ -7,6 +7,7 @@ prepare.py      a module cast, and placed on its device
 quantized.py    what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
 tensor.py       over which ranks a model is cut, and that they stay together
+experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights
 weights.py      stored tensors, and reading a part of one
