@@ -31,6 +31,7 @@ from deepspeed.memory.parts import part_of
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
+from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import slot_of
@@ -150,6 +151,11 @@ class Estimator:
             max_reuse_distance=zero.stage3_max_reuse_distance,
             wire_dtype=config.communication_data_type or policy.gradients.dtype,
             state_nbytes=state_nbytes_per_element(optimizer, policy.optimizer.dtype),
+            beside_nbytes=(
+                optimizer.nbytes_beside(world_size, policy.optimizer.is_sharded)
+                if isinstance(optimizer, AveragesItself)
+                else 0.0
+            ),
             given=[_given(param, zero.stage) for param in self._model.parameters()],
         )
         recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)

@@ -83,6 +83,8 @@ class EngineSettings:
     wire_dtype: torch.dtype = torch.float32
     state_nbytes: tuple[float, ...] = (8.0,)
     """Bytes of optimizer state per element, by parameter group; masters aside."""
+    beside_nbytes: float = 0.0
+    """Bytes of state per element of a whole parameter that every rank keeps, sharded or not: a 1-bit optimizer's errors."""
     given: Sequence[Given] = ()
     """What the user's model has, by position of the parameter."""
     max_in_flight: int | None = None
@@ -485,6 +487,7 @@ class Replay:
                 ledger.add(TEMPORARIES, pending[-1])
             if is_first:
                 ledger.add(OPTIMIZER, self._state_nbytes(bucket))
+                ledger.add(OPTIMIZER, int(sum(bucket.layout.numels) * self.settings.beside_nbytes))
         self._release(pending)
         streamed = [bucket for bucket in self.sizes.trained if bucket.places.optimizer is not Tier.DEVICE]
         if streamed:

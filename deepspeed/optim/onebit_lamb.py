@@ -83,6 +83,10 @@ class OnebitLamb(CompressedOptimizer):
         super().__init__(params, defaults, cuda_aware=cuda_aware, backend=comm_backend_name)
         self._warn_unsettled("freeze_step", self.freeze_step)
 
+    def nbytes_beside(self, num_ranks: int, is_sharded: bool) -> float:
+        """See AveragesItself. And a second variance, which goes on: of the run's elements."""
+        return super().nbytes_beside(num_ranks, is_sharded) + 4 / (num_ranks if is_sharded else 1)
+
     @property
     def takes_local(self) -> bool:
         """See AveragesItself."""

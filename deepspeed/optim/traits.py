@@ -166,6 +166,11 @@ class AveragesItself(abc.ABC):
     common: dict[str, Any]
     """What is kept of all parameters together and is each rank's own: errors of one large buffer."""
 
+    def nbytes_beside(self, num_ranks: int, is_sharded: bool) -> float:
+        """Bytes that each of several ranks keeps per element of a whole parameter beside `run_states`, once it averages by itself:
+        errors of both hops, and all of the momentum where the run's is a shard."""
+        return 4 + 4 / num_ranks + (4 if is_sharded else 0) if num_ranks > 1 else 0
+
     @property
     def has_diverged(self) -> bool:
         """Whether weights and momenta are each rank's own at the moment, between two averages."""

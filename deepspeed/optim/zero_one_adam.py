@@ -122,6 +122,10 @@ class ZeroOneAdam(CompressedOptimizer):
         super().__init__(params, defaults, cuda_aware=cuda_aware, backend=comm_backend_name)
         self._warn_unsettled("var_freeze_step", self.var_freeze_step)
 
+    def nbytes_beside(self, num_ranks: int, is_sharded: bool) -> float:
+        """See AveragesItself. And what local steps start from, and their sum."""
+        return super().nbytes_beside(num_ranks, is_sharded) + 8
+
     @property
     def freeze_key(self) -> bool:
         """Whether the variance is frozen and steps are local from the next step on."""

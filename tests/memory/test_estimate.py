@@ -27,7 +27,7 @@ from deepspeed.zero.plan import plan_model
 from deepspeed.zero.policy import Tier
 from tests.engine.runs import engine_of, make_config, small_units
 from tests.harness import run_ranks
-from tests.models import MODELS, WithFrozen, build, example_module
+from tests.models import MODELS, WithFrozen, build, example_module, total_loss
 
 MICRO, SEQ, WIDTH, LAYERS = 24, 64, 192, 4
 WORLD_SIZE = 2
@@ -237,6 +237,33 @@ def test_frozen_parameters_have_no_states() -> None:
     estimate = Estimator(model, batch, device_type="cpu").estimate(make_config(0, micro=4))
     trained = sum(param.numel() for param in model.parameters() if param.requires_grad)
     assert estimate.by_kind["optimizer states"] == 8 * trained
+
+
+def errors_after_the_freeze(rank: int, world_size: int, config: dict[str, Any]) -> int:
+    """Bytes of state of any kind that this rank has after five steps, of which the last is local with 0/1 Adam."""
+    model = build("mlp")
+    with engine_of(model, config) as engine:
+        for _ in range(5):
+            x, y = model.example(6, 0, torch.Generator())
+            engine.backward(total_loss(engine(x, y)))
+            engine.step()
+        return sum(
+            v.nbytes for state in engine.optimizer.state.values() for v in state.values() if isinstance(v, Tensor)
+        )
+
+
+@pytest.mark.parametrize(
+    ("kind", "params"),
+    [("OneBitAdam", {"freeze_step": 2}), ("ZeroOneAdam", {"var_freeze_step": 2, "local_step_scaler": 1})],
+)
+def test_errors_of_one_bit_optimizers_are_counted(kind: str, params: dict[str, Any]) -> None:
+    config = {**make_config(0, micro=6), "optimizer": {"type": kind, "params": {"lr": 1e-3, **params}}}
+    batch = build("mlp").example(6, 0, torch.Generator())
+    estimate = Estimator(build("mlp"), batch, device_type="cpu").estimate(config, world_size=2)
+    found = max(run_ranks(2, errors_after_the_freeze, config))
+    assert estimate.by_kind["optimizer states"] == pytest.approx(
+        found, rel=0.15
+    )  # errors are padded to whole bytes of signs
 
 
 def test_the_model_is_left_as_it_was() -> None:
