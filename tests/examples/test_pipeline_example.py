@@ -23,9 +23,13 @@ def run_example(rank: int, world_size: int, arguments: list[str]) -> list[float]
 
 
 @pytest.mark.parametrize(
-    "arguments", [["--model", "gpt", "--zero", "2"], ["--model", "alexnet", "--schedule", "zb-h1"]]
+    "arguments",
+    [
+        ["--model", "gpt", "--zero", "2", "--schedule", "generated"],
+        ["--model", "alexnet", "--schedule", "zb-h1", "--steps", "12"],
+    ],
 )
 def test_the_example_learns_and_two_stages_tell_one_loss(arguments: list[str]) -> None:
-    first, second = run_ranks(2, run_example, [*arguments, "--steps", "16"])
+    first, second = run_ranks(2, run_example, ["--steps", "16", *arguments])
     assert first == second
     assert sum(first[-3:]) < 0.8 * sum(first[:3])

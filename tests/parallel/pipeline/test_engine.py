@@ -80,8 +80,9 @@ def _with_data_parallel(rank: int, world: int, zeros: list[int]) -> dict[int, An
 
 def test_data_parallel_pipelines_clip_over_all_stages_at_every_zero_stage() -> None:
     expected = train_plain(mlp(), num_ranks=2, clip=0.05)
-    found = run_ranks(4, _with_data_parallel, [0, 1, 2, 3])
-    for zero in range(4):
+    zeros = [0, 1, 2, 3] if LONG else [1, 3]
+    found = run_ranks(4, _with_data_parallel, zeros)
+    for zero in zeros:
         runs = [mine[zero] for mine in found]
         assert all(mine["losses"] == pytest.approx(expected["losses"], rel=1e-6) for mine in runs)
         assert all(mine["norm"] == pytest.approx(expected["norm"], rel=1e-5) for mine in runs)

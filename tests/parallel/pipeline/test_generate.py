@@ -34,7 +34,7 @@ def _named(rank_of: tuple[int, ...], num_micro: int, costs: Costs, limit: float)
 
 def test_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None:
     generator = random.Random(0)
-    for _ in range(500 if LONG else 200):
+    for _ in range(500 if LONG else 80):
         num_ranks, num_micro = generator.randint(1, 6), generator.randint(1, 12)
         rank_of = v_shaped(num_ranks) if generator.random() < 0.3 else looped(num_ranks, num_ranks)
         costs = _costs(generator, len(rank_of))
@@ -80,8 +80,8 @@ def test_a_slow_stage_in_the_middle_is_kept_busy() -> None:
 
 
 def test_many_stages_and_micro_batches_are_a_matter_of_seconds() -> None:
-    costs = _costs(random.Random(1), 32)
-    require_valid(generate(looped(32, 32), 128, costs))
+    costs = _costs(random.Random(1), 16)
+    require_valid(generate(looped(16, 16), 128, costs))
 
 
 def test_no_room_for_one_micro_batch_is_refused_by_rank() -> None:

@@ -43,7 +43,7 @@ def build(family: str, **more: Any) -> Any:
     return transformers.AutoModelForCausalLM.from_config(transformers.AutoConfig.for_model(family, **settings)).float()
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FAMILIES if LONG else ("gpt2", "opt", "granite", "cohere"))
 def test_a_family_is_the_sum_of_its_layers(family: str) -> None:
     model = build(family)
     layers = layers_of(model)
@@ -119,7 +119,7 @@ def _in_model(name: str, weights: dict[str, Tensor]) -> str:
 
 
 def test_cut_models_train_as_the_models_themselves_bit_for_bit() -> None:
-    families = FAMILIES if LONG else ["llama", "qwen3", "gemma3_text"]
+    families = FAMILIES if LONG else ["llama", "gemma3_text"]
     found = run_ranks(2, _train, list(families), timeout=200)
     for family in families:
         losses, weights, is_tied = _train_whole(family)
@@ -149,7 +149,7 @@ def _from_folder(rank: int, world: int, folders: dict[str, str]) -> dict[str, An
 
 
 def test_each_rank_reads_its_own_layers_from_a_folder(tmp_path: Path) -> None:
-    families = FAMILIES if LONG else ("llama", "gemma3_text", "gpt2")
+    families = FAMILIES if LONG else ("llama", "gemma3_text")
     folders, sizes = {}, {}
     for family in families:
         model = build(family, attention_dropout=0.0)

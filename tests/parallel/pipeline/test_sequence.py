@@ -66,7 +66,7 @@ def _train(rank: int, world: int, stages: int, parts: int, zeros: list[int]) -> 
 
 
 def test_parts_of_sequences_in_each_stage_equal_one_process() -> None:
-    zeros = [0, 1, 2, 3] if LONG else [1, 3]
+    zeros = [0, 1, 2, 3] if LONG else [1]
     (expected,) = run_ranks(1, _train, 1, 1, zeros)
     for found in run_ranks(4, _train, 2, 2, zeros):
         for zero, mine, wanted in zip(zeros, found, expected, strict=True):

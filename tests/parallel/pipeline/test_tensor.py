@@ -63,9 +63,9 @@ def _blocks(rank: int, world: int, size: int, stages: int, cases: list[tuple[int
 
 
 def test_described_layers_are_cut_in_width_and_in_depth_at_every_zero_stage() -> None:
-    cases = [(0, "1f1b", False), (1, "zb-h1", True), (3, "1f1b", False)]
+    cases = [(1, "zb-h1", True), (3, "1f1b", False)]
     if LONG:
-        cases += [(zero, schedule, True) for zero in range(4) for schedule in ("gpipe", "zb-h2")]
+        cases += [(zero, schedule, zero > 0) for zero in range(4) for schedule in ("gpipe", "zb-h2")]
     (expected,) = run_ranks(1, _blocks, 1, 1, cases)
     for found in run_ranks(4, _blocks, 2, 2, cases):
         for case, mine, wanted in zip(cases, found, expected, strict=True):
@@ -112,9 +112,17 @@ def _families(rank: int, world: int, size: int, stages: int, families: list[tupl
 
 
 def test_families_of_hugging_face_are_cut_by_their_own_plan_in_each_stage() -> None:
-    families = [("llama", 1), ("gemma3_text", 0)]
+    families = [("gemma3_text", 1)]
     if LONG:
-        families += [("qwen3", 3), ("phi3", 0), ("gpt_neox", 1), ("olmo2", 2), ("granite", 0), ("cohere", 1)]
+        families += [
+            ("llama", 1),
+            ("qwen3", 3),
+            ("phi3", 0),
+            ("gpt_neox", 1),
+            ("olmo2", 2),
+            ("granite", 0),
+            ("cohere", 1),
+        ]
     (expected,) = run_ranks(1, _families, 1, 1, families)
     for found in run_ranks(4, _families, 2, 2, families):
         for family, (losses, norm), (wanted, wanted_norm) in zip(families, found, expected, strict=True):
