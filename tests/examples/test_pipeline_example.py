@@ -26,7 +26,7 @@ def run_example(rank: int, world_size: int, arguments: list[str]) -> list[float]
     "arguments",
     [
         ["--model", "gpt", "--zero", "2", "--schedule", "generated"],
-        ["--model", "alexnet", "--schedule", "zb-h1", "--steps", "12"],
+        ["--model", "alexnet", "--schedule", "zb-h1"],
     ],
 )
 def test_the_example_learns_and_two_stages_tell_one_loss(arguments: list[str]) -> None:
