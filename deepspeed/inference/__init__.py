@@ -14,6 +14,8 @@ weights.py      stored tensors, and reading a part of one
 names.py        which stored tensors make which parameter
 load.py         weights into a module, parameter by parameter
 save.py         save_mp_checkpoint_path
+fused.py        one compiled call per token, beneath the model's own forward
+cache.py        keys and values that grow in place
 limits.py       what is refused before a prompt costs any work
 """
 

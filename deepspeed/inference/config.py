@@ -130,7 +130,7 @@ class DeepSpeedInferenceConfig(Section):
     """All that `init_inference` takes, from `config` and keywords together."""
 
     replace_with_kernel_inject: Annotated[bool, also("replace_with_kernel_inject", "kernel_inject")] = False
-    """Use fused kernels where the model has them; where not, it runs unfused."""
+    """Nothing more: fused steps are used wherever a model fits, without being asked for."""
     dtype: Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(_dump_dtype)] = torch.float16
     """fp16, bf16, fp32; "int8" and "int4" quantize the weights and leave everything else in the model's own dtype. Where it is not
     given and the device has no fp16, the model's own."""

@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.inference import experts, prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
+from deepspeed.inference.fused import fuse, unfuse
 from deepspeed.inference.limits import check_length
 from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
@@ -107,6 +108,8 @@ class InferenceEngine(nn.Module):
             raise
         prepare.place(module, self._config)
         module.eval()
+        if self._ranks is None and prepare.is_on_host(module):
+            fuse(module)
         save(module, self._config, self._rank, self.mp_world_size)
 
     @property
@@ -175,6 +178,7 @@ class InferenceEngine(nn.Module):
         options = {**(compile_kwargs or {}), **kwargs}
         if backend is not None:
             options["backend"] = backend
+        unfuse(self.module)
         self.module.compile(**options)
         self._is_compiled = True
 
@@ -189,11 +193,12 @@ class InferenceEngine(nn.Module):
         return getattr(self.module, "config", self._config)
 
     def destroy(self) -> None:
-        """Give the module back; the engine holds nothing that outlives it."""
+        """Give the module back, with its own forward; the engine holds nothing that outlives it."""
         self._times = None
         if self._experts is not None:
             self._experts.release()
             self._experts = None
+        unfuse(self.module)
         if self._ranks is not None:
             self._ranks.release()
             self._ranks = None
@@ -226,6 +231,5 @@ def _check(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> None:
         )
     if config.enable_cuda_graph:
         warn_once("enable_cuda_graph = true has no effect: forwards are not recorded.")
-    if config.replace_with_kernel_inject:
-        for module in modules:
-            warn_once(f"{type(module).__name__} has no fused kernels here: it runs unfused.")
+    if config.replace_with_kernel_inject and config.tensor_parallel.tp_size > 1:
+        warn_once("replace_with_kernel_inject has no effect over ranks: parts of layers run unfused.")

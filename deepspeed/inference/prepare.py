@@ -88,3 +88,8 @@ def place(module: nn.Module, config: DeepSpeedInferenceConfig) -> None:
         module.to_empty(device=torch.device(get_accelerator().current_device_name()))
     if not config.keep_module_on_host:
         module.to(torch.device(get_accelerator().current_device_name()))
+
+
+def is_on_host(module: nn.Module) -> bool:
+    """Whether all parameters are in main memory."""
+    return all(param.device.type == "cpu" for param in module.parameters())

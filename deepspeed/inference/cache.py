@@ -1,0 +1,80 @@
+"""A cache of keys and values that grows in place, for decoding: Hugging Face's dynamic cache, without a copy for each token.
+
+`adopt` turns the layers of a cache that Hugging Face's `generate` made into these at the first token that is decoded, keeping what is in
+them; everything else that is done to a cache (reordering beams, cropping, repeating) is theirs. What those leave behind is
+copied into the buffer again before the next token.
+
+Invariant: `keys` and `values` are what Hugging Face's layer would hold; where they are the buffers' beginning, nothing is copied.
+A row is a sequence: another scheduler may hand in rows of its own, with ranges that say which positions each sees.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+STEP = 256
+"""Positions that a buffer grows by at least; it grows by half where that is more."""
+
+
+class GrowingLayer(DynamicLayer):
+    """One layer's keys and values, in buffers [batch, heads, capacity, dim]."""
+
+    keys: Any
+    values: Any
+    buffers: tuple[Tensor, Tensor] | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Append; what is held then."""
+        if not self.is_initialized or self.keys is None or self.keys.dim() != 4:
+            found: Any = super().update(key_states, value_states, *args, **kwargs)
+            return found
+        length, more = self.keys.shape[-2], key_states.shape[-2]
+        keys, values = self.room(more)
+        keys[:, :, length : length + more] = key_states
+        values[:, :, length : length + more] = value_states
+        self.grow_to(length + more)
+        return self.keys, self.values
+
+    def room(self, more: int) -> tuple[Tensor, Tensor]:
+        """The buffers, beginning with what is held, with room for so many positions more."""
+        held = self.keys, self.values
+        length = held[0].shape[-2]
+        own = self.buffers
+        is_ours = own is not None and held[0].data_ptr() == own[0].data_ptr() and held[0].shape[0] == own[0].shape[0]
+        if own is None or not is_ours or own[0].shape[-2] < length + more:
+            capacity = length + more + max(STEP, (length + more) // 2)
+            made = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in held]
+            for new, part in zip(made, held, strict=True):
+                new[:, :, :length] = part
+            own = self.buffers = made[0], made[1]
+            self.grow_to(length)
+        return own
+
+    def grow_to(self, length: int) -> None:
+        """Hold the first so many positions of the buffers."""
+        assert self.buffers is not None, "room() makes them"
+        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+
+
+def adopt(cache: Any) -> list[GrowingLayer] | None:
+    """The layers of a cache as growing ones, of one length; None for caches of other kinds, and empty ones."""
+    if type(cache) is not DynamicCache:
+        return None
+    for index, layer in enumerate(cache.layers):
+        if type(layer) is DynamicLayer and layer.is_initialized:
+            made = GrowingLayer()
+            made.__dict__.update(layer.__dict__)
+            cache.layers[index] = made
+    layers = [layer for layer in cache.layers if type(layer) is GrowingLayer and layer.is_initialized]
+    return layers if len(layers) == len(cache.layers) and _are_alike(layers) else None
+
+
+def _are_alike(layers: list[GrowingLayer]) -> bool:
+    first = layers[0].keys if layers else None
+    return first is not None and all(
+        layer.keys.shape == first.shape == layer.values.shape and layer.keys.dtype is torch.float32 for layer in layers
+    )
