@@ -239,7 +239,7 @@ def _build_zero(
         undo.callback(parameter_offload.close)
     completed = hooks.bucket_completed if hooks is not None else None
     reducer = assemble.make_reducer(config, mesh, placing, built.masters, accumulation.should_reduce, completed)
-    reducer.set_order(assemble.order_of_backward(model, built.masters))
+    reducer.rounds.set_order(assemble.order_of_backward(model, built.masters))
     undo.callback(reducer.close)
     optimizer = None
     if basic is not None:

@@ -100,7 +100,8 @@ class Conductor:
         """After the first step, launch reductions in the order in which the first rank's gradients arrived."""
         if not self._knows_order:
             self._knows_order = True
-            self._reducer.set_order(self._mesh.gather_objects("average", self._reducer.completion_order())[0])
+            rounds = self._reducer.rounds
+            rounds.set_order(self._mesh.gather_objects("average", rounds.completion_order())[0])
 
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what was put away, if anything."""

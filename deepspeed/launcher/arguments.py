@@ -54,6 +54,24 @@ def make_parser() -> argparse.ArgumentParser:
         "--master_port", type=int, help=f"rank 0's port; by default {DEFAULT_PORT}, or a free one if it is taken"
     )
     meet.add_argument("--master_addr", default="", help="rank 0's host; by default found out")
+    _add_several_machines(parser)
+    add_elastic_arguments(parser, "--elastic_training")
+    parser.add_argument("--run_dir", type=Path, help="folder of the run's record; sets DS_RUN_DIR for the ranks")
+    parser.add_argument("--save_pid", action="store_true", help="write our process id to <tmp>/<id>.deepspeed")
+    parser.add_argument(
+        "--autotuning",
+        metavar="{tune,run}",
+        type=_autotuning_word,
+        default="",
+        help="search for the fastest configuration of the script; run: then train with it",
+    )
+    add_job_arguments(parser)
+    parser.add_argument("user_script", help="what to start")
+    parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments")
+    return parser
+
+
+def _add_several_machines(parser: argparse.ArgumentParser) -> None:
     multi = parser.add_argument_group("several machines")
     multi.add_argument("--launcher", default="pdsh", help=f"one of {', '.join(STARTERS)} (%(default)s)")
     multi.add_argument("--launcher_args", default="", help="more arguments for that launcher, as one string")
@@ -84,20 +102,6 @@ def make_parser() -> argparse.ArgumentParser:
         metavar="S",
         help=f"seconds for all hosts to come up (default {START_S:g}; 600 with --no_ssh)",
     )
-    add_elastic_arguments(parser, "--elastic_training")
-    parser.add_argument("--run_dir", type=Path, help="folder of the run's record; sets DS_RUN_DIR for the ranks")
-    parser.add_argument("--save_pid", action="store_true", help="write our process id to <tmp>/<id>.deepspeed")
-    parser.add_argument(
-        "--autotuning",
-        metavar="{tune,run}",
-        type=_autotuning_word,
-        default="",
-        help="search for the fastest configuration of the script; run: then train with it",
-    )
-    add_job_arguments(parser)
-    parser.add_argument("user_script", help="what to start")
-    parser.add_argument("user_args", nargs=argparse.REMAINDER, help="its arguments")
-    return parser
 
 
 def parse_args(args: Sequence[str] | None = None) -> argparse.Namespace:

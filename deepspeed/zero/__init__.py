@@ -24,7 +24,7 @@
     away       states put away between steps       parameter_offload   hooks, as libraries handle them
     generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
-    last_hook  takes gradients after the script's own hooks
+    last_hook  takes gradients after the script's own hooks    on_wire   reductions under way
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

@@ -15,13 +15,13 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.utils.errors import ShardError, TrainingStateError
+from deepspeed.zero.bucket import Bucket, num_views
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS
 
 if TYPE_CHECKING:
-    from deepspeed.zero.bucket import Bucket
     from deepspeed.zero.optimizer import Master, ZeroOptimizer
 
 
@@ -84,7 +84,7 @@ class GatheredParameters:
                     bucket.hold()
                 for bucket in self._buckets:
                     bucket.finish_unshard()
-            self._num_views = [bucket.num_views() for bucket in self._buckets]
+            self._num_views = [num_views(bucket) for bucket in self._buckets]
 
     @torch.no_grad()
     def __exit__(
@@ -92,10 +92,10 @@ class GatheredParameters:
     ) -> None:
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
-        for bucket, num_views in zip(self._buckets, self._num_views, strict=True):
+        for bucket, num_before in zip(self._buckets, self._num_views, strict=True):
             bucket.let_go()
             if bucket.holders == 0:
-                if bucket.num_views() > num_views:
+                if num_views(bucket) > num_before:
                     bucket.leave_full()
                 bucket.reshard()
         self._buckets = []

@@ -46,6 +46,11 @@ def is_view(param: Tensor, view: Tensor) -> bool:
     )
 
 
+def num_views(bucket: Bucket) -> int:
+    """Tensors that share the memory of a bucket's `full`."""
+    return torch._C._storage_Use_Count(bucket.full.untyped_storage()._cdata)
+
+
 class BucketState(enum.Enum):
     """What a bucket's parameters are at the moment."""
 
@@ -210,8 +215,8 @@ class Bucket(FlatSpace):
         """Let go of the parameters that another bucket has taken over (see zero.build); the others stay."""
         pairs = zip(self.params, self.views, strict=True)
         kept = [(param, view) for param, view in pairs if (slot := slot_of(param)) and slot.bucket is self]
-        self.gone = set(range(len(self.names))) - {slot.index for param, _ in kept if (slot := slot_of(param))}
-        self.params, self.views = [param for param, _ in kept], [view for _, view in kept]
+        self.keep([param for param, _ in kept])
+        self.views = [view for _, view in kept]
         if not kept:
             self.rest.release()
 
@@ -320,12 +325,10 @@ class Bucket(FlatSpace):
             param.data = self._empty_like(view)
         self._set_class(ShardedParameter)
         if not self.keeps_storage:
+            if not self.full.untyped_storage().resizable():
+                self.leave_full()  # `numpy()` of a parameter pins the memory down for good
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
-
-    def num_views(self) -> int:
-        """Tensors that share the memory of `full`."""
-        return torch._C._storage_Use_Count(self.full.untyped_storage()._cdata)
 
     def leave_full(self) -> None:
         """Before `reshard`: leave the memory of `full` to those who kept views of it (a state dict made inside a gather, a
@@ -349,7 +352,7 @@ class Bucket(FlatSpace):
             if type(param) in (ZeroParameter, ShardedParameter):
                 param.__class__ = nn.Parameter
             del param._zero_slot  # type: ignore[attr-defined]
-        self.params = []
+        self.params.clear()
 
     def __repr__(self) -> str:
         first = self.names[0] if self.names else "-"

@@ -31,7 +31,7 @@ from deepspeed.mesh import data_parallel_mesh
 from deepspeed.tiers import Rest, Tier
 from deepspeed.utils.errors import NotAvailableError
 from deepspeed.zero import param as zero_param
-from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.bucket import Bucket, num_views
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.offload import make_placing, open_on_all_ranks, param_tier
 from deepspeed.zero.param import slot_of
@@ -194,14 +194,14 @@ class Init:
     def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
         self._settle(only_unused=True)
         bucket.unshard()
-        self._touched.setdefault(bucket, bucket.num_views())
+        self._touched.setdefault(bucket, num_views(bucket))
         return True
 
     @torch.no_grad()
     def _settle(self, only_unused: bool = False) -> None:
         """Reshard what initialisation code touched, with the first rank's values; or of that, what it let go of."""
         for bucket, num_own_views in list(self._touched.items()):
-            is_viewed = bucket.num_views() > num_own_views
+            is_viewed = num_views(bucket) > num_own_views
             if bucket.holders or (only_unused and is_viewed):
                 continue
             del self._touched[bucket]

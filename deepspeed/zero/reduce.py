@@ -20,29 +20,20 @@ After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's Dis
 from __future__ import annotations
 
 import contextlib
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import nn
 
-from deepspeed.comm.exchange import Pending
 from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
 from deepspeed.zero.last_hook import LastHook
+from deepspeed.zero.on_wire import OnWire
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
-
-
-class InFlight(NamedTuple):
-    """A reduction on the wire; `gradients` keeps its buffer until `pending` has been waited for."""
-
-    gradients: Gradients
-    pending: Pending
 
 
 class Reducer:
@@ -64,7 +55,8 @@ class Reducer:
         on_complete: Callable[[Bucket], None] | None = None,
     ) -> None:
         self.pool = pool
-        self._rounds: Rounds[Gradients] = Rounds()
+        self.rounds: Rounds[Gradients] = Rounds()
+        """The order in which buckets are launched; to be set the same on every rank."""
         self._hooks: list[LastHook] = []
         self._early: list[tuple[Gradients, int, nn.Parameter]] = []
         """Gradients that hooks of the script were yet to see when ours ran."""
@@ -81,30 +73,29 @@ class Reducer:
         self._shown = ShownGradients()
         self._assigned: list[Assigned] | None = None
         """Of the step that is under way."""
-        self._max_in_flight = max_in_flight
         self._overlap = overlap
         self._should_reduce = should_reduce
         self._on_complete = on_complete
         self._num_holds = 0
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
-        self._in_flight: deque[InFlight] = deque()
+        self._on_wire = OnWire(max_in_flight)
         self.add(gradients)
 
     def add(self, gradients: Sequence[Gradients]) -> None:
         """Take these too; they are launched after those that are here. The same on every rank."""
-        self._rounds.add(gradients)
+        self.rounds.add(gradients)
         self._hooks += [LastHook(self, own, i, param) for own in gradients for i, param in enumerate(own.bucket.params)]
 
     @property
     def gradients(self) -> list[Gradients]:
         """Of every bucket, in the order of masters."""
-        return self._rounds.members
+        return self.rounds.members
 
     @property
     def order(self) -> list[Gradients]:
         """The same in the order in which they are launched."""
-        return self._rounds.order
+        return self.rounds.order
 
     # Gradients arrive. ---------------------------------------------------------------------------------------------
 
@@ -170,7 +161,7 @@ class Reducer:
 
     def _complete(self, gradients: Gradients) -> None:
         """A bucket has all of its gradients."""
-        self._wait_for(gradients)
+        self._on_wire.end(gradients)
         if self._num_holds:
             gradients.lay_down()
             self._held[gradients] = None
@@ -180,11 +171,11 @@ class Reducer:
         if not self._leaves(gradients):
             gradients.lay_down()
             return
-        if self._rounds.had_turn(gradients):
+        if self.rounds.had_turn(gradients):
             self.flush()  # it was launched in this round: end that one, and begin the next with what came since
-        self._rounds.fill(gradients)
+        self.rounds.fill(gradients)
         if self._overlap:
-            for due in self._rounds.due():
+            for due in self.rounds.due():
                 self._launch(due)
 
     def _leaves(self, gradients: Gradients) -> bool:
@@ -236,26 +227,13 @@ class Reducer:
         self.has_stood_in = not was_seen and (self.has_stood_in or not self.saw_backward)
         self.saw_backward = self.saw_micro_batch = self._is_owed = True
 
-    def _wait_for(self, gradients: Gradients) -> None:
-        """Have a flat buffer that stays off the wire before it is written again."""
-        while gradients.is_whole and any(other.gradients is gradients for other in self._in_flight):
-            self._wait_oldest()
-
     def _launch(self, gradients: Gradients) -> None:
-        self._wait_for(gradients)
+        self._on_wire.end(gradients)
         if gradients.arrivals.has_any or not gradients.has_local:
             gradients.lay_down()
         if gradients.reduction.when is When.NEVER:
             return
-        while self._in_flight and (self._in_flight[0].pending.is_done or len(self._in_flight) >= self._max_in_flight):
-            self._wait_oldest()
-        with torch.profiler.record_function("zero.reduce"):
-            self._in_flight.append(InFlight(gradients, gradients.start_reduce()))
-
-    def _wait_oldest(self) -> None:
-        gradients, pending = self._in_flight.popleft()
-        pending.wait()
-        gradients.finish_reduce()
+        self._on_wire.start(gradients)
 
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective; while a backward is
@@ -264,21 +242,21 @@ class Reducer:
         if self._num_holds:
             self._keep()
             return
-        has_begun = self._rounds.has_begun
+        has_begun = self.rounds.has_begun
         is_owed, self._is_owed = self._is_owed, False
         if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
             if has_begun or any(self._leaves(gradients) for gradients in self.order):
-                for gradients in self._rounds.rest():
+                for gradients in self.rounds.rest():
                     self._launch(gradients)
             else:
                 self._keep()
-        self._rounds.end()
+        self.rounds.end()
 
     def _keep(self) -> None:
         """Lay down what arrived; it stays on the rank."""
         for gradients in self.order:
             if gradients.arrivals.has_any:
-                self._wait_for(gradients)
+                self._on_wire.end(gradients)
                 gradients.lay_down()
 
     def finish(self) -> None:
@@ -286,17 +264,15 @@ class Reducer:
         assert not self._num_holds, "the step is inside of a backward that is held open (Reducer.hold)"
         self.left_out = self._shown.adopt()
         self.flush()
-        in_flight = {id(gradients) for gradients, _ in self._in_flight}
         for gradients in self.order:
             is_owed = gradients.is_whole and (gradients.has_local or not gradients.is_reduced)
             if gradients.reduction.when is When.NEVER and is_owed:
                 if not gradients.has_local:
                     gradients.lay_down()
                 gradients.keep_local()
-            elif is_owed and id(gradients) not in in_flight:
+            elif is_owed and not self._on_wire.has(gradients):
                 self._launch(gradients)
-        while self._in_flight:
-            self._wait_oldest()
+        self._on_wire.end_all()
         for gradients in self.order:
             gradients.settle()
         for assigned in self.assigned():
@@ -341,13 +317,12 @@ class Reducer:
         for assigned in self.assigned():
             assigned.param.grad = None
         self._assigned = None
-        while self._in_flight:
-            self._wait_oldest()
+        self._on_wire.end_all()
         self._shown.close()
         self.left_out = []
         for gradients in self.gradients:
             gradients.drop()
-        self._rounds.end()
+        self.rounds.end()
         self._held.clear()
         self.saw_backward = self.has_stood_in = False
 
@@ -358,16 +333,6 @@ class Reducer:
         for gradients in self.gradients:
             if gradients.reduction.when is before:
                 gradients.reduction = replace(gradients.reduction, when=after)
-
-    # The order. ----------------------------------------------------------------------------------------------------
-
-    def completion_order(self) -> list[int]:
-        """Bucket positions in the order in which they filled since the last call; those that did not, last."""
-        return self._rounds.completion_order()
-
-    def set_order(self, order: Sequence[int]) -> None:
-        """Launch in this order from the next round on; must be the same on every rank."""
-        self._rounds.set_order(order)
 
     def close(self) -> None:
         """Forget gradients, remove the hooks, free the memory that was kept for reuse."""

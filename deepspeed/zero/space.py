@@ -81,6 +81,11 @@ class FlatSpace:
             else:
                 self.gone.add(slot.index)
 
+    def keep(self, params: Sequence[nn.Parameter]) -> None:
+        """The others have moved to another bucket."""
+        self.params = list(params)
+        self.gone = set(range(len(self.names))) - {slot.index for param in params if (slot := slot_of(param))}
+
     def name_of(self, param: nn.Parameter) -> str:
         """The name that the model has for a parameter."""
         slot = slot_of(param)

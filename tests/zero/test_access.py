@@ -298,8 +298,11 @@ def kept_views(rank: int, world_size: int) -> None:
         state, made = {}, None
         batch = make_batches(engine.module, num_steps=1, accumulation=1, samples=2)[0][0]
         loss = total_loss(engine(*batch))
+        with GatheredParameters(weight):
+            numbers = weight.detach().numpy().copy()  # the array that is dropped here has pinned the memory down
         with GatheredParameters(engine.module.parameters()):
             expected = {name: param.clone() for name, param in engine.module.named_parameters()}
+            assert numbers.tolist() == weight.tolist()
             state = engine.module.state_dict()
             made = nn.Parameter(weight)
             assert isinstance(made, nn.Parameter) and not hasattr(made, "ds_id") and torch.equal(made, weight)

@@ -274,10 +274,10 @@ def test_the_order_of_launches_is_the_one_that_was_set(when: When) -> None:
     run = Run(when)
     run.backward("c b a")
     run.reducer.finish()
-    order = run.reducer.completion_order()
+    order = run.reducer.rounds.completion_order()
     assert order == [2, 1, 0]
     run.reducer.drop()
     run.text()
-    run.reducer.set_order(order)
+    run.reducer.rounds.set_order(order)
     run.backward("a b c")
     assert run.text() == "c b a"
