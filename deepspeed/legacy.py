@@ -44,7 +44,7 @@ _PIPE_MODULE = {
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SPARSE = "compression", "sparse attention"
-_SP = "deepspeed.parallel.sequence"
+_SP, _TENSOR = "deepspeed.parallel.sequence", "deepspeed.parallel.tensor"
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.constants": {_CONSTANTS: ""},
@@ -273,16 +273,22 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.inference.v2.ragged": _later(_INFERENCE, "DSStateManagerConfig DSStateManager"),
     "deepspeed.module_inject": _later(_INFERENCE, "replace_transformer_layer revert_transformer_layer"),
-    "deepspeed.module_inject.layers": _later(
-        _AUTOTP,
-        "LinearAllreduce LinearLayer LmHeadLinearAllreduce GatherReplacedLayerParams EmbeddingLayer Normalize",
-    ),
+    "deepspeed.module_inject.layers": {
+        **invert(
+            {
+                f"{_TENSOR}.by_hand": "LinearAllreduce LinearLayer LinearAllreduceWithReplicatedInput LmHeadLinearAllreduce "
+                "GatherReplacedLayerParams",
+                f"{_TENSOR}.requested": "set_autotp_mode is_autotp_training_mode",
+            }
+        ),
+        **_later(_AUTOTP, "EmbeddingLayer Normalize"),
+    },
     "deepspeed.module_inject.policy": _later(_INFERENCE, "transpose DSPolicy TransformerPolicy"),
     "deepspeed.module_inject.replace_policy": _later(
         _INFERENCE, "HFGPT2LayerPolicy HFBertLayerPolicy HFGPTJLayerPolicy"
     ),
-    "deepspeed.module_inject.tp_shard": _later(_AUTOTP, "get_shard_size get_shard_size_list"),
-    "deepspeed.utils.tp_shard": invert({"deepspeed.module_inject.tp_shard": "get_shard_size get_shard_size_list"}),
+    "deepspeed.module_inject.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),
+    "deepspeed.utils.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),
     "deepspeed.compile": {},
     "deepspeed.compile.passes": {},
     "deepspeed.compile.passes.offload_adam_states": _later(

@@ -10,5 +10,6 @@ head.py          logits that stay cut over the vocabulary, and their loss
 surround.py      hooks around modules that are no layers
 apply.py         cuts a model in place
 inputs.py        whether the ranks get the same data
+by_hand.py       layers that scripts cut themselves
 requested.py     what `tp_model_init` was told
 """

@@ -39,7 +39,7 @@ from deepspeed.parallel.tensor.layers import (
     kind_for,
     turn,
 )
-from deepspeed.parallel.tensor.rules import Action
+from deepspeed.parallel.tensor.rules import FUSED_NAMES, Action
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 _DIM = ROLES["tensor"][0]
@@ -259,6 +259,12 @@ class _Plan:
         around = self._attention(name) if decision.action in (*_COLUMNS, *_ROWS) else None
         heads = around[1] if around is not None else None
         size = int(_shape(weight)[0 if is_column else 1])
+        is_fused = name.rpartition(".")[2] in FUSED_NAMES and decision.action is Action.COLUMN
+        if heads is not None and heads.copies_kv and is_fused:
+            raise DeepSpeedConfigError(
+                f"{name} has {heads.num_kv} key heads in one layer with their queries, fewer than tensor_parallel.autotp_size = "
+                f"{self.ranks.size}.\n  Choose a size of at most {heads.num_kv}."
+            )
         if heads is not None and decision.action is Action.COLUMN and heads.copies_kv and _is_kv(name):
             self._copied_head(module, heads)
         else:

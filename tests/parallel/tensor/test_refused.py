@@ -11,6 +11,7 @@ import deepspeed
 from deepspeed.parallel.tensor import requested
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.harness import run_ranks
+from tests.parallel.tensor.families import FAMILIES
 from tests.parallel.tensor.models import small
 from tests.parallel.tensor.runs import config
 
@@ -73,6 +74,11 @@ def refuse_heads(rank: int, world_size: int) -> None:
     asked = {**config(2), TP: {"autotp_size": 2, "vocab_parallel_lm_head": True}}
     with pytest.raises(ValueError, match="has no head that get_output_embeddings"):
         deepspeed.initialize(model=small("llama").model, config=asked)
+    family, changes = FAMILIES["falcon, several heads"]
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"query_key_value has 1 key heads in one layer with their queries, fewer than"
+    ):
+        deepspeed.initialize(model=small(family, **{**changes, "num_kv_heads": 1}), config=config(2))
     stripes = small(
         "codegen", n_embd=60, n_head=6, rotary_dim=4, n_layer=1, n_inner=48, **dict.fromkeys(NOT_ITS, "none")
     )
