@@ -40,7 +40,12 @@ def load(name: str | None) -> tuple[Any, Any]:
         model = transformers.AutoModelForCausalLM.from_pretrained(name, dtype=torch.float32)
         return model, transformers.AutoTokenizer.from_pretrained(name)
     torch.manual_seed(0)
-    sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes: dict[str, Any] = {
+        "hidden_size": 128,
+        "intermediate_size": 256,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+    }
     config = transformers.LlamaConfig(vocab_size=256, eos_token_id=None, pad_token_id=0, bos_token_id=1, **sizes)
     return transformers.LlamaForCausalLM(config), Bytes()
 
