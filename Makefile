@@ -11,7 +11,7 @@ BIN := .venv/bin
 INSTALLED := .venv/installed
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-edits test-sequence test-tensor lint format bench native clean test-wire
+.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-autotuning test-edits test-sequence test-tensor lint format bench native clean test-wire
 
 demo: $(INSTALLED)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -73,6 +73,10 @@ test-pairs: $(INSTALLED)
 # Layers cut over ranks: 34 families on 2, 3 and 4 ranks against one process, every plan of Transformers, a thousand steps.
 test-tensor: $(INSTALLED)
 	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/parallel/tensor $(PYTEST_ARGS)
+
+# The autotuner and the planner, with real trials of real scripts.
+test-autotuning: $(INSTALLED)
+	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/autotuning tests/planner tests/memory/test_scaling.py $(PYTEST_ARGS)
 
 # Scripts that edit their model while it trains, as many as ROUNDS says, against plain PyTorch.
 test-edits: $(INSTALLED)

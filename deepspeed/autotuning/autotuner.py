@@ -33,10 +33,20 @@ from deepspeed.autotuning.prior import prior_seconds
 from deepspeed.autotuning.progress import Progress
 from deepspeed.autotuning.resources import ResourceManager, is_better, launcher_flags, value_of
 from deepspeed.autotuning.script import TRAINER, find_script
-from deepspeed.autotuning.space import ACCUMULATION, MICRO, STAGE, TRAIN, Candidate, Question, candidates, listed
+from deepspeed.autotuning.space import (
+    ACCUMULATION,
+    MICRO,
+    SEQUENCE,
+    STAGE,
+    TRAIN,
+    Candidate,
+    Question,
+    candidates,
+    listed,
+)
 from deepspeed.autotuning.tuners import TUNERS, ModelBasedTuner, Tuner
 from deepspeed.config import check_available, load_config, read_config
-from deepspeed.config.dotted import with_values
+from deepspeed.config.dotted import get_at, with_values
 from deepspeed.config.tuning import AutotuningConfig
 from deepspeed.engine.probe import CANDIDATES
 from deepspeed.utils.errors import DeepSpeedError
@@ -150,7 +160,7 @@ class Autotuner:
                 "name": c.name,
                 "micro": c.micro,
                 "rest": c.rest,
-                "data_parallel": c.data_parallel // self.section.mp_size or 1,
+                "data_parallel": c.data_parallel * int(get_at(c.apply(self.config), SEQUENCE) or 1),
                 "overrides": c.overrides(),
             }
             for c in self.candidates

@@ -13,6 +13,10 @@ from pathlib import Path
 
 COMMANDS: dict[str, str] = {
     "estimate": "deepspeed.memory.cli",
+    "doctor": "deepspeed.planner.doctor",
+    "max-batch": "deepspeed.planner.largest",
+    "max-model": "deepspeed.planner.largest_model",
+    "plan": "deepspeed.planner.cli",
     "report": "deepspeed.monitor.report",
     "top": "deepspeed.monitor.top",
 }

@@ -17,7 +17,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -35,7 +35,7 @@ from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import slot_of
-from deepspeed.zero.plan import plan_model
+from deepspeed.zero.plan import ModelPlan, plan_model
 from deepspeed.zero.policy import Tier
 
 ASSUMED_OPTIMIZER = "AdamW"
@@ -93,6 +93,15 @@ def as_call(batch: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
     return (tuple(batch), {}) if isinstance(batch, (tuple, list)) else ((batch,), {})
 
 
+class Played(NamedTuple):
+    """An engine to be played: what the model does, its buckets, the settings that decide about memory."""
+
+    trace: Trace
+    plan: ModelPlan
+    settings: EngineSettings
+    notes: Sequence[str]
+
+
 class Estimator:
     """Estimates of one model and batch shape; traces are kept and shared by all configurations that compute alike."""
 
@@ -121,9 +130,28 @@ class Estimator:
         plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`. bounds: play the
         fast network too; without, `low_nbytes` is the peak.
         """
+        config = config if isinstance(config, Config) else load_config(config)
+        made = self.engine(config, world_size=world_size, plan=plan)
+
+        def play(settings: EngineSettings) -> Ledger:
+            return Replay(made.trace, made.plan, settings).run()
+
+        recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)
+        return Estimate(
+            world_size=world_size,
+            stage=config.zero_optimization.stage,
+            dtype=made.settings.policy.parameters.dtype,
+            recompute=recompute,
+            ledger=(played := play(made.settings)),
+            fast_network=play(dataclasses.replace(made.settings, max_in_flight=1)) if bounds else played,
+            num_params=sum(param.numel() for param in made.trace.params),
+            notes=made.notes,
+        )
+
+    def engine(self, config: Config, *, world_size: int, plan: Sequence[Recompute] | None = None) -> Played:
+        """What an engine of this configuration would be made of, to be played (`memory.replay`)."""
         if world_size < 1:
             raise DeepSpeedError(f"world_size = {world_size}: a prediction needs at least one rank.\n  Give 1 or more.")
-        config = config if isinstance(config, Config) else load_config(config)
         parts = config.sequence_parallel_size or 1
         if world_size % parts:
             raise DeepSpeedError(f"sequence_parallel_size = {parts} does not divide world_size = {world_size}.")
@@ -134,11 +162,6 @@ class Estimator:
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
         placing = make_placing(config, policy, torch.device(self.device_type))
-        groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
-
-        def play(settings: EngineSettings) -> Ledger:
-            return Replay(trace, plan_model(trace.model, groups, placing, limits, shard_size), settings).run()
-
         settings = EngineSettings(
             placing=placing,
             shard_size=shard_size,
@@ -158,17 +181,8 @@ class Estimator:
             ),
             given=[_given(param, zero.stage) for param in self._model.parameters()],
         )
-        recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)
-        return Estimate(
-            world_size=world_size,
-            stage=zero.stage,
-            dtype=policy.parameters.dtype,
-            recompute=recompute,
-            ledger=(played := play(settings)),
-            fast_network=play(dataclasses.replace(settings, max_in_flight=1)) if bounds else played,
-            num_params=sum(param.numel() for param in trace.params),
-            notes=notes,
-        )
+        groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
+        return Played(trace, plan_model(trace.model, groups, placing, limits, shard_size), settings, notes)
 
     def trace(self, config: Config, plan: Sequence[Recompute] | None = None) -> Trace:
         """The step that is predicted from; kept."""

@@ -1,0 +1,188 @@
+"""`deepspeed plan MODEL --cluster FILE`: which layout of a cluster is the fastest for a model, before there is one.
+
+MODEL is what `deepspeed estimate` takes: a Hugging Face config.json (or its folder), or `file.py:function`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from deepspeed.memory.cli import build
+from deepspeed.planner.cluster import GB, Cluster, read_cluster
+from deepspeed.planner.layouts import Plan, evaluate
+from deepspeed.planner.page import write_page
+from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
+from deepspeed.planner.shape import ModelShape, shape_of
+from deepspeed.utils.dtypes import parse_dtype
+from deepspeed.utils.errors import DeepSpeedError
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(
+        prog="deepspeed plan",
+        description="Rank the layouts of a model over a cluster: pipeline, data, sequence, tensor and expert parallel ranks, "
+        "ZeRO stage, micro-batch, recomputation; with memory, bytes, bubble, time and cost.",
+    )
+    made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
+    made.add_argument("--cluster", required=True, metavar="FILE", help="nodes, devices, links, disks, prices (JSON)")
+    made.add_argument("-b", "--batch", type=int, help="samples per step, all ranks; default: one per device")
+    made.add_argument("-s", "--seq", type=int, default=2048, help="tokens per sample (%(default)s)")
+    made.add_argument("--dtype", default="bf16", help="that is trained in (%(default)s)")
+    made.add_argument("--top", type=int, default=10, help="layouts to show (%(default)s)")
+    made.add_argument("--layout", help='evaluate this one alone: "pp2 dp4 tp2 zero1 4x8 recompute"')
+    made.add_argument("--tokens", type=float, help="of the whole training, to tell its days and cost")
+    made.add_argument("--html", type=Path, help="write a page with the layout and the step drawn")
+    made.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        shape, cluster, answer = run(args)
+        print(
+            json.dumps(as_json(shape, cluster, answer), indent=2)
+            if args.json
+            else as_text(shape, cluster, answer, args)
+        )
+        if args.html:
+            write_page(shape, cluster, answer, args.seq, args.html)
+            print(f"page: {args.html}", file=sys.stderr)
+    except DeepSpeedError as error:
+        print(f"deepspeed plan: {error}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        print(
+            f"deepspeed plan: {args.html} cannot be written: {error.strerror}.\n  Name another file.", file=sys.stderr
+        )
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
+    """What the arguments ask for."""
+    cluster = read_cluster(args.cluster)
+    for name, value in (("--batch", args.batch), ("--seq", args.seq), ("--top", args.top)):
+        if value is not None and value < 1:
+            raise DeepSpeedError(f"{name} {value} is too small.\n  Give at least 1.")
+    try:
+        dtype = parse_dtype(args.dtype)
+    except ValueError as error:
+        raise DeepSpeedError(f"--dtype {args.dtype}: {error}\n  Use bf16, fp16 or fp32.") from None
+    model, batch = build(args.model, 1, args.seq)
+    shape = shape_of(model, batch, dtype=dtype)
+    if args.layout:
+        layout = parse_layout(args.layout)
+        if layout.num_ranks != cluster.num_devices:
+            raise DeepSpeedError(
+                f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
+                "  Change one of the dims."
+            )
+        return shape, cluster, Answer([simulated(evaluate(shape, cluster, layout))], 1, 1)
+    return shape, cluster, plan_cluster(shape, cluster, args.batch or cluster.num_devices, most=args.top)
+
+
+def as_text(shape: ModelShape, cluster: Cluster, answer: Answer, args: argparse.Namespace) -> str:
+    """A table, the fastest first, and the configuration of the first."""
+    best = answer.plans[0]
+    batch = best.layout.dp * best.layout.micro * best.layout.accumulation
+    lines = [
+        f"{shape.name}: {shape.num_params / 1e9:,.2f}B parameters, {shape.num_blocks} blocks, {args.seq} tokens; "
+        f"{cluster.nodes} x {cluster.devices_per_node} devices of {cluster.device.memory_gb:g} GB, {batch} samples per step",
+        f"{answer.num_layouts} layouts, {answer.num_fitting} fit",
+        "",
+        f"  {'layout':44} {'memory':>9} {'host':>8} {'sent':>9} {'bubble':>7} {'step':>9} {'tokens/s':>11} {'MFU':>6} {'per 1e9 tokens':>15}",
+    ]
+    lines += [_line(shape, cluster, plan, args.seq) for plan in answer.plans]
+    if args.tokens:
+        steps = args.tokens / (batch * args.seq)
+        lines += ["", _whole(cluster, best, steps, args.tokens)]
+    return "\n".join([*lines, "", "The first, as a configuration:", json.dumps(as_config(best), indent=2)])
+
+
+def _line(shape: ModelShape, cluster: Cluster, plan: Plan, seq: int) -> str:
+    layout = plan.layout
+    batch = layout.dp * layout.micro * layout.accumulation
+    tokens_s = batch * seq / plan.step_s
+    mfu = shape.flops * batch / plan.step_s / (layout.num_ranks * cluster.device.tflops * 1e12)
+    cost = plan.cost(cluster) / (batch * seq) * 1e9
+    host = f"{plan.host_nbytes / GB:.1f} GB" if plan.host_nbytes else "-"
+    money = f"{cost:,.4g}" if cost else "-"
+    return (
+        f"  {layout.name:44} {plan.device_nbytes / GB:>6.1f} GB {host:>8} {sum(plan.traffic.values()) / GB:>6.2f} GB "
+        f"{100 * plan.bubble:>6.1f}% {_time(plan.step_s):>9} {tokens_s:>11,.0f} {100 * mfu:>5.1f}% {money:>15}"
+    )
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+
+
+def _whole(cluster: Cluster, best: Plan, steps: float, tokens: float) -> str:
+    days = steps * best.step_s / 86400
+    money = f", cost {steps * best.cost(cluster):,.0f}" if cluster.price_per_device_hour else ""
+    return f"{tokens:.3g} tokens with the first: {steps:,.0f} steps, {days:,.1f} days{money}"
+
+
+def as_config(plan: Plan) -> dict[str, Any]:
+    """What of a layout a configuration says. Pipeline stages are the script's (PipelineModule, `pipeline.stages`)."""
+    layout = plan.layout
+    zero: dict[str, Any] = {"stage": layout.stage}
+    if layout.offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    config: dict[str, Any] = {
+        "train_batch_size": layout.dp * layout.micro * layout.accumulation,
+        "train_micro_batch_size_per_gpu": layout.micro,
+        "gradient_accumulation_steps": layout.accumulation,
+        "zero_optimization": zero,
+    }
+    if layout.recompute:
+        config["activation_checkpointing"] = {"recompute": "full"}
+    if layout.tp > 1:
+        config["tensor_parallel"] = {"autotp_size": layout.tp}
+    if layout.sp > 1:
+        config["sequence_parallel_size"] = layout.sp
+    if layout.ep > 1:
+        config["expert_parallel"] = {"enabled": True, "autoep_size": layout.ep}
+    if layout.pp > 1:
+        config["pipeline"] = {"stages": layout.pp}
+    return config
+
+
+def as_json(shape: ModelShape, cluster: Cluster, answer: Answer) -> dict[str, Any]:
+    """All figures: bytes, seconds, money."""
+    return {
+        "model": shape.name,
+        "num_params": shape.num_params,
+        "num_devices": cluster.num_devices,
+        "num_layouts": answer.num_layouts,
+        "num_fitting": answer.num_fitting,
+        "plans": [
+            {
+                "layout": plan.layout.name,
+                **{dim: getattr(plan.layout, dim) for dim in ("pp", "dp", "sp", "tp", "ep", "stage")},
+                "micro": plan.layout.micro,
+                "accumulation": plan.layout.accumulation,
+                "recompute": plan.layout.recompute,
+                "device_nbytes": plan.device_nbytes,
+                "memory": plan.memory,
+                "host_nbytes": plan.host_nbytes,
+                "traffic": plan.traffic,
+                "bubble": plan.bubble,
+                "step_s": plan.step_s,
+                "compute_s": plan.compute_s,
+                "exposed_s": plan.exposed_s,
+                "update_s": plan.update_s,
+                "cost_per_step": plan.cost(cluster),
+                "config": as_config(plan),
+            }
+            for plan in answer.plans
+        ],
+    }

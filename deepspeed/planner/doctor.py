@@ -1,0 +1,264 @@
+"""`deepspeed doctor MODEL -c ds.json`: what of a configuration is slow or wasteful, and the one change that helps most.
+
+Every change of a table is tried on the cost model and on predicted memory, one at a time and, where a change makes room, with a
+larger micro-batch; what does not fit is left out. What is found is ranked by the gain in samples per second. Rates are a
+cluster's (`--cluster`), or measured here, with as many ranks as are asked for taken for this process's speed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from deepspeed.config import Config, load_config, read_config
+from deepspeed.config.availability import given_without_effect
+from deepspeed.config.dotted import with_values
+from deepspeed.memory.cli import build
+from deepspeed.memory.scaling import BatchEstimator
+from deepspeed.memory.trace import own_memory
+from deepspeed.planner.cluster import Cluster, read_cluster
+from deepspeed.planner.cost import Choice, Parts, Work, step_parts
+from deepspeed.profiling.counter import Phase
+from deepspeed.profiling.rates import Rates, measure_rates
+from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.zero.policy import Tier
+
+GIB = 2**30
+OFFLOADS = {"zero_optimization.offload_optimizer": None, "zero_optimization.offload_param": None}
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something that could be set otherwise."""
+
+    what: str
+    values: Mapping[str, Any]
+    """Dotted keys; None takes one away."""
+    apply: Callable[[Choice], Choice]
+    applies: Callable[[Config, Choice], bool]
+
+
+def _stage(number: int) -> Change:
+    return Change(
+        f"ZeRO stage {number}",
+        {"zero_optimization.stage": number},
+        lambda choice: replace(choice, stage=number),
+        lambda config, choice: choice.stage != number and (number < 3 or choice.ranks > 1),
+    )
+
+
+CHANGES: tuple[Change, ...] = (
+    *map(_stage, range(4)),
+    Change(
+        "nothing offloaded",
+        OFFLOADS,
+        lambda choice: replace(choice, states_on="device", params_on="device"),
+        lambda config, choice: "device" not in (choice.states_on, choice.params_on) or choice.states_on != "device",
+    ),
+    Change(
+        "no recomputation",
+        {"activation_checkpointing.recompute": "none"},
+        lambda choice: replace(choice, recompute="none"),
+        lambda config, choice: choice.recompute != "none",
+    ),
+    Change(
+        "recomputed blocks",
+        {"activation_checkpointing.recompute": "full"},
+        lambda choice: replace(choice, recompute="full"),
+        lambda config, choice: choice.recompute == "none",
+    ),
+    Change(
+        "larger buckets",
+        {"zero_optimization.reduce_bucket_size": 500_000_000},
+        lambda choice: replace(choice, bucket_numel=8 << 20),
+        lambda config, choice: choice.bucket_numel < 1 << 20,
+    ),
+    Change(
+        "prefetched parameters",
+        {"zero_optimization.stage3_prefetch_bucket_size": 50_000_000},
+        lambda choice: replace(choice, prefetch_numel=50_000_000),
+        lambda config, choice: choice.stage == 3 and choice.prefetch_numel < 1_000_000,
+    ),
+    Change(
+        "parameters kept from forward to backward",
+        {"zero_optimization.stage3_max_reuse_distance": 1_000_000_000},
+        lambda choice: replace(choice, reuse_numel=10**9),
+        lambda config, choice: choice.stage == 3 and choice.reuse_numel < 10**8,
+    ),
+    Change("the configuration as it is", {}, lambda choice: choice, lambda config, choice: True),
+)
+
+
+@dataclass(frozen=True)
+class Finding:
+    """A change that fits, and what it gains."""
+
+    what: str
+    values: dict[str, Any]
+    gain: float
+    """Samples per second over the present ones, less one."""
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What a step is made of, and what to change."""
+
+    parts: Parts
+    samples_s: float
+    nbytes: int
+    fits: bool
+    room_nbytes: int | None
+    findings: Sequence[Finding]
+    notes: Sequence[str]
+
+
+def diagnose(
+    model: Any, config: Any, batch: Any, *, micro: int, ranks: int, rates: Rates, room: int | None, device_type: str
+) -> Diagnosis:
+    """Try every change. `batch`: of `micro` samples. `room`: bytes of a rank's device; None: any."""
+    given = with_values(read_config(config), {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro})
+    read = load_config(given)
+    estimator = BatchEstimator(model, batch, micro, device_type=device_type)
+    work = _work(estimator, given, device_type)
+    own = choice_of(read, micro, ranks)
+    parts = step_parts(rates, work, own)
+    speed = ranks * own.micro * own.accumulation / parts.total
+    findings: dict[str, Finding] = {}
+    for change in CHANGES:
+        if not change.applies(read, own):
+            continue
+        for size in (micro, 2 * micro, 4 * micro, 8 * micro):
+            choice = replace(change.apply(own), micro=size)
+            values = dict(change.values) | ({"train_micro_batch_size_per_gpu": size} if size != micro else {})
+            if not values:
+                continue
+            nbytes = _needed(estimator, with_values(given, values), size, ranks)
+            if nbytes is None or (room is not None and nbytes > room):
+                break
+            gain = ranks * size * own.accumulation / step_parts(rates, work, choice).total / speed - 1
+            what = change.what + (f", micro-batch {size}" if size != micro else "")
+            if change.what not in findings or gain > findings[change.what].gain + 0.02:
+                findings[change.what] = Finding(what, values, gain, nbytes)
+    needed = _needed(estimator, given, micro, ranks) or 0
+    ranked = sorted((f for f in findings.values() if f.gain > 0.01), key=lambda f: -f.gain)
+    notes = [f"{path} has no effect here" for path in given_without_effect(read)]
+    return Diagnosis(parts, speed, needed, room is None or needed <= room, room, ranked, notes)
+
+
+def _needed(estimator: BatchEstimator, config: dict[str, Any], micro: int, ranks: int) -> int | None:
+    try:
+        found = estimator.estimate(config, micro=micro, world_size=ranks, bounds=False)
+    except DeepSpeedError:
+        return None
+    return found.on(Tier.DEVICE) + found.allowance_nbytes
+
+
+def _work(estimator: BatchEstimator, config: dict[str, Any], device_type: str) -> Work:
+    plain = with_values(config, {"activation_checkpointing": None, "zero_optimization": None})
+    trace = estimator.trace(plain, 1)
+    itemsize = load_config(plain).precision_dtype.itemsize
+    return Work(
+        num_params=sum(param.numel() for param in trace.params),
+        flops=trace.flops.model,
+        forward_flops=trace.flops.by_phase[Phase.FORWARD],
+        activation_nbytes=max(own_memory(trace), default=0),
+        num_modules=len(trace.modules),
+        param_itemsize=itemsize,
+        state_itemsize=8 if itemsize == 4 else 12,
+        is_host=device_type == "cpu",
+    )
+
+
+def choice_of(config: Config, micro: int, ranks: int) -> Choice:
+    """A configuration as the cost model knows it."""
+    zero = config.zero_optimization
+
+    def tier(section: Any) -> Any:
+        return "device" if section is None or section.device == "none" else section.device
+
+    return Choice(
+        stage=zero.stage,
+        micro=micro,
+        accumulation=config.gradient_accumulation_steps or 1,
+        ranks=ranks,
+        recompute=config.activation_checkpointing.recompute,
+        states_on=tier(zero.offload_optimizer),
+        params_on=tier(zero.offload_param) if zero.stage == 3 else "device",
+        bucket_numel=min(zero.reduce_bucket_size, 8 << 20),
+        reuse_numel=zero.stage3_max_reuse_distance,
+        prefetch_numel=zero.stage3_prefetch_bucket_size,
+        quantized_weights=zero.zero_quantized_weights,
+        quantized_gradients=zero.zero_quantized_gradients,
+    )
+
+
+def as_text(found: Diagnosis) -> str:
+    """The step, and what to change, the best first."""
+    shares = ", ".join(
+        f"{name} {100 * share:.0f}%" for name, share in found.parts.shares().items() if abs(share) > 0.005
+    )
+    room = f" of {found.room_nbytes / GIB:.2f} GiB" if found.room_nbytes else ""
+    lines = [
+        f"A step is predicted to take {1e3 * found.parts.total:.1f} ms ({found.samples_s:.3g} samples/s): {shares}.",
+        f"A rank needs {found.nbytes / GIB:.2f} GiB{room}.",
+        *found.notes,
+    ]
+    if not found.fits:
+        lines.append("That does not fit. `deepspeed estimate` has the smallest change that does.")
+    if not found.findings:
+        return "\n".join([*lines, "No single change that fits is predicted to gain more than a percent."])
+    best = found.findings[0]
+    lines += ["", f"The one change that helps most: {best.what}, +{100 * best.gain:.0f}%, {best.nbytes / GIB:.2f} GiB:"]
+    lines += [f"  {key}: {json.dumps(value)}" for key, value in best.values.items()]
+    others = [f"  {f.what}: +{100 * f.gain:.0f}%, {f.nbytes / GIB:.2f} GiB" for f in found.findings[1:5]]
+    return "\n".join([*lines, *(["Others, each by itself:", *others] if others else [])])
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command's arguments."""
+    made = argparse.ArgumentParser(prog="deepspeed doctor", description=(__doc__ or "").splitlines()[0])
+    made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
+    made.add_argument("-c", "--config", required=True, help="the DeepSpeed configuration (JSON)")
+    made.add_argument("-n", "--ranks", type=int, default=1, help="data-parallel ranks (%(default)s)")
+    made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
+    made.add_argument("--cluster", metavar="FILE", help="its rates and memory; default: this machine's, measured")
+    made.add_argument("--device", default="cuda", help="what ranks compute on: cuda, cpu, ... (%(default)s)")
+    made.add_argument("-m", "--device-memory", type=float, metavar="GIB", help="memory of a device")
+    return made
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """The command; returns the exit code."""
+    args = parser().parse_args(arguments)
+    try:
+        print(as_text(run(args)))
+    except DeepSpeedError as error:
+        print(f"deepspeed doctor: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def run(args: argparse.Namespace) -> Diagnosis:
+    """The diagnosis that the arguments ask for."""
+    config = read_config(args.config)
+    micro = config.get("train_micro_batch_size_per_gpu")
+    micro = micro if isinstance(micro, int) else 1
+    model, batch = build(args.model, micro, args.seq)
+    cluster: Cluster | None = read_cluster(args.cluster) if args.cluster else None
+    room = args.device_memory * GIB if args.device_memory else cluster.device.memory_gb * 1e9 if cluster else None
+    rates = cluster.rates() if cluster else measure_rates(load_config(config).precision_dtype)
+    return diagnose(
+        model,
+        config,
+        batch,
+        micro=micro,
+        ranks=args.ranks,
+        rates=rates,
+        room=int(room) if room else None,
+        device_type=args.device,
+    )

@@ -1,0 +1,269 @@
+"""Layouts of a model over a cluster: which there are, and what each needs, sends and takes. Pure.
+
+A layout says how many ranks each dim has, how a batch is cut, and how ZeRO shards. Of each:
+
+    memory   parameters, gradients and states by ZeRO; activations of the micro-batches that are alive; buffers
+    bytes    what a rank sends and receives in a step, by who it shares with
+    bubble   of the pipeline, by the schedule's own lists, simulated
+    time     stages with their tensor, sequence and expert traffic, the bubble, what of ZeRO's traffic does not hide, the update
+
+Invariant: the dims' sizes multiply to the ranks, micro x accumulation x data-parallel ranks = the batch.
+Sources: Megatron-LM (arXiv:2104.04473) for what tensor and pipeline parallelism send, Ulysses (2309.14509), ZeRO (1910.02054).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from deepspeed.planner.cluster import GB, Cluster
+from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES, OVERLAP
+from deepspeed.planner.shape import ModelShape
+
+RESERVED_GB = 1.0
+"""The device's context, libraries, fragmentation."""
+BUCKET_NBYTES = 3 * (8 << 20)
+"""Elements of flat buffers that ZeRO borrows."""
+CUT_SHARE = 0.7
+"""Of what a block keeps, the part inside of cut layers, which tensor-parallel ranks share; the rest is whole on each."""
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Layout:
+    """How ranks, batch and states are divided."""
+
+    pp: int = 1
+    dp: int = 1
+    sp: int = 1
+    tp: int = 1
+    ep: int = 1
+    stage: int = 0
+    micro: int = 1
+    accumulation: int = 1
+    recompute: bool = False
+    offload: bool = False
+    """Optimizer states on the host."""
+
+    @property
+    def num_ranks(self) -> int:
+        """All of them."""
+        return self.pp * self.dp * self.sp * self.tp
+
+    @property
+    def name(self) -> str:
+        """As tables write it: dims of more than one rank, then the rest."""
+        dims = " ".join(
+            f"{key}{getattr(self, key)}" for key in ("pp", "dp", "sp", "tp", "ep") if getattr(self, key) > 1
+        )
+        more = f"{' recompute' if self.recompute else ''}{' offload' if self.offload else ''}"
+        return f"{dims or 'one rank'} zero{self.stage} {self.micro}x{self.accumulation}{more}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What a layout comes to. Bytes, seconds; per rank where it says nothing else."""
+
+    layout: Layout
+    memory: dict[str, float]
+    """Bytes by kind, of the rank that needs most."""
+    host_nbytes: float
+    traffic: dict[str, float]
+    """Bytes that a rank sends in a step, by who it shares with."""
+    compute_s: float
+    """Of the busiest rank, traffic inside of layers included."""
+    bubble_s: float
+    exposed_s: float
+    """ZeRO's traffic that does not hide behind backward."""
+    update_s: float
+    forward_s: float
+    """Of one micro-batch at one stage."""
+    backward_s: float
+    hop_s: float
+
+    @property
+    def device_nbytes(self) -> float:
+        """Peak of a device."""
+        return sum(self.memory.values())
+
+    @property
+    def step_s(self) -> float:
+        """Of a step."""
+        return self.compute_s + self.bubble_s + self.exposed_s + self.update_s
+
+    @property
+    def bubble(self) -> float:
+        """The share of the pipeline's time in which ranks wait."""
+        return self.bubble_s / (self.compute_s + self.bubble_s) if self.bubble_s else 0.0
+
+    def cost(self, cluster: Cluster, steps: int = 1) -> float:
+        """Money for so many steps."""
+        return steps * self.step_s / 3600 * self.layout.num_ranks * cluster.price_per_device_hour
+
+
+def layouts(shape: ModelShape, cluster: Cluster, batch: int) -> Iterator[Layout]:
+    """Every layout of `batch` samples per step that divides evenly."""
+    ranks = cluster.num_devices
+    for tp in _divisors(cluster.devices_per_node):
+        if tp > 1 and (not shape.num_heads or shape.num_heads % tp or shape.num_kv_heads % tp):
+            continue
+        for pp in _divisors(ranks // tp):
+            if pp > shape.num_blocks:
+                break
+            for sp in _divisors(cluster.devices_per_node // tp):
+                if (sp > 1 and (not shape.num_heads or (shape.num_heads // tp) % sp)) or ranks % (tp * pp * sp):
+                    continue
+                dp = ranks // (tp * pp * sp)
+                if batch % dp:
+                    continue
+                for ep in _divisors(dp * sp) if shape.num_experts else [1]:
+                    if ep == 1 or (shape.num_experts % ep == 0):
+                        yield from _with_batches(Layout(pp=pp, dp=dp, sp=sp, tp=tp, ep=ep), batch // dp)
+
+
+def _with_batches(base: Layout, samples: int) -> Iterator[Layout]:
+    stages = (0, 1, 2, 3) if base.dp * base.sp > 1 else (0,)
+    for micro in (size for size in (1, 2, 4, 8, 16, 32, 64) if samples % size == 0):
+        for stage in stages:
+            for recompute in (False, True):
+                yield replace(base, stage=stage, micro=micro, accumulation=samples // micro, recompute=recompute)
+
+
+def _divisors(number: int) -> list[int]:
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
+    """What a layout needs and takes, with the pipeline's bubble by formula (1F1B)."""
+    blocks = -(-shape.num_blocks // layout.pp)
+    forward_s, backward_s, inside = _stage_seconds(shape, cluster, layout, blocks)
+    hop_nbytes = shape.boundary_nbytes * layout.micro / layout.sp if layout.pp > 1 else 0.0
+    stride = layout.num_ranks // layout.pp
+    hop_s = hop_nbytes / cluster.wire_nbytes_s(2, stride) + cluster.links.latency_us * 1e-6 if layout.pp > 1 else 0.0
+    per_micro = forward_s + backward_s
+    bubble_s = (layout.pp - 1) * (per_micro + 2 * hop_s)
+    gathered, reduced = _zero_traffic(shape, layout, blocks)
+    exposed_s = _exposed(cluster, layout, gathered, reduced, backward_s)
+    memory, host = _memory(shape, layout, blocks)
+    return Plan(
+        layout=layout,
+        memory=memory,
+        host_nbytes=host,
+        traffic={
+            **inside,
+            "pipeline": 2 * hop_nbytes * layout.accumulation,
+            "gather": gathered,
+            "reduce": reduced,
+        },
+        compute_s=layout.accumulation * per_micro,
+        bubble_s=bubble_s,
+        exposed_s=exposed_s,
+        update_s=_update_s(shape, cluster, layout, blocks),
+        forward_s=forward_s,
+        backward_s=backward_s,
+        hop_s=hop_s,
+    )
+
+
+def rank_params(shape: ModelShape, layout: Layout, blocks: int) -> float:
+    """Parameters of the rank with most, before ZeRO."""
+    cut = shape.block_cut_params - shape.block_expert_params
+    whole = shape.block_params - shape.block_cut_params
+    block = whole + cut / layout.tp + shape.block_expert_params / layout.ep / layout.tp
+    last = shape.outer_params - shape.first_params
+    outer = shape.outer_params if layout.pp == 1 else max(shape.first_params, last)
+    return blocks * block + outer
+
+
+def _stage_seconds(
+    shape: ModelShape, cluster: Cluster, layout: Layout, blocks: int
+) -> tuple[float, float, dict[str, float]]:
+    """(forward, backward) of a micro-batch at a stage, and bytes inside of layers in a step."""
+    divide = layout.micro / (layout.tp * layout.sp)
+    outer = shape.outer_flops / max(1, min(2, layout.pp)) / layout.sp * layout.micro
+    flops = blocks * shape.block_flops * divide + (outer if layout.pp == 1 else 0.0)
+    products = flops / (EFFICIENCY * cluster.device.tflops * 1e12)
+    kept = blocks * shape.block_kept_nbytes * divide
+    elements = ELEMENTWISE_PASSES * kept / (cluster.device.memory_gb_s * GB)
+    boundary = shape.boundary_nbytes * layout.micro / layout.sp
+    latency = cluster.links.latency_us * 1e-6
+    traffic: dict[str, float] = {}
+    wires = 0.0
+    if layout.tp > 1:  # two sums forward, two backward
+        share = 2 * (layout.tp - 1) / layout.tp
+        traffic["tensor"] = 4 * blocks * boundary * share * layout.accumulation
+        wires += 4 * blocks * (boundary * share / cluster.wire_nbytes_s(layout.tp, 1) + latency)
+    if layout.sp > 1:  # queries, keys and values there, outputs back; and the same backward
+        share = (layout.sp - 1) / layout.sp
+        sent = boundary * (2 + 2 * shape.num_kv_heads / max(1, shape.num_heads)) / layout.tp * share
+        traffic["sequence"] = 2 * blocks * sent * layout.accumulation
+        wires += 2 * blocks * (sent / cluster.wire_nbytes_s(layout.sp, layout.tp) + 4 * latency)
+    if layout.ep > 1:
+        share = (layout.ep - 1) / layout.ep
+        sent = 2 * boundary * shape.experts_per_token * share
+        traffic["experts"] = 2 * blocks * sent * layout.accumulation
+        wires += 2 * blocks * (sent / cluster.wire_nbytes_s(layout.ep, layout.tp) + 2 * latency)
+    again = 1.0 if layout.recompute else 0.0
+    forward_s = products / 3 + elements / 3 + wires / 2
+    return forward_s, 2 * (products + elements) / 3 + wires / 2 + again * forward_s, traffic
+
+
+def _zero_traffic(shape: ModelShape, layout: Layout, blocks: int) -> tuple[float, float]:
+    """(gathered, reduced) bytes of a rank in a step."""
+    ranks = layout.dp * layout.sp
+    if ranks == 1:
+        return 0.0, 0.0
+    nbytes = rank_params(shape, layout, blocks) * shape.itemsize * (ranks - 1) / ranks
+    if layout.stage == 0:
+        return 0.0, 2 * nbytes
+    times = layout.accumulation if layout.stage >= 2 else 1
+    return nbytes * (2 * layout.accumulation if layout.stage == 3 else 1), nbytes * times
+
+
+def _exposed(cluster: Cluster, layout: Layout, gathered: float, reduced: float, backward_s: float) -> float:
+    ranks = layout.dp * layout.sp
+    if ranks == 1:
+        return 0.0
+    wire = cluster.wire_nbytes_s(ranks, layout.tp)
+    latency = cluster.links.latency_us * 1e-6
+    hops = max(1, ranks.bit_length() - 1)
+    if layout.stage == 3:  # prefetched and reduced beside the whole computation
+        spent = (gathered + reduced) / wire + latency * hops
+        return max(0.0, spent - OVERLAP * layout.accumulation * 1.5 * backward_s)
+    times = layout.accumulation if layout.stage == 2 else 1
+    hidden = OVERLAP * backward_s * times
+    return max(0.0, reduced / wire - hidden) + gathered / wire + latency * hops
+
+
+def _update_s(shape: ModelShape, cluster: Cluster, layout: Layout, blocks: int) -> float:
+    owned = rank_params(shape, layout, blocks) / (layout.dp * layout.sp if layout.stage else 1)
+    rate = (cluster.host.link_gb_s if layout.offload else cluster.device.memory_gb_s) * GB
+    return owned * (2 * 12 + 2 * shape.itemsize) / rate
+
+
+def _memory(shape: ModelShape, layout: Layout, blocks: int) -> tuple[dict[str, float], float]:
+    """(device, host) bytes of the rank that needs most."""
+    params = rank_params(shape, layout, blocks)
+    ranks = layout.dp * layout.sp
+    itemsize = shape.itemsize
+    states = params * 12 / (ranks if layout.stage >= 1 else 1)
+    alive = min(layout.pp, layout.accumulation)
+    inside = (1 - CUT_SHARE) + CUT_SHARE / layout.tp
+    kept = shape.block_kept_nbytes * layout.micro / layout.sp * inside
+    if layout.recompute:
+        boundary = shape.boundary_nbytes * layout.micro / layout.sp
+        activations = alive * blocks * boundary + kept
+    else:
+        activations = alive * blocks * kept
+    if layout.pp == 1:
+        activations += shape.outer_kept_nbytes * layout.micro / layout.sp
+    live = 0.0
+    if layout.stage == 3:
+        live = 2 * itemsize * (shape.block_params + shape.outer_params / 2) / layout.tp
+    return {
+        "parameters": params * itemsize / (ranks if layout.stage == 3 else 1),
+        "unsharded parameters": live,
+        "gradients": params * itemsize / (ranks if layout.stage >= 2 else 1),
+        "optimizer states": 0.0 if layout.offload else states,
+        "activations": activations,
+        "buffers": BUCKET_NBYTES * itemsize + RESERVED_GB * GB,
+    }, states if layout.offload else 0.0

@@ -1,0 +1,179 @@
+"""A plan as one page: the layout of the cluster, the step as it is simulated, where memory and time go, and the runners-up.
+
+Called by `deepspeed plan --html`. One file without references to others and without scripts; drawings are SVG.
+"""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from deepspeed.parallel.pipeline.actions import Op
+from deepspeed.parallel.pipeline.check import Timeline
+from deepspeed.planner.cluster import GB, Cluster
+from deepspeed.planner.layouts import Plan
+from deepspeed.planner.search import Answer, timeline_of
+from deepspeed.planner.shape import ModelShape
+
+COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
+MAX_NODES, MAX_MICROS = 16, 24
+"""Of the drawings: more would not be seen."""
+_STYLE = """
+:root{--paper:#fbfbfd;--card:#fff;--ink:#1d2333;--soft:#667085;--line:#e4e7ee;--track:#f1f3f8}
+@media(prefers-color-scheme:dark){:root{--paper:#12151d;--card:#1a1f2b;--ink:#e7eaf2;--soft:#98a2b8;--line:#2b3242;--track:#232a39}}
+*{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
+font:14px/1.5 system-ui,-apple-system,"Segoe UI",Roboto,"DejaVu Sans",sans-serif;font-variant-numeric:tabular-nums}
+main{max-width:1120px;margin:0 auto;padding:36px 28px 60px}h1{font-size:26px;line-height:1.2;margin:0 0 4px;letter-spacing:-.02em}
+h2{font-size:13px;letter-spacing:.06em;text-transform:uppercase;color:var(--soft);margin:0 0 10px;font-weight:600}
+.lead,.key{color:var(--soft);margin:0 0 20px}.key{font-size:12.5px;margin:0 0 10px}.card{background:var(--card);border:1px solid var(--line);
+border-radius:14px;padding:20px 22px;margin-bottom:18px;overflow-x:auto}.tiles{display:grid;grid-template-columns:repeat(4,1fr);gap:14px;
+margin-bottom:18px}.tile{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:14px 18px}
+.tile b{display:block;font-size:20px;letter-spacing:-.02em;font-weight:650}.tile span{color:var(--soft);font-size:12.5px}
+table{border-collapse:collapse;width:100%;font-size:12.5px}td,th{padding:4px 8px;border-top:1px solid var(--line);text-align:left}
+th{color:var(--soft);font-weight:600;border:0}td.n{text-align:right;white-space:nowrap}svg{max-width:100%;height:auto;display:block}
+svg text{fill:var(--ink);font:11px system-ui,"DejaVu Sans",sans-serif}svg .s{fill:var(--soft)}.bar{display:flex;height:22px;border-radius:6px;
+overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.legend span{margin-right:16px;font-size:12.5px;color:var(--soft)}
+.legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
+@media(max-width:760px){.tiles{grid-template-columns:1fr 1fr}}
+"""
+
+
+def write_page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int, path: Path) -> None:
+    """Write the page."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page(shape, cluster, answer, seq), encoding="utf-8")
+
+
+def page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int) -> str:
+    """The page."""
+    best = answer.plans[0]
+    layout = best.layout
+    batch = layout.dp * layout.micro * layout.accumulation
+    tiles = [
+        (html.escape(layout.name), "the fastest that fits"),
+        (_time(best.step_s), f"a step of {batch} samples, {batch * seq / best.step_s:,.0f} tokens/s"),
+        (f"{best.device_nbytes / GB:.1f} GB", f"of {cluster.device.memory_gb:g} GB on the fullest device"),
+        (f"{100 * best.bubble:.1f}%", "of the pipeline's time is bubble"),
+    ]
+    top = "".join(f"<div class=tile><b>{a}</b><span>{b}</span></div>" for a, b in tiles)
+    name = html.escape(shape.name)
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f"<title>Plan for {name}</title><style>{_STYLE}</style><main><h1>Plan for {name}</h1>"
+        f'<p class="lead">{shape.num_params / 1e9:,.2f}B parameters in {shape.num_blocks} blocks on {cluster.num_devices:,} devices; '
+        f"{answer.num_layouts:,} layouts compared, {answer.num_fitting:,} fit.</p>"
+        f'<div class="tiles">{top}</div>{_cluster(cluster, best)}{_step(best)}{_bars(best, cluster)}{_table(cluster, answer.plans, seq)}</main></html>'
+    )
+
+
+def _cluster(cluster: Cluster, best: Plan) -> str:
+    """The first nodes, a square per device; its color is its pipeline stage, its text its place in the data-parallel ranks."""
+    layout = best.layout
+    per_stage = layout.num_ranks // layout.pp
+    step = max(1, cluster.nodes // MAX_NODES)
+    nodes = list(range(0, cluster.nodes, step))[:MAX_NODES]
+    side, gap = 30, 4
+    squares = []
+    for row, node in enumerate(nodes):
+        y = 8 + row * (side + 8)
+        squares.append(f'<text class="s" x="0" y="{y + 20}">node {node}</text>')
+        for slot in range(cluster.devices_per_node):
+            rank = node * cluster.devices_per_node + slot
+            stage, inside = rank // per_stage, rank % per_stage
+            data, tensor = inside // (layout.sp * layout.tp), inside % layout.tp
+            x = 76 + slot * (side + gap)
+            color = COLORS[stage % len(COLORS)]
+            tip = f"rank {rank}: stage {stage}, data {data}, tensor {tensor}"
+            squares.append(
+                f'<g><title>{tip}</title><rect x="{x}" y="{y}" width="{side}" height="{side}" rx="5" fill="{color}" '
+                f'fill-opacity="{1 - 0.5 * tensor / max(1, layout.tp):.2f}"/><text x="{x + 4}" y="{y + 19}" style="fill:#fff">d{data}</text></g>'
+            )
+    width = 84 + cluster.devices_per_node * (side + gap)
+    height = 16 + len(nodes) * (side + 8)
+    shown = f"every {step}th of {cluster.nodes} nodes" if step > 1 else f"{cluster.nodes} nodes"
+    return (
+        f'<div class="card"><h2>Where ranks lie</h2><p class="key">{shown}. Color: pipeline stage; shade: tensor-parallel rank; '
+        f'd: data-parallel rank.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
+    )
+
+
+def _step(best: Plan) -> str:
+    timeline = timeline_of(best)
+    if timeline is None:
+        return ""
+    return (
+        '<div class="card"><h2>A step of the pipeline</h2><p class="key">Simulated; a row per stage, blue forward, green backward, '
+        f"gaps are bubble.</p>{_gantt(timeline)}</div>"
+    )
+
+
+def _gantt(timeline: Timeline) -> str:
+    width, row_height, left = 1040, 20, 44
+    ranks = len(timeline.spans)
+    step = max(1, ranks // MAX_NODES)
+    parts = []
+    for row, rank in enumerate(range(0, ranks, step)):
+        y = row * (row_height + 3)
+        parts.append(f'<text class="s" x="0" y="{y + 14}">stage {rank}</text>')
+        for span in timeline.spans[rank]:
+            x = left + (width - left) * span.start / timeline.makespan
+            w = max(0.4, (width - left) * (span.end - span.start) / timeline.makespan - 0.5)
+            color = "#4dabf7" if span.action.op is Op.FORWARD else "#51cf66"
+            label = f'<text x="{x + 2:.1f}" y="{y + 14}" style="fill:#123">{span.action.micro}</text>' if w > 16 else ""
+            parts.append(
+                f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row_height}" rx="2" fill="{color}"><title>{span.action}</title></rect>{label}'
+            )
+    height = (row + 1) * (row_height + 3)
+    return f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
+
+
+def _bars(best: Plan, cluster: Cluster) -> str:
+    room = cluster.device.memory_gb * GB
+    memory = _bar(best.memory, room, lambda value: f"{value / GB:.1f} GB")
+    times = {
+        "compute, with traffic inside of layers": best.compute_s,
+        "bubble": best.bubble_s,
+        "ZeRO's traffic that is not hidden": best.exposed_s,
+        "update": best.update_s,
+    }
+    traffic = {key: value for key, value in best.traffic.items() if value}
+    sent = _bar(traffic, sum(traffic.values()) or 1.0, lambda value: f"{value / GB:.2f} GB")
+    return (
+        f'<div class="card"><h2>Memory of the fullest device</h2>{memory}</div>'
+        f'<div class="card"><h2>Time of a step</h2>{_bar(times, best.step_s, _time)}</div>'
+        f'<div class="card"><h2>What a rank sends in a step</h2>{sent}</div>'
+    )
+
+
+def _bar(parts: Mapping[str, float], whole: float, shown: object) -> str:
+    tell = shown if callable(shown) else str
+    bars, legend = "", ""
+    for color, (key, value) in zip(COLORS, ((k, v) for k, v in parts.items() if v), strict=False):
+        bars += f'<i style="width:{100 * value / whole:.2f}%;background:{color}" title="{html.escape(key)}"></i>'
+        legend += f'<span><i style="background:{color}"></i>{html.escape(key)} {tell(value)}</span>'
+    return f'<div class="bar">{bars}</div><div class="legend">{legend}</div>'
+
+
+def _table(cluster: Cluster, plans: Sequence[Plan], seq: int) -> str:
+    rows = ""
+    for plan in plans:
+        batch = plan.layout.dp * plan.layout.micro * plan.layout.accumulation
+        cost = plan.cost(cluster) / (batch * seq) * 1e9
+        cells = [
+            f"{plan.device_nbytes / GB:.1f} GB",
+            f"{sum(plan.traffic.values()) / GB:.2f} GB",
+            f"{100 * plan.bubble:.1f}%",
+            _time(plan.step_s),
+            f"{batch * seq / plan.step_s:,.0f}",
+            f"{cost:,.4g}" if cost else "-",
+        ]
+        rows += (
+            f"<tr><td>{html.escape(plan.layout.name)}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
+        )
+    head = "<tr><th>layout<th>memory<th>sent<th>bubble<th>step<th>tokens/s<th>cost of 1e9 tokens</tr>"
+    return f'<div class="card"><h2>The fastest layouts</h2><table>{head}{rows}</table></div>'
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"

@@ -1,0 +1,116 @@
+"""The ranked layouts of a model over a cluster: all that fit, the fastest first, their pipelines simulated. Pure.
+
+Every layout is evaluated by formula; those that come out first are simulated: the schedule's own list of actions, on the clock of
+`parallel.pipeline.check`, with the seconds of each stage and of each hop. So a bubble in the answer is that of a list that the
+executor would carry out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from deepspeed.parallel.pipeline.check import Costs, Timeline, simulate
+from deepspeed.parallel.pipeline.schedules import NAMED
+from deepspeed.planner.cluster import GB, Cluster
+from deepspeed.planner.layouts import Layout, Plan, evaluate, layouts
+from deepspeed.planner.shape import ModelShape
+from deepspeed.utils.errors import DeepSpeedError
+
+NUM_SIMULATED = 12
+MAX_ACTIONS = 40_000
+"""Of one simulated step; larger ones keep the formula, which 1F1B meets exactly where stages are alike."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """Ranked plans, and how many layouts were looked at."""
+
+    plans: Sequence[Plan]
+    num_layouts: int
+    num_fitting: int
+
+
+def plan_cluster(shape: ModelShape, cluster: Cluster, batch: int, *, most: int = 10) -> Answer:
+    """The fastest layouts for `batch` samples per step. Raises DeepSpeedError where none divides, or none fits."""
+    room = cluster.device.memory_gb * GB
+    found = [evaluate(shape, cluster, layout) for layout in layouts(shape, cluster, batch)]
+    if not found:
+        raise DeepSpeedError(
+            f"no layout divides a batch of {batch} samples over {cluster.num_devices} devices.\n"
+            f"  Give a batch that is a multiple of {cluster.num_devices}, or of a part of it."
+        )
+    fitting = [plan for plan in found if plan.device_nbytes <= room]
+    if not fitting:
+        fitting = [plan for plan in _offloaded(shape, cluster, found) if plan.device_nbytes <= room]
+    if not fitting:
+        least = min(found, key=lambda plan: plan.device_nbytes)
+        raise DeepSpeedError(
+            f"nothing fits {cluster.device.memory_gb:g} GB per device: the least of {len(found)} layouts, "
+            f"{least.layout.name}, needs {least.device_nbytes / GB:.1f} GB.\n  Use more devices, or larger ones."
+        )
+    fitting.sort(key=lambda plan: (plan.step_s, plan.layout))
+    first = [simulated(plan) for plan in _varied(fitting)[:NUM_SIMULATED]]
+    first.sort(key=lambda plan: (plan.step_s, plan.layout))
+    return Answer(first[:most], len(found), len(fitting))
+
+
+def _offloaded(shape: ModelShape, cluster: Cluster, found: Sequence[Plan]) -> list[Plan]:
+    """The same with states on the hosts, where these have room."""
+    room = cluster.host.memory_gb * GB / cluster.devices_per_node
+    again = [evaluate(shape, cluster, replace(p.layout, offload=True)) for p in found if p.layout.stage >= 1]
+    return [plan for plan in again if plan.host_nbytes <= room]
+
+
+def _varied(plans: Sequence[Plan]) -> list[Plan]:
+    """The fastest of each division of the ranks first, then the others."""
+    seen: set[tuple[int, ...]] = set()
+    first: list[Plan] = []
+    rest: list[Plan] = []
+    for plan in plans:
+        at = plan.layout
+        dims = (at.pp, at.dp, at.sp, at.tp, at.ep)
+        (rest if dims in seen else first).append(plan)
+        seen.add(dims)
+    return first + rest
+
+
+def timeline_of(plan: Plan, schedule: str = "1f1b") -> Timeline | None:
+    """The step's pipeline on a clock; None for a layout without one, or with too many actions to show."""
+    layout = plan.layout
+    if layout.pp == 1 or 2 * layout.pp * layout.accumulation > MAX_ACTIONS:
+        return None
+    costs = Costs(
+        forward=[plan.forward_s] * layout.pp,
+        input=[plan.backward_s / 2] * layout.pp,
+        weight=[plan.backward_s / 2] * layout.pp,
+        hop=plan.hop_s,
+    )
+    return simulate(NAMED[schedule](layout.pp, layout.accumulation), costs)
+
+
+def simulated(plan: Plan) -> Plan:
+    """The plan with its bubble from a simulated step."""
+    timeline = timeline_of(plan)
+    if timeline is None:
+        return plan
+    return replace(plan, bubble_s=max(0.0, timeline.makespan - plan.compute_s))
+
+
+def parse_layout(text: str) -> Layout:
+    """ "pp2 dp4 zero1 4x8" as a layout; the inverse of its name. Raises DeepSpeedError."""
+    values: dict[str, int | bool] = {}
+    for word in text.split():
+        name = word.rstrip("0123456789")
+        number = word[len(name) :]
+        if name in ("pp", "dp", "sp", "tp", "ep") and number:
+            values[name] = int(number)
+        elif name == "zero" and number in ("0", "1", "2", "3"):
+            values["stage"] = int(number)
+        elif "x" in word and all(part.isdecimal() for part in word.split("x")):
+            values["micro"], values["accumulation"] = map(int, word.split("x"))
+        elif word in ("recompute", "offload"):
+            values[word] = True
+        elif word not in ("one", "rank"):
+            raise DeepSpeedError(f"{word!r} is no part of a layout.\n  Write it as pp2 dp4 tp2 zero1 4x8 recompute.")
+    return Layout(**values)  # type: ignore[arg-type]

@@ -1,0 +1,187 @@
+"""Layouts, clusters, shapes and the commands: pure, or traced on the meta device."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from deepspeed.launcher import runner
+from deepspeed.memory.trace import own_memory, trace_step
+from deepspeed.parallel.pipeline.check import Costs, simulate
+from deepspeed.parallel.pipeline.schedules import NAMED
+from deepspeed.planner import largest
+from deepspeed.planner.cluster import read_cluster
+from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
+from deepspeed.planner.search import parse_layout, plan_cluster, simulated
+from deepspeed.planner.shape import ModelShape, shape_of
+from deepspeed.profiling.counter import Phase
+from deepspeed.utils.errors import DeepSpeedError
+
+CLUSTER: dict[str, Any] = {
+    "nodes": 512,
+    "devices_per_node": 8,
+    "device": {"memory_gb": 80, "tflops": 600, "memory_gb_s": 2500},
+    "links": {"within_gb_s": 300, "between_gb_s": 40, "latency_us": 8},
+    "price_per_device_hour": 2.0,
+}
+LLAMA_70B = ModelShape(
+    name="Llama", num_blocks=80, block_params=855_654_400, block_cut_params=855_638_016, block_expert_params=0,
+    outer_params=2_101_354_496, first_params=1_050_673_152, block_flops=2.27e13, outer_flops=2.58e13, block_kept_nbytes=1.78e9,
+    outer_kept_nbytes=2.37e9, boundary_nbytes=67_108_864.0, itemsize=2, num_heads=64, num_kv_heads=8,
+)  # fmt: skip
+
+
+class Stack(nn.Module):
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 16)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16)) for _ in range(depth)
+        )
+        self.head = nn.Linear(16, 50)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        h = self.embed(x)
+        for block in self.blocks:
+            h = h + block(h)
+        return nn.functional.cross_entropy(self.head(h).flatten(0, 1).float(), y.flatten())
+
+
+def tokens() -> tuple[torch.Tensor, torch.Tensor]:
+    made = torch.zeros(1, 24, dtype=torch.int64, device="meta")
+    return made, made
+
+
+def test_the_parts_of_a_shape_sum_to_the_traced_whole() -> None:
+    model = Stack(7)
+    shape = shape_of(model, tokens())
+    trace = trace_step(Stack(7), tokens(), {}, dtype=torch.bfloat16, device_type="cuda")
+    forward_end = next(i for i, event in enumerate(trace.events) if event.what.value == "backward")
+    assert shape.num_params == sum(param.numel() for param in model.parameters())
+    assert shape.flops == trace.flops.by_phase[Phase.FORWARD] + trace.flops.by_phase[Phase.BACKWARD]
+    assert shape.num_blocks * shape.block_kept_nbytes + shape.outer_kept_nbytes == list(own_memory(trace))[forward_end]
+    assert shape.boundary_nbytes == 24 * 16 * 2
+    assert len(model.blocks) == 7
+
+
+def test_thousands_of_ranks_are_planned_in_seconds_and_every_plan_is_whole() -> None:
+    cluster = read_cluster(CLUSTER)
+    answer = plan_cluster(LLAMA_70B, cluster, 4096)
+    assert answer.num_layouts > 1000
+    for plan in answer.plans:
+        at = plan.layout
+        assert at.pp * at.dp * at.sp * at.tp == 4096
+        assert at.dp * at.micro * at.accumulation == 4096
+        assert plan.device_nbytes <= 80e9
+        assert parse_layout(at.name) == at
+    assert [plan.step_s for plan in answer.plans] == sorted(plan.step_s for plan in answer.plans)
+    assert 0.3 < LLAMA_70B.flops * 4096 / answer.plans[0].step_s / (4096 * 600e12) < 0.7
+
+
+def test_the_bubble_is_that_of_the_schedules_own_list() -> None:
+    cluster = read_cluster({**CLUSTER, "links": {"within_gb_s": 1e9, "between_gb_s": 1e9, "latency_us": 0}})
+    plan = simulated(evaluate(LLAMA_70B, cluster, Layout(pp=4, dp=1024, micro=1, accumulation=12, stage=1)))
+    listed = simulate(NAMED["1f1b"](4, 12), Costs.equal(4)).bubble
+    assert plan.bubble == pytest.approx(listed, rel=1e-6)
+    assert plan.bubble == pytest.approx(3 / 15, rel=1e-6)
+
+
+def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
+    cluster = read_cluster(CLUSTER)
+    plans = {stage: evaluate(LLAMA_70B, cluster, Layout(pp=1, dp=8, stage=stage)) for stage in range(4)}
+    params = LLAMA_70B.num_params
+    assert plans[0].memory["optimizer states"] == 12 * params
+    assert plans[1].memory["optimizer states"] == 12 * params / 8
+    assert plans[2].memory["gradients"] == 2 * params / 8
+    assert plans[3].memory["parameters"] == 2 * params / 8
+    assert rank_params(LLAMA_70B, Layout(tp=8), 80) < params / 6
+    assert plans[0].traffic["reduce"] == 2 * plans[1].traffic["reduce"] == 2 * plans[1].traffic["gather"]
+    assert all(layout.tp <= 8 for layout in layouts(LLAMA_70B, cluster, 4096))
+
+
+@pytest.mark.parametrize(
+    ("cluster", "batch", "words"),
+    [
+        ({**CLUSTER, "device": {"memory_gb": 0.5, "tflops": 1}}, 4096, "nothing fits 0.5 GB per device"),
+        (
+            {"device": {"memory_gb": 80, "tflops": 1}, "nodes": 97, "devices_per_node": 1},
+            3,
+            "no layout divides a batch of 3",
+        ),
+        ({"nodes": 2}, 1, 'the cluster has no "device"'),
+        ({**CLUSTER, "nodez": 2}, 1, "nodez is not a key.\n  Did you mean nodes?"),
+        ({**CLUSTER, "nodes": 0}, 1, "nodes = 0 is not a whole number, at least 1"),
+        ({**CLUSTER, "device": {"memory_gb": 80}}, 1, "device.tflops is missing"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(cluster: dict[str, Any], batch: int, words: str) -> None:
+    with pytest.raises(DeepSpeedError) as caught:
+        plan_cluster(LLAMA_70B, read_cluster(cluster), batch)
+    assert words in str(caught.value)
+
+
+def test_states_go_to_the_hosts_where_nothing_fits_without() -> None:
+    small = {**CLUSTER, "nodes": 1, "host": {"memory_gb": 2000, "link_gb_s": 25}}
+    answer = plan_cluster(LLAMA_70B, read_cluster(small), 64)
+    assert all(plan.layout.offload and plan.host_nbytes > 0 for plan in answer.plans)
+
+
+@pytest.mark.parametrize("most", [0, 1, 2, 3, 7, 8, 100])
+def test_the_largest_number_that_fits_is_found(most: int) -> None:
+    assert largest.largest(lambda number: number <= most) == most
+
+
+@pytest.fixture
+def llama(tmp_path: Path) -> Path:
+    pytest.importorskip("transformers")
+    config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": 32, "intermediate_size": 64,
+              "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 256,
+              "max_position_embeddings": 128}  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "cluster.json").write_text(json.dumps({**CLUSTER, "nodes": 2, "devices_per_node": 2}))
+    settings = {
+        "train_micro_batch_size_per_gpu": 1,
+        "zero_optimization": {"stage": 3, "stage3_max_reuse_distance": 0, "stage3_prefetch_bucket_size": 0},
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
+        "activation_checkpointing": {"recompute": "full"},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(settings))
+    return tmp_path
+
+
+def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    cluster, html = str(llama / "cluster.json"), llama / "plan.html"
+    assert (
+        runner.main(["plan", str(llama), "--cluster", cluster, "-b", "16", "-s", "64", "--html", str(html), "--json"])
+        == 0
+    )
+    said = json.loads(capsys.readouterr().out)
+    assert said["num_devices"] == 4 and said["plans"][0]["device_nbytes"] < 80e9
+    page = html.read_text()
+    assert "<svg" in page and "Where ranks lie" in page and "src=" not in page
+    assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "pp2 dp2 zero1 2x4"]) == 0
+    assert "pp2 dp2 zero1 2x4" in capsys.readouterr().out
+    assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "dp3 zero1 2x4"]) == 2
+    assert "pp x dp x sp x tp = 3, and the cluster has 4 devices" in capsys.readouterr().err
+
+    ds = str(llama / "ds.json")
+    assert (
+        runner.main(["doctor", str(llama), "-c", ds, "-n", "4", "-s", "64", "--cluster", cluster, "--device", "cpu"])
+        == 0
+    )
+    said_text = capsys.readouterr().out
+    assert "The one change that helps most: " in said_text and "A step is predicted to take" in said_text
+
+    room = str(64 / 1024)
+    assert runner.main(["max-batch", str(llama), "-c", ds, "-s", "64", "-m", room, "--device", "cpu"]) == 0
+    size = int(capsys.readouterr().out.split("train_micro_batch_size_per_gpu: ")[1].split()[0])
+    assert size > 4
+    assert runner.main(["max-batch", str(llama), "-c", ds, "-s", "64", "-m", "0.0001", "--device", "cpu"]) == 1
+    capsys.readouterr()
+    assert runner.main(["max-model", str(llama), "-c", ds, "-s", "64", "-m", str(6 / 1024), "--device", "cpu"]) == 0
+    assert int(capsys.readouterr().out.split("num_hidden_layers: ")[1].split()[0]) > 4
