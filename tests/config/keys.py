@@ -342,8 +342,6 @@ _TREE: dict[str, Any] = {
         "trial_timeout": 1800,
         "device_memory_gb": None,
         "model_info": {"profile": False, "num_params": None, "hidden_size": None, "num_layers": None},
-        "trial_timeout": 1800,
-        "device_memory_gb": None,
     },
     "elasticity": {
         "enabled": False,
