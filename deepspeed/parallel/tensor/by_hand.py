@@ -47,8 +47,8 @@ def _take(layer: nn.Linear, module: nn.Linear, dim: int, ranks: TensorGroup) -> 
         if is_cut:
             param.data = param.data.narrow(dim, start, stop - start).clone()
             marks.mark(param, marks.Mark(cuts=(marks.Cut(_DIM, dim, ((start, stop),), whole),)))
-            param.tensor_model_parallel = True  # type: ignore[attr-defined]
-            param.ds_is_replaced_module = True  # type: ignore[attr-defined]
+            param.tensor_model_parallel = True
+            param.ds_is_replaced_module = True
         setattr(layer, name, param)
     return tuple(stop - start for start, stop in ranges)
 
