@@ -81,7 +81,8 @@ def steps(engine: Any, which: list[list[runs.Batch]], rank: int, size: int) -> l
             engine.backward(loss)
             engine.step()
             count = (part["shift_labels"] != -100).sum()
-            sums = torch.stack([loss.detach() * count, count.float()])
+            # A part without targets has a mean of nothing.
+            sums = torch.stack([loss.detach().nan_to_num() * count, count.float()])
             torch.distributed.all_reduce(sums)
             losses.append(float(sums[0] / sums[1]))
     return losses
