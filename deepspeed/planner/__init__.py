@@ -1,11 +1,12 @@
 """A step before it is run: what it costs, which layout of a cluster is the fastest, what a configuration wastes.
 
-cost       seconds of a data-parallel step from measured rates                             (pure)
-cluster    what there is, from JSON                                                        (pure)
-shape      a model as a stack of like blocks, from two small traces
-layouts    every layout, and what each needs, sends and takes                              (pure)
-search     the ranked ones, their pipelines simulated                                      (pure)
-traffic    ZeRO's bytes of a step, exactly: the engine's plan played
-cli, page  `deepspeed plan`            doctor          `deepspeed doctor`
-largest    `deepspeed max-batch`       largest_model   `deepspeed max-model`
+cost.py          seconds of a data-parallel step from measured rates               (pure)
+cluster.py       what there is, from JSON                                          (pure)
+shape.py         a model as a stack of like blocks, from two small traces
+layouts.py       every layout, and what each needs, sends and takes                (pure)
+search.py        the ranked ones, their pipelines simulated                        (pure)
+traffic.py       ZeRO's bytes of a step, exactly: the engine's plan played
+cli.py           `deepspeed plan`; page.py its page
+doctor.py        `deepspeed doctor`
+largest.py       `deepspeed max-batch`; largest_model.py `deepspeed max-model`
 """

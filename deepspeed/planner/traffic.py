@@ -1,6 +1,6 @@
 """What a rank's ZeRO sends in one step of a data-parallel run, to the byte: the engine's plan played without an engine. Pure.
 
-The same messages that `comm.observe` counts in a run (`COMMUNICATION.nbytes`): full buffers over all ranks, by operation. Reductions
+The same messages that `comm.observe` counts in a run: full buffers over all ranks, by operation. Reductions
 follow from the plan of buckets; gathers at ZeRO stage 3 from the real gatherer, driven by the model's traced step.
 
 Invariant: equal to the engine's counts of a step from the fourth on, when the order of use is known (`tests/planner/test_traffic.py`).
