@@ -71,7 +71,8 @@ def test_a_layer_sends_what_the_formula_says() -> None:
 @pytest.mark.parametrize("ranks", [2, 3, 4])
 def test_a_layer_sends_what_the_formula_says_at_every_size(ranks: int) -> None:
     one, three = (set(run_ranks(ranks, runs.count_bytes, layers, {})) for layers in (1, 3))
-    assert max(three) - max(one) == 2 * 8 * (ranks - 1) * (2 * 8 * 32) * 4 // ranks
+    num_layers, num_sums, nbytes = 2, 4, 2 * 8 * 32 * 4
+    assert max(three) - max(one) == num_layers * num_sums * (2 * nbytes * (ranks - 1) // ranks)  # each in whole bytes
 
 
 def test_zero_stages_are_bit_equal_to_one_another_beside_tensor_parallelism() -> None:
