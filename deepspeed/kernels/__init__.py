@@ -6,6 +6,7 @@
     native_quantize.py       its loops of quantisation and of signs
     native_products.py       its products of few rows with a weight of 32, 16, 8 or 4 bits
     native_attention.py      its attention of one new token over a cache of fp32, bf16 or int8
+    native_decode.py         its step of one token through all layers of a decoder
     grouped.py               rows in groups, each times a matrix of its own, by two ways that a trial chooses from
     reference/               plain torch: the fallback everywhere and the oracle of the tests
     triton/                  the same in Triton, for GPUs; one pass over memory, few launches
