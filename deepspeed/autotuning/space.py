@@ -23,6 +23,7 @@ from deepspeed.config import load_config
 from deepspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from deepspeed.config.dotted import get_at, leaves, with_values
 from deepspeed.config.tuning import AutotuningConfig
+from deepspeed.mesh.shape import DEGREES
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
 STAGE = "zero_optimization.stage"
@@ -41,9 +42,7 @@ ABBREVIATIONS = {
     BUCKET: "rb",
     PREFETCH: "pf",
     REUSE: "rd",
-    TENSOR: "tp",
-    SEQUENCE: "sp",
-    EXPERTS: "ep",
+    **dict(zip((SEQUENCE, TENSOR, EXPERTS), DEGREES[2:], strict=True)),
     "zero_optimization.allgather_bucket_size": "ab",
     "zero_optimization.overlap_comm": "oc",
     "zero_optimization.zero_quantized_weights": "qw",

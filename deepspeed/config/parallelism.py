@@ -24,6 +24,9 @@ from deepspeed.config.base import (
     also,
 )
 
+TP_KEY = "tp"
+"""How the JSON of inference, and the files that it names, spell tensor parallelism."""
+
 
 class PipelineConfig(Section, extra="allow"):
     """`pipeline`: how the pipeline engine runs. Other keys are kept as they are."""

@@ -14,6 +14,7 @@ from pydantic import BeforeValidator, Field, PlainSerializer
 
 from deepspeed.config import ZeroConfig
 from deepspeed.config.base import OldKey, PositiveInt, Problem, Section, also
+from deepspeed.config.parallelism import TP_KEY
 from deepspeed.utils.dtypes import dtype_name, parse_dtype
 from deepspeed.utils.lazy import lazy_exports
 
@@ -134,7 +135,7 @@ class DeepSpeedInferenceConfig(Section):
     dtype: Annotated[torch.dtype, BeforeValidator(_dtype), PlainSerializer(_dump_dtype)] = torch.float16
     """fp16, bf16, fp32; "int8" and "int4" quantize the weights and leave everything else in the model's own dtype. Where it is not
     given and the device has no fp16, the model's own."""
-    tensor_parallel: Annotated[DeepSpeedTPConfig, also("tensor_parallel", "tp")] = Field(
+    tensor_parallel: Annotated[DeepSpeedTPConfig, also("tensor_parallel", TP_KEY)] = Field(
         default_factory=DeepSpeedTPConfig
     )
     """Over ranks."""
@@ -195,7 +196,7 @@ class DeepSpeedInferenceConfig(Section):
         for section, moved in _MOVED.items():
             found = {new: given.pop(old) for old, new in moved.items() if old in given}
             if found:
-                alias = "tp" if section == "tensor_parallel" and "tp" in given else section
+                alias = TP_KEY if section == "tensor_parallel" and TP_KEY in given else section
                 inner = given.get(alias, {})
                 inner = {"enabled": inner} if isinstance(inner, bool) else dict(inner)
                 given[alias] = inner | found

@@ -20,6 +20,7 @@ from deepspeed.checkpoint.files import check_name, read_plain
 from deepspeed.checkpoint.find import latest_tag, open_checkpoint
 from deepspeed.checkpoint.manifest import FILE_NAME
 from deepspeed.checkpoint.zero_to_fp32 import open_tag
+from deepspeed.config.parallelism import TP_KEY
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.weights import SafetensorsFiles, TorchFiles, TrainingCheckpoint, Weights
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
@@ -139,7 +140,7 @@ def _parts(
             f"{what} was saved for tp_size = {stated}, and this run has {size}.\n"
             f"  Run on {stated} ranks, or load the checkpoint that it was made from."
         )
-    mine = [file for file in files.get("tp", []) if Path(file).name.startswith(f"tp_{rank:02d}_")]
+    mine = [file for file in files.get(TP_KEY, []) if Path(file).name.startswith(f"tp_{rank:02d}_")]
     if size > 1 and not mine:
         raise CheckpointError(f"{what} names no tp_{rank:02d}_*.pt: the part of rank {rank} is missing.")
     whole = _from_files([folder / file for file in files.get("non_tp", [])], what)

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.checkpoint.files import replace_durably
+from deepspeed.config.parallelism import TP_KEY
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import SAVED
 from deepspeed.kernels.reference.quantize import Quantized
@@ -65,9 +66,9 @@ def save(module: nn.Module, config: DeepSpeedInferenceConfig, rank: int, tp_size
         content = {
             "type": type(module).__name__,
             "base_dir": "",
-            "checkpoints": {"non_tp": ["non-tp.pt"], "tp": files},
+            "checkpoints": {"non_tp": ["non-tp.pt"], TP_KEY: files},
             "version": 1.0,
-            "parallelization": "tp",
+            "parallelization": TP_KEY,
             "tp_size": tp_size,
             "dtype": dtype_name(config.dtype),
         }

@@ -32,6 +32,9 @@ Dim = Literal["pp", "dp_replicate", "dp_shard", "sp", "tp", "edp", "ep", "far", 
 DIMS: tuple[Dim, ...] = ("pp", "dp_replicate", "dp_shard", "sp", "tp")
 """The box, from the outermost dim to the innermost, whose ranks are consecutive."""
 
+DEGREES = ("pp", "dp", "sp", "tp", "ep")
+"""What users call the sizes of a layout, on command lines and in names of files: `dp` for all ranks with data of their own."""
+
 Role = Literal[
     "batch", "average", "shard", "replicate", "norm", "whole", "model", "tensor", "pipeline", "sequence",
     "experts", "expert_shard", "near", "far", "checkpoint", "job",

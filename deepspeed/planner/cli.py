@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.memory.cli import build
+from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import GB, Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate
 from deepspeed.planner.page import write_page
@@ -167,7 +168,7 @@ def as_json(shape: ModelShape, cluster: Cluster, answer: Answer) -> dict[str, An
         "plans": [
             {
                 "layout": plan.layout.name,
-                **{dim: getattr(plan.layout, dim) for dim in ("pp", "dp", "sp", "tp", "ep", "stage")},
+                **{dim: getattr(plan.layout, dim) for dim in (*DEGREES, "stage")},
                 "micro": plan.layout.micro,
                 "accumulation": plan.layout.accumulation,
                 "recompute": plan.layout.recompute,

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES, OVERLAP
 from deepspeed.planner.shape import ModelShape
@@ -52,9 +53,7 @@ class Layout:
     @property
     def name(self) -> str:
         """As tables write it: dims of more than one rank, then the rest."""
-        dims = " ".join(
-            f"{key}{getattr(self, key)}" for key in ("pp", "dp", "sp", "tp", "ep") if getattr(self, key) > 1
-        )
+        dims = " ".join(f"{key}{getattr(self, key)}" for key in DEGREES if getattr(self, key) > 1)
         more = f"{' recompute' if self.recompute else ''}{' offload' if self.offload else ''}"
         return f"{dims or 'one rank'} zero{self.stage} {self.micro}x{self.accumulation}{more}"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from deepspeed.mesh.shape import DEGREES
 from deepspeed.parallel.pipeline.check import Costs, Timeline, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
 from deepspeed.planner.cluster import GB, Cluster
@@ -103,7 +104,7 @@ def parse_layout(text: str) -> Layout:
     for word in text.split():
         name = word.rstrip("0123456789")
         number = word[len(name) :]
-        if name in ("pp", "dp", "sp", "tp", "ep") and number:
+        if name in DEGREES and number:
             values[name] = int(number)
         elif name == "zero" and number in ("0", "1", "2", "3"):
             values["stage"] = int(number)
