@@ -66,7 +66,7 @@ def _load_whole(rank: int, world: int, folder: str) -> float:
 
 def test_any_number_of_stages_goes_on_where_another_stopped(tmp_path: Path) -> None:
     saved = run_ranks(2, _save, str(tmp_path))
-    for world, others in ((2, [(3, 2, "v")]), (1, [(0, 1, "loop")])):
+    for world, others in ((2, [(1, 1, "loop"), (3, 2, "v")]), (1, [(0, 1, "loop")])):
         found = run_ranks(world, _load, str(tmp_path), others)
         for i in range(len(others)):
             mine = [theirs[i] for theirs in found]

@@ -74,13 +74,14 @@ def compare(
     engine.backward(own)
     found = {"loss": abs(float(mean) / world_size - loss) / abs(loss), "cut": 0.0, "grad": 0.0}
     largest = max(float(grad.abs().max()) for grad in grads.values())
-    nothing = 1e-8 * largest  # keys' biases drop out of a softmax: their gradients are zero but for rounding
     for name, param in engine.module.named_parameters():
         got = deepspeed.utils.safe_get_full_grad(param)
         if name in grads:
             want = part(grads[name], param)
-            found["grad"] = max(found["grad"], error(got, want) if grads[name].abs().max() > nothing else 0.0)
-            assert (got.float() - want).abs().max() < 1e-5 * largest if want.numel() else True, name
+            if name.endswith("k_proj.bias"):  # drops out of a softmax: zero but for rounding, which has no relative error
+                assert (got.float() - want).abs().max() < 1e-5 * largest, name
+            else:
+                found["grad"] = max(found["grad"], error(got, want))
         found["cut"] += bool(marks.of(param).cuts)
     engine.step()
     found["norm"] = abs(engine.get_global_grad_norm() - norm) / norm
