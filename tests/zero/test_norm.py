@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from deepspeed.zero.delivery import norm_of
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 
@@ -117,3 +118,9 @@ def test_with_cut_weights_norm_and_clipping_are_those_of_the_whole_model(stage: 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_ranks_of_one_model_skip_a_step_together(stage: int, rank: int) -> None:
     assert [skipped for _, skipped, _ in run_ranks(2, half_a_step, stage, rank)] == [True, True]
+
+
+@pytest.mark.parametrize("numel", [0, 1, 1023, 2048, 40_001, 8_000_003])
+def test_a_norm_has_the_digits_of_fp32_however_many_elements_there_are(numel: int) -> None:
+    values = torch.randn(numel, generator=torch.Generator().manual_seed(numel))
+    assert float(norm_of(values)) == pytest.approx(float(values.double().norm()), rel=2e-7)

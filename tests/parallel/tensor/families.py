@@ -43,6 +43,7 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("mixtral", {**_ROUND, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "qwen2_moe": ("qwen2_moe", {**_ROUND, **_EXPERTS, "shared_expert_intermediate_size": 20}),
     "qwen3_moe": ("qwen3_moe", {**_ROUND, **_EXPERTS}),
+    "gpt_oss": ("gpt_oss", {**_ROUND, "num_local_experts": 4, "num_experts_per_tok": 2}),
     "deepseek_v2": ("deepseek_v2", _MLA),
     "deepseek_v3": ("deepseek_v3", _MLA),
     "llama4": ("llama4_text", {**_ROUND, "num_local_experts": 4, "intermediate_size_mlp": 52}),

@@ -78,7 +78,9 @@ def compare(
         got = deepspeed.utils.safe_get_full_grad(param)
         if name in grads:
             want = part(grads[name], param)
-            if name.endswith("k_proj.bias"):  # drops out of a softmax: zero but for rounding, which has no relative error
+            if name.endswith(
+                "k_proj.bias"
+            ):  # drops out of a softmax: zero but for rounding, which has no relative error
                 assert (got.float() - want).abs().max() < 1e-5 * largest, name
             else:
                 found["grad"] = max(found["grad"], error(got, want))
