@@ -12,6 +12,7 @@ Invariant: a tuner ends: each call uses up a candidate.
 
 from __future__ import annotations
 
+import abc
 import math
 import random
 from collections import Counter
@@ -33,7 +34,7 @@ MANY_FAILURES = 3
 """So many failures of a ZeRO stage, and no success, and the stage is left."""
 
 
-class Tuner:
+class Tuner(abc.ABC):
     """Base: knows the candidates, their prior, and what came of those that were tried."""
 
     def __init__(
@@ -53,8 +54,9 @@ class Tuner:
         open_ones = self.open_candidates()
         return self._choose(open_ones) if open_ones else None
 
+    @abc.abstractmethod
     def _choose(self, open_ones: list[Candidate]) -> Candidate | None:
-        raise NotImplementedError
+        """One of those that may still be tried; None: enough."""
 
     def tell(self, candidate: Candidate, outcome: Outcome) -> None:
         """What came of a trial."""
