@@ -34,6 +34,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--compatibility", metavar="FILE", help="write the table of what works")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    """Refuse to write the table from workers: only they see what passed."""
+    if config.getoption("--compatibility", default=None) and config.getoption("numprocesses", default=None):
+        raise pytest.UsageError("--compatibility is written by one process: leave out -n.")
+
+
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Without --matrix leave out what differs in the stage or the pair alone, or is marked `matrix`."""
     if config.getoption("--matrix", default=False):
@@ -87,7 +93,8 @@ def _page() -> str:
         f"Versions: {versions}; Python {platform.python_version()}.",
         "",
         "`works`: passed. `fails`: ran and did not pass. Empty: not tried. What is not in this page is not claimed: no GPU was used, "
-        "and tensor, pipeline, sequence and expert parallelism were not tried under these libraries.",
+        "pipelines and experts over ranks were not tried under these libraries, and tensor and sequence parallelism only where a "
+        "row says so.",
         "",
         "| integration | what | precision | offload (to CPU unless it says NVMe) | "
         + " | ".join(f"ZeRO {stage}" for stage in STAGES)
