@@ -28,10 +28,11 @@ def norm_of(values: Tensor) -> Tensor:
     """[] their 2-norm, in fp32 or what is wider.
 
     On CPUs torch adds squares up one after the other: in fp32, 8M of them are off by 2e-4. By rows it is 4e-8, in the same time.
+    Other devices go the same way, so that they clip by the same bits.
     """
     dtype = torch.promote_types(values.dtype, torch.float32)
     num_rows = values.numel() // ROW
-    if num_rows < 2 or values.device.type != "cpu":
+    if num_rows < 2:
         return torch.linalg.vector_norm(values, 2, dtype=dtype)
     flat = values.reshape(-1)
     rows = torch.linalg.vector_norm(flat[: num_rows * ROW].view(num_rows, ROW), 2, dim=1, dtype=dtype)
