@@ -49,6 +49,7 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
+        _refuse_unshown(model, mesh, config)
     if mesh.size("tensor") > 1 and any(
         getattr(module, "enable_expert_tensor_parallelism", False) for module in model.modules()
     ):
@@ -105,6 +106,20 @@ def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
         raise DeepSpeedConfigError(
             f"the experts of {name} were sharded by zero.Init (or an earlier engine) before expert_parallel could spread them.\n"
             "  Build the model without zero.Init; with expert_parallel a rank then keeps its own experts only."
+        )
+
+
+def _refuse_unshown(model: nn.Module, mesh: Mesh, config: Config) -> None:
+    """Only fused experts of Hugging Face models have been shown to equal one process beside these."""
+    kind = "MoE layers" if attach.ep_size_of(model) > 1 else ""
+    if not kind and config.expert_parallel.enabled and listed.find(model, config.expert_parallel):
+        kind = "experts that are a list of modules"
+    others = {"tensor": "tensor parallelism", "sequence": "parts of sequences"}
+    beside = [f"{text} on {mesh.size(role)} ranks" for role, text in others.items() if mesh.size(role) > 1]  # type: ignore[call-overload]
+    if kind and beside:
+        raise NotAvailableError(
+            f"{kind} on {mesh.size('experts')} ranks together with {' and '.join(beside)} are not available yet: nobody has shown "
+            "that they equal one process.\n  Leave one of the two out, or use a model whose experts are fused (expert_parallel)."
         )
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -40,12 +39,14 @@ def tune(config: str, *arguments: str, ranks: int = 1, word: str = "tune") -> in
 
 
 def alive(log: Path) -> list[int]:
-    """Processes of trials that still run."""
+    """Processes of trials that still run: neither those that wait to be reaped, nor others that were given an old number."""
     found = []
     for line in log.read_text().splitlines():
+        process = Path("/proc", line.split()[1])
         with contextlib.suppress(OSError):
-            os.kill(int(line.split()[1]), 0)
-            found.append(int(line.split()[1]))
+            state = (process / "stat").read_text().rpartition(")")[2].split()[0]
+            if state not in "ZX" and str(log).encode() in (process / "cmdline").read_bytes():
+                found.append(int(process.name))
     return found
 
 

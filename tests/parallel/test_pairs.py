@@ -12,10 +12,11 @@ from torch import nn
 
 import deepspeed
 from deepspeed.mesh.mesh import _meshes as meshes
+from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 from tests.harness import run_ranks
 from tests.parallel import pairs
 from tests.parallel.pairs import EXPERTS, Way
@@ -116,6 +117,32 @@ def test_sizes_that_an_mpu_contradicts_are_refused_on_every_rank() -> None:
     for tensor, sequence in run_ranks(4, contradictions):
         assert tensor.startswith("tensor_parallel.autotp_size = 2, but the mpu has 1")
         assert sequence.startswith("sequence_parallel_size = 2, but by the mpu 1 ranks")
+
+
+def native_beside(rank: int, world_size: int) -> list[str]:
+    """What is said of layers with experts of their own beside layers and sequences that are divided."""
+    words = []
+    for section in (
+        {"tensor_parallel": {"autotp_size": 2, "partition_config": COLUMN}},
+        {"sequence_parallel_size": 2},
+    ):
+        model = nn.Sequential(nn.Linear(8, 8), MoE(8, nn.Linear(8, 8), num_experts=4, ep_size=2))
+        with pytest.raises(NotAvailableError) as caught:
+            deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, **section})
+        words.append(str(caught.value))
+        assert not any(mesh.num_users for mesh in meshes.values()), "no engine lives"
+    return words
+
+
+COLUMN = {"layer_specs": [{"patterns": ["^0.weight$"], "partition_type": "column"}]}
+
+
+def test_layers_with_experts_beside_what_nobody_has_shown_are_refused_on_every_rank() -> None:
+    for tensor, sequence in run_ranks(4, native_beside):
+        assert tensor.startswith(
+            "MoE layers on 2 ranks together with tensor parallelism on 2 ranks are not available yet"
+        )
+        assert sequence.startswith("MoE layers on 2 ranks together with parts of sequences on 2 ranks")
 
 
 def too_many(rank: int, world_size: int) -> str:
