@@ -252,11 +252,12 @@ def make_gradients(
         # its copies'. It is divided by as many ranks as every other, so that it does not depend on where experts are.
         if master.bucket.over not in exchanges:
             exchanges[master.bucket.over] = mesh.exchange(master.bucket.over, "reduce", placing.device)
-        exchange = gradient_exchange(config, mesh, exchanges[master.bucket.over], master.bucket)
+        exchange, feedback = gradient_exchange(config, mesh, exchanges[master.bucket.over], master.bucket)
         # One rank's shard is the whole: nothing to scatter, so micro-batches may add up in the flat buffer.
         is_scattered = policy.gradients.is_sharded and (exchange.world_size > 1 or rest is not None)
         reduction = Reduction(
             exchange=exchange,
+            feedback=feedback,
             replicas=replicas,
             predivide=predivide,
             divide_by=(num_averaged if is_mean else 1.0) / predivide,

@@ -6,10 +6,11 @@ Called by `assembly.assemble` and by the engine's builder; the exchanges are `co
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from deepspeed.comm.exchange import Exchange
-from deepspeed.comm.quantized import ErrorFeedback, Hops, QuantizedReduction
+from deepspeed.comm.feedback import ErrorFeedback
+from deepspeed.comm.quantized import Hops, QuantizedReduction
 from deepspeed.comm.sparse import SparseReduction
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
@@ -50,24 +51,28 @@ def near_size(config: Config, num_ranks: int, has_mpu: bool) -> int:
     return 1 if num_ranks % ranks_of_node else ranks_of_node
 
 
-def gradient_exchange(config: Config, mesh: Mesh, exchange: Exchange, bucket: Bucket) -> Exchange:
+def gradient_exchange(
+    config: Config, mesh: Mesh, exchange: Exchange, bucket: Bucket
+) -> tuple[Exchange, Sequence[ErrorFeedback]]:
     """How one bucket's gradients are reduced between the ranks that share it: as they are, or quantised in two hops.
 
-    Parameters that stay whole at stage 3 are small, vectors mostly, and reduced in full. Collective at first use.
+    Parameters that stay whole at stage 3 are small, vectors mostly, and reduced in full. Beside it, what is kept of its messages'
+    errors. Collective at first use.
     """
     zero = config.zero_optimization
     if config.sparse_gradients and zero.stage == 0 and exchange.world_size > 1:
-        return SparseReduction(exchange)
+        return SparseReduction(exchange), ()
     is_small = zero.stage == 3 and not bucket.is_sharded
     if not zero.zero_quantized_gradients or exchange.world_size == 1 or is_small or bucket.over != "shard":
-        return exchange
+        return exchange, ()
     hops = mesh.shared("hops", lambda: _hops(mesh))
     loco = zero.zeropp_loco_param
     feedback: Callable[[], ErrorFeedback] | None = None
     if loco is not None:
         beta, reset_every = loco.err_beta, loco.reset_T
         feedback = lambda: ErrorFeedback(beta, reset_every)  # noqa: E731
-    return QuantizedReduction(exchange, hops, feedback=feedback)
+    reduction = QuantizedReduction(exchange, hops, feedback=feedback)
+    return reduction, reduction.feedback
 
 
 def _hops(mesh: Mesh) -> Hops:

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.exchange import Exchange
-from deepspeed.comm.quantized import ErrorFeedback, Hops, QuantizedReduction
+from deepspeed.comm.feedback import ErrorFeedback
+from deepspeed.comm.quantized import Hops, QuantizedReduction
 from deepspeed.utils.errors import DeepSpeedError
 
 

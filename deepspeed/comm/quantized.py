@@ -1,7 +1,7 @@
 """Gathers and reductions that carry int8 and int4 instead of the buffer's own dtype (ZeRO++'s qwZ and qgZ).
 
 `QuantizedGather` wraps another exchange, `QuantizedReduction` is one for gradients; `zero.build` and `assembly` choose them.
-A tensor travels as one message, `Code`: scales of its groups, then their integers.
+A tensor travels as one message, by `comm.code`: scales of its groups, then their integers.
 
     all-gather       int8: every rank's slice, quantised by its owner, dequantised by all. The owner too computes with what the
                      others got, so that all ranks have the same weights.
@@ -33,75 +33,10 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
 from deepspeed.comm.exchange import Exchange, Pending, deliver, slices_of
-from deepspeed.kernels.reference.quantize import Quantized
-from deepspeed.kernels.table import pick
+from deepspeed.comm.feedback import ErrorFeedback
 from deepspeed.utils.waits import COMMUNICATION
-
-SCALE_NBYTES = 4
-
-
-@dataclass(frozen=True)
-class Code:
-    """Symmetric integers of `num_bits` with an fp32 scale for each `group_size` elements, the last group smaller."""
-
-    num_bits: int
-    group_size: int
-
-    def nbytes(self, numel: int) -> int:
-        """Of the message of so many elements."""
-        return SCALE_NBYTES * -(-numel // self.group_size) + -(-numel * self.num_bits // 8)
-
-    def encode(self, x: Tensor) -> Tensor:
-        """[numel] of any float dtype, 1-D, as one message of uint8."""
-        parts = [_quantize(piece, size, self.num_bits) for piece, size in self._pieces(x)]
-        scales = [part.scales.view(torch.uint8) for part in parts]
-        return torch.cat([*scales, *(part.values.view(-1).view(torch.uint8) for part in parts)])
-
-    def decode(self, message: Tensor, numel: int, dtype: torch.dtype = torch.float32) -> Tensor:
-        """The elements again, [numel]."""
-        at_scale, at = 0, SCALE_NBYTES * -(-numel // self.group_size)
-        found = []
-        for start, size in self._cuts(numel):
-            num_groups, nbytes = start // size, -(-start * self.num_bits // 8)
-            scales = message[at_scale : at_scale + SCALE_NBYTES * num_groups].clone().view(torch.float32)
-            values = message[at : at + nbytes].clone()
-            values = (values.view(torch.int8) if self.num_bits == 8 else values).view(num_groups, -1)
-            found.append(_dequantize(Quantized(values, scales), self.num_bits, dtype)[:start])
-            at_scale, at = at_scale + SCALE_NBYTES * num_groups, at + nbytes
-        return found[0] if len(found) == 1 else torch.cat([*found, message.new_empty(0, dtype=dtype)])
-
-    def _cuts(self, numel: int) -> list[tuple[int, int]]:
-        """(elements, group size) of the whole groups and of the rest."""
-        body = numel // self.group_size * self.group_size
-        return [(n, size) for n, size in ((body, self.group_size), (numel - body, numel - body)) if n]
-
-    def _pieces(self, x: Tensor) -> list[tuple[Tensor, int]]:
-        pieces, at = [], 0
-        for numel, size in self._cuts(x.numel()):
-            pieces.append((x[at : at + numel], size))
-            at += numel
-        return pieces
-
-
-def _quantize(x: Tensor, group_size: int, num_bits: int) -> Quantized:
-    if num_bits == 4 and group_size % 2:  # two elements share a byte
-        x, group_size = torch.cat([x, x.new_zeros(1)]), group_size + 1
-    quantized: Quantized = pick("quantize", x.device.type)(x, group_size, num_bits)
-    return quantized
-
-
-def _dequantize(quantized: Quantized, num_bits: int, dtype: torch.dtype) -> Tensor:
-    values: Tensor = pick("dequantize", quantized.values.device.type)(quantized, num_bits, dtype)
-    return values
-
-
-WEIGHTS = Code(8, 256)
-"""8.125 bits an element."""
-GRADIENTS = Code(4, 128)
-"""4.25 bits an element: a gradient's few large elements set their group's scale, so groups are small."""
-ERRORS = Code(8, 256)
-"""How LoCo's errors rest."""
 
 
 @final
@@ -171,33 +106,6 @@ class Hops:
             self.waiting.popleft().start_second()
 
 
-class ErrorFeedback:
-    """What quantisation left out of one buffer, given back to the next: `error = beta error + (1 - beta) new`.
-
-    Begins anew every `reset_T` messages. Rests in int8, one byte an element. After LoCo, algorithm 1.
-    """
-
-    def __init__(self, beta: float, reset_every: int) -> None:
-        self._beta, self._reset_every = beta, reset_every
-        self._num_messages = 0
-        self._error: Tensor | None = None
-
-    def encode(self, x: Tensor, code: Code) -> Tensor:
-        """The message of x plus what earlier ones left out. x may be of any float dtype."""
-        before = None
-        if self._error is not None and self._num_messages % self._reset_every:
-            before = ERRORS.decode(self._error, x.numel())
-        self._num_messages += 1
-        wanted = x.float() if before is None else before.add(x)
-        message = code.encode(wanted)
-        new = wanted.sub(code.decode(message, x.numel())).mul_(1 - self._beta)
-        if before is not None:
-            new.add_(before, alpha=self._beta)
-        # A step with what is not finite is skipped, and must leave nothing behind.
-        self._error = ERRORS.encode(torch.nan_to_num_(new, nan=0.0, posinf=0.0, neginf=0.0))
-        return message
-
-
 Encode = Callable[[Tensor], Tensor]
 
 
@@ -257,6 +165,8 @@ class QuantizedReduction:
         assert hops.num_near * hops.num_far == inner.world_size, "near x far ranks are all ranks"
         self._inner, self.hops, self._code = inner, hops, code
         self.group, self.rank, self.world_size = inner.group, inner.rank, inner.world_size
+        self.feedback: list[ErrorFeedback] = []
+        """What is kept of each message of the near hop, then of the far one; nothing without feedback."""
         self._encode_near = [self._encoder(feedback) for _ in range(hops.num_near)]
         self._encode_far = [self._encoder(feedback) for _ in range(hops.num_far)]
 
@@ -264,6 +174,7 @@ class QuantizedReduction:
         if feedback is None:
             return self._code.encode
         kept = feedback()
+        self.feedback.append(kept)
         return lambda x: kept.encode(x, self._code)
 
     def invalidate(self) -> None:

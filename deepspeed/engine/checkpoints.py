@@ -41,6 +41,7 @@ from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailable
 from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.access import GatheredParameters
 from deepspeed.zero.build import Built
+from deepspeed.zero.feedback import feedback_state, take_feedback
 from deepspeed.zero.hooks import BackwardWatch
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.reduce import Reducer
@@ -424,7 +425,9 @@ def _shared_state(engine: CheckpointedRun, client_state: dict[str, Any]) -> dict
 
 def _own_state(engine: CheckpointedRun, loader: DeepSpeedDataLoader | None) -> dict[str, Any]:
     """What is this rank's alone."""
-    own = {"loader": loader.state_dict()} if loader is not None else {}
+    own: dict[str, Any] = {"loader": loader.state_dict()} if loader is not None else {}
+    if errors := feedback_state(engine._reducer.gradients):
+        own["feedback"] = errors
     reduction = engine.zero_optimizer.own_reduction if engine.zero_optimizer is not None else None
     return own if reduction is None else {**own, "compression": reduction.private_states()}
 
@@ -559,6 +562,11 @@ def _load_rest(
             log_dist("what compression had left out starts at zero: the number of ranks has changed.", [0])
         saved = own if same_ranks else source.rank_state(0) or {}
         engine.zero_optimizer.own_reduction.take_private_states(saved.get("compression", {}), is_own=same_ranks)
+    if has_optimizer:
+        found = take_feedback(engine._reducer.gradients, own.get("feedback", []) if same_ranks else [])
+        if not found:
+            why = "the checkpoint has none of these buckets" if same_ranks else "the number of ranks has changed"
+            log_dist(f"LoCo: what quantised gradients had left out starts at zero: {why}.", [0])
     if has_optimizer and "rng" in own and same_ranks:
         rng.restore(own["rng"])
     elif has_optimizer and not same_ranks:

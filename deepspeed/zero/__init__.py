@@ -11,6 +11,7 @@
     pool       borrowed flat buffers               optimizer  norm, update, publish
     norm       one norm over every rank            shown      gradients shown as `param.grad`
     wire       fewer bytes in a step's gathers
+    feedback   errors of quantised reductions, saved
     local_norm one where ranks keep their own      own_reduction   what 1-bit optimizers may ask
     sharding   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened

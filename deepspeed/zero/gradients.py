@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.comm.feedback import ErrorFeedback
 from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.errors import TierError
 from deepspeed.zero.arrivals import Arrivals
@@ -53,6 +54,8 @@ class Reduction:
 
     exchange: Exchange
     """Over the ranks that share the bucket's shards."""
+    feedback: Sequence[ErrorFeedback] = ()
+    """What the exchange keeps of its messages' errors."""
     replicas: Exchange | None = None
     """Over the ranks that repeat this one's shard, where there are any: averaged with them at the boundary."""
     predivide: float = 1.0

@@ -8,7 +8,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.choose import make_exchange
-from deepspeed.comm.quantized import GRADIENTS, WEIGHTS, Code, ErrorFeedback, Hops, QuantizedGather, QuantizedReduction
+from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
+from deepspeed.comm.feedback import ErrorFeedback
+from deepspeed.comm.quantized import Hops, QuantizedGather, QuantizedReduction
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import deepspeed
 from deepspeed.utils.waits import COMMUNICATION
-from tests.engine.runs import LONG, Run, engine_of, make_config, train
+from tests.engine.runs import LONG, Run, engine_of, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
 
@@ -151,3 +151,68 @@ def test_frozen_parameters_rest_in_int8_and_are_within_half_a_scale(tmp_path: An
     largest = max(value.abs().max() for value in exact["values"].values())  # neighbours may share a group
     for name, value in exact["values"].items():
         assert (rounded["values"][name] - value).abs().max() <= largest * 1.02 / 2 / 127
+
+
+LOCO = {**QUANTIZED, "zeropp_loco_param": {"err_beta": 0.8, "reset_T": 4}}
+
+
+def stepped(engine: Any, batches: list[Any], rank: int, world_size: int) -> None:
+    for (batch,) in batches:
+        engine.backward(total_loss(engine(*rank_share(batch, rank, world_size))))
+        engine.step()
+
+
+def resumed(rank: int, world_size: int, stage: int, zero: dict[str, Any], folder: str) -> dict[str, Any]:
+    """Weights after 6 steps in one go, and after a save, another engine and a load in between."""
+    batches = make_batches(build("gpt_tied"), num_steps=6, accumulation=1, samples=SAMPLES)
+    config, found = zeropp(world_size, stage=stage, zero=zero), {}
+    with engine_of(build("gpt_tied"), config) as engine:
+        stepped(engine, batches[:3], rank, world_size)
+        engine.save_checkpoint(folder)
+        stepped(engine, batches[3:], rank, world_size)
+        found["uninterrupted"] = whole_weights(engine)
+    with engine_of(build("gpt_tied", seed=5), config) as engine:
+        stepped(engine, batches[:1], rank, world_size)  # errors of its own, which have to go
+        engine.load_checkpoint(folder)
+        stepped(engine, batches[3:], rank, world_size)
+        found["resumed"] = whole_weights(engine)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("stage", "zero"),
+    [
+        (3, LOCO),
+        pytest.param(1, {key: value for key, value in LOCO.items() if key != "zero_quantized_weights"}, marks=LONG),
+        pytest.param(2, {key: value for key, value in LOCO.items() if key != "zero_quantized_weights"}, marks=LONG),
+        pytest.param(3, {**LOCO, "offload_optimizer": {"device": "cpu"}}, marks=LONG),
+        pytest.param(3, QUANTIZED, marks=LONG),
+    ],
+)
+def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(stage: int, zero: dict[str, Any], tmp_path: Any) -> None:
+    found, *_ = run_ranks(2, resumed, stage, zero, str(tmp_path))
+    assert found["uninterrupted"]
+    for name, weight in found["uninterrupted"].items():
+        assert torch.equal(weight, found["resumed"][name]), name
+
+
+def goes_on(rank: int, world_size: int, folder: str) -> tuple[list[str], bool]:
+    """What is said of the errors when a run of two ranks is loaded, and whether training goes on."""
+    from deepspeed.engine import checkpoints
+
+    batches = make_batches(build("mlp"), num_steps=2, accumulation=1, samples=SAMPLES)
+    said: list[str] = []
+    with engine_of(build("mlp"), zeropp(world_size, zero=LOCO)) as engine, pytest.MonkeyPatch.context() as patch:
+        if world_size == 2:
+            stepped(engine, batches, rank, world_size)
+            engine.save_checkpoint(folder)
+        patch.setattr(checkpoints, "log_dist", lambda message, *args, **kwargs: said.append(message))
+        engine.load_checkpoint(folder)
+        stepped(engine, batches, rank, world_size)
+        return [line for line in said if "LoCo" in line], engine.skipped_steps == 0
+
+
+def test_errors_begin_anew_with_another_number_of_ranks_and_one_line_says_so(tmp_path: Any) -> None:
+    assert run_ranks(2, goes_on, str(tmp_path)) == [([], True)] * 2
+    line = "LoCo: what quantised gradients had left out starts at zero: the number of ranks has changed."
+    assert run_ranks(3, goes_on, str(tmp_path)) == [([line], True)] * 3
