@@ -43,7 +43,7 @@ PURE = [
     "zero/plan.py",
     "checkpoint/boxes.py",
     "checkpoint/names.py",
-    *(f"planner/{name}.py" for name in ("cluster", "cost", "layouts", "search")),
+    *(f"planner/{name}.py" for name in ("cluster", "cost", "divided", "layouts", "search")),
     *(f"autotuning/{name}.py" for name in ("lessons", "prior", "script", "space", "surrogate", "tuners")),
     *(str(path.relative_to(PACKAGE)) for path in sorted((PACKAGE / "parallel/pipeline/schedules").glob("*.py"))),
     "parallel/expert/capacity.py",

@@ -17,6 +17,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import subprocess
 import sys
@@ -35,9 +36,11 @@ from deepspeed.autotuning.resources import ResourceManager, is_better, launcher_
 from deepspeed.autotuning.script import TRAINER, find_script
 from deepspeed.autotuning.space import (
     ACCUMULATION,
+    DIVIDING,
+    EXPERTS,
     MICRO,
-    SEQUENCE,
     STAGE,
+    TENSOR,
     TRAIN,
     Candidate,
     Question,
@@ -140,7 +143,20 @@ class Autotuner:
             base["zero_optimization"] = {}
         if not self._leaves_auto():
             values |= first.overrides()
-        return with_values(base, values)
+        return with_values(base, values | self._undivided(first))
+
+    def _undivided(self, first: Candidate) -> dict[str, Any]:
+        """Layers and what else is searched in one piece, so that the model is seen as the script made it."""
+        values: dict[str, Any] = {key: 1 for key in DIVIDING if key in first.values}
+        if first.degrees.get(DIVIDING[TENSOR]):
+            values[TENSOR] = 1
+        if values and not self._leaves_auto():
+            kept = (
+                size for dim, size in first.degrees.items() if dim not in {DIVIDING[key] for key in (*values, EXPERTS)}
+            )
+            data = self.num_ranks // self.section.mp_size // math.prod(kept)
+            values[TRAIN] = first.micro * first.accumulation * data
+        return values
 
     def _leaves_auto(self) -> bool:
         """Whether "auto" batch sizes are left to a Trainer in the first run."""
@@ -160,7 +176,8 @@ class Autotuner:
                 "name": c.name,
                 "micro": c.micro,
                 "rest": c.rest,
-                "data_parallel": c.data_parallel * int(get_at(c.apply(self.config), SEQUENCE) or 1),
+                "num_ranks": c.num_ranks,
+                "degrees": c.degrees,
                 "overrides": c.overrides(),
             }
             for c in self.candidates
@@ -195,7 +212,7 @@ class Autotuner:
         kind = self.section.tuner_type if "tuner_type" in self.section.model_fields_set else "model_based"
         few = self.section.num_tuning_micro_batch_sizes
         is_listed = MICRO in listed(self.config)
-        prior = prior_seconds(self.info, fitting)
+        prior = prior_seconds(self.info, fitting, str(get_at(self.config, "pipeline.schedule") or "1f1b"))
         return TUNERS[kind](fitting, prior, self.section.metric, most_micros=10**9 if is_listed else few)
 
     def _may_try(self, memory: Mapping[str, Any] | None) -> bool:

@@ -9,8 +9,20 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from deepspeed.autotuning.space import BUCKET, EXPERTS, OFFLOAD, PREFETCH, RECOMPUTE, REUSE, SEQUENCE, TENSOR, Candidate
-from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.autotuning.space import (
+    BUCKET,
+    DIVIDING,
+    OFFLOAD,
+    PREFETCH,
+    RECOMPUTE,
+    REUSE,
+    SEQUENCE,
+    Candidate,
+)
+from deepspeed.memory.shape import ModelShape
+from deepspeed.planner.cost import Choice, Work
+from deepspeed.planner.divided import divided_parts
+from deepspeed.planner.layouts import Layout
 from deepspeed.profiling.rates import Rates
 
 
@@ -43,7 +55,7 @@ def choice_of(candidate: Candidate) -> Choice:
         stage=candidate.stage,
         micro=candidate.micro,
         accumulation=candidate.accumulation,
-        ranks=max(1, candidate.data_parallel * max(1, number(SEQUENCE, 1))),
+        ranks=candidate.data_parallel * candidate.degrees.get(DIVIDING[SEQUENCE], 1),
         recompute=str(values.get(RECOMPUTE, "none")),
         states_on=str(values.get(OFFLOAD, "device")).replace("none", "device"),  # type: ignore[arg-type]
         bucket_numel=min(number(BUCKET, 8 << 20), 8 << 20),
@@ -54,15 +66,23 @@ def choice_of(candidate: Candidate) -> Choice:
     )
 
 
-def prior_seconds(info: Mapping[str, Any], candidates: Sequence[Candidate]) -> dict[str, float]:
-    """Seconds per step of each, by name."""
+def layout_of(candidate: Candidate) -> Layout:
+    """A candidate's division of the ranks, the model and the batch."""
+    return Layout(
+        **candidate.degrees,  # type: ignore[arg-type]
+        dp=candidate.data_parallel,
+        stage=candidate.stage,
+        micro=candidate.micro,
+        accumulation=candidate.accumulation,
+        recompute=candidate.values.get(RECOMPUTE) == "full",
+    )
+
+
+def prior_seconds(info: Mapping[str, Any], candidates: Sequence[Candidate], schedule: str = "1f1b") -> dict[str, float]:
+    """Seconds per step of each, by name. `schedule`: of pipelines."""
     rates, work = Rates(**info["rates"]), work_of(info)
-    found = {}
-    for candidate in candidates:
-        parts = step_parts(rates, work, choice_of(candidate))
-        shared = 1
-        for key in (TENSOR, SEQUENCE, EXPERTS):
-            value = candidate.values.get(key)
-            shared *= int(value) if key != EXPERTS and isinstance(value, (int, float)) and value else 1
-        found[candidate.name] = parts.total - parts.compute * (1 - 1 / shared)
-    return found
+    shape = ModelShape(**info["shape"]) if info.get("shape") else None
+    return {
+        candidate.name: divided_parts(rates, work, choice_of(candidate), shape, layout_of(candidate), schedule).total
+        for candidate in candidates
+    }

@@ -15,6 +15,7 @@ Invariant: every candidate satisfies micro x accumulation x data-parallel ranks 
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -33,8 +34,11 @@ BUCKET = "zero_optimization.reduce_bucket_size"
 PREFETCH = "zero_optimization.stage3_prefetch_bucket_size"
 REUSE = "zero_optimization.stage3_max_reuse_distance"
 TENSOR, SEQUENCE, EXPERTS = "tensor_parallel.autotp_size", "sequence_parallel_size", "expert_parallel.autoep_size"
-PARALLEL = (TENSOR, SEQUENCE)
+STAGES = "pipeline.stages"
+PARALLEL = (TENSOR, SEQUENCE, STAGES)
 """Keys whose ranks share one batch."""
+DIVIDING = dict(zip((STAGES, SEQUENCE, TENSOR, EXPERTS), (DEGREES[0], *DEGREES[2:]), strict=True))
+"""By key, the dim whose ranks it says."""
 
 ABBREVIATIONS = {
     RECOMPUTE: "rc",
@@ -42,7 +46,7 @@ ABBREVIATIONS = {
     BUCKET: "rb",
     PREFETCH: "pf",
     REUSE: "rd",
-    **dict(zip((SEQUENCE, TENSOR, EXPERTS), DEGREES[2:], strict=True)),
+    **DIVIDING,
     "zero_optimization.allgather_bucket_size": "ab",
     "zero_optimization.overlap_comm": "oc",
     "zero_optimization.zero_quantized_weights": "qw",
@@ -83,6 +87,14 @@ class Candidate:
     data_parallel: int
     values: Mapping[str, Any] = field(default_factory=dict)
     """Of the other keys that are searched, dotted."""
+    degrees: Mapping[str, int] = field(default_factory=dict)
+    """Ranks of dims beside the data-parallel one, where more than one; searched or the user's."""
+
+    @property
+    def num_ranks(self) -> int:
+        """All that share the model's states or its layers; not those of a script's own parallelism (`mp_size`)."""
+        shared = (size for dim, size in self.degrees.items() if dim != DIVIDING[EXPERTS])
+        return self.data_parallel * math.prod(shared)
 
     @property
     def train_batch(self) -> int:
@@ -168,19 +180,14 @@ def candidates(question: Question) -> list[Candidate]:
     made: dict[str, Candidate] = {}
     for stage in _stages(question.config, own):
         for values in _other_values(question, own, stage):
-            shared = question.section.mp_size
-            for key in PARALLEL:
-                shared *= (
-                    int(values.get(key) or get_at(question.config, key) or 1)
-                    if _is_number(question, values, key)
-                    else 1
-                )
+            degrees = _degrees(question, values)
+            shared = question.section.mp_size * math.prod(degrees.get(DIVIDING[key], 1) for key in PARALLEL)
             if question.num_ranks % shared:
                 continue
             data = question.num_ranks // shared
             for micro, accumulation in _batches(question, own, data):
                 name = name_of(stage, accumulation, micro, values)
-                made[name] = Candidate(name, stage, micro, accumulation, data, values)
+                made[name] = Candidate(name, stage, micro, accumulation, data, values, degrees)
     if not made:
         raise DeepSpeedError(
             "autotuning: no configuration satisfies the batch sizes: train_batch_size, the bounds of the section "
@@ -190,8 +197,14 @@ def candidates(question: Question) -> list[Candidate]:
     return list(made.values())
 
 
-def _is_number(question: Question, values: Mapping[str, Any], key: str) -> bool:
-    return str(values.get(key) or get_at(question.config, key) or "").isdecimal()
+def _degrees(question: Question, values: Mapping[str, Any]) -> dict[str, int]:
+    """By dim, how many ranks a combination divides it over, where more than one."""
+    found = {}
+    for key, dim in DIVIDING.items():
+        given = str(values.get(key) or get_at(question.config, key) or "")
+        if given.isdecimal() and int(given) > 1:
+            found[dim] = int(given)
+    return found
 
 
 def _stages(config: Mapping[str, Any], own: Mapping[str, list[Any]]) -> list[int]:

@@ -10,6 +10,7 @@ Invariant: a model that cannot be traced is no error; its memory is then unknown
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import time
@@ -28,7 +29,8 @@ from deepspeed.config import Config
 from deepspeed.config.dotted import with_values
 from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.trial import write_whole
-from deepspeed.memory.scaling import BatchEstimator
+from deepspeed.memory.scaling import BatchEstimator, resized
+from deepspeed.memory.shape import shape_of
 from deepspeed.memory.trace import own_memory
 from deepspeed.mesh import Mesh
 from deepspeed.profiling.counter import Phase
@@ -38,7 +40,7 @@ from deepspeed.utils.logging import current_rank
 from deepspeed.zero.param import full_numel
 
 CANDIDATES = "candidates.json"
-"""Beside the result: [{"name": ..., "overrides": {dotted key: value}, "micro": samples, "rest": ..., "data_parallel": ranks}]."""
+"""Beside the result: [{"name": ..., "overrides": {dotted key: value}, "micro": samples, "rest": ..., "num_ranks": ..., "degrees": {dim: ranks}}]."""
 MAX_PREDICT_S = 300.0
 """After so long the rest of the candidates go without a prediction."""
 USABLE = 0.92
@@ -127,19 +129,33 @@ class Probe(Observer):
             "forward_flops": single.flops.by_phase[Phase.FORWARD],
             "flops": single.flops.model,
             "num_events": len(own.events),
+            "shape": self._shape(batch),
             "memory": dict(self._each(estimator, limit)),
         }
+
+    def _shape(self, batch: Any) -> dict[str, Any] | None:
+        """The model as a stack of blocks, where a candidate divides it; None where it is no such stack."""
+        if not any(candidate["degrees"] for candidate in self._candidates()):
+            return None
+        samples = _samples(batch, self._sizes[0])
+        try:
+            single = resized(batch, samples, 1)
+            return dataclasses.asdict(shape_of(self._model, single, dtype=self._config.precision_dtype))
+        except (DeepSpeedError, RuntimeError, TypeError, ValueError):
+            return None
+
+    def _candidates(self) -> list[dict[str, Any]]:
+        path = self._path.parent / CANDIDATES
+        return json.loads(path.read_text()) if path.is_file() else []
 
     def _plain(self) -> dict[str, Any]:
         return {"train_micro_batch_size_per_gpu": 1, **_precision(self._config)}
 
     def _each(self, estimator: BatchEstimator, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
         """(name, prediction) of every candidate; larger micro-batches than one that does not fit are not played."""
-        path = self._path.parent / CANDIDATES
-        candidates = json.loads(path.read_text()) if path.is_file() else []
         began_s = time.monotonic()
         too_large: dict[str, int] = {}
-        for candidate in sorted(candidates, key=lambda each: each["micro"]):
+        for candidate in sorted(self._candidates(), key=lambda each: each["micro"]):
             rest, micro = candidate["rest"], candidate["micro"]
             if rest in too_large:
                 yield candidate["name"], {"fits": False, "why": f"micro-batch {too_large[rest]} does not fit either"}
@@ -148,7 +164,7 @@ class Probe(Observer):
                 return
             try:
                 config = with_values(self._base, candidate["overrides"])
-                found = estimator.estimate(config, micro=micro, world_size=candidate["data_parallel"], bounds=False)
+                found = estimator.estimate(config, micro=micro, world_size=candidate["num_ranks"], bounds=False)
             except (DeepSpeedError, RuntimeError, TypeError, ValueError) as error:
                 yield candidate["name"], {"fits": None, "why": str(error).splitlines()[0]}
                 continue

@@ -6,6 +6,7 @@
     ledger    bytes by kind and tier, and their peak
     estimator one configuration          options  all of them, and the smallest change that fits
     scaling   any size of the micro-batch, from two traces
+    shape     a model as a stack of like blocks, from two small traces
     parts     a micro-batch's part, where ranks share sequences
     budget    the least recomputation that fits        measure  the peak of something that is run
     cli, html `deepspeed estimate`       model_states  the original's formulas

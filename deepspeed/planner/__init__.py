@@ -1,8 +1,8 @@
 """A step before it is run: what it costs, which layout of a cluster is the fastest, what a configuration wastes.
 
 cost.py          seconds of a data-parallel step from measured rates               (pure)
+divided.py       the same where ranks share layers, sequences, experts or depth     (pure)
 cluster.py       what there is, from JSON                                          (pure)
-shape.py         a model as a stack of like blocks, from two small traces
 layouts.py       every layout, and what each needs, sends and takes                (pure)
 search.py        the ranked ones, their pipelines simulated                        (pure)
 traffic.py       ZeRO's bytes of a step, exactly: the engine's plan played

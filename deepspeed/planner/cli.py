@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.memory.cli import build
+from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import GB, Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate
 from deepspeed.planner.page import write_page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
-from deepspeed.planner.shape import ModelShape, shape_of
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import DeepSpeedError
 

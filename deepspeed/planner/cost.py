@@ -79,11 +79,15 @@ class Parts:
     update: float
     hidden: float = 0.0
     """Communication behind backward."""
+    inside: float = 0.0
+    """What layers send to ranks that share them."""
+    bubble: float = 0.0
+    """Of a pipeline."""
 
     @property
     def total(self) -> float:
         """Of the whole step."""
-        return self.compute + self.gather + self.reduce + self.update - self.hidden
+        return self.compute + self.gather + self.reduce + self.update + self.inside + self.bubble - self.hidden
 
     def shares(self) -> dict[str, float]:
         """Each part of the total."""

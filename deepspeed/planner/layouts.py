@@ -15,11 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
+from deepspeed.memory.shape import ModelShape
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES, OVERLAP
-from deepspeed.planner.shape import ModelShape
 
 RESERVED_GB = 1.0
 """The device's context, libraries, fragmentation."""
@@ -134,7 +135,7 @@ def _divisors(number: int) -> list[int]:
 def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
     """What a layout needs and takes, with the pipeline's bubble by formula (1F1B)."""
     blocks = -(-shape.num_blocks // layout.pp)
-    forward_s, backward_s, inside = _stage_seconds(shape, cluster, layout, blocks)
+    forward_s, backward_s, inside = _stage_seconds(shape, cluster, layout)
     hop_nbytes = shape.boundary_nbytes * layout.micro / layout.sp if layout.pp > 1 else 0.0
     stride = layout.num_ranks // layout.pp
     hop_s = hop_nbytes / cluster.wire_nbytes_s(2, stride) + cluster.links.latency_us * 1e-6 if layout.pp > 1 else 0.0
@@ -142,7 +143,7 @@ def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
     bubble_s = (layout.pp - 1) * (per_micro + 2 * hop_s)
     gathered, reduced = _zero_traffic(shape, layout, blocks)
     exposed_s = _exposed(cluster, layout, gathered, reduced, backward_s)
-    memory, host = _memory(shape, layout, blocks)
+    memory, host = memory_of(shape, layout)
     return Plan(
         layout=layout,
         memory=memory,
@@ -170,40 +171,65 @@ def rank_params(shape: ModelShape, layout: Layout, blocks: int) -> float:
     block = whole + cut / layout.tp + shape.block_expert_params / layout.ep / layout.tp
     last = shape.outer_params - shape.first_params
     outer = shape.outer_params if layout.pp == 1 else max(shape.first_params, last)
-    return blocks * block + outer
+    return blocks * block + outer / layout.tp
 
 
-def _stage_seconds(
-    shape: ModelShape, cluster: Cluster, layout: Layout, blocks: int
-) -> tuple[float, float, dict[str, float]]:
-    """(forward, backward) of a micro-batch at a stage, and bytes inside of layers in a step."""
-    divide = layout.micro / (layout.tp * layout.sp)
-    outer = shape.outer_flops / max(1, min(2, layout.pp)) / layout.sp * layout.micro
-    flops = blocks * shape.block_flops * divide + (outer if layout.pp == 1 else 0.0)
-    products = flops / (EFFICIENCY * cluster.device.tflops * 1e12)
-    kept = blocks * shape.block_kept_nbytes * divide
-    elements = ELEMENTWISE_PASSES * kept / (cluster.device.memory_gb_s * GB)
+def stage_work(shape: ModelShape, layout: Layout) -> tuple[float, float]:
+    """(operations, kept bytes) of a micro-batch of the busiest rank, forward and backward.
+
+    With stages, what is around the blocks is taken for balanced by the partition, as far as whole blocks allow.
+    """
+    blocks = -(-shape.num_blocks // layout.pp)
+    per_rank = layout.micro / (layout.tp * layout.sp)
+    flops = max(blocks * shape.block_flops * per_rank, shape.num_blocks * shape.block_flops * per_rank / layout.pp
+                + shape.outer_flops * per_rank / layout.pp)  # fmt: skip
+    inside = (1 - CUT_SHARE) + CUT_SHARE / layout.tp
+    outer_kept = shape.outer_kept_nbytes * layout.micro / layout.sp if layout.pp == 1 else 0.0
+    return flops, blocks * shape.block_kept_nbytes * layout.micro / layout.sp * inside + outer_kept
+
+
+class Sent(NamedTuple):
+    """What layers of one rank send in one micro-batch, forward and backward, to those it shares them with."""
+
+    nbytes: float
+    calls: int
+    ranks: int
+    stride: int
+    """How far apart these are."""
+
+
+def sent_inside(shape: ModelShape, layout: Layout) -> dict[str, Sent]:
+    """By dim. Bytes as rings and pairs of ranks move them."""
+    blocks = -(-shape.num_blocks // layout.pp)
     boundary = shape.boundary_nbytes * layout.micro / layout.sp
-    latency = cluster.links.latency_us * 1e-6
-    traffic: dict[str, float] = {}
-    wires = 0.0
-    if layout.tp > 1:  # two sums forward, two backward
+    found = {}
+    if layout.tp > 1:  # two sums forward, two backward; and one each of the embedding and of the head
         share = 2 * (layout.tp - 1) / layout.tp
-        traffic["tensor"] = 4 * blocks * boundary * share * layout.accumulation
-        wires += 4 * blocks * (boundary * share / cluster.wire_nbytes_s(layout.tp, 1) + latency)
-    if layout.sp > 1:  # queries, keys and values there, outputs back; and the same backward
+        sums = 4 * blocks + (2 if layout.pp == 1 else 1)
+        found["tensor"] = Sent(sums * boundary * share, sums, layout.tp, 1)
+    if layout.sp > 1:  # queries, keys and values there in one exchange, outputs back; and the same backward
         share = (layout.sp - 1) / layout.sp
         sent = boundary * (2 + 2 * shape.num_kv_heads / max(1, shape.num_heads)) / layout.tp * share
-        traffic["sequence"] = 2 * blocks * sent * layout.accumulation
-        wires += 2 * blocks * (sent / cluster.wire_nbytes_s(layout.sp, layout.tp) + 4 * latency)
+        found["sequence"] = Sent(2 * blocks * sent, 4 * blocks, layout.sp, layout.tp)
     if layout.ep > 1:
         share = (layout.ep - 1) / layout.ep
         sent = 2 * boundary * shape.experts_per_token * share
-        traffic["experts"] = 2 * blocks * sent * layout.accumulation
-        wires += 2 * blocks * (sent / cluster.wire_nbytes_s(layout.ep, layout.tp) + 2 * latency)
+        found["experts"] = Sent(2 * blocks * sent, 4 * blocks, layout.ep, layout.tp)
+    return found
+
+
+def _stage_seconds(shape: ModelShape, cluster: Cluster, layout: Layout) -> tuple[float, float, dict[str, float]]:
+    """(forward, backward) of a micro-batch at a stage, and bytes inside of layers in a step."""
+    flops, kept = stage_work(shape, layout)
+    products = flops / (EFFICIENCY * cluster.device.tflops * 1e12)
+    elements = ELEMENTWISE_PASSES * kept / (cluster.device.memory_gb_s * GB)
+    sent = sent_inside(shape, layout)
+    latency = cluster.links.latency_us * 1e-6
+    wires = sum(s.nbytes / cluster.wire_nbytes_s(s.ranks, s.stride) + s.calls * latency for s in sent.values())
     again = 1.0 if layout.recompute else 0.0
     forward_s = products / 3 + elements / 3 + wires / 2
-    return forward_s, 2 * (products + elements) / 3 + wires / 2 + again * forward_s, traffic
+    backward_s = 2 * (products + elements) / 3 + wires / 2 + again * forward_s
+    return forward_s, backward_s, {dim: s.nbytes * layout.accumulation for dim, s in sent.items()}
 
 
 def _zero_traffic(shape: ModelShape, layout: Layout, blocks: int) -> tuple[float, float]:
@@ -239,8 +265,9 @@ def _update_s(shape: ModelShape, cluster: Cluster, layout: Layout, blocks: int) 
     return owned * (2 * 12 + 2 * shape.itemsize) / rate
 
 
-def _memory(shape: ModelShape, layout: Layout, blocks: int) -> tuple[dict[str, float], float]:
-    """(device, host) bytes of the rank that needs most."""
+def memory_of(shape: ModelShape, layout: Layout) -> tuple[dict[str, float], float]:
+    """(device by kind, host) bytes of the rank that needs most."""
+    blocks = -(-shape.num_blocks // layout.pp)
     params = rank_params(shape, layout, blocks)
     ranks = layout.dp * layout.sp
     itemsize = shape.itemsize

@@ -9,12 +9,12 @@ import html
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from deepspeed.memory.shape import ModelShape
 from deepspeed.parallel.pipeline.actions import Op
 from deepspeed.parallel.pipeline.check import Timeline
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.layouts import Plan
 from deepspeed.planner.search import Answer, timeline_of
-from deepspeed.planner.shape import ModelShape
 
 COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
 MAX_NODES, MAX_MICROS = 16, 24

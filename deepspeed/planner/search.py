@@ -1,6 +1,6 @@
 """The ranked layouts of a model over a cluster: all that fit, the fastest first, their pipelines simulated. Pure.
 
-Every layout is evaluated by formula; those that come out first are simulated: the schedule's own list of actions, on the clock of
+What does not fit is dropped by its memory alone; every other layout is evaluated by formula, and those that come out first are simulated: the schedule's own list of actions, on the clock of
 `parallel.pipeline.check`, with the seconds of each stage and of each hop. So a bubble in the answer is that of a list that the
 executor would carry out.
 """
@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
+from deepspeed.memory.shape import ModelShape
 from deepspeed.mesh.shape import DEGREES
-from deepspeed.parallel.pipeline.check import Costs, Timeline, simulate
+from deepspeed.parallel.pipeline.actions import Actions
+from deepspeed.parallel.pipeline.check import Costs, Timeline, makespan, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
 from deepspeed.planner.cluster import GB, Cluster
-from deepspeed.planner.layouts import Layout, Plan, evaluate, layouts
-from deepspeed.planner.shape import ModelShape
+from deepspeed.planner.layouts import Layout, Plan, evaluate, layouts, memory_of
 from deepspeed.utils.errors import DeepSpeedError
 
 NUM_SIMULATED = 12
@@ -35,20 +36,20 @@ class Answer:
 def plan_cluster(shape: ModelShape, cluster: Cluster, batch: int, *, most: int = 10) -> Answer:
     """The fastest layouts for `batch` samples per step. Raises DeepSpeedError where none divides, or none fits."""
     room = cluster.device.memory_gb * GB
-    found = [evaluate(shape, cluster, layout) for layout in layouts(shape, cluster, batch)]
+    found = [(sum(memory_of(shape, layout)[0].values()), layout) for layout in layouts(shape, cluster, batch)]
     if not found:
         raise DeepSpeedError(
             f"no layout divides a batch of {batch} samples over {cluster.num_devices} devices.\n"
             f"  Give a batch that is a multiple of {cluster.num_devices}, or of a part of it."
         )
-    fitting = [plan for plan in found if plan.device_nbytes <= room]
+    fitting = [evaluate(shape, cluster, layout) for nbytes, layout in found if nbytes <= room]
     if not fitting:
         fitting = [plan for plan in _offloaded(shape, cluster, found) if plan.device_nbytes <= room]
     if not fitting:
-        least = min(found, key=lambda plan: plan.device_nbytes)
+        needed, least = min(found)
         raise DeepSpeedError(
             f"nothing fits {cluster.device.memory_gb:g} GB per device: the least of {len(found)} layouts, "
-            f"{least.layout.name}, needs {least.device_nbytes / GB:.1f} GB.\n  Use more devices, or larger ones."
+            f"{least.name}, needs {needed / GB:.1f} GB.\n  Use more devices, or larger ones."
         )
     fitting.sort(key=lambda plan: (plan.step_s, plan.layout))
     first = [simulated(plan) for plan in _varied(fitting)[:NUM_SIMULATED]]
@@ -56,10 +57,10 @@ def plan_cluster(shape: ModelShape, cluster: Cluster, batch: int, *, most: int =
     return Answer(first[:most], len(found), len(fitting))
 
 
-def _offloaded(shape: ModelShape, cluster: Cluster, found: Sequence[Plan]) -> list[Plan]:
+def _offloaded(shape: ModelShape, cluster: Cluster, found: Sequence[tuple[float, Layout]]) -> list[Plan]:
     """The same with states on the hosts, where these have room."""
     room = cluster.host.memory_gb * GB / cluster.devices_per_node
-    again = [evaluate(shape, cluster, replace(p.layout, offload=True)) for p in found if p.layout.stage >= 1]
+    again = [evaluate(shape, cluster, replace(layout, offload=True)) for _, layout in found if layout.stage >= 1]
     return [plan for plan in again if plan.host_nbytes <= room]
 
 
@@ -78,6 +79,11 @@ def _varied(plans: Sequence[Plan]) -> list[Plan]:
 
 def timeline_of(plan: Plan, schedule: str = "1f1b") -> Timeline | None:
     """The step's pipeline on a clock; None for a layout without one, or with too many actions to show."""
+    listed = _listed(plan, schedule)
+    return simulate(*listed) if listed is not None else None
+
+
+def _listed(plan: Plan, schedule: str) -> tuple[Actions, Costs] | None:
     layout = plan.layout
     if layout.pp == 1 or 2 * layout.pp * layout.accumulation > MAX_ACTIONS:
         return None
@@ -87,15 +93,13 @@ def timeline_of(plan: Plan, schedule: str = "1f1b") -> Timeline | None:
         weight=[plan.backward_s / 2] * layout.pp,
         hop=plan.hop_s,
     )
-    return simulate(NAMED[schedule](layout.pp, layout.accumulation), costs)
+    return NAMED[schedule](layout.pp, layout.accumulation), costs
 
 
 def simulated(plan: Plan) -> Plan:
     """The plan with its bubble from a simulated step."""
-    timeline = timeline_of(plan)
-    if timeline is None:
-        return plan
-    return replace(plan, bubble_s=max(0.0, timeline.makespan - plan.compute_s))
+    listed = _listed(plan, "1f1b")
+    return plan if listed is None else replace(plan, bubble_s=max(0.0, makespan(*listed) - plan.compute_s))
 
 
 def parse_layout(text: str) -> Layout:

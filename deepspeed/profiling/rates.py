@@ -46,6 +46,10 @@ class Rates:
     """Bytes per second that a rank receives in an all-gather; 0: alone."""
     wire_latency_s: float = 0.0
     """Of a collective with nothing in it."""
+    sum_nbytes_s: float = 0.0
+    """Bytes per second that a rank sends in an all-reduce of torch.distributed, counted as a ring's; 0: as `wire_nbytes_s`."""
+    sum_latency_s: float = 0.0
+    """Of an all-reduce with nothing in it; 0: as `wire_latency_s`."""
     host_nbytes_s: float = 0.0
     """Bytes per second between device and host; 0: they are one."""
     disk_read_nbytes_s: float = 0.0
@@ -69,12 +73,15 @@ def measure_rates(dtype: torch.dtype, folder: Path | None = None) -> Rates:
         away = torch.empty(COPY_NBYTES // 4, pin_memory=True)
         host = COPY_NBYTES / _fastest(lambda: away.copy_(source))
     latency_s, wire = _measure_wire(device)
+    sum_latency_s, sums = _measure_sums(device)
     read, write = _measure_disk(folder) if folder is not None else (0.0, 0.0)
     return Rates(
         matmul_flops=matmul,
         copy_nbytes_s=2 * COPY_NBYTES / copy_s,
         wire_nbytes_s=wire,
         wire_latency_s=latency_s,
+        sum_nbytes_s=sums,
+        sum_latency_s=sum_latency_s,
         host_nbytes_s=host,
         disk_read_nbytes_s=read,
         disk_write_nbytes_s=write,
@@ -92,6 +99,17 @@ def _measure_wire(device: torch.device) -> tuple[float, float]:
         times.append(_fastest(lambda full=full: exchange.start_all_gather(full).wait()))  # type: ignore[misc]
     received = (LARGE_NUMEL - SMALL_NUMEL) * 4 * (size - 1) / size
     return times[0], received / max(times[1] - times[0], 1e-9)
+
+
+def _measure_sums(device: torch.device) -> tuple[float, float]:
+    """(seconds of an all-reduce of nothing, bytes per second sent in a large one), over all ranks."""
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return 0.0, 0.0
+    small, large = (torch.zeros(numel, device=device) for numel in (SMALL_NUMEL, LARGE_NUMEL))
+    times = [_fastest(lambda tensor=tensor: dist.all_reduce(tensor)) for tensor in (small, large)]  # type: ignore[misc]
+    size = dist.get_world_size()
+    sent = 2 * (LARGE_NUMEL - SMALL_NUMEL) * 4 * (size - 1) / size
+    return times[0], sent / max(times[1] - times[0], 1e-9)
 
 
 def _measure_disk(folder: Path) -> tuple[float, float]:

@@ -105,3 +105,20 @@ def test_values_at_dotted_keys_are_set_and_taken_away() -> None:
         "a": {"c": 2},
         "d": {"e": 3},
     }
+
+
+def test_divided_candidates_say_over_how_many_ranks_and_in_which_way() -> None:
+    config = {
+        "tensor_parallel": {"autotp_size": "auto"},
+        "pipeline": {"stages": [1, 2]},
+        "zero_optimization": {"stage": 1},
+        "train_micro_batch_size_per_gpu": 2,
+    }
+    found = {c.name: c for c in candidates(Question(config, load_config({}).autotuning, 4, is_host=True))}
+    assert {name: (c.data_parallel, dict(c.degrees), c.num_ranks) for name, c in found.items()} == {
+        "z1_gas1_tmbspg2_tp1_pp1": (4, {}, 4),
+        "z1_gas1_tmbspg2_tp1_pp2": (2, {"pp": 2}, 4),
+        "z1_gas1_tmbspg2_tp2_pp1": (2, {"tp": 2}, 4),
+        "z1_gas1_tmbspg2_tp2_pp2": (1, {"pp": 2, "tp": 2}, 4),
+        "z1_gas1_tmbspg2_tp4_pp1": (1, {"tp": 4}, 4),
+    }

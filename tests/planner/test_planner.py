@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from deepspeed.launcher import runner
+from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
@@ -18,7 +19,6 @@ from deepspeed.planner import largest
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
-from deepspeed.planner.shape import ModelShape, shape_of
 from deepspeed.profiling.counter import Phase
 from deepspeed.utils.errors import DeepSpeedError
 

@@ -1,10 +1,10 @@
 """A model as the planner sees it: a stack of like blocks, and what stands before and after them.
 
-Made of a Hugging Face configuration or a user's function (`memory.cli.build`), on the meta device. Of each part: parameters, what of
+Read by the planner, and by the autotuner where ranks share layers. Made of any model, best on the meta device. Of each part: parameters, what of
 them tensor parallelism cuts and experts own, operations and kept bytes of a sample. The last two come from tracing the model
 with two and with three of its blocks: a step of a stack is affine in its blocks, so the whole is never traced, however deep it is.
 
-Invariant: sums over the parts are the model's own numbers; `tests/planner/test_shape.py` compares with the traced whole.
+Invariant: sums over the parts are the model's own numbers; `tests/planner/test_planner.py` compares with the traced whole.
 """
 
 from __future__ import annotations
