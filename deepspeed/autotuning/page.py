@@ -130,7 +130,7 @@ def page(search: Found, *, is_finished: bool) -> str:
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Autotuning {script}</title><style>{_STYLE}</style><main><h1>Autotuning {script}</h1>"
         f'<p class="lead">{_lead(search)}</p><div class="tiles">{top}</div>{_advice(search, name)}'
-        f'<div class="card"><h2>Configurations</h2><p class="key">Bar: measured. Line and tick: predicted, with its doubt, in '
+        f'<div class="card"><h2>Configurations</h2><p class="key">Bar: measured. Line and tick: predicted from all trials, with its doubt, in '
         f"{UNITS[metric]}. Memory: the predicted peak of a rank.</p>{_table(search, listed, name)}</div>{_machine(search)}"
         "<footer>Predictions are those after the last trial. Every trial's configuration, command and output is in a folder of "
         "its name beside this page.</footer></main></html>"

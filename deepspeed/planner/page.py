@@ -68,7 +68,7 @@ def page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int) -> str:
 
 
 def _cluster(cluster: Cluster, best: Plan) -> str:
-    """The first nodes, a square per device; its color is its pipeline stage, its text its place in the data-parallel ranks."""
+    """The first nodes, a square per device; its color is its pipeline stage, its text its places in the data-parallel and sequence ranks."""
     layout = best.layout
     per_stage = layout.num_ranks // layout.pp
     step = max(1, cluster.nodes // MAX_NODES)
@@ -81,20 +81,25 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
         for slot in range(cluster.devices_per_node):
             rank = node * cluster.devices_per_node + slot
             stage, inside = rank // per_stage, rank % per_stage
-            data, tensor = inside // (layout.sp * layout.tp), inside % layout.tp
+            data, part, tensor = inside // (layout.sp * layout.tp), inside // layout.tp % layout.sp, inside % layout.tp
             x = 76 + slot * (side + gap)
-            color = COLORS[stage % len(COLORS)]
-            tip = f"rank {rank}: stage {stage}, data {data}, tensor {tensor}"
+            color = COLORS[stage] if layout.pp <= len(COLORS) else f"hsl({360 * stage / layout.pp:.0f} 60% 42%)"
+            tip = f"rank {rank}: stage {stage}, data {data}, sequence {part}, tensor {tensor}"
+            lines = [f"d{data}", *([f"s{part}"] if layout.sp > 1 else [])]
+            label = "".join(
+                f'<text x="{x + 4}" y="{y + (19 if len(lines) == 1 else 13 + 12 * i)}" style="fill:#fff;font-size:10px">{text}</text>'
+                for i, text in enumerate(lines)
+            )
             squares.append(
                 f'<g><title>{tip}</title><rect x="{x}" y="{y}" width="{side}" height="{side}" rx="5" fill="{color}" '
-                f'fill-opacity="{1 - 0.5 * tensor / max(1, layout.tp):.2f}"/><text x="{x + 4}" y="{y + 19}" style="fill:#fff">d{data}</text></g>'
+                f'fill-opacity="{1 - 0.5 * tensor / max(1, layout.tp):.2f}"/>{label}</g>'
             )
     width = 84 + cluster.devices_per_node * (side + gap)
     height = 16 + len(nodes) * (side + 8)
     shown = f"every {step}th of {cluster.nodes} nodes" if step > 1 else f"{cluster.nodes} nodes"
     return (
         f'<div class="card"><h2>Where ranks lie</h2><p class="key">{shown}. Color: pipeline stage; shade: tensor-parallel rank; '
-        f'd: data-parallel rank.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
+        f'd: data-parallel rank{", s: part of the sequence" if layout.sp > 1 else ""}.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
     )
 
 

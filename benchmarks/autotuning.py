@@ -1,0 +1,194 @@
+"""The autotuner's choice beside the best of an exhaustive grid, its predictions beside measured steps; layouts by prediction and by clock.
+
+    python benchmarks/autotuning.py [--ranks 2] [--width 128] [--layers 4] [--rounds 2] [--json FILE]
+
+A grid of real configurations of examples/gpt (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
+in one set of ranks: each point a few steps, in rounds that take turns, the fastest step of the slowest rank counts. Then the
+model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave.
+Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "gpt")]
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+import deepspeed  # noqa: E402
+from deepspeed.autotuning.lessons import Outcome  # noqa: E402
+from deepspeed.autotuning.prior import prior_seconds  # noqa: E402
+from deepspeed.autotuning.space import Candidate, Question, candidates  # noqa: E402
+from deepspeed.autotuning.tuners import ModelBasedTuner  # noqa: E402
+from deepspeed.config import load_config  # noqa: E402
+
+OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
+NUM_WARM, NUM_STEPS = 2, 4
+SPACES: tuple[dict[str, Any], ...] = (
+    {"train_micro_batch_size_per_gpu": [2, 4, 8], "activation_checkpointing": {"recompute": ["none", "full"]}},
+    {
+        "train_micro_batch_size_per_gpu": [4],
+        "zero_optimization": {"stage": [1, 2, 3], "offload_optimizer": {"device": ["cpu"]}},
+    },
+    {
+        "train_micro_batch_size_per_gpu": [4, 8],
+        "zero_optimization": {"stage": [1]},
+        "tensor_parallel": {"autotp_size": [2]},
+    },
+)
+
+
+def grid(ranks: int) -> list[tuple[Candidate, dict[str, Any]]]:
+    """Every point, with its configuration."""
+    section = load_config({}).autotuning
+    found = []
+    for space in SPACES[: 2 + (ranks > 1)]:
+        asked = {**OPTIMIZER, **space}
+        found += [(c, c.apply(asked)) for c in candidates(Question(asked, section, ranks, is_host=True))]
+    return found
+
+
+def make_model(args: argparse.Namespace) -> torch.nn.Module:
+    """The same weights on every rank."""
+    from model import Gpt, GptConfig
+
+    torch.manual_seed(0)
+    return Gpt(GptConfig(width=args.width, layers=args.layers, heads=4, seq=args.seq))
+
+
+def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]]]) -> dict[str, Any]:
+    """What the autotuner's first run says of the model and of the machine. Collective."""
+    from deepspeed.engine.probe import CANDIDATES
+    from deepspeed.profiling.rates import measure_rates
+
+    folder = Path(tempfile.mkdtemp())
+    asked = [
+        {"name": c.name, "micro": c.micro, "rest": c.rest, "num_ranks": c.num_ranks, "degrees": c.degrees,
+         "overrides": c.overrides()} for c, _ in points
+    ]  # fmt: skip
+    (folder / CANDIDATES).write_text(json.dumps(asked))
+    tuning = {"enabled": True, "model_info": {"profile": True}, "model_info_path": str(folder / "info.json")}
+    config = {"train_micro_batch_size_per_gpu": 2, **OPTIMIZER, "autotuning": tuning}
+    engine = deepspeed.initialize(model=make_model(args), config=config)[0]
+    tokens = torch.zeros(2, args.seq, dtype=torch.long)
+    with contextlib.suppress(SystemExit):
+        engine(tokens, tokens)
+    engine.destroy()
+    rates = measure_rates(torch.float32).as_json()  # once more: whichever is faster was less disturbed
+    if dist.get_rank() != 0:
+        return {}
+    info = json.loads((folder / "info.json").read_text())
+
+    info["rates"] = {
+        k: (min(v, rates[k]) if k.endswith("latency_s") else max(v, rates[k])) for k, v in info["rates"].items()
+    }
+    return info
+
+
+CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
+
+
+def seconds_of(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[float]:
+    """Of each measured step, of the slowest rank. Collective."""
+    engine = deepspeed.initialize(model=make_model(args), config=config)[0]
+    tokens = torch.randint(64, (micro, args.seq), generator=torch.Generator().manual_seed(1))
+    found, clock = [], CLOCKS[args.clock]
+    for step in range(NUM_WARM + NUM_STEPS):
+        dist.barrier()
+        start_s = clock()
+        loss = engine(tokens, tokens)
+        engine.backward(loss[1] if isinstance(loss, tuple) else loss)
+        engine.step()
+        slowest = torch.tensor(clock() - start_s)
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+        if step >= NUM_WARM:
+            found.append(float(slowest))
+    engine.destroy()
+    return found
+
+
+def work(args: argparse.Namespace) -> None:
+    """One rank of the grid."""
+    deepspeed.init_distributed("gloo")
+    points = grid(dist.get_world_size())
+    info = facts(args, points)
+    times: dict[str, list[list[float]]] = {candidate.name: [] for candidate, _ in points}
+    for _ in range(args.rounds):
+        for candidate, config in points:
+            times[candidate.name].append(seconds_of(args, config, candidate.micro))
+    if dist.get_rank() == 0:
+        Path(args.worker).write_text(json.dumps({"info": info, "times": times}))
+
+
+def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
+    """Regret, trials, errors of predictions."""
+    points = [candidate for candidate, _ in grid(args.ranks)]
+    info = told["info"]
+    seconds = {name: min(min(steps) for steps in rounds) for name, rounds in told["times"].items()}
+    spreads = [max(map(min, rounds)) / min(map(min, rounds)) - 1 for rounds in told["times"].values()]
+    fits = [c for c in points if info["memory"].get(c.name, {}).get("fits")]
+    print(f"\n{args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of two rounds differ by "
+          f"{100 * sorted(spreads)[len(spreads) // 2]:.0f} % (median), {100 * max(spreads):.0f} % (most)")  # fmt: skip
+    for metric in ("throughput", "latency"):
+        tuner = ModelBasedTuner(fits, prior_seconds(info, fits), metric, most_micros=10**9)
+        while (chosen := tuner.next()) is not None:
+            s = seconds[chosen.name]
+            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": [s] * 3}))  # fmt: skip
+
+        def value(c: Candidate, metric: str = metric) -> float:
+            return c.train_batch / seconds[c.name] if metric == "throughput" else 1 / seconds[c.name]
+
+        best, own = max(points, key=value), max((c for c in fits if c.name in tuner.outcomes), key=value)
+        unseen = [c for c in fits if c.name not in tuner.outcomes]
+        errors = sorted(abs(tuner.predictions[c.name].step_s / seconds[c.name] - 1) for c in unseen)
+        print(f"| {metric} | {len(tuner.outcomes)} of {len(points)} tried | chosen {own.name} | best {best.name} | regret "
+              f"{100 * (1 - value(own) / value(best)):.1f} % | unseen: median error {100 * errors[len(errors) // 2]:.0f} %, "
+              f"{sum(e <= 0.1 for e in errors)} of {len(errors)} within 10 %, worst {100 * errors[-1]:.0f} % |")  # fmt: skip
+    prior = prior_seconds(info, points)
+    print("\n| point | predicted before any trial, ms | measured, ms |\n|---|--:|--:|")
+    for candidate in sorted(points, key=lambda c: seconds[c.name] / c.train_batch):
+        print(f"| {candidate.name} | {1e3 * prior[candidate.name]:.1f} | {1e3 * seconds[candidate.name]:.1f} |")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--width", type=int, default=128)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--seq", type=int, default=64)
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument(
+        "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, where others use the machine"
+    )
+    parser.add_argument("--json", type=Path, help="keep what was measured; read it again if it is there")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.worker:
+        work(args)
+        return
+    result = args.json or Path(tempfile.mkdtemp()) / "grid.json"
+    if not result.is_file():
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("width", "layers", "seq", "rounds", "clock")]
+        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={args.ranks}"]
+        subprocess.run([*launcher, __file__, *sizes, "--worker", str(result.absolute())], check=True)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
+    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}, commit {commit}")  # fmt: skip
+    report(args, json.loads(result.read_text()))
+
+
+if __name__ == "__main__":
+    main()
