@@ -2,7 +2,7 @@
 
     python benchmarks/autotuning.py [--ranks 2] [--width 128] [--layers 4] [--rounds 2] [--json FILE]
 
-A grid of real configurations of examples/gpt (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
+A grid of real configurations of a small Llama (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
 in one set of ranks: each point a few steps, in rounds that take turns, the fastest step of the slowest rank counts. Then the
 model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave.
 Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "examples" / "gpt")]
+sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
@@ -63,10 +63,20 @@ def grid(ranks: int) -> list[tuple[Candidate, dict[str, Any]]]:
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     """The same weights on every rank."""
-    from model import Gpt, GptConfig
+    from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    return Gpt(GptConfig(width=args.width, layers=args.layers, heads=4, seq=args.seq))
+    return LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=512,
+            hidden_size=args.width,
+            intermediate_size=3 * args.width,
+            num_hidden_layers=args.layers,
+            num_attention_heads=4,
+            max_position_embeddings=args.seq,
+            use_cache=False,
+        )
+    )
 
 
 def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]]]) -> dict[str, Any]:
@@ -85,7 +95,7 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
     engine = deepspeed.initialize(model=make_model(args), config=config)[0]
     tokens = torch.zeros(2, args.seq, dtype=torch.long)
     with contextlib.suppress(SystemExit):
-        engine(tokens, tokens)
+        engine(input_ids=tokens, labels=tokens)
     engine.destroy()
     rates = measure_rates(torch.float32).as_json()  # once more: whichever is faster was less disturbed
     if dist.get_rank() != 0:
@@ -109,8 +119,7 @@ def seconds_of(args: argparse.Namespace, config: dict[str, Any], micro: int) -> 
     for step in range(NUM_WARM + NUM_STEPS):
         dist.barrier()
         start_s = clock()
-        loss = engine(tokens, tokens)
-        engine.backward(loss[1] if isinstance(loss, tuple) else loss)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
         engine.step()
         slowest = torch.tensor(clock() - start_s)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
