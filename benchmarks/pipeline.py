@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from deepspeed.parallel.pipeline.actions import Action, Actions, Op
 from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.executor import Executor
-from deepspeed.parallel.pipeline.mail import Mail
+from deepspeed.parallel.pipeline.mail import Mail, Post
 from deepspeed.parallel.pipeline.schedules import NAMED
 
 REAL = ("gpipe", "1f1b", "zb-h1", "zb-h2")
@@ -80,9 +80,10 @@ def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int]], unit_s: floa
     for name, micro in cases:
         actions = NAMED[name](ranks, micro)
         share = actions.num_stages / ranks
-        groups = dist.new_group(list(range(ranks))), dist.new_group(list(range(ranks)))
+        made = dist.new_group(list(range(ranks))), dist.new_group(list(range(ranks)))
+        groups = {(there, up): made[not there] for there in (True, False) for up in (True, False)}
         sleeping = SleepingWork(share, unit_s)
-        executor = Sleeper(rank, Mail(list(range(ranks)), rank, groups, torch.device("cpu")), sleeping)
+        executor = Sleeper(rank, Mail(Post(list(range(ranks)), rank, groups, torch.device("cpu"))), sleeping)
         dist.barrier()
         executor.run(actions)
         ends = torch.tensor([-executor.done[0].start_s, executor.done[-1].end_s, sleeping.late_s], dtype=torch.float64)

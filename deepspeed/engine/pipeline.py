@@ -34,10 +34,11 @@ from deepspeed.engine.pipeline_batch import take
 from deepspeed.engine.pipeline_instructions import Instructed
 from deepspeed.engine.pipeline_lists import Lists
 from deepspeed.engine.pipeline_work import StageWork
+from deepspeed.mesh import Mesh
 from deepspeed.parallel.pipeline.actions import Actions
 from deepspeed.parallel.pipeline.executor import Done, Executor
 from deepspeed.parallel.pipeline.layers import PipelineError
-from deepspeed.parallel.pipeline.mail import Mail
+from deepspeed.parallel.pipeline.mail import Mail, Post
 from deepspeed.parallel.pipeline.module import PipelineModule
 from deepspeed.parallel.pipeline.schedules import inference
 from deepspeed.parallel.pipeline.tied import sum_over_owners
@@ -78,8 +79,7 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
     def _take(self, model: Any, parts: Parts, watching: Watching) -> None:
         super()._take(model, parts, watching)
         mesh = parts.mesh
-        groups = mesh.group("pipeline", "activations"), mesh.group("pipeline", "gradients")
-        self._mail = Mail(mesh.ranks("pipeline"), mesh.rank("pipeline"), groups, self._device)
+        self._mail = Mail(_post_of(mesh, self._device))
         self._work = StageWork(model, parts, self._device)
         self._executor = Executor(mesh.rank("pipeline"), self._mail, self._work)
         self._lists = Lists(self._config.pipeline, model)
@@ -371,6 +371,19 @@ class DualPipeVEngine(PipelineEngine):
                 f"{2 * model.num_stages} micro-batches.\n  Raise it, or set pipeline.schedule to zb-v."
             )
         super().__init__(args=args, model=model, mpu=mpu, **kwargs)
+
+
+def _post_of(mesh: Mesh, device: torch.device) -> Post:
+    """The ways to the other ranks of the pipeline, which all engines of a mesh share. Collective over the job."""
+    there, back = mesh.group("pipeline", "activations"), mesh.group("pipeline", "gradients")
+    groups = {(True, True): there, (True, False): there, (False, False): back, (False, True): back}
+    control = None
+    if device.type != "cpu":
+        control = mesh.group("pipeline", "control", "gloo")
+        groups[True, False] = mesh.group("pipeline", "activations_back")
+        groups[False, True] = mesh.group("pipeline", "gradients_back")
+    ranks, own = mesh.ranks("pipeline"), mesh.rank("pipeline")
+    return mesh.shared("pipeline.post", lambda: Post(ranks, own, groups, device, control))
 
 
 def _tensor_bytes(tensor: Tensor) -> int:

@@ -41,7 +41,7 @@ MIN_CAUGHT = 20
 
 REDUNDANT: dict[Site, str] = {
     Site(
-        "Work.wait", "parallel/pipeline/mail.py:settle"
+        "Work.wait", "parallel/pipeline/postbox.py:settle"
     ): "keeps what is sent in memory; `SimGroup` reads it when it is queued",
 }
 """Sites that may go unnoticed, with the proof that something else waits. Whatever else is not noticed fails the run."""

@@ -1,224 +1,179 @@
-"""Values on their way between the ranks of a pipeline: sent without waiting, received in the sender's order.
+"""Values on their way between the ranks of a pipeline: sent without waiting, awaited ahead, received in the sender's order.
 
-Used by the executor; one object per rank and engine. Both sides know the whole list of actions, so the order in which one
-rank sends to another is known to both, and no message needs a name:
+Used by the executor; one object per rank and engine. Stands on `routes`, which knows the order of all messages, and on `postbox`,
+which is one way between two ranks.
 
-    8 bytes      number of the form, or a failure
-    its text     up to 64 bytes, only for a form that this pair of ranks has not used before
-    the values   one message per tensor, exactly its bytes
-
-A receiver that asks for a message takes those before it too, and keeps them. A rank that fails says so in place of its next
-message to each rank, so that all of a pipeline end with the same words, none waiting.
-
-Invariant: what is sent stays in memory until it has left (`settle`).
+A receiver that asks for a message takes those of the same way before it too, and keeps them. A rank that fails says so in place of
+its next message to each rank, so that all of a pipeline end with the same words, none waiting.
 """
 
 from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.parallel.pipeline.actions import Actions, Op
-from deepspeed.parallel.pipeline.form import Form, decode, form_of
+from deepspeed.parallel.pipeline.actions import Actions
+from deepspeed.parallel.pipeline.form import form_of
 from deepspeed.parallel.pipeline.layers import PipelineError
+from deepspeed.parallel.pipeline.postbox import Inbox, Line, Outbox, Parcel, TaggedInbox, TaggedOutbox
+from deepspeed.parallel.pipeline.routes import Key, Routes, Way, routes_of
 
-FAILED = -1
-
-
-class Key(NamedTuple):
-    """A message: what stage `to` gets for a micro-batch, from the stage before (`is_forward`) or after."""
-
-    to: int
-    micro: int
-    is_forward: bool
+Groups = Mapping[tuple[bool, bool], Any]
+"""Process groups by (of activations, to a later rank). Where there are no tags each needs its own: a stream that sends
+would hold up what comes the other way."""
 
 
-class Parcel(NamedTuple):
-    """What arrived."""
+class Post:
+    """One rank's ends of all ways, for as long as the groups last. `ranks[i]` is the global rank of pipeline rank i; `control`: the
+    gloo group for a device's first bytes, None where the values' groups are gloo's."""
 
-    values: list[Tensor | None]
-    form: Form
+    def __init__(
+        self, ranks: Sequence[int], own: int, groups: Groups, device: torch.device, control: Any = None
+    ) -> None:
+        self.ranks, self.own, self.groups, self.device, self._control = ranks, own, groups, device, control
+        self.inboxes: dict[Way, Inbox] = {}
+        self.outboxes: dict[Way, Outbox] = {}
 
+    def inbox(self, way: Way) -> Inbox:
+        """Where another rank's messages arrive."""
+        if way not in self.inboxes:
+            line = self._line(way, way.peer < self.own)
+            self.inboxes[way] = TaggedInbox(line) if line.has_tags else Inbox(line)
+        return self.inboxes[way]
 
-def orders(actions: Actions) -> dict[tuple[int, int], list[Key]]:
-    """By (sender, receiver), pipeline ranks, the messages in the order in which they are sent."""
-    found: dict[tuple[int, int], list[Key]] = {}
-    for sender, row in enumerate(actions.lists):
-        for action in row:
-            if action.op is Op.WEIGHT:
-                continue
-            is_forward = action.op is Op.FORWARD
-            to = action.stage + 1 if is_forward else action.stage - 1
-            if not 0 <= to < actions.num_stages or actions.rank_of[to] == sender:
-                continue
-            found.setdefault((sender, actions.rank_of[to]), []).append(Key(to, action.micro, is_forward))
-    return found
+    def outbox(self, way: Way) -> Outbox:
+        """Where messages to another rank leave."""
+        if way not in self.outboxes:
+            line = self._line(way, way.peer > self.own)
+            self.outboxes[way] = TaggedOutbox(line) if line.has_tags else Outbox(line)
+        return self.outboxes[way]
+
+    def _line(self, way: Way, is_up: bool) -> Line:
+        values = self.groups[way.is_forward, is_up]
+        headers = values if self._control is None else self._control
+        return Line(self.ranks[way.peer], way.is_forward, headers, values, self.device)
 
 
 class Mail:
-    """The messages of one rank. `ranks[i]` is the global rank of pipeline rank i; `groups`: for activations, for gradients."""
+    """The messages of one rank and engine."""
 
-    def __init__(self, ranks: Sequence[int], own: int, groups: tuple[Any, Any], device: torch.device) -> None:
-        self._ranks, self._own, self._groups, self._device = ranks, own, groups, device
-        self._sent_forms: dict[tuple[int, bool], dict[Form, int]] = {}
-        self._seen_forms: dict[tuple[int, bool], list[Form]] = {}
-        self._under_way: deque[tuple[Any, Tensor]] = deque()
-        self._due: Mapping[tuple[int, int], deque[Key]] = {}
-        self._to_send: Mapping[tuple[int, int], deque[Key]] = {}
+    def __init__(self, post: Post) -> None:
+        self._post, self._own = post, post.own
+        self._actions: Actions | None = None
+        self._routes = Routes({}, {}, {})
+        self._due: dict[Way, deque[Key]] = {}
+        self._to_send: dict[Way, deque[Key]] = {}
         self._here: dict[Key, Parcel] = {}
         self._told: dict[Key, PipelineError] = {}
-        self._log: dict[tuple[int, bool], list[tuple[int, torch.dtype]]] = {}
-        """By receiver and way, the size of every message of the list under way."""
-        self._num_taken: dict[tuple[int, bool], int] = {}
-        self.bytes_sent = self.control_bytes_sent = 0
-        """Since the engine was made: of values; of forms and their numbers."""
         self.waited_s = 0.0
         """Spent in waiting for messages."""
+        self.bytes_sent = self.control_bytes_sent = 0
+        """Since the engine was made: of values; of forms and their numbers."""
 
     def begin(self, actions: Actions) -> None:
         """Before a list is run."""
-        all_orders = orders(actions)
-        self._due = {pair: deque(keys) for pair, keys in all_orders.items() if pair[1] == self._own}
-        self._to_send = {pair: deque(keys) for pair, keys in all_orders.items() if pair[0] == self._own}
+        if actions is not self._actions:
+            self._actions, self._routes = actions, routes_of(actions, self._own)
+        self._due = {way: deque(keys) for way, keys in self._routes.due.items()}
+        self._to_send = {way: deque(keys) for way, keys in self._routes.to_send.items()}
         self._here.clear()
         self._told.clear()
-        self._log.clear()
-        self._num_taken.clear()
+        for outbox in self._post.outboxes.values():
+            outbox.begin()
+        for way in self._due:
+            self._post.inbox(way).expect()
 
     # Sending. ------------------------------------------------------------------------------------------------------
-
-    def keep(self, key: Key, values: Sequence[Tensor | None], form: Form) -> None:
-        """Hand values to another stage of this rank."""
-        self._here[key] = Parcel(list(values), form)
 
     def send(self, to_rank: int, key: Key, values: Sequence[Tensor | None], is_tuple: bool) -> None:
         """Start to send; the tensors may not be written afterwards. Whether one has a gradient is its `requires_grad`."""
         form = form_of(values, is_tuple)
         if to_rank == self._own:
             # A copy: the other stage may write into its inputs, this one's graph may have saved them.
-            self.keep(key, [v.detach().clone() if v is not None else None for v in values], form)
+            copies = [v.detach().clone() if v is not None else None for v in values]
+            self._here[key] = Parcel(copies, form)
             return
-        expected = self._to_send[self._own, to_rank].popleft()
+        way = Way(to_rank, key.is_forward)
+        expected = self._to_send[way].popleft()
         assert expected == key, f"sends {key} where its list says {expected}"
-        known = self._sent_forms.setdefault((to_rank, key.is_forward), {})
-        is_new = form not in known
-        number = known.setdefault(form, len(known))
-        text = form.encode() if is_new else b""
-        self._start(to_rank, key, self._header(number, len(text)))
-        if is_new:
-            self._start(to_rank, key, torch.frombuffer(bytearray(text), dtype=torch.uint8).to(self._device))
-        self.control_bytes_sent += 8 + len(text)
-        for value in values:
-            if value is not None and value.numel():
-                self._start(to_rank, key, value.detach().contiguous())
-                self.bytes_sent += value.nbytes
-        self._forget_done()
-
-    def _header(self, number: int, size: int) -> Tensor:
-        return torch.tensor([number, size], dtype=torch.int32, device=self._device)
-
-    def _start(self, to_rank: int, key: Key, tensor: Tensor) -> None:
-        wire = tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 and tensor.dim() else tensor
-        self._log.setdefault((to_rank, key.is_forward), []).append((wire.numel(), wire.dtype))
-        work = dist.isend(wire, self._ranks[to_rank], group=self._groups[not key.is_forward])
-        self._under_way.append((work, wire))
-
-    def _forget_done(self) -> None:
-        while len(self._under_way) > 64 and self._under_way[0][0].is_completed():
-            self._under_way.popleft()
+        nbytes, control = self._post.outbox(way).send(values, form)
+        self.bytes_sent += nbytes
+        self.control_bytes_sent += control
 
     def settle(self) -> None:
         """Wait until all that was sent has left."""
-        while self._under_way:
-            self._under_way.popleft()[0].wait()
+        for outbox in self._post.outboxes.values():
+            outbox.settle()
 
     def tell_failure(self, text: str) -> None:
         """Say to all who wait for a message of this rank that none will come, and why."""
-        data = text.encode()[:2000]
-        for (_, to_rank), keys in self._to_send.items():
-            for is_forward in (True, False):
-                key = next((key for key in keys if key.is_forward is is_forward), None)
-                if key is not None:
-                    self._start(to_rank, key, self._header(FAILED, len(data)))
-                    self._start(to_rank, key, torch.frombuffer(bytearray(data), dtype=torch.uint8).to(self._device))
-            keys.clear()
+        for way, keys in self._to_send.items():
+            if keys:
+                self._post.outbox(way).fail(text)
+                keys.clear()
 
     # Receiving. ----------------------------------------------------------------------------------------------------
 
     def receive(self, key: Key, from_rank: int) -> Parcel:
         """The message, waited for. Raises PipelineError where its sender failed."""
         began = time.perf_counter()
-        due = self._due.get((from_rank, self._own))
+        way = Way(from_rank, key.is_forward)
         while key not in self._here:
             if key in self._told:
                 raise self._told[key]
-            assert due, f"{key} is not among what rank {from_rank} sends"
-            arrived = due.popleft()
-            parcel = self._take(from_rank, arrived.is_forward)
-            if isinstance(parcel, PipelineError):
-                for missing in [arrived, *(k for k in due if k.is_forward is arrived.is_forward)]:
-                    self._told[missing] = parcel
-            else:
-                self._here[arrived] = parcel
+            self._take(way)
+        if from_rank != self._own:
+            self._forget(key, from_rank)
         self.waited_s += time.perf_counter() - began
         return self._here.pop(key)
 
-    def _take(self, from_rank: int, is_forward: bool) -> Parcel | PipelineError:
-        receive = self._receiver(from_rank, is_forward)
-        number, size = receive(torch.empty(2, dtype=torch.int32, device=self._device)).tolist()
-        text = b""
-        if size:
-            text = receive(torch.empty(size, dtype=torch.uint8, device=self._device)).cpu().numpy().tobytes()
-        if number == FAILED:
-            return PipelineError(text.decode(errors="replace"))
-        seen = self._seen_forms.setdefault((from_rank, is_forward), [])
-        if number == len(seen):
-            seen.append(decode(text))
-        form = seen[number]
-        values: list[Tensor | None] = []
-        for value in form.values:
-            tensor = None if value.dtype is None else torch.empty(value.shape, dtype=value.dtype, device=self._device)
-            if tensor is not None and tensor.numel():
-                receive(tensor.view(torch.uint8) if tensor.dtype.itemsize == 1 and tensor.dim() else tensor)
-            values.append(tensor)
-        return Parcel(values, form)
+    def _take(self, way: Way) -> None:
+        due = self._due.get(way)
+        assert due, f"no message is due from rank {way.peer}"
+        arrived = due.popleft()
+        inbox = self._post.inbox(way)
+        parcel = inbox.take()
+        if isinstance(parcel, PipelineError):
+            self._told.update(dict.fromkeys([arrived, *due], parcel))
+            due.clear()
+            return
+        self._here[arrived] = parcel
+        if due:
+            inbox.expect()
 
-    def _receiver(self, from_rank: int, is_forward: bool) -> Callable[[Tensor], Tensor]:
-        source, group = self._ranks[from_rank], self._groups[not is_forward]
-
-        def receive(into: Tensor) -> Tensor:
-            self._num_taken[from_rank, is_forward] = self._num_taken.get((from_rank, is_forward), 0) + 1
-            dist.recv(into, source, group=group)
-            return into
-
-        return receive
+    def _forget(self, key: Key, from_rank: int) -> None:
+        for is_forward, num_taken in zip((False, True), self._routes.taken_before[key], strict=True):
+            outbox = self._post.outboxes.get(Way(from_rank, is_forward))
+            if outbox is not None:
+                outbox.forget(num_taken)
 
     def time_hop(self, rounds: int = 5) -> float:
         """Seconds that the largest message of the last list takes to the next rank of the pipeline, 0 on the last one.
         Collective over the pipeline."""
-        sizes = [numel * dtype.itemsize for (_, forward), sent in self._log.items() if forward for numel, dtype in sent]
-        ball = torch.empty(max(sizes, default=1), dtype=torch.uint8, device=self._device)
+        largest = max((outbox.largest for way, outbox in self._post.outboxes.items() if way.is_forward), default=1)
+        ball = torch.empty(max(1, largest), dtype=torch.uint8, device=self._post.device)
+        group = self._post.groups[True, True]
         best = float("inf")
-        for first in range(len(self._ranks) - 1):
+        for first in range(len(self._post.ranks) - 1):
             if self._own not in (first, first + 1):
                 continue
-            size = torch.tensor([ball.numel()], dtype=torch.int64, device=self._device)
-            other = self._ranks[first + 1 if self._own == first else first]
+            size = torch.tensor([ball.numel()], dtype=torch.int64, device=self._post.device)
+            other = self._post.ranks[first + 1 if self._own == first else first]
             if self._own == first:
-                dist.send(size, other, group=self._groups[0])
+                dist.send(size, other, group=group)
             else:
-                dist.recv(size, other, group=self._groups[0])
-            thrown = ball if self._own == first else torch.empty(int(size), dtype=torch.uint8, device=self._device)
+                dist.recv(size, other, group=group)
+            thrown = ball if self._own == first else torch.empty(int(size), dtype=torch.uint8, device=self._post.device)
             for _ in range(rounds):
                 began = time.perf_counter()
                 for sends in (self._own == first, self._own != first):
-                    (dist.send if sends else dist.recv)(thrown, other, group=self._groups[0])
+                    (dist.send if sends else dist.recv)(thrown, other, group=group)
                 if self._own == first:
                     best = min(best, (time.perf_counter() - began) / 2)
         return best if best < float("inf") else 0.0
@@ -226,20 +181,17 @@ class Mail:
     # After a failure. ----------------------------------------------------------------------------------------------
 
     @property
-    def log(self) -> dict[tuple[int, bool], list[tuple[int, torch.dtype]]]:
-        """What this rank has sent since the list began, for `drain` of the others."""
-        return self._log
+    def log(self) -> dict[Way, int]:
+        """How many messages this rank has sent each way since the engine was made, for `drain` of the others."""
+        return {way: outbox.num_sent for way, outbox in self._post.outboxes.items()}
 
-    def drain(self, logs: Sequence[Mapping[tuple[int, bool], list[tuple[int, torch.dtype]]]]) -> None:
+    def drain(self, logs: Sequence[Mapping[Way, int]]) -> None:
         """Take what others have sent and nobody will read, so that the next list begins with nothing on its way. `logs`: of
         all ranks of the pipeline. Collective over them."""
         for from_rank, log in enumerate(logs):
             for is_forward in (True, False):
-                messages = log.get((self._own, is_forward), [])
-                receive = self._receiver(from_rank, is_forward)
-                for numel, dtype in messages[self._num_taken.get((from_rank, is_forward), 0) :]:
-                    receive(torch.empty(numel, dtype=dtype, device=self._device))
+                num_sent = log.get(Way(self._own, is_forward), 0)
+                while num_sent and self._post.inbox(Way(from_rank, is_forward)).num_taken < num_sent:
+                    self._post.inbox(Way(from_rank, is_forward)).take()
         self.settle()
-        self._sent_forms.clear()
-        self._seen_forms.clear()
         self._here.clear()

@@ -1,0 +1,100 @@
+"""Messages between stages: awaited ahead, whatever shapes come, and forgotten when they have left."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from deepspeed.parallel.pipeline.actions import Action, Actions, Op
+from deepspeed.parallel.pipeline.mail import Mail, Post
+from deepspeed.parallel.pipeline.postbox import MOST_GUESSES
+from deepspeed.parallel.pipeline.routes import Key, Way, routes_of
+from deepspeed.parallel.pipeline.schedules import gpipe, one_f_one_b
+from tests.harness import run_ranks
+
+WIDTHS = (3, 3, 5, 3, 7, 7, 9, 9, 2, 3, 5, 5, 5, 4, 4, 3)
+
+
+def test_a_message_says_how_many_of_the_receiver_s_were_taken_before_it() -> None:
+    routes = routes_of(one_f_one_b(3, 4), 1)
+    assert routes.due[Way(0, True)] == tuple(Key(1, micro, True) for micro in range(4))
+    assert routes.to_send[Way(0, False)] == tuple(Key(0, micro, False) for micro in range(4))
+    assert Way(0, False) not in routes.due and Way(2, True) not in routes.due
+    # Rank 0 sends three activations before it takes a gradient, rank 2 each gradient after one more activation.
+    assert [routes.taken_before[Key(1, micro, True)] for micro in range(4)] == [(0, 0), (0, 0), (0, 0), (1, 0)]
+    assert [routes.taken_before[Key(1, micro, False)] for micro in range(4)] == [(0, 1), (0, 2), (0, 3), (0, 4)]
+
+
+def _values(micro: int) -> list[Tensor | None]:
+    width = WIDTHS[micro % len(WIDTHS)]
+    return [torch.full((2, width), float(micro)), None, torch.tensor([True, False]), torch.empty(0, width)]
+
+
+def _post(rank: int) -> tuple[Post, list[Any]]:
+    made = [dist.new_group([0, 1]), dist.new_group([0, 1])]
+    groups = {(forward, up): made[not forward] for forward in (True, False) for up in (True, False)}
+    return Post([0, 1], rank, groups, torch.device("cpu")), made
+
+
+def _exchange(rank: int, world: int) -> dict[str, Any]:
+    post, made = _post(rank)
+    actions, num_kept = one_f_one_b(2, len(WIDTHS)), []
+    for _ in range(2):  # what the first engine awaited is still awaited when the second begins
+        mail = Mail(post)
+        for _ in range(2):
+            mail.begin(actions)
+            for stage, op, micro in actions.lists[rank]:
+                is_forward = op is Op.FORWARD
+                if is_forward is (rank == 1):
+                    parcel = mail.receive(Key(stage, micro, is_forward), 1 - rank)
+                    for got, sent in zip(parcel.values, _values(micro), strict=True):
+                        assert (got is None) is (sent is None)
+                        assert got is None or (torch.equal(got, sent) and got.dtype is sent.dtype)
+                else:
+                    mail.send(1 - rank, Key(1 - stage, micro, is_forward), _values(micro), True)
+                assert all(len(inbox._guesses) <= MOST_GUESSES for inbox in post.inboxes.values())  # type: ignore[attr-defined]
+                num_kept.append(sum(len(outbox._under_way) for outbox in post.outboxes.values()))
+            mail.settle()
+    dist.barrier()
+    for group in made:
+        dist.destroy_process_group(group)
+    return {"kept": max(num_kept), "control": mail.control_bytes_sent, "sent": mail.bytes_sent}
+
+
+def test_shapes_that_change_all_the_time_arrive_whole_and_what_left_is_let_go() -> None:
+    for found in run_ranks(2, _exchange):
+        assert found["control"] == 2 * 8 * len(WIDTHS)  # the second engine describes nothing again
+        assert found["sent"] == 2 * sum(2 * 4 * width + 2 for width in WIDTHS)
+        assert found["kept"] <= 3 * 4  # of 16 messages of three parts (and a text): those the other rank may not have
+
+
+def _failing(rank: int, world: int) -> list[str]:
+    post, made = _post(rank)
+    mail, found = Mail(post), []
+    actions: Actions = gpipe(2, 4)
+    for fails in (True, False):
+        mail.begin(actions)
+        if rank == 0:
+            for micro in range(2 if fails else 4):
+                mail.send(1, Key(1, micro, True), [torch.full((3,), float(micro))], False)
+            if fails:
+                mail.tell_failure("out of patience")
+        for micro in range(1 if rank else 0) if fails else range(4 if rank else 0):
+            (value,) = mail.receive(Key(1, micro, True), 0).values
+            assert value is not None and value.tolist() == [micro] * 3
+        if rank == 1 and not fails:
+            found.append(f"{Action(1, Op.FORWARD, 3)} arrived")
+        logs: list[Any] = [None, None]
+        dist.all_gather_object(logs, mail.log)
+        mail.drain(logs)
+    dist.barrier()
+    for group in made:
+        dist.destroy_process_group(group)
+    return found
+
+
+def test_what_nobody_reads_after_a_failure_does_not_reach_the_next_batch() -> None:
+    assert run_ranks(2, _failing) == [[], ["1F3 arrived"]]
