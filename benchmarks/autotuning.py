@@ -167,9 +167,38 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
               f"{100 * (1 - value(own) / value(best)):.1f} % | unseen: median error {100 * errors[len(errors) // 2]:.0f} %, "
               f"{sum(e <= 0.1 for e in errors)} of {len(errors)} within 10 %, worst {100 * errors[-1]:.0f} % |")  # fmt: skip
     prior = prior_seconds(info, points)
+    changes(points, prior, seconds)
     print("\n| point | predicted before any trial, ms | measured, ms |\n|---|--:|--:|")
     for candidate in sorted(points, key=lambda c: seconds[c.name] / c.train_batch):
         print(f"| {candidate.name} | {1e3 * prior[candidate.name]:.1f} | {1e3 * seconds[candidate.name]:.1f} |")
+
+
+def changes(points: list[Candidate], prior: dict[str, float], seconds: dict[str, float]) -> None:
+    """What `deepspeed doctor` would say of each single change, from the same cost model, beside what the change gave."""
+
+    def parts(c: Candidate) -> dict[str, Any]:
+        return {"stage": c.stage, "micro-batch": c.micro, **{key.rpartition(".")[0] or key: v for key, v in c.values.items()}}  # fmt: skip
+
+    def gain(times: dict[str, float], a: Candidate, b: Candidate) -> float:
+        return b.train_batch / times[b.name] / (a.train_batch / times[a.name]) - 1
+
+    found: dict[str, list[tuple[float, float]]] = {}
+    for a in points:
+        for b in points:
+            old, new = parts(a), parts(b)
+            differ = [key for key in old.keys() & new.keys() if old[key] != new[key]]
+            if old.keys() == new.keys() and len(differ) == 1 and a is not b:
+                what = f"{differ[0]} {old[differ[0]]} to {new[differ[0]]}"
+                found.setdefault(what, []).append((gain(prior, a, b), gain(seconds, a, b)))
+    print(
+        "\n| one change | pairs | predicted gain, median | measured gain, median | same sign where predicted above 5 % |"
+    )
+    print("|---|--:|--:|--:|--:|")
+    for what, pairs in sorted(found.items()):
+        middle = [100 * sorted(column)[len(column) // 2] for column in zip(*pairs, strict=True)]
+        clear = [real > 0 for said, real in pairs if said > 0.05]
+        if middle[0] > 0:
+            print(f"| {what} | {len(pairs)} | {middle[0]:+.0f} % | {middle[1]:+.0f} % | {sum(clear)} of {len(clear)} |")
 
 
 def main() -> None:

@@ -116,6 +116,9 @@ class Autotuner:
         """Run the script once to its first forward; `info` is what that says."""
         if self.info:
             return
+        given = self.section.model_info
+        if given is not None and (given.num_params or given.hidden_size or given.num_layers):
+            print("autotuning: model_info is not taken over: the first run sees the model, its memory and this machine")
         print(f"autotuning: profiling {self.args.user_script} on {self.num_ranks} rank(s)", flush=True)
         bare = self._base()
         tries = [bare, with_values(bare, self._plain_batch())] if self._leaves_auto() else [bare]

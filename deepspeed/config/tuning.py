@@ -17,7 +17,7 @@ Folder = Annotated[str, StringConstraints(min_length=1)]
 
 
 class ModelInfoConfig(Section):
-    """`autotuning.model_info`: what is known of the model, so that a profiling run can be left out."""
+    """`autotuning.model_info`: what is known of the model. The autotuner looks for itself, and says so where it is given."""
 
     profile: bool = False
     """Measure it."""
@@ -73,7 +73,7 @@ class AutotuningConfig(Section):
     model_info_path: Path | None = None
     """File in which a profiling run leaves what it found."""
     model_info: ModelInfoConfig | None = None
-    """What is known of the model."""
+    """What is known of the model; the autotuner looks for itself."""
     trial_timeout: PositiveInt = 1800
     """Seconds after which a trial that shows no sign of progress is ended; less where trials before it were quicker."""
     device_memory_gb: PositiveFloat | None = None

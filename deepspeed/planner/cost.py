@@ -27,7 +27,9 @@ EFFICIENCY = 0.7
 ELEMENTWISE_PASSES = 3.0
 """How often kept activations are read or written by what is no matrix product, forward and backward."""
 LAUNCH_S = 1.5e-5
-"""Of a module's call, forward and backward."""
+"""Of a module's call, forward and backward, on a device that computes while it is told what comes next."""
+CALLS_PER_MODULE = 3.0
+"""Of a model's module under an engine, on a host, in calls of the smallest module: attention and norms call many operations."""
 OVERLAP = 0.8
 """Of backward that can hide communication, where the processor does not have to move the bytes itself."""
 
@@ -116,7 +118,8 @@ def _compute(rates: Rates, work: Work, choice: Choice) -> tuple[float, float]:
     rate = EFFICIENCY * rates.matmul_flops
     products = choice.micro * (work.flops + again * work.forward_flops) / rate
     elements = choice.micro * work.activation_nbytes * ELEMENTWISE_PASSES * (1 + again / 2) / rates.copy_nbytes_s
-    launches = work.num_modules * LAUNCH_S * (1 + again / 2)
+    call_s = CALLS_PER_MODULE * rates.launch_s if work.is_host and rates.launch_s else LAUNCH_S
+    launches = work.num_modules * call_s * (1 + again / 2)
     micro_s = products + elements + launches
     share = (2 + again) / (3 + again)
     return choice.accumulation * micro_s * share, choice.accumulation * micro_s

@@ -27,6 +27,8 @@ from deepspeed.accelerator.peak import measured_peak
 from deepspeed.comm.choose import make_exchange
 
 NUM_RUNS = 3
+NUM_SMALL = 64
+"""Modules of the chain that tells what a module costs besides its arithmetic."""
 COPY_NBYTES = 32 << 20
 """More than caches hold."""
 SMALL_NUMEL, LARGE_NUMEL = 1 << 10, 1 << 21
@@ -50,6 +52,8 @@ class Rates:
     """Bytes per second that a rank sends in an all-reduce of torch.distributed, counted as a ring's; 0: as `wire_nbytes_s`."""
     sum_latency_s: float = 0.0
     """Of an all-reduce with nothing in it; 0: as `wire_latency_s`."""
+    launch_s: float = 0.0
+    """Of a small module's forward and backward, which is all overhead; 0: not measured."""
     host_nbytes_s: float = 0.0
     """Bytes per second between device and host; 0: they are one."""
     disk_read_nbytes_s: float = 0.0
@@ -82,6 +86,7 @@ def measure_rates(dtype: torch.dtype, folder: Path | None = None) -> Rates:
         wire_latency_s=latency_s,
         sum_nbytes_s=sums,
         sum_latency_s=sum_latency_s,
+        launch_s=_measure_launch(device),
         host_nbytes_s=host,
         disk_read_nbytes_s=read,
         disk_write_nbytes_s=write,
@@ -99,6 +104,14 @@ def _measure_wire(device: torch.device) -> tuple[float, float]:
         times.append(_fastest(lambda full=full: exchange.start_all_gather(full).wait()))  # type: ignore[misc]
     received = (LARGE_NUMEL - SMALL_NUMEL) * 4 * (size - 1) / size
     return times[0], received / max(times[1] - times[0], 1e-9)
+
+
+def _measure_launch(device: torch.device) -> float:
+    """Seconds of one small module, forward and backward, of a chain of them."""
+    chain = torch.nn.Sequential(*(torch.nn.Linear(8, 8, device=device) for _ in range(NUM_SMALL)))
+    x = torch.zeros(1, 8, device=device)
+    with torch.enable_grad():
+        return _fastest(lambda: chain(x).sum().backward()) / NUM_SMALL
 
 
 def _measure_sums(device: torch.device) -> tuple[float, float]:

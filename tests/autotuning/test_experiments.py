@@ -84,10 +84,13 @@ def test_a_search_in_which_trials_crash_hang_and_are_killed_finds_the_best_and_l
     assert "z2_gas1_tmbspg8" not in (tmp_path / "autotuning_results/cmd_optimal.txt").read_text()
 
 
-def test_each_metric_has_its_own_best_and_run_trains_with_it(tmp_path: Path) -> None:
+def test_each_metric_has_its_own_best_and_run_trains_with_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     stages = {"zero_optimization": {"stage": [1, 2]}, "train_micro_batch_size_per_gpu": [2, 8]}
-    metrics = {"metric": "latency", "tuner_type": "gridsearch", "overwrite": True}
+    metrics = {"metric": "latency", "tuner_type": "gridsearch", "overwrite": True, "model_info": {"num_params": 5}}
     assert tune(config_file(tmp_path, metrics, **stages)) == 0
+    assert "model_info is not taken over" in capsys.readouterr().out
     best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
     assert (best["zero_optimization"]["stage"], best["train_micro_batch_size_per_gpu"]) == (2, 2)
     # `run` starts the script with the result; the pretender needs a section, and without one ends badly.

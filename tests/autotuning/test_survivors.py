@@ -19,7 +19,8 @@ import pytest
 
 PRETENDER = Path(__file__).parent / "pretender.py"
 NUM_KILLS = 100
-LONG = pytest.mark.skipif("DS_TEST_LONG" not in os.environ, reason="set DS_TEST_LONG=1")
+pytestmark = pytest.mark.timeout(1800)
+LONG = pytest.mark.skipif(os.environ.get("DS_TEST_LONG") != "1", reason="make test-autotuning")
 
 TUNER = """
 import os, sys, time

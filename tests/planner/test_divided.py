@@ -18,7 +18,7 @@ from deepspeed.profiling.rates import Rates
 from deepspeed.utils.waits import COMMUNICATION
 from tests.harness import run_ranks
 
-LONG = pytest.mark.skipif("DS_TEST_LONG" not in os.environ, reason="set DS_TEST_LONG=1")
+LONG = pytest.mark.skipif(os.environ.get("DS_TEST_LONG") != "1", reason="make test-autotuning")
 
 RATES = Rates(matmul_flops=1e11, copy_nbytes_s=1e10, wire_nbytes_s=1e9, wire_latency_s=1e-5)
 WORK = Work(num_params=4 * 10**6 + 2000, flops=3e9, forward_flops=1e9, activation_nbytes=4e6, num_modules=40, is_host=True)  # fmt: skip
