@@ -44,6 +44,19 @@ SPACES: tuple[dict[str, Any], ...] = (
         "zero_optimization": {"stage": [1, 2, 3], "offload_optimizer": {"device": ["cpu"]}},
     },
     {
+        "train_micro_batch_size_per_gpu": [4],
+        "zero_optimization": {
+            "stage": [3],
+            "stage3_max_reuse_distance": [0, 10**9],
+            "stage3_prefetch_bucket_size": [0, 50_000_000],
+            "stage3_param_persistence_threshold": 0,
+        },
+    },
+    {
+        "train_micro_batch_size_per_gpu": [4],
+        "zero_optimization": {"stage": [1], "reduce_bucket_size": [100_000, 500_000_000]},
+    },
+    {
         "train_micro_batch_size_per_gpu": [4, 8],
         "zero_optimization": {"stage": [1]},
         "tensor_parallel": {"autotp_size": [2]},
@@ -55,7 +68,7 @@ def grid(ranks: int) -> list[tuple[Candidate, dict[str, Any]]]:
     """Every point, with its configuration."""
     section = load_config({}).autotuning
     found = []
-    for space in SPACES[: 2 + (ranks > 1)]:
+    for space in SPACES[: len(SPACES) if ranks > 1 else 2]:
         asked = {**OPTIMIZER, **space}
         found += [(c, c.apply(asked)) for c in candidates(Question(asked, section, ranks, is_host=True))]
     return found
@@ -177,7 +190,7 @@ def changes(points: list[Candidate], prior: dict[str, float], seconds: dict[str,
     """What `deepspeed doctor` would say of each single change, from the same cost model, beside what the change gave."""
 
     def parts(c: Candidate) -> dict[str, Any]:
-        return {"stage": c.stage, "micro-batch": c.micro, **{key.rpartition(".")[0] or key: v for key, v in c.values.items()}}  # fmt: skip
+        return {"stage": c.stage, "micro-batch": c.micro, **{key.rpartition(".")[2] if "zero_" in key else key.rpartition(".")[0]: v for key, v in c.values.items()}}  # fmt: skip
 
     def gain(times: dict[str, float], a: Candidate, b: Candidate) -> float:
         return b.train_batch / times[b.name] / (a.train_batch / times[a.name]) - 1

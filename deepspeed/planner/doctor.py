@@ -28,6 +28,8 @@ from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.policy import Tier
 
 GIB = 2**30
+MIN_GAIN = 0.1
+"""Of an advice: predictions of single changes were right to about so much where they were run (docs/autotuning.md)."""
 OFFLOADS = {"zero_optimization.offload_optimizer": None, "zero_optimization.offload_param": None}
 
 
@@ -145,7 +147,7 @@ def diagnose(
             if change.what not in findings or gain > findings[change.what].gain + 0.02:
                 findings[change.what] = Finding(what, values, gain, nbytes)
     needed = _needed(estimator, given, micro, ranks) or 0
-    ranked = sorted((f for f in findings.values() if f.gain > 0.01), key=lambda f: -f.gain)
+    ranked = sorted((f for f in findings.values() if f.gain > MIN_GAIN), key=lambda f: -f.gain)
     notes = [f"{path} has no effect here" for path in given_without_effect(read)]
     return Diagnosis(parts, speed, needed, room is None or needed <= room, room, ranked, notes)
 
@@ -211,7 +213,12 @@ def as_text(found: Diagnosis) -> str:
     if not found.fits:
         lines.append("That does not fit. `deepspeed estimate` has the smallest change that does.")
     if not found.findings:
-        return "\n".join([*lines, "No single change that fits is predicted to gain more than a percent."])
+        return "\n".join(
+            [
+                *lines,
+                "No single change that fits is predicted to gain more than a tenth; less is not foreseen with certainty.",
+            ]
+        )
     best = found.findings[0]
     lines += ["", f"The one change that helps most: {best.what}, +{100 * best.gain:.0f}%, {best.nbytes / GIB:.2f} GiB:"]
     lines += [f"  {key}: {json.dumps(value)}" for key, value in best.values.items()]
