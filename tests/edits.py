@@ -27,6 +27,9 @@ from tests.engine.runs import small_units
 ROWS = 4
 """Samples of all ranks together in a step."""
 
+FP16_SCALE = 128.0
+"""What losses are multiplied by in fp16: gradients of both sides are rounded at the same place."""
+
 MakeOptimizer = Callable[[Any], torch.optim.Optimizer]
 
 
@@ -101,6 +104,7 @@ class PlainSide:
         self, module: nn.Module, make_optimizer: MakeOptimizer, stage: int, dtype: torch.dtype, world_size: int
     ) -> None:
         self.world_size, self.dtype, self.stage = world_size, dtype, stage
+        self.scale = FP16_SCALE if dtype == torch.float16 else 1.0
         exact = {name: param.detach().clone() for name, param in module.named_parameters()}
         self.module = module.to(dtype)
         self.masters: dict[nn.Parameter, nn.Parameter] = {}
@@ -129,7 +133,8 @@ class PlainSide:
         for x_share, y_share in zip(x.chunk(self.world_size), y.chunk(self.world_size), strict=True):
             for param in self.module.parameters():
                 param.grad = None
-            self.module(x_share, y_share).backward()
+            loss = self.module(x_share, y_share)
+            (loss * self.scale).backward()
             for param in self.module.parameters():
                 if param.grad is not None:
                     self._grads.setdefault(param, []).append(param.grad)
@@ -142,7 +147,7 @@ class PlainSide:
             if param in self._grads:
                 total = sum(grad.float() for grad in self._grads[param]) / self.world_size
                 assert isinstance(total, Tensor)
-                master.grad = total.to(param.dtype).float()
+                master.grad = total.to(param.dtype).float() / self.scale
         self.optimizer.step()
         for param, master in self.masters.items():
             if master is not param:
@@ -198,6 +203,7 @@ class EngineSide:
         config = {
             "train_micro_batch_size_per_gpu": ROWS // world_size, "gradient_clipping": 0.0,
             "bf16": {"enabled": dtype == torch.bfloat16},
+            "fp16": {"enabled": dtype == torch.float16, "loss_scale": FP16_SCALE},
             "zero_optimization": {
                 "stage": stage, "reduce_bucket_size": 100, "stage3_param_persistence_threshold": 10, **zero,
             },

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import RankMismatchError
+from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.param import full_shape
 
 _LOCAL_SUFFIXES = ("path", "dir", "name")
@@ -40,7 +41,9 @@ def describe_model(module: nn.Module) -> list[str]:
         f"{name} {tuple(full_shape(param))}{'' if param.requires_grad else ' frozen'}"
         for name, param in module.named_parameters()
     ]
-    return params + [f"buffer {name} {describe_buffer(buffer)}" for name, buffer in module.named_buffers()]
+    aliases = {alias.name: f" in {alias.param_name}" for alias in aliases_of(module)}
+    buffers = module.named_buffers()
+    return params + [f"buffer {name} {describe_buffer(buffer)}{aliases.get(name, '')}" for name, buffer in buffers]
 
 
 def describe_buffer(buffer: Tensor) -> str:

@@ -49,6 +49,7 @@ from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero.access import trainers
+from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
@@ -226,10 +227,12 @@ def _build_zero(
     scale_guard = LossScaleGuard(assemble.make_scale(config))
     watch = BackwardWatch()
     watch.on_begin.append(scale_guard.check)  # before the hooks' listener, which gathers
+    aliases = aliases_of(model)  # before a cast takes them apart
     assemble.cast_buffers(model, config)
     placing = make_placing(config, policy, given.device)
     assemble.open_disks(config, mesh, placing, model, basic)
-    built = build(model, assemble.group_indices(basic), placing, mesh, assemble.make_limits(config), make_wire(config))
+    limits, wire = assemble.make_limits(config), make_wire(config)
+    built = build(model, assemble.group_indices(basic), placing, mesh, limits, wire, aliases)
     undo.callback(built.close)
     hooks = _make_hooks(given, built, mesh, watch) if built.sharded else None
     if hooks is not None:

@@ -26,6 +26,7 @@
     generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
     last_hook  takes gradients after the script's own hooks    on_wire   reductions under way
+    prints     what one rank alone wrote           aliases    buffers that are views of parameters
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

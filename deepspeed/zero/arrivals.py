@@ -9,6 +9,8 @@ Invariant: a gradient is owned by exactly one place, autograd's tensor here or t
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
+from operator import attrgetter, contains
 from typing import final
 
 import torch
@@ -18,15 +20,19 @@ READY = "ds_grad_is_ready"
 """Attribute by which code that runs several backward passes per parameter says which of them is the last."""
 
 
+_is_sparse = attrgetter("is_sparse")
+
+
 @final
 class Arrivals:
     """The gradients of one bucket's parameters since they were last laid down."""
 
-    __slots__ = ("_num_params", "_parts", "_tensors", "num_here", "used")
+    __slots__ = ("_parts", "num_here", "num_params", "used", "waiting")
 
     def __init__(self, num_params: int) -> None:
-        self._num_params = num_params
-        self._tensors: list[Tensor | None] = [None] * num_params
+        self.num_params = num_params
+        self.waiting: list[Tensor | None] = [None] * num_params
+        """By parameter, what waits. `zero.last_hook` fills it in place, and counts, where `take` would do no more than that."""
         self.num_here = 0
         """Of how many parameters a gradient waits to be laid down."""
         self._parts: set[int] = set()
@@ -42,24 +48,24 @@ class Arrivals:
     @property
     def misses_any(self) -> bool:
         """Whether a parameter had no gradient on this rank in this step."""
-        return len(self.used) < self._num_params
+        return len(self.used) < self.num_params
 
     def has(self, index: int) -> bool:
         """Whether a parameter's gradient waits to be laid down."""
-        return self._tensors[index] is not None
+        return self.waiting[index] is not None
 
     def take(self, index: int, gradient: Tensor) -> bool:
         """Take a gradient over, or add it to the one that waits; whether that was the last one of the bucket, or may have been
         (`awaits_parts`). Runs once per parameter, between autograd's nodes: it touches as little memory as it can."""
-        before = self._tensors[index]
+        before = self.waiting[index]
         if before is not None:
             return self._add(index, before, gradient)
-        self._tensors[index] = gradient
+        self.waiting[index] = gradient
         self.num_here += 1
-        return self.num_here == self._num_params
+        return self.num_here == self.num_params
 
     def _add(self, index: int, before: Tensor, gradient: Tensor) -> bool:
-        self._tensors[index] = _dense(before) + _dense(gradient)
+        self.waiting[index] = _dense(before) + _dense(gradient)
         if index not in self._parts:
             return False
         self._parts.discard(index)
@@ -67,29 +73,34 @@ class Arrivals:
 
     def awaits_parts(self, params: Sequence[nn.Parameter]) -> bool:
         """All have arrived: whether some arrived in part (`ds_grad_is_ready` is False), and are complete with one to come."""
-        self._parts.update(i for i, param in enumerate(params) if not param.__dict__.get(READY, True))
+        if any(map(contains, map(vars, params), repeat(READY))):  # of many parameters usually none
+            self._parts.update(i for i, param in enumerate(params) if not param.__dict__.get(READY, True))
         return bool(self._parts)
 
     def lay_into(self, views: Sequence[Tensor], adds: bool) -> None:
         """Write what waits into the parameters' views, or add it. Unless it adds, what did not arrive becomes zero."""
-        is_complete = self.num_here == self._num_params  # as nearly always
-        here = range(self._num_params) if is_complete else [i for i, t in enumerate(self._tensors) if t is not None]
-        gradients = [_dense(tensor) for tensor in self._tensors if tensor is not None]
+        is_complete = self.num_here == self.num_params  # as nearly always
+        here = range(self.num_params) if is_complete else [i for i, t in enumerate(self.waiting) if t is not None]
+        gradients = _dense_ones([tensor for tensor in self.waiting if tensor is not None])
         targets = list(views) if is_complete else [views[i] for i in here]
         if gradients and adds:
             torch._foreach_add_(targets, gradients)
         elif gradients:
             torch._foreach_copy_(targets, gradients)
-        if not adds and len(here) < self._num_params:
-            torch._foreach_zero_([view for i, view in enumerate(views) if self._tensors[i] is None])
+        if not adds and len(here) < self.num_params:
+            torch._foreach_zero_([view for i, view in enumerate(views) if self.waiting[i] is None])
         self.used.update(here)
         self.forget()
 
     def forget(self) -> None:
         """Let go of what waits."""
-        self._tensors = [None] * self._num_params
+        self.waiting = [None] * self.num_params
         self._parts.clear()
         self.num_here = 0
+
+
+def _dense_ones(gradients: list[Tensor]) -> list[Tensor]:
+    return list(map(_dense, gradients)) if any(map(_is_sparse, gradients)) else gradients
 
 
 def _dense(gradient: Tensor) -> Tensor:

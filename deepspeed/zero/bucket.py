@@ -207,9 +207,14 @@ class Bucket(FlatSpace):
         self.views = [every[slot.index] for param in self.params if (slot := slot_of(param))]
         if isinstance(self.rest, InMemory):
             self.rest.tensor = self.own_slice(self.full)
+        aliases = self.aliases[:]
+        self.aliases.clear()
         for param, old, new in zip(self.params, before, self.views, strict=True):
             if is_view(param, old):
                 param.data = new
+                for alias in aliases:
+                    if alias.param is param:
+                        self.aliases.append(alias.moved_to(new))
 
     def forget_moved(self) -> None:
         """Let go of the parameters that another bucket has taken over (see zero.build); the others stay."""
@@ -236,6 +241,10 @@ class Bucket(FlatSpace):
         if not self.is_sharded and is_away != self.is_away:
             for param, view in zip(self.params, self.views, strict=True):
                 param.data = self._empty_like(view) if is_away else view
+            self.aliases[:] = [
+                alias.replaced(self._nothing) if is_away else alias.moved_to(self.view_of(alias.param))
+                for alias in self.aliases
+            ]
         self.is_away = is_away
 
     def start_unshard(self) -> None:

@@ -6,7 +6,7 @@ at most one bucket is whole at a time beyond what the policy keeps.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -20,6 +20,7 @@ from deepspeed.tiers import Rest
 from deepspeed.tiers.quantized import Int8Rest
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero.aliases import Alias
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.loads import LoadQueue
 from deepspeed.zero.master import Master
@@ -52,8 +53,10 @@ def build(
     mesh: Mesh,
     limits: Limits,
     wire: Wire | None = None,
+    aliases: Sequence[Alias] = (),
 ) -> Built:
-    """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group.
+    """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group; `aliases` are buffers
+    that lie in parameters.
 
     Parameters change dtype, device and memory but not identity. Collective. Raises DeepSpeedConfigError for parameters
     without values (meta device).
@@ -74,7 +77,7 @@ def build(
         param.__class__ = ZeroParameter
     for param, name in plan.loose:
         builder.place(param, name)
-    builder.place_buffers(module)
+    builder.place_buffers(module, [buffer for alias in aliases if (buffer := builder.follow(alias)) is not None])
     return builder.built
 
 
@@ -216,12 +219,29 @@ class Builder:
         param.__class__ = nn.Parameter
         param.data = value
 
-    def place_buffers(self, module: nn.Module) -> None:
-        """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern.
+    def follow(self, alias: Alias) -> Tensor | None:
+        """Have a buffer be a view of the bucket that its parameter is in now; the buffer. None for one that is by itself.
+
+        Raises DeepSpeedConfigError for one that would have to follow a parameter that trains, and cannot.
+        """
+        slot = slot_of(alias.param)
+        if slot is None:
+            return None
+        bucket = slot.bucket
+        if alias.is_registered and alias.fits and bucket.keeps_storage and bucket.dtype == alias.buffer.dtype:
+            bucket.aliases.append(alias.moved_to(bucket.views[slot.index]))
+            return bucket.aliases[-1].buffer
+        if alias.param in self.group_of:
+            alias.refuse(bucket.dtype, is_whole=bucket.keeps_storage)
+        return None
+
+    def place_buffers(self, module: nn.Module, aliases: Iterable[Tensor]) -> None:
+        """Move buffers to the device and give every rank the first rank's values; their dtype is the engine's concern, and
+        `aliases` have their place.
 
         Raises DeepSpeedConfigError for a buffer without values (meta device).
         """
-        placed: dict[Tensor, Tensor] = {}
+        placed = {alias: alias for alias in aliases}
         for owner_name, owner in module.named_modules():
             for name, buffer in owner.named_buffers(recurse=False):
                 if buffer.is_meta:

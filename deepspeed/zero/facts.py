@@ -9,6 +9,7 @@ says nothing to anybody; so each of these is a *fact*, written down when it was 
     Memory     each parameter is the very view of its bucket           `param.data = ...`, `.to(...)`
     Versions   torch's version counters                                written in place
     Groups     the optimizer's groups and what they list               `add_param_group`, edited lists
+    Prints     sums of samples of whole buckets                   written through `.data`, maybe on one rank alone
     Seal       a digest of parameters that have separate masters       written in place, also through `.data`
 
 The first five are comparisons of addresses, flags and counters on the host. The seal is computed on the device, where the
@@ -32,6 +33,7 @@ from deepspeed.zero.bucket import Bucket, is_view
 from deepspeed.zero.build import Built
 from deepspeed.zero.master import Master
 from deepspeed.zero.param import slot_of
+from deepspeed.zero.prints import Prints
 
 WORD_COLUMNS = 127
 """A seal adds 8-byte words up in so many columns; a prime, so that rows of a matrix that change places do not cancel."""
@@ -163,16 +165,23 @@ class Memory(Fact):
         self._params = [param for bucket in self._buckets for param in bucket.params]
         self._views = [view for bucket in self._buckets for view in bucket.views]
         self._pointers = [view.data_ptr() for view in self._views]
+        self._matrices = [param for param, view in zip(self._params, self._views, strict=True) if view.dim() > 1]
 
     @property
     def has_changed(self) -> bool:
         if any(bucket.is_away for bucket in self._buckets):
             return False
         with torch._C.DisableTorchFunctionSubclass():  # which each call would look for: a fifth of the time
-            # Views of other strides, such as a square matrix transposed, may begin at the same address.
+            # A square matrix transposed begins at the same address.
             return list(map(Tensor.data_ptr, self._params)) != self._pointers or not all(
-                map(Tensor.is_contiguous, self._params)
+                map(Tensor.is_contiguous, self._matrices)
             )
+
+    @property
+    def has_changed_oddly(self) -> bool:
+        """Whether a vector has other strides at the same address. Seldom asked."""
+        with torch._C.DisableTorchFunctionSubclass():
+            return not (self.has_changed or all(map(Tensor.is_contiguous, self._params)))
 
     def changes(self, names: Mapping[nn.Parameter, str]) -> list[Change]:
         """Parameters that are no views of their buckets any more; those that have left the model may be what they like."""
@@ -267,6 +276,10 @@ class Facts:
         self._built, self._is_alone = built, is_alone
         self.tree, self.flags, self.memory, self.versions = Tree(root), Flags(), Memory(), Versions()
         self.groups = Groups(groups)
+        self.prints = Prints()
+        self._each_step: list[Fact] = [self.groups, self.flags, self.memory]
+        if built.builder.placing.policy.optimizer.is_sharded:
+            self._each_step.append(self.versions)
         self._num_looks = 0
         self.seals: list[Seal] = []
         self.renew()
@@ -279,7 +292,9 @@ class Facts:
         self.whole = whole = [bucket for bucket in self._built.buckets if not bucket.is_sharded]
         self.memory.watch(whole)
         # One rank has nobody to differ from, and the seals tell what it wrote.
-        self.versions.watch([] if self._is_alone else [param for bucket in whole for param in bucket.params])
+        compared = [] if self._is_alone else whole
+        self.versions.watch([param for bucket in compared for param in bucket.params])
+        self.prints.watch([bucket for bucket in compared if bucket.over == "shard"])  # experts differ from rank to rank
         self.groups.renew()
         sealed = {seal.master for seal in self.seals}
         # Not those that are there: whether they are broken is still to be asked.
@@ -287,12 +302,19 @@ class Facts:
 
     def have_changed(self, looks_at_all: bool = False) -> bool:
         """Whether any is true no more. Modules are many, and parameters that come or go change nothing until a group has them
-        or a checkpoint is saved: unless `looks_at_all`, the tree is looked at now and then."""
+        or a checkpoint is saved: unless `looks_at_all`, the tree is looked at now and then. So are versions where every rank
+        steps the whole: what one of them wrote alone is there until it is compared."""
         self._num_looks += 1
-        looks_at_tree = looks_at_all or self._num_looks % TREE_EVERY == 0
-        return any(fact.has_changed for fact in (self.groups, self.flags, self.memory, self.versions)) or (
-            looks_at_tree and self.tree.has_changed
+        if any(fact.has_changed for fact in self._each_step):
+            return True
+        return (looks_at_all or self.is_long_look) and (
+            self.tree.has_changed or self.memory.has_changed_oddly or self.versions.has_changed
         )
+
+    @property
+    def is_long_look(self) -> bool:
+        """Whether the last look was one of those that see more: at the same steps on every rank."""
+        return self._num_looks % TREE_EVERY == 0
 
     def is_news(self, param: nn.Parameter) -> bool:
         """Whether a parameter that does not train is new, or was frozen when that was last written down."""

@@ -21,7 +21,7 @@ import enum
 import functools
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple, Protocol, final
 
 import torch
@@ -180,6 +180,15 @@ def gradients_of_bucket(
     if rest is None:
         return SlicedGradients(bucket, reduction, dtype, pool)
     return TieredGradients(bucket, reduction, dtype, pool, rest)
+
+
+def leave_local(buckets: Sequence[Gradients], is_local: bool) -> None:
+    """From the next step on have gradients that are reduced at the boundary stay on their rank instead, or not any more. The
+    same on every rank, between steps."""
+    before, after = (When.AT_BOUNDARY, When.NEVER) if is_local else (When.NEVER, When.AT_BOUNDARY)
+    for gradients in buckets:
+        if gradients.reduction.when is before:
+            gradients.reduction = replace(gradients.reduction, when=after)
 
 
 @final

@@ -28,12 +28,13 @@ class LocalNorm:
         self._gradients, self._mesh, self._device = gradients, mesh, device
         self._group = mesh.group("job", "control" if device.type == "cpu" else "norm")
 
-    def measure(self, is_changed: bool = False) -> Measured:
+    def measure(self, news: bool | Tensor = False) -> Measured:
         """As `GradientNorm.measure`. Collective."""
-        missed = float(any(gradients.arrivals.misses_any for gradients in self._gradients)) + is_changed * CHANGED
+        misses_here = float(any(gradients.arrivals.misses_any for gradients in self._gradients))
+        missed = torch.full((), misses_here, device=self._device) + CHANGED * news
         norms = [norm for gradients in self._gradients for norm in self._norms(gradients)]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
-        both = torch.stack([total.square(), torch.full((), missed, device=self._device)])
+        both = torch.stack([total.square(), missed])
         if self._group is not None:
             with COMMUNICATION.during("zero.norm", both.nbytes):
                 torch.distributed.all_reduce(both, group=self._group)

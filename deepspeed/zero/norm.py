@@ -80,11 +80,11 @@ class GradientNorm:
         shape, rank = self._mesh.shape, self._mesh.global_rank
         return {i for i, param in enumerate(params) if not marks.of(param).counts_here(shape, rank)}
 
-    def measure(self, is_changed: bool = False) -> Measured:
+    def measure(self, news: bool | Tensor = False) -> Measured:
         """Collective, once per step; again after the gradients of parameters that join. The host waits for the answer here."""
         missed = self._missed()  # first: it takes the flags out of the buffers that the norm reads
-        if is_changed:
-            missed = missed + CHANGED
+        if news is not False:
+            missed = missed + CHANGED * news
         norms = [self._norm_of(i) for i in range(len(self._gradients))]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
         both = torch.stack([total, missed])

@@ -29,6 +29,7 @@ from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.gradients import leave_local
 from deepspeed.zero.local_norm import LocalNorm
 from deepspeed.zero.master import Master
 from deepspeed.zero.norm import GradientNorm, Measured
@@ -125,7 +126,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def _choose_reduction(self) -> None:
         """Have the next step's gradients reduced, or left to the optimizer's own reduction."""
         if self.own_reduction is not None:
-            self.reducer.leave_local(self._takes_local)
+            leave_local(self.reducer.gradients, self._takes_local)
 
     def states_loaded(self) -> None:
         """The optimizer's states were replaced. Collective."""
@@ -265,7 +266,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         norm: GradientNorm | LocalNorm = self._local_norm if self._takes_local else self._norm
         if self.takeover is None:
             return norm.measure()
-        measured = norm.measure(self.takeover.waits)
+        measured = norm.measure(self.takeover.news)
         if measured.changed_any:
             self.takeover.take_over()
             self.reducer.finish()

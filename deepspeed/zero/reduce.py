@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 
 import torch
 from torch import nn
@@ -77,6 +76,8 @@ class Reducer:
         self._should_reduce = should_reduce
         self._on_complete = on_complete
         self._num_holds = 0
+        self.is_plain = True
+        """See LastHook: no gradient came early, none are shown, and the backward is not held open."""
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
         self._on_wire = OnWire(max_in_flight)
@@ -107,44 +108,49 @@ class Reducer:
                 gradient, param.grad = param.grad, None
                 if gradient is not None:
                     gradients.arrivals.take(i, gradient)
-                    self._note_arrival()
+                    self.begin_bucket()
 
     def take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """See LastHook: take `param.grad` over, and count."""
-        if self._early or self._shown.shows_any or self._num_holds:
-            self._prepare(gradients, index, param)
-        gradient, param.grad = param.grad, None
-        if gradient is None:  # autograd calls the hook for a function that gave this parameter nothing, too
-            return
-        arrivals = gradients.arrivals
-        if not arrivals.num_here:
-            self._note_arrival()
-        if arrivals.take(index, gradient) and not arrivals.awaits_parts(gradients.bucket.params):
-            self._complete(gradients)
-
-    def _note_arrival(self) -> None:
-        self.saw_backward = self.saw_micro_batch = True
-        self.has_stood_in = False
-
-    def _prepare(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
-        """What else is to be done before a gradient is taken over."""
         self._take_those_seen()
         if self._shown.shows_any:
             self._begin_again(gradients, index, param)
         if self._num_holds and gradients.has_local and gradients.arrivals.has(index):
             gradients.lay_down()  # one after the other onto the sum, as autograd adds them up, not two at once
+        gradient, param.grad = param.grad, None
+        if gradient is None:
+            return
+        if not gradients.arrivals.num_here:
+            self.begin_bucket()
+        if gradients.arrivals.take(index, gradient):
+            self.complete(gradients)
+
+    def complete(self, gradients: Gradients) -> None:
+        """See LastHook. Some may have arrived in part."""
+        if not gradients.arrivals.awaits_parts(gradients.bucket.params):
+            self._fill(gradients)
+
+    def begin_bucket(self) -> None:
+        """See LastHook."""
+        self.saw_backward = self.saw_micro_batch = True
+        self.has_stood_in = False
 
     def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """See LastHook: the gradient stays with the parameter until the next arrives."""
         if self._shown.shows_any:
             self._begin_again(gradients, index, param)
         self._early.append((gradients, index, param))
+        self.is_plain = False
         self.saw_backward = self.saw_micro_batch = True
 
     def _take_those_seen(self) -> None:
         early, self._early = self._early, []
         for gradients, index, param in early:
             self.take(gradients, index, param)
+        self._look()
+
+    def _look(self) -> None:
+        self.is_plain = not (self._early or self._shown.shows_any or self._num_holds)
 
     def _begin_again(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """A backward that nobody announced (outside of the model's outputs) ran into gradients that are shown. What autograd
@@ -159,7 +165,7 @@ class Reducer:
         gradients.arrivals.used.add(index)
         param.grad = torch.zeros_like(param)
 
-    def _complete(self, gradients: Gradients) -> None:
+    def _fill(self, gradients: Gradients) -> None:
         """A bucket has all of its gradients."""
         self._on_wire.end(gradients)
         if self._num_holds:
@@ -190,14 +196,16 @@ class Reducer:
         """Keep the backward open: gradients add up on the rank; what filled leaves when the last context ends. Inside of a
         backward its end then flushes the rest, as ever; around several ones call `flush` after it, which is collective."""
         self._num_holds += 1
+        self._look()
         try:
             yield
         finally:
             self._num_holds -= 1
+            self._look()
             held = [] if self._num_holds else list(self._held)
             self._held = self._held if self._num_holds else {}
         for gradients in held:
-            self._complete(gradients)
+            self._fill(gradients)
 
     def held_sum(self, param: nn.Parameter) -> torch.Tensor | None:
         """While a backward is held open, after `flush`: the sum of a parameter's gradients so far, in place. None: there is
@@ -288,6 +296,7 @@ class Reducer:
     def expose(self) -> None:
         """Show reduced gradients that are whole on this rank as `param.grad`, until `hide`."""
         self._shown.show(self.gradients)
+        self._look()
 
     def veil(self) -> None:
         """Tell a script that looks at `param.grad` before the step, where ranks have slices."""
@@ -298,6 +307,7 @@ class Reducer:
         """Take back what is shown, as the script left it, before autograd could add to it."""
         if self._shown.shows_any:
             self._shown.hide()
+            self._look()
 
     def assigned(self) -> list[Assigned]:
         """Gradients that the script put where none are shown."""
@@ -319,20 +329,13 @@ class Reducer:
         self._assigned = None
         self._on_wire.end_all()
         self._shown.close()
+        self._look()
         self.left_out = []
         for gradients in self.gradients:
             gradients.drop()
         self.rounds.end()
         self._held.clear()
         self.saw_backward = self.has_stood_in = False
-
-    def leave_local(self, is_local: bool) -> None:
-        """From the next step on have gradients that are reduced at the boundary stay on their rank instead, or not any
-        more. The same on every rank, between steps."""
-        before, after = (When.AT_BOUNDARY, When.NEVER) if is_local else (When.NEVER, When.AT_BOUNDARY)
-        for gradients in self.gradients:
-            if gradients.reduction.when is before:
-                gradients.reduction = replace(gradients.reduction, when=after)
 
     def close(self) -> None:
         """Forget gradients, remove the hooks, free the memory that was kept for reuse."""

@@ -16,9 +16,8 @@ Invariant: autograd never adds to a view that is shown without the reducer being
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
-from operator import is_, is_not
+from operator import is_
 from typing import NamedTuple
 
 import torch
@@ -111,7 +110,7 @@ class ShownGradients:
         return [
             Assigned(own, number, gradient)
             for own, found in hidden
-            if any(map(is_not, found, itertools.repeat(None)))
+            if found.count(None) < len(found)
             for number, gradient in enumerate(found)
             if gradient is not None
         ]

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from deepspeed.zero.aliases import Alias
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import slot_of
 
@@ -39,6 +40,8 @@ class FlatSpace:
         self.layout = layout
         self.gone: set[int] = set()
         """Parameters that have left the model, or moved to another bucket, since this one was made."""
+        self.aliases: list[Alias] = []
+        """Buffers of the model that are views of parameters here; only where the whole space is always here."""
         self._rank = rank
 
     def split(self, flat: Tensor) -> list[Tensor]:

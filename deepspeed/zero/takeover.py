@@ -31,10 +31,12 @@ from torch import Tensor, nn
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.build import Built
 from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
 from deepspeed.zero.param import slot_of
+from deepspeed.zero.prints import digest_of, settings_of
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
@@ -60,8 +62,10 @@ class Takeover:
         self._ranks = mesh.ranks("average")
         self._rides = len(self._ranks) > 1 and built.builder.placing.policy.optimizer.is_sharded
         """Whether ranks tell each other with the norm, which is summed over them anyway."""
-        self.waits = False
-        """Whether this rank has something to tell."""
+        self.news: bool | Tensor = False
+        """Whether this rank has something to tell the others; a tensor [] where the device knows."""
+        self._written: list[Bucket] = []
+        """What was found to be written when the last step had begun, where ranks do not tell each other with the norm."""
         self._asked: list[Seal] = []
         self._broken: list[Tensor] = []
 
@@ -80,10 +84,28 @@ class Takeover:
         reducer = self._optimizer.reducer
         is_assigned = bool(reducer.look_for_assigned())
         is_changed = self.facts.have_changed() or reducer.has_stood_in or is_assigned
-        self.waits = is_changed and self._rides
-        if not self._rides:
-            self._settle_if(is_changed)
+        if self.facts.is_long_look:
+            self._compare_settings()
+        if self._rides:
+            broken = None if is_changed else self.facts.prints.are_broken()
+            self.news = is_changed if broken is None else broken.any()
+        else:
+            self._settle_if(is_changed or bool(self._written))
         self._ask_seals()
+
+    def _compare_settings(self) -> None:
+        groups = self._optimizer.param_groups
+        if len({digest for (digest,) in self._mesh.agree("average", digest_of(groups))}) == 1:
+            return
+        everyone = self._mesh.gather_objects("average", [settings_of(group) for group in groups])
+        for rank, theirs in zip(self._ranks, everyone, strict=True):
+            for i, (here, there) in enumerate(zip(everyone[0], theirs, strict=False)):
+                for key in sorted(key for key in {*here, *there} if here.get(key) != there.get(key)):
+                    raise TrainingStateError(
+                        f"optimizer.param_groups[{i}][{key!r}] is {there.get(key)} on rank {rank} and {here.get(key)} on rank "
+                        f"{self._ranks[0]}: ranks would train different weights (ZeRO stage {self._stage}).\n"
+                        "  Set the same on every rank; a schedule that follows a metric needs its average over ranks."
+                    )
 
     def _settle_if(self, is_changed: bool, is_step: bool = True) -> None:
         if any(changed for (changed,) in self._mesh.agree("average", int(is_changed))):
@@ -92,20 +114,25 @@ class Takeover:
     def _ask_seals(self) -> None:
         self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
         self._broken = [seal.is_broken() for seal in self._asked]
+        prints = None if self._rides else self.facts.prints.are_broken()
+        if prints is not None:
+            self._broken += prints.unbind()
 
     @torch.no_grad()
     def follow_written(self) -> None:
         """Have masters follow parameters that were written. The host waits for what was started in `begin_step`."""
         if self._broken:
             broken = torch.stack(self._broken).tolist()
-            for seal, is_broken in zip(self._asked, broken, strict=True):
+            for seal, is_broken in zip(self._asked, broken, strict=False):
                 if is_broken:
                     seal.master.follow_params()
+            self._written = self.facts.prints.of(broken[len(self._asked) :])
 
     @torch.no_grad()
     def end_step(self) -> None:
         """Write down what the step itself changed: published parameters, runs that were cut."""
         self.facts.groups.renew()
+        self.facts.prints.renew()
         for seal in self._asked:
             seal.renew()
 
@@ -113,7 +140,7 @@ class Takeover:
     def settle(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
-        self._settle_if(is_changed, is_step=False)
+        self._settle_if(is_changed or bool(self._written or self.facts.prints.written()), is_step=False)
         self._ask_seals()
         self.follow_written()
         self.end_step()
@@ -123,7 +150,7 @@ class Takeover:
     def take_over(self, is_step: bool = True) -> None:
         """Act on what this rank and the others found. Collective. Raises TrainingStateError, on every rank alike: also where
         a step begins and no rank has seen a backward."""
-        self.waits = False
+        self.news = False
         refusal: str | None = None
         found: list[Change] = []
         try:
@@ -163,7 +190,9 @@ class Takeover:
             self._check_assigned(change)
         if assigned:
             self._refuse_tied(names)
-        return found + assigned + self.facts.versions.changes(names) + self._assigned_gradients()
+        written, self._written = [*self._written, *self.facts.prints.written()], []
+        values = [Change(Kind.WRITTEN, names[p], p) for bucket in written for p in bucket.params if p in names]
+        return found + assigned + self.facts.versions.changes(names) + values + self._assigned_gradients()
 
     def _assigned_gradients(self) -> list[Change]:
         """Gradients that the script gave to parameters. Ranks tell a checksum: each steps its part of what has to be one."""
@@ -344,5 +373,7 @@ def _name(dtype: torch.dtype) -> str:
 
 
 def _crc(tensor: Tensor) -> int:
-    values = (tensor.to_dense() if tensor.is_sparse else tensor).detach().contiguous().cpu().flatten().view(torch.uint8)
-    return zlib.crc32(values.numpy().tobytes())
+    dense = (tensor.to_dense() if tensor.is_sparse else tensor).detach()
+    # A copy: `numpy()` would pin the bucket's memory down, which then could not be put away any more.
+    values = torch.empty(dense.shape, dtype=dense.dtype).copy_(dense).flatten().view(torch.uint8)
+    return zlib.crc32(values.numpy().data)

@@ -2,7 +2,7 @@
 
 `make test-edits` runs it. Every program is a random list of steps and edits (write, assign, freeze, unfreeze, replace, add,
 delete, cast, evaluate, save, load, an exception in the forward), made once in plain PyTorch and once through an engine of a
-random ZeRO stage, precision and optimizer. A difference, another error, or one that is not on every rank, is a finding.
+random ZeRO stage, precision, optimizer and place (main memory, MiCS, hpZ). A difference, another error, or one that is not on every rank, is a finding.
 
     python -m tests.soak.edits --rounds 200 --seed 1
 """
@@ -126,6 +126,24 @@ CHOICES: tuple[Choice, ...] = (
 )  # fmt: skip
 
 
+HOUSES: dict[str, tuple[Callable[[int, int], bool], dict[str, Any]]] = {
+    "-": (lambda stage, ranks: True, {}),
+    "optimizer in main memory": (lambda stage, ranks: stage > 0, {"offload_optimizer": {"device": "cpu"}}),
+    "all in main memory": (
+        lambda stage, ranks: stage == 3,
+        {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}},
+    ),
+    "a part of the optimizer in main memory": (
+        lambda stage, ranks: stage == 3,
+        {"offload_optimizer": {"device": "cpu", "ratio": 0.5}},
+    ),
+    "MiCS": (lambda stage, ranks: stage == 3 and ranks > 1, {"mics_shard_size": 1}),
+    "MiCS of two": (lambda stage, ranks: stage == 3 and ranks == 4, {"mics_shard_size": 2}),
+    "hpZ": (lambda stage, ranks: stage == 3 and ranks == 4, {"zero_hpz_partition_size": 2}),
+}
+"""Where states rest and over whom they are cut: at which stages and numbers of ranks, and the configuration."""
+
+
 def _form(side: Any) -> list[tuple[str, bool]]:
     return [(name, param.requires_grad) for name, param in side.module.named_parameters()]
 
@@ -133,12 +151,15 @@ def _form(side: Any) -> list[tuple[str, bool]]:
 def program(rank: int, world_size: int, seed: int, folder: Path) -> str:
     """Run one program on both sides; what it was, in words. Raises AssertionError for a difference."""
     rng = random.Random(seed)
-    stage, dtype = rng.randrange(4), rng.choice([torch.float32, torch.bfloat16])
+    stage, dtype = rng.randrange(4), rng.choice([torch.float32, torch.bfloat16, torch.float16])
+    if world_size == 4:
+        stage = max(stage, rng.choice([0, 3]))
     frozen = rng.random() < 0.5
-    told = [f"seed {seed}: stage {stage}, {dtype}"]
+    house = rng.choice([name for name, (fits, _) in HOUSES.items() if fits(stage, world_size)])
+    told = [f"seed {seed}: stage {stage}, {dtype}, {house}"]
     with two_sides(
         rank, world_size, stage, dtype, rng.choice(list(OPTIMIZERS)),
-        prepare=(lambda module: module.first.requires_grad_(False) and None) if frozen else None,
+        prepare=(lambda module: module.first.requires_grad_(False) and None) if frozen else None, **HOUSES[house][1],
     ) as (plain, side):  # fmt: skip
         saved: tuple[Any, Any, list[tuple[str, bool]]] | None = None
         try:
@@ -189,13 +210,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rounds", type=int, default=200)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--ranks", type=int, default=0, help="0: one and two in turn")
+    parser.add_argument("--ranks", type=int, default=0, help="0: one, two and four in turn")
     args = parser.parse_args()
     counts: Counter[str] = Counter()
     began = time.perf_counter()
     for first in range(args.seed, args.seed + args.rounds, 20):
         seeds = list(range(first, min(first + 20, args.seed + args.rounds)))
-        world_size = args.ranks or 1 + (first // 20) % 2
+        world_size = args.ranks or 2 ** (first // 20 % 3)
         with tempfile.TemporaryDirectory() as folder:
             of_ranks = run_ranks(world_size, programs, seeds, Path(folder), timeout=300.0)
         for told in zip(*of_ranks, strict=True):

@@ -303,17 +303,37 @@ def write_alone(side: Any) -> None:
         side.module.scale.mul_(2.0)
 
 
+def write_through_data_alone(side: Any) -> None:
+    side.module.scale.data.mul_(2.0)
+
+
+def assign_alone(side: Any) -> None:
+    side.module.scale.data = side.module.scale.data * 2.0
+
+
+def set_a_learning_rate_alone(side: Any) -> None:
+    side.client.param_groups[0]["lr"] = 0.5
+
+
 ALONE: dict[str, tuple[Edit, str]] = {
     "unfreeze": (unfreeze, "ranks changed the model differently: first.bias begins to train"),
     "delete": (delete_a_layer, r"ranks changed the model differently: layers"),
     "write": (write_alone, "scale was written on some ranks, and not on rank 1"),
+    "write through data": (write_through_data_alone, "scale was written on some ranks, and not on rank 1"),
+    "assign": (assign_alone, "scale was written on some ranks, and not on rank 1"),
+    "learning rate": (set_a_learning_rate_alone, r"\[0\]\['lr'\] is 0.05 on rank 1 and 0.5 on rank 0"),
 }
 
 
 def change_alone(rank: int, world_size: int, stage: int) -> None:
-    for name, (edit, words) in ALONE.items():
-        with two_sides(rank, world_size, stage, prepare=freeze_first) as (_, side):
-            if name == "write" and stage == 3 and side.module.scale.ds_status.name != "AVAILABLE":
+    for i, (name, (edit, words)) in enumerate(ALONE.items()):
+        dtype = (torch.float32, torch.bfloat16)[i % 2]
+        with two_sides(rank, world_size, stage, dtype, prepare=freeze_first) as (_, side):
+            if (
+                name in ("write", "write through data", "assign")
+                and stage == 3
+                and side.module.scale.ds_status.name != "AVAILABLE"
+            ):
                 continue
             side.backward(0)
             if rank == 0:
