@@ -17,6 +17,7 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.engine.expert_load import warn_of_unused_coefficient
 from deepspeed.kernels.grouped import Ways
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.shape import Role
 from deepspeed.parallel.expert import attach, hugging_face, listed, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
@@ -114,8 +115,8 @@ def _refuse_unshown(model: nn.Module, mesh: Mesh, config: Config) -> None:
     kind = "MoE layers" if attach.ep_size_of(model) > 1 else ""
     if not kind and config.expert_parallel.enabled and listed.find(model, config.expert_parallel):
         kind = "experts that are a list of modules"
-    others = {"tensor": "tensor parallelism", "sequence": "parts of sequences"}
-    beside = [f"{text} on {mesh.size(role)} ranks" for role, text in others.items() if mesh.size(role) > 1]  # type: ignore[call-overload]
+    others: dict[Role, str] = {"tensor": "tensor parallelism", "sequence": "parts of sequences"}
+    beside = [f"{text} on {mesh.size(role)} ranks" for role, text in others.items() if mesh.size(role) > 1]
     if kind and beside:
         raise NotAvailableError(
             f"{kind} on {mesh.size('experts')} ranks together with {' and '.join(beside)} are not available yet: nobody has shown "

@@ -271,9 +271,14 @@ class Facts:
     """All facts of one engine's model."""
 
     def __init__(
-        self, root: nn.Module, built: Built, groups: Callable[[], Sequence[dict[str, Any]]], is_alone: bool
+        self,
+        root: nn.Module,
+        built: Built,
+        groups: Callable[[], Sequence[dict[str, Any]]],
+        is_alone: bool,
+        may_differ: bool = False,
     ) -> None:
-        self._built, self._is_alone = built, is_alone
+        self._built, self._is_alone, self._may_differ = built, is_alone, may_differ
         self.tree, self.flags, self.memory, self.versions = Tree(root), Flags(), Memory(), Versions()
         self.groups = Groups(groups)
         self.prints = Prints()
@@ -294,7 +299,9 @@ class Facts:
         # One rank has nobody to differ from, and the seals tell what it wrote.
         compared = [] if self._is_alone else whole
         self.versions.watch([param for bucket in compared for param in bucket.params])
-        self.prints.watch([bucket for bucket in compared if bucket.over == "shard"])  # experts differ from rank to rank
+        # Experts differ from rank to rank, and so does what an optimizer with local steps has between its averages.
+        printed = [bucket for bucket in compared if bucket.over == "shard" and not self._may_differ]
+        self.prints.watch(printed)
         self.groups.renew()
         sealed = {seal.master for seal in self.seals}
         # Not those that are there: whether they are broken is still to be asked.

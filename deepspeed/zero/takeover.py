@@ -58,7 +58,8 @@ class Takeover:
     ) -> None:
         self._root, self._built, self._optimizer, self._mesh = root, built, optimizer, mesh
         self._joining, self._stage = joining, stage
-        self.facts = Facts(root, built, lambda: optimizer.param_groups, is_alone=mesh.size("average") == 1)
+        is_alone, may_differ = mesh.size("average") == 1, optimizer.own_reduction is not None
+        self.facts = Facts(root, built, lambda: optimizer.param_groups, is_alone, may_differ)
         self._ranks = mesh.ranks("average")
         self._rides = len(self._ranks) > 1 and built.builder.placing.policy.optimizer.is_sharded
         """Whether ranks tell each other with the norm, which is summed over them anyway."""
