@@ -267,8 +267,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.takeover is None:
             return norm.measure()
         measured = norm.measure(self.takeover.news)
-        if measured.changed_any:
-            self.takeover.take_over()
+        if measured.changed_any and self.takeover.take_over_told():
             self.reducer.finish()
             measured = norm.measure()
         return measured

@@ -31,14 +31,15 @@ class Prints:
     """Of buckets that are whole on every rank; see the module's text."""
 
     def __init__(self) -> None:
-        self._buckets: list[Bucket] = []
+        self.buckets: list[Bucket] = []
+        """Which it knows."""
         self._samples: list[Tensor] = []
         self._before: Tensor | None = None
 
     def watch(self, buckets: Sequence[Bucket]) -> None:
         """From now on of these."""
-        self._buckets = [bucket for bucket in buckets if bucket.layout.padded_numel]
-        self._samples = [_sample(bucket.full) for bucket in self._buckets]
+        self.buckets = [bucket for bucket in buckets if bucket.layout.padded_numel]
+        self._samples = [_sample(bucket.full) for bucket in self.buckets]
         self.renew()
 
     def renew(self) -> None:
@@ -50,17 +51,13 @@ class Prints:
         now = self._read()
         return None if now is None or self._before is None else now != self._before
 
-    def of(self, broken: Sequence[bool]) -> list[Bucket]:
-        """The buckets that `are_broken` tells of."""
-        return [bucket for bucket, is_broken in zip(self._buckets, broken, strict=False) if is_broken]
-
     def written(self) -> list[Bucket]:
         """The buckets that were written since. The host waits."""
         broken = self.are_broken()
-        return [] if broken is None else self.of(broken.tolist())
+        return [] if broken is None else [b for b, is_ in zip(self.buckets, broken.tolist(), strict=True) if is_]
 
     def _read(self) -> Tensor | None:
-        if not self._samples or any(bucket.is_away for bucket in self._buckets):
+        if not self._samples or any(bucket.is_away for bucket in self.buckets):
             return None
         return torch.stack([sample.sum() for sample in self._samples])
 

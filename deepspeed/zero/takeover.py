@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.logging import warn_once
-from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.build import Built
 from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
@@ -65,8 +64,8 @@ class Takeover:
         """Whether ranks tell each other with the norm, which is summed over them anyway."""
         self.news: bool | Tensor = False
         """Whether this rank has something to tell the others; a tensor [] where the device knows."""
-        self._written: list[Bucket] = []
-        """What was found to be written when the last step had begun, where ranks do not tell each other with the norm."""
+        self._is_late = False
+        """Whether this rank learned from the last step's norm that it has news, where the norm is not summed over ranks."""
         self._asked: list[Seal] = []
         self._broken: list[Tensor] = []
 
@@ -87,11 +86,10 @@ class Takeover:
         is_changed = self.facts.have_changed() or reducer.has_stood_in or is_assigned
         if self.facts.is_long_look:
             self._compare_settings()
-        if self._rides:
-            broken = None if is_changed else self.facts.prints.are_broken()
-            self.news = is_changed if broken is None else broken.any()
-        else:
-            self._settle_if(is_changed or bool(self._written))
+        if not self._rides:
+            self._settle_if(is_changed or self._is_late)
+        broken = self.facts.prints.are_broken()
+        self.news = broken.any() if broken is not None and not is_changed else is_changed and self._rides
         self._ask_seals()
 
     def _compare_settings(self) -> None:
@@ -115,19 +113,23 @@ class Takeover:
     def _ask_seals(self) -> None:
         self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
         self._broken = [seal.is_broken() for seal in self._asked]
-        prints = None if self._rides else self.facts.prints.are_broken()
-        if prints is not None:
-            self._broken += prints.unbind()
+
+    def take_over_told(self) -> bool:
+        """The norm has brought news: take over what ranks have changed, now where all of them know, else in the next step's
+        beginning; whether it was done. No wait of the host's for a few bytes of its own."""
+        self._is_late = not self._rides
+        if self._rides:
+            self.take_over()
+        return self._rides
 
     @torch.no_grad()
     def follow_written(self) -> None:
         """Have masters follow parameters that were written. The host waits for what was started in `begin_step`."""
         if self._broken:
             broken = torch.stack(self._broken).tolist()
-            for seal, is_broken in zip(self._asked, broken, strict=False):
+            for seal, is_broken in zip(self._asked, broken, strict=True):
                 if is_broken:
                     seal.master.follow_params()
-            self._written = self.facts.prints.of(broken[len(self._asked) :])
 
     @torch.no_grad()
     def end_step(self) -> None:
@@ -141,7 +143,7 @@ class Takeover:
     def settle(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
-        self._settle_if(is_changed or bool(self._written or self.facts.prints.written()), is_step=False)
+        self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
         self._ask_seals()
         self.follow_written()
         self.end_step()
@@ -191,7 +193,8 @@ class Takeover:
             self._check_assigned(change)
         if assigned:
             self._refuse_tied(names)
-        written, self._written = [*self._written, *self.facts.prints.written()], []
+        written = self.facts.prints.buckets if self._is_late else self.facts.prints.written()
+        self._is_late = False
         values = [Change(Kind.WRITTEN, names[p], p) for bucket in written for p in bucket.params if p in names]
         return found + assigned + self.facts.versions.changes(names) + values + self._assigned_gradients()
 
