@@ -44,28 +44,17 @@ struct Attention {
         return cache.scales + b * cache.scale_of_batch + shared * cache.scale_of_head + position * cache.scale_of_row;
     }
 
+    void gather_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n, float* to) const;
     void score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const;
     void mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const;
     void chunk(int64_t index) const;
     void combine(int64_t index) const;
 };
 
-// x [n] as int16 with one scale, the largest magnitude at 32767; NaN where x is not finite.
-float to_words(const float* x, size_t n, int16_t* to) {
-    float largest = 0;
-    bool is_finite = true;
-    for (size_t i = 0; i < n; ++i) {
-        const float magnitude = std::fabs(x[i]);
-        is_finite = is_finite && magnitude <= 3.0e38f;
-        largest = magnitude > largest ? magnitude : largest;
-    }
-    const float scale = is_finite ? largest / 32767.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (size_t i = 0; i < n; ++i) {
-        const float value = is_finite ? x[i] * inverse : 0.0f;
-        const int32_t q = static_cast<int32_t>(value + (value < 0 ? -0.5f : 0.5f));
-        to[i] = static_cast<int16_t>(q > 32767 ? 32767 : q < -32767 ? -32767 : q);
-    }
-    return scale;
+// The scales of n positions side by side, zeros up to a multiple of 8.
+void Attention::gather_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n, float* to) const {
+    for (size_t i = 0; i < n; ++i) to[i] = *scale(cache, b, shared, first + static_cast<int64_t>(i));
+    for (size_t i = n; i % 8; ++i) to[i] = 0;
 }
 
 void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const {
@@ -76,16 +65,16 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
     } else {
         static thread_local std::vector<int16_t> words;
         static thread_local std::vector<int32_t> sums;
+        static thread_local std::vector<float> factors;
+        float scales[kChunk];
         words.resize(heads * dim);
         sums.resize(heads * kChunk);
-        std::vector<float> factors(heads);
-        for (int64_t h = 0; h < heads; ++h) factors[h] = to_words(mine + h * dim, dim, words.data() + h * dim);
+        factors.resize(heads);
+        for (int64_t h = 0; h < heads; ++h) factors[h] = loops.to_words(mine + h * dim, dim, words.data() + h * dim);
+        gather_scales(keys, b, shared, first, n, scales);
         loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.data(), heads, sums.data());
-        for (size_t i = 0; i < n; ++i) {
-            const float factor = *scale(keys, b, shared, first + i);
-            for (int64_t h = 0; h < heads; ++h)
-                scores[h * kChunk + i] = static_cast<float>(sums[h * kChunk + i]) * (factors[h] * factor);
-        }
+        for (int64_t h = 0; h < heads; ++h)
+            loops.scale_sums(sums.data() + h * kChunk, scales, factors[h], (n + 7) / 8 * 8, scores + h * kChunk);
     }
     if (!bias) return;
     for (int64_t h = 0; h < heads; ++h) {
@@ -102,13 +91,17 @@ void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, float* w
     }
     static thread_local std::vector<int16_t> words;
     static thread_local std::vector<int32_t> sums;
-    words.assign(heads * kChunk, 0);
+    static thread_local std::vector<float> factors;
+    float scales[kChunk];
+    words.resize(heads * kChunk);
     sums.assign(heads * dim, 0);
-    std::vector<float> factors(heads);
+    factors.resize(heads);
+    const size_t padded = (n + 7) / 8 * 8;
+    gather_scales(values, b, shared, first, n, scales);
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = weights + h * kChunk;
-        for (size_t i = 0; i < n; ++i) mine[i] *= *scale(values, b, shared, first + i);
-        factors[h] = to_words(mine, n, words.data() + h * kChunk);
+        loops.times(mine, scales, padded);
+        factors[h] = loops.to_words(mine, padded, words.data() + h * kChunk);
     }
     loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, words.data(), heads, sums.data());
     for (int64_t h = 0; h < heads; ++h)
@@ -129,16 +122,13 @@ void Attention::chunk(int64_t index) const {
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = scores + h * kChunk;
         for (size_t i = n; i < padded; ++i) mine[i] = -INFINITY;
-        for (size_t i = 0; i < n; ++i) top[h] = mine[i] > top[h] || mine[i] != mine[i] ? mine[i] : top[h];
+        top[h] = loops.largest(mine, padded);
         if (top[h] == -INFINITY) {
             for (size_t i = 0; i < padded; ++i) mine[i] = 0;
             continue;
         }
         loops.exponentials(mine, padded, top[h]);
-        float lanes[8] = {};
-        for (size_t i = 0; i < padded; i += 8)
-            for (size_t j = 0; j < 8; ++j) lanes[j] += mine[i + j];
-        sum[h] = ((lanes[0] + lanes[4]) + (lanes[2] + lanes[6])) + ((lanes[1] + lanes[5]) + (lanes[3] + lanes[7]));
+        sum[h] = loops.total(mine, padded);
     }
     for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
     mix(b, shared, start, n, scores, part);

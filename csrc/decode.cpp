@@ -30,7 +30,8 @@ struct Layer {
     const float *before_attention, *before_mlp;  // [hidden]
     const float *query_norm, *key_norm;          // [dim], or null
     Linear query, key, value, out, gate, up, down;
-    float *keys, *values;  // [batch, shared, capacity, dim]
+    void *keys, *values;                // [batch, shared, capacity, dim], of fp32, or of int8 where there are
+    float *key_scales, *value_scales;  // [batch, shared, capacity]
 };
 
 struct Shape {
@@ -70,13 +71,14 @@ void rotate(const float* x, const float* cos, const float* sin, float* y, int64_
 }
 
 struct Scratch {
-    std::vector<float> normed, query, key, value, rotated, mixed, gate, up;
+    std::vector<float> normed, query, key, value, rotated, turned, mixed, gate, up;
 
     void fit(const Shape& shape, int64_t inner) {
         const int64_t b = shape.batch;
         normed.resize(b * shape.hidden);
         query.resize(b * shape.heads * shape.dim);
         rotated.resize(query.size());
+        turned.resize(shape.dim);
         mixed.resize(query.size());
         key.resize(b * shape.shared * shape.dim);
         value.resize(key.size());
@@ -84,6 +86,26 @@ struct Scratch {
         up.resize(b * inner);
     }
 };
+
+// x [dim] to where a cache has it: as it is, or as int8 with a scale, rounded as kernels/reference/quantize.py says.
+void store(const float* x, int64_t dim, void* cache, float* scales, int64_t at) {
+    if (!scales) {
+        float* to = static_cast<float*>(cache) + at * dim;
+        for (int64_t j = 0; j < dim; ++j) to[j] = x[j];
+        return;
+    }
+    float largest = 0;
+    for (int64_t j = 0; j < dim; ++j) {
+        const float magnitude = std::fabs(x[j]);
+        largest = magnitude > largest || magnitude != magnitude ? magnitude : largest;
+    }
+    const float scale = scales[at] = largest / 127.0f;
+    int8_t* to = static_cast<int8_t*>(cache) + at * dim;
+    for (int64_t j = 0; j < dim; ++j) {
+        const float value = scale > 0 && std::isfinite(scale) ? std::nearbyint(x[j] / scale) : 0.0f;
+        to[j] = static_cast<int8_t>(value > 127.0f ? 127.0f : value < -127.0f ? -127.0f : value);
+    }
+}
 
 void attend(const Layer& layer, const Shape& shape, Scratch& own, const float* cos, const float* sin, const int64_t* ranges,
             int64_t position) {
@@ -100,15 +122,17 @@ void attend(const Layer& layer, const Shape& shape, Scratch& own, const float* c
         const float *c = cos + b * dim, *s = sin + b * dim;
         rotate(own.query.data() + b * queries, c, s, own.rotated.data() + b * queries, shape.heads, dim, factor);
         for (int64_t h = 0; h < shape.shared; ++h) {
-            const int64_t at = ((b * shape.shared + h) * shape.capacity + position) * dim;
-            rotate(own.key.data() + b * keys + h * dim, c, s, layer.keys + at, 1, dim, 1.0f);
-            for (int64_t j = 0; j < dim; ++j) layer.values[at + j] = own.value[b * keys + h * dim + j];
+            const int64_t at = (b * shape.shared + h) * shape.capacity + position;
+            rotate(own.key.data() + b * keys + h * dim, c, s, own.turned.data(), 1, dim, 1.0f);
+            store(own.turned.data(), dim, layer.keys, layer.key_scales, at);
+            store(own.value.data() + b * keys + h * dim, dim, layer.values, layer.value_scales, at);
         }
     }
     const int64_t of_head = shape.capacity * dim, of_batch = shape.shared * of_head;
-    const int64_t strides[15] = {of_batch, of_head, dim, of_batch, of_head, dim};
-    ds_decode_attention(own.rotated.data(), layer.keys, layer.values, nullptr, nullptr, nullptr, ranges, strides,
-                        own.mixed.data(), 1, shape.batch, shape.shared, shape.heads / shape.shared, dim,
+    const int64_t all = shape.shared * shape.capacity, each = shape.capacity;
+    const int64_t strides[15] = {of_batch, of_head, dim, of_batch, of_head, dim, all, each, 1, all, each, 1};
+    ds_decode_attention(own.rotated.data(), layer.keys, layer.values, layer.key_scales, layer.value_scales, nullptr, ranges,
+                        strides, own.mixed.data(), layer.key_scales ? 4 : 1, shape.batch, shape.shared, shape.heads / shape.shared, dim,
                         static_cast<int>(shape.num_threads));
 }
 

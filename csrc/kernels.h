@@ -66,6 +66,11 @@ struct AttentionLoops {
     void (*score_bytes)(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
                         int32_t* sums);
     void (*exponentials)(float* x, size_t n, float top);
+    float (*largest)(const float* x, size_t n);
+    float (*total)(const float* x, size_t n);
+    void (*scale_sums)(const int32_t* sums, const float* by, float factor, size_t n, float* to);
+    void (*times)(float* x, const float* by, size_t n);
+    float (*to_words)(const float* x, size_t n, int16_t* to);
     void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
     void (*mix_bytes)(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
                       int32_t* out);

@@ -194,6 +194,6 @@ static constexpr Kernels kTable = {
     {magnitude, range, to_bytes, to_nibbles, {from_bytes<uint8_t>, from_bytes<int8_t>}, from_nibbles, square_sums,
      take_signs, add_signs},
     {dot_fp32, dot_bf16, {dot_int8, dot_int4}, {arrange_int8, arrange_int4}, read_words},
-    {{score<ReadFloats>, score<ReadBFloats>}, score_bytes, exponentials, {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather,
-     spread},
+    {{score<ReadFloats>, score<ReadBFloats>}, score_bytes, exponentials, largest, total, scale_sums, times, to_words,
+     {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather, spread},
 };

@@ -263,7 +263,7 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.inference.quantization": {},
     "deepspeed.inference.quantization.quantization": {
-        "_init_group_wise_weight_quantization": "deepspeed.quant.replace:init_group_wise_weight_quantization"
+        "_init_group_wise_weight_quantization": "deepspeed.zero.quantized:init_group_wise_weight_quantization"
     },
     "deepspeed.inference.v2": {},
     "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),

@@ -324,7 +324,7 @@ def cast_buffers(module: nn.Module, config: Config) -> None:
     if dtype is torch.float32:
         return
     keep = config.data_types.keep_in_fp32_modules
-    kept = ["inv_freq"]
+    kept = ["inv_freq", "quantized.scales", "quantized.minima"]
     if keep == "auto":
         for inner in module.modules():
             for attribute in ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict"):

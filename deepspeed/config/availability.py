@@ -62,8 +62,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("compile.deepcompile", bool, "DeepCompile"),
     ("graph_harvesting", bool, "CUDA graphs of the step"),
     ("hybrid_engine.enabled", bool, "the hybrid engine"),
-    ("weight_quantization.quantized_initialization", _is_given, "quantized weights"),
-    ("weight_quantization.post_init_quant", bool, "quantized weights"),
     ("aio.use_gds", bool, "GPUDirect Storage"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),
@@ -350,6 +348,9 @@ NO_EFFECT: dict[str, str] = {
     "zero_optimization.enable_sanity_checks": "checks are always on",
     "zero_optimization.save_muon_momentum_buffer_in_memory": "Muon's momentum rests where the other states do",
     "tensor_parallel.keep_module_on_host": "a model is cut where it lies",
+    "weight_quantization.num_bits": "quantized_initialization and post_init_quant say it",
+    "weight_quantization.q_type": "quantized_initialization and post_init_quant say it",
+    "weight_quantization.q_groups": "quantized_initialization and post_init_quant say it",
     "timers.throughput.synchronized": "throughput is taken from the wall clock",
     "checkpoint.parallel_write.pipeline_stage": "every rank writes its own pieces",
     "checkpoint.checkpoint_serialization": "files are safetensors",
@@ -366,7 +367,6 @@ NO_EFFECT: dict[str, str] = {
 
 SETTINGS_OF: dict[str, str] = {
     "compile": "compile.deepcompile",
-    "weight_quantization": "weight_quantization.quantized_initialization",
     "sparse_attention": "sparse_attention",
     "zero_optimization.zenflow": "zero_optimization.zenflow",
 }

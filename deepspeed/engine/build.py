@@ -48,6 +48,7 @@ from deepspeed.parallel.sequence.loss import SequenceLoss
 from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
+from deepspeed.zero import quantized
 from deepspeed.zero.access import trainers
 from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.away import PutAway
@@ -222,8 +223,9 @@ def _build_zero(
     given: Given, mesh: Mesh, accumulation: Accumulation, gone: experts.Gone, undo: contextlib.ExitStack
 ) -> Zero:
     config, model = given.config, given.model
-    basic = _basic_optimizer(given, gone)
     policy = assemble.make_policy(config, model)
+    _quantize(given, policy)
+    basic = _basic_optimizer(given, gone)
     scale_guard = LossScaleGuard(assemble.make_scale(config))
     watch = BackwardWatch()
     watch.on_begin.append(scale_guard.check)  # before the hooks' listener, which gathers
@@ -271,6 +273,17 @@ def _build_zero(
         optimizer=optimizer,
         put_away=PutAway(optimizer, built.buckets) if optimizer is not None else None,
     )
+
+
+def _quantize(given: Given, policy: ZeroPolicy) -> None:
+    """What `weight_quantization` says; and all quantized weights become parameters where parameters are sharded."""
+    held = given.optimizer.param_groups if isinstance(given.optimizer, torch.optim.Optimizer) else []
+    if given.model_parameters is not None or given.config.optimizer is not None:
+        held = [*held, *assemble.parameter_groups(given.model, given.model_parameters)]
+    trained = [param for group in held for param in group["params"]]
+    quantized.quantize(given.model, given.config, given.user_config, trained)
+    if policy.parameters.is_sharded and quantized.pack(given.model, policy.parameters.dtype):
+        quantized.check_moves_bits(given.config)
 
 
 def _basic_optimizer(given: Given, gone: experts.Gone) -> torch.optim.Optimizer | None:

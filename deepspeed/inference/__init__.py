@@ -11,11 +11,14 @@ experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights
 weights.py      stored tensors, and reading a part of one
+packed.py       what GPTQ, AWQ and bitsandbytes store, made whole
 names.py        which stored tensors make which parameter
 load.py         weights into a module, parameter by parameter
+streamed.py     weights that rest elsewhere between their uses
 save.py         save_mp_checkpoint_path
 fused.py        one compiled call per token, beneath the model's own forward
 cache.py        keys and values that grow in place
+int8_cache.py   keys and values in int8
 limits.py       what is refused before a prompt costs any work
 """
 

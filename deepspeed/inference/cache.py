@@ -27,6 +27,16 @@ class GrowingLayer(DynamicLayer):
     values: Any
     buffers: tuple[Tensor, Tensor] | None = None
 
+    @property
+    def length(self) -> int:
+        """Positions held."""
+        return int(self.keys.shape[-2])
+
+    @property
+    def batch(self) -> int:
+        """Sequences."""
+        return int(self.keys.shape[0])
+
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """Append; what is held then."""
         if not self.is_initialized or self.keys is None or self.keys.dim() != 4:

@@ -119,6 +119,13 @@ class InferenceCheckpointConfig(Section):
     """As the key of the same name."""
 
 
+class CacheConfig(Section):
+    """`kv_cache`: how keys and values are kept while a model generates. Not in the original."""
+
+    dtype: Literal["model", "int8"] = "model"
+    """The model's own, or int8 with a scale for each position and head."""
+
+
 def _moe(value: Any) -> Any:
     return {"enabled": value} if isinstance(value, bool) else value
 
@@ -146,7 +153,7 @@ class DeepSpeedInferenceConfig(Section):
     triton_autotune: bool = False
     """Nothing."""
     zero: ZeroConfig = Field(default_factory=ZeroConfig)
-    """Nothing: `deepspeed.initialize` runs models whose weights ZeRO shards or offloads."""
+    """With stage 3 weights are sharded over the ranks of the job, and rest where `offload_param` says between their uses."""
     triangular_masking: Annotated[bool, also("triangular_masking", "tm")] = True
     """Nothing: the model masks itself."""
     moe: Annotated[DeepSpeedMoEConfig, BeforeValidator(_moe)] = Field(default_factory=DeepSpeedMoEConfig)
@@ -155,6 +162,8 @@ class DeepSpeedInferenceConfig(Section):
     """Leave the module where it is."""
     quant: QuantizationConfig = Field(default_factory=QuantizationConfig)
     """How int8 is meant."""
+    kv_cache: CacheConfig = Field(default_factory=CacheConfig)
+    """Keys and values that `generate` keeps."""
     checkpoint: Any = None
     """What to load: the path of a folder, of a JSON file or of weights, or a dict as such a JSON has it."""
     base_dir: str = ""
@@ -216,6 +225,32 @@ class DeepSpeedInferenceConfig(Section):
                 "a recorded forward cannot wait for other ranks",
                 "Set enable_cuda_graph to false, or run on one rank.",
             )
+        yield from self._rules_of_streams()
+
+    def _rules_of_streams(self) -> Iterator[Problem]:
+        offload = self.zero.offload_param
+        if self.zero.stage != 3 and offload is not None and offload.device != "none":
+            yield Problem(
+                ("zero.offload_param", "zero.stage"), "weights rest elsewhere at stage 3 alone", "Set zero.stage to 3."
+            )
+        if self.zero.stage != 3:
+            return
+        for key, is_given in (
+            ("tensor_parallel.tp_size", self.tensor_parallel.tp_size > 1),
+            ("moe.ep_size", self.moe.ep_size != 1),
+            ("save_mp_checkpoint_path", bool(self.save_mp_checkpoint_path)),
+            ("enable_cuda_graph", self.enable_cuda_graph),
+            ("keep_module_on_host", self.keep_module_on_host),
+        ):
+            if is_given:
+                yield Problem(
+                    ("zero.stage", key), "weights that are sharded and streamed are whole nowhere", f"Leave {key} out."
+                )
+
+    @property
+    def streams(self) -> bool:
+        """Whether weights rest elsewhere between their uses."""
+        return self.zero.stage == 3
 
     def without_effect(self) -> Iterator[str]:
         """The keys that were given another value than their default and do nothing."""
@@ -245,7 +280,7 @@ _MOVED = {
 """Keys of older versions: the section that has them now, and their names there."""
 
 _NO_EFFECT = (
-    "use_triton triton_autotune zero triangular_masking set_empty_params return_tuple training_mp_size min_out_tokens "
+    "use_triton triton_autotune triangular_masking set_empty_params return_tuple training_mp_size min_out_tokens "
     "transposed_mode injection_policy_tuple config moe.moe_experts moe.type moe.ep_group moe.ep_mp_group"
 ).split()
 """Nobody reads these. Those of ranks and experts: models run on one rank, their experts as the model has them."""

@@ -9,6 +9,8 @@ Invariant: nothing of the module is changed before all that can be refused has b
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +30,8 @@ from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
 from deepspeed.inference.quantized import quantize
 from deepspeed.inference.save import check_can_save, save
+from deepspeed.inference.streamed import Streamed
+from deepspeed.quant.replace import Around
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 
@@ -54,6 +58,7 @@ class InferenceEngine(nn.Module):
         self._config = config
         self._times: list[float] | None = None
         self._is_compiled = False
+        self._streamed: list[Streamed] = []
         _check(modules, config)
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
@@ -98,19 +103,35 @@ class InferenceEngine(nn.Module):
         if self._experts is not None:
             self._experts.spread(module)
         prepare.cast(module, plan.dtype)
+        streamed = Streamed(self._config.zero, plan.dtype) if self._config.streams else None
         try:
-            quantize(module, self._config, (lambda layer: None) if loader is None else loader.fill)
-            if loader is not None:
-                loader.fill_rest()
+            self._fill(plan, streamed)
         except BaseException:
             if loader is not None:
                 loader.undo()
             raise
-        prepare.place(module, self._config)
         module.eval()
+        if streamed is not None:
+            streamed.start(module)
+            self._streamed.append(streamed)
+            return
+        prepare.place(module, self._config)
         if self._ranks is None and prepare.is_on_host(module):
             fuse(module)
         save(module, self._config, self._rank, self.mp_world_size)
+
+    def _fill(self, plan: _Plan, streamed: Streamed | None) -> None:
+        """Read weights and quantize them, layer by layer; each rests before the next where weights are streamed."""
+        module, loader = plan.module, plan.loader
+        around = Around() if loader is None else Around(fill=loader.fill)
+        if streamed is not None:
+            around = dataclasses.replace(around, made=streamed.put_quantized)
+        quantize(module, self._config, around)
+        if loader is not None:
+            loader.fill_rest() if streamed is None else loader.fill_rest(streamed.put)
+        elif streamed is not None:
+            for layer in list(module.modules()):
+                streamed.put(layer)
 
     @property
     def _rank(self) -> int:
@@ -154,6 +175,10 @@ class InferenceEngine(nn.Module):
             self._ranks.same_draws()
         if self._experts is not None:
             kwargs = self._experts.in_step(kwargs)
+        if self._config.kv_cache.dtype == "int8":
+            kwargs = _with_int8_cache(self.module, kwargs)
+        for streamed in self._streamed:
+            kwargs = streamed.in_step(kwargs)
         with torch.no_grad():
             return generate(*args, **kwargs)
 
@@ -199,9 +224,28 @@ class InferenceEngine(nn.Module):
             self._experts.release()
             self._experts = None
         unfuse(self.module)
+        while self._streamed:
+            self._streamed.pop().release()
         if self._ranks is not None:
             self._ranks.release()
             self._ranks = None
+
+
+def _with_int8_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of generate with an empty cache in int8, unless they say another, or none."""
+    given = [kwargs.get("generation_config"), getattr(module, "generation_config", None)]
+    said = [getattr(holder, "cache_implementation", None) for holder in given] + [kwargs.get("cache_implementation")]
+    if any(said) or kwargs.get("use_cache") is False or any(kwargs.get(name) is not None for name in _CACHES):
+        return kwargs
+    from deepspeed.inference.int8_cache import new_cache
+
+    made = new_cache(module)
+    name = next((name for name in _CACHES if name in inspect.signature(module.forward).parameters), _CACHES[0])
+    return kwargs if made is None else {**kwargs, name: made}
+
+
+_CACHES = ("cache", "past_key_values")
+"""What Hugging Face's models call it."""
 
 
 def _modules_of(model: Any) -> Iterator[nn.Module]:

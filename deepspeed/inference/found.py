@@ -22,6 +22,7 @@ from deepspeed.checkpoint.manifest import FILE_NAME
 from deepspeed.checkpoint.zero_to_fp32 import open_tag
 from deepspeed.config.parallelism import TP_KEY
 from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.packed import unpacked
 from deepspeed.inference.weights import SafetensorsFiles, TorchFiles, TrainingCheckpoint, Weights
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 
@@ -105,10 +106,21 @@ def _from_files(paths: Sequence[Path], what: str) -> Weights:
         raise CheckpointError(f"{what} names {', '.join(missing[:4])}, which is missing; nothing was loaded.")
     kinds = {path.suffix for path in paths}
     if kinds == {".safetensors"}:
-        return SafetensorsFiles(paths, what)
+        return unpacked(SafetensorsFiles(paths, what), _how_quantized(paths[0].parent))
     if kinds <= set(_TORCH):
-        return TorchFiles(paths, what)
+        return unpacked(TorchFiles(paths, what), _how_quantized(paths[0].parent))
     raise CheckpointError(f"{what}: files of the kinds {', '.join(sorted(kinds))} are not read as one model's weights.")
+
+
+def _how_quantized(folder: Path) -> Mapping[str, Any]:
+    """What another library wrote beside its weights about how they are packed."""
+    for name, key in (("config.json", "quantization_config"), ("quantize_config.json", None)):
+        if (folder / name).is_file():
+            content = _read_json(folder / name)
+            section = content.get(key) if key and isinstance(content, Mapping) else content
+            if isinstance(section, Mapping):
+                return section
+    return {}
 
 
 def _from_json(content: Any, base: Path, what: str, rank: int, tp_size: int) -> Weights | Parts:

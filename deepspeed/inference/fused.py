@@ -61,6 +61,7 @@ class FusedForward:
         **others: Any,
     ) -> Any:
         from deepspeed.inference.cache import adopt
+        from deepspeed.inference.int8_cache import adopt_int8
 
         given = input_ids if input_ids is not None else inputs_embeds
         is_other = use_cache is False or any(
@@ -70,10 +71,10 @@ class FusedForward:
             return None
         if not all(watched.is_as_it_was() for watched in self._watched):
             return None
-        held = adopt(cache)
-        if held is None or held[0].keys.shape[0] != given.shape[0]:
+        held: Any = adopt_int8(cache) or adopt(cache)
+        if not held or held[0].batch != given.shape[0]:
             return None
-        position = held[0].keys.shape[-2]
+        position = held[0].length
         ranges = _ranges(attention_mask, given.shape[0], position)
         if ranges is None:
             return None

@@ -55,8 +55,11 @@ class Loader:
             if param is not None and (place := self.places.pop(id(param), None)) is not None:
                 self._read(place)
 
-    def fill_rest(self) -> None:
-        """Read everything that is left."""
+    def fill_rest(self, put: Callable[[nn.Module], None] = lambda layer: None) -> None:
+        """Read everything that is left, module by module; `put` is told of each that is filled."""
+        for layer in list(self.module.modules()):
+            self.fill(layer)
+            put(layer)
         for key in list(self.places):
             self._read(self.places.pop(key))
         _compute_buffers(self.module)

@@ -14,7 +14,7 @@ from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.config.explain import read_section
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.parts import MAKE
-from deepspeed.quant.replace import Fill, quantize_by_name, quantize_model
+from deepspeed.quant.replace import Around, quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.logging import warn_once
 
@@ -24,8 +24,8 @@ _QKV = re.compile(
 """Last parts of the names of layers that make queries, keys and values."""
 
 
-def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, fill: Fill) -> None:
-    """Quantize what the configuration asks for, in place; `fill` loads a layer just before.
+def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around) -> None:
+    """Quantize what the configuration asks for, in place; `around` loads a layer just before, and puts it at rest.
 
     Raises DeepSpeedConfigError where that is nothing.
     """
@@ -36,7 +36,7 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, fill: Fill) ->
         return
     if weight.post_init_quant:
         specs = {key: read_section(QuantizationSpecConfig, value) for key, value in weight.post_init_quant.items()}
-        quantize_by_name(module, specs, fill)
+        quantize_by_name(module, specs, around)
         return
     if config.dtype is not torch.int8 and not weight.quantized_initialization:
         return
@@ -46,7 +46,7 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, fill: Fill) ->
     if weight.quantized_initialization:
         given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
-    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE, fill)
+    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE, around)
 
 
 def _kept(config: DeepSpeedInferenceConfig):  # type: ignore[no-untyped-def]

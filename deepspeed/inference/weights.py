@@ -12,6 +12,8 @@ Invariant: `read` gives memory of its own, of the box's shape and the stored dty
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -118,12 +120,38 @@ class TorchFiles:
         """See `Weights`."""
         value = self._tensors[name]
         whole = value if isinstance(value, Tensor) else _dequantized(value)
-        if box is None:
-            return whole.clone()
-        for dim, ranges in enumerate(box.ranges):
-            if ranges != ((0, whole.shape[dim]),):
-                whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
-        return whole.clone()
+        found = cut(whole, box)
+        if found.data_ptr() == whole.data_ptr():
+            found = whole.clone()
+        for stored in (value,) if isinstance(value, Tensor) else value:
+            _let_go(stored)
+        return found
+
+
+def _let_go(mapped: Tensor) -> None:
+    """Give back the pages of a mapped file that were read: what was copied out of it is not held twice."""
+    storage = mapped.untyped_storage()
+    if not storage.filename or _libc is None:
+        return
+    page = mmap.PAGESIZE
+    begin = -(-storage.data_ptr() // page) * page
+    end = (storage.data_ptr() + storage.nbytes()) // page * page
+    if end > begin:
+        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
+
+
+_libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
+
+
+def cut(whole: Tensor, box: Box | None) -> Tensor:
+    """A part of a tensor: itself where that is all of it, memory of its own otherwise."""
+    part = whole
+    for dim, ranges in enumerate(() if box is None else box.ranges):
+        if ranges != ((0, whole.shape[dim]),):
+            pieces = [part.narrow(dim, start, stop - start) for start, stop in ranges]
+            part = pieces[0] if len(pieces) == 1 else torch.cat(pieces, dim)
+    is_part = part.numel() < whole.numel() and part.untyped_storage().data_ptr() == whole.untyped_storage().data_ptr()
+    return part.clone(memory_format=torch.contiguous_format) if is_part else part
 
 
 def _state_dict(content: Any) -> Mapping[str, Any]:

@@ -31,8 +31,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [
         *((name, _Address) for name in ("before_attention", "before_mlp", "query_norm", "key_norm")),
         *((name, _Linear) for name in ("query", "key", "value", "out", "gate", "up", "down")),
-        ("keys", _Address),
-        ("values", _Address),
+        *((name, _Address) for name in ("keys", "values", "key_scales", "value_scales")),
     ]
 
 
@@ -93,7 +92,7 @@ class Layers:
                 setattr(struct, name, getattr(layer, name).struct())
         hidden = layers[0].before_attention.numel()
         self._shape = _Shape(len(layers), hidden, heads, shared, dim, 0, 0, 1, eps)
-        self._caches: list[tuple[Tensor, Tensor]] = []
+        self._caches: list[tuple[Tensor, ...]] = []
 
     def step(
         self,
@@ -101,20 +100,24 @@ class Layers:
         cos: Tensor,
         sin: Tensor,
         ranges: Tensor,
-        caches: Sequence[tuple[Tensor, Tensor]],
+        caches: Sequence[tuple[Tensor, ...]],
         position: int,
     ) -> None:
         """x [batch, hidden] becomes what the last layer gives, in place; keys and values are written to `position` of the caches.
 
         cos, sin [batch, dim]; ranges [batch, 2] int64: the first position a sequence sees, and position + 1. caches: of each layer
-        keys and values [batch, shared, capacity, dim]. All fp32 (but ranges) and contiguous.
+        keys and values [batch, shared, capacity, dim], and for int8 the scales of both [batch, shared, capacity]. All fp32 (but ranges)
+        and contiguous.
         """
         shape = self._shape
         if len(caches) != len(self._caches) or any(
             new[0] is not old[0] for new, old in zip(caches, self._caches, strict=True)
         ):
-            for struct, (keys, values) in zip(self._structs, caches, strict=True):
-                struct.keys, struct.values = keys.data_ptr(), values.data_ptr()
+            for struct, cache in zip(self._structs, caches, strict=True):
+                for name, part in zip(
+                    ("keys", "values", "key_scales", "value_scales"), (*cache, None, None), strict=False
+                ):
+                    setattr(struct, name, _address(part))
             self._caches = list(caches)
             shape.capacity = caches[0][0].shape[2]
         shape.batch, shape.num_threads = x.shape[0], torch.get_num_threads()

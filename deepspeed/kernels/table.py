@@ -59,6 +59,7 @@ TABLE: dict[str, dict[str, Implementation]] = {
     },
     "grouped_product": {"triton": Implementation("triton.grouped", "grouped_product")},
     "decode_attention": {
+        "triton": Implementation("triton.attention", "decode_attention"),
         "native": Implementation("native_attention", "decode_attention"),
         "torch": Implementation("reference.attention", "decode_attention"),
     },

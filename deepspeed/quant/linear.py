@@ -24,12 +24,14 @@ from deepspeed.utils.errors import DeepSpeedError
 class QuantizedWeight(nn.Module):
     """[rows, width] as integers with a scale (and a minimum) per group; layers that are tied share one.
 
-    Buffers: `values` [groups, bytes], `scales` and `minima` [groups] fp32, `minima` None where groups are symmetric.
+    Buffers: `values` [groups, bytes], `scales` and `minima` [groups] fp32, `minima` None where groups are symmetric. After `pack`
+    they are one parameter instead, `packed`: the same bytes end to end, in a dtype that ZeRO shards and offloads.
     """
 
     values: Tensor
     scales: Tensor
     minima: Tensor | None
+    packed: nn.Parameter | None
 
     def __init__(self, weight: Tensor, spec: Spec) -> None:
         super().__init__()
@@ -45,28 +47,63 @@ class QuantizedWeight(nn.Module):
             )
         for name, value in zip(("values", "scales", "minima"), quantized, strict=True):
             self.register_buffer(name, value)
+        self.register_parameter("packed", None)
+        self._values_like = torch.empty_like(quantized.values, device="meta")
 
     @property
     def parts(self) -> Quantized:
         """Values, scales and minima."""
-        return Quantized(self.values, self.scales, self.minima)
+        return Quantized(self.values, self.scales, self.minima) if self.packed is None else self._unpacked(self.packed)
+
+    def pack(self, dtype: torch.dtype) -> None:
+        """Make the buffers one frozen parameter of `dtype`, bit for bit; again is nothing. Raises DeepSpeedError where it is one of
+        another dtype: a cast would change the bits."""
+        if self.packed is not None:
+            if self.packed.dtype is not dtype:
+                raise DeepSpeedError(
+                    f"a quantized weight was packed for a model in {dtype_name(self.packed.dtype)}, and now runs in "
+                    f"{dtype_name(dtype)}.\n  Give both configurations one precision (fp16, bf16)."
+                )
+            return
+        scales = [part for part in (self.scales, self.minima) if part is not None]
+        pieces = [part.reshape(-1).view(torch.uint8) for part in (*scales, self.values)]
+        whole = torch.zeros(-(-sum(map(len, pieces)) // 16) * 16, dtype=torch.uint8, device=self.values.device)
+        torch.cat(pieces, out=whole[: sum(map(len, pieces))])
+        self.packed = nn.Parameter(whole.view(dtype), requires_grad=False)
+        self._buffers.update(dict.fromkeys(("values", "scales", "minima")))
+
+    def _unpacked(self, packed: Tensor) -> Quantized:
+        raw = packed.view(torch.uint8)
+        like, nbytes = self._values_like, 4 * self._values_like.shape[0]
+        starts = (0,) if self.spec.symmetric else (0, nbytes)
+        scales = [_floats(raw[start : start + nbytes]) for start in starts]
+        at = starts[-1] + nbytes
+        values = raw[at : at + like.nbytes].view(like.dtype).view(like.shape)
+        return Quantized(values, scales[0], scales[1] if len(scales) == 2 else None)
 
     def whole(self, dtype: torch.dtype | None = None) -> Tensor:
         """[rows, width], dequantized."""
-        found: Tensor = pick("dequantize", self.values.device.type)(self.parts, self.spec.num_bits, dtype or self.dtype)
+        parts = self.parts
+        found: Tensor = pick("dequantize", parts.values.device.type)(parts, self.spec.num_bits, dtype or self.dtype)
         return found.view(self.rows, self.width)
 
     def rows_at(self, indices: Tensor) -> Tensor:
         """[..., width], the rows of some indices."""
         per_row = self.width // self.spec.group_size
         at = (indices.reshape(-1, 1) * per_row + torch.arange(per_row, device=indices.device)).reshape(-1)
-        minima = None if self.minima is None else self.minima[at]
-        found = formats.dequantize(Quantized(self.values[at], self.scales[at], minima), self.spec.num_bits, self.dtype)
+        values, scales, minima = self.parts
+        taken = Quantized(values[at], scales[at], None if minima is None else minima[at])
+        found = formats.dequantize(taken, self.spec.num_bits, self.dtype)
         return found.view(*indices.shape, self.width)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves; a cast changes what the weight becomes and leaves its scales as they are."""
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
+        if self.packed is not None and fn(torch.empty(0, dtype=self.packed.dtype)).dtype is not self.packed.dtype:
+            raise DeepSpeedError(
+                f"a quantized weight of an engine cannot be cast to {dtype_name(dtype)}: its bytes lie in a parameter.\n"
+                "  Choose the precision in the configuration."
+            )
         kept = {name: value.dtype for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
@@ -80,6 +117,11 @@ class QuantizedWeight(nn.Module):
         return self
 
 
+def _floats(raw: Tensor) -> Tensor:
+    """Bytes as fp32; copied where a neighbour in the bucket leaves them at an odd place."""
+    return (raw if raw.storage_offset() % 4 == 0 and raw.data_ptr() % 4 == 0 else raw.clone()).view(torch.float32)
+
+
 class QuantizedLinear(nn.Module):
     """y = x W^T + b. `weight` is the dequantized one, made anew each time it is read."""
 
@@ -89,7 +131,10 @@ class QuantizedLinear(nn.Module):
         super().__init__()
         self.quantized = weight
         self.in_features, self.out_features = weight.width, weight.rows
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias.detach(), requires_grad=False))
+        held = (
+            None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        )  # the layer's may be shared memory
+        self.register_parameter("bias", held)
         self._is_compiled = weight.spec.symmetric and native_products.takes(weight.spec.group_size)
 
     @property

@@ -7,12 +7,13 @@ memory never holds the model twice. Tied layers share one quantized weight; a la
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 
-from deepspeed.config import load_config
 from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.spec import Spec, fitting_group
@@ -23,7 +24,18 @@ Places = dict[int, list[tuple[nn.Module, str, nn.Module]]]
 """By the identity of a weight: parent, name and layer of each layer that has it."""
 Make = Callable[[nn.Module, QuantizedWeight], nn.Module]
 """What takes a layer's place, from the layer and its quantized weight."""
-Fill = Callable[[nn.Module], None]
+
+
+@dataclass(frozen=True)
+class Around:
+    """What is done around each weight: `fill` gives a layer its values, `whole` is entered while its parameters are read, `made` is
+    told of the quantized weight and of the layers that it is in now."""
+
+    fill: Callable[[nn.Module], None] = lambda layer: None
+    whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]] = lambda params: (
+        contextlib.nullcontext()
+    )
+    made: Callable[[list[nn.Module], bool], None] = lambda layers, was_sharded: None
 
 
 def quantize_model(
@@ -32,10 +44,11 @@ def quantize_model(
     groups_per_row: int = 1,
     keep: Callable[[str], bool] = lambda name: False,
     more: Mapping[type[nn.Module], Make] | None = None,
-    fill: Fill = lambda layer: None,
+    around: Around = Around(),
+    with_embeddings: bool = False,
 ) -> int:
     """Quantize every layer that can be; returns how many weights. `keep` names layers that stay, `more` has kinds of layers
-    beyond Linear, Conv1D and Embedding, `fill` gives a layer its weights just before they are quantized.
+    beyond Linear, Conv1D and Embedding. An embedding that no such layer is tied to is quantized `with_embeddings` alone.
 
     Raises DeepSpeedConfigError where there is none, because what was asked for would not happen.
     """
@@ -44,15 +57,15 @@ def quantize_model(
     kinds = {**_MAKE, **(more or {})}
     for names, sites in _by_weight(model):
         layers = [layer for _, _, layer in sites]
-        weight = _weight_of(layers[0])
-        wanted = weight.shape[1] // groups_per_row if groups_per_row > 1 else spec.group_size
-        group = fitting_group(weight.shape[1], wanted)
-        if all(_is_embedding(layer) for layer in layers):
+        width = _shape_of(layers[0])[1]
+        wanted = width // groups_per_row if groups_per_row > 1 else spec.group_size
+        group = fitting_group(width, wanted)
+        if not with_embeddings and all(_is_embedding(layer) for layer in layers):
             continue
         if group is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
             left += names
             continue
-        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, fill)
+        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, around)
         count += 1
     left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
     if not count:
@@ -65,16 +78,15 @@ def quantize_model(
     return count
 
 
-def quantize_by_name(
-    model: nn.Module, specs: Mapping[str, QuantizationSpecConfig], fill: Fill = lambda layer: None
-) -> int:
-    """Quantize the layers whose names contain a key of `specs`; returns how many weights.
+def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfig], around: Around = Around()) -> int:
+    """Quantize the layers whose names contain a key of `specs`; returns how many weights. Those that are quantized already stay.
 
     Raises DeepSpeedConfigError, before anything is changed, for a layer that two keys match, a key that matches none, and
     widths that do not divide.
     """
     chosen: list[tuple[list[tuple[nn.Module, str, nn.Module]], Spec]] = []
-    used: set[str] = set()
+    done = [name for name, layer in model.named_modules() if isinstance(layer, (QuantizedLinear, QuantizedEmbedding))]
+    used = {key for key in specs if any(key in name for name in done)}
     for names, sites in _by_weight(model):
         keys = {key for key in specs for name in names if key in name}
         if len(keys) > 1:
@@ -85,7 +97,7 @@ def quantize_by_name(
         if keys:
             used |= keys
             (key,) = keys
-            chosen.append((sites, _checked(names[0], _weight_of(sites[0][2]), specs[key])))
+            chosen.append((sites, _checked(names[0], _shape_of(sites[0][2]), specs[key])))
     missing = sorted(set(specs) - used)
     if missing:
         raise DeepSpeedConfigError(
@@ -93,28 +105,19 @@ def quantize_by_name(
             f"  Its layers are named {', '.join(names[0] for names, _ in list(_by_weight(model))[:4])}, ..."
         )
     for sites, spec in chosen:
-        _replace(sites, spec, _MAKE, fill)
+        _replace(sites, spec, _MAKE, around)
     return len(chosen)
 
 
-def init_group_wise_weight_quantization(model: nn.Module, ds_config: Any) -> nn.Module:
-    """Quantize a model by the section `weight_quantization.post_init_quant` of a configuration; returns the model.
-
-    Importable as `_init_group_wise_weight_quantization` from deepspeed.inference.quantization.quantization.
-    """
-    quantize_by_name(model, load_config(ds_config).weight_quantization.post_init_quant)
-    return model
-
-
-def _checked(name: str, weight: Tensor, given: QuantizationSpecConfig) -> Spec:
-    if given.group_dim != weight.dim() - 1:
+def _checked(name: str, shape: tuple[int, ...], given: QuantizationSpecConfig) -> Spec:
+    if given.group_dim != len(shape) - 1:
         raise DeepSpeedConfigError(
             f"weight_quantization.post_init_quant: group_dim = {given.group_dim} for {name}: groups lie along the last dim here.\n"
-            f"  Set group_dim to {weight.dim() - 1}."
+            f"  Set group_dim to {len(shape) - 1}."
         )
-    if weight.shape[-1] % given.group_size:
+    if shape[-1] % given.group_size:
         raise DeepSpeedConfigError(
-            f"weight_quantization.post_init_quant: group_size = {given.group_size} does not divide the {weight.shape[-1]} "
+            f"weight_quantization.post_init_quant: group_size = {given.group_size} does not divide the {shape[-1]} "
             f"inputs of {name}.\n  Choose a divisor."
         )
     return Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
@@ -156,6 +159,14 @@ def _weight_of(layer: nn.Module) -> Tensor:
     return weight.t() if _is_conv1d(layer) else weight
 
 
+def _shape_of(layer: nn.Module) -> tuple[int, ...]:
+    """[out, in] of a layer's weight, also where ZeRO has sharded it."""
+    weight = layer.weight
+    assert isinstance(weight, Tensor), "chosen for its weight"
+    shape = tuple(getattr(weight, "ds_shape", weight.shape))
+    return shape[::-1] if _is_conv1d(layer) else shape
+
+
 def _linear(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
     bias = getattr(layer, "bias", None)
     return QuantizedLinear(weight, bias if isinstance(bias, Tensor) else None)
@@ -170,13 +181,20 @@ _MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embe
 
 
 def _replace(
-    sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], fill: Fill
+    sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], around: Around
 ) -> None:
     for _, _, layer in sites:
-        fill(layer)
-    weight = QuantizedWeight(_weight_of(sites[0][2]).contiguous(), spec)
-    for parent, name, layer in sites:
-        new = kinds.get(type(layer), _linear)(layer, weight)
-        new.train(layer.training)
-        setattr(parent, name, new)
+        around.fill(layer)
+    params = [param for _, _, layer in sites for param in layer.parameters(recurse=False)]
+    was_sharded = any(hasattr(param, "ds_shape") for param in params)
+    made: list[nn.Module] = []
+    with around.whole(params):
+        weight = QuantizedWeight(_weight_of(sites[0][2]).contiguous(), spec)
+        for parent, name, layer in sites:
+            new = kinds.get(type(layer), _linear)(layer, weight)
+            new.train(layer.training)
+            setattr(parent, name, new)
+            made.append(new)
+    for _, _, layer in sites:
         layer._parameters["weight"] = None  # or lists of layers, this one's too, would keep the whole one
+    around.made(made, was_sharded)

@@ -97,7 +97,7 @@ class Init:
         self._handles: list[Any] = []
         if module is not None:
             for inner in module.modules():
-                self._cut(inner)
+                self.shard(inner)
 
     def __enter__(self) -> Init:
         if self.enabled:
@@ -119,7 +119,7 @@ class Init:
         if kind is None:
             self._settle()
             for module in self._seen:
-                self._cut(module)
+                self.shard(module)
         self._seen.clear()
 
     def _suspend(self) -> None:
@@ -142,7 +142,7 @@ class Init:
         self._settle()
         if child is not None:
             for module in child.modules():
-                self._cut(module)  # one that was copied has registered nothing
+                self.shard(module)  # one that was copied has registered nothing
                 self._seen.pop(module, None)
 
     @torch.no_grad()
@@ -151,8 +151,8 @@ class Init:
         self._make_bucket(name.rpartition(".")[0], [(name.rpartition(".")[2], param)], param.dtype)
 
     @torch.no_grad()
-    def _cut(self, module: nn.Module) -> None:
-        """Shard the parameters that `module` owns itself, as one bucket."""
+    def shard(self, module: nn.Module) -> None:
+        """Shard the parameters that `module` owns itself, as one bucket; those that are sharded already, or on meta, stay. Collective."""
         own = [
             (name, param)
             for name, param in module.named_parameters(recurse=False)

@@ -23,15 +23,6 @@ ASKS: dict[str, Any] = {
     "compile.deepcompile": True,
     "graph_harvesting": True,
     "hybrid_engine.enabled": True,
-    "weight_quantization.quantized_initialization": {
-        "num_bits": 4,
-        "group_size": 64,
-        "group_dim": 1,
-        "symmetric": False,
-    },
-    "weight_quantization.post_init_quant": {
-        "mlp": {"num_bits": 4, "group_size": 64, "group_dim": 1, "symmetric": False}
-    },
     "aio.use_gds": True,
     "data_efficiency.enabled": True,
     "curriculum_learning.enabled": True,

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 import deepspeed
+from deepspeed.inference.int8_cache import new_cache
 from deepspeed.inference.quantization.quantization import _init_group_wise_weight_quantization
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -86,11 +87,11 @@ def test_layers_are_quantized_by_name_and_names_that_match_none_or_two_are_refus
         _init_group_wise_weight_quantization(build("llama"), config(up_proj={**spec, "group_size": 36}))
 
 
-def perplexity(model: Any, text: torch.Tensor) -> float:
+def perplexity(model: Any, text: torch.Tensor, make_cache: Any = lambda model: None) -> float:
     """Per character, over windows of 64."""
     windows = text[: len(text) // 64 * 64].view(-1, 64)
     with torch.no_grad():
-        losses = [model(input_ids=part, labels=part).loss for part in windows.split(32)]
+        losses = [model(input_ids=part, labels=part, cache=make_cache(model)).loss for part in windows.split(32)]
     return float(torch.stack(losses).mean().exp())
 
 
@@ -117,5 +118,6 @@ def test_perplexity_stays_within_what_was_promised() -> None:
     for dtype in ("int8", "int4"):
         engine = deepspeed.init_inference(copy.deepcopy(model).eval(), dtype=dtype)
         worse[dtype] = perplexity(engine, held) / plain - 1
-    print(f"perplexity {plain:.3f}, int8 {worse['int8']:+.3%}, int4 {worse['int4']:+.3%}")
-    assert worse["int8"] <= 0.005 and worse["int4"] <= 0.03
+    worse["cache"] = perplexity(model, held, new_cache) / plain - 1
+    print(f"perplexity {plain:.3f}, {', '.join(f'{name} {rise:+.3%}' for name, rise in worse.items())}")
+    assert max(worse["int8"], worse["cache"]) <= 0.005 and worse["int4"] <= 0.03

@@ -236,6 +236,34 @@ def test_grouped_products_equal_a_loop_at_awkward_sizes(dtype: torch.dtype) -> N
     run_alone(_grouped_products_equal_a_loop, dtype)
 
 
+def _attention_equals_the_reference(dtype: torch.dtype) -> None:
+    _interpret()
+    from deepspeed.kernels.reference.attention import decode_attention as expected
+    from deepspeed.kernels.triton.attention import decode_attention
+    from tests.kernels.test_attention import case
+
+    for shape in ((2, 8, 2, 31, 64), (1, 7, 1, 300, 80), (3, 6, 3, 513, 48)):
+        arguments = case(shape, dtype)
+        batch, heads, _, positions, _ = shape
+        starts = torch.arange(batch) % positions
+        ranges = torch.stack([starts, torch.full((batch,), positions) - starts // 2], 1)
+        bias = torch.randn(1, heads, positions)
+        bias[:, :, ::3] = -torch.inf
+        extras: list[dict[str, Tensor]] = [
+            {},
+            {"ranges": ranges, "bias": bias},
+            {"bias": torch.full((1, 1, 1), -torch.inf)},
+        ]
+        for extra in extras:
+            found = decode_attention(**arguments, **extra)
+            torch.testing.assert_close(found, expected(**arguments, **extra), rtol=1e-4, atol=2e-5)
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, torch.int8])
+def test_attention_over_a_cache_equals_the_reference(dtype: torch.dtype) -> None:
+    run_alone(_attention_equals_the_reference, dtype)
+
+
 def _refuses() -> None:
     _interpret()
     from deepspeed.kernels.triton.adam import TritonAdam
@@ -286,6 +314,11 @@ PRODUCTS = {
     **dict.fromkeys(("rows", "weight", "gradient", "out"), "*bf16"), **dict.fromkeys(("tiles", "starts"), "*i64"),
     **dict.fromkeys(_STRIDES.split(), "i32"),
 }  # fmt: skip
+_SIZES = "shared positions dim num_chunks key_of_batch key_of_head key_of_row value_of_batch value_of_head value_of_row"
+ATTENTION = {
+    **dict.fromkeys(("query", "out"), "*bf16"), **dict.fromkeys(_SIZES.split(), "i32"), "ranges": "*i64",
+    **dict.fromkeys(("key_scales", "value_scales", "bias", "tops", "sums", "parts"), "*fp32"),
+}  # fmt: skip
 SIGNS = {"x": "*fp32", "error": "*fp32", "into": "*fp32", "bits": "*u8", "scale": "*fp32", "sums": "*fp64"}
 
 
@@ -310,7 +343,7 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from deepspeed.kernels.triton import adam, grouped, lamb, lion, quantize, signs
+    from deepspeed.kernels.triton import adam, attention, grouped, lamb, lion, quantize, signs
 
     target = GPUTarget(backend, arch, warp)
     types = {"param_type": tl.float32, "grad_type": tl.bfloat16, "state_type": tl.float32, "low_type": tl.bfloat16}
@@ -327,6 +360,11 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     _compile(signs.add_and_square_kernel, {"block": 4096}, target, SIGNS)
     _compile(signs.take_signs_kernel, {"num_bytes": 512}, target, SIGNS)
     _compile(signs.add_signs_kernel, {"block": 4096}, target, SIGNS)
+    for is_int8 in (False, True):
+        tiles = {"num_heads": 4, "padded_heads": 4, "padded_dim": 128, "chunk": 256, "tile": 32}
+        cache = {**ATTENTION, **dict.fromkeys(("keys", "values"), "*i8" if is_int8 else "*bf16")}
+        _compile(attention.chunk_kernel, {**tiles, "is_int8": is_int8, "has_bias": True}, target, cache)
+    _compile(attention.combine_kernel, {"padded_dim": 128}, target, ATTENTION)
     _compile(
         grouped.multiply_kernel, {"num_rows": 64, "num_columns": 64, "block": 32, "widens": False}, target, PRODUCTS
     )
