@@ -60,6 +60,14 @@ def refill_storage(tensor: Tensor) -> None:
         _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
 
 
+def give_memory_back() -> None:
+    """Have the allocator return what is free to the system, where it can: glibc before 2.39 seldom uses an aligned block again that
+    was freed between others, so that many buckets of a few MB, made and dropped one by one, would pile up."""
+    trim = getattr(_libc, "malloc_trim", None)
+    if trim is not None:
+        trim(ctypes.c_size_t(0))
+
+
 def lock(tensor: Tensor) -> bool:
     """Keep the tensor's pages in memory; False where the limit forbids it."""
     return bool(_libc.mlock(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)) == 0)

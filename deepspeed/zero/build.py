@@ -17,6 +17,7 @@ from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import Rest
+from deepspeed.tiers.buffers import give_memory_back
 from deepspeed.tiers.quantized import Int8Rest
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
@@ -28,6 +29,9 @@ from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
 from deepspeed.zero.wire import Wire
+
+_DROPPED_NBYTES = 16 << 20
+"""After how many bytes of buckets that were filled and dropped the allocator is asked to give memory back."""
 
 
 @dataclass
@@ -122,6 +126,7 @@ class Builder:
         self._sizes: dict[Role, int] = {role: mesh.size(role) for role in roles}
         self._policy, self._device = placing.policy, placing.device
         self._loads = LoadQueue()
+        self._nbytes_dropped = 0
         device = placing.device
         self._exchange = {
             (role, purpose): mesh.exchange(role, purpose, device)
@@ -171,7 +176,16 @@ class Builder:
         if is_sharded:
             self.built.sharded.append(bucket)
             bucket.reshard()
+            self._give_back(bucket)
         return bucket
+
+    def _give_back(self, bucket: Bucket) -> None:
+        """What buckets that rest on a disk took while they were filled, from time to time."""
+        if bucket.rest.device is None and self._device.type == "cpu":
+            self._nbytes_dropped += bucket.layout.padded_numel * bucket.dtype.itemsize
+            if self._nbytes_dropped >= _DROPPED_NBYTES:
+                self._nbytes_dropped = 0
+                give_memory_back()
 
     def _rest_of(self, plan: BucketPlan) -> Rest | None:
         """Where a sharded bucket's own slice is between uses, if not in the device's memory as it is."""
