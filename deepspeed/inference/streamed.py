@@ -18,16 +18,23 @@ from deepspeed import comm
 from deepspeed.config.zero import ZeroConfig
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.initialize import initialize
+from deepspeed.tiers.buffers import map_large_blocks
 from deepspeed.zero.init import Init
 from deepspeed.zero.quantized import shard
 
 _SECTION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
+def _rests_on_disk(zero: ZeroConfig) -> bool:
+    return zero.offload_param is not None and zero.offload_param.device == "nvme"
+
+
 class Streamed:
     """One module's weights at rest. Collective over the ranks of the job, as all of ZeRO is."""
 
     def __init__(self, zero: ZeroConfig, dtype: torch.dtype) -> None:
+        if _rests_on_disk(zero):
+            map_large_blocks()
         given = zero.model_dump(mode="json", exclude_unset=True)
         self._config: dict[str, Any] = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": given}
         if dtype in _SECTION:
