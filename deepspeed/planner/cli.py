@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -59,6 +60,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DeepSpeedError as error:
         print(f"deepspeed plan: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except OSError as error:
         print(
             f"deepspeed plan: {args.html} cannot be written: {error.strerror}.\n  Name another file.", file=sys.stderr
