@@ -166,8 +166,8 @@ class Script:
     ) -> None:
         self._stages = stages
         self._num_micro = num_micro
-        self._chunks = {Op.FORWARD: iter(forwards), Op.BACKWARD: iter(backwards)}
-        self._next: dict[Op, dict[int, int]] = {Op.FORWARD: {}, Op.BACKWARD: {}}
+        self._forwards, self._backwards = iter(forwards), iter(backwards)
+        self._num_forwards, self._num_backwards = dict.fromkeys(stages, 0), dict.fromkeys(stages, 0)
         self._owed: deque[tuple[int, int]] = deque()
         self._weight_lag = weight_lag
         self.actions: list[Action] = []
@@ -177,26 +177,35 @@ class Script:
         words = [(Op(word[0]), int(word[1:]) if word[1:] else None) for word in phrase.split()]
         for _ in range(times):
             for op, chunk in words:
-                self._word(op, chunk)
+                if op is Op.WEIGHT:
+                    self._weight(chunk)
+                else:
+                    self._pass(op, chunk)
         return self
 
     def settle(self) -> tuple[Action, ...]:
         """Append the weight gradients that are still owed; the whole list."""
         while self._owed:
-            self._word(Op.WEIGHT, None)
+            self._weight(None)
         return tuple(self.actions)
 
-    def _word(self, op: Op, chunk: int | None) -> None:
-        if op is Op.WEIGHT:
-            owed = next((o for o in self._owed if chunk is None or o[0] == self._stages[chunk]), None)
-            if owed is not None:
-                self._owed.remove(owed)
-                self.actions.append(Action(owed[0], op, owed[1]))
-            return
-        counter = Op.FORWARD if op is Op.FORWARD else Op.BACKWARD
-        stage = self._stages[next(self._chunks[counter]) if chunk is None else chunk]
-        counted = self._next[counter]
-        micro = counted.get(stage, 0)
+    def _weight(self, chunk: int | None) -> None:
+        owed = self._owed
+        if chunk is None:
+            found = owed.popleft() if owed else None
+        else:
+            found = next((o for o in owed if o[0] == self._stages[chunk]), None)
+            if found is not None:
+                owed.remove(found)
+        if found is not None:
+            self.actions.append(Action(found[0], Op.WEIGHT, found[1]))
+
+    def _pass(self, op: Op, chunk: int | None) -> None:
+        is_forward = op is Op.FORWARD
+        if chunk is None:
+            chunk = next(self._forwards if is_forward else self._backwards)
+        stage, counted = self._stages[chunk], self._num_forwards if is_forward else self._num_backwards
+        micro = counted[stage]
         counted[stage] = micro + 1
         if micro >= self._num_micro:
             return
@@ -204,4 +213,4 @@ class Script:
         if op is Op.INPUT:
             self._owed.append((stage, micro))
             if self._weight_lag is not None and len(self._owed) > self._weight_lag:
-                self._word(Op.WEIGHT, None)
+                self._weight(None)

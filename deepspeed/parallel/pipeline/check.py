@@ -234,15 +234,17 @@ def _stuck(actions: Actions, rank: int, at: int) -> str:
 def peak_alive(actions: Actions, costs: Costs | None = None) -> list[float]:
     """Per rank, the most that is alive at once between forwards and the ends of their backwards: micro-batches, or with
     `costs` their sizes."""
+    sizes = [costs.alive(stage) if costs else 1.0 for stage in range(actions.num_stages)]
+    forward, input = Op.FORWARD, Op.INPUT
     peaks = []
     for row in actions.lists:
         now = peak = 0.0
-        for action in row:
-            size = costs.alive(action.stage) if costs else 1.0
-            if action.op is Op.FORWARD:
-                now += size
-                peak = max(peak, now)
-            elif action.op is not Op.INPUT:
-                now -= size
+        for stage, op, _ in row:
+            if op is forward:
+                now += sizes[stage]
+                if now > peak:
+                    peak = now
+            elif op is not input:
+                now -= sizes[stage]
         peaks.append(peak)
     return peaks

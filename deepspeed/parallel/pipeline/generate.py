@@ -2,7 +2,8 @@
 
 A pipeline's best schedule depends on what its stages take. This lets every rank, whenever it is free, do the best that
 it can do then, on a simulated clock, under several rules; takes the named schedules that fit beside them; and keeps the
-list that ends first. So it is never worse than the best named one. After the automatic schedule of arXiv:2401.10241
+list that ends first. So it is never worse than the best named one. A search is given up where it has stood still for longer than the
+best list found so far allows. After the automatic schedule of arXiv:2401.10241
 (section 3.1), with memory in bytes and hops that differ by rank left to the simulation.
 
 What a free rank does: an input gradient that can begin now (others wait for it); else a forward that can begin now and
@@ -59,9 +60,12 @@ def generate(rank_of: Sequence[int], num_micro: int, costs: Costs, max_alive: Se
     best: tuple[float, Actions] | None = None
     for is_search, candidates in (
         (False, _named(rank_of, num_ranks, num_micro)),
-        (True, _searched(rank_of, num_ranks, num_micro, costs, limits)),
+        (True, _searches(rank_of, num_ranks, num_micro, costs, limits)),
     ):
-        for candidate in candidates:
+        for made in candidates:
+            candidate = made.run(best[0] if best is not None else float("inf")) if isinstance(made, _Search) else made
+            if candidate is None:
+                continue
             fits = all(alive <= limit for alive, limit in zip(peak_alive(candidate, costs), limits, strict=True))
             ends = makespan(candidate, costs) if fits else float("inf")
             if fits and (best is None or ends < best[0]):
@@ -104,10 +108,10 @@ def _named(rank_of: tuple[int, ...], num_ranks: int, num_micro: int) -> Iterable
             yield made
 
 
-def _searched(
+def _searches(
     rank_of: tuple[int, ...], num_ranks: int, num_micro: int, costs: Costs, limits: Sequence[float]
-) -> Iterable[Actions]:
-    """A list under each rule, with what is allowed and with just enough to keep the pipeline full."""
+) -> Iterable[_Search]:
+    """One under each rule, with what is allowed and with just enough to keep the pipeline full."""
     ahead = [
         2.0 * sum(costs.alive(s) for s in range(len(rank_of)) if rank_of[s] == rank) * num_ranks
         for rank in range(num_ranks)
@@ -116,7 +120,7 @@ def _searched(
     is_large = 3 * len(rank_of) * num_micro > MANY
     for rule in RULES[:2] if is_large else RULES:
         for room in list(rooms)[:1] if is_large else rooms:
-            yield _Search(rank_of, num_micro, costs, room, rule).run()
+            yield _Search(rank_of, num_micro, costs, room, rule)
 
 
 class _Search:
@@ -136,9 +140,14 @@ class _Search:
         self._owed: list[deque[Action]] = [deque() for _ in room]
         self._lists: list[list[Action]] = [[] for _ in room]
         self._alive = [0.0] * len(room)
+        self._sizes = [costs.alive(stage) for stage in range(last)]
+        # Of each stage, the later ones of its rank.
+        self._later = [[s for s in range(stage + 1, last) if rank_of[s] == rank_of[stage]] for stage in range(last)]
 
-    def run(self) -> Actions:
-        """The lists of all ranks."""
+    def run(self, best: float = float("inf")) -> Actions | None:
+        """The lists of all ranks; None as soon as a rank has stood still for so long that they end later than `best`."""
+        of_micro = [sum(f + i + w for f, i, w in self._triples(rank)) for rank in range(len(self._room))]
+        spare = [best - self._num_micro * work for work in of_micro]
         events = [(0.0, rank) for rank in range(len(self._room))]
         scheduled = dict.fromkeys(range(len(self._room)), 0.0)
         free = [0.0] * len(self._room)
@@ -149,6 +158,9 @@ class _Search:
             del scheduled[rank]
             action, wake = self._choose(rank, now)
             if action is not None:
+                spare[rank] -= now - free[rank]
+                if spare[rank] < 0.0:
+                    return None
                 free[rank] = wake = now + self._costs.of(action)
                 woken = self._take(rank, action, wake)
                 for other, at in woken:
@@ -157,6 +169,10 @@ class _Search:
                 self._schedule(events, scheduled, rank, wake)
         name = f"generated ({'split' if self._rule.splits else 'whole'} backward)"
         return Actions(tuple(map(tuple, self._lists)), self._rank_of, self._num_micro, name)
+
+    def _triples(self, rank: int) -> Iterable[tuple[float, float, float]]:
+        costs = self._costs
+        return ((costs.forward[s], costs.input[s], costs.weight[s]) for s in self._stages[rank])
 
     @staticmethod
     def _schedule(events: list[tuple[float, int]], scheduled: dict[int, float], rank: int, at: float) -> None:
@@ -187,10 +203,12 @@ class _Search:
 
     def _has_room(self, rank: int, stage: int) -> bool:
         """Whether a forward fits; an earlier stage leaves room for the later ones, or nothing would ever end."""
-        later = sum(
-            self._costs.alive(s) for s in self._stages[rank] if s > stage and self._next[s][0] <= self._next[stage][0]
-        )
-        return self._alive[rank] + self._costs.alive(stage) + later <= self._room[rank]
+        next_one = self._next[stage][0]
+        needed = self._alive[rank] + self._sizes[stage]
+        for later in self._later[stage]:
+            if self._next[later][0] <= next_one:
+                needed += self._sizes[later]
+        return needed <= self._room[rank]
 
     def _take(self, rank: int, action: Action, end: float) -> list[tuple[int, float]]:
         """Note an action; (rank, time) of those who get something from it."""
@@ -198,12 +216,12 @@ class _Search:
         stage, op, micro = action
         if op is Op.WEIGHT:
             self._owed[rank].popleft()
-            self._alive[rank] -= self._costs.alive(stage)
+            self._alive[rank] -= self._sizes[stage]
             return []
         if op is Op.FORWARD:
             self._inputs[stage].popleft()
             self._next[stage][0] += 1
-            self._alive[rank] += self._costs.alive(stage)
+            self._alive[rank] += self._sizes[stage]
             if stage == len(self._rank_of) - 1:
                 self._gradients[stage].append(end)
                 return []
@@ -213,7 +231,7 @@ class _Search:
         if op is Op.INPUT:
             self._owed[rank].append(Action(stage, Op.WEIGHT, micro))
         else:
-            self._alive[rank] -= self._costs.alive(stage)
+            self._alive[rank] -= self._sizes[stage]
         return [self._arrive(rank, self._gradients, stage - 1, end)] if stage > 0 else []
 
     def _arrive(self, rank: int, queues: list[deque[float]], stage: int, end: float) -> tuple[int, float]:

@@ -28,7 +28,7 @@ def _named(rank_of: tuple[int, ...], num_micro: int, costs: Costs, limit: float)
         except DeepSpeedError:
             continue
         if made.rank_of == rank_of and max(peak_alive(made, costs)) <= limit:
-            found.append(simulate(made, costs).makespan)
+            found.append(makespan(made, costs))
     return found
 
 
@@ -50,7 +50,7 @@ def test_random_cost_sets_are_never_worse_than_the_best_named_schedule() -> None
 @pytest.mark.timeout(3600)
 @pytest.mark.skipif(not LONG, reason="minutes: make test-pipeline")
 def test_500_random_cost_sets_of_any_size_are_never_worse_and_take_seconds() -> None:
-    generator, slowest = random.Random(1), 0.0
+    generator, slowest, gains = random.Random(1), (0.0, 0, 0), []
     for _ in range(500):
         num_ranks, num_micro = int(2 ** generator.uniform(0, 6)), int(2 ** generator.uniform(0, 9))
         rank_of = v_shaped(num_ranks) if num_ranks <= 32 and generator.random() < 0.3 else looped(num_ranks, num_ranks)
@@ -58,11 +58,19 @@ def test_500_random_cost_sets_of_any_size_are_never_worse_and_take_seconds() -> 
         limit = generator.choice([2.0, 2.0 * num_ranks, 1e9])
         began = time.process_time()
         made = generate(rank_of, num_micro, costs, [limit] * num_ranks)
-        slowest = max(slowest, time.process_time() - began)
+        slowest = max(slowest, (time.process_time() - began, len(rank_of), num_micro))
+        assert max(peak_alive(made, costs)) <= limit
         best = min(_named(rank_of, num_micro, costs, limit), default=float("inf"))
-        assert simulate(made, costs).makespan <= best + 1e-9 * num_micro
-    print(f"the slowest took {slowest:.1f} s")
-    assert slowest < 5
+        ends = makespan(made, costs)
+        assert ends <= best + 1e-9 * num_micro
+        gains.append(1 - ends / best if best < float("inf") else None)
+    known = sorted(gain for gain in gains if gain is not None)
+    print(f"the slowest took {slowest[0]:.1f} s ({slowest[1]} stages, {slowest[2]} micro-batches)")
+    print(
+        f"{len(gains) - len(known)} of 500 have no named list that fits; of the others {sum(g > 1e-9 for g in known)} are faster by"
+    )
+    print(f"{known[len(known) // 2]:.1%} in the middle, {known[-1]:.1%} at most")
+    assert slowest[0] < 5
 
 
 def test_the_quick_clock_is_the_simulation_s() -> None:
