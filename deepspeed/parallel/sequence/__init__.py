@@ -11,6 +11,7 @@ block.py            attention of a block of queries to a block of keys, to be jo
 ring.py             keys and values round a ring, and Ulysses within it, where there are fewer key heads than ranks
 tiled.py            what treats tokens alone, tile by tile; `TiledMLP`
 logits_loss.py      logits and their loss, tile by tile; `TiledFusedLogitsLoss`
+linear_loss.py      the same for a plain linear head, whose gradients are written over its logits
 tile_hf.py          `tile_model`: both of these in a model of Transformers
 cross_entropy.py    losses of logits whose vocabulary or sequence is in parts
 fpdt.py             attention and its neighbours chunk by chunk, for Megatron-style code

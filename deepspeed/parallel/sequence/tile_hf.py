@@ -17,6 +17,7 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspeed.parallel.sequence import linear_loss
 from deepspeed.parallel.sequence.inputs import IGNORED, shifted
 from deepspeed.parallel.sequence.logits_loss import TiledFusedLogitsLoss
 from deepspeed.parallel.sequence.tiled import TiledMLP
@@ -96,6 +97,9 @@ def _loss_in_tiles(model: Any, forward: Callable[..., Any], tokens: int, *args: 
     targets = shifted(labels) if targets is None else targets
     head = model.get_output_embeddings()
     reduction = "mean" if total is None else "sum"
+    if linear_loss.is_served(head):
+        loss = linear_loss.linear_cross_entropy(head, hidden, targets, tokens, reduction=reduction)
+        return CausalLMOutput(loss=loss if total is None else loss / total)
 
     def loss_of(_: Any, tile: Tensor, y: Tensor) -> Tensor:
         logits = head(tile).float()
