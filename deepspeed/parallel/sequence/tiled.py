@@ -16,6 +16,7 @@ Invariant: tiled equals whole, to the rounding of sums. After ALST (arXiv:2506.1
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -103,8 +104,7 @@ class Tiles(torch.autograd.Function):
         ctx.moment = Moment.now(x)
         ctx.save_for_backward(x)
         with torch.no_grad():
-            outputs = [run(i, x.narrow(dim, start, end - start)) for i, (start, end) in enumerate(bounds)]
-        return join.join(outputs)
+            return join.join(run(i, x.narrow(dim, start, end - start)) for i, (start, end) in enumerate(bounds))
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
@@ -159,9 +159,23 @@ class Concatenated(NamedTuple):
     dim: int
     bounds: Sequence[tuple[int, int]]
 
-    def join(self, outputs: Sequence[Tensor]) -> Tensor:
-        """The whole output."""
-        return outputs[0] if len(outputs) == 1 else torch.cat(list(outputs), dim=self.dim)
+    def join(self, outputs: Iterable[Tensor]) -> Tensor:
+        """The whole output, into which each goes as it comes, so that none is there twice."""
+        coming = iter(outputs)
+        whole = first = next(coming)
+        if len(self.bounds) > 1:
+            dim = self.dim % first.dim()
+            shape = [*first.shape[:dim], self.bounds[-1][1], *first.shape[dim + 1 :]]
+            whole = first.new_empty(shape)
+            for (start, end), output in zip(self.bounds, itertools.chain([first], coming), strict=True):
+                target = whole.narrow(dim, start, end - start)
+                if output.shape != target.shape:
+                    raise DeepSpeedError(
+                        f"A tile of {end - start} tokens gave a tensor of shape {tuple(output.shape)}, not {tuple(target.shape)}: "
+                        f"outputs are joined along dimension {dim}, a token for each token."
+                    )
+                target.copy_(output)
+        return whole
 
     def of_tile(self, grad: Tensor, index: int, output: Tensor) -> Tensor:
         """The part of the whole output's gradient that is a tile's."""
@@ -174,8 +188,9 @@ class Summed(NamedTuple):
 
     weights: Sequence[float]
 
-    def join(self, outputs: Sequence[Tensor]) -> Tensor:
+    def join(self, outputs: Iterable[Tensor]) -> Tensor:
         """The whole output. A tile of no weight counts for nothing, whatever it is."""
+        outputs = list(outputs)
         parts = [out * w for out, w in zip(outputs, self.weights, strict=True) if w]
         return torch.stack(parts).sum() if parts else torch.zeros_like(outputs[0])
 
@@ -274,9 +289,11 @@ class _ByShape(NamedTuple):
     def _chosen(self) -> Summed | Concatenated:
         return Summed(self.weights) if self.is_scalar[0] else Concatenated(self.dim, self.bounds)
 
-    def join(self, outputs: Sequence[Tensor]) -> Tensor:
+    def join(self, outputs: Iterable[Tensor]) -> Tensor:
         """The whole output."""
-        return self._chosen().join(outputs)
+        coming = iter(outputs)
+        first = next(coming)  # only now is it known what it is
+        return self._chosen().join(itertools.chain([first], coming))
 
     def of_tile(self, grad: Tensor, index: int, output: Tensor) -> Tensor:
         """The part of the gradient that is a tile's."""

@@ -122,6 +122,8 @@ def test_what_cannot_be_tiled_is_refused_by_name() -> None:
         sequence_tiled_compute(lambda x: x, 5, 2, {"x": x}, {}, "x")
     with pytest.raises(DeepSpeedError, match=r"y is \(1, 3\)"):
         TiledFusedLogitsLoss.apply(loss_fn, None, x, torch.zeros(1, 3), None, 2)
+    with pytest.raises(DeepSpeedError, match=r"A tile of 2 tokens gave a tensor of shape \(1, 1, 2\), not \(1, 2, 2\)"):
+        TiledMLP.apply(lambda m, t: t[:, :1], None, x, 2)
 
 
 class Tiled(nn.Module):
