@@ -82,7 +82,8 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, 
 def batch_sizes(config: Config, mesh: Mesh, mpu: Any) -> BatchSizes:
     """Resolve the three batch sizes against the number of ranks that share a batch."""
     source = "mpu" if mpu is not None else "torch.distributed" if mesh.size("batch") > 1 else "one process"
-    return config.batch_sizes(data_parallel_size=mesh.size("batch"), size_source=source)
+    sharers = mesh.size("tensor")
+    return config.batch_sizes(data_parallel_size=mesh.size("batch"), size_source=source, num_sharers=sharers)
 
 
 def make_policy(config: Config, model: nn.Module) -> ZeroPolicy:

@@ -61,23 +61,30 @@ def consolidated_state_dict(subject: Subject, exclude_frozen: bool = False) -> d
 
 def _put_together(subject: Subject, mine: dict[str, Tensor], group: Any) -> dict[str, Tensor] | None:
     """What the ranks of one whole model hold, by names and boxes; on the first of them. Collective over them."""
-    placed = []
+    placed: list[tuple[Place, Any]] = []
+    first_of: dict[int, str] = {}
     known = dict(subject.module.named_parameters(remove_duplicate=False))
     for local, value in mine.items():
         place = subject.place_of(local) if local in known else Place(subject.name_of(local), (), None)
-        placed.append((place, value))
+        name = first_of.setdefault(id(value), place.name)
+        placed.append((place, value) if name == place.name else (place, name))  # what is tied stays one tensor
     first = subject.mesh.rank("whole") == 0
     everyone: list[Any] | None = [None] * subject.mesh.size("whole") if first else None
     torch.distributed.gather_object(placed, everyone, dst=subject.mesh.ranks("whole")[0], group=group)
     whole: dict[str, Tensor] = {}
+    tied: dict[str, str] = {}
     for theirs in everyone or ():
         for place, value in theirs:
+            if isinstance(value, str):
+                tied[place.name] = value
+                continue
             if place.box is None:
                 whole.setdefault(place.name, value)
                 continue
             into = whole.setdefault(place.name, value.new_empty(place.whole))
             indices = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in place.box.ranges]
             into[torch.meshgrid(*indices, indexing="ij")] = value
+    whole.update({name: whole[other] for name, other in tied.items()})
     return whole if first else None
 
 

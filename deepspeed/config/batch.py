@@ -1,6 +1,6 @@
 """Batch sizes: from what the configuration gives to the three numbers, and how to mend it where they disagree.
 
-Called by the engine, once the number of data-parallel ranks is known. Pure arithmetic.
+Called by the engine, once the number of data-parallel ranks is known. Arithmetic, and one warning.
 
     train_batch_size = train_micro_batch_size_per_gpu * gradient_accumulation_steps * data-parallel world size
 
@@ -13,6 +13,9 @@ Called by the engine, once the number of data-parallel ranks is known. Pure arit
     micro                     accumulation = 1, train = micro * world
     accumulation or nothing   an error
 
+Ranks that share layers read the same samples, so they count once. Libraries that know nothing of them (the Hugging Face Trainer)
+count every rank: where all three are given and fit that way, `train` is divided by the ranks that share, with a warning.
+
 Invariant: a `BatchSizes` satisfies the equation, and all its numbers are positive.
 """
 
@@ -23,6 +26,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.logging import warn_once
 
 TRAIN = "train_batch_size"
 MICRO = "train_micro_batch_size_per_gpu"
@@ -48,9 +52,10 @@ class BatchSizes:
 
 
 def resolve_batch(
-    train: Given, micro: Given, accumulation: Given, *, data_parallel_size: int, size_source: str
+    train: Given, micro: Given, accumulation: Given, *, data_parallel_size: int, size_source: str, num_sharers: int = 1
 ) -> BatchSizes:
-    """Compute what is not given and check the rest. `size_source` says in errors who counted the ranks.
+    """Compute what is not given and check the rest. `size_source` says in errors who counted the ranks, `num_sharers` how many
+    of them share a model's layers beside each that is counted.
 
     Raises DeepSpeedConfigError with every number, its origin, and the cure.
     """
@@ -60,6 +65,17 @@ def resolve_batch(
     if accumulation is None and None in (train, micro):
         origins[ACCUMULATION] = "default"
     origins["data-parallel world size"] = size_source
+    if (
+        None not in given.values()
+        and num_sharers > 1
+        and sizes[0] == sizes[1] * sizes[2] * data_parallel_size * num_sharers
+    ):
+        sizes = (sizes[0] // num_sharers, *sizes[1:])
+        origins[TRAIN] = f"given as {sizes[0] * num_sharers}, {num_sharers} times: by every rank that shares layers"
+        warn_once(
+            f"{TRAIN} = {sizes[0] * num_sharers} counts each of the {num_sharers} ranks that share layers, which read the same "
+            f"samples: a step has {sizes[0]}."
+        )
     if 0 in sizes or sizes[0] != sizes[1] * sizes[2] * data_parallel_size:
         raise DeepSpeedConfigError(_disagreement(sizes, data_parallel_size, origins))
     return BatchSizes(train=sizes[0], micro=sizes[1], accumulation=sizes[2], origins=origins)

@@ -101,6 +101,8 @@ class TensorParallelConfig(Section):
     """Dtype of the cut weights."""
     tp_overlap_comm: bool = False
     """Overlap the all-reduce of input gradients with the weight gradients."""
+    sequence_parallel_regions: bool = False
+    """Between cut layers each rank has the hidden states of some tokens only; lengths have to be multiples of the ranks."""
     vocab_parallel_lm_head: bool | None = None
     """Cut the last layer over the vocabulary; decided by the model when not given."""
     vocab_parallel_ce_backend: Literal["torch", "liger"] = "torch"

@@ -251,12 +251,15 @@ class Config(Section):
             return torch.float16
         return torch.bfloat16 if self.bf16.enabled else torch.float32
 
-    def batch_sizes(self, *, data_parallel_size: int, size_source: str) -> BatchSizes:
-        """The three batch sizes for this many data-parallel ranks; `size_source` says in errors who counted them."""
+    def batch_sizes(self, *, data_parallel_size: int, size_source: str, num_sharers: int = 1) -> BatchSizes:
+        """The three batch sizes for this many data-parallel ranks; `size_source` says in errors who counted them. Each is a group
+        of `num_sharers` that share layers."""
         if self.elasticity.enabled:
             return self._elastic_sizes(data_parallel_size)
         given: list[Given] = [AUTO if key in self.auto_keys else getattr(self, key) for key in KEYS]
-        return resolve_batch(*given, data_parallel_size=data_parallel_size, size_source=size_source)
+        return resolve_batch(
+            *given, data_parallel_size=data_parallel_size, size_source=size_source, num_sharers=num_sharers
+        )
 
     def _elastic_sizes(self, data_parallel_size: int) -> BatchSizes:
         found = elastic_batch(self.elasticity, data_parallel_size * self.elasticity.model_parallel_size)

@@ -28,7 +28,7 @@ from deepspeed.assembly import assemble
 from deepspeed.assembly.exchanges import make_wire
 from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.config import Config
-from deepspeed.engine import experts, tensor
+from deepspeed.engine import earlier_states, experts, tensor
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.agreement import describe_model, flatten, require_equal
 from deepspeed.engine.at_rest import AtRest
@@ -233,6 +233,7 @@ def _build_zero(
     assemble.cast_buffers(model, config)
     placing = make_placing(config, policy, given.device)
     assemble.open_disks(config, mesh, placing, model, basic)
+    states = earlier_states.take(basic, model)
     limits, wire = assemble.make_limits(config), make_wire(config)
     built = build(model, assemble.group_indices(basic), placing, mesh, limits, wire, aliases)
     undo.callback(built.close)
@@ -249,6 +250,7 @@ def _build_zero(
     optimizer = None
     if basic is not None:
         optimizer = _wrap_optimizer(config, basic, built, reducer, policy, mesh, scale_guard.scale, placing)
+        earlier_states.give(states, optimizer, mesh)
         optimizer.parameter_offload = parameter_offload
         optimizer.before_update = hooks.before_update if hooks is not None else watch.end
         optimizer.takeover = _take_over_edits(given, mesh, built, reducer, hooks, placing, optimizer, undo)

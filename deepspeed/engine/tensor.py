@@ -12,20 +12,18 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed.assembly.tensor import layer_wishes
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
 from deepspeed.parallel.tensor import requested
-from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
+from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, cut_states, draw
 from deepspeed.parallel.tensor.choose import Chosen, Wishes, require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import check_first_forward
-from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.build import make_plain
-
-_ACTIONS = {"row": Action.ROW, "column": Action.COLUMN, "skip": Action.WHOLE}
 
 
 def tensor_size(config: Config, mpu: Any) -> int:
@@ -102,13 +100,10 @@ def cut_model(model: nn.Module, mesh: Mesh, config: Config, size: int, optimizer
 
 def _cut(model: nn.Module, mesh: Mesh, config: Config, optimizer: Any) -> None:
     ranks = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), mesh.size("tensor"))
-    if isinstance(optimizer, torch.optim.Optimizer) and optimizer.state:
-        warn_once(
-            f"the {type(optimizer).__name__} has stepped before deepspeed.initialize: its states are of whole layers and begin anew."
-        )
-        optimizer.state.clear()
-    chosen, drawn = _drawn(model, mesh, ranks, _wishes(config, is_part=mesh.size("pipeline") > 1))
+    chosen, drawn = _drawn(model, mesh, ranks, layer_wishes(config, is_part=mesh.size("pipeline") > 1))
     carry_out(model, ranks, drawn, make_plain)
+    if isinstance(optimizer, torch.optim.Optimizer):
+        cut_states(optimizer.state, ranks, drawn)
     log_dist(
         f"tensor parallelism over {ranks.size} ranks: {chosen.num_acted} layers by the model's {chosen.source}",
         ranks=[0],
@@ -132,27 +127,3 @@ def _drawn(model: nn.Module, mesh: Mesh, ranks: TensorGroup, wishes: Wishes) -> 
     require_found(model, told)
     assert mine is not None, "there is a refusal, or there are decisions"
     return mine
-
-
-def _wishes(config: Config, *, is_part: bool) -> Wishes:
-    section = config.tensor_parallel
-    partition = section.partition_config
-    specs = tuple(
-        Spec(
-            tuple(spec.patterns),
-            _ACTIONS[spec.partition_type],
-            None if spec.shape is None else tuple(spec.shape),
-            spec.partition_dim,
-            None if spec.model_types is None else tuple(spec.model_types),
-        )
-        for spec in (partition.layer_specs if partition is not None else ())
-    )
-    return Wishes(
-        specs=specs,
-        use_default_specs=partition.use_default_specs if partition is not None else True,
-        preset=section.preset_model,
-        overlaps=section.tp_overlap_comm,
-        grain=section.tensor_parallel.tp_grain_size,
-        cuts_head=section.vocab_parallel_lm_head,
-        is_part=is_part,
-    )

@@ -35,7 +35,9 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
     made.add_argument("-c", "--config", help="the DeepSpeed configuration (JSON); default: AdamW in bf16, stage 0")
-    made.add_argument("-n", "--ranks", type=int, default=1, help="data-parallel ranks (%(default)s)")
+    made.add_argument(
+        "-n", "--ranks", type=int, default=1, help="all ranks, also those that share layers or sequences (%(default)s)"
+    )
     made.add_argument("-b", "--batch", type=int, help="samples per rank; default: the configuration's, else 1")
     made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
     made.add_argument("--device", default="cuda", help="what ranks compute on: cuda, cpu, ... (%(default)s)")

@@ -15,6 +15,7 @@ granules adds at the peak.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -26,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.activation.blocks import Recompute
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
+from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.parts import part_of
 from deepspeed.memory.replay import EngineSettings, Given, Replay
@@ -34,7 +36,7 @@ from deepspeed.optim import build_optimizer
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
-from deepspeed.zero.param import slot_of
+from deepspeed.zero.param import full_shape, slot_of
 from deepspeed.zero.plan import ModelPlan, plan_model
 from deepspeed.zero.policy import Tier
 
@@ -126,7 +128,8 @@ class Estimator:
     ) -> Estimate:
         """Predict for a configuration (dict, path or `Config`) on `world_size` data-parallel ranks.
 
-        With `sequence_parallel_size` P the batch has whole sequences, of which each rank has a part; `world_size` counts all ranks.
+        With `sequence_parallel_size` P the batch has whole sequences, of which each rank has a part; with `autotp_size` t the model
+        is whole, and a rank that has the first parts of its layers is predicted. `world_size` counts all ranks.
         plan: what each block recomputes, over the configuration's `activation_checkpointing.recompute`. bounds: play the
         fast network too; without, `low_nbytes` is the peak.
         """
@@ -155,6 +158,10 @@ class Estimator:
         parts = config.sequence_parallel_size or 1
         if world_size % parts:
             raise DeepSpeedError(f"sequence_parallel_size = {parts} does not divide world_size = {world_size}.")
+        sharers = layer_ranks(config)
+        if world_size % (parts * sharers):
+            raise DeepSpeedError(f"tensor_parallel.autotp_size = {sharers} does not divide world_size = {world_size}.")
+        world_size //= sharers
         trace = self.trace(config, plan)
         policy = assemble.make_policy(config, trace.model)
         assemble.mark_leaves(trace.model, config)
@@ -180,6 +187,7 @@ class Estimator:
                 else 0.0
             ),
             given=[_given(param, zero.stage) for param in self._model.parameters()],
+            cut_nbytes=_cut_nbytes(self._model, trace.model, zero.stage) if sharers > 1 else 0,
         )
         groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
         return Played(trace, plan_model(trace.model, groups, placing, limits, shard_size), settings, notes)
@@ -190,8 +198,9 @@ class Estimator:
         chosen: Any = tuple(plan) if plan is not None else Recompute(recompute)
         autocast = config.torch_autocast
         low = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
-        parts = config.sequence_parallel_size or 1
-        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts
+        parts, sharers = config.sequence_parallel_size or 1, layer_ranks(config)
+        section = config.tensor_parallel.model_dump_json() if sharers > 1 else ""
+        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts, section
         if key not in self._traces:
             args, kwargs = part_of((self.args, self.kwargs), parts) if parts > 1 else (self.args, self.kwargs)
             self._traces[key] = trace_step(
@@ -202,7 +211,7 @@ class Estimator:
                 device_type=self.device_type,
                 autocast=low,
                 plan=list(chosen) if isinstance(chosen, tuple) else chosen,
-                prepare=lambda model: assemble.cast_buffers(model, config),
+                prepare=functools.partial(_prepare, config),
                 loss_of=self._loss_of,
             )
         return self._traces[key]
@@ -216,6 +225,18 @@ class Estimator:
             return made, []
         note = f"the configuration names no optimizer; {ASSUMED_OPTIMIZER} is assumed"
         return build_optimizer(ASSUMED_OPTIMIZER, {}, groups), [note]
+
+
+def _prepare(config: Config, model: nn.Module) -> None:
+    assemble.cast_buffers(model, config)
+    cut_layers(model, config)
+
+
+def _cut_nbytes(whole: nn.Module, part: nn.Module, stage: int) -> int:
+    """What the user's parameters have in the device's memory beyond a rank's parts of them."""
+    pairs = zip(whole.parameters(), part.parameters(), strict=True)
+    is_here = lambda param: _given(param, stage).tier is not None  # noqa: E731
+    return sum((full_shape(p).numel() - own.numel()) * p.element_size() for p, own in pairs if is_here(p))
 
 
 def _given(param: Tensor, stage: int) -> Given:
@@ -249,7 +270,7 @@ def estimate(model: nn.Module, config: Any, batch: Any, *, world_size: int = 1, 
 
     model: an nn.Module, on any device; "meta" costs nothing. config: dict, path, base64 or Config. batch: a micro-batch
     as the model takes it (a tuple in order, a mapping by name); only shapes and dtypes count, so meta tensors do.
-    world_size: data-parallel ranks. options: `device_type` ("cuda", "cpu", ...; default: this machine's), `optimizer` (a
+    world_size: all ranks. options: `device_type` ("cuda", "cpu", ...; default: this machine's), `optimizer` (a
     callable on parameters, over the configuration's), `loss_of` (from the model's output to the scalar to differentiate).
 
     Raises TraceError where the model looks at values; DeepSpeedConfigError for a configuration that contradicts itself.

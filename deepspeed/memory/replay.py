@@ -87,6 +87,8 @@ class EngineSettings:
     """Bytes of state per element of a whole parameter that every rank keeps, sharded or not: a 1-bit optimizer's errors."""
     given: Sequence[Given] = ()
     """What the user's model has, by position of the parameter."""
+    cut_nbytes: int = 0
+    """What of the user's parameters goes to other ranks before anything is built, as they share layers."""
     max_in_flight: int | None = None
     """Reductions on the wire at once; None for the most that the reducer allows, or that is likely where it has no bound."""
 
@@ -406,6 +408,8 @@ class Replay:
             ledger.add(PARAMETERS, *given[param])
         for buffer in self.trace.model.buffers():
             ledger.add(PARAMETERS, buffer.numel() * buffer.element_size())
+        ledger.add(PARAMETERS, self.settings.cut_nbytes)
+        ledger.drop(PARAMETERS, self.settings.cut_nbytes)
         for param in self.sizes.loose:
             nbytes = param.numel() * (dtype if param.is_floating_point() else param.dtype).itemsize
             if given[param] != (nbytes, Tier.DEVICE):

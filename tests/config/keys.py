@@ -234,6 +234,7 @@ _TREE: dict[str, Any] = {
         "autotp_size": 0,
         "dtype": "fp16",
         "tp_overlap_comm": False,
+        "sequence_parallel_regions": False,
         "vocab_parallel_lm_head": None,
         "vocab_parallel_ce_backend": "torch",
         "tensor_parallel": {"tp_size": 1, "tp_grain_size": 1, "mpu": None, "tp_group": None},

@@ -113,6 +113,15 @@ def test_an_error_says_what_to_change(given_sizes: tuple[Given, Given, Given], w
     assert [word for word in words if word not in text] == []
 
 
+def test_a_size_that_counts_ranks_which_share_layers_is_divided_by_them(warned: pytest.LogCaptureFixture) -> None:
+    sizes = resolve_batch(16, 2, 1, data_parallel_size=4, size_source=COUNTED_BY, num_sharers=2)
+    assert (sizes.train, sizes.micro, sizes.accumulation) == (8, 2, 1)
+    assert "train_batch_size = 16 counts each of the 2 ranks that share layers" in warned.text
+    assert resolve_batch(8, 2, 1, data_parallel_size=4, size_source=COUNTED_BY, num_sharers=2).train == 8
+    with pytest.raises(DeepSpeedConfigError, match="Set train_batch_size to 8"):
+        resolve_batch(32, 2, 1, data_parallel_size=4, size_source=COUNTED_BY, num_sharers=2)
+
+
 def test_one_process_where_more_were_meant_is_hinted_at() -> None:
     assert "deepspeed script.py" in message(8, 4, 1, world=1)
     assert "deepspeed script.py" not in message(8, 4, 1, world=3)

@@ -16,8 +16,8 @@ REASONS = (
     "shape outside of any gather, and gets `(0,)`.",
     'Transformers, `optim="adafactor"` at ZeRO stages 1 to 3: runs, with a warning and other numbers than without DeepSpeed, since '
     "it sees flat pieces and factors no matrix. At stage 0 it sees whole parameters and the numbers are the same.",
-    "Accelerate and Transformers, tensor parallelism (`autotp_size` above 1): not available in this version of "
-    "the package; `deepspeed.tp_model_init(tp_size=2)` says so.",
+    "Transformers, `from_pretrained` at ZeRO stage 3 after the arguments, with `autotp_size` above 1: version 5.24 refuses to convert "
+    "names there. Load the model before `TrainingArguments` are made.",
     "Lightning and Fabric on CPU: their DeepSpeed strategies insist on CUDA. The tests and `examples/lightning` lift that check in a "
     "subclass of Lightning's own strategy.",
     "Lightning, `accumulate_grad_batches`: Lightning divides the loss by it and so does `engine.backward`, whose count Lightning sets; "

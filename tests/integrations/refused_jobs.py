@@ -34,6 +34,12 @@ def batch_size_search(rank: int, world_size: int, model_folder: str, folder: str
     return str(caught.value)
 
 
+def cut_layers_from_file(rank: int, world_size: int, model_folder: str, folder: str, config: Any) -> str:
+    with pytest.raises(NotImplementedError) as caught:
+        make_trainer(model_folder, arguments(folder, config))
+    return str(caught.value)
+
+
 def lightning_on_cpu(rank: int, world_size: int) -> str:
     import lightning.pytorch as pl
     from lightning.pytorch.demos.boring_classes import BoringModel

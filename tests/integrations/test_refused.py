@@ -11,6 +11,7 @@ pytest.importorskip("accelerate")
 
 from tests.integrations import refused_jobs as jobs
 from tests.integrations.common import ds_config, run_job, save_model
+from tests.integrations.tensor_jobs import AUTOTP
 
 
 def test_a_weight_normed_model_cannot_be_loaded_sharded(tmp_path: Path) -> None:
@@ -21,6 +22,16 @@ def test_transformers_refuses_the_search_for_a_batch_size_at_stage_3(tmp_path: P
     folder = save_model(tmp_path / "model")
     words = run_job(jobs.batch_size_search, folder, str(tmp_path), ds_config(3))
     assert "`auto_find_batch_size` isn't supported yet with DeepSpeed Zero-3" in words
+
+
+@pytest.mark.matrix
+def test_transformers_refuses_to_load_a_file_under_zero_init_for_ranks_that_share_layers(tmp_path: Path) -> None:
+    folder = save_model(tmp_path / "model")
+    words = run_job(jobs.cut_layers_from_file, folder, str(tmp_path), ds_config(3, **AUTOTP))
+    assert (
+        "Weight conversions (e.g., MoE expert fusion) with DeepSpeed Tensor Parallelism are not yet implemented"
+        in words
+    )
 
 
 def test_lightning_insists_on_cuda() -> None:

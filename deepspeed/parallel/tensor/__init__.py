@@ -7,6 +7,8 @@ choose.py        which table holds for a model
 collectives.py   what layers send, forward and backward face to face
 layers.py        the layers
 head.py          logits that stay cut over the vocabulary, and their loss
+regions.py       between layers each rank has some tokens
+blocks.py        where such regions are in a model
 surround.py      hooks around modules that are no layers
 apply.py         cuts a model in place
 inputs.py        whether the ranks get the same data

@@ -14,7 +14,7 @@ Invariant: all ranks do the same in the same order; nothing is changed before ev
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, cast
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from deepspeed.mesh import marks
 from deepspeed.mesh.shape import ROLES
 from deepspeed.parallel.tensor import cuts, surround
+from deepspeed.parallel.tensor.blocks import divide_blocks
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.head import find_head, replace_loss
@@ -127,7 +128,7 @@ def _share(values: Tensor, ranks: TensorGroup) -> None:
     if not values.is_meta and values.numel() and not values.is_nested and values.layout is torch.strided:
         held = values.contiguous()
         ranks.broadcast_(held)
-        if held.data_ptr() != values.data_ptr():
+        if held is not values:
             values.copy_(held)
 
 
@@ -138,12 +139,29 @@ def _cut(param: nn.Parameter, cut: Cut, ranks: TensorGroup) -> None:
             param.register_hook(partial(_summed, ranks))
         return
     own, whole = cut.ranges[ranks.rank], param.shape[cut.dim]
-    kept = [param.data.narrow(cut.dim, start, stop - start) for start, stop in own]
-    param.data = torch.cat(kept, dim=cut.dim).clone() if kept else param.data.narrow(cut.dim, 0, 0).clone()
+    param.data = _part(param.data, cut, ranks)
     param.grad = None
     marks.cut_further(param, marks.Cut(_DIM, cut.dim, own, whole))
     param.tensor_model_parallel = True  # type: ignore[attr-defined]
     param.ds_is_replaced_module = True  # type: ignore[attr-defined]
+
+
+def _part(whole: Tensor, cut: Cut, ranks: TensorGroup) -> Tensor:
+    assert cut.ranges is not None, "a whole parameter has no parts"
+    kept = [whole.narrow(cut.dim, start, stop - start) for start, stop in cut.ranges[ranks.rank]]
+    return torch.cat(kept, dim=cut.dim).clone() if kept else whole.narrow(cut.dim, 0, 0).clone()
+
+
+def cut_states(states: Mapping[Tensor, dict[str, Any]], ranks: TensorGroup, drawn: Drawn) -> None:
+    """Have an optimizer's states of whole parameters, by parameter, be those of the parts: what has the whole's shape is cut."""
+    for param, cut in drawn.cuts.items():
+        if cut.ranges is None or param not in states:
+            continue
+        whole = list(param.shape)
+        whole[cut.dim] = sum(cut.lengths)
+        for name, value in states[param].items():
+            if isinstance(value, Tensor) and list(value.shape) == whole:
+                states[param][name] = _part(value, cut, ranks)
 
 
 def _summed(ranks: TensorGroup, grad: Tensor) -> Tensor:
@@ -182,11 +200,23 @@ class _Plan:
             self.drawn.turns.append(partial(narrow, self.modules[name], heads, self.ranks.rank))
             self._biases(self.modules[name], heads)
             self._norms(name, heads)
+        if self.wishes.has_regions:
+            self._divide_tokens()
         if self.wishes.cuts_head:
             owner, head, _ = find_head(self.model)
             lengths = self.drawn.cuts[cast(nn.Parameter, self.modules[head].weight)].lengths
             self.drawn.turns.append(partial(replace_loss, owner, self.ranks, lengths))
         return self.drawn
+
+    def _divide_tokens(self) -> None:
+        """Between layers, to be done after the layers were turned."""
+        known = self.drawn.cuts
+
+        def sum_gradient(param: nn.Parameter) -> None:
+            known.setdefault(param, Cut(0, None))
+
+        decisions = dict(self._expanded())
+        self.drawn.turns += divide_blocks(self.model, self.ranks, decisions, known.__contains__, sum_gradient)
 
     def _biases(self, attention: nn.Module, heads: Heads) -> None:
         """What is added to scores head by head: a table of distances inside of the module, or an argument (ALiBi)."""

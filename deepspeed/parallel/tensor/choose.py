@@ -31,6 +31,8 @@ class Wishes:
     grain: int = 1
     cuts_head: bool | None = None
     """Keep logits cut over the vocabulary, and compute the loss from them."""
+    has_regions: bool = False
+    """Ranks have some tokens each between layers."""
     is_part: bool = False
     """The model is a stage's layers: what a rule names may be on another stage."""
 

@@ -105,17 +105,40 @@ class TensorGroup:
         parts = [torch.empty_like(padded) for _ in lengths]
         self.count(padded.nbytes * self.size)
         with COMMUNICATION.during("tensor.all_gather", padded.nbytes):
-            dist.all_gather(parts, padded, group=self.group)
+            self._all_gather(parts, padded)
         return torch.cat([part.narrow(-1, 0, length) for part, length in zip(parts, lengths, strict=True)], dim=-1)
 
     def own(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
         """This rank's slice of the last dim."""
         return x.narrow(-1, sum(lengths[: self.rank]), lengths[self.rank]).contiguous()
 
+    def all_parts(self, x: Tensor, dim: int) -> Tensor:
+        """All ranks' `x`, of equal shapes, end to end in `dim`."""
+        parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
+        self.count(x.nbytes * self.size)
+        with COMMUNICATION.during("tensor.all_gather", x.nbytes):
+            self._all_gather(parts, x.contiguous())
+        return torch.cat(parts, dim=dim)
+
+    def summed_part(self, x: Tensor, dim: int) -> Tensor:
+        """This rank's equal part in `dim` of the sum of all ranks' `x`."""
+        parts = [part.contiguous() for part in x.chunk(self.size, dim=dim)]
+        own = torch.empty_like(parts[self.rank])
+        self.count(x.nbytes)
+        with COMMUNICATION.during("tensor.reduce_scatter", x.nbytes):
+            self._reduce_scatter(own, parts)
+        return own
+
     def broadcast_(self, x: Tensor) -> None:
         """The first rank's values, on every rank."""
         if self.size > 1:
             dist.broadcast(x, group=self.group, group_src=0)
+
+    def _all_gather(self, parts: list[Tensor], own: Tensor) -> None:
+        dist.all_gather(parts, own, group=self.group)
+
+    def _reduce_scatter(self, own: Tensor, parts: list[Tensor]) -> None:
+        dist.reduce_scatter(own, parts, group=self.group)
 
     def count(self, nbytes: int) -> None:
         """Add what a collective of `nbytes` on every rank sends, as a ring does."""

@@ -25,8 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspeed.parallel.tensor.collectives import ColumnOverlapped, TensorGroup
+from deepspeed.parallel.tensor.regions import Region
 
-_PART = "tensor_part"
+PART = "tensor_part"
+"""The attribute of a layer that has its `Part`."""
 _PLAIN = ("FalconLinear",)
 """Classes whose own forward is the base's product, written differently."""
 
@@ -45,18 +47,33 @@ class Part:
     """HeadLinear: the heads to give out, in order, perhaps one several times."""
     num_heads: int = 1
     """HeadLinear: how many there are in the weight."""
+    region: Region | None = None
+    """Where ranks have some tokens each between layers: what enters was gathered, and what leaves is scattered."""
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether tokens are divided now."""
+        return self.region is not None and self.region.is_open
+
+    def enter(self, x: Tensor) -> Tensor:
+        """What a column layer multiplies."""
+        return x if self.is_divided else self.ranks.enter(x)
+
+    def leave(self, x: Tensor) -> Tensor:
+        """What becomes of a row layer's part."""
+        return self.region.scatter(x) if self.region is not None and self.region.is_open else self.ranks.leave(x)
 
 
 def part_of(module: nn.Module) -> Part:
     """What `turn` was given."""
-    part = module.__dict__[_PART]
+    part = module.__dict__[PART]
     assert isinstance(part, Part)
     return part
 
 
 def turn(module: nn.Module, kind: type[nn.Module], part: Part) -> None:
     """Have `module` be a layer of `kind`; its parameters were cut already."""
-    module.__dict__[_PART] = part
+    module.__dict__[PART] = part
     module.__class__ = kind
 
 
@@ -66,10 +83,10 @@ class ColumnLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """[.., in] whole -> [.., out of this rank], or [.., out]."""
         part = part_of(self)
-        if part.overlaps and part.ranks.size > 1 and torch.is_grad_enabled():
+        if part.overlaps and not part.is_divided and part.ranks.size > 1 and torch.is_grad_enabled():
             out: Tensor = ColumnOverlapped.apply(x, self.weight, self.bias, part.ranks)
         else:
-            out = F.linear(part.ranks.enter(x), self.weight, self.bias)
+            out = F.linear(part.enter(x), self.weight, self.bias)
         if not part.gathers:
             return out
         part.ranks.forget()
@@ -90,7 +107,7 @@ class HeadLinear(nn.Linear):
         needed = sorted(set(part.heads))
         first, last = needed[0] * width, (needed[-1] + 1) * width
         bias = None if self.bias is None else self.bias[first:last]
-        out = F.linear(part.ranks.enter(x), self.weight[first:last], bias)
+        out = F.linear(part.enter(x), self.weight[first:last], bias)
         if list(part.heads) == needed:
             return out
         index = torch.tensor([head - needed[0] for head in part.heads], device=out.device)
@@ -105,7 +122,7 @@ class RowLinear(nn.Linear):
         part = part_of(self)
         if part.splits:
             x = part.ranks.split(x, part.lengths)
-        out = part.ranks.leave(F.linear(x, self.weight))
+        out = part.leave(F.linear(x, self.weight))
         return out if self.bias is None else out + self.bias
 
     def extra_repr(self) -> str:

@@ -113,10 +113,12 @@ def read_different_data(rank: int, world_size: int) -> None:
     engine.destroy()
 
 
-def optimizer_first(rank: int, world_size: int) -> None:
+def optimizer_first(rank: int, world_size: int, stage: int, tp: int) -> None:
+    """An optimizer that was made before, and has stepped twice: its states go on with the parts."""
     model = small("llama")
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
-    told = {key: value for key, value in config(2).items() if key != "optimizer"}
+    plain_steps(model, optimizer, 2)
+    told = {key: value for key, value in config(tp, stage).items() if key != "optimizer"}
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, model_parameters=list(model.parameters()), config=told
     )
@@ -128,13 +130,19 @@ def optimizer_first(rank: int, world_size: int) -> None:
         losses.append(float(loss.detach()))
     engine.destroy()
     plain = small("llama")
-    stepped = torch.optim.AdamW(plain.parameters(), lr=1e-2)
-    for loss in losses:
-        expected = plain(**batch(2)).loss
-        expected.backward()
-        stepped.step()
-        stepped.zero_grad()
-        assert loss == pytest.approx(float(expected.detach()), rel=1e-5)
+    assert losses == pytest.approx(plain_steps(plain, torch.optim.AdamW(plain.parameters(), lr=1e-2), 5)[2:], rel=1e-5)
+
+
+def plain_steps(model: nn.Module, optimizer: torch.optim.Optimizer, num: int) -> list[float]:
+    """The losses of some steps of plain PyTorch on one batch."""
+    losses = []
+    for _ in range(num):
+        loss = model(**batch(2)).loss
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def compare_under_init(rank: int, world_size: int) -> dict[str, float]:

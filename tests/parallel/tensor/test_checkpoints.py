@@ -9,6 +9,7 @@ import torch
 
 from tests.harness import run_ranks
 from tests.parallel.tensor import checkpoint_runs as runs
+from tests.parallel.tensor.models import LONG
 
 pytest.importorskip("transformers")
 
@@ -17,6 +18,23 @@ def test_a_checkpoint_loads_at_another_size(tmp_path: Path) -> None:
     first = run_ranks(2, runs.save, str(tmp_path), 2, 2, timeout=120.0)
     exported = torch.load(tmp_path / "export" / "model.bin")
     assert exported["model.layers.0.self_attn.q_proj.weight"].shape == (32, 32)
-    for other_tp, other_world in ((1, 1), (1, 2), (2, 2)):
+    for other_tp, other_world in ((1, 1), (2, 2)):
         for losses in run_ranks(other_world, runs.resume, str(tmp_path), other_tp, 2):
             assert losses == pytest.approx(first[0], rel=1e-5)
+
+
+LAYOUTS = ((1, 1), (2, 2), (4, 4), (2, 4), (1, 2))
+"""(ranks that share layers, all ranks)"""
+
+
+@LONG
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("saved", LAYOUTS, ids=lambda layout: "tp{}of{}".format(*layout))
+def test_any_size_loads_into_any_other_at_any_stage(tmp_path: Path, saved: tuple[int, int], stage: int) -> None:
+    first = run_ranks(saved[1], runs.save, str(tmp_path), saved[0], stage, timeout=120.0)
+    for position, (tp, world) in enumerate(LAYOUTS):
+        now = (stage + position) % 4
+        for losses in run_ranks(world, runs.resume, str(tmp_path), tp, now, timeout=120.0):
+            assert losses == pytest.approx(first[0], rel=1e-5), (
+                f"{saved} at stage {stage} into {(tp, world)} at stage {now}"
+            )

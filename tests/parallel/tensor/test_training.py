@@ -75,9 +75,10 @@ def test_a_layer_sends_what_the_formula_says_at_every_size(ranks: int) -> None:
     assert max(three) - max(one) == num_layers * num_sums * (2 * nbytes * (ranks - 1) // ranks)  # each in whole bytes
 
 
-def test_zero_stages_are_bit_equal_to_one_another_beside_tensor_parallelism() -> None:
-    by_stage = [run_ranks(4, runs.train, "llama", 2, stage, {}) for stage in (0, 1, 2, 3)]
-    for stage, found in enumerate(by_stage):
+@pytest.mark.parametrize("stages", [(0, 3), pytest.param((0, 1, 2, 3), marks=LONG)])
+def test_zero_stages_are_bit_equal_to_one_another_beside_tensor_parallelism(stages: tuple[int, ...]) -> None:
+    by_stage = [run_ranks(4, runs.train, "llama", 2, stage, {}) for stage in stages]
+    for stage, found in zip(stages, by_stage, strict=True):
         for (losses, weights), (expected_losses, expected) in zip(found, by_stage[0], strict=True):
             assert losses == expected_losses
             for name, value in expected.items():
@@ -114,8 +115,12 @@ def test_ranks_that_read_different_data_are_told_so_by_the_contracts_words() -> 
     run_ranks(2, runs.read_different_data)
 
 
-def test_an_optimizer_that_came_first_goes_on_with_the_parts() -> None:
-    run_ranks(2, runs.optimizer_first)
+@pytest.mark.parametrize(
+    "stage", [1, pytest.param(0, marks=LONG), pytest.param(2, marks=LONG), pytest.param(3, marks=LONG)]
+)
+@pytest.mark.parametrize("tp", [2, pytest.param(1, marks=LONG)])
+def test_an_optimizer_that_stepped_first_goes_on_with_the_parts(stage: int, tp: int) -> None:
+    run_ranks(2, runs.optimizer_first, stage, tp)
 
 
 def test_a_model_that_zero_init_sharded_is_cut() -> None:
