@@ -34,7 +34,7 @@ class Earlier:
 
 
 def take(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> dict[str, Earlier]:
-    """By name, the states of an optimizer, which then has none."""
+    """By name, the states that an optimizer has of the model's parameters, and then has no more."""
     if optimizer is None or not optimizer.state or isinstance(optimizer, AveragesItself):
         return {}
     found, anew = {}, []
@@ -57,7 +57,8 @@ def take(optimizer: torch.optim.Optimizer | None, module: nn.Module) -> dict[str
             f"{type(optimizer).__name__} has stepped before deepspeed.initialize: its states of {anew[0]}"
             f"{f' and {len(anew) - 1} more' if len(anew) > 1 else ''} are not one number for each element, and begin anew."
         )
-    optimizer.state.clear()
+    if found or anew:  # else they are of another engine's runs, which `zero.runs` tells of
+        optimizer.state.clear()
     return found
 
 
