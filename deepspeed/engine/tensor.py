@@ -89,6 +89,11 @@ def cut_model(model: nn.Module, mesh: Mesh, config: Config, size: int, optimizer
             "  Give both the same size (a PipelineModule by topology=PipeModelDataParallelTopology(num_pp, num_mp, num_dp)), or leave "
             "the mpu out."
         )
+    if config.tensor_parallel.sequence_parallel_regions and mesh.size("sequence") > 1:
+        raise DeepSpeedConfigError(
+            f"tensor_parallel.sequence_parallel_regions = true beside sequence parallelism over {mesh.size('sequence')} ranks, which has "
+            "parts of sequences everywhere.\n  Leave out one of them."
+        )
     if PARSED not in model.__dict__:
         _cut(model, mesh, config, optimizer)
     requested.set_autotp_mode(training=True)

@@ -25,7 +25,7 @@ pytest.importorskip("transformers")
 
 from tests.parallel.tensor.models import LONG
 
-LENGTH, WORLD = 256, 2
+LENGTH, WORLD = 128, 2
 CASES: tuple[tuple[int, dict[str, Any]], ...] = (
     (2, {"sequence_parallel_regions": True}),
     (0, {}),

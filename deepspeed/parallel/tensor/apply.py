@@ -211,6 +211,11 @@ class _Plan:
     def _divide_tokens(self) -> None:
         """Between layers, to be done after the layers were turned."""
         known = self.drawn.cuts
+        other = "tp_overlap_comm" if self.wishes.overlaps else "a pipeline's stages" if self.wishes.is_part else None
+        if other is not None:
+            raise DeepSpeedConfigError(
+                f"tensor_parallel.sequence_parallel_regions = true beside {other}, which is not there.\n  Leave out one of them."
+            )
 
         def sum_gradient(param: nn.Parameter) -> None:
             known.setdefault(param, Cut(0, None))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import deepspeed
+from deepspeed.memory.measure import measure_peak
 from deepspeed.mesh import marks
 from deepspeed.parallel.tensor.apply import carry_out, draw
 from deepspeed.parallel.tensor.choose import PLAN, Wishes, require_found
@@ -156,6 +158,25 @@ def compare_under_init(rank: int, world_size: int) -> dict[str, float]:
     found = {"loss": abs(float(own.detach()) - loss) / loss, "norm": abs(engine.get_global_grad_norm() - norm) / norm}
     engine.destroy()
     return {**found, "cut": 1.0, "grad": 0.0}
+
+
+class _CutError(Exception):
+    """The layers are cut; what comes then is not looked at."""
+
+
+def peak_of_cutting(rank: int, world_size: int) -> float:
+    """The peak of a rank that builds a model under zero.Init and cuts it, in parts of the whole model."""
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 32}
+    whole = sum(p.numel() for p in small("llama", **sizes).parameters()) * 4
+
+    def cut() -> None:
+        with deepspeed.zero.Init(config_dict_or_path=config(world_size, 3)):
+            model = small("llama", **sizes)
+        with pytest.raises(_CutError):
+            deepspeed.initialize(model=model, config=config(world_size, 3))
+
+    with patch("deepspeed.engine.build.build", side_effect=_CutError):
+        return measure_peak(cut).allocated_nbytes / whole
 
 
 def compare_adapters(rank: int, world_size: int) -> None:

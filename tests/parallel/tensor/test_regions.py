@@ -8,6 +8,9 @@ import pytest
 import torch
 
 import deepspeed
+from deepspeed.parallel.tensor.apply import draw
+from deepspeed.parallel.tensor.choose import Wishes
+from deepspeed.parallel.tensor.collectives import TensorGroup
 from tests.harness import run_ranks
 from tests.parallel.tensor import runs
 from tests.parallel.tensor.models import LONG, batch, small
@@ -122,3 +125,12 @@ def refuse(rank: int, world_size: int) -> None:
 
 def test_what_cannot_be_divided_is_refused_by_name() -> None:
     run_ranks(2, refuse)
+
+
+@pytest.mark.parametrize(
+    ("wishes", "words"),
+    [(Wishes(has_regions=True, overlaps=True), "tp_overlap_comm"), (Wishes(has_regions=True, is_part=True), "stages")],
+)
+def test_what_it_does_not_go_with_is_refused_by_name(wishes: Wishes, words: str) -> None:
+    with pytest.raises(ValueError, match=rf"sequence_parallel_regions = true beside .*{words}"):
+        draw(small("llama"), TensorGroup(None, 0, 2), wishes)

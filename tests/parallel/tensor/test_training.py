@@ -127,6 +127,10 @@ def test_a_model_that_zero_init_sharded_is_cut() -> None:
     check(run_ranks(2, runs.compare_under_init))
 
 
+def test_no_rank_has_the_whole_of_a_model_that_zero_init_sharded() -> None:
+    assert max(run_ranks(2, runs.peak_of_cutting)) < 0.75  # a half, the largest parameter, and what is on its way
+
+
 def test_adapters_train_beside_cut_layers() -> None:
     pytest.importorskip("peft")
     run_ranks(2, runs.compare_adapters)
