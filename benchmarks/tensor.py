@@ -110,7 +110,7 @@ def make(name: str, rank: int, layers: int, width: int) -> nn.Module:
         plan = {"gate": ColwiseParallel(), "up": ColwiseParallel(), "down": RowwiseParallel()}
         mesh = init_device_mesh("cpu", (WORLD,))
         for mlp in mlps:
-            parallelize_module(mlp, mesh, plan)  # type: ignore[arg-type]
+            parallelize_module(mlp, mesh, plan)
     return model
 
 

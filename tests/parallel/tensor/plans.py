@@ -15,7 +15,30 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 _DEPTHS = ("num_hidden_layers", "n_layers", "n_layer", "num_layers", "encoder_layers", "decoder_layers")
 _PER_LAYER = ("layer_types", "mlp_layer_types", "layers_block_type")
 _NUM_LAYERS = 4
+_MOE = {"num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 64}
+_ROPE = {kind: {"rope_type": "default", "rope_theta": 1e4} for kind in ("full_attention", "sliding_attention")}
+_OCR = {
+    "num_hidden_layers": _NUM_LAYERS,
+    "mlp_layer_types": ["dense", "sparse", "sparse", "sparse"],
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+}
 FILLED: dict[str, dict[str, Any]] = {
+    "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
+    "cohere_compass_text": {"rope_parameters": _ROPE},
+    "deepseek_ocr2": {"text_config": _OCR},
+    "deepseek_ocr2_text": _OCR,
+    "diffusion_gemma": {"text_config": _MOE},
+    "diffusion_gemma_text": _MOE,
+    "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "hunyuan_vl": {"text_config": {"head_dim": 128}},
+    "lfm2_moe": {"num_hidden_layers": _NUM_LAYERS, "layer_types": ["conv", "full_attention"] * 2},
+    "nemotron": {"num_key_value_heads": 8, "head_dim": 128},
+    "qwen3_omni_moe_talker_text": {"shared_expert_intermediate_size": 64},
+    "t5gemma2_decoder": {"dropout_rate": 0.0},
+    "t5gemma2_encoder": {"text_config": {"dropout_rate": 0.0}},
+    "t5gemma2_text": {"dropout_rate": 0.0},
     "hunyuan_v1_dense": {"head_dim": 128},
     "hunyuan_v1_moe": {"head_dim": 128},
     "hunyuan_vl_text": {"head_dim": 128},

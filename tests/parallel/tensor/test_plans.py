@@ -19,6 +19,9 @@ EXPECTED = {
     "dots3_note_vision_encoder": "finds nothing to cut",  # its plan is of experts, which it has not by default
 }
 
+UNBUILT = {"gemma3n", "granite4_vision", "qwen3_omni_moe", "qwen4_exp", "qwen4_exp_text", "t5_gemma_module"}
+"""Not built by their configurations' defaults: timm is missing, sizes are left to checkpoints, no model of its own."""
+
 
 @pytest.mark.timeout(900)
 def test_every_plan_applies_on_meta() -> None:
@@ -30,4 +33,4 @@ def test_every_plan_applies_on_meta() -> None:
         assert not {
             name: words for name, words in others.items() if EXPECTED.get(name, "") not in words or name not in EXPECTED
         }
-        assert len(unbuilt) <= len(asked) // 10
+        assert unbuilt <= UNBUILT
