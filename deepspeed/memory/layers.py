@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from deepspeed.assembly.tensor import layer_wishes
 from deepspeed.config import Config
-from deepspeed.parallel.tensor.apply import carry_out, draw
+from deepspeed.parallel.tensor.apply import PARSED, carry_out, draw
 from deepspeed.parallel.tensor.choose import require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
 
@@ -54,8 +54,8 @@ def layer_ranks(config: Config) -> int:
 
 
 def cut_layers(model: nn.Module, config: Config) -> None:
-    """Have `model`, which has shapes only, be the first rank's parts. Raises what the engine raises."""
-    if (size := layer_ranks(config)) == 1:
+    """Have `model`, which has shapes only, be the first rank's parts, unless it is parts already. Raises what the engine raises."""
+    if (size := layer_ranks(config)) == 1 or PARSED in model.__dict__:
         return
     ranks = AbsentRanks(size)
     chosen, drawn = draw(model, ranks, layer_wishes(config))
