@@ -18,12 +18,13 @@ AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
 
 @contextlib.contextmanager
 def cleaned(accelerator: Any) -> Iterator[None]:
-    """Take down the mesh that Accelerate makes of the first tensor-parallel ranks."""
+    """Take down the mesh that Accelerate makes of the first tensor-parallel ranks; of all ranks it is the world, which stays."""
     try:
         yield
     finally:
         mesh = getattr(accelerator.state, "ds_device_mesh", None)
-        if mesh is not None and mesh.get_coordinate() is not None:
+        is_own = mesh is not None and mesh.size() < torch.distributed.get_world_size()
+        if is_own and mesh.get_coordinate() is not None:
             torch.distributed.destroy_process_group(mesh.get_group())
 
 
