@@ -75,7 +75,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
         outer, (grad_x, grad_weight, grad_bias) = grads[0], ctx.grads
-        if torch._C._autograd._get_current_graph_task_keep_graph():  # type: ignore[attr-defined]
+        if torch._C._autograd._get_current_graph_task_keep_graph():
             return _times(grad_x, outer), None, _times(grad_weight, outer), _times(grad_bias, outer), None, None
         ctx.grads = None, None, None  # nobody asks again: the tensors themselves are handed on
         for grad in (grad_x, grad_weight, grad_bias):
