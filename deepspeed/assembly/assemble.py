@@ -124,11 +124,21 @@ def mark_leaves(module: nn.Module, config: Config) -> None:
             inner.__dict__[LEAF_MARK] = True
 
 
-def parameter_groups(model: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
-    """Parameter groups as dicts; default one group with every parameter of the model. Empty groups stay."""
-    given = list(model.parameters() if model_parameters is None else model_parameters)
+def as_lists(model_parameters: Iterable[Any] | None) -> list[Any] | None:
+    """What a user gave as parameters or groups of them, which may be generators, to be read more than once."""
+    if model_parameters is None:
+        return None
+    given = list(model_parameters)
     if given and isinstance(given[0], dict):
         return [{**group, "params": list(group["params"])} for group in given]
+    return given
+
+
+def parameter_groups(model: nn.Module, model_parameters: Iterable[Any] | None) -> list[dict[str, Any]]:
+    """Parameter groups as dicts; default one group with every parameter of the model. Empty groups stay."""
+    given = as_lists(model.parameters() if model_parameters is None else model_parameters)
+    if given and isinstance(given[0], dict):
+        return given
     return [{"params": given}] if given else []
 
 

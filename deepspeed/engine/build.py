@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -74,7 +73,7 @@ class Given:
     user_config: dict[str, Any]
     model: nn.Module
     optimizer: Any
-    model_parameters: Iterable[Any] | None
+    model_parameters: list[Any] | None
     lr_scheduler: Any
     mpu: Any
     device: torch.device

@@ -88,7 +88,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             self._user_config,
             model,
             innermost(optimizer),
-            model_parameters,
+            assemble.as_lists(model_parameters),
             lr_scheduler,
             mpu,
             self._device,

@@ -265,6 +265,21 @@ def surface(rank: int, world_size: int) -> None:
     engine.destroy()
 
 
+def generated_groups(rank: int, world_size: int) -> list[tuple[float, int]]:
+    """Learning rates and sizes of groups that come from generators, as are their parameters."""
+    model = WithExtras()
+    groups = ({"params": (p for p in (param,)), "lr": 0.25} for param in model.parameters())
+    with small_units():
+        engine = deepspeed.initialize(model=model, config=make_config(0, micro=1), model_parameters=groups)[0]
+    found = [(group["lr"], len(group["params"])) for group in engine.optimizer.param_groups]
+    engine.destroy()
+    return found
+
+
+def test_parameters_and_groups_may_come_from_generators() -> None:
+    assert run_ranks(2, generated_groups) == [[(0.25, 1)] * 2] * 2
+
+
 def test_the_engine_and_optimizer_have_the_surface_integrations_use() -> None:
     run_ranks(2, surface)
 
