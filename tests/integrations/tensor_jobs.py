@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed import distributed_c10d
 
 from tests.integrations import trainer_jobs
 from tests.integrations.common import ByteDataset
@@ -17,15 +18,17 @@ AUTOTP = {"tensor_parallel": {"autotp_size": 2}}
 
 
 @contextlib.contextmanager
-def cleaned(accelerator: Any) -> Iterator[None]:
-    """Take down the mesh that Accelerate makes of the first tensor-parallel ranks; of all ranks it is the world, which stays."""
+def cleaned() -> Iterator[None]:
+    """Take down the groups of the meshes that Accelerate makes of the first tensor-parallel ranks; the world stays."""
     try:
         yield
     finally:
-        mesh = getattr(accelerator.state, "ds_device_mesh", None)
-        is_own = mesh is not None and mesh.size() < torch.distributed.get_world_size()
-        if is_own and mesh.get_coordinate() is not None:
-            torch.distributed.destroy_process_group(mesh.get_group())
+        world = torch.distributed.group.WORLD
+        made = [
+            group for group in distributed_c10d._world.pg_map if group.group_desc == "mesh_tp" and group is not world
+        ]
+        for group in made:
+            torch.distributed.destroy_process_group(group)
 
 
 def train(
@@ -50,7 +53,7 @@ def train(
     args = trainer_jobs.arguments(folder, deepspeed, **more, **changes)
     data = {"train_dataset": ByteDataset(64), "eval_dataset": ByteDataset(12, offset=64)}
     trainer = Trainer(model=model, args=args, **data)  # type: ignore[arg-type]
-    with cleaned(trainer.accelerator):
+    with cleaned():
         trainer.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{resume_from}") if resume_from else None)
         evaluation = trainer.evaluate()
         trainer.save_model(str(Path(folder) / f"saved{world_size}"))
@@ -83,7 +86,7 @@ def loop(
     loader = DataLoader(ByteDataset(16), batch_size=2)
     model, optimizer, loader = accelerator.prepare(model, optimizer, loader)
     losses, norms = [], []
-    with cleaned(accelerator):
+    with cleaned():
         if resumes:
             accelerator.load_state(folder)
         for step, batch in enumerate(loader):
