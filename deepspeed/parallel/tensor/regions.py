@@ -20,16 +20,19 @@ After Korthikanti et al. (arXiv:2205.05198), sec. 4.2.2; products keep their gat
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from deepspeed.parallel.tensor.collectives import Context, TensorGroup
+from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.utils.errors import DeepSpeedError
 
 _TOKENS = 1
 """The dim of tokens in hidden states, [batch, tokens, width]."""
+
+_Way = Callable[[Tensor, TensorGroup], Tensor]
 
 
 class Region:
@@ -56,17 +59,17 @@ class Region:
             return output
         self.ranks.forget()
         hidden = output[0] if isinstance(output, tuple) else output
-        whole = _Close.apply(hidden, self.ranks)
+        whole = _Move.apply(hidden, self.ranks, _CLOSE)
         return (whole, *output[1:]) if isinstance(output, tuple) else whole
 
     def gather(self, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """Before a module whose products see whole sequences."""
-        return _changed(args, kwargs, lambda x: _Gather.apply(x, self.ranks)) if self.is_open else (args, kwargs)
+        return _changed(args, kwargs, lambda x: _Move.apply(x, self.ranks, _GATHER)) if self.is_open else (args, kwargs)
 
     def scatter(self, x: Tensor) -> Tensor:
         """The own tokens of the sum of all ranks' `x`."""
         self.ranks.forget()
-        own: Tensor = _Scatter.apply(x, self.ranks)
+        own: Tensor = _Move.apply(x, self.ranks, _SCATTER)
         return own
 
     def _own(self, hidden: Tensor) -> Tensor:
@@ -76,7 +79,7 @@ class Region:
                 f"tensor_parallel.sequence_parallel_regions: hidden states are {tuple(hidden.shape)}, and {self.ranks.size} ranks do "
                 "not divide their tokens.\n  Pad batches to a multiple (pad_to_multiple_of), or leave the key out."
             )
-        opened: Tensor = _Open.apply(hidden, self.ranks)
+        opened: Tensor = _Move.apply(hidden, self.ranks, _OPEN)
         return opened
 
 
@@ -91,45 +94,26 @@ def _own(x: Tensor, ranks: TensorGroup) -> Tensor:
     return x.chunk(ranks.size, dim=_TOKENS)[ranks.rank].contiguous()
 
 
-class _Open(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, ranks: TensorGroup) -> Tensor:
-        ctx.ranks = ranks
-        return _own(x, ranks)
+def _all(x: Tensor, ranks: TensorGroup) -> Tensor:
+    return ranks.all_parts(x, _TOKENS)
+
+
+def _summed(x: Tensor, ranks: TensorGroup) -> Tensor:
+    return ranks.summed_part(x, _TOKENS)
+
+
+_OPEN, _CLOSE, _GATHER, _SCATTER = (_own, _all), (_all, _own), (_all, _summed), (_summed, _all)
+"""What happens to tokens in the forward, and to their gradients in the backward."""
+
+
+class _Move(torch.autograd.Function):
+    """One of these pairs."""
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.all_parts(grad, _TOKENS), None
-
-
-class _Close(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, ranks: TensorGroup) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.all_parts(x, _TOKENS)
+    def forward(ctx: Any, x: Tensor, ranks: TensorGroup, pair: tuple[_Way, _Way]) -> Tensor:
+        ctx.ranks, ctx.back = ranks, pair[1]
+        return pair[0](x, ranks)
 
     @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return _own(grad, ctx.ranks), None
-
-
-class _Gather(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, ranks: TensorGroup) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.all_parts(x, _TOKENS)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.summed_part(grad, _TOKENS), None
-
-
-class _Scatter(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Context, x: Tensor, ranks: TensorGroup) -> Tensor:
-        ctx.ranks = ranks
-        return ranks.summed_part(x, _TOKENS)
-
-    @staticmethod
-    def backward(ctx: Context, grad: Tensor) -> tuple[Tensor, None]:
-        return ctx.ranks.all_parts(grad, _TOKENS), None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grads[0], ctx.ranks), None, None
