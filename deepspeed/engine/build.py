@@ -278,11 +278,12 @@ def _build_zero(
 
 def _quantize(given: Given, policy: ZeroPolicy) -> None:
     """What `weight_quantization` says; and all quantized weights become parameters where parameters are sharded."""
-    held = given.optimizer.param_groups if isinstance(given.optimizer, torch.optim.Optimizer) else []
-    if given.model_parameters is not None or given.config.optimizer is not None:
-        held = [*held, *assemble.parameter_groups(given.model, given.model_parameters)]
-    trained = [param for group in held for param in group["params"]]
-    quantized.quantize(given.model, given.config, given.user_config, trained)
+    if given.config.weight_quantization.enabled:
+        held = given.optimizer.param_groups if isinstance(given.optimizer, torch.optim.Optimizer) else []
+        if given.model_parameters is not None or given.config.optimizer is not None:
+            held = [*held, *assemble.parameter_groups(given.model, given.model_parameters)]
+        trained = [param for group in held for param in group["params"]]
+        quantized.quantize(given.model, given.config, given.user_config, trained)
     if policy.parameters.is_sharded and quantized.pack(given.model, policy.parameters.dtype):
         quantized.check_moves_bits(given.config)
 
