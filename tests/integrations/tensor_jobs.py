@@ -40,6 +40,7 @@ def train(
     *,
     saves: bool = False,
     resume_from: int | None = None,
+    num_evaluated: int = 12,
     **changes: Any,
 ) -> dict[str, Any]:
     """Train, evaluate, save the model; with checkpoints at every third step, or from one of them on.
@@ -51,7 +52,7 @@ def train(
     model = AutoModelForCausalLM.from_pretrained(model_folder)
     more = {"save_strategy": "steps", "save_steps": 3} if saves or resume_from else {}
     args = trainer_jobs.arguments(folder, deepspeed, **more, **changes)
-    data = {"train_dataset": ByteDataset(64), "eval_dataset": ByteDataset(12, offset=64)}
+    data = {"train_dataset": ByteDataset(64), "eval_dataset": ByteDataset(num_evaluated, offset=64)}
     trainer = Trainer(model=model, args=args, **data)  # type: ignore[arg-type]
     with cleaned():
         trainer.train(resume_from_checkpoint=str(Path(folder) / f"checkpoint-{resume_from}") if resume_from else None)
