@@ -234,12 +234,12 @@ def _print(rows: list[dict[str, Any]], rate: str, near: int) -> None:
         )
 
 
-def losses(num_seeds: int, num_steps: int) -> None:
+def losses(num_seeds: int, num_steps: int, factor_max: float, only: str) -> None:
     """Final losses of every optimizer, from several seeds, on 2 ranks of this machine."""
     import torch.multiprocessing as mp
 
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_train_all, (num_seeds, num_steps, queue), nprocs=2, start_method="spawn")
+    mp.start_processes(_train_all, (num_seeds, num_steps, factor_max, only, queue), nprocs=2, start_method="spawn")
     found: dict[str, list[float]] = {}
     while not queue.empty():
         name, loss = queue.get()
@@ -252,10 +252,11 @@ def losses(num_seeds: int, num_steps: int) -> None:
     base = {"LAMB": "LAMB", "1-bit LAMB": "LAMB"}
     means = {name: statistics.mean(values) for name, values in found.items()}
     for name, mean in means.items():
-        print(f"| {name} | {mean:.4f} | {100 * (mean / means[base.get(name, 'Adam')] - 1):+.2f} % |")
+        plain = means.get(base.get(name, "Adam"), mean)
+        print(f"| {name} | {mean:.4f} | {100 * (mean / plain - 1):+.2f} % |")
 
 
-def _train_all(rank: int, num_seeds: int, num_steps: int, queue: Any) -> None:
+def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, only: str, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}  # fmt: skip
     import torch
@@ -287,7 +288,10 @@ def _train_all(rank: int, num_seeds: int, num_steps: int, queue: Any) -> None:
         ),
         "LAMB": ({"type": "Lamb", "params": {"lr": 5 * lr, "bias_correction": False, "betas": betas}}, {"stage": 0}),
         "1-bit LAMB": (
-            {"type": "OneBitLamb", "params": {"lr": 5 * lr, "freeze_step": freeze, "betas": betas}},
+            {
+                "type": "OneBitLamb",
+                "params": {"lr": 5 * lr, "freeze_step": freeze, "betas": betas, "factor_max": factor_max},
+            },
             {"stage": 0},
         ),
         "stage 3, qwZ + qgZ": (
@@ -297,6 +301,8 @@ def _train_all(rank: int, num_seeds: int, num_steps: int, queue: Any) -> None:
     }
     for seed in range(num_seeds):
         for name, (optimizer, zero) in kinds.items():
+            if only not in name:
+                continue
             torch.manual_seed(seed)
             config = config_of(optimizer, zero, False, 1, 8)
             config["scheduler"] = {"type": "WarmupDecayLR", "params": {
@@ -336,12 +342,14 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--loss", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--factor-max", type=float, default=1.5, help="of 1-bit LAMB, with --loss")
+    parser.add_argument("--only", default="", help="optimizers whose name has this, with --loss")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
         work(args.ranks_per_node, args.steps)
     elif args.loss:
-        losses(args.seeds, max(args.steps, 300))
+        losses(args.seeds, max(args.steps, 300), args.factor_max, args.only)
     else:
         throttled(args.rate, args.ranks_per_node, args.steps)
 

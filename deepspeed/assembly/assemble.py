@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from deepspeed.mesh.mesh import world_size
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import split_for_muon
 from deepspeed.optim.schedules import build_scheduler
-from deepspeed.optim.traits import StepsFused
+from deepspeed.optim.traits import AveragesItself, StepsFused
 from deepspeed.parallel.sequence import parallel_state
 from deepspeed.precision import DynamicLossScale, StaticLossScale
 from deepspeed.tiers import Tier
@@ -101,6 +102,19 @@ def make_policy(config: Config, model: nn.Module) -> ZeroPolicy:
         param_tier=param_tier(config),
         optimizer_tier=optimizer_tier(config),
     )
+
+
+def with_whole_states(policy: ZeroPolicy, optimizer: torch.optim.Optimizer | None) -> ZeroPolicy:
+    """The policy that an optimizer can be stepped by: one that needs whole states has them whole, which one line says."""
+    if not (isinstance(optimizer, AveragesItself) and optimizer.needs_whole_states and policy.optimizer.is_sharded):
+        return policy
+    if policy.gradients.is_sharded:
+        return policy  # refused where it is stepped, with the reason
+    warn_once(
+        f"zero_optimization.stage = 1 shards nothing with {type(optimizer).__name__}: between two averages each rank steps whole "
+        "parameters of its own, so all of its state is whole, as at stage 0. OneBitAdam shards its variance and masters."
+    )
+    return replace(policy, optimizer=replace(policy.optimizer, sharded_over=()))
 
 
 def make_limits(config: Config) -> Limits:

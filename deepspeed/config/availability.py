@@ -219,12 +219,6 @@ TOGETHER: tuple[Exclusion, ...] = (
         "this optimizer averages whole momenta by itself, and from stage 2 on a rank keeps a slice of averaged gradients",
         "Set stage to 0 or 1, or use another optimizer.",
     ),
-    Exclusion(
-        ("optimizer.type", _STAGE),
-        lambda c: _optimizer(c) == "zerooneadam" and c.zero_optimization.stage == 1,
-        "between two averages this optimizer steps whole parameters of each rank's own, which stage 1 shards",
-        "Set stage to 0, or use OneBitAdam.",
-    ),
     *(
         Exclusion(
             ("optimizer.type", key),

@@ -225,6 +225,7 @@ def _build_zero(
     policy = assemble.make_policy(config, model)
     _quantize(given, policy)
     basic = _basic_optimizer(given, gone)
+    policy = assemble.with_whole_states(policy, basic)
     scale_guard = LossScaleGuard(assemble.make_scale(config))
     watch = BackwardWatch()
     watch.on_begin.append(scale_guard.check)  # before the hooks' listener, which gathers

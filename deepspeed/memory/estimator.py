@@ -163,9 +163,9 @@ class Estimator:
             raise DeepSpeedError(f"tensor_parallel.autotp_size = {sharers} does not divide world_size = {world_size}.")
         world_size //= sharers
         trace = self.trace(config, plan)
-        policy = assemble.make_policy(config, trace.model)
         assemble.mark_leaves(trace.model, config)
         optimizer, notes = self._make_optimizer(trace.model, config)
+        policy = assemble.with_whole_states(assemble.make_policy(config, trace.model), optimizer)
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size
         placing = make_placing(config, policy, torch.device(self.device_type))

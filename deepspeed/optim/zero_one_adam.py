@@ -1,6 +1,6 @@
 """0/1 Adam: Adam whose variance is updated ever more rarely, then local steps with a compressed average now and then.
 
-Built by `optim.build` ("ZeroOneAdam") or by the user (`deepspeed.runtime.fp16.onebit.zoadam`); stepped by ZeRO 0, or alone.
+Built by `optim.build` ("ZeroOneAdam") or by the user (`deepspeed.runtime.fp16.onebit.zoadam`); stepped by ZeRO 0 (and 1, which then shards nothing), or alone.
 
     steps 1 .. var_freeze_step     t a multiple of k_v: m and v from the mean of the gradients, in full precision
                                    else: m from their compressed mean

@@ -65,11 +65,7 @@ def check_placements(optimizer: AveragesItself, owner: ZeroOptimizer) -> None:
             f"{name} averages whole momenta between devices, but its state is offloaded (zero_optimization.offload_optimizer).\n"
             "  Leave the state on the device, or use Adam."
         )
-    if optimizer.needs_whole_states and owner.policy.optimizer.is_sharded:
-        raise DeepSpeedConfigError(
-            f"{name} steps whole parameters of each rank's own between two averages, but ZeRO stage {owner.zero_stage} shards masters "
-            "and states.\n  Use stage 0, or OneBitAdam."
-        )
+    assert not (optimizer.needs_whole_states and owner.policy.optimizer.is_sharded), "the policy has its states whole"
     everyone = owner.mesh.gather_objects("average", optimizer.agreed_settings)
     for rank, theirs in enumerate(everyone):
         for key in theirs:

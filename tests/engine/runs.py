@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,12 @@ from tests.models import Batch, build, make_batches, rank_share, to_dtype, total
 
 LONG = pytest.mark.skipif(os.environ.get("DS_TEST_LONG") != "1", reason="the whole matrix: make test-wire")
 """Of cases that go the same way as one that is always run."""
+
+
+def long_but(short: Sequence[tuple[Any, ...]], every: Iterable[tuple[Any, ...]]) -> list[Any]:
+    """All cases, of which only the short ones are always run."""
+    return [case if case in short else pytest.param(*case, marks=LONG) for case in every]
+
 
 LR = 3e-3
 EPS = 1e-5

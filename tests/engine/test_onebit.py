@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ import torch
 
 import deepspeed
 from deepspeed.utils.errors import DeepSpeedConfigError
-from tests.engine.runs import EPS, LONG, LR, engine_of, make_config, train, whole_weights
+from tests.engine.runs import EPS, LONG, LR, engine_of, long_but, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
 from tests.optim.onebit_oracle import Simulated, onebit_adam, onebit_lamb, zero_one_adam
@@ -32,11 +31,6 @@ def simulated(name: str, world_size: int, accumulation: int, num_steps: int) -> 
     model = build(name)
     batches = make_batches(model, num_steps=num_steps, accumulation=accumulation, samples=SAMPLES)
     return onebit_adam(model, batches, world_size, freeze_step=FREEZE, lr=LR, eps=EPS, weight_decay=0.01)
-
-
-def long_but(short: Sequence[tuple[Any, ...]], every: Iterable[tuple[Any, ...]]) -> list[Any]:
-    """All cases, of which only the short ones are always run."""
-    return [case if case in short else pytest.param(*case, marks=LONG) for case in every]
 
 
 @pytest.mark.parametrize(
@@ -66,9 +60,11 @@ def other_config(kind: str, stage: int, world_size: int, **params: Any) -> dict[
     return {**config, "optimizer": {"type": kind, "params": settings}}
 
 
-@pytest.mark.parametrize("world_size", [pytest.param(1, marks=LONG), 2, pytest.param(3, marks=LONG)])
-def test_zero_one_adam_has_the_bits_of_a_simulation_in_one_process(world_size: int) -> None:
-    config = other_config("ZeroOneAdam", 0, world_size, **LOCAL)
+@pytest.mark.parametrize(
+    ("stage", "world_size"), long_but([(1, 2)], [(stage, size) for stage in (0, 1) for size in (1, 2, 3)])
+)
+def test_zero_one_adam_has_the_bits_of_a_simulation_in_one_process(stage: int, world_size: int) -> None:
+    config = other_config("ZeroOneAdam", stage, world_size, **LOCAL)
     run, *_ = run_ranks(world_size, train, "gpt_tied", config, num_steps=12)
     model = build("gpt_tied")
     batches = make_batches(model, num_steps=12, accumulation=1, samples=SAMPLES)
@@ -146,9 +142,10 @@ KINDS = {
 @pytest.mark.parametrize(
     ("kind", "stage", "before"),
     long_but(
-        [("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 6)],
+        [("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 1, 6)],
         [("OneBitAdam", 0, 2), ("OneBitAdam", 0, 5), ("OneBitAdam", 1, 2), ("OneBitAdam", 1, 5),
-         ("OneBitLamb", 0, 5), ("OneBitLamb", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 2), ("ZeroOneAdam", 0, 6)],
+         ("OneBitLamb", 0, 5), ("OneBitLamb", 1, 2), ("OneBitLamb", 1, 5), ("ZeroOneAdam", 0, 2), ("ZeroOneAdam", 0, 6),
+         ("ZeroOneAdam", 1, 6)],
     ),
 )  # fmt: skip
 def test_a_resumed_run_is_bit_for_bit_the_uninterrupted_one(kind: str, stage: int, before: int, tmp_path: Path) -> None:
@@ -190,8 +187,13 @@ def low_precision(rank: int, world_size: int, config: dict[str, Any]) -> dict[st
         }
 
 
-@pytest.mark.parametrize("precision", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 64}}])
-@pytest.mark.parametrize("stage", [0, 1])
+BF16, FP16 = {"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 64}}
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"),
+    long_but([(0, FP16), (1, BF16)], [(stage, precision) for stage in (0, 1) for precision in (BF16, FP16)]),
+)
 def test_low_precision_keeps_fp32_states_and_equal_weights_on_all_ranks(stage: int, precision: dict[str, Any]) -> None:
     first, second = run_ranks(2, low_precision, config_of(stage, 2, **precision))
     assert first["dtype"] is torch.float32
@@ -215,7 +217,7 @@ def after_the_freeze_with_a_bad_gradient(rank: int, world_size: int, stage: int)
         return engine.skipped_steps, finite, engine.get_global_grad_norm()
 
 
-@pytest.mark.parametrize("stage", [0, 1])
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=LONG), 1])
 def test_a_step_with_nan_on_one_rank_is_skipped_on_all_and_the_errors_stay_clean(stage: int) -> None:
     for skipped, is_finite, norm in run_ranks(2, after_the_freeze_with_a_bad_gradient, stage):
         assert (skipped, is_finite) == (1, True)

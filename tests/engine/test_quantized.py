@@ -52,7 +52,10 @@ def test_the_loss_is_that_of_plain_stage_3_within_half_a_percent(
     assert run.losses != plain(10, accumulation).losses
 
 
-@pytest.mark.parametrize("precision", [{"bf16": {"enabled": True}}, {"fp16": {"enabled": True, "loss_scale": 64}}])
+@pytest.mark.parametrize(
+    "precision",
+    [pytest.param({"bf16": {"enabled": True}}, marks=LONG), {"fp16": {"enabled": True, "loss_scale": 64}}],
+)
 def test_low_precision_goes_with_it(precision: dict[str, Any]) -> None:
     config = zeropp(2, zero=QUANTIZED, **precision)
     run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=10, samples=SAMPLES)
@@ -60,7 +63,7 @@ def test_low_precision_goes_with_it(precision: dict[str, Any]) -> None:
     assert run.skipped == 0
 
 
-@pytest.mark.parametrize("stage", [1, 2])
+@pytest.mark.parametrize("stage", [pytest.param(1, marks=LONG), 2])
 def test_gradients_are_quantized_below_stage_3_too(stage: int) -> None:
     config = zeropp(2, stage=stage, zero={"zero_quantized_gradients": True})
     run, *_ = run_ranks(2, train, "gpt_tied", config, num_steps=10, samples=SAMPLES)

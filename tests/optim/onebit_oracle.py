@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -88,6 +89,34 @@ class Simulated:
         return total / self.num_ranks
 
 
+class Replayed(Simulated):
+    """The same of weights by name, whose gradients are known: batch i is every rank's gradients of step i.
+
+    dtype: of the gradients, to which their mean is rounded. scale: of the loss, which is divided out afterwards.
+    """
+
+    def __init__(
+        self, weights: dict[str, Tensor], num_ranks: int, dtype: torch.dtype = torch.float32, scale: float = 1.0
+    ) -> None:
+        model = nn.Module()
+        for name, weight in weights.items():
+            model.register_parameter(name.replace(".", "/"), nn.Parameter(weight.clone()))
+        super().__init__(model, num_ranks)
+        self._dtype, self._scale = dtype, scale
+
+    def gradients(self, micro_batches: Sequence[Any]) -> list[dict[str, Tensor]]:
+        """Every rank's, as they were recorded."""
+        return [
+            {name.replace(".", "/"): grad.float() / self._scale for name, grad in theirs.items()}
+            for theirs in micro_batches
+        ]
+
+    def mean(self, local: Sequence[dict[str, Tensor]], name: str) -> Tensor:
+        """See Simulated: of the scaled gradients, in their dtype."""
+        mean = super().mean([{name: theirs[name] * self._scale} for theirs in local], name)
+        return mean.to(self._dtype).float() / self._scale
+
+
 Step = Callable[[list[dict[str, Tensor]]], None]
 
 
@@ -100,8 +129,8 @@ def apply_(p: Tensor, update: Tensor, lr: float, weight_decay: float) -> None:
 
 
 def onebit_adam(
-    model: nn.Module,
-    batches: Sequence[Sequence[Batch]],
+    model: nn.Module | Simulated,
+    batches: Sequence[Sequence[Any]],
     num_ranks: int,
     *,
     freeze_step: int,
@@ -110,8 +139,8 @@ def onebit_adam(
     betas: tuple[float, float] = (0.9, 0.999),
     weight_decay: float = 0.0,
 ) -> Simulated:
-    """Train with 1-bit Adam (arXiv:2102.02888, algorithm 1)."""
-    run = Simulated(model, num_ranks)
+    """Train with 1-bit Adam (arXiv:2102.02888, algorithm 1); the model may be a run that was made already."""
+    run = model if isinstance(model, Simulated) else Simulated(model, num_ranks)
     moments = {name: torch.zeros_like(p) for name, p in run.params.items()}
     squares = {name: torch.zeros_like(p) for name, p in run.params.items()}
     compressions = {name: Compression(num_ranks, p.numel()) for name, p in run.params.items()}
@@ -132,8 +161,8 @@ def onebit_adam(
 
 
 def zero_one_adam(
-    model: nn.Module,
-    batches: Sequence[Sequence[Batch]],
+    model: nn.Module | Simulated,
+    batches: Sequence[Sequence[Any]],
     num_ranks: int,
     *,
     full_steps: Sequence[int],
@@ -146,7 +175,7 @@ def zero_one_adam(
 ) -> Simulated:
     """Train with 0/1 Adam (arXiv:2202.06009, algorithm 1). Steps count from 1; v is updated in `full_steps`, frozen after
     `freeze_step`, and local steps are averaged in `average_steps`."""
-    run = Simulated(model, num_ranks)
+    run = model if isinstance(model, Simulated) else Simulated(model, num_ranks)
     ranks = range(num_ranks)
     copies = [copy.deepcopy(run.model) for _ in ranks]
     params = [{n: p for n, p in one.named_parameters() if p.requires_grad} for one in copies]
@@ -197,8 +226,8 @@ def zero_one_adam(
 
 
 def onebit_lamb(
-    model: nn.Module,
-    batches: Sequence[Sequence[Batch]],
+    model: nn.Module | Simulated,
+    batches: Sequence[Sequence[Any]],
     num_ranks: int,
     *,
     freeze_step: int,
@@ -212,7 +241,7 @@ def onebit_lamb(
     factor_threshold: float = 0.1,
 ) -> Simulated:
     """Train with 1-bit LAMB (arXiv:2104.06069, algorithm 1), the parameters in the order of `params`."""
-    run = Simulated(model, num_ranks)
+    run = model if isinstance(model, Simulated) else Simulated(model, num_ranks)
     zeros = {name: torch.zeros_like(p) for name, p in run.params.items()}
     moments, squares, fresh = ({name: t.clone() for name, t in zeros.items()} for _ in range(3))
     coeffs, factors = dict.fromkeys(zeros, 0.0), dict.fromkeys(zeros, 1.0)
