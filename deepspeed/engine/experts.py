@@ -17,10 +17,9 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.engine.expert_load import warn_of_unused_coefficient
 from deepspeed.kernels.grouped import Ways
 from deepspeed.mesh import Mesh
-from deepspeed.mesh.shape import Role
 from deepspeed.parallel.expert import attach, hugging_face, listed, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
 
 
@@ -50,14 +49,6 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
-        _refuse_unshown(model, mesh, config)
-    if mesh.size("tensor") > 1 and any(
-        getattr(module, "enable_expert_tensor_parallelism", False) for module in model.modules()
-    ):
-        raise NotAvailableError(
-            "enable_expert_tensor_parallelism = True is not available yet: experts are not cut over tensor-parallel ranks.\n"
-            "  Leave it False: every tensor-parallel rank then has whole experts."
-        )
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
     return _spread_found(model, mesh, config.expert_parallel) if config.expert_parallel.enabled else Gone()
@@ -107,20 +98,6 @@ def _refuse_sharded(name: str, module: nn.Module, mesh: Mesh) -> None:
         raise DeepSpeedConfigError(
             f"the experts of {name} were sharded by zero.Init (or an earlier engine) before expert_parallel could spread them.\n"
             "  Build the model without zero.Init; with expert_parallel a rank then keeps its own experts only."
-        )
-
-
-def _refuse_unshown(model: nn.Module, mesh: Mesh, config: Config) -> None:
-    """Only fused experts of Hugging Face models have been shown to equal one process beside these."""
-    kind = "MoE layers" if attach.ep_size_of(model) > 1 else ""
-    if not kind and config.expert_parallel.enabled and listed.find(model, config.expert_parallel):
-        kind = "experts that are a list of modules"
-    others: dict[Role, str] = {"tensor": "tensor parallelism", "sequence": "parts of sequences"}
-    beside = [f"{text} on {mesh.size(role)} ranks" for role, text in others.items() if mesh.size(role) > 1]
-    if kind and beside:
-        raise NotAvailableError(
-            f"{kind} on {mesh.size('experts')} ranks together with {' and '.join(beside)} are not available yet: nobody has shown "
-            "that they equal one process.\n  Leave one of the two out, or use a model whose experts are fused (expert_parallel)."
         )
 
 

@@ -14,11 +14,12 @@ from torch import nn
 
 from deepspeed.assembly.tensor import layer_wishes
 from deepspeed.config import Config
+from deepspeed.engine import cut_experts
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
 from deepspeed.parallel.tensor import requested
 from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, cut_states, draw
-from deepspeed.parallel.tensor.choose import Chosen, Wishes, require_found
+from deepspeed.parallel.tensor.choose import Chosen, Wishes, choose, require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import check_first_forward
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
@@ -120,7 +121,7 @@ def _drawn(model: nn.Module, mesh: Mesh, ranks: TensorGroup, wishes: Wishes) -> 
     mine: tuple[Chosen, Drawn] | None = None
     refusal: DeepSpeedError | None = None
     try:
-        mine = draw(model, ranks, wishes)
+        mine = draw(model, ranks, wishes, cut_experts.decide(model, choose(model, wishes)))
     except DeepSpeedError as error:
         refusal = error
     told = mesh.gather_objects("pipeline", mine[0] if mine is not None else str(refusal))

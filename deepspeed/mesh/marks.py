@@ -113,6 +113,11 @@ def cut_further(param: nn.Parameter, cut: Cut) -> None:
     mark(param, replace(before, cuts=(*before.cuts, cut)))
 
 
+def mark_expert(param: nn.Parameter, expert: Expert) -> None:
+    """Mark a parameter as an expert's, beside what it is already: a column of a layer that its script has cut."""
+    param.__dict__[_ATTRIBUTE] = replace(of(param), expert=expert)
+
+
 def mark_tied(param: nn.Parameter, *, counts: bool) -> None:
     """Mark a parameter that other stages of the pipeline have too; beside what it is already. `counts`: on one of them."""
     param.__dict__[_ATTRIBUTE] = replace(of(param), counts=counts)

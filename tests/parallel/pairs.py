@@ -14,8 +14,11 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.mesh import marks
+from deepspeed.moe.layer import MoE
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from tests.parallel.expert import lists
+from tests.parallel.expert.models import NUM_EXPERTS, FeedForward, Loop, set_values
 from tests.parallel.sequence.runs import Batch, batch_of, cut, loss_of, tiny_model
 from tests.parallel.tensor.runs import error, part
 
@@ -25,12 +28,16 @@ ADAM = {"lr": 1e-2, "eps": 1e-4, "weight_decay": 0.0}
 
 @dataclass(frozen=True)
 class Way:
-    """How ranks are divided: `tp` share layers, `sp` a sequence, `ep` experts. `zero`: more of that section."""
+    """How ranks are divided: `tp` share layers, `sp` a sequence, `ep` experts. `zero`: more of that section.
+
+    `experts`: in the place of each block's network, "native" `MoE` layers, "cut" ones (over `tp`, too), or a "list".
+    """
 
     tp: int = 1
     sp: int = 1
     ep: int = 1
     stage: int = 0
+    experts: str = ""
     zero: dict[str, Any] = field(default_factory=dict)
     model: dict[str, Any] = field(default_factory=dict)
     more: dict[str, Any] = field(default_factory=dict)
@@ -46,18 +53,74 @@ class Way:
         }
         if self.tp > 1:
             made["tensor_parallel"] = {"autotp_size": self.tp}
-        if self.ep > 1:
+        if self.ep > 1 and not self.is_native:
             made["expert_parallel"] = {"enabled": True, "autoep_size": self.ep}
         return made
 
-    def made(self) -> nn.Module:
-        """The model, with the same values for everyone."""
-        model = tiny_model(**self.model)
+    @property
+    def is_native(self) -> bool:
+        """Whether the model's own code has `MoE` layers."""
+        return self.experts in ("native", "cut")
+
+    def made(self, *, is_plain: bool = False) -> Any:
+        """The model, with the same values for everyone; `is_plain`: of plain PyTorch alone."""
+        model: Any = tiny_model(**self.model)
+        for i, layer in enumerate(model.model.layers if self.experts else ()):
+            width = model.config.hidden_size
+            layer.mlp = lists.Routed(width) if self.experts == "list" else Native(self._native(width, is_plain))
+            first = 0 if is_plain else torch.distributed.get_rank() // self.tp % self.ep * NUM_EXPERTS // self.ep
+            set_values(layer.mlp, _whole_names(layer.mlp, first, i))
+            layer.mlp.requires_grad_(False).apply(_shrink).requires_grad_()
         with torch.no_grad():  # so that routers tell experts apart
             for name, param in model.named_parameters():
                 if "mlp.gate." in name:
                     param.mul_(20)
         return model
+
+    def _native(self, width: int, is_plain: bool) -> nn.Module:
+        if is_plain:
+            return Loop(2, use_residual=self.experts == "cut", width=width)
+        return MoE(
+            width, FeedForward(width), NUM_EXPERTS, self.ep, k=2, use_residual=self.experts == "cut", drop_tokens=False,
+            top2_2nd_expert_sampling=False, enable_expert_tensor_parallelism=self.experts == "cut",
+        )  # fmt: skip
+
+
+class Native(nn.Module):
+    """A layer with experts that gives its output alone."""
+
+    def __init__(self, moe: nn.Module) -> None:
+        super().__init__()
+        self.moe = moe
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.moe(x.view(-1, x.shape[-1]))[0].view(x.shape)
+
+
+def _shrink(module: nn.Module) -> None:
+    """Values at which a step does not make rounding visible."""
+    for param in module.parameters(recurse=False):
+        param.mul_(0.3)
+
+
+def _whole_names(model: nn.Module, first: int, layer: int) -> dict[str, str]:
+    """Of parameters: what their values follow from. Local experts begin at `first`."""
+    found = {}
+    for name, _ in model.named_parameters():
+        head, middle, tail = name.partition(".deepspeed_experts.")
+        local, _, rest = tail.partition(".")
+        found[name] = f"{layer}.{head}{middle}{int(local) + first}.{rest}" if middle else f"{layer}.{name}"
+    return found
+
+
+def whole_name(name: str, param: nn.Parameter) -> str:
+    """In the whole model: an expert has its number there."""
+    expert = marks.of(param).expert
+    for middle in (".deepspeed_experts.", ".mlp.experts."):
+        head, found, tail = name.partition(middle)
+        if found and expert is not None:
+            return f"{head}{found}{expert.index}.{tail.partition('.')[2]}"
+    return name
 
 
 EXPERTS = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
@@ -86,7 +149,7 @@ def batches(num: int, shares: int) -> list[list[Batch]]:
 
 def plain(way: Way, shares: int, num: int = STEPS) -> tuple[list[float], list[float], dict[str, Tensor], Any]:
     """Losses, norms, the first gradients, and the model after `num` steps in one process."""
-    model = way.made()
+    model = way.made(is_plain=True)
     params = list(model.parameters())
     optimizer = torch.optim.AdamW(params, **ADAM)
     losses, norms, first = [], [], {}
@@ -128,8 +191,8 @@ def train(rank: int, world: int, way: Way) -> dict[str, float]:
     def look() -> None:
         for name, param in engine.module.named_parameters():
             got = deepspeed.utils.safe_get_full_grad(param)
-            if name in first:
-                found["grad"] = max(found["grad"], error(got, part(first[name], param)))
+            if (whole := whole_name(name, param)) in first:
+                found["grad"] = max(found["grad"], error(got, _part(first[whole], param)))
             found["cut"] += bool(marks.of(param).cuts)
 
     for i, of_step in enumerate(batches(STEPS, shares)):
@@ -139,10 +202,14 @@ def train(rank: int, world: int, way: Way) -> dict[str, float]:
     weights = dict(oracle.named_parameters())
     for name, param in engine.module.named_parameters():
         got = deepspeed.utils.safe_get_full_fp32_param(param)
-        want = part(weights[name].detach(), param)
+        want = _part(weights[whole_name(name, param)].detach(), param)
         found["weight"] = max(found["weight"], float((got - want).abs().max()) if want.numel() else 0.0)
     stop(engine)
     return found
+
+
+def _part(whole: Tensor, param: nn.Parameter) -> Tensor:
+    return part(whole, param) if marks.of(param).cuts else whole
 
 
 def save(rank: int, world: int, way: Way, folder: str) -> list[float]:

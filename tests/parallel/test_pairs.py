@@ -12,11 +12,10 @@ from torch import nn
 
 import deepspeed
 from deepspeed.mesh.mesh import _meshes as meshes
-from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
+from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import run_ranks
 from tests.parallel import pairs
 from tests.parallel.pairs import EXPERTS, Way
@@ -27,6 +26,7 @@ LONG = pytest.mark.skipif(os.environ.get("DS_TEST_LONG") != "1", reason="the who
 TENSOR_SEQUENCE = Way(tp=2, sp=2)
 EXPERTS_SEQUENCE = Way(sp=2, ep=2, model=EXPERTS)
 EXPERTS_TENSOR = Way(tp=2, ep=2, model=EXPERTS)
+EXPERTS_CUT = Way(tp=2, ep=2, stage=2, experts="cut")
 MICS, HPZ = {"mics_shard_size": 2}, {"zero_hpz_partition_size": 2}
 
 
@@ -50,12 +50,21 @@ SHOWN: list[tuple[int, Way]] = [
     (8, Way(tp=2, sp=2, ep=2, stage=2, model=EXPERTS)),
     (8, Way(tp=2, sp=2, ep=2, stage=3, model=EXPERTS)),
     (8, Way(tp=2, sp=4, stage=1)),
+    *((4, Way(tp=2, ep=2, stage=stage, experts=kind)) for kind in ("cut", "native", "list") for stage in (2, 0, 1, 3)),
+    *((4, Way(sp=2, ep=2, stage=stage, experts=kind)) for kind in ("native", "list") for stage in (0, 1, 2, 3)),
 ]
+OF_EVERY_DAY = 3
+"""How many of them, beside experts that layers' ranks cut."""
 """What docs/composability.md lists; the first ones are tests of every day."""
 
 
 @pytest.mark.parametrize(
-    ("world", "way"), [pytest.param(*each, marks=[] if each[0] == 4 else LONG) for each in SHOWN], ids=str
+    ("world", "way"),
+    [
+        pytest.param(*each, marks=[] if i < OF_EVERY_DAY or each[1] == EXPERTS_CUT else LONG)
+        for i, each in enumerate(SHOWN)
+    ],
+    ids=str,
 )
 def test_pairs_equal_one_process(world: int, way: Way) -> None:
     check(world, way)
@@ -86,6 +95,9 @@ ALONE_EXPERTS = (1, Way(model=EXPERTS))
         pytest.param(ALONE_EXPERTS, (4, replace(EXPERTS_SEQUENCE, stage=3)), marks=LONG),
         ((4, replace(EXPERTS_TENSOR, stage=1)), ALONE_EXPERTS),
         pytest.param(ALONE_EXPERTS, (4, replace(EXPERTS_TENSOR, stage=3)), marks=LONG),
+        pytest.param((4, EXPERTS_CUT), (1, Way(experts="cut")), marks=LONG),
+        pytest.param((1, Way(experts="cut")), (4, replace(EXPERTS_CUT, stage=3)), marks=LONG),
+        pytest.param((4, Way(tp=2, ep=2, stage=3, experts="list")), (2, Way(experts="list")), marks=LONG),
         pytest.param((8, Way(tp=2, stage=3, zero=MICS)), ALONE, marks=LONG),
         pytest.param(ALONE, (8, Way(tp=2, stage=3, zero=MICS)), marks=LONG),
         pytest.param((8, Way(tp=2, stage=3, zero=HPZ)), (2, Way(sp=2, stage=1)), marks=LONG),
@@ -117,32 +129,6 @@ def test_sizes_that_an_mpu_contradicts_are_refused_on_every_rank() -> None:
     for tensor, sequence in run_ranks(4, contradictions):
         assert tensor.startswith("tensor_parallel.autotp_size = 2, but the mpu has 1")
         assert sequence.startswith("sequence_parallel_size = 2, but by the mpu 1 ranks")
-
-
-def native_beside(rank: int, world_size: int) -> list[str]:
-    """What is said of layers with experts of their own beside layers and sequences that are divided."""
-    words = []
-    for section in (
-        {"tensor_parallel": {"autotp_size": 2, "partition_config": COLUMN}},
-        {"sequence_parallel_size": 2},
-    ):
-        model = nn.Sequential(nn.Linear(8, 8), MoE(8, nn.Linear(8, 8), num_experts=4, ep_size=2))
-        with pytest.raises(NotAvailableError) as caught:
-            deepspeed.initialize(model=model, config={"train_micro_batch_size_per_gpu": 1, **section})
-        words.append(str(caught.value))
-        assert not any(mesh.num_users for mesh in meshes.values()), "no engine lives"
-    return words
-
-
-COLUMN = {"layer_specs": [{"patterns": ["^0.weight$"], "partition_type": "column"}]}
-
-
-def test_layers_with_experts_beside_what_nobody_has_shown_are_refused_on_every_rank() -> None:
-    for tensor, sequence in run_ranks(4, native_beside):
-        assert tensor.startswith(
-            "MoE layers on 2 ranks together with tensor parallelism on 2 ranks are not available yet"
-        )
-        assert sequence.startswith("MoE layers on 2 ranks together with parts of sequences on 2 ranks")
 
 
 def too_many(rank: int, world_size: int) -> str:

@@ -15,7 +15,8 @@ from typing import NamedTuple
 from torch import nn
 
 from deepspeed.mesh import Mesh, marks
-from deepspeed.mesh.marks import Expert, Mark
+from deepspeed.mesh.marks import Expert
+from deepspeed.parallel.expert.gate import Noise
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -56,16 +57,19 @@ def ep_size_of(model: nn.Module) -> int:
 def attach(model: nn.Module, mesh: Mesh) -> list[Named]:
     """Give every layer its ranks and mark its parameters; the names of local experts. Collective if experts are spread."""
     named = []
+    noise = Noise(mesh.group("tensor", "tokens")) if mesh.size("tensor") > 1 else None
     for number, (_, layer) in enumerate(expert_layers(model)):
+        if noise is not None:
+            layer.gate.noise = noise
         if layer.ep_size == 1:
             continue
         connect(layer.place, mesh, number)
         layer._set_ep_group(layer.place.group)
         named.append(Named(layer.experts.deepspeed_experts, layer.experts.names(layer.place)))
         for i, expert in enumerate(layer.experts.deepspeed_experts):
-            made = Mark(expert=Expert(layer.place.first + i, layer.place.num_experts, layer.ep_group_name))
+            made = Expert(layer.place.first + i, layer.place.num_experts, layer.ep_group_name)
             for param in expert.parameters():
-                marks.mark(param, made)
+                marks.mark_expert(param, made)
                 param.allreduce, param.group_name = False, layer.ep_group_name  # type: ignore[attr-defined]
     return named
 

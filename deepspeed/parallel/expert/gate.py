@@ -49,6 +49,25 @@ Dense = tuple[Tensor, Tensor, Tensor, Tensor]
 """(l_aux, combine weights [s, e, c], dispatch mask [s, e, c], exp_counts)."""
 
 
+class Noise:
+    """What is drawn for a gate: by each rank for itself, or the first one's for all ranks that have the same tokens."""
+
+    def __init__(self, group: Any = None) -> None:
+        self._group = group
+
+    def __deepcopy__(self, memo: Any) -> Noise:
+        return self
+
+    def same(self, drawn: Tensor) -> Tensor:
+        """`drawn`, or in its place what the group's first rank drew. Collective over the group, if there is one."""
+        if self._group is not None:
+            torch.distributed.broadcast(drawn, group=self._group, group_src=0)
+        return drawn
+
+
+OWN_NOISE = Noise()
+
+
 def gumbel_like(logits: Tensor) -> Tensor:
     """Standard Gumbel noise."""
     tiny = torch.finfo(torch.float32).tiny
@@ -66,11 +85,12 @@ def top1gating(
     ep_group: Any = None,
     sparse_routes: bool = False,
     use_tutel: bool = False,
+    noise: Noise = OWN_NOISE,
 ) -> Dense | Routes:
     """Each of [s, experts] logits to one expert. `used_token` [s] of 0 and 1 leaves tokens out."""
     s, num_experts = logits.shape
     gates = F.softmax(logits.float(), dim=1)
-    noisy = logits.float() + gumbel_like(logits) if noisy_gate_policy == "RSample" else gates
+    noisy = logits.float() + noise.same(gumbel_like(logits)) if noisy_gate_policy == "RSample" else gates
     chosen = noisy.argmax(dim=1)
     mask = F.one_hot(chosen, num_experts)
     if used_token is not None:
@@ -79,7 +99,7 @@ def top1gating(
     l_aux = (gates.mean(dim=0) * mask.float().mean(dim=0)).sum() * num_experts
     if drop_tokens:
         capacity = capacity_of(s, num_experts, capacity_factor, min_capacity)
-        priority = mask * torch.rand_like(gates) if use_rts else mask.float()
+        priority = mask * noise.same(torch.rand_like(gates)) if use_rts else mask.float()
         mask = mask * _first(priority, min(capacity, s))
     else:
         capacity = 0 if sparse_routes else _largest(counts, ep_group)
@@ -98,6 +118,7 @@ def top2gating(
     ep_group: Any = None,
     top2_2nd_expert_sampling: bool = True,
     sparse_routes: bool = False,
+    noise: Noise = OWN_NOISE,
 ) -> Dense | Routes:
     """Each of [s, experts] logits to two experts, the second drawn by its probability."""
     s, num_experts = logits.shape
@@ -105,7 +126,7 @@ def top2gating(
     gates = F.softmax(logits, dim=1)
     first = gates.argmax(dim=1)
     mask1 = F.one_hot(first, num_experts)
-    noisy = logits + gumbel_like(logits) if top2_2nd_expert_sampling else logits
+    noisy = logits + noise.same(gumbel_like(logits)) if top2_2nd_expert_sampling else logits
     second = noisy.masked_fill(mask1.bool(), float("-inf")).argmax(dim=1)
     mask2 = F.one_hot(second, num_experts)
     l_aux = (gates.mean(dim=0) * mask1.float().mean(dim=0)).mean() * num_experts * num_experts
@@ -258,6 +279,7 @@ class TopKGate(nn.Module):
         self.top2_2nd_expert_sampling = top2_2nd_expert_sampling
         self.wall_clock_breakdown = False
         self.gate_time = 0.0
+        self.noise = OWN_NOISE
 
     def forward(
         self, input: Tensor, used_token: Tensor | None = None, use_tutel: bool = False, sparse_routes: bool = False
@@ -266,14 +288,19 @@ class TopKGate(nn.Module):
         if used_token is not None and self.k != 1:
             raise DeepSpeedError(f"used_token is for k = 1; this gate has k = {self.k}.\n  Leave it out.")
         if self.noisy_gate_policy == "Jitter" and self.training:
-            input = input * torch.empty_like(input).uniform_(1.0 - JITTER, 1.0 + JITTER)
+            input = input * self.noise.same(torch.empty_like(input).uniform_(1.0 - JITTER, 1.0 + JITTER))
         logits = self.wg(input)
         factor = self.capacity_factor if self.training else self.eval_capacity_factor
         limits = (factor, self.min_capacity)
-        common = {"drop_tokens": self.drop_tokens, "ep_group": self.ep_group, "sparse_routes": sparse_routes}
+        common: dict[str, Any] = {
+            "drop_tokens": self.drop_tokens,
+            "ep_group": self.ep_group,
+            "sparse_routes": sparse_routes,
+        }
         if self.k == 1:
-            noise = self.noisy_gate_policy if self.training else None
-            return top1gating(logits, *limits, used_token, noise, use_rts=self.use_rts, **common)
+            policy = self.noisy_gate_policy if self.training else None
+            return top1gating(logits, *limits, used_token, policy, use_rts=self.use_rts, noise=self.noise, **common)
         if self.k == 2:
-            return top2gating(logits, *limits, top2_2nd_expert_sampling=self.top2_2nd_expert_sampling, **common)
+            sampled = self.top2_2nd_expert_sampling
+            return top2gating(logits, *limits, top2_2nd_expert_sampling=sampled, noise=self.noise, **common)
         return topkgating(logits, self.k, *limits, **common)

@@ -78,8 +78,9 @@ class MoE(nn.Module):
     count by their first item. ep_size: ranks that share the experts; divides num_experts. capacity_factor (training),
     eval_capacity_factor, min_capacity: tokens an expert takes of a rank. use_residual: mix with `expert` as a dense
     layer. noisy_gate_policy: None, 'Jitter' or 'RSample', in training. drop_tokens: False for no limit. use_rts: drop at
-    random instead of the late ones (k = 1). use_tutel: accepted, has no effect. enable_expert_tensor_parallelism: refused
-    on several tensor-parallel ranks. top2_2nd_expert_sampling: draw the second of two.
+    random instead of the late ones (k = 1). use_tutel: accepted, has no effect. enable_expert_tensor_parallelism: cut
+    experts over ranks that share layers; else each of those has whole ones. top2_2nd_expert_sampling: draw the second of
+    two.
 
     `forward(hidden_states, used_token=None)` gives (output, l_aux, exp_counts): add l_aux, times a small coefficient, to
     the loss. Raises DeepSpeedError (a ValueError and AssertionError) for arguments that do not fit.

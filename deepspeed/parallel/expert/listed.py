@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.mesh import Mesh, marks
-from deepspeed.mesh.marks import Expert, Mark
+from deepspeed.mesh.marks import Expert
 from deepspeed.parallel.expert.dispatch import run_experts
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import PLACE, ExpertPlace
@@ -111,7 +111,7 @@ def convert(block: Block, mesh: Mesh, number: int) -> tuple[dict[str, str], list
         for i, expert in zip(here, kept, strict=True):
             each: Any
             for each in expert.parameters():
-                marks.mark(each, Mark(expert=Expert(i, num, f"ep_size_{place.size}")))
+                marks.mark_expert(each, Expert(i, num, f"ep_size_{place.size}"))
                 each.allreduce, each.group_name = False, f"ep_size_{place.size}"
     module.__dict__[PLACE] = place
     module.ds_experts_child = block.child

@@ -17,7 +17,7 @@ from deepspeed.parallel.tensor import rules
 from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
 
-PLAN = "tp_plan"
+PLAN, STRUCTURE = "tp_plan", "structure"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,7 +207,7 @@ def _by_structure(model: nn.Module, is_part: bool) -> Chosen:
         for name, layer in model.named_children():
             if not isinstance(layer, nn.ModuleDict) and not any(isinstance(m, nn.ModuleList) for m in layer.modules()):
                 actions.update(_of_block(rules.by_structure(_linears(name, layer), model_type)))
-    return Chosen("structure", {name: Decision(action) for name, action in actions.items()})
+    return Chosen(STRUCTURE, {name: Decision(action) for name, action in actions.items()})
 
 
 def _linears(block_name: str, block: nn.Module) -> list[tuple[str, str | None]]:

@@ -26,9 +26,15 @@ PAIRS = [
     "Models of Transformers (Llama; Mixtral for experts), three clipped steps of packed and whole sequences; losses to 1e-6, the",
     "first gradients and norms to 1e-5 of one process. Every stage, and more ranks: `make test-pairs`. Pipelines: their page.",
     "",
-    "| tensor | sequence | experts | ZeRO | ranks | |",
-    "|--:|--:|--:|---|--:|---|",
+    "| tensor | sequence | experts | layers with experts | ZeRO | ranks | |",
+    "|--:|--:|--:|---|---|--:|---|",
 ]
+KINDS = {
+    "": "fused",
+    "native": "`MoE`",
+    "cut": "`MoE`, `enable_expert_tensor_parallelism`, residual",
+    "list": "a list of modules",
+}
 
 
 @dataclass(frozen=True)
@@ -112,7 +118,9 @@ def written_pairs() -> list[str]:
     for world, way in SHOWN:
         check(world, way)
         zero = ", ".join([str(way.stage), *(f"{key} = {value}" for key, value in way.zero.items())])
-        lines.append(f"| {way.tp} | {way.sp} | {way.ep} | {zero} | {world} | equals one process |")
+        lines.append(
+            f"| {way.tp} | {way.sp} | {way.ep} | {KINDS[way.experts] if way.ep > 1 else ''} | {zero} | {world} | equals one process |"
+        )
     return lines
 
 

@@ -17,9 +17,9 @@ EXPERTS = 4
 
 
 class Expert(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.w1, self.w2, self.w3 = (nn.Linear(*sizes, bias=False) for sizes in ((WIDTH, 6), (6, WIDTH), (WIDTH, 6)))
+        self.w1, self.w2, self.w3 = (nn.Linear(*sizes, bias=False) for sizes in ((width, 6), (6, width), (width, 6)))
         self.register_buffer("scale", torch.ones(1))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -29,11 +29,11 @@ class Expert(nn.Module):
 class Softmax(nn.Module):
     """Softmax over all, the top two to sum 1; a pair with logits."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
         self.top_k = 2
-        self.gate = nn.Linear(WIDTH, EXPERTS, bias=False)
-        self.experts = nn.ModuleList(Expert() for _ in range(EXPERTS))
+        self.gate = nn.Linear(width, EXPERTS, bias=False)
+        self.experts = nn.ModuleList(Expert(width) for _ in range(EXPERTS))
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         weights, chosen = F.softmax(logits, dim=1, dtype=torch.float).topk(self.top_k, dim=-1)
@@ -48,7 +48,7 @@ class Softmax(nn.Module):
         return total
 
     def forward(self, hidden: Tensor) -> Any:
-        x = hidden.view(-1, WIDTH)
+        x = hidden.view(-1, hidden.shape[-1])
         logits = self.gate(x)
         weights, chosen = self.choose(logits)
         return self.mix(x, weights.to(x.dtype), chosen).view(hidden.shape), logits
@@ -57,9 +57,9 @@ class Softmax(nn.Module):
 class Shared(Softmax):
     """Probabilities as they are, and an expert for every token behind a gate."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared_expert, self.shared_expert_gate = Expert(), nn.Linear(WIDTH, 1, bias=False)
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.shared_expert, self.shared_expert_gate = Expert(width), nn.Linear(width, 1, bias=False)
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         return F.softmax(logits, dim=1, dtype=torch.float).topk(self.top_k, dim=-1)
@@ -72,8 +72,8 @@ class Shared(Softmax):
 class Scaled(Softmax):
     """Sigmoid, a factor, the output alone."""
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
         self.routed_scaling_factor = 1.5
 
     def choose(self, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -87,13 +87,13 @@ class Scaled(Softmax):
 class OwnRouter(nn.Module):
     """Says which experts by itself: scores with a correction that only chooses, the better of two groups."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(EXPERTS, WIDTH))
+        self.weight = nn.Parameter(torch.zeros(EXPERTS, width))
         self.register_buffer("correction", torch.tensor([0.1, -0.2, 0.3, 0.0]))
 
     def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
-        scores = F.linear(hidden.reshape(-1, WIDTH), self.weight).sigmoid()
+        scores = F.linear(hidden.reshape(-1, hidden.shape[-1]), self.weight).sigmoid()
         corrected = scores + self.correction
         groups = corrected.view(-1, 2, 2).sum(-1)
         is_best = F.one_hot(groups.argmax(-1), 2).repeat_interleave(2, dim=1).bool()
@@ -105,12 +105,12 @@ class OwnRouter(nn.Module):
 class Routed(Softmax):
     """The router decides; shared experts are added."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.gate, self.shared_experts = OwnRouter(), Expert()
+    def __init__(self, width: int = WIDTH) -> None:
+        super().__init__(width)
+        self.gate, self.shared_experts = OwnRouter(width), Expert(width)
 
     def forward(self, hidden: Tensor) -> Any:
-        x = hidden.view(-1, WIDTH)
+        x = hidden.view(-1, hidden.shape[-1])
         chosen, weights = self.gate(hidden)
         return self.mix(x, weights, chosen).view(hidden.shape) + self.shared_experts(hidden)
 

@@ -17,42 +17,42 @@ AUX = 0.05
 class FeedForward(nn.Module):
     """One expert."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = WIDTH) -> None:
         super().__init__()
-        self.up, self.down = nn.Linear(WIDTH, 12), nn.Linear(12, WIDTH)
+        self.up, self.down = nn.Linear(width, 12), nn.Linear(12, width)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
 
 
 class LoopGate(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.wg = nn.Linear(WIDTH, NUM_EXPERTS, bias=False)
+        self.wg = nn.Linear(width, NUM_EXPERTS, bias=False)
 
 
 class LoopExperts(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.deepspeed_experts = nn.ModuleList(FeedForward() for _ in range(NUM_EXPERTS))
+        self.deepspeed_experts = nn.ModuleList(FeedForward(width) for _ in range(NUM_EXPERTS))
 
 
 class LoopLayer(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.gate, self.experts = LoopGate(), LoopExperts()
+        self.gate, self.experts = LoopGate(width), LoopExperts(width)
 
 
 class Loop(nn.Module):
     """Every token through its k most probable experts, weighed to sum 1 (k > 1); named as `MoE` names its parts."""
 
-    def __init__(self, k: int, use_residual: bool = False) -> None:
+    def __init__(self, k: int, use_residual: bool = False, width: int = WIDTH) -> None:
         super().__init__()
         self.k = k
-        self.deepspeed_moe = LoopLayer()
+        self.deepspeed_moe = LoopLayer(width)
         self.use_residual = use_residual
         if use_residual:
-            self.mlp, self.coefficient = FeedForward(), nn.Linear(WIDTH, 2)
+            self.mlp, self.coefficient = FeedForward(width), nn.Linear(width, 2)
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         probabilities = F.softmax(self.deepspeed_moe.gate.wg(x), dim=-1)

@@ -10,6 +10,8 @@ import torch.nn.functional as F
 
 from deepspeed.moe.sharded_moe import TopKGate, top1gating, top2gating, topkgating
 from deepspeed.parallel.expert.capacity import capacity_of, rows_on_the_wire
+from deepspeed.parallel.expert.gate import Noise
+from tests.harness import run_ranks
 
 S, E = 13, 4
 
@@ -151,3 +153,23 @@ def test_what_cannot_be_is_refused_in_words(call: object, text: str) -> None:
 def test_rows_on_the_wire_of_even_routing() -> None:
     assert [round(n, 3) for n in rows_on_the_wire(8, 2, 2)] == [0.786, 1.0]
     assert [round(n, 2) for n in rows_on_the_wire(64, 8, 8)] == [4.75, 7.0]
+
+
+def drawn(rank: int, world_size: int) -> list[list[int]]:
+    """First experts by each policy that draws, from seeds of their own: as in the group, and alone."""
+    values = torch.arange(64.0).view(16, 4).sin()
+    found = []
+    for noise in (Noise(torch.distributed.group.WORLD), Noise()):
+        torch.manual_seed(rank)
+        routes = [
+            top1gating(values, 0.5, 1, sparse_routes=True, noise=noise),
+            top1gating(values, 1.0, 1, None, "RSample", drop_tokens=False, sparse_routes=True, noise=noise),
+            top2gating(values, 1.0, 1, drop_tokens=False, sparse_routes=True, noise=noise),
+        ]
+        found.append([index for each in routes for index in each.indices.flatten().tolist()])
+    return found
+
+
+def test_ranks_with_the_same_tokens_draw_the_same() -> None:
+    first, second = run_ranks(2, drawn)
+    assert first[0] == second[0] == first[1] and second[1] != first[1]
