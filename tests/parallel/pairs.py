@@ -118,8 +118,9 @@ def whole_name(name: str, param: nn.Parameter) -> str:
     expert = marks.of(param).expert
     for middle in (".deepspeed_experts.", ".mlp.experts."):
         head, found, tail = name.partition(middle)
-        if found and expert is not None:
-            return f"{head}{found}{expert.index}.{tail.partition('.')[2]}"
+        number, _, rest = tail.partition(".")
+        if number.isdigit() and expert is not None:
+            return f"{head}{found}{expert.index}.{rest}"
     return name
 
 
