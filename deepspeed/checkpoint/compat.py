@@ -28,19 +28,22 @@ if __name__ == "__main__":
 '''
 
 
-def model_file_name(zero_stage: int, rank: int = 0) -> str:
-    """The name under which helpers look for a rank's model state."""
-    return f"zero_pp_rank_{rank}_mp_rank_00_model_states.pt" if zero_stage == 3 else "mp_rank_00_model_states.pt"
+def model_file_name(zero_stage: int, rank: int = 0, model_rank: int = 0) -> str:
+    """The name under which helpers look for the model state of a data-parallel rank, and of a model-parallel one."""
+    whose = f"zero_pp_rank_{rank}_" if zero_stage == 3 else ""
+    return f"{whose}mp_rank_{model_rank:02d}_model_states.pt"
 
 
-def optim_file_name(is_bf16: bool, rank: int = 0) -> str:
+def optim_file_name(is_bf16: bool, rank: int = 0, model_rank: int = 0) -> str:
     """The name under which helpers look for a rank's optimizer state."""
-    return f"{'bf16_' if is_bf16 else ''}zero_pp_rank_{rank}_mp_rank_00_optim_states.pt"
+    return f"{'bf16_' if is_bf16 else ''}zero_pp_rank_{rank}_mp_rank_{model_rank:02d}_optim_states.pt"
 
 
 def state_files(about: Mapping[str, Any], client_state: Mapping[str, Any], manifest: Manifest) -> dict[str, bytes]:
-    """File name -> content. One model file, and from ZeRO stage 1 on one optimizer file, for each rank that had one."""
-    stage, world_size = int(about["zero_stage"]), int(about["world_size"]) // int(about.get("model_parallel_size", 1))
+    """File name -> content. For each model-parallel rank (stages of a pipeline x ranks that share layers) one model file, at
+    ZeRO stage 3 one for each data-parallel rank too; from stage 1 on one optimizer file for each rank."""
+    stage, model_size = int(about["zero_stage"]), int(about.get("model_parallel_size", 1))
+    world_size = int(about["world_size"]) // model_size
     common = {"ds_config": None, "ds_version": about["deepspeed_version"]}
     model = {
         "module": None,
@@ -55,19 +58,19 @@ def state_files(about: Mapping[str, Any], client_state: Mapping[str, Any], manif
         "global_steps": about["global_steps"],
         "global_samples": about["global_samples"],
         "dp_world_size": world_size,
-        "mp_world_size": 1,
+        "mp_world_size": model_size,
         **common,
         **client_state,
     }
-    files = {model_file_name(stage): _dump(model)}
-    if stage == 0:
-        return files
     optim = {"optimizer_state_dict": {"zero_stage": stage, "partition_count": world_size}, **common}
-    data, others = _dump(optim), _dump({**model, **dict.fromkeys(client_state)})
-    for rank in range(world_size):
-        files[optim_file_name(bool(about.get("bf16")), rank)] = data
-        if stage == 3 and rank > 0:
-            files[model_file_name(stage, rank)] = others
+    first, others, states = _dump(model), _dump({**model, **dict.fromkeys(client_state)}), _dump(optim)
+    files = {}
+    for model_rank in range(model_size):
+        files[model_file_name(stage, 0, model_rank)] = first
+        for rank in range(world_size if stage > 0 else 0):
+            files[optim_file_name(bool(about.get("bf16")), rank, model_rank)] = states
+            if stage == 3 and rank > 0:
+                files[model_file_name(stage, rank, model_rank)] = others
     return files
 
 

@@ -49,12 +49,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("optimizer.type", _is_missing_optimizer, "this optimizer"),
     ("amp.enabled", bool, "Apex mixed precision"),
     ("msamp.enabled", bool, "MS-AMP"),
-    (
-        "tensor_parallel.tensor_parallel.mpu",
-        _is_given,
-        "ranks of tensor parallelism from here; initialize takes an mpu",
-    ),
-    ("tensor_parallel.tensor_parallel.tp_group", _is_given, "a group of ranks from here; they are consecutive"),
     ("tensor_parallel.vocab_parallel_ce_backend", lambda backend: backend == "liger", "Liger's cross entropy"),
     ("tensor_parallel.injection_policy_tuple", _is_given, "layers named by their ends; partition_config names them"),
     ("tensor_parallel.replace_with_kernel_inject", bool, "kernels for inference in training"),

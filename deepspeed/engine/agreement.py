@@ -20,8 +20,8 @@ from deepspeed.utils.errors import RankMismatchError
 from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.param import full_shape
 
-_LOCAL_SUFFIXES = ("path", "dir", "name")
-"""Keys that may differ between nodes: where things are written and what runs are called."""
+_LOCAL_SUFFIXES = ("path", "dir", "name", "mpu", "tp_group")
+"""Keys that may differ between ranks: where things are written, what runs are called, and objects of each rank's own."""
 
 
 def flatten(config: Mapping[str, Any], prefix: str = "") -> list[str]:

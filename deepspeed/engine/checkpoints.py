@@ -253,7 +253,8 @@ class CheckpointMethods:
         if not is_same:
             log_dist(f"{folder}: resharded {_said(_layout_of(source.about))} -> {_said(_layout(engine.mesh))}", [0])
         client = {**state.get("client_state", {}), "ds_version": source.about.get("deepspeed_version")}
-        return str(folder / compat.model_file_name(int(source.about["zero_stage"]))), client
+        model_rank = engine.mesh.rank("model") if is_same else 0
+        return str(folder / compat.model_file_name(int(source.about["zero_stage"]), 0, model_rank)), client
 
     # Weights alone. ------------------------------------------------------------------------------------------------
 

@@ -36,6 +36,7 @@ from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.script_attributes import LATER, ScriptAttributes
 from deepspeed.engine.step import Conductor
+from deepspeed.engine.tensor import stated_mpu
 from deepspeed.mesh import groups, marks
 from deepspeed.monitor.trace import trace
 from deepspeed.parallel.tensor.apply import PARSED
@@ -80,7 +81,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         check_available(self._config)
         if self._config.log_level:
             set_log_level_from_string(self._config.log_level)
-        self.mpu = mpu
+        self.mpu = mpu = stated_mpu(self._config, mpu)
         self.client_lr_scheduler = lr_scheduler
         self._device = own_device()
         given = Given(

@@ -27,10 +27,21 @@ from deepspeed.utils.logging import log_dist, warn_once
 from deepspeed.zero.build import make_plain
 
 
+def stated_mpu(config: Config, mpu: Any) -> Any:
+    """The one mpu, of `deepspeed.initialize` or of the configuration. Raises DeepSpeedConfigError where both say another."""
+    stated = config.tensor_parallel.tensor_parallel.mpu
+    if stated is not None and mpu is not None and stated is not mpu:
+        raise DeepSpeedConfigError(
+            "tensor_parallel.tp.mpu and deepspeed.initialize(mpu=...) are two: both say which ranks share layers.\n  Give one."
+        )
+    return mpu if mpu is not None else stated
+
+
 def tensor_size(config: Config, mpu: Any) -> int:
     """Over how many ranks layers are cut, by the configuration and `tp_model_init`, which is taken.
 
-    Raises DeepSpeedConfigError (a ValueError) where they contradict each other.
+    Collective over the job where ranks are given as a group. Raises DeepSpeedConfigError (a ValueError) on every rank where
+    they contradict each other.
     """
     told, section = requested.take(), config.tensor_parallel
     stated = section.dtype if "dtype" in section.model_fields_set else None
@@ -38,13 +49,32 @@ def tensor_size(config: Config, mpu: Any) -> int:
         warn_once(
             f"tensor_parallel.dtype = {stated} has no effect: parts train in the model's {config.precision_dtype}."
         )
-    size, inner = section.autotp_size, section.tensor_parallel.tp_size
-    if told is None:
-        if size > 1 and inner not in (1, size):
-            raise DeepSpeedConfigError(
-                f"tensor_parallel.autotp_size = {size}, tensor_parallel.tp.tp_size = {inner}.\n  Remove one of them."
-            )
-        return max(size, 1)
+    size = _stated_size(config) if told is None else _told_size(config, told)
+    for source, group in (
+        ("tp_model_init provided tp_group", told.group if told is not None else None),
+        ("tensor_parallel.tp provided tp_group", section.tensor_parallel.tp_group),
+    ):
+        if group is not None:
+            size = _size_of(group, size, mpu, source)
+    return size
+
+
+def _stated_size(config: Config) -> int:
+    size, inner = config.tensor_parallel.autotp_size, config.tensor_parallel.tensor_parallel.tp_size
+    if inner > 1 and inner != size:
+        raise DeepSpeedConfigError(
+            f"tensor_parallel.autotp_size = {size}, tensor_parallel.tp.tp_size = {inner}: training cuts layers by the first.\n"
+            "  Remove one of them."
+            if size > 1
+            else f"tensor_parallel.tp.tp_size = {inner} without tensor_parallel.autotp_size, by which training cuts layers.\n"
+            f"  Set tensor_parallel.autotp_size to {inner}."
+        )
+    return max(size, 1)
+
+
+def _told_size(config: Config, told: requested.Request) -> int:
+    section = config.tensor_parallel
+    size, inner, stated = section.autotp_size, section.tensor_parallel.tp_size, section.dtype
     if size not in (0, 1, told.size):
         raise DeepSpeedConfigError(
             f"Conflicting tensor_parallel.autotp_size = {size}: tp_model_init was given tp_size {told.size}.\n  Remove one."
@@ -53,7 +83,7 @@ def tensor_size(config: Config, mpu: Any) -> int:
         raise DeepSpeedConfigError(
             f"Conflicting tensor_parallel.tp.tp_size = {inner}: tp_model_init was given tp_size {told.size}.\n  Remove one."
         )
-    if stated is not None and told.dtype not in (None, stated):
+    if "dtype" in section.model_fields_set and told.dtype not in (None, stated):
         raise DeepSpeedConfigError(
             f"Conflicting tensor_parallel.dtype = {stated}: tp_model_init was given {told.dtype}.\n  Remove one."
         )
@@ -62,19 +92,31 @@ def tensor_size(config: Config, mpu: Any) -> int:
         raise DeepSpeedConfigError(
             f"Conflicting dtype: config uses {configured}, tp_model_init was given {told.dtype}.\n  Give both the same."
         )
-    if told.group is not None and mpu is not None:
-        raise DeepSpeedConfigError(
-            "tp_model_init provided tp_group, and deepspeed.initialize an mpu: both say which ranks share layers.\n  Give one."
-        )
-    if told.group is not None:
-        _check_consecutive(dist.get_process_group_ranks(told.group), told.size)
     return told.size
 
 
-def _check_consecutive(ranks: list[int], size: int) -> None:
+def _size_of(group: Any, size: int, mpu: Any, source: str) -> int:
+    """The size of a group that `source` gave; all ranks hear of what is wrong with one of theirs."""
+    if mpu is not None:
+        raise DeepSpeedConfigError(
+            f"{source}, and deepspeed.initialize an mpu: both say which ranks share layers.\n  Give one."
+        )
+    ranks = dist.get_process_group_ranks(group)
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, ranks)
+    for theirs in everyone:
+        _check_group(theirs, size if size > 1 else len(ranks), source)
+    return len(ranks)
+
+
+def _check_group(ranks: list[int], size: int, source: str) -> None:
+    if len(ranks) != size:
+        raise DeepSpeedConfigError(
+            f"{source} of ranks {ranks}, but layers are to be cut over {size} ranks.\n  Give both the same size."
+        )
     if ranks[0] % size or ranks != list(range(ranks[0], ranks[0] + size)):
         raise DeepSpeedConfigError(
-            f"tp_model_init provided tp_group of ranks {ranks}: ranks that share layers are consecutive here, from a multiple of "
+            f"{source} of ranks {ranks}: ranks that share layers are consecutive here, from a multiple of "
             f"{size}.\n  Make the groups of consecutive ranks, or leave tp_group out."
         )
 

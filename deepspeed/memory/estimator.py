@@ -40,6 +40,8 @@ from deepspeed.zero.param import full_shape, slot_of
 from deepspeed.zero.plan import ModelPlan, plan_model
 from deepspeed.zero.policy import Tier
 
+_OBJECTS: Any = {"tensor_parallel": {"mpu", "tp_group"}}
+"""What the section `tensor_parallel` may have from Python, and what no prediction asks for."""
 ASSUMED_OPTIMIZER = "AdamW"
 """What is predicted where neither the configuration nor the caller names an optimizer."""
 
@@ -199,7 +201,7 @@ class Estimator:
         autocast = config.torch_autocast
         low = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         parts, sharers = config.sequence_parallel_size or 1, layer_ranks(config)
-        section = config.tensor_parallel.model_dump_json() if sharers > 1 else ""
+        section = config.tensor_parallel.model_dump_json(exclude=_OBJECTS) if sharers > 1 else ""
         key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts, section
         if key not in self._traces:
             args, kwargs = part_of((self.args, self.kwargs), parts) if parts > 1 else (self.args, self.kwargs)

@@ -15,8 +15,6 @@ ASKS: dict[str, Any] = {
     "optimizer.type": "MuAdamW",
     "amp.enabled": True,
     "msamp.enabled": True,
-    "tensor_parallel.tensor_parallel.mpu": 1,
-    "tensor_parallel.tensor_parallel.tp_group": 1,
     "tensor_parallel.vocab_parallel_ce_backend": "liger",
     "tensor_parallel.injection_policy_tuple": ["o_proj"],
     "tensor_parallel.replace_with_kernel_inject": True,

@@ -50,6 +50,73 @@ def test_bad_input_is_one_error_on_every_rank(section: dict[str, Any], changes: 
     run_ranks(2, refuse, section, changes, words)
 
 
+class Mpu:
+    """Says that two ranks share layers."""
+
+    def get_data_parallel_world_size(self) -> int:
+        return 1
+
+    def get_data_parallel_rank(self) -> int:
+        return 0
+
+    def get_model_parallel_world_size(self) -> int:
+        return 2
+
+    def get_model_parallel_rank(self) -> int:
+        return torch.distributed.get_rank()
+
+
+def said(tp: dict[str, Any], mpu: Any = None, told: Any = None, size: int = 2) -> str:
+    """What is said about groups and an mpu, given in the section, to `initialize` and to `tp_model_init`."""
+    model = torch.nn.Linear(2, 2)
+    if told is not None:
+        deepspeed.tp_model_init(model, tp_size=size, dtype=torch.float32, tp_group=told)
+    with pytest.raises(ValueError, match="Give|Make") as caught:
+        deepspeed.initialize(model=model, mpu=mpu, config={**config(2), TP: {"autotp_size": 2, "tp": tp}})
+    return str(caught.value)
+
+
+def refuse_two_who_say_which_ranks(rank: int, world_size: int) -> None:
+    everyone, alone = torch.distributed.group.WORLD, [torch.distributed.new_group([r]) for r in range(2)]
+    both = ", and deepspeed.initialize an mpu: both say which ranks share layers.\n  Give one."
+    try:
+        assert said({}, mpu=Mpu(), told=everyone) == f"tp_model_init provided tp_group{both}"
+        assert said({"tp_group": everyone}, mpu=Mpu()) == f"tensor_parallel.tp provided tp_group{both}"
+        assert said({"tp_group": everyone, "mpu": Mpu()}) == f"tensor_parallel.tp provided tp_group{both}"
+        assert said({"mpu": Mpu()}, mpu=Mpu()).startswith(
+            "tensor_parallel.tp.mpu and deepspeed.initialize(mpu=...) are two"
+        )
+        assert said({"tp_group": alone[rank]}).startswith(
+            "tensor_parallel.tp provided tp_group of ranks [0], but layers are to be cut over 2 ranks."
+        )
+        with pytest.raises(ValueError, match=r"the group has 1 ranks"):
+            deepspeed.tp_model_init(torch.nn.Linear(2, 2), tp_size=2, dtype=None, tp_group=alone[rank])
+        with pytest.raises(ValueError, match=r"tp_size = 2 without tensor_parallel\.autotp_size"):
+            deepspeed.initialize(model=torch.nn.Linear(2, 2), config={**config(2), TP: {"tp": {"tp_size": 2}}})
+    finally:
+        torch.distributed.destroy_process_group(alone[rank])
+
+
+def test_an_mpu_and_a_group_together_are_one_error_on_every_rank() -> None:
+    run_ranks(2, refuse_two_who_say_which_ranks)
+
+
+def cut_by_what_python_gives(rank: int, world_size: int) -> list[int]:
+    found = []
+    for tp in ({"tp_group": torch.distributed.group.WORLD}, {"mpu": Mpu()}):
+        size = 2 if "mpu" in tp else 0
+        engine, *_ = deepspeed.initialize(
+            model=small("llama"), config={**config(2), TP: {"autotp_size": size, "tp": tp}}
+        )
+        found += [engine.autotp_size(), engine.module.model.layers[0].mlp.up_proj.weight.shape[0]]
+        engine.destroy()
+    return found
+
+
+def test_a_group_or_an_mpu_in_the_section_says_which_ranks_share_layers() -> None:
+    assert run_ranks(2, cut_by_what_python_gives) == [[2, 24, 2, 24]] * 2
+
+
 def refuse_style(rank: int, world_size: int) -> None:
     model = small("llama")
     model._tp_plan = {"model.layers.*.self_attn.q_proj": "diagonal"}  # type: ignore[assignment]
