@@ -1,8 +1,8 @@
 """The autotuner's choice beside the best of an exhaustive grid, its predictions beside measured steps; layouts by prediction and by clock.
 
-    python benchmarks/autotuning.py [--ranks 2] [--width 128] [--layers 4] [--rounds 2] [--json FILE]
+    python benchmarks/autotuning.py [--ranks 2] [--model llama|gpt2|bert] [--width 128] [--layers 4] [--rounds 2] [--json FILE]
 
-A grid of real configurations of a small Llama (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
+A grid of real configurations of a small model (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
 in one set of ranks: each point a few steps, in rounds that take turns, the fastest step of the slowest rank counts. Then the
 model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave.
 Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
@@ -37,14 +37,15 @@ from deepspeed.config import load_config  # noqa: E402
 
 OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
 NUM_WARM, NUM_STEPS = 2, 4
+RECOMPUTE = {"activation_checkpointing": {"recompute": ["none", "full"]}}
 SPACES: tuple[dict[str, Any], ...] = (
-    {"train_micro_batch_size_per_gpu": [2, 4, 8], "activation_checkpointing": {"recompute": ["none", "full"]}},
+    {"train_micro_batch_size_per_gpu": [1, 2, 4, 8], **RECOMPUTE},
     {
-        "train_micro_batch_size_per_gpu": [4],
+        "train_micro_batch_size_per_gpu": [2, 4],
         "zero_optimization": {"stage": [1, 2, 3], "offload_optimizer": {"device": ["cpu"]}},
     },
     {
-        "train_micro_batch_size_per_gpu": [4],
+        "train_micro_batch_size_per_gpu": [2, 4, 8],
         "zero_optimization": {
             "stage": [3],
             "stage3_max_reuse_distance": [0, 10**9],
@@ -53,12 +54,12 @@ SPACES: tuple[dict[str, Any], ...] = (
         },
     },
     {
-        "train_micro_batch_size_per_gpu": [4],
-        "zero_optimization": {"stage": [1], "reduce_bucket_size": [100_000, 500_000_000]},
+        "train_micro_batch_size_per_gpu": [2, 8],
+        "zero_optimization": {"stage": [1, 2], "reduce_bucket_size": [100_000, 500_000_000]},
     },
     {
-        "train_micro_batch_size_per_gpu": [4, 8],
-        "zero_optimization": {"stage": [1]},
+        "train_micro_batch_size_per_gpu": [2, 4, 8],
+        "zero_optimization": {"stage": [0, 1]},
         "tensor_parallel": {"autotp_size": [2]},
     },
 )
@@ -76,20 +77,23 @@ def grid(ranks: int) -> list[tuple[Candidate, dict[str, Any]]]:
 
 def make_model(args: argparse.Namespace) -> torch.nn.Module:
     """The same weights on every rank."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, BertConfig, GPT2Config, LlamaConfig
 
     torch.manual_seed(0)
-    return LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=512,
-            hidden_size=args.width,
-            intermediate_size=3 * args.width,
-            num_hidden_layers=args.layers,
-            num_attention_heads=4,
-            max_position_embeddings=args.seq,
-            use_cache=False,
-        )
-    )
+    if args.model == "gpt2":
+        sizes = {"n_embd": args.width, "n_layer": args.layers, "n_head": 4, "n_positions": args.seq}
+        return AutoModelForCausalLM.from_config(GPT2Config(vocab_size=512, **sizes, bos_token_id=0, eos_token_id=0))
+    sizes = {
+        "vocab_size": 512,
+        "hidden_size": args.width,
+        "intermediate_size": (3 if args.model == "llama" else 4) * args.width,
+        "num_hidden_layers": args.layers,
+        "num_attention_heads": 4,
+        "max_position_embeddings": args.seq,
+    }
+    if args.model == "bert":
+        return AutoModelForMaskedLM.from_config(BertConfig(**sizes))
+    return AutoModelForCausalLM.from_config(LlamaConfig(**sizes, use_cache=False))
 
 
 def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]]]) -> dict[str, Any]:
@@ -162,7 +166,7 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     seconds = {name: min(min(steps) for steps in rounds) for name, rounds in told["times"].items()}
     spreads = [max(map(min, rounds)) / min(map(min, rounds)) - 1 for rounds in told["times"].values()]
     fits = [c for c in points if info["memory"].get(c.name, {}).get("fits")]
-    print(f"\n{args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of two rounds differ by "
+    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of two rounds differ by "
           f"{100 * sorted(spreads)[len(spreads) // 2]:.0f} % (median), {100 * max(spreads):.0f} % (most)")  # fmt: skip
     for metric in ("throughput", "latency"):
         tuner = ModelBasedTuner(fits, prior_seconds(info, fits), metric, most_micros=10**9)
@@ -217,6 +221,7 @@ def changes(points: list[Candidate], prior: dict[str, float], seconds: dict[str,
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--model", choices=("llama", "gpt2", "bert"), default="llama")
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq", type=int, default=64)
@@ -233,7 +238,7 @@ def main() -> None:
         return
     result = args.json or Path(tempfile.mkdtemp()) / "grid.json"
     if not result.is_file():
-        sizes = [f"--{name}={getattr(args, name)}" for name in ("width", "layers", "seq", "rounds", "clock")]
+        sizes = [f"--{name}={getattr(args, name)}" for name in ("model", "width", "layers", "seq", "rounds", "clock")]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={args.ranks}"]
         subprocess.run([*launcher, __file__, *sizes, "--worker", str(result.absolute())], check=True)
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout

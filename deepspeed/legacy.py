@@ -48,6 +48,7 @@ _SP, _TENSOR = "deepspeed.parallel.sequence", "deepspeed.parallel.tensor"
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.constants": {_CONSTANTS: ""},
+    "deepspeed.autotuning.utils": invert({"deepspeed.config.dotted": "get_val_by_key set_val_by_key"}),
     "deepspeed.git_version_info": {
         **invert(
             {

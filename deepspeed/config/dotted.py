@@ -1,6 +1,7 @@
 """Values at dotted keys of a plain configuration dict: read, set, listed. Pure.
 
 Used where configurations are made from others: by the autotuner, whose candidates are a user's dict with some keys changed.
+The last two search every level; scripts of the original's autotuner import them from `deepspeed.autotuning.utils`.
 """
 
 from __future__ import annotations
@@ -47,3 +48,20 @@ def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
             yield from leaves(value, f"{prefix}{key}.")
         else:
             yield prefix + key, value
+
+
+def get_val_by_key(config: Mapping[str, Any], key: str) -> Any:
+    """The value of the first `key` at any level, outer levels of a section before its own sections; None where there is none."""
+    if key in config:
+        return config[key]
+    sections = (value for value in config.values() if isinstance(value, Mapping))
+    return next((found for found in (get_val_by_key(section, key) for section in sections) if found is not None), None)
+
+
+def set_val_by_key(config: dict[str, Any], key: str, value: Any) -> None:
+    """Set, in place, every `key` that the configuration has, at any level; none is added."""
+    for own in config:
+        if own == key:
+            config[own] = value
+        elif isinstance(config[own], dict):
+            set_val_by_key(config[own], key, value)

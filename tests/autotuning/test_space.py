@@ -122,3 +122,15 @@ def test_divided_candidates_say_over_how_many_ranks_and_in_which_way() -> None:
         "z1_gas1_tmbspg2_tp2_pp2": (1, {"pp": 2, "tp": 2}, 4),
         "z1_gas1_tmbspg2_tp4_pp1": (1, {"tp": 4}, 4),
     }
+
+
+def test_a_key_is_read_and_set_at_every_level() -> None:
+    from deepspeed.autotuning.utils import get_val_by_key, set_val_by_key
+
+    config = {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0, "offload_param": {"device": "cpu"}}}
+    assert get_val_by_key(config, "device") == "cpu"
+    assert get_val_by_key(config, "stage") == 0
+    assert get_val_by_key(config, "nowhere") is None
+    set_val_by_key(config, "device", "nvme")
+    set_val_by_key(config, "nowhere", 1)
+    assert config == {"fp16": {"enabled": True}, "zero_optimization": {"stage": 0, "offload_param": {"device": "nvme"}}}
