@@ -1,7 +1,7 @@
 """What the first run found out, as the cost model's `Work` and `Rates`; and its seconds for every candidate. Pure.
 
-Where the model could not be traced, its operations are taken for six per parameter and token of one: the constant is wrong, and
-the first trials correct it.
+Forward and backward are as the first run clocked them. Where it could not, they are predicted from operations; and where the model could not
+be traced either, those are taken for six per parameter and token of one: the constant is wrong, and the first trials correct it.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from deepspeed.autotuning.space import (
     SEQUENCE,
     Candidate,
 )
+from deepspeed.memory.clocked import Clocked
 from deepspeed.memory.shape import ModelShape
 from deepspeed.planner.cost import Choice, Work
 from deepspeed.planner.divided import divided_parts
@@ -40,6 +41,7 @@ def work_of(info: Mapping[str, Any]) -> Work:
         param_itemsize=itemsize,
         state_itemsize=8 if itemsize == 4 else 12,
         is_host=info.get("device") == "cpu",
+        clocked=Clocked(**info["clocked"]) if info.get("clocked") else None,
     )
 
 

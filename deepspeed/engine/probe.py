@@ -3,13 +3,14 @@
 An observer, made where `autotuning.model_info.profile` is on and `model_info_path` names a file (the autotuner writes both).
 At the first forward of training there are a model, a micro-batch and a configuration, which is all that `deepspeed.memory`
 needs: the first rank predicts the peak of every candidate that lies beside the file (`candidates.json`), all ranks measure
-the machine together, and the run ends with exit code 0 before anything large was computed.
+the machine together and clock short copies of the model, and the run ends with exit code 0 before anything large was computed.
 
 Invariant: a model that cannot be traced is no error; its memory is then unknown, and the file says why.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -29,6 +30,7 @@ from deepspeed.config import Config
 from deepspeed.config.dotted import with_values
 from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.trial import write_whole
+from deepspeed.memory.clocked import SAMPLES, clocked
 from deepspeed.memory.scaling import BatchEstimator, resized
 from deepspeed.memory.shape import shape_of
 from deepspeed.memory.trace import own_memory
@@ -69,11 +71,39 @@ class Probe(Observer):
         offload = self._config.zero_optimization.offload_optimizer
         rates = measure_rates(computing_dtype(self._config), offload.nvme_path if offload else None)
         limit = self._limit()
+        found: dict[str, Any] = {}
         if current_rank() == 0:
-            write_whole(self._path, {**self._facts(limit), "rates": rates.as_json(), **self._predictions(value, limit)})
+            found = {**self._facts(limit), "rates": rates.as_json(), **self._predictions(value, limit)}
+        found |= self._clocked(value, self._may_clock(found, limit))
+        if current_rank() == 0:
+            write_whole(self._path, found)
         if dist.is_initialized():
             dist.barrier()
         raise SystemExit(0)
+
+    def _may_clock(self, found: dict[str, Any], limit: int) -> bool:
+        """Whether there is room for a short copy of the model, its gradients and what it keeps; and whether it is one rank's own. Collective."""
+        small = 2 * found.get("num_params", 0) * self._config.precision_dtype.itemsize
+        kept = max(SAMPLES) * (found.get("activation_mem_per_gpu") or 0)
+        undivided = self._mesh.size("batch") == self._mesh.size("job") and not self._config.torch_autocast.enabled
+        mine = undivided and bool(found.get("flops")) and small + kept < limit / 2
+        return bool(self._mesh.gather_objects("job", mine)[0])
+
+    def _clocked(self, inputs: Any, may: bool) -> dict[str, Any]:
+        """The model's own seconds, of the slowest rank, while all ranks compute; nothing where a rank could not. Collective."""
+        mine = None
+        if may:
+            self._mesh.gather_objects("job", None)  # all begin at once
+            with contextlib.suppress(
+                DeepSpeedError, RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError
+            ):
+                batch = inputs[1] or tuple(inputs[0])
+                seconds = clocked(self._model, batch, _samples(batch, self._sizes[0]), computing_dtype(self._config))
+                mine = dataclasses.asdict(seconds)
+        all_of_them = self._mesh.gather_objects("job", mine)
+        if any(each is None for each in all_of_them):
+            return {}
+        return {"clocked": max(all_of_them, key=lambda each: sum(each.values()))}
 
     def _facts(self, limit: int) -> dict[str, Any]:
         params = list(self._model.parameters())

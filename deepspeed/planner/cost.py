@@ -18,6 +18,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
+from deepspeed.memory.clocked import Clocked
 from deepspeed.profiling.rates import Rates
 
 Tier = Literal["device", "cpu", "nvme"]
@@ -50,6 +51,8 @@ class Work:
     """Master and moments, per parameter."""
     is_host: bool = False
     """Whether ranks compute on CPUs, which also move their messages."""
+    clocked: Clocked | None = None
+    """Its forward and backward as they were clocked here; without, they are predicted from operations and rates."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +118,10 @@ def step_parts(rates: Rates, work: Work, choice: Choice) -> Parts:
 def _compute(rates: Rates, work: Work, choice: Choice) -> tuple[float, float]:
     """(backward's seconds, all of it) over the micro-batches of a step."""
     again = {"none": 0.0, "selective": 0.05, "full": 1.0}.get(choice.recompute, 0.0)
+    if work.clocked is not None:
+        forward_s = work.clocked.forward_s(choice.micro)
+        backward_s = work.clocked.backward_s(choice.micro) + again * forward_s
+        return choice.accumulation * backward_s, choice.accumulation * (forward_s + backward_s)
     rate = EFFICIENCY * rates.matmul_flops
     products = choice.micro * (work.flops + again * work.forward_flops) / rate
     elements = choice.micro * work.activation_nbytes * ELEMENTWISE_PASSES * (1 + again / 2) / rates.copy_nbytes_s

@@ -1,0 +1,158 @@
+"""Seconds of a model's own forward and backward on this machine, from copies of it with few blocks.
+
+Called by the autotuner's first run, in all its ranks at once, since ranks of a machine slow each other down. What the engine holds
+may be in parts, at other places, or larger than there is room for a second of; so copies are clocked that have the model's structure,
+its buffers and its first blocks, and parameters made up here. A stack's step is affine in its blocks (as `shape` has it) and in its
+samples: four short runs give the whole model's.
+
+Invariant: the model, its gradients, and what is random in the process stay as they were, and no collective is called.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map_only
+
+from deepspeed.accelerator import get_accelerator
+from deepspeed.activation.blocks import find_blocks
+from deepspeed.memory.estimator import as_call
+from deepspeed.memory.shape import shortened
+from deepspeed.memory.trace import default_loss, fake_copy
+from deepspeed.precision.widen import Widening, needs_wide_matmul
+
+DEPTHS = (1, 3)
+"""Blocks of the copies."""
+SAMPLES = (1, 4)
+NUM_RUNS = 6
+"""Of each; the fastest counts."""
+ENOUGH_S = 3.0
+"""After so long no other run begins."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Clocked:
+    """Seconds of one micro-batch: so many a call, and so many a sample."""
+
+    forward_call_s: float
+    forward_sample_s: float
+    backward_call_s: float
+    backward_sample_s: float
+
+    def forward_s(self, micro: int) -> float:
+        """Of `micro` samples."""
+        return self.forward_call_s + micro * self.forward_sample_s
+
+    def backward_s(self, micro: int) -> float:
+        """Of `micro` samples."""
+        return self.backward_call_s + micro * self.backward_sample_s
+
+    def scaled(self, calls: float, work: float) -> Clocked:
+        """Of a part of the model that makes `calls` of the calls and `work` of the work."""
+        return Clocked(
+            forward_call_s=calls * self.forward_call_s,
+            forward_sample_s=work * self.forward_sample_s,
+            backward_call_s=calls * self.backward_call_s,
+            backward_sample_s=work * self.backward_sample_s,
+        )
+
+
+def clocked(model: nn.Module, batch: Any, samples: int, dtype: torch.dtype) -> Clocked:
+    """Clock a model, plain or under ZeRO, that is called with `batch` of `samples` samples.
+
+    dtype: what floating parameters compute in. Raises what the model raises where it is called with other numbers of samples.
+    """
+    blocks = find_blocks(model)
+    depths = DEPTHS if len(blocks) > DEPTHS[1] else (len(blocks),)
+    rows = []
+    with torch.random.fork_rng(), torch.enable_grad():
+        for depth in depths:
+            short = _made(shortened(model, depth) if len(depths) > 1 else model, model, dtype)
+            rows.append([_seconds(short, _with_samples(batch, samples, many, dtype)) for many in SAMPLES])
+            del short
+    forward, backward = ([_line([pair[way] for pair in row]) for row in rows] for way in (0, 1))
+    more = (len(blocks) - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
+
+    def whole(lines: list[tuple[float, float]]) -> tuple[float, float]:
+        return tuple(first + more * max(0.0, last - first) for first, last in zip(lines[0], lines[-1], strict=True))  # type: ignore[return-value]
+
+    (forward_call, forward_sample), (backward_call, backward_sample) = whole(forward), whole(backward)
+    return Clocked(
+        forward_call_s=forward_call,
+        forward_sample_s=forward_sample,
+        backward_call_s=backward_call,
+        backward_sample_s=backward_sample,
+    )
+
+
+def _line(seconds: list[float]) -> tuple[float, float]:
+    """(of a call, of a sample), neither below zero."""
+    slope = min(max(0.0, (seconds[1] - seconds[0]) / (SAMPLES[1] - SAMPLES[0])), seconds[1] / SAMPLES[1])
+    return max(0.0, seconds[0] - slope * SAMPLES[0]), slope
+
+
+def _made(shape: nn.Module, model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """A copy on the device: buffers of the model, parameters of small numbers."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    device = torch.device(get_accelerator().current_device_name())
+    made = fake_copy(shape, FakeTensorMode(allow_non_fake_inputs=True), dtype)
+    values = dict(model.named_buffers(remove_duplicate=False))
+    filled = {param: _filled(param, device) for param in made.parameters()}  # tied ones stay tied
+    for name, module in made.named_modules():
+        for key, param in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            setattr(module, key, filled[param])
+        for key in [key for key, buffer in module._buffers.items() if buffer is not None]:
+            module._buffers[key] = values[f"{name}.{key}".lstrip(".")].detach().clone()
+    if device.type == "cpu" and needs_wide_matmul(dtype):
+        Widening(made.modules())
+    return made
+
+
+def _filled(param: nn.Parameter, device: torch.device) -> nn.Parameter:
+    value = torch.empty(param.shape, dtype=param.dtype, device=device)
+    value = value.normal_(std=0.02) if value.is_floating_point() else value.zero_()
+    return nn.Parameter(value, requires_grad=param.requires_grad)
+
+
+def _with_samples(batch: Any, samples: int, many: int, dtype: torch.dtype) -> Any:
+    """A batch of the first sample, `many` times."""
+    lowers = dtype in (torch.bfloat16, torch.float16)
+
+    def like(tensor: Tensor) -> Tensor:
+        tensor = tensor.detach()
+        if tensor.dim() and tensor.shape[0] == samples:
+            tensor = tensor[:1].repeat(many, *[1] * (tensor.dim() - 1))
+        return tensor.to(dtype) if lowers and tensor.dtype == torch.float32 else tensor
+
+    return tree_map_only(Tensor, like, batch)
+
+
+def _seconds(model: nn.Module, batch: Any) -> tuple[float, float]:
+    """(forward's, backward's) fastest of some runs."""
+    forward, backward = zip(*_runs(model, batch), strict=True)
+    return min(forward), min(backward)
+
+
+def _runs(model: nn.Module, batch: Any) -> Iterator[tuple[float, float]]:
+    args, kwargs = as_call(batch)
+    params = [param for param in model.parameters() if param.requires_grad]
+    synchronize = get_accelerator().synchronize
+    began_s = time.perf_counter()
+    for turn in range(NUM_RUNS):
+        if turn and time.perf_counter() - began_s > ENOUGH_S:
+            return
+        synchronize()
+        times = [time.perf_counter()]
+        loss = default_loss(model(*args, **kwargs))
+        synchronize()
+        times.append(time.perf_counter())
+        torch.autograd.grad(loss, params, allow_unused=True)
+        synchronize()
+        times.append(time.perf_counter())
+        yield times[1] - times[0], times[2] - times[1]

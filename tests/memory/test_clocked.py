@@ -1,0 +1,67 @@
+"""A model's own seconds come from short copies of it, whatever the engine has made of the model."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from deepspeed.activation.blocks import find_blocks
+from deepspeed.memory import clocked as module
+from deepspeed.memory.clocked import Clocked, clocked
+from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.profiling.rates import Rates
+
+
+class Stack(nn.Module):
+    """Blocks between an embedding and a head that is tied to it; positions are looked up in a buffer."""
+
+    def __init__(self, depth: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 8)
+        self.positions = nn.Embedding(5, 8)
+        self.register_buffer("order", torch.arange(5), persistent=False)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Dropout(0.5)) for _ in range(depth))
+        self.head = nn.Linear(8, 11, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        x = self.embedding(tokens) + self.positions(self.order[: tokens.shape[1]])
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x).logsumexp(-1).mean()
+
+
+def test_a_stacks_seconds_are_affine_in_its_blocks_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
+    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> tuple[float, float]:
+        depth, samples = len(find_blocks(model)), len(batch[0])
+        return 3 + 2 * depth + samples * (1 + 0.5 * depth), 5 + samples * 4 * depth
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    for depth in (2, 9):
+        found = clocked(Stack(depth), (torch.zeros(2, 5, dtype=torch.long),), 2, torch.float32)
+        assert found.forward_s(7) == pytest.approx(3 + 2 * depth + 7 * (1 + 0.5 * depth))
+        assert found.backward_s(7) == pytest.approx(5 + 7 * 4 * depth)
+
+
+def test_copies_are_clocked_and_the_model_and_its_random_numbers_stay() -> None:
+    model, tokens = Stack(5), torch.randint(11, (3, 5))
+    before, state = {k: v.clone() for k, v in model.state_dict().items()}, torch.get_rng_state()
+    found = clocked(model, {"tokens": tokens}, 3, torch.bfloat16)
+    assert found.forward_s(1) > 0
+    assert found.backward_s(1) > 0
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(torch.equal(before[k], v) for k, v in model.state_dict().items())
+    assert all(param.grad is None for param in model.parameters())
+    assert len(model.blocks) == 5
+
+
+def test_recomputation_costs_the_clocked_forward_once_more() -> None:
+    rates = Rates(matmul_flops=1e9, copy_nbytes_s=1e9)
+    own = Clocked(forward_call_s=0.1, forward_sample_s=0.2, backward_call_s=0.3, backward_sample_s=0.4)
+    work = Work(num_params=0, flops=1e9, forward_flops=1e9, activation_nbytes=1e9, clocked=own)
+    plain, again = (
+        step_parts(rates, work, Choice(stage=0, micro=2, accumulation=3, recompute=r)) for r in ("none", "full")
+    )
+    assert plain.compute == pytest.approx(3 * (0.1 + 0.3 + 2 * 0.6))
+    assert again.compute - plain.compute == pytest.approx(3 * (0.1 + 2 * 0.2))
