@@ -223,6 +223,11 @@ TOGETHER: tuple[Exclusion, ...] = (
         for key, asks, cure in (
             ("zero_optimization.offload_optimizer", _offloads, "Leave the state on the device, or use Adam."),
             ("gradient_allreduce_op", lambda c: c.gradient_allreduce_op == "sum", 'Use "mean".'),
+            (
+                "zero_optimization.zero_quantized_gradients",
+                lambda c: c.zero_optimization.zero_quantized_gradients,
+                "Remove one of them: each compresses what is sent.",
+            ),
         )
     ),
     *(

@@ -13,6 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.mesh import groups
+from deepspeed.optim.traits import AveragesItself
 
 _BY_FEATURE = {
     "pipeline parallelism": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
@@ -34,12 +35,21 @@ class ScriptAttributes:
     """Mixin of the engine."""
 
     has_moe_layers = False
-    enable_backward_allreduce = True
-    pipeline_enable_backward_allreduce = True
     warn_unscaled_loss = True
     universal_checkpoint_info: Any = None
     loaded_checkpoint_mp_world_size: int | None = None
     loaded_checkpoint_dp_world_size: int | None = None
+
+    @property
+    def enable_backward_allreduce(self) -> bool:
+        """Whether gradients are averaged between ranks; not where a 1-bit optimizer compresses the next step."""
+        optimizer = self.basic_optimizer  # type: ignore[attr-defined]
+        return not (isinstance(optimizer, AveragesItself) and optimizer.takes_local)
+
+    @property
+    def pipeline_enable_backward_allreduce(self) -> bool:
+        """The same, by the name that a pipeline's engine has for it."""
+        return self.enable_backward_allreduce
 
     @property
     def data_parallel_group(self) -> Any:

@@ -53,6 +53,15 @@ class CompressedOptimizer(ShardableOptimizer, AveragesItself):
         ]
         return {"class": type(self).__name__, "groups": groups}
 
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """See torch's. Masks stay the script's own; those of the saved run are ignored."""
+        masks = [group.get("exp_avg_mask") for group in self.param_groups]
+        super().load_state_dict(state_dict)
+        for group, mask in zip(self.param_groups, masks, strict=True):
+            group.pop("exp_avg_mask", None)
+            if mask is not None:
+                group["exp_avg_mask"] = mask
+
     def _warn_unsettled(self, name: str, num_steps: int) -> None:
         """Say once that a variance stays before it has seen the steps that its own average reaches back over."""
         beta2 = max(float(group["betas"][1]) for group in self.param_groups)
@@ -89,7 +98,7 @@ class Alone:
             Whole(p.shape, group, state[p], partial(_gradient_of, p), (Part(p, 0, p.numel(), 0),))
             for group in self._optimizer.param_groups
             for p in group["params"]
-            if p.grad is not None
+            if p.grad is not None and _is_dense(p)
         ]
 
     def momentum(self, whole: Whole) -> Tensor:
@@ -129,14 +138,19 @@ def average_signs(signs: SignReduction, tensors: Sequence[Tensor], owners: Seque
     signs.average(tensors, [o["worker_error"] for o in owners], [o["server_error"] for o in owners])
 
 
-def _gradient_of(param: Tensor) -> Tensor:
-    grad = param.grad
-    assert grad is not None, "only parameters with a gradient are listed"
-    if grad.is_sparse:
+def _is_dense(param: Tensor) -> bool:
+    """True. Raises NotAvailableError for a gradient that is sparse."""
+    if param.grad is not None and param.grad.is_sparse:
         raise NotAvailableError(
             f"the gradient of a parameter of shape {tuple(param.shape)} is sparse, which 1-bit optimizers do not take.\n"
             "  Make the embedding with sparse=False."
         )
+    return True
+
+
+def _gradient_of(param: Tensor) -> Tensor:
+    grad = param.grad
+    assert grad is not None, "only parameters with a gradient are listed"
     return grad.reshape(-1).to(state_dtype(param))
 
 

@@ -12,7 +12,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.sparse import BLOCK, SparseReduction
 from deepspeed.runtime.sparse_tensor import SparseTensor
 from deepspeed.utils.waits import COMMUNICATION
-from tests.engine.runs import engine_of, make_config
+from tests.engine.runs import engine_of, long_but, make_config, whole_weights
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -50,12 +50,12 @@ class Words(nn.Module):
 
     def __init__(self, sparse: bool) -> None:
         super().__init__()
-        self.table = nn.Embedding(3000, 64, sparse=sparse)
+        self.table = nn.Embedding(3000, 64, sparse=sparse, padding_idx=7)
         self.bag = nn.EmbeddingBag(2000, 64, sparse=sparse)
         self.head = nn.Linear(64, 4)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
-        return F.mse_loss(self.head(self.table(x).mean(1) + self.bag(x % 2000)), y)
+        return F.mse_loss(self.head(self.table(x).mean(1) + self.bag(x[:, 1:] % 2000)), y)
 
 
 def trained(rank: int, world_size: int, stage: int, sparse: bool) -> tuple[list[float], dict[str, Tensor], int]:
@@ -67,18 +67,22 @@ def trained(rank: int, world_size: int, stage: int, sparse: bool) -> tuple[list[
         for step in range(4):
             generator = torch.Generator().manual_seed(10 * step + rank)
             x = torch.randint(0, 3000, (4, 5 + rank), generator=generator)
+            x[:, 0] = 7  # padding: a row that all ranks name, with no gradient
             loss = engine(x, torch.randn(4, 4, generator=generator))
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        weights = {name: p.detach().clone() for name, p in engine.module.named_parameters()}
+        weights = whole_weights(engine)
     return losses, weights, COMMUNICATION.nbytes.get("zero.sparse_all_reduce", 0) - before
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_embeddings_with_sparse_gradients_train_as_dense_ones(stage: int) -> None:
-    (losses, weights, sent), *_ = run_ranks(2, trained, stage, True)
-    (expected, dense, _), *_ = run_ranks(2, trained, stage, False)
+@pytest.mark.parametrize(
+    ("stage", "world_size"),
+    long_but([(0, 2), (1, 2)], [(stage, world_size) for stage in range(4) for world_size in (2, 3)]),
+)
+def test_embeddings_with_sparse_gradients_train_as_dense_ones(stage: int, world_size: int) -> None:
+    (losses, weights, sent), *_ = run_ranks(world_size, trained, stage, True)
+    (expected, dense, _), *_ = run_ranks(world_size, trained, stage, False)
     assert losses == expected
     assert all(torch.equal(value, dense[name]) for name, value in weights.items())
     assert (sent > 0) == (stage == 0)

@@ -55,6 +55,11 @@ def zero(**values: Any) -> dict[str, Any]:
             'gradient_allreduce_op = "sum" and zero_optimization.stage = 3',
             'Use "mean"',
         ),
+        (
+            {"optimizer": {"type": "ZeroOneAdam"}, **zero(stage=1, zero_quantized_gradients=True)},
+            "averages whole momenta",
+            "each compresses what is sent",
+        ),
         ({"gradient_allreduce_op": "sum", "compile": {"deepcompile": True}}, "compile.deepcompile = true", '"mean"'),
         ({"gradient_allreduce_op": "sum", **zero(zenflow={})}, "zero_optimization.zenflow = ", '"mean"'),
         (zero(compute_grad_norm=False, stage=2), "gradient_clipping = 1.0: clipping needs the norm", "gradient_clipping to 0"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from pathlib import Path
 from typing import Any
 
@@ -127,6 +128,7 @@ def resumed(rank: int, world_size: int, config: dict[str, Any], folder: str, bef
             getattr(inner, key) for key in ("adam_freeze_key", "lamb_freeze_key", "freeze_key") if hasattr(inner, key)
         ]
         assert keys == [before >= FREEZE]
+        assert engine.enable_backward_allreduce == (before < FREEZE)
         steps(engine, batches[before:], rank, world_size)
         found["resumed"] = whole_weights(engine)
     return found
@@ -206,21 +208,26 @@ def test_low_precision_keeps_fp32_states_and_equal_weights_on_all_ranks(stage: i
     assert all(value.isfinite().all() for value in first["weights"].values())
 
 
-def after_the_freeze_with_a_bad_gradient(rank: int, world_size: int, stage: int) -> tuple[int, bool, Any]:
+def after_the_freeze_with_a_bad_gradient(rank: int, world_size: int, stage: int) -> tuple[int, bool, Any, str]:
+    from deepspeed.utils import logging
+
+    said: list[str] = []
     batches = make_batches(build("mlp"), num_steps=6, accumulation=1, samples=SAMPLES)
-    with engine_of(build("mlp"), config_of(stage, world_size)) as engine:
+    with engine_of(build("mlp"), config_of(stage, world_size)) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.logger, "warning", lambda text, *args, **kwargs: said.append(str(text) % args))
         steps(engine, batches[:4], rank, world_size)
         if rank == 1:
             batches[4][0][0][:] = torch.nan
         steps(engine, batches[4:], rank, world_size)
         finite = all(bool(value.isfinite().all()) for value in whole_weights(engine).values())
-        return engine.skipped_steps, finite, engine.get_global_grad_norm()
+        return engine.skipped_steps, finite, engine.get_global_grad_norm(), "\n".join(said)
 
 
 @pytest.mark.parametrize("stage", [pytest.param(0, marks=LONG), 1])
-def test_a_step_with_nan_on_one_rank_is_skipped_on_all_and_the_errors_stay_clean(stage: int) -> None:
-    for skipped, is_finite, norm in run_ranks(2, after_the_freeze_with_a_bad_gradient, stage):
+def test_a_step_with_nan_on_one_rank_is_skipped_on_all_named_and_the_errors_stay_clean(stage: int) -> None:
+    for skipped, is_finite, norm, said in run_ranks(2, after_the_freeze_with_a_bad_gradient, stage):
         assert (skipped, is_finite) == (1, True)
+        assert re.search(r"the step is skipped, since .*: \[rank 1\] the gradient of \S+ has nan", said), said
         assert norm == norm
 
 

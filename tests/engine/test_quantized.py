@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from typing import Any
 
 import pytest
@@ -92,9 +93,14 @@ def test_a_script_that_gathers_parameters_sees_them_exactly() -> None:
         assert all(torch.equal(param, master) for param, master in seen)
 
 
-def bad_gradient(rank: int, world_size: int) -> tuple[int, bool]:
+def bad_gradient(rank: int, world_size: int) -> tuple[int, bool, str]:
+    from deepspeed.utils import logging
+
+    said: list[str] = []
     batches = make_batches(build("mlp"), num_steps=4, accumulation=1, samples=SAMPLES)
-    with engine_of(build("mlp"), zeropp(2, zero={**QUANTIZED, "zeropp_loco_param": {}})) as engine:
+    config = zeropp(2, zero={**QUANTIZED, "zeropp_loco_param": {}})
+    with engine_of(build("mlp"), config) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.logger, "warning", lambda text, *args, **kwargs: said.append(str(text) % args))
         for step, ((x, y),) in enumerate(batches):
             x, y = rank_share((x, y), rank, world_size)
             x = x * torch.inf if rank == 1 and step == 1 else x
@@ -102,11 +108,13 @@ def bad_gradient(rank: int, world_size: int) -> tuple[int, bool]:
             engine.step()
         with deepspeed.zero.GatheredParameters(list(engine.module.parameters())):
             is_finite = all(bool(param.isfinite().all()) for param in engine.module.parameters())
-        return engine.skipped_steps, is_finite
+        return engine.skipped_steps, is_finite, "\n".join(said)
 
 
-def test_a_step_with_infinity_on_one_rank_is_skipped_on_all() -> None:
-    assert run_ranks(2, bad_gradient) == [(1, True)] * 2
+def test_a_step_with_infinity_on_one_rank_is_skipped_on_all_and_named() -> None:
+    for skipped, is_finite, said in run_ranks(2, bad_gradient):
+        assert (skipped, is_finite) == (1, True)
+        assert re.search(r"the step is skipped: \[rank \d\] first bad gradient: \S+ has (nan|inf)", said), said
 
 
 def bytes_of_a_step(rank: int, world_size: int, zero: dict[str, Any]) -> dict[str, int]:
