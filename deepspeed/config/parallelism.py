@@ -50,6 +50,9 @@ class PipelineConfig(Section, extra="allow"):
     1f1b, or by how many stages a rank has and how they lie; "generated": made for what the stages took in the first two batches."""
     max_activation_memory: Size = 0
     """Bytes of activations that a rank may keep alive under a "generated" schedule; 0: what the "auto" one takes at its peak."""
+    post_validation: bool = False
+    """Step without waiting for the norm of all stages, and take the step back, bit for bit, where that turns out to clip or skip it;
+    for one more copy of masters, states and gradients."""
 
 
 class TpSizeConfig(Section):

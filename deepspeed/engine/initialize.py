@@ -64,6 +64,7 @@ def initialize(
     """
     Init.suspend_all()
     assemble.check_model(model)
+    _refuse_inner_pipelines(model)
     config = choose_config(args, config, config_params)
     comm.init_distributed(distributed_port=distributed_port, dist_init_required=dist_init_required)
     _check_local_rank(args)
@@ -83,6 +84,16 @@ def initialize(
         mesh_device=mesh_param,
     )
     return engine, engine.zero_optimizer, engine.training_dataloader, engine.lr_scheduler
+
+
+def _refuse_inner_pipelines(model: Any) -> None:
+    """A pipeline inside of another module, a LightningModule say, would be averaged over its stages like copies of one model."""
+    for name, inner in model.named_modules():
+        if isinstance(inner, PipelineModule) and inner is not model and inner.num_stages > 1:
+            raise DeepSpeedConfigError(
+                f"{name} of the {type(model).__name__} is a PipelineModule of {inner.num_stages} stages, whose ranks have different "
+                "layers.\n  Give deepspeed.initialize the PipelineModule itself, and train by engine.train_batch()."
+            )
 
 
 def tp_model_init(

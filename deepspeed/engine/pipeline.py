@@ -32,6 +32,7 @@ from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.pipeline_batch import take
 from deepspeed.engine.pipeline_instructions import Instructed
+from deepspeed.engine.pipeline_late import LateBatches, settles_first
 from deepspeed.engine.pipeline_lists import Lists
 from deepspeed.engine.pipeline_work import StageWork
 from deepspeed.mesh import Mesh
@@ -41,12 +42,14 @@ from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.mail import Mail, Post
 from deepspeed.parallel.pipeline.module import PipelineModule
 from deepspeed.parallel.pipeline.schedules import inference
-from deepspeed.parallel.pipeline.tied import sum_over_owners
+from deepspeed.parallel.pipeline.tied import Tie, sum_over_owners
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+from deepspeed.utils.schedule import Progress
 
 _ONLY = "Only train_batch() is accessible in pipeline mode."
 
 
+@settles_first
 class PipelineEngine(Instructed, DeepSpeedEngine):
     """A PipelineModule under ZeRO. Every method that trains or evaluates is collective over the job."""
 
@@ -65,6 +68,7 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
                 f"pipeline.stages = {stages}, but the PipelineModule has num_stages = {model.num_stages}.\n  Give one of them."
             )
         self._data_iterator: Iterator[Any] | None = None
+        self._late: LateBatches | None = None
         super().__init__(args=args, model=model, mpu=model.mpu(), **kwargs)
         self.grid = self.module.mpu()
         self.num_stages = self.module.num_stages
@@ -75,6 +79,8 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         if self.training_dataloader is not None:
             self.set_dataloader(self.training_dataloader)
         self._lists.of(self.gradient_accumulation_steps())  # refuses now what cannot run
+        if self._config.pipeline.post_validation:
+            self._late = LateBatches(self)
 
     def _take(self, model: Any, parts: Parts, watching: Watching) -> None:
         super()._take(model, parts, watching)
@@ -126,6 +132,8 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         if data_iter is not None:
             self._data_iterator = data_iter
         self.module.train()
+        if self._late is not None and not self._lists.measures:
+            return self._train_late(self._late)
         num_micro = self.accumulation.num_micro_batches
         batch = take(self.mesh, self._data_iterator, num_micro, self.batch_fn, is_needed=self._reads_data)
         self.watch.end()
@@ -150,6 +158,52 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         if pipeline_trace.is_due(self.global_steps, self._executor.actions, self.monitor):
             pipeline_trace.tell(self.global_steps, self._executor.actions, self.actions_done, self.mesh, self.monitor)
         return self.agg_train_loss
+
+    def _train_late(self, late: LateBatches) -> Tensor:
+        loss = late.train()
+        is_told = pipeline_trace.is_due(self.global_steps, self._executor.actions, self.monitor)
+        if self._observers or is_told:  # who watches wants to know what became of each step
+            late.settle_all()
+            facts = self._step_facts(self._progress()) if self._observers else None
+            for observer in self._observers:
+                assert facts is not None, "made where somebody watches"
+                observer.step_ended(facts)
+        if is_told:
+            pipeline_trace.tell(self.global_steps, self._executor.actions, self.actions_done, self.mesh, self.monitor)
+        return loss
+
+    def _progress(self) -> Progress:
+        return Progress(
+            global_steps=self.global_steps, global_samples=self.global_samples, skipped_steps=self._skipped_steps
+        )
+
+    def settle_step(self) -> None:
+        """With `pipeline.post_validation`: wait for the last step's norm, and have the weights be what it makes of them, before a
+        script reads or writes them. Collective over the job; without that key, nothing."""
+        if self._late is not None:
+            self._late.settle_all()
+
+    @property
+    def lr_scheduler(self) -> Any:
+        """See DeepSpeedEngine."""
+        if self._late is not None:
+            self._late.decide()
+        return self._schedules.learning_rate.scheduler
+
+    @lr_scheduler.setter
+    def lr_scheduler(self, scheduler: Any) -> None:
+        self._schedules.learning_rate.scheduler = scheduler
+
+    @property
+    def skipped_steps(self) -> int:
+        """Steps that were skipped because gradients overflowed."""
+        if self._late is not None:
+            self._late.decide()
+        return self._skipped_steps
+
+    @skipped_steps.setter
+    def skipped_steps(self, count: int) -> None:
+        self._skipped_steps = count
 
     def _compute(self, num_micro: int) -> None:
         """The list, and the sums of tied gradients. Whatever fails on one rank ends the step on all."""
@@ -197,10 +251,13 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
 
     def _sum_ties(self) -> None:
         for tie in self.module.ties:
-            for param in tie.params if tie.group is not None else ():
-                total = self._reducer.held_sum(param)
-                if total is not None:
-                    sum_over_owners(tie, total)
+            self._sum_tie(tie)
+
+    def _sum_tie(self, tie: Tie) -> None:
+        for param in tie.params if tie.group is not None else ():
+            total = self._reducer.held_sum(param)
+            if total is not None:
+                sum_over_owners(tie, total)
 
     @property
     def _reads_data(self) -> bool:

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.pipeline.layers import PipelineError
 
-_FINE, _ENDED, _WRONG = range(3)
+FINE, ENDED, WRONG = range(3)
 
 
 class Batch(NamedTuple):
@@ -33,25 +33,34 @@ def take(
     Raises on every rank StopIteration where a loader has none left, PipelineError where it has fewer, or what is no
     (inputs, labels), or micro-batches of differing size.
     """
-    batch, status, text = Batch([], []), _FINE, ""
-    if is_needed:
-        try:
-            batch = _pull(data, num, batch_fn)
-        except StopIteration:
-            status, text = _ENDED, "the data loader has no batch left."
-        except Exception as error:
-            status, text = (
-                _WRONG,
-                str(error) if isinstance(error, PipelineError) else f"{type(error).__name__}: {error}",
-            )
+    batch, failure = pull(data, num, batch_fn, is_needed=is_needed)
+    status, text = FINE, ""
+    if failure is not None:
+        status, text = ENDED if isinstance(failure, StopIteration) else WRONG, str(failure)
     worst = max(theirs for (theirs,) in mesh.agree("job", status))
-    if worst == _FINE:
+    if worst == FINE:
         return batch
     everyone = mesh.gather_objects("job", (status, text))
     rank, words = next((rank, words) for rank, (theirs, words) in enumerate(everyone) if theirs == worst)
-    if worst == _ENDED:
+    if worst == ENDED:
         raise StopIteration(words)
     raise PipelineError(f"rank {rank} could not read its batch: {words}")
+
+
+def pull(
+    data: Iterator[Any] | None, num: int, batch_fn: Callable[[Any], Any] | None, *, is_needed: bool
+) -> tuple[Batch, Exception | None]:
+    """This rank's part alone, and StopIteration or a PipelineError instead of one."""
+    if not is_needed:
+        return Batch([], []), None
+    try:
+        return _pull(data, num, batch_fn), None
+    except StopIteration:
+        return Batch([], []), StopIteration("the data loader has no batch left.")
+    except PipelineError as error:
+        return Batch([], []), error
+    except Exception as error:
+        return Batch([], []), PipelineError(f"{type(error).__name__}: {error}")
 
 
 def _pull(data: Iterator[Any] | None, num: int, batch_fn: Callable[[Any], Any] | None) -> Batch:

@@ -8,7 +8,7 @@ Invariant: the loss of a micro-batch is divided by their number once, on the las
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -37,6 +37,10 @@ class StageWork:
         """Of the last micro-batch, on the last stage, in evaluation."""
         self.additional: dict[str, Tensor] = {}
         """Sums of the module's further losses."""
+        self.before_gradients: Callable[[], None] | None = None
+        """Called before a loss that is scaled for backward, and before a backward."""
+        self.on_last_loss: Callable[[list[Tensor]], None] | None = None
+        """Called with the losses of all micro-batches of a batch that trains, on the last stage."""
 
     def _has_trained(self, stage: int) -> bool:
         start, end = self._module._chunk_at[stage]
@@ -81,6 +85,8 @@ class StageWork:
         """See Work."""
         if not torch.is_grad_enabled():
             self.outputs = outputs
+        elif self.before_gradients is not None:
+            self.before_gradients()
         loss = outputs
         if self._module.loss_fn is not None and self.computes_loss:
             labels = to_device(self._labels[micro], self._device)
@@ -94,6 +100,8 @@ class StageWork:
                 "a scalar tensor, or have the last layer return one."
             )
         self.losses.append(loss.detach().float())
+        if self.on_last_loss is not None and torch.is_grad_enabled() and len(self.losses) == self.num_micro:
+            self.on_last_loss(self.losses)
         return self._scaled(loss) if torch.is_grad_enabled() else loss
 
     def _scaled(self, loss: Tensor) -> Tensor:
@@ -117,6 +125,8 @@ class StageWork:
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """See Work."""
+        if self.before_gradients is not None:
+            self.before_gradients()
         self._zero.scale_guard.is_scaled = True
         with torch.profiler.record_function("pipeline.backward"):
             torch.autograd.backward(list(roots), list(gradients))

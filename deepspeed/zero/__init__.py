@@ -27,7 +27,8 @@
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
     last_hook  takes gradients after the script's own hooks    on_wire   reductions under way
     prints     what one rank alone wrote           aliases    buffers that are views of parameters
-    quantized  integers sharded as parameters are
+    quantized  integers sharded as parameters are  unused     parameters without gradients on any rank
+    late       a step before its norm is known, taken back exactly
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

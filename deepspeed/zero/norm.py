@@ -43,6 +43,18 @@ class Measured(NamedTuple):
     """Whether some rank's script changed the model, where the answer is summed over ranks (see zero.takeover)."""
 
 
+class Asked(NamedTuple):
+    """A norm that is on its way."""
+
+    own: Tensor
+    """[], this rank's part."""
+    missed: Tensor
+    """[], above 0 where a gradient was missing, as far as this rank knows."""
+    both: Tensor
+    """[2], what is being summed; not to be touched until `finish`."""
+    work: Any
+
+
 class GradientNorm:
     """Measures the gradients of one engine. `masters[i]` is the optimizer's side of `gradients[i]`.
 
@@ -67,6 +79,16 @@ class GradientNorm:
         """Per bucket, its parameters whose squares another rank of the model counts."""
         self.add()
 
+    @property
+    def device(self) -> torch.device:
+        """Where norms are summed."""
+        return self._device
+
+    @property
+    def has_replicas(self) -> bool:
+        """Whether shards are repeated on other ranks."""
+        return self._mesh.size("replicate") > 1
+
     def add(self) -> None:
         """Measure the masters too that have joined since the last call."""
         self._left_out += [self._repeated_elsewhere(master) for master in self._masters[len(self._left_out) :]]
@@ -82,16 +104,28 @@ class GradientNorm:
 
     def measure(self, news: bool | Tensor = False) -> Measured:
         """Collective, once per step; again after the gradients of parameters that join. The host waits for the answer here."""
+        return self.finish(self.start(news, self._group))
+
+    def start(self, news: bool | Tensor, group: Any) -> Asked:
+        """Begin to measure over `group`, which has the same ranks as this norm's own. Collective; nobody waits here."""
         missed = self._missed()  # first: it takes the flags out of the buffers that the norm reads
         if news is not False:
             missed = missed + CHANGED * news
         norms = [self._norm_of(i) for i in range(len(self._gradients))]
         total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
         both = torch.stack([total, missed])
-        if self._group is not None:
+        work = None
+        if group is not None:
             both[0].square_()
+            work = torch.distributed.all_reduce(both, group=group, async_op=True)
+        return Asked(total, missed, both, work)
+
+    def finish(self, asked: Asked) -> Measured:
+        """Wait for the answer."""
+        both = asked.both
+        if asked.work is not None:
             with COMMUNICATION.during("zero.norm", both.nbytes):
-                torch.distributed.all_reduce(both, group=self._group)
+                asked.work.wait()
             both[0].sqrt_()
         norm, num_missed = both.tolist()
         if self._is_sharded and self._mesh.size("replicate") > 1:

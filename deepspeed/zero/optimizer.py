@@ -15,7 +15,6 @@ After ZeRO (arXiv:1910.02054), section 5, and Mixed Precision Training (arXiv:17
 from __future__ import annotations
 
 import math
-import zlib
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,6 +38,7 @@ from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.runs import Runs
+from deepspeed.zero.unused import Unused
 from deepspeed.zero.update import Update
 
 if TYPE_CHECKING:
@@ -92,11 +92,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Takes over what a script has changed about the model, before each step and after its norm."""
         self.parameter_offload: ParameterOffload | None = None
         """Stage 3: the hooks on the model's modules, for libraries that take them off for a while."""
-        self._kept = (1.0, 1.0)
+        self.taken = (1.0, 1.0)
         """What the last step's gradients were larger by, and what it multiplied them by where it changed them in place."""
-        self._unused: list[tuple[int, int]] = []
-        self._skip_non_finite = skip_non_finite or self.scale.is_dynamic
-        self._norm = GradientNorm(reducer.gradients, self.masters, mesh, self._device, is_sharded=self._is_sharded)
+        self.unused = Unused(self.masters, reducer, mesh)
+        self.skips_non_finite = skip_non_finite or self.scale.is_dynamic
+        self.norm = GradientNorm(reducer.gradients, self.masters, mesh, self._device, is_sharded=self._is_sharded)
         self.runs = Runs(
             optimizer,
             self.masters,
@@ -115,7 +115,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             check_placements(optimizer, self)
             self._local_norm = LocalNorm(reducer.gradients, mesh, self._device)
             self.own_reduction = optimizer.reduction = ZeroReduction(self, mesh)
-            self._skip_non_finite = True  # errors would carry it on for ever
+            self.skips_non_finite = True  # errors would carry it on for ever
             self._choose_reduction()
 
     @property
@@ -146,7 +146,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Train these too, beginning without state. The reducer has their gradients already. The same on every rank."""
         self.masters += masters
         self.runs.refuse_tiers()
-        self._norm.add()
+        self.norm.add()
         self.runs.refresh()
         self._choose_reduction()
 
@@ -183,7 +183,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         they stay as the step left them until the next backward."""
         if self.reducer.saw_backward:
             return self.scale.scale
-        scale, factor = self._kept
+        scale, factor = self.taken
         is_changed = self.policy.gradients.dtype == self.policy.optimizer.dtype
         return scale * factor if is_changed and not self.runs.is_streamed(self.masters[index]) else scale
 
@@ -219,51 +219,63 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        if self.before_update is not None:
-            self.before_update()
-        if self.takeover is not None:
-            self.takeover.begin_step()
-        self.reducer.finish()
-        self._agree_on_failure(self.reducer.failure)
-        scale, factor = self.scale.scale, self._decide()
-        self._kept = (scale, factor or 1.0)
+        self.deliver()
+        scale, factor = self.scale.scale, self.decide(self._measure())
+        self.taken = (scale, factor or 1.0)
         if self.takeover is not None:
             self.takeover.follow_written()
         if factor is not None:
-            self._update(factor)
-            self._publish()
+            self.apply(factor)
         self.reducer.drop()
         self._choose_reduction()
         if self.takeover is not None:
             self.takeover.end_step()
         return loss
 
-    def _decide(self) -> float | None:
-        """The factor that unscales and clips, or None to skip the step. The host waits for the norm here."""
-        norm, missed_any, _ = self._measure()
+    def deliver(self) -> None:
+        """Have this step's gradients averaged, at the optimizer's placement. Collective over "average"."""
+        if self.before_update is not None:
+            self.before_update()
+        if self.takeover is not None:
+            self.takeover.begin_step()
+        self.reducer.finish()
+        self._agree_on_failure(self.reducer.failure)
+
+    def decide(self, measured: Measured, *, is_late: bool = False) -> float | None:
+        """The factor that unscales and clips, or None to skip the step. Collective where a gradient is missing.
+
+        is_late: the gradients have been dropped since, so none is blamed by name, and `unused.leave_out` is the caller's to call.
+        """
+        norm, missed_any, _ = measured
         unscaled = norm / self.scale.scale
-        self.overflow = self._skip_non_finite and not math.isfinite(norm)
+        self.overflow = self.skips_non_finite and not math.isfinite(norm)
         try:
             scale_used = self.scale.scale
             self.scale.update(self.overflow)
         except LossScaleFloorError as error:
-            raise LossScaleFloorError(f"{error}\n{blame(self.masters, self.reducer.gradients, self.mesh)}") from None
+            told = "" if is_late else f"\n{blame(self.masters, self.reducer.gradients, self.mesh)}"
+            raise LossScaleFloorError(f"{error}{told}") from None
         self.grad_norm = unscaled
-        if self.overflow and not self.scale.is_dynamic:
+        if self.overflow and not self.scale.is_dynamic and not is_late:
             if self.own_reduction is not None and self._takes_local:
                 self.own_reduction.tell_what_is_bad()
             else:
                 tell_what_is_bad(self.masters, self.reducer.gradients, self.mesh)
-        unused = self._agree_on_unused() if missed_any else []
-        self._unused = [*unused, *(pair for pair in self.reducer.left_out if pair not in unused)]
+        if not is_late:
+            self.unused.leave_out(self.unused.here() if missed_any else None)
         if self.overflow:
             return None
         clip = max(1.0, (unscaled + 1e-6) / self.clip) if self.clip > 0 else 1.0
         return 1.0 / (scale_used * clip)
 
+    def apply(self, factor: float, kept: Sequence[Tensor] | None = None) -> None:
+        """Update from this step's gradients, or from those `kept` of it, and publish. Collective where O is sharded."""
+        self._update(factor, kept)
+        self.publish()
+
     def _measure(self) -> Measured:
         """The norm, with the gradients of parameters that join in this step."""
-        norm: GradientNorm | LocalNorm = self._local_norm if self._takes_local else self._norm
+        norm: GradientNorm | LocalNorm = self._local_norm if self._takes_local else self.norm
         if self.takeover is None:
             return norm.measure()
         measured = norm.measure(self.takeover.news)
@@ -272,27 +284,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             measured = norm.measure()
         return measured
 
-    def _agree_on_unused(self) -> list[tuple[int, int]]:
-        """(bucket, parameter) that had no gradient on any rank: like plain PyTorch, they are not stepped. Collective."""
-        mine = [sorted(g.arrivals.used) if g.arrivals.misses_any else None for g in self.reducer.gradients]
-        # Usually a parameter misses its gradient on every rank, step after step: then a digest says all there is to say.
-        digest = zlib.crc32(repr(mine).encode())
-        is_same = all(theirs == digest for (theirs,) in self.mesh.agree("average", digest))
-        everyone: list[Any] = [mine] if is_same else self.mesh.gather_objects("average", mine)
-        unused: list[tuple[int, int]] = []
-        for i, master in enumerate(self.masters):
-            used = [theirs[i] for theirs in everyone]
-            if all(indices is not None for indices in used):
-                seen = set().union(*used)
-                unused += [(i, j) for j in range(len(master.bucket.params)) if j not in seen]
-        return unused
-
-    def _update(self, factor: float) -> None:
+    def _update(self, factor: float, kept: Sequence[Tensor] | None) -> None:
         if self.own_reduction is not None and self._takes_local:
             self.own_reduction.factor = factor
             self.optimizer.step()
             return
-        failure = Update(self.runs).run(factor, self._unused)
+        failure = Update(self.runs).run(factor, self.unused.pairs, kept)
         if self.runs.stream is not None:
             self._agree_on_failure(failure)
 
@@ -311,7 +308,8 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
         ) from failure
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Have the parameters be their masters again, on every rank. Collective where O is sharded."""
         pending = []
         for master in self.masters:
             if not self.runs.is_streamed(master):
@@ -359,7 +357,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         self.optimizer.load_state_dict(state["base_optimizer_state"])
         for master, flat in zip(self.masters, state["fp32_flat_groups"], strict=True):
             master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
-        self._publish()
+        self.publish()
         self.states_loaded()
 
     def refresh_from_params(self, buckets: Sequence[Bucket]) -> None:

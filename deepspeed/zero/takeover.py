@@ -69,6 +69,10 @@ class Takeover:
         self._asked: list[Seal] = []
         self._broken: list[Tensor] = []
 
+    def tell_early(self) -> None:
+        """From now on ranks tell each other where a step begins, not with its norm, whose answer comes late."""
+        self._rides = False
+
     def close(self) -> None:
         """The engine ends; no cycle is left to a collector."""
         self._optimizer.takeover = None

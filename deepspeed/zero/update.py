@@ -27,10 +27,15 @@ class Update:
     def __init__(self, runs: Runs) -> None:
         self._runs, self._optimizer = runs, runs.optimizer
 
-    def run(self, factor: float, unused: Sequence[tuple[int, int]]) -> TierError | None:
-        """One step from gradients times `factor`, without the `unused` (bucket, parameter); what could not be moved."""
+    def run(
+        self, factor: float, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None = None
+    ) -> TierError | None:
+        """One step from gradients times `factor`, without the `unused` (bucket, parameter); what could not be moved.
+
+        kept: the gradients by bucket, where the reducer has them no more; may be written over.
+        """
         for members in self._sub_groups():
-            stepped = [pair for i in members for pair in self._with_gradients(i, factor, unused)]
+            stepped = [pair for i in members for pair in self._with_gradients(i, factor, unused, kept)]
             if len(members) == len(self._runs.masters):
                 self._optimizer.step()
             else:
@@ -110,10 +115,12 @@ class Update:
         """Whether the wrapped optimizer may count its calls, so that a step must be one call."""
         return needs_of(self._optimizer) is not Needs.ELEMENTWISE
 
-    def _with_gradients(self, index: int, factor: float, unused: Sequence[tuple[int, int]]) -> list[tuple[int, Tensor]]:
+    def _with_gradients(
+        self, index: int, factor: float, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None
+    ) -> list[tuple[int, Tensor]]:
         """Give one bucket's runs their gradients in the master dtype, times `factor`."""
         master, gradients = self._runs.masters[index], self._runs.gradients[index]
-        result = gradients.rest().view(0, master.numel)
+        result = gradients.rest().view(0, master.numel) if kept is None else kept[index]
         assert result is not None, "what is not streamed is in memory"
         result = result.to(master.weights.dtype)
         if factor != 1.0:

@@ -229,6 +229,7 @@ _TREE: dict[str, Any] = {
         "use_reentrant": True,
         "schedule": "auto",
         "max_activation_memory": 0,
+        "post_validation": False,
     },
     "tensor_parallel": {
         "autotp_size": 0,

@@ -18,6 +18,9 @@ REASONS = (
     "it sees flat pieces and factors no matrix. At stage 0 it sees whole parameters and the numbers are the same.",
     "Transformers, `from_pretrained` at ZeRO stage 3 after the arguments, with `autotp_size` above 1: version 5.24 refuses to convert "
     "names there. Load the model before `TrainingArguments` are made.",
+    "Transformers, a `PipelineModule` as the Trainer's model: the Trainer calls the engine, which trains by `train_batch` alone "
+    "(`PipelineError`). Accelerate and Fabric prepare one, and scripts call `train_batch`; give them an iterator that they have not "
+    "prepared, since theirs has another part on each rank. A pipeline inside of a LightningModule is refused by name.",
     "Lightning and Fabric on CPU: their DeepSpeed strategies insist on CUDA. The tests and `examples/lightning` lift that check in a "
     "subclass of Lightning's own strategy.",
     "Lightning, `accumulate_grad_batches`: Lightning divides the loss by it and so does `engine.backward`, whose count Lightning sets; "
