@@ -103,7 +103,7 @@ class ZeroReduction:
 
     def parameters(self) -> Sequence[Whole]:
         """See OwnReduction."""
-        unused = set(self._owner._unused)
+        unused = set(self._owner.unused.pairs)
         return [
             self._whole(i, j)
             for i, master in enumerate(self._owner.masters)

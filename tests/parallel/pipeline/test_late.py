@@ -124,8 +124,6 @@ CASES = [
     (0, "1f1b", "fp32", "Adam"),
     (1, "zb-h1", "fp16", "Adam"),
     (2, "zb-h2", "bf16", "SGD"),
-    (0, "gpipe", "fp16", "Lamb"),
-    (1, "zb-v", "fp32", "AdamW"),
 ]
 MANY = [
     (zero, schedule, kind, optimizer)
