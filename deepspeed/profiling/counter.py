@@ -5,8 +5,9 @@ dispatch mode: it sees each operation below autograd, so it counts what is compu
 einsum, a custom autograd.Function, a recomputation, an expert that got no token), forward and backward.
 
 What an operation costs is torch's knowledge (`torch.utils.flop_counter.flop_registry`): matrix products, convolutions and
-attention at 2 operations per multiply-add; element-wise operations are not counted. Two things are added here: kernels
-that torch leaves out (the CPU's attention, grouped products, products with a vector, products in place, whole recurrent layers, the whole transformer layers that torch.nn runs without
+attention at 2 operations per multiply-add; element-wise operations are not counted. Asking torch imports Triton where it is
+installed (66 MB of resident memory), so products are counted here, and torch is asked only what it alone knows. Two things are
+added: kernels that torch leaves out (the CPU's attention, grouped products, products with a vector, products in place, whole recurrent layers, the whole transformer layers that torch.nn runs without
 gradients), and what is model work and what is not. An attention kernel's backward computes
 the scores a second time; that is counted as recomputation, like the forward that activation checkpointing repeats, so
 that the model's own operations (MFU's numerator, PaLM, arXiv:2204.02311, appendix B) are the same whatever kernel runs
@@ -21,6 +22,7 @@ from __future__ import annotations
 
 import enum
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -44,10 +46,16 @@ class Phase(enum.Enum):
 
 @functools.cache
 def flop_registry() -> dict[Any, Callable[..., int]]:
-    """Torch's formulas. Not at import: their module imports Triton where it is installed."""
+    """Torch's formulas. Their module imports Triton where it is installed."""
     from torch.utils.flop_counter import flop_registry as registry
 
     return registry
+
+
+def _by_torch(packet: Any) -> Callable[..., int] | None:
+    """Torch's formula. Not asked for what has none; whoever adds some, as packages may, has imported their module."""
+    is_known = any(word in packet.__name__ for word in _TORCH_KNOWS) or "torch.utils.flop_counter" in sys.modules
+    return flop_registry().get(packet) if is_known else None
 
 
 def current_node() -> Any:
@@ -178,8 +186,8 @@ _OURS: dict[Any, Callable[..., int]] = {
 _PRODUCTS: dict[Callable[..., int], str] = {
     _times_vector: "mv dot vdot",
     _added_vector: "addmv addmv_",
-    _product: "_int_mm _scaled_mm_v2",
-    _added_product: "addmm_ baddbmm_ addbmm addbmm_ _addmm_activation",
+    _product: "mm bmm _int_mm _scaled_mm _scaled_mm_v2",
+    _added_product: "addmm baddbmm addmm_ baddbmm_ addbmm addbmm_ _addmm_activation",
     _products: "_foreach_mm",
     _times_rows: "_weight_int8pack_mm mkldnn_linear",
     _grouped_product: "_grouped_mm _scaled_grouped_mm _scaled_grouped_mm_v2",
@@ -188,6 +196,9 @@ _PRODUCTS: dict[Callable[..., int], str] = {
 }
 for _formula, _names in _PRODUCTS.items():  # not every torch has all of them
     _OURS |= {getattr(torch.ops.aten, name): _formula for name in _names.split() if hasattr(torch.ops.aten, name)}
+
+_TORCH_KNOWS = ("conv", "attention")
+"""In the names of operations whose formulas are torch's."""
 
 _OTHERS: dict[str, Callable[..., int]] = {
     "transformers::grouped_mm_fallback": _grouped_product,
@@ -249,7 +260,7 @@ class OpCounter(TorchDispatchMode):
         if isinstance(func, torch._ops.HigherOrderOperator):
             return self._higher_order(func, args, kwargs)
         packet = func._overloadpacket
-        formula = _OURS.get(packet) or flop_registry().get(packet) or _OTHERS.get(packet._qualified_op_name)
+        formula = _OURS.get(packet) or _by_torch(packet) or _OTHERS.get(packet._qualified_op_name)
         if formula is None:
             with self:  # in inference mode composite operations arrive whole
                 decomposed = func.decompose(*args, **kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -12,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-from deepspeed.profiling.counter import _OURS, OpCounter, Phase
+from deepspeed.profiling import counter
+from deepspeed.profiling.counter import _OURS, OpCounter, Phase, _by_torch
 
 _PRODUCT = re.compile(r"(^|_)(bmm|mm|mv|dot|vdot|addmm|addmv|addbmm|baddbmm|matmul|linear|trilinear|bilinear|conv\d?d?|"
                       r"convolution|attention|rnn|lstm|gru|spmm|hspmm|addr|ger)(_|$|\d)")  # fmt: skip
@@ -70,6 +72,15 @@ def test_every_product_of_torch_is_counted_or_listed_with_the_reason() -> None:
     }
     assert set(kernels()) - counted - listed == set()
     assert listed & counted == set()
+
+
+def test_torch_is_asked_for_every_formula_that_it_alone_has(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert counter.flop_registry() is flop_registry
+    monkeypatch.delitem(sys.modules, "torch.utils.flop_counter")  # as in a process that has not asked yet
+    packets = [op for op in flop_registry if isinstance(op, torch._ops.OpOverloadPacket)]
+    asked = [op for op in packets if op not in _OURS]
+    assert asked and all(_by_torch(op) is flop_registry[op] for op in asked)
+    assert _by_torch(torch.ops.aten.add) is None
 
 
 def counted(function: Callable[[], Any]) -> int:
