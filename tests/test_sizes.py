@@ -17,7 +17,6 @@ LARGER = {
     "PipelineEngine": "the same, of the engine of pipelines",
     "PipelineModule": "the public contract of modules that are cut in depth",
     "PipelineParallelGrid": "the public contract of the grid: one attribute per name that scripts read",
-    "Coordinator": "the state of every host and rank of a job, in one place; it has no parts that change alone",
 }
 
 
@@ -49,12 +48,14 @@ def size_of(node: ast.ClassDef) -> tuple[int, int]:
 
 
 def too_large() -> dict[str, tuple[int, int]]:
-    sizes = {node.name: size_of(node) for _, node in nodes() if isinstance(node, ast.ClassDef)}
-    return {
-        name: (methods, attributes)
-        for name, (methods, attributes) in sizes.items()
-        if methods > MAX_METHODS or attributes > MAX_ATTRIBUTES
-    }
+    """By name; of classes of one name the largest counts."""
+    found: dict[str, tuple[int, int]] = {}
+    for methods, attributes, name in sorted(
+        (*size_of(node), node.name) for _, node in nodes() if isinstance(node, ast.ClassDef)
+    ):
+        if methods > MAX_METHODS or attributes > MAX_ATTRIBUTES:
+            found[name] = (methods, attributes)
+    return found
 
 
 def test_a_class_has_at_most_thirty_methods_and_twenty_attributes() -> None:

@@ -68,6 +68,19 @@ class _Member:
     hello: Message = field(default_factory=dict)
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Terms:
+    """On which terms members come and stay, as `Coordinator` was given them."""
+
+    token: str
+    grace_s: float
+    master: tuple[str, int]
+    min_members: int | None
+    start_s: float
+    may_queue: bool
+    check_versions: bool
+
+
 class Coordinator:
     """Listens from its construction on; `start` begins to answer. `stop`, `failed` may be called from any thread."""
 
@@ -89,13 +102,15 @@ class Coordinator:
         With `may_queue` the time for members to come, `start_s`, begins with the first of them.
         """
         self._names = list(members)
-        self._token = token
-        self._grace_s = grace_s
-        self._master = master
-        self._min = min_members
-        self._start_s = start_s
-        self._may_queue = may_queue
-        self._check_versions = check_versions
+        self._terms = _Terms(
+            token=token,
+            grace_s=grace_s,
+            master=master,
+            min_members=min_members,
+            start_s=start_s,
+            may_queue=may_queue,
+            check_versions=check_versions,
+        )
         self._blame = Blame()
         self._connections: set[_Member] = set()
         self._here: dict[int, _Member] = {}
@@ -162,7 +177,7 @@ class Coordinator:
 
     def _run(self) -> None:
         now_s = time.monotonic()
-        self._deadline_s, self._remind_s = now_s + self._start_s, now_s + REMIND_S
+        self._deadline_s, self._remind_s = now_s + self._terms.start_s, now_s + REMIND_S
         self._selector.register(self._listener, selectors.EVENT_READ)
         self._selector.register(self._woken, selectors.EVENT_READ)
         try:
@@ -200,7 +215,7 @@ class Coordinator:
         elif self.state is State.RUNNING and now_s >= self._blame.stop_at_s:
             first = self._blame.first
             assert first is not None, "a time to stop comes with a failure"
-            cannot_meet = self._min is not None and "RendezvousConnectionError" in first.words
+            cannot_meet = self._terms.min_members is not None and "RendezvousConnectionError" in first.words
             self._stop(self._blame.summary() + (self._how_to_go_on() if cannot_meet else ""), first.exit_code)
         elif self.state is State.RUNNING and len(self._ended) + len(self._lost) >= self._expected():
             self._stop("", max(self._ended.values(), default=0))
@@ -209,17 +224,21 @@ class Coordinator:
 
     def _expected(self) -> int:
         """How many members must have ended for the job to be over: all, or all that ever came to an elastic one."""
-        return len(self._names) if self._min is None else len(self._ended) + len(self._lost) + len(self._here)
+        return (
+            len(self._names)
+            if self._terms.min_members is None
+            else len(self._ended) + len(self._lost) + len(self._here)
+        )
 
     def _tick_gathering(self, now_s: float) -> None:
         first = self._blame.first
-        if self._may_queue and not self._here:
-            self._deadline_s = self._remind_s = now_s + self._start_s
+        if self._terms.may_queue and not self._here:
+            self._deadline_s = self._remind_s = now_s + self._terms.start_s
         if first is not None and now_s >= self._blame.stop_at_s:
             self._stop(self._blame.summary(), first.exit_code)
         elif now_s >= self._deadline_s:
             missing = listed(self.missing()) or "some"
-            text = f"---- {missing} did not report within {self._start_s:.0f} s; nothing was started ----"
+            text = f"---- {missing} did not report within {self._terms.start_s:.0f} s; nothing was started ----"
             self._stop(f"\n{text}\nIs the launcher started there, and may it connect to port {self.port} here?\n", 1)
         elif now_s >= self._remind_s:
             self._remind_s = now_s + REMIND_S
@@ -263,7 +282,7 @@ class Coordinator:
 
     def _admit(self, member: _Member, message: Message) -> None:
         hello = message["hello"]
-        mac = proof(self._token, "member", member.nonce, canonical(hello))
+        mac = proof(self._terms.token, "member", member.nonce, canonical(hello))
         index = int(hello["member"])
         if not hmac.compare_digest(str(message["mac"]), mac) or not 0 <= index < len(self._names):
             self._send(
@@ -285,11 +304,11 @@ class Coordinator:
         self._here[index] = member
         self._lost.discard(index)
         self._ended.pop(index, None)
-        self._send(member, {"welcome": proof(self._token, "coordinator", str(message["nonce"]))})
+        self._send(member, {"welcome": proof(self._terms.token, "coordinator", str(message["nonce"]))})
         logger.debug("%s is here (%s)", self._names[index], member.host)
         if self.state is State.STOPPING:
             self._send(member, {"stop": "the job is ending", "code": 1})
-        elif self._min is not None:
+        elif self._terms.min_members is not None:
             self._check_version_of(member)
             self.state = State.RUNNING
             self._send(member, self._go())
@@ -304,13 +323,13 @@ class Coordinator:
         """Where ranks meet: what the user said, else what the first member proposes."""
         first = self._here.get(0)
         hello = first.hello if first else {}
-        address = self._master[0] or str(hello.get("address") or (first.address if first else ""))
-        return {"go": {"master_addr": address, "master_port": int(self._master[1] or hello.get("port") or 0)}}
+        address = self._terms.master[0] or str(hello.get("address") or (first.address if first else ""))
+        return {"go": {"master_addr": address, "master_port": int(self._terms.master[1] or hello.get("port") or 0)}}
 
     def _check_version_of(self, member: _Member) -> None:
         one = self._here[min(self._here)]
         differ = [name for name in VERSIONS if member.hello.get(name) != one.hello.get(name)]
-        if not (differ and self._check_versions):
+        if not (differ and self._terms.check_versions):
             return
         assert member.index is not None, "admitted"
         text = "; ".join(
@@ -344,17 +363,19 @@ class Coordinator:
         if member is not None:
             self._drop(member)
         self._lost.add(index)
-        if self._min is None:
+        if self._terms.min_members is None:
             self._blame.add(failure, time.monotonic())
             return
         left = len(self._here)
         text = failure.words.rstrip(".")
         logger.warning("%s (%s): %s. %d of %d nodes are left", failure.who, failure.host, text, left, left + 1)
         could_come = len(self._names) - len(self._lost) - len(self._ended)
-        if (self.state is State.RUNNING and left < self._min) or could_come < self._min:
+        if (self.state is State.RUNNING and left < self._terms.min_members) or could_come < self._terms.min_members:
             self._blame.add(failure, time.monotonic())
             self._stop(
-                self._blame.summary() + f"{left} nodes are left, fewer than --min_elastic_nodes {self._min}.\n", 1
+                self._blame.summary()
+                + f"{left} nodes are left, fewer than --min_elastic_nodes {self._terms.min_members}.\n",
+                1,
             )
         elif member is not None and self._is_at_master(member):
             self._blame.add(failure, time.monotonic())
@@ -366,12 +387,12 @@ class Coordinator:
         """Whether ranks meet at this member's node, as far as its names and address tell."""
         assert member.index is not None, "admitted"
         node = self._names[member.index].removeprefix("node ")
-        return self._master[0] in (node, member.host, member.address, member.hello.get("address"))
+        return self._terms.master[0] in (node, member.host, member.address, member.hello.get("address"))
 
     def _how_to_go_on(self) -> str:
         """For an elastic job without its meeting point."""
         return (
-            f"The nodes of an elastic job meet at --master_addr {self._master[0]}; without that node it cannot go on.\n"
+            f"The nodes of an elastic job meet at --master_addr {self._terms.master[0]}; without that node it cannot go on.\n"
             "  Start it again with --master_addr of a node that runs; the script goes on from its last checkpoint.\n"
         )
 
@@ -379,7 +400,7 @@ class Coordinator:
         if self.state in (State.STOPPING, State.DONE):
             return
         self.state, self.code, self.summary = State.STOPPING, code, text
-        self._deadline_s = time.monotonic() + self._grace_s * (2 if interrupts else 1) + LEASE_S / 2
+        self._deadline_s = time.monotonic() + self._terms.grace_s * (2 if interrupts else 1) + LEASE_S / 2
         self._tell({"stop": text, "code": code, "interrupts": interrupts})
 
     def _tell(self, message: Message) -> None:

@@ -9,11 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from torch import Tensor
-
-from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State
+from deepspeed.optim.cpu import Batch, CpuOptimizer
 from deepspeed.optim.traits import Needs
 
 
@@ -37,17 +34,10 @@ class DeepSpeedCPUAdagrad(CpuOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad})
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        lows: Lows | None,
-        grad_factor: float,
-    ) -> None:
-        kernels.count_steps_([state["step"] for state in states])
+    def _update(self, batch: Batch) -> None:
+        group = batch.group
+        kernels.count_steps_(batch.steps)
         kernels.adagrad_(
-            params, grads, [state["sum"] for state in states], lows=lows, grad_factor=grad_factor,
+            batch.params, batch.grads, batch.column("sum"), lows=batch.lows, grad_factor=batch.grad_factor,
             lr=group["lr"], eps=group["eps"], weight_decay=group["weight_decay"],
         )  # fmt: skip

@@ -16,9 +16,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
+from deepspeed.optim.cpu import Batch, CpuOptimizer, State, complete_state, state_dtype
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -136,20 +135,12 @@ class DeepSpeedCPUAdam(CpuOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, _defaults(lr, bias_correction, betas, eps, weight_decay, amsgrad))
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        lows: Lows | None,
-        grad_factor: float,
-    ) -> None:
-        steps = [state["step"] for state in states]
+    def _update(self, batch: Batch) -> None:
+        steps = batch.steps
         kernels.count_steps_(steps)
         kernels.adam_(
-            params, grads, [state["exp_avg"] for state in states], [state["exp_avg_sq"] for state in states], steps,
-            decoupled=self.adam_w_mode, lows=lows, grad_factor=grad_factor, **adam_settings(group),
+            batch.params, batch.grads, batch.column("exp_avg"), batch.column("exp_avg_sq"), steps, lows=batch.lows,
+            decoupled=self.adam_w_mode, grad_factor=batch.grad_factor, **adam_settings(batch.group),
         )  # fmt: skip
 
     @torch.no_grad()

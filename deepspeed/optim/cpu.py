@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import abc
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +21,28 @@ from deepspeed.optim.traits import FusedRun, ShardableOptimizer, StepsFused, los
 from deepspeed.utils.errors import DeepSpeedError
 
 State = dict[str, Tensor]
+
+
+class Batch(NamedTuple):
+    """What is stepped together: tensors of one parameter group, with their gradients and complete states."""
+
+    group: dict[str, Any]
+    params: list[Tensor]
+    grads: list[Tensor]
+    states: list[State]
+    lows: Lows | None = None
+    """Where the updated parameters go as well, in low precision."""
+    grad_factor: float = 1.0
+    """What gradients are multiplied by."""
+
+    @property
+    def steps(self) -> list[Tensor]:
+        """The tensors' counts of steps."""
+        return self.column("step")
+
+    def column(self, key: str) -> list[Tensor]:
+        """One state of every tensor."""
+        return [state[key] for state in self.states]
 
 
 class CpuOptimizer(ShardableOptimizer, StepsFused):
@@ -34,16 +56,8 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
     master, which stands for low-precision parameters, bf16."""
 
     @abc.abstractmethod
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        lows: Lows | None,
-        grad_factor: float,
-    ) -> None:
-        """One step of tensors of one group; the states are complete."""
+    def _update(self, batch: Batch) -> None:
+        """One step of a group's tensors."""
 
     def state_keys_of(self, group: dict[str, Any]) -> tuple[str, ...]:
         """State tensors with their parameter's numel."""
@@ -77,7 +91,8 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
                 check_run(self, run)
             states = [self._complete(group, run.master, is_master=True) for run in members]
             lows = [run.low for run in members]
-            self._update(group, [r.master for r in members], [r.grad for r in members], states, lows, grad_factor)
+            masters, grads = [run.master for run in members], [run.grad for run in members]
+            self._update(Batch(group, masters, grads, states, lows, grad_factor))
 
     def _step_tensors(self, group: dict[str, Any]) -> None:
         params, grads = with_gradients(group)
@@ -85,7 +100,7 @@ class CpuOptimizer(ShardableOptimizer, StepsFused):
             check_on_cpu(self, param.device)
         states = [self._complete(group, param, is_master=False) for param in params]
         if params:
-            self._update(group, params, grads, states, None, 1.0)
+            self._update(Batch(group, params, grads, states))
 
     def _complete(self, group: dict[str, Any], param: Tensor, *, is_master: bool) -> State:
         """A tensor's state, with zeros for what it lacks."""

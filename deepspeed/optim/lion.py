@@ -10,11 +10,9 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State, complete_state, state_dtype
+from deepspeed.optim.cpu import Batch, CpuOptimizer, complete_state, state_dtype
 from deepspeed.optim.traits import Needs, ShardableOptimizer, loss_of, with_gradients
 
 
@@ -45,7 +43,8 @@ class FusedLion(ShardableOptimizer):
         for group in self.param_groups:
             params, grads = with_gradients(group)
             states = [complete_state(self.state[p], p, ("exp_avg",), state_dtype(p)) for p in params]
-            _lion_(group, params, grads, states)
+            if params:
+                _lion_(Batch(group, params, grads, states))
         return loss
 
 
@@ -68,30 +67,14 @@ class DeepSpeedCPULion(CpuOptimizer):
         self.fp32_optimizer_states = fp32_optimizer_states
         super().__init__(model_params, {"lr": lr, "betas": betas, "weight_decay": weight_decay})
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        lows: Lows | None,
-        grad_factor: float,
-    ) -> None:
-        _lion_(group, params, grads, states, lows, grad_factor)
+    def _update(self, batch: Batch) -> None:
+        _lion_(batch)
 
 
-def _lion_(
-    group: dict[str, Any],
-    params: list[Tensor],
-    grads: list[Tensor],
-    states: list[State],
-    lows: Lows | None = None,
-    grad_factor: float = 1.0,
-) -> None:
-    if not params:
-        return
-    kernels.count_steps_([state["step"] for state in states])
+def _lion_(batch: Batch) -> None:
+    group = batch.group
+    kernels.count_steps_(batch.steps)
     kernels.lion_(
-        params, grads, [state["exp_avg"] for state in states], lows=lows, grad_factor=grad_factor,
+        batch.params, batch.grads, batch.column("exp_avg"), lows=batch.lows, grad_factor=batch.grad_factor,
         lr=group["lr"], betas=group["betas"], weight_decay=group["weight_decay"],
     )  # fmt: skip

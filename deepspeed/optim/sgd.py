@@ -13,11 +13,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
-from deepspeed.optim.cpu import CpuOptimizer, State
+from deepspeed.optim.cpu import Batch, CpuOptimizer
 from deepspeed.optim.traits import Needs
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -67,20 +65,12 @@ class DeepSpeedCPUSGD(CpuOptimizer):
         """A momentum where the group has one."""
         return ("momentum_buffer",) if group["momentum"] else ()
 
-    def _update(
-        self,
-        group: dict[str, Any],
-        params: list[Tensor],
-        grads: list[Tensor],
-        states: list[State],
-        lows: Lows | None,
-        grad_factor: float,
-    ) -> None:
-        steps = [state["step"] for state in states]
+    def _update(self, batch: Batch) -> None:
+        group, steps = batch.group, batch.steps
         weights = [1.0 - group["dampening"] * (step.item() > 0) for step in steps]
         kernels.count_steps_(steps)
         kernels.sgd_(
-            params, grads, [state["momentum_buffer"] for state in states] if group["momentum"] else None,
+            batch.params, batch.grads, batch.column("momentum_buffer") if group["momentum"] else None,
             lr=group["lr"], weight_decay=group["weight_decay"], momentum=group["momentum"], nesterov=group["nesterov"],
-            weights=weights, lows=lows, grad_factor=grad_factor,
+            weights=weights, lows=batch.lows, grad_factor=batch.grad_factor,
         )  # fmt: skip
