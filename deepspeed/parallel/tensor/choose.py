@@ -175,11 +175,21 @@ def _is_familys(key: str, model: nn.Module) -> bool:
 def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> dict[str, Decision]:
     bare = dict(_without_wrappers(model))
     actions = rules.by_plan(plan, bare)
-    decisions = {}
+    modules = dict(model.named_modules())
+    decisions: dict[str, Decision] = {}
     for name, action in actions.items():
         full = ".".join(part for part in (prefix, bare[name]) if part)
-        decisions[full] = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
+        made = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
+        decisions.update((each, made) for each in _each_layer(modules.get(bare[name]), full))
     return decisions
+
+
+def _each_layer(module: nn.Module | None, name: str) -> Iterator[str]:
+    """The name itself, or those of the linear layers in a list of that name (one head for each code)."""
+    if isinstance(module, nn.ModuleList) and all(isinstance(layer, nn.Linear) for layer in module):
+        yield from (f"{name}.{index}" for index, _ in module.named_children())
+    else:
+        yield name
 
 
 def _without_wrappers(model: nn.Module) -> Iterator[tuple[str, str]]:

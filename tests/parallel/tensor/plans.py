@@ -24,6 +24,14 @@ _OCR = {
     "topk_group": 1,
     "num_experts_per_tok": 2,
 }
+_INDEXER = {
+    "indexer_n_heads": 4,
+    "indexer_kv_heads": 1,
+    "indexer_head_dim": 256,
+    "indexer_budget": 64,
+    "indexer_compress_ratio": 4,
+}
+_TALKER = {"spatial_merge_size": 2, "text_config": {"shared_expert_intermediate_size": 64}}
 FILLED: dict[str, dict[str, Any]] = {
     "cohere_compass": {"text_config": {"rope_parameters": _ROPE}},
     "cohere_compass_text": {"rope_parameters": _ROPE},
@@ -31,6 +39,11 @@ FILLED: dict[str, dict[str, Any]] = {
     "deepseek_ocr2_text": _OCR,
     "diffusion_gemma": {"text_config": _MOE},
     "diffusion_gemma_text": _MOE,
+    "dots3_note_vision_encoder": {"mlp_layer_types": ["dense"] + ["sparse"] * 3, "num_experts_per_tok": 2},
+    "granite4_vision": {"downsample_rate": "1/4", "deepstack_layer_map": [[-2, 1], [-1, 2]]},
+    "qwen3_omni_moe": {"talker_config": _TALKER},
+    "qwen4_exp": {"text_config": _INDEXER},
+    "qwen4_exp_text": _INDEXER,
     "dots1": {"n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "hunyuan_vl": {"text_config": {"head_dim": 128}},
     "lfm2_moe": {"num_hidden_layers": _NUM_LAYERS, "layer_types": ["conv", "full_attention"] * 2},
@@ -45,6 +58,9 @@ FILLED: dict[str, dict[str, Any]] = {
     "ministral": {"head_dim": 128},
 }
 """Sizes that a family's configuration leaves to its checkpoints."""
+_OF_THE_EMBEDDER = ("hidden_size", "rms_norm_eps", "vocab_size", "vocab_offset")
+TOWERS = {"gemma3n": "siglip_vision_model"}
+"""Vision towers that no plan cuts, of libraries that need not be there, and what stands in for them."""
 
 
 def names() -> list[str]:
@@ -75,6 +91,11 @@ def on_meta(name: str) -> nn.Module:
                 config = CONFIG_MAPPING[name](**FILLED.get(name, {}))
                 if is_shallow:
                     _shorten(config)
+                if name in TOWERS:
+                    asked = vars(config)["vision_config"].to_dict()
+                    seen = {key: asked[key] for key in _OF_THE_EMBEDDER}
+                    tower = CONFIG_MAPPING[TOWERS[name]](num_attention_heads=16, **seen)
+                    vars(config)["vision_config"] = tower  # past a check of its type
                 with torch.device("meta"):
                     return make(config)
             except Exception as caught:
@@ -102,7 +123,8 @@ def _shorten(config: Any) -> None:
         if isinstance(getattr(config, depth, None), int) and getattr(config, depth) > _NUM_LAYERS:
             setattr(config, depth, _NUM_LAYERS)
     for per_layer in _PER_LAYER:
-        if isinstance(getattr(config, per_layer, None), list):
+        is_computed = isinstance(inspect.getattr_static(config, per_layer, None), property)
+        if isinstance(getattr(config, per_layer, None), list) and not is_computed:
             setattr(config, per_layer, getattr(config, per_layer)[:_NUM_LAYERS])
     for inner in getattr(config, "sub_configs", None) or {}:
         if getattr(config, inner, None) is not None:
