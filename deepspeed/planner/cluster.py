@@ -2,7 +2,7 @@
 
     {"nodes": 512, "devices_per_node": 8,
      "device": {"memory_gb": 80, "tflops": 400, "memory_gb_s": 2000},
-     "links": {"within_gb_s": 300, "between_gb_s": 25, "latency_us": 10},
+     "links": {"within_gb_s": 300, "between_gb_s": 25, "latency_us": 10, "overlap": 0.8},
      "host": {"memory_gb": 1000, "link_gb_s": 25}, "disk": {"read_gb_s": 6, "write_gb_s": 3},
      "price_per_device_hour": 2.0}
 
@@ -19,6 +19,7 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
+from deepspeed.planner.cost import OVERLAP
 from deepspeed.profiling.rates import Rates
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -42,6 +43,8 @@ class Links:
     within_gb_s: float = 100.0
     between_gb_s: float = 10.0
     latency_us: float = 10.0
+    overlap: float = OVERLAP
+    """Of backward that messages hide behind; 0 where the processors that compute also move them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -135,6 +138,8 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
             continue
         is_count = key in ("nodes", "devices_per_node")
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        if key == "overlap" and number and not 0 <= value <= 1:
+            raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")
         if not number or value < 0 or (is_count and (value != int(value) or value < 1)):
             need = "a whole number, at least 1" if is_count else "a number, at least 0"
             raise DeepSpeedError(f"cluster: {prefix}{key} = {value!r} is not {need}.\n  Give one.")

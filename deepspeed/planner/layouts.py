@@ -20,7 +20,7 @@ from typing import NamedTuple
 from deepspeed.memory.shape import ModelShape
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import GB, Cluster
-from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES, OVERLAP
+from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES
 
 RESERVED_GB = 1.0
 """The device's context, libraries, fragmentation."""
@@ -253,9 +253,9 @@ def _exposed(cluster: Cluster, layout: Layout, gathered: float, reduced: float, 
     hops = max(1, ranks.bit_length() - 1)
     if layout.stage == 3:  # prefetched and reduced beside the whole computation
         spent = (gathered + reduced) / wire + latency * hops
-        return max(0.0, spent - OVERLAP * layout.accumulation * 1.5 * backward_s)
+        return max(0.0, spent - cluster.links.overlap * layout.accumulation * 1.5 * backward_s)
     times = layout.accumulation if layout.stage == 2 else 1
-    hidden = OVERLAP * backward_s * times
+    hidden = cluster.links.overlap * backward_s * times
     return max(0.0, reduced / wire - hidden) + gathered / wire + latency * hops
 
 

@@ -185,3 +185,16 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert runner.main(["max-model", str(llama), "-c", ds, "-s", "64", "-m", str(6 / 1024), "--device", "cpu"]) == 0
     assert int(capsys.readouterr().out.split("num_hidden_layers: ")[1].split()[0]) > 4
+
+
+def test_messages_hide_behind_backward_as_far_as_the_links_let_them() -> None:
+    link = {"within_gb_s": 10, "between_gb_s": 10, "latency_us": 0}
+    some, none = (read_cluster({**CLUSTER, "links": {**link, "overlap": share}}) for share in (0.8, 0))
+    for stage in range(4):
+        layout = Layout(dp=8, stage=stage, micro=1, accumulation=1)
+        hidden, seen = evaluate(LLAMA_70B, some, layout), evaluate(LLAMA_70B, none, layout)
+        sent = (seen.traffic["gather"] + seen.traffic["reduce"]) / 10e9
+        assert seen.exposed_s == pytest.approx(sent)
+        assert seen.exposed_s > hidden.exposed_s
+    with pytest.raises(DeepSpeedError, match="overlap = 2 is no share"):
+        read_cluster({**CLUSTER, "links": {"overlap": 2}})
