@@ -27,6 +27,7 @@ from deepspeed.checkpoint.boxes import meeting
 from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
+from deepspeed.checkpoint.mapped import Mapped
 from deepspeed.checkpoint.original_experts import EXPERT_FILE, Experts, names_of_groups
 from deepspeed.checkpoint.original_stages import Stages, is_pipeline, read_stages
 from deepspeed.checkpoint.source import Wanted
@@ -113,6 +114,7 @@ class Original:
         self._scaler: Any = None
         try:
             self._open()
+            self._mapped = Mapped(folder.resolve())
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
             if isinstance(error, CheckpointError):
                 raise
@@ -338,7 +340,9 @@ class Original:
             wanted_of_box = want.box, want.start, want.start + want.numel
             for piece in self._pieces[want.kind, want.name]:
                 for meets in meeting((None, start, start + piece.numel()), wanted_of_box, shape):
-                    want.sink(meets.at_second - want.start, piece.narrow(0, meets.at_first - start, meets.numel))
+                    part = piece.narrow(0, meets.at_first - start, meets.numel)
+                    want.sink(meets.at_second - want.start, part)
+                    self._mapped.let_go(part)
                 start += piece.numel()
 
 

@@ -10,6 +10,7 @@ tensor.py       over which ranks a model is cut, and that they stay together
 experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights
+room.py         memory that is read into, and given back
 weights.py      stored tensors, and reading a part of one
 packed.py       what GPTQ, AWQ and bitsandbytes store, made whole
 names.py        which stored tensors make which parameter

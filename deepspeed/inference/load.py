@@ -73,7 +73,7 @@ class Loader:
 
     def _read(self, place: _Place) -> None:
         box = None if place.is_part else _box(place)
-        values = place.recipe.read(place.weights, box).to(place.tensor.dtype)
+        values = place.recipe.read(place.weights, box, place.tensor.dtype)
         if tuple(values.shape) != tuple(place.tensor.shape):
             raise CheckpointError(
                 f"{place.name} is {list(values.shape)} in {place.weights.what}, and {list(place.tensor.shape)} here."

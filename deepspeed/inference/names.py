@@ -34,15 +34,15 @@ class Recipe:
             return weights.held[self.stored].shape
         return tuple(self._convert(lambda name: torch.empty(weights.held[name].shape, device="meta")).shape)
 
-    def read(self, weights: Weights, box: Box | None) -> Tensor:
-        """The part that a box says."""
+    def read(self, weights: Weights, box: Box | None, dtype: torch.dtype) -> Tensor:
+        """The part that a box says, in a dtype."""
         if self.converter is None:
-            return weights.read(self.stored, box)
+            return weights.read(self.stored, box, dtype)
         whole = self._convert(lambda name: weights.read(name, None))
         for dim, ranges in enumerate(box.ranges if box is not None else ()):
             if ranges != ((0, whole.shape[dim]),):
                 whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
-        return whole.contiguous()
+        return whole.contiguous().to(dtype)
 
     def _convert(self, read: Any) -> Tensor:
         tensors: Any = {pattern: [read(name) for name in names] for pattern, names in self.sources}

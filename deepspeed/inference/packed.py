@@ -131,10 +131,13 @@ class Unpacked:
         self.held = {name: held for name, held in inner.held.items() if name not in hidden}
         self.held |= {name: layout.held for name, layout in layouts.items()}
 
-    def read(self, name: str, box: Box | None) -> Tensor:
+    def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
         """See `Weights`. One weight is whole for that moment."""
         layout = self._layouts.get(name)
-        return self._inner.read(name, box) if layout is None else cut(layout.whole(self._inner), box)
+        if layout is None:
+            return self._inner.read(name, box, dtype)
+        part = cut(layout.whole(self._inner), box)
+        return part if dtype is None else part.to(dtype)
 
 
 def unpacked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weights:

@@ -7,13 +7,11 @@ damaged file is an error before a model is touched.
     TorchFiles           state dicts as data only, mapped: what is read is copied out
     TrainingCheckpoint   ours and the original's, at any stage, whole tensors put together from ranks' pieces
 
-Invariant: `read` gives memory of its own, of the box's shape and the stored dtype, and holds no more than that.
+Invariant: `read` gives memory of its own, of the box's shape, in the dtype asked for, and holds no more than that (`room`).
 """
 
 from __future__ import annotations
 
-import ctypes
-import mmap
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,9 +24,11 @@ from torch import Tensor
 from deepspeed.checkpoint.boxes import Box, common
 from deepspeed.checkpoint.container import DTYPE_OF, Entry, header_length, parse
 from deepspeed.checkpoint.files import open_plain
+from deepspeed.checkpoint.mapped import Mapped
 from deepspeed.checkpoint.original import read_torch_file
 from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER
+from deepspeed.inference.room import PIECE, copy_out, new_tensor
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.shards import PARAM
 
@@ -47,8 +47,8 @@ class Weights(Protocol):
     what: str
     held: dict[str, Held]
 
-    def read(self, name: str, box: Box | None) -> Tensor:
-        """A part of a tensor, None the whole. Raises CheckpointError, naming file and tensor."""
+    def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
+        """A part of a tensor, None the whole; cast to a dtype, None is the stored one. Raises CheckpointError, naming file and tensor."""
         ...
 
 
@@ -59,6 +59,7 @@ class SafetensorsFiles:
         self.what = what
         self.held: dict[str, Held] = {}
         self._places: dict[str, tuple[Path, Entry]] = {}
+        self._staging = new_tensor([PIECE], torch.uint8)
         for path in paths:
             for name, entry in _header(path).items():
                 if name in self._places:
@@ -66,20 +67,30 @@ class SafetensorsFiles:
                 self._places[name] = path, entry
                 self.held[name] = Held(entry.shape, DTYPE_OF[entry.dtype])
 
-    def read(self, name: str, box: Box | None) -> Tensor:
+    def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
         """See `Weights`."""
         path, entry = self._places[name]
         held = self.held[name]
-        values = torch.empty(held.shape if box is None else box.shape, dtype=held.dtype)
-        flat: Any = values.reshape(-1).view(torch.uint8).numpy() if values.numel() else b""
-        memory = memoryview(flat)
-        size = held.dtype.itemsize
+        values = new_tensor(held.shape if box is None else box.shape, dtype or held.dtype)
+        flat, size = values.view(-1), held.dtype.itemsize
+        is_cast = values.dtype is not held.dtype
+        staging = self._staging.view(held.dtype)
         with open_plain(path.resolve()) as fd:
             for stretch in common(box, None, held.shape):
-                at = stretch.at_first * size
-                part = memory[at : at + stretch.numel * size]
-                _read_into(fd, part, entry.start + stretch.at_second * size, f"{path}: {name}")
+                target = flat[stretch.at_first : stretch.at_first + stretch.numel]
+                start = entry.start + stretch.at_second * size
+                for part in target.split(staging.numel()) if is_cast else (target,):
+                    into = staging[: part.numel()] if is_cast else part
+                    _read_into(fd, _bytes(into), start, f"{path}: {name}")
+                    start += into.nbytes
+                    if is_cast:
+                        part.copy_(into)
         return values
+
+
+def _bytes(values: Tensor) -> memoryview:
+    flat: Any = values.view(torch.uint8).numpy()
+    return memoryview(flat)
 
 
 def _header(path: Path) -> Mapping[str, Entry]:
@@ -104,8 +115,11 @@ class TorchFiles:
     def __init__(self, paths: Sequence[Path], what: str) -> None:
         self.what = what
         self._tensors: dict[str, Any] = {}
+        self._files: dict[str, Mapped] = {}
         for path in paths:
-            for name, value in _state_dict(read_torch_file(path.resolve())).items():
+            content = read_torch_file(path.resolve())
+            file = Mapped(path.resolve())
+            for name, value in _state_dict(content).items():
                 if not isinstance(value, Tensor) and not _is_quantized(value):
                     continue
                 if name in self._tensors:
@@ -113,34 +127,18 @@ class TorchFiles:
                         f"{name} is in {path} and in another of the files: which of them counts?\n"
                         "  Files of ranks that hold parts of one tensor are read where a JSON says so (tp_size)."
                     )
-                self._tensors[name] = value
+                self._tensors[name], self._files[name] = value, file
         self.held = {name: _held(value) for name, value in self._tensors.items()}
 
-    def read(self, name: str, box: Box | None) -> Tensor:
+    def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
         """See `Weights`."""
-        value = self._tensors[name]
-        whole = value if isinstance(value, Tensor) else _dequantized(value)
-        found = cut(whole, box)
-        if found.data_ptr() == whole.data_ptr():
-            found = whole.clone()
-        for stored in (value,) if isinstance(value, Tensor) else value:
-            _let_go(stored)
+        value, file = self._tensors[name], self._files[name]
+        if isinstance(value, Tensor):
+            return copy_out(value, box, dtype or value.dtype, file)
+        found = copy_out(_dequantized(value), box, dtype or torch.float32, None)
+        for stored in value:
+            file.let_go(stored)
         return found
-
-
-def _let_go(mapped: Tensor) -> None:
-    """Give back the pages of a mapped file that were read: what was copied out of it is not held twice."""
-    storage = mapped.untyped_storage()
-    if not storage.filename or _libc is None:
-        return
-    page = mmap.PAGESIZE
-    begin = -(-storage.data_ptr() // page) * page
-    end = (storage.data_ptr() + storage.nbytes()) // page * page
-    if end > begin:
-        _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), mmap.MADV_DONTNEED)
-
-
-_libc = ctypes.CDLL(None) if hasattr(mmap, "MADV_DONTNEED") else None
 
 
 def cut(whole: Tensor, box: Box | None) -> Tensor:
@@ -192,10 +190,10 @@ class TrainingCheckpoint:
         stored = {name: source.tensors[kind][of] for name, (kind, of) in self._places.items()}
         self.held = {name: Held(tuple(tensor.shape), DTYPE_OF[tensor.dtype]) for name, tensor in stored.items()}
 
-    def read(self, name: str, box: Box | None) -> Tensor:
+    def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
         """See `Weights`."""
         held = self.held[name]
-        values = torch.empty(held.shape if box is None else box.shape, dtype=held.dtype)
+        values = new_tensor(held.shape if box is None else box.shape, dtype or held.dtype)
         flat = values.view(-1)
 
         def sink(offset: int, found: Tensor) -> None:

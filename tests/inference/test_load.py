@@ -103,8 +103,8 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     read: list[int] = []
     before = SafetensorsFiles.read
 
-    def watched(self: Any, name: str, box: Any) -> Any:
-        values = before(self, name, box)
+    def watched(self: Any, name: str, box: Any, dtype: Any = None) -> Any:
+        values = before(self, name, box, dtype)
         read.append(values.nbytes)
         return values
 
