@@ -259,7 +259,7 @@ class Original:
         dense = [name for name in self.parameters if name not in self._experts.tensors]
         ranks = self._experts.states(dense)
         if not ranks and isinstance(self._model.get("optimizer"), Mapping):
-            ranks = [(self._model["optimizer"], names_of_groups(self._model["optimizer"], dense, []))]
+            ranks = self._beside_masters(self._model["optimizer"], dense)
         if any(not groups and state.get("state") for state, groups in ranks):
             warn_once(
                 f"{self.folder} has optimizer states of several groups without names: weights are loaded, the optimizer begins anew."
@@ -270,6 +270,23 @@ class Original:
             for group, names in zip(state["param_groups"], groups, strict=True):
                 self._read_whole_group(state["state"], group, [n for n in names if n not in seen], names)
                 seen |= set(names)
+
+    def _beside_masters(
+        self, optimizer: Mapping[str, Any], dense: list[str]
+    ) -> list[tuple[Mapping[str, Any], list[list[str]]]]:
+        """The optimizer's state and names; in low precision it lies within another's, beside weights in fp32, which then count."""
+        state = optimizer.get("optimizer_state_dict", optimizer)
+        if state is optimizer:
+            return [(state, names_of_groups(state, dense, []))]
+        masters = optimizer.get("fp32_groups")
+        groups = names_of_groups(state, dense, []) if masters else []
+        if not masters or [len(group) for group in masters] != [len(names) for names in groups]:
+            warn_once(f"{self.folder} has one flat optimizer state: weights are loaded, the optimizer begins anew.")
+            return []
+        for tensors, names in zip(masters, groups, strict=True):
+            for tensor, name in zip(tensors, names, strict=True):
+                self._pieces[PARAM, name] = [tensor.detach().reshape(-1)]
+        return [(state, groups)]
 
     def _read_whole_group(
         self, states: Mapping[int, Any], group: Mapping[str, Any], new: list[str], names: list[str]

@@ -12,6 +12,7 @@ parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights
 room.py         memory that is read into, and given back
 weights.py      stored tensors, and reading a part of one
+joined.py       files of ranks: a rank's own part, or all together
 packed.py       what GPTQ, AWQ and bitsandbytes store, made whole
 names.py        which stored tensors make which parameter
 load.py         weights into a module, parameter by parameter

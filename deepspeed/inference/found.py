@@ -12,6 +12,7 @@ Raises CheckpointError or DeepSpeedConfigError, naming the path, before anything
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from deepspeed.checkpoint.manifest import FILE_NAME
 from deepspeed.checkpoint.zero_to_fp32 import open_tag
 from deepspeed.config.parallelism import TP_KEY
 from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.inference.joined import Parts
 from deepspeed.inference.packed import unpacked
 from deepspeed.inference.weights import SafetensorsFiles, TorchFiles, TrainingCheckpoint, Weights
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
@@ -32,13 +34,6 @@ MAX_JSON = 64 << 20
 _INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TORCH = (".bin", ".pt", ".pth")
-
-
-class Parts:
-    """Weights that hold this rank's parts already, as written by `save_mp_checkpoint_path` at the same tp_size."""
-
-    def __init__(self, whole: Weights, parts: Weights) -> None:
-        self.whole, self.parts, self.what = whole, parts, parts.what
 
 
 def open_weights(config: DeepSpeedInferenceConfig, rank: int, tp_size: int) -> Weights | Parts | None:
@@ -152,11 +147,16 @@ def _parts(
             f"{what} was saved for tp_size = {stated}, and this run has {size}.\n"
             f"  Run on {stated} ranks, or load the checkpoint that it was made from."
         )
-    mine = [file for file in files.get(TP_KEY, []) if Path(file).name.startswith(f"tp_{rank:02d}_")]
-    if size > 1 and not mine:
-        raise CheckpointError(f"{what} names no tp_{rank:02d}_*.pt: the part of rank {rank} is missing.")
+    named = [(file, folder / file) for file in files.get(TP_KEY, [])]
+    of_ranks = [[path for file, path in named if Path(file).name.startswith(f"tp_{r:02d}_")] for r in range(size)]
+    lacking = [r for r, paths in enumerate(of_ranks) if size > 1 and not paths]
+    if lacking:
+        raise CheckpointError(f"{what} names no tp_{lacking[0]:02d}_*.pt: the part of rank {lacking[0]} is missing.")
+    missing = [str(path) for _, path in named if not path.exists()]
+    if missing:
+        raise CheckpointError(f"{what} names {', '.join(missing[:4])}, which is missing; nothing was loaded.")
     whole = _from_files([folder / file for file in files.get("non_tp", [])], what)
-    return Parts(whole, _from_files([folder / file for file in mine], what) if mine else TorchFiles([], what))
+    return Parts(whole, [partial(_from_files, paths, what) for paths in of_ranks], rank, what)
 
 
 def _read_json(path: Path) -> Any:

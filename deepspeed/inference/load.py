@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.checkpoint.boxes import Box, box_of
-from deepspeed.inference.found import Parts
+from deepspeed.inference.joined import Parts
 from deepspeed.inference.names import Recipe, recipes_for
 from deepspeed.inference.weights import Weights
 from deepspeed.mesh import marks
@@ -36,8 +36,21 @@ class _Place:
     owners: list[tuple[nn.Module, str]]
     recipe: Recipe
     weights: Weights
-    is_part: bool = False
-    """Stored as this rank's part already."""
+    parts: Parts | None = None
+    """Files of ranks, which say from where once the parameter is cut."""
+
+    @property
+    def cuts(self) -> tuple[marks.Cut, ...]:
+        """How the parameter is cut by now."""
+        return marks.of(self.tensor).cuts if isinstance(self.tensor, nn.Parameter) else ()
+
+    @property
+    def whole(self) -> list[int]:
+        """Its shape on all ranks together."""
+        shape = list(self.tensor.shape)
+        for cut in self.cuts:
+            shape[cut.dim] = cut.whole
+        return shape
 
 
 @dataclass
@@ -72,8 +85,11 @@ class Loader:
                 owner._parameters[name] = param
 
     def _read(self, place: _Place) -> None:
-        box = None if place.is_part else _box(place)
-        values = place.recipe.read(place.weights, box, place.tensor.dtype)
+        weights, box = place.weights, _box(place)
+        if place.parts is not None:
+            weights, is_part = place.parts.source(place.recipe.stored, place.whole, box)
+            box = None if is_part else box
+        values = place.recipe.read(weights, box, place.tensor.dtype)
         if tuple(values.shape) != tuple(place.tensor.shape):
             raise CheckpointError(
                 f"{place.name} is {list(values.shape)} in {place.weights.what}, and {list(place.tensor.shape)} here."
@@ -95,13 +111,8 @@ class Loader:
 
 
 def _box(place: _Place) -> Box | None:
-    cuts = marks.of(place.tensor).cuts if isinstance(place.tensor, nn.Parameter) else ()
-    if not cuts:
-        return None
-    whole = list(place.tensor.shape)
-    for cut in cuts:
-        whole[cut.dim] = cut.whole
-    return box_of(whole, {cut.dim: list(cut.ranges) for cut in cuts})
+    cuts = place.cuts
+    return box_of(place.whole, {cut.dim: list(cut.ranges) for cut in cuts}) if cuts else None
 
 
 def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:
@@ -143,9 +154,8 @@ def _of_parts(module: nn.Module, parts: Parts) -> Loader:
         if name is None:
             missing.append(names[0])
             continue
-        is_part = name in parts.parts.held
-        source = parts.parts if is_part else parts.whole
-        loader.places[key] = _Place(names[0], place[0], place[1], Recipe(name, name), source, is_part)
+        source = parts.parts if name in parts.parts.held else parts.whole
+        loader.places[key] = _Place(names[0], place[0], place[1], Recipe(name, name), source, parts)
     _refuse_missing(module, missing, sorted(parts.whole.held), parts.what)
     return loader
 

@@ -96,6 +96,50 @@ def test_a_training_checkpoint_is_a_model_to_run(stage: int, tmp_path: Path) -> 
     assert same_words(engine, plain)
 
 
+def test_a_run_of_the_original_without_zero_in_low_precision_has_masters_beside_its_state(tmp_path: Path) -> None:
+    plain = build("llama").bfloat16()
+    masters = [param.detach().float() + 1e-4 for param in plain.parameters()]
+    state = {"state": {}, "param_groups": [{"params": list(range(len(masters))), "lr": 0.01}]}
+    content = {
+        "module": plain.state_dict(),
+        "buffer_names": [],
+        "optimizer": {"cur_scale": 1.0, "cur_iter": 2, "optimizer_state_dict": state, "fp32_groups": [masters]},
+        "param_shapes": [{name: param.shape for name, param in plain.named_parameters()}],
+        "dp_world_size": 2,
+        "mp_world_size": 1,
+        "ds_version": "0.19.8",
+    }
+    (tmp_path / "t").mkdir()
+    torch.save(content, tmp_path / "t" / "mp_rank_00_model_states.pt")
+    (tmp_path / "latest").write_text("t")
+    engine = deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path))
+    for found, master in zip(engine.parameters(), masters, strict=True):
+        assert torch.equal(found, master)
+    flat = content | {"optimizer": {"optimizer_state_dict": state, "fp32_groups_flat": [torch.zeros(3)]}}
+    torch.save(flat, tmp_path / "t" / "mp_rank_00_model_states.pt")
+    engine = deepspeed.init_inference(on_meta("llama"), dtype="bf16", checkpoint=str(tmp_path))
+    for found, param in zip(engine.parameters(), plain.parameters(), strict=True):
+        assert torch.equal(found, param)
+
+
+def write_as_the_original(state: dict[str, Any], folder: Path) -> None:
+    """Parts of two ranks as DeepSpeed 0.19.8 cuts them: embeddings and norms whole among them, the head by its inputs."""
+    folder.mkdir()
+    files: dict[str, dict[str, Any]] = {f"tp_0{rank}_0{index}.pt": {} for index in range(2) for rank in range(2)}
+    for number, (name, value) in enumerate(state.items()):
+        is_row = any(piece in name for piece in ("o_proj", "down_proj", "lm_head"))
+        is_cut = is_row or "_proj" in name
+        for rank in range(2):
+            part = value.chunk(2, int(is_row))[rank] if is_cut else value
+            files[f"tp_0{rank}_0{number % 2}.pt"][name] = part.clone()
+    for file, content in files.items():
+        torch.save(content, folder / file)
+    torch.save({}, folder / "non-tp.pt")
+    form = {"type": "ds_model", "base_dir": str(folder), "version": 1.0, "parallelization": "tp", "tp_size": 2}
+    form |= {"dtype": "float32", "checkpoints": {"non_tp": ["non-tp.pt"], "tp": list(files)}}
+    (folder / "ds_inference_config.json").write_text(json.dumps(form))
+
+
 def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """Parts from a whole checkpoint, saved as parts, and loaded again; quantized on the way."""
     plain, found = build("mixtral"), {}
@@ -128,6 +172,17 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     found["int8"] = float((logits_of(same, batch) - logits_of(eight, batch)).abs().max())
     with pytest.raises(DeepSpeedConfigError, match="was saved for tp_size = 2, and this run has 1"):
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=f"{folder}/parts")
+    if rank == 0:
+        write_as_the_original(whole.state_dict(), Path(folder) / "original")
+    torch.distributed.barrier()
+    theirs = deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/original")
+    found["original"] = float((logits_of(theirs, batch) - logits_of(whole, batch)).abs().max())
+    torch.distributed.barrier()
+    if rank == 1:
+        (Path(folder) / "original" / "tp_01_01.pt").unlink()
+    torch.distributed.barrier()
+    with pytest.raises(CheckpointError, match=r"names .*tp_01_01.pt, which is missing; nothing was loaded"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/original")
     if rank == 1:
         (Path(folder) / "llama" / "model.safetensors").rename(Path(folder) / "llama" / "gone")
     torch.distributed.barrier()
@@ -141,7 +196,7 @@ def test_ranks_read_their_parts_and_save_them(tmp_path: Path) -> None:
         build(family).save_pretrained(tmp_path / family)
     for found in run_ranks(2, over_ranks, str(tmp_path), timeout=300):
         assert found["most read"] < 0.67 and found["again"]
-        assert max(found["llama"], found["mixtral"]) < 1e-5 and found["int8"] < 1e-4
+        assert max(found["llama"], found["mixtral"], found["original"]) < 1e-5 and found["int8"] < 1e-4
 
 
 def test_int8_while_loading_is_int8_after_loading(tmp_path: Path) -> None:

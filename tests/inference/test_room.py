@@ -11,7 +11,7 @@ from torch import nn
 
 import deepspeed
 
-WIDTH, LAYERS = 1024, 8
+WIDTH, LAYERS = 1024, 6
 
 
 def resident(field: str) -> int:
@@ -39,7 +39,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not count peaks anew")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_peak_is_the_model_and_its_largest_tensor(
