@@ -258,7 +258,7 @@ class Original:
         """Optimizer states of a run without ZeRO, whose files have numbers instead of names."""
         dense = [name for name in self.parameters if name not in self._experts.tensors]
         ranks = self._experts.states(dense)
-        if not ranks and isinstance(self._model.get("optimizer"), Mapping):
+        if not ranks and isinstance(self._model.get("optimizer"), dict):
             ranks = self._beside_masters(self._model["optimizer"], dense)
         if any(not groups and state.get("state") for state, groups in ranks):
             warn_once(
@@ -272,10 +272,10 @@ class Original:
                 seen |= set(names)
 
     def _beside_masters(
-        self, optimizer: Mapping[str, Any], dense: list[str]
-    ) -> list[tuple[Mapping[str, Any], list[list[str]]]]:
+        self, optimizer: dict[str, Any], dense: list[str]
+    ) -> list[tuple[dict[str, Any], list[list[str]]]]:
         """The optimizer's state and names; in low precision it lies within another's, beside weights in fp32, which then count."""
-        state = optimizer.get("optimizer_state_dict", optimizer)
+        state: dict[str, Any] = optimizer.get("optimizer_state_dict", optimizer)
         if state is optimizer:
             return [(state, names_of_groups(state, dense, []))]
         masters = optimizer.get("fp32_groups")
