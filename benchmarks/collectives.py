@@ -1,4 +1,4 @@
-"""ZeRO's verbs on gloo: `DirectExchange`, `CollectiveExchange` and torch's own collectives, side by side.
+"""ZeRO's verbs on CPUs: `SharedExchange`, `DirectExchange`, `CollectiveExchange` and torch's own collectives, side by side.
 
     python benchmarks/collectives.py [--ranks 2] [--repeat 9] [--dtype float32]
 
@@ -20,12 +20,13 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
+from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.collective import CollectiveExchange, all_gather_single, reduce_scatter_single
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.utils.ports import free_port
 
-SIZES = (4 << 10, 1 << 20, 16 << 20, 64 << 20)
+SIZES = (4 << 10, 64 << 10, 256 << 10, 1 << 20, 16 << 20, 64 << 20)
 """Bytes of the full buffer."""
 NUM_TINY = 200
 
@@ -74,7 +75,7 @@ def _tiny(exchange: Exchange | None, pairs: list[tuple[Tensor, Tensor]]) -> Call
     return run
 
 
-def _rank(rank: int, world_size: int, port: int, repeat: int, dtype_name: str) -> None:
+def _rank(rank: int, world_size: int, port: int, repeat: int, dtype_name: str, largest: int) -> None:
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE=str(world_size))
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -82,6 +83,7 @@ def _rank(rank: int, world_size: int, port: int, repeat: int, dtype_name: str) -
     assert group is not None
     dtype: torch.dtype = getattr(torch, dtype_name)
     columns: dict[str, Exchange | None] = {
+        "shared": make_exchange(group, torch.device("cpu"), shares_memory=True),
         "direct": DirectExchange(group),
         "collective": CollectiveExchange(group),
         "torch": None,
@@ -93,7 +95,7 @@ def _rank(rank: int, world_size: int, port: int, repeat: int, dtype_name: str) -
 
     if rank == 0:
         print(f"{world_size} ranks, {dtype_name}, ms per call" + " " * 4 + "".join(f"{name:>14}" for name in columns))
-    for nbytes in SIZES:
+    for nbytes in (size for size in SIZES if size <= largest):
         shard_numel = nbytes // dtype.itemsize // world_size
         full, shard = torch.ones(shard_numel * world_size, dtype=dtype), torch.ones(shard_numel, dtype=dtype)
         for verb in ("all_gather", "reduce_scatter", "all_reduce"):
@@ -108,10 +110,13 @@ def main() -> int:
     """Start the ranks and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
+    parser.add_argument("--largest", type=int, default=SIZES[-1], help="bytes of the largest buffer")
     parser.add_argument("--repeat", type=int, default=9)
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16", "float16"))
     args = parser.parse_args()
-    torch.multiprocessing.spawn(_rank, (args.ranks, free_port(), args.repeat, args.dtype), nprocs=args.ranks)
+    torch.multiprocessing.spawn(
+        _rank, (args.ranks, free_port(), args.repeat, args.dtype, args.largest), nprocs=args.ranks
+    )
     return 0
 
 

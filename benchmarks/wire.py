@@ -290,7 +290,13 @@ def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, onl
         "1-bit LAMB": (
             {
                 "type": "OneBitLamb",
-                "params": {"lr": 5 * lr, "freeze_step": freeze, "betas": betas, "factor_max": factor_max},
+                "params": {
+                    "lr": 5 * lr,
+                    "freeze_step": freeze,
+                    "betas": betas,
+                    "factor_max": factor_max,
+                    "factor_min": 0.5 if factor_max > 1 else 1.0,
+                },
             },
             {"stage": 0},
         ),
@@ -342,7 +348,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--loss", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--factor-max", type=float, default=1.5, help="of 1-bit LAMB, with --loss")
+    parser.add_argument("--factor-max", type=float, default=1.0, help="of 1-bit LAMB, with --loss")
     parser.add_argument("--only", default="", help="optimizers whose name has this, with --loss")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()

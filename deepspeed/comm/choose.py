@@ -2,18 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed import ProcessGroup
 
+from deepspeed.comm.board import Address, Board, host_words
 from deepspeed.comm.collective import CollectiveExchange
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
+from deepspeed.comm.shared import SharedExchange
+from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.logging import warn_once
+
+SHARED_MEMORY = "DS_SHARED_MEMORY"
+"""The variable that asks for `comm.shared`; all ranks need the same."""
+MAX_SHARED_RANKS = 16
+"""Every rank reads every other's message: beyond so many, fewer and larger steps are better."""
 
 
-def make_exchange(group: ProcessGroup | None, device: torch.device) -> Exchange:
-    """The fastest exchange for buffers on `device`. None means all ranks, or this one where nothing is initialised."""
+def make_exchange(group: ProcessGroup | None, device: torch.device, *, shares_memory: bool = False) -> Exchange:
+    """The fastest exchange for buffers on `device`. None means all ranks, or this one where nothing is initialised.
+
+    shares_memory: small messages between CPU ranks of one host go through memory that they share. Then collective.
+    """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return LocalExchange(None)
     group = group or dist.group.WORLD
@@ -21,8 +36,60 @@ def make_exchange(group: ProcessGroup | None, device: torch.device) -> Exchange:
     if group.size() == 1:
         return LocalExchange(group)
     if device.type == "cpu" and _backend_for(group, "cpu") == "gloo":
-        return DirectExchange(group)
+        direct = DirectExchange(group)
+        return _shared(direct, group) or direct if shares_memory else direct
     return CollectiveExchange(group)
+
+
+def shares_memory(environ: Mapping[str, str]) -> bool:
+    """Whether the environment asks for shared memory. Raises DeepSpeedError for another word than 0 and 1."""
+    value = environ.get(SHARED_MEMORY, "") or "0"
+    if value not in ("0", "1"):
+        raise DeepSpeedError(
+            f"{SHARED_MEMORY}={value} says nothing.\n  Set it to 1 for small messages through shared memory, or to 0."
+        )
+    return value == "1"
+
+
+def _shared(direct: DirectExchange, group: ProcessGroup) -> SharedExchange | None:
+    """The exchange by shared memory, or None, told once, where the ranks of a group have none. Collective over them."""
+    if group.size() > MAX_SHARED_RANKS:
+        return None
+    words, board, why = host_words(), None, "the compiled library is missing, or this is not Linux"
+    if words is not None:
+        try:
+            board = Board(group.rank(), group.size())
+        except OSError as error:
+            why = f"no memory to share ({error})"
+    mine = [0, 0, 0, 0] if words is None or board is None else [*words, *board.address]
+    everyone = _gathered(group, mine)
+    if len({tuple(theirs[:2]) for theirs in everyone}) > 1:
+        why = "ranks are on several hosts, or some have no memory to share"
+        board = None
+    if board is not None:
+        try:
+            board.open([Address(*theirs[2:]) for theirs in everyone])
+        except OSError as error:
+            why = f"the others' memory cannot be opened ({error})"
+            board = None
+    are_open = all(found for (found,) in _gathered(group, [int(board is not None)]))
+    if board is None or not are_open:
+        warn_once(f"small messages between CPU ranks go through gloo, not shared memory: {why}.")
+        return None
+    board.seal()
+    return SharedExchange(direct, board, _timeout_s(group))
+
+
+def _gathered(group: ProcessGroup, values: list[int]) -> list[list[int]]:
+    mine = torch.tensor(values, dtype=torch.int64)
+    found: list[Tensor] = [torch.empty_like(mine) for _ in range(group.size())]
+    dist.all_gather(found, mine, group=group)
+    return [theirs.tolist() for theirs in found]
+
+
+def _timeout_s(group: ProcessGroup) -> float:
+    """What collectives of this group wait for each other."""
+    return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
 
 
 def _backend_for(group: ProcessGroup, device_type: str) -> str:

@@ -84,7 +84,7 @@ class DirectExchange:
 
         def finish() -> None:
             work.wait()
-            self._add_up(slices_of(received, self.world_size), out, divide_by, accumulate)
+            self.add_up(slices_of(received, self.world_size), out, divide_by, accumulate)
             self.scratch.give_back([received])
 
         return Pending(finish, work)
@@ -127,7 +127,7 @@ class DirectExchange:
 
         def finish() -> None:
             self._wait(works)
-            self._add_up(parts, out, divide_by, accumulate)
+            self.add_up(parts, out, divide_by, accumulate)
             if self.scratch.give_back(part for part in parts if part is not own):
                 self._retired.clear()  # finished messages hold the memory they were received into
 
@@ -144,7 +144,7 @@ class DirectExchange:
             work.wait()
         self._retired.extend(works)
 
-    def _add_up(self, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:
+    def add_up(self, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:
         """Sum `parts` in order, divide, and write or add into `out`, which may be one of them."""
         dtype = torch.float32 if parts[0].dtype in NARROW else parts[0].dtype
         if dtype not in self._totals:

@@ -1,7 +1,7 @@
 """What ZeRO asks of the wire, on flat buffers: all-gather, reduce-scatter and all-reduce, started now, waited later.
 
-The verbs (`Exchange`) and what they give back (`Pending`); the implementations are `local`, `collective` and `direct`,
-and `choose` picks one. `mesh` makes an exchange per process group; `zero` starts the verbs and keeps the `Pending`.
+The verbs (`Exchange`) and what they give back (`Pending`); the implementations are `local`, `collective`, `direct`
+and `shared`, and `choose` picks one. `mesh` makes an exchange per process group; `zero` starts the verbs and keeps the `Pending`.
 `full` is always 1-D with `world_size` equal slices, rank r's being `full[r*S:(r+1)*S]`:
 
     all_gather       own slice of every rank  ->  full on every rank, in place

@@ -13,6 +13,7 @@ Invariant: a rank launches and waits for the same things in the same order, watc
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map_only
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.choose import make_exchange, shares_memory
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.recorder import Current, Flow, Recorder
 from deepspeed.utils.waits import COMMUNICATION
@@ -36,8 +37,9 @@ NUM_RUNS = 3
 
 
 def make_observed(group: ProcessGroup | None, device: torch.device) -> Exchange:
-    """`make_exchange`, watched where there is more than one rank."""
-    inner = make_exchange(group, device)
+    """`make_exchange`, watched where there is more than one rank; through shared memory where the environment asks for it.
+    Then collective over the group."""
+    inner = make_exchange(group, device, shares_memory=shares_memory(os.environ))
     return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
 
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
 from deepspeed.assembly.exchanges import make_wire
 from deepspeed.assembly.sequence import make_sequence_loss
+from deepspeed.comm.choose import SHARED_MEMORY, shares_memory
 from deepspeed.config import Config
 from deepspeed.engine import earlier_states, experts, tensor
 from deepspeed.engine.accumulation import Accumulation
@@ -210,7 +212,9 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
     for refusal in mesh.gather_objects("job", shared_with_another(given.model)):
         if refusal is not None:
             raise DeepSpeedError(refusal)
-    require_equal(mesh, "configuration", flatten(given.user_config), "Give every rank the same configuration.")
+    wishes = [f"the variable {SHARED_MEMORY} = 1"] if shares_memory(os.environ) else []
+    lines = [*flatten(given.user_config), *wishes]
+    require_equal(mesh, "configuration", lines, "Give every rank the same configuration.")
     cure = "Build the same model, with the same frozen parameters, on every rank."
     require_equal(mesh, "model", describe_model(given.model), cure)
 

@@ -14,11 +14,12 @@ from deepspeed.comm.collective import CollectiveExchange
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, slices_of
 from deepspeed.comm.local import LocalExchange
+from deepspeed.comm.shared import SharedExchange
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
-KINDS = ["direct", "collective"]
+KINDS = ["direct", "shared", "collective"]
 WORLD_SIZES = [1, 2, 3]
 
 
@@ -27,6 +28,10 @@ def _exchange(kind: str) -> Exchange:
     assert group is not None
     if group.size() == 1:
         return LocalExchange(group)
+    if kind == "shared":
+        exchange = make_exchange(group, CPU, shares_memory=True)
+        assert isinstance(exchange, SharedExchange)
+        return exchange
     return DirectExchange(group) if kind == "direct" else CollectiveExchange(group)
 
 
@@ -165,7 +170,7 @@ def _many_in_flight(rank: int, world_size: int, kind: str) -> None:
             started.append((exchange.start_reduce_scatter(full, out, accumulate=False), out, total))
         else:
             started.append((exchange.start_all_reduce(full), full, total.repeat(world_size)))
-    random.Random(rank if kind == "direct" else 7).shuffle(started)
+    random.Random(7 if kind == "collective" else rank).shuffle(started)
     for pending, result, expected in started:
         pending.wait()
         assert torch.equal(result, expected)

@@ -1,0 +1,288 @@
+"""A board for each rank of a host: memory that it alone writes messages on, and that the others read where they lie.
+
+Made by `comm.choose` for `comm.shared`; the counters' instructions are compiled (`csrc/shared.cpp`).
+
+    a board   | counter: messages posted | closed | acks [N messages][ranks] | where they lie [N messages] | messages ... |
+
+A message is copied onto the own board, counted, and stays until every other rank has acknowledged it; who waits for it looks
+at the counter, then sleeps on it. Posting never waits for room: a message that finds none lies in memory of its own until then.
+Memory has no name (memfd): the others open it once, by process and number, and the kernel takes it back when the last of them
+has ended, however it ended. It does not count against /dev/shm.
+
+Invariant: every rank posts messages of the same sizes in the same order, so a message's number says which it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import mmap
+import os
+import select
+import time
+from collections import deque
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple, final
+
+import torch
+from torch import Tensor
+
+from deepspeed.kernels.native import library
+from deepspeed.utils.errors import RankMismatchError
+
+NUM_MESSAGES = 1024
+"""How many can be on a board at once."""
+ROOM_NBYTES = 2 << 20
+"""What a board has for them; beyond that they lie beside it."""
+LINE = 64
+"""Bytes of a line of the cache: what two ranks write is not in the same."""
+SPIN_US = 50
+"""How long a rank looks at a counter before it sleeps, where each rank has a processor of its own."""
+LOOK_MS = 100
+"""How often a rank that sleeps looks whether the others still run."""
+
+LINGER_S = 5.0
+"""How long a rank that lets go of its board waits for readers of what lies beside it."""
+
+
+def host_words() -> tuple[int, int] | None:
+    """The same two numbers on all processes that see each other's process numbers and memory; None: nothing of it here."""
+    found = library()
+    if found is None or not found.ds_shared_is_supported() or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return int(boot.replace("-", "")[:15], 16), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+class Address(NamedTuple):
+    """Where the others find a board."""
+
+    pid: int
+    fd: int
+
+
+class _Message(NamedTuple):
+    """One on the own board: its number, the room that it has, and its memory where that is beside the board."""
+
+    number: int
+    start: int
+    nbytes: int
+    fd: int | None
+
+
+@final
+class Board:
+    """The boards of all ranks of a group on one host, of which one is this rank's.
+
+    Made in three steps, since the ranks tell each other addresses in between: the constructor, `open`, `seal`.
+    """
+
+    def __init__(self, rank: int, world_size: int) -> None:
+        self.rank, self.world_size = rank, world_size
+        self._sides: list[_Side] = []
+        self._live: deque[_Message] = deque()
+        self._watched: dict[int, int] = {}
+        """Other ranks' processes: by number, something that can be read once they have ended."""
+        self._fd: int | None = None
+        self._words, self._pid = _words(), os.getpid()
+        self._acks_at = 2 * LINE
+        self._places_at = self._acks_at + 4 * NUM_MESSAGES * world_size
+        self._room_at = -(-(self._places_at + 16 * NUM_MESSAGES) // LINE) * LINE
+        self._num_posted, self._head = 0, 0
+        self._spin_us = SPIN_US if len(os.sched_getaffinity(0)) >= world_size else 0
+        self._fd = _memory(self._room_at + ROOM_NBYTES)
+
+    @property
+    def address(self) -> Address:
+        """Where the others find this rank's."""
+        assert self._fd is not None, "before the board is sealed"
+        return Address(self._pid, self._fd)
+
+    def open(self, addresses: Sequence[Address]) -> None:
+        """Have all boards, in rank order. Raises OSError."""
+        nbytes = self._room_at + ROOM_NBYTES
+        for rank, address in enumerate(addresses):
+            self._sides.append(_Side(_mapped(address, nbytes), self._places_at, self._room_at, address.pid))
+            if rank != self.rank:
+                self._watched[rank] = os.pidfd_open(address.pid)
+
+    def seal(self) -> None:
+        """Every rank has opened this one: its number is given back."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+    def __del__(self) -> None:
+        if os.getpid() != self._pid:  # a forked child, such as a data loader's worker: the board is its parent's
+            return
+        self.seal()
+        end = time.monotonic() + LINGER_S
+        while any(message.fd is not None for message in self._live) and time.monotonic() < end:
+            time.sleep(1e-3)  # what lies beside the board goes with this process
+            self._forget()
+        for fd in (*self._watched.values(), *(message.fd for message in self._live if message.fd is not None)):
+            os.close(fd)
+        if self._sides:
+            self._words.ds_shared_store(self._sides[self.rank].base + LINE, 1)
+
+    def post(self, message: Tensor) -> int:
+        """Copy a flat tensor onto the board; its number. Waits only where `NUM_MESSAGES` lie there."""
+        number, own = self._num_posted, self._sides[self.rank]
+        self._forget()
+        if len(self._live) == NUM_MESSAGES:
+            self._wait_for_acks(self._live[0].number)
+        nbytes = message.nbytes
+        start = self._place(nbytes)
+        if start is not None:
+            target, place = own.room[start : start + nbytes], start
+            self._live.append(_Message(number, start, nbytes, None))
+        else:
+            fd = _memory(nbytes)
+            target, place = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8), -1 - fd
+            self._live.append(_Message(number, 0, 0, fd))
+        if nbytes:
+            target.view(message.dtype).copy_(message)
+        own.set_place(number % NUM_MESSAGES, place)
+        self._num_posted += 1
+        self._words.ds_shared_post(own.base, self._num_posted & 0xFFFFFFFF)
+        return number
+
+    def has(self, number: int, rank: int) -> bool:
+        """Whether a rank's message is there."""
+        return bool(self._words.ds_shared_have_reached(self._sides[rank].base, 1, -1, (number + 1) & 0xFFFFFFFF))
+
+    def read(self, number: int, rank: int, nbytes: int, timeout_s: float) -> Tensor:
+        """Another rank's message [nbytes] of uint8, where it lies, until `acknowledge`. Waits for it.
+
+        Raises RankMismatchError where that rank has ended, or after `timeout_s`.
+        """
+        side = self._sides[rank]
+        begun = time.monotonic()
+        while not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, self._spin_us, LOOK_MS):
+            self._check(rank, time.monotonic() - begun, timeout_s)
+        place = side.place(number % NUM_MESSAGES)
+        if place >= 0:
+            return side.room[place : place + nbytes]
+        try:
+            beside = _mapped(Address(side.pid, -1 - place), nbytes)
+        except OSError:
+            self._check(rank, 0.0, timeout_s)
+            raise
+        return torch.frombuffer(beside, dtype=torch.uint8)
+
+    def acknowledge(self, number: int) -> None:
+        """This rank has read all others' messages of this number, or never will."""
+        if os.getpid() != self._pid:
+            return
+        at = self._acks_at + 4 * (number % NUM_MESSAGES * self.world_size + self.rank)
+        for rank, side in enumerate(self._sides):
+            if rank != self.rank:
+                self._words.ds_shared_store(side.base + at, (number + 1) & 0xFFFFFFFF)
+
+    def _forget(self) -> None:
+        """Take back the room of the oldest messages that all have read."""
+        while self._live and self._is_read(self._live[0].number):
+            message = self._live.popleft()
+            if message.fd is not None:
+                os.close(message.fd)
+
+    def _is_read(self, number: int) -> bool:
+        at = self._sides[self.rank].base + self._acks_at + 4 * (number % NUM_MESSAGES * self.world_size)
+        return bool(self._words.ds_shared_have_reached(at, self.world_size, self.rank, (number + 1) & 0xFFFFFFFF))
+
+    def _wait_for_acks(self, number: int) -> None:
+        while not self._is_read(number):
+            time.sleep(1e-4)
+            for rank in self._watched:
+                self._check(rank, 0.0, 1.0)
+        self._forget()
+
+    def _place(self, nbytes: int) -> int | None:
+        """Where a message fits: rooms are taken in a circle and given back in the order of posting. None: nowhere."""
+        oldest = next((message for message in self._live if message.nbytes), None)
+        need = -(-nbytes // LINE) * LINE
+        if oldest is None:
+            self._head = 0
+        tail = 0 if oldest is None else oldest.start
+        if self._head < tail:  # the circle has begun again
+            start = self._head if self._head + need < tail else None
+        elif self._head + need <= ROOM_NBYTES:
+            start = self._head
+        else:
+            start = 0 if need < tail else None
+        if start is not None:
+            self._head = start + need
+        return start
+
+    def _check(self, rank: int, waited_s: float, timeout_s: float) -> None:
+        """Raise RankMismatchError if a rank has ended, or has let go of its board, or has been waited for too long."""
+        side = self._sides[rank]
+        has_ended = bool(select.select([self._watched[rank]], [], [], 0)[0])
+        if has_ended or self._words.ds_shared_have_reached(side.base + LINE, 1, -1, 1):
+            what = f"its process {side.pid} has ended" if has_ended else "it has let go of the group"
+            raise RankMismatchError(
+                f"[rank {self.rank} of {self.world_size} that share memory] rank {rank} will send no more: {what}.\n"
+                "  Its own output says why."
+            )
+        if waited_s > timeout_s:
+            raise RankMismatchError(
+                f"[rank {self.rank} of {self.world_size} that share memory] rank {rank} has not sent its part for {timeout_s:.0f} s.\n"
+                "  Look at what it does (py-spy dump --pid "
+                f"{side.pid}), or give init_distributed a longer timeout."
+            )
+
+
+class _Side:
+    """One rank's board, as all see it."""
+
+    def __init__(self, memory: mmap.mmap, places_at: int, room_at: int, pid: int) -> None:
+        self._memory = memory
+        self.pid = pid
+        self.room = torch.frombuffer(memory, dtype=torch.uint8)[room_at:]
+        self._places = memoryview(memory)[places_at : places_at + 16 * NUM_MESSAGES].cast("q")
+        self.base = self.room.data_ptr() - room_at
+        """Its address in this process."""
+
+    def place(self, entry: int) -> int:
+        """Where a message lies: an offset, or -1 - the number of memory of its own."""
+        return self._places[entry]
+
+    def set_place(self, entry: int, place: int) -> None:
+        """Of the next message."""
+        self._places[entry] = place
+
+
+def _memory(nbytes: int) -> int:
+    """Memory without a name, as a file's number. Raises OSError where there is none."""
+    fd = os.memfd_create("deepspeed")
+    try:
+        os.posix_fallocate(fd, 0, nbytes)  # now, and not as a signal at the first write
+    except OSError:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _mapped(address: Address, nbytes: int) -> mmap.mmap:
+    fd = os.open(f"/proc/{address.pid}/fd/{address.fd}", os.O_RDWR)
+    try:
+        return mmap.mmap(fd, nbytes)
+    finally:
+        os.close(fd)
+
+
+@functools.lru_cache(maxsize=1)
+def _words() -> ctypes.CDLL:
+    found = library()
+    assert found is not None, "asked for before a board is made"
+    found.ds_shared_post.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    found.ds_shared_post.restype = None
+    found.ds_shared_store.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    found.ds_shared_store.restype = None
+    found.ds_shared_have_reached.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
+    found.ds_shared_wait.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64)
+    return found

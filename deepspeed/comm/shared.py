@@ -1,0 +1,122 @@
+"""The exchange between ranks of one host on CPUs: small messages are read where their sender wrote them, in shared memory.
+
+Chosen by `comm.choose` where all ranks of a group share memory; what is large goes by `comm.direct`, as does everything that
+has no message of its own here. The arithmetic is `DirectExchange.add_up` in either case.
+
+    started   the own slice, or the whole buffer, is copied onto the rank's board (`comm.board`) and counted
+    waited    the others' are read there, added up or copied into place, and acknowledged
+
+Invariant: the bits of `DirectExchange`. Starting never waits for another rank, and any number may be in flight, waited for
+in any order or never: what is forgotten is acknowledged all the same.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import final
+
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from deepspeed.comm.board import Board
+from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.exchange import Pending, slices_of
+
+MAX_NBYTES = 1 << 18
+"""The largest buffer that goes this way."""
+
+
+class _Posted:
+    """One message of every rank: this rank's is on its board."""
+
+    def __init__(self, board: Board, message: Tensor, timeout_s: float) -> None:
+        self._board, self._nbytes, self._timeout_s = board, message.nbytes, timeout_s
+        self._dtype = message.dtype
+        self._is_read = True
+        self._number = board.post(message)
+        self._is_read = False
+
+    def is_completed(self) -> bool:
+        """Whether all have posted theirs."""
+        board = self._board
+        return self._is_read or all(board.has(self._number, r) for r in range(board.world_size) if r != board.rank)
+
+    def messages(self, own: Tensor) -> list[Tensor]:
+        """Every rank's, this rank's being `own`; to be read before `done`. Waits for them."""
+        board = self._board
+        return [
+            own
+            if rank == board.rank
+            else board.read(self._number, rank, self._nbytes, self._timeout_s).view(self._dtype)
+            for rank in range(board.world_size)
+        ]
+
+    def done(self) -> None:
+        """The others' room may be used again."""
+        if not self._is_read:
+            self._is_read = True
+            self._board.acknowledge(self._number)
+
+    def __del__(self) -> None:
+        self.done()
+
+
+@final
+class SharedExchange:
+    """See the module's text. `board` is open on all ranks of `direct`'s group."""
+
+    needs_shard = True
+
+    def __init__(self, direct: DirectExchange, board: Board, timeout_s: float) -> None:
+        self._direct, self._board, self._timeout_s = direct, board, timeout_s
+        self.group: ProcessGroup | None = direct.group
+        self.rank, self.world_size = direct.rank, direct.world_size
+
+    def invalidate(self) -> None:
+        """See Exchange. Nothing is kept."""
+
+    def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
+        """See Exchange."""
+        if full.nbytes > MAX_NBYTES:
+            return self._direct.start_all_gather(full, shard)
+        slices = slices_of(full, self.world_size)
+        own = slices[self.rank]
+        if shard is not None:
+            own.copy_(shard)
+
+        def copy(messages: list[Tensor]) -> None:
+            for target, message in zip(slices, messages, strict=True):
+                if target is not message:
+                    target.copy_(message)
+
+        return self._post(own, copy)
+
+    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
+        """See Exchange."""
+        if full.nbytes > MAX_NBYTES:
+            return self._direct.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
+
+        def add(messages: list[Tensor]) -> None:
+            parts = [slices_of(message, self.world_size)[self.rank] for message in messages]
+            self._direct.add_up(parts, out, divide_by, accumulate)
+
+        return self._post(full, add)
+
+    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
+        """See Exchange."""
+        if full.nbytes > MAX_NBYTES:
+            return self._direct.start_all_reduce(full, divide_by)
+        return self._post(full, lambda messages: self._direct.add_up(messages, full, divide_by, False))
+
+    def broadcast(self, full: Tensor, source: int = 0) -> None:
+        """See Exchange."""
+        self._direct.broadcast(full, source)
+
+    def _post(self, own: Tensor, use: Callable[[list[Tensor]], None]) -> Pending:
+        posted = _Posted(self._board, own, self._timeout_s)
+
+        def finish() -> None:
+            use(posted.messages(own))
+            posted.done()
+
+        return Pending(finish, posted)

@@ -1,0 +1,238 @@
+"""Messages in shared memory: gloo's bits, whatever is in flight, and what happens where there is none or a rank is gone."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+import deepspeed
+from deepspeed.comm import board as board_module
+from deepspeed.comm import choose
+from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.comm.shared import MAX_NBYTES, SharedExchange
+from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
+from tests.engine.runs import LONG, Run, make_config, train
+from tests.harness import run_ranks
+from tests.models import build
+
+CPU = torch.device("cpu")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def shared_exchange(ranks: list[int] | None = None) -> SharedExchange:
+    group = dist.group.WORLD if ranks is None else dist.new_group(ranks)
+    found = make_exchange(group, CPU, shares_memory=True)
+    assert isinstance(found, SharedExchange)
+    return found
+
+
+def results(exchange: Exchange, rank: int, order: random.Random) -> list[Tensor]:
+    """What every verb gives on 60 buffers of many sizes, all in flight, waited for in some order."""
+    generator, sizes = torch.Generator().manual_seed(rank), random.Random(3)
+    started: list[tuple[Pending, Tensor]] = []
+    for i in range(60):
+        dtype = DTYPES[i % 4]
+        full = torch.randn(sizes.choice([0, 1, 3, 500, 20_000]) * exchange.world_size, generator=generator).to(dtype)
+        if i % 3 == 0:
+            started.append((exchange.start_all_gather(full, None), full))
+        elif i % 3 == 1:
+            out = torch.full((full.numel() // exchange.world_size,), 0.5, dtype=torch.float32)
+            started.append((exchange.start_reduce_scatter(full, out, divide_by=3, accumulate=i % 2 == 0), out))
+        else:
+            started.append((exchange.start_all_reduce(full, 3), full))
+    waits = [pending for pending, _ in started]
+    order.shuffle(waits)
+    for pending in waits:
+        pending.wait()
+    return [result for _, result in started]
+
+
+def equal_bits(rank: int, world_size: int, room_nbytes: int) -> None:
+    group = dist.group.WORLD
+    assert group is not None
+    expected = results(DirectExchange(group), rank, random.Random(0))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board_module, "ROOM_NBYTES", room_nbytes)
+        patch.setattr(board_module, "NUM_MESSAGES", 64)
+        exchange = shared_exchange()
+        for _ in range(3):  # the room is used again
+            found = results(exchange, rank, random.Random(rank))
+            assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("world_size", "room_nbytes"),
+    [
+        (3, 1 << 15),
+        pytest.param(2, 1 << 15, marks=LONG),
+        pytest.param(2, board_module.ROOM_NBYTES, marks=LONG),
+        pytest.param(4, board_module.ROOM_NBYTES, marks=LONG),
+    ],
+)
+def test_every_verb_has_the_bits_of_gloo_even_where_the_board_is_full(world_size: int, room_nbytes: int) -> None:
+    run_ranks(world_size, equal_bits, room_nbytes)
+
+
+def forgotten(rank: int, world_size: int) -> None:
+    exchange = shared_exchange()
+    for i in range(2 * board_module.NUM_MESSAGES):
+        kept = exchange.start_all_reduce(torch.ones(100))
+        if i % 100 == 99:
+            kept.wait()
+    full = torch.full((64,), float(rank))
+    exchange.start_all_reduce(full).wait()
+    assert full.tolist() == [1.0] * 64
+
+
+def test_messages_that_nobody_waits_for_do_not_fill_the_board() -> None:
+    run_ranks(2, forgotten)
+
+
+def of_groups(rank: int, world_size: int) -> None:
+    """Groups of other sizes, one after the other and side by side."""
+    everyone, pairs = shared_exchange(), [dist.new_group([0, 1]), dist.new_group([1, 2])]
+    mine = [make_exchange(group, CPU, shares_memory=True) for i, group in enumerate(pairs) if rank in (i, i + 1)]
+    for _ in range(3):
+        full = torch.full((6,), float(rank))
+        everyone.start_all_reduce(full).wait()
+        assert full.tolist() == [3.0] * 6
+        for exchange in mine:
+            first = exchange.group is pairs[0]
+            pair = torch.full((4,), float(rank))
+            exchange.start_all_reduce(pair).wait()
+            assert pair.tolist() == ([1.0] * 4 if first else [3.0] * 4)
+    for group in pairs:
+        dist.destroy_process_group(group)
+
+
+def test_groups_of_several_sizes_have_boards_of_their_own() -> None:
+    run_ranks(3, of_groups)
+
+
+def without(rank: int, world_size: int, what: str) -> tuple[str, list[str]]:
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "warn_once", said.append)
+        if what == "hosts":
+            patch.setattr(choose, "host_words", lambda: (rank, 0))
+        elif what == "memory" and rank == 1:
+
+            def none(nbytes: int) -> int:
+                raise OSError(28, "No space left on device")
+
+            patch.setattr(board_module, "_memory", none)
+        elif what == "number" and rank == 1:
+
+            def hidden(*args: Any) -> Any:
+                raise PermissionError(13, "Permission denied")
+
+            patch.setattr(board_module, "_mapped", hidden)
+        exchange = make_exchange(None, CPU, shares_memory=True)
+    full = torch.full((4,), float(rank))
+    exchange.start_all_reduce(full).wait()
+    assert full.tolist() == [1.0] * 4
+    return type(exchange).__name__, said
+
+
+@pytest.mark.parametrize("what", ["hosts", "memory", "number"])
+def test_ranks_that_share_no_memory_go_through_gloo_all_together_and_one_line_says_so(what: str) -> None:
+    for kind, said in run_ranks(2, without, what):
+        assert kind == "DirectExchange"
+        assert len(said) == 1
+        assert "go through gloo, not shared memory: " in said[0]
+
+
+def end(rank: int, world_size: int) -> None:
+    exchange = shared_exchange()
+    dist.barrier()
+    if rank == 1:
+        os.kill(os.getpid(), signal.SIGKILL)
+    with pytest.raises(RankMismatchError, match=r"rank 1 will send no more: its process \d+ has ended"):
+        exchange.start_all_reduce(torch.ones(4)).wait()
+
+
+def test_a_rank_that_was_killed_is_an_error_for_those_who_wait_for_it() -> None:
+    import multiprocessing
+
+    from deepspeed.utils.ports import free_port
+
+    context = multiprocessing.get_context("spawn")
+    port = free_port()
+    ranks = [context.Process(target=_alone, args=(rank, port)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, -signal.SIGKILL]
+
+
+def _alone(rank: int, port: int) -> None:
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), RANK=str(rank), WORLD_SIZE="2")
+    dist.init_process_group("gloo")
+    end(rank, 2)
+    os._exit(0)  # gloo would wait for the other
+
+
+def sizes(rank: int, world_size: int) -> None:
+    exchange = shared_exchange()
+    before = exchange._board._num_posted
+    exchange.start_all_reduce(torch.ones(MAX_NBYTES // 4 + 2)).wait()
+    assert exchange._board._num_posted == before, "large ones go from rank to rank"
+
+
+def test_large_messages_go_by_the_direct_exchange() -> None:
+    run_ranks(2, sizes)
+
+
+def asked_of_one(rank: int, world_size: int) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(choose.SHARED_MEMORY, str(rank))
+        with pytest.raises(
+            RankMismatchError, match=r"rank 1: has the variable DS_SHARED_MEMORY = 1 where rank 0's has"
+        ):
+            deepspeed.initialize(model=build("mlp"), config=make_config(1, micro=2))
+
+
+def trained(rank: int, world_size: int, stage: int, shares: bool) -> tuple[Run, bool]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(choose.SHARED_MEMORY, str(int(shares)))
+        before = posted[0]
+        patch.setattr(board_module.Board, "post", counted)
+        run = train(rank, world_size, "mlp", make_config(stage, micro=2), num_steps=3)
+        return run, posted[0] > before
+
+
+posted = [0]
+_post = board_module.Board.post
+
+
+def counted(board: board_module.Board, message: Tensor) -> int:
+    posted[0] += 1
+    return _post(board, message)
+
+
+def test_ranks_that_do_not_all_ask_for_it_are_told_before_they_wait_for_each_other() -> None:
+    run_ranks(2, asked_of_one)
+
+
+@pytest.mark.parametrize("stage", [pytest.param(0, marks=LONG), pytest.param(1, marks=LONG), 2, 3])
+def test_an_engine_trains_with_the_bits_of_one_without_it(stage: int) -> None:
+    (shared, uses_it), *_ = run_ranks(2, trained, stage, True)
+    (alone, does_not), *_ = run_ranks(2, trained, stage, False)
+    assert (uses_it, does_not) == (True, False)
+    assert (shared.losses, shared.grad_norms) == (alone.losses, alone.grad_norms)
+    assert all(torch.equal(value, alone.weights[name]) for name, value in shared.weights.items())
+
+
+def test_a_word_that_is_no_switch_is_refused() -> None:
+    with pytest.raises(DeepSpeedError, match="DS_SHARED_MEMORY=yes says nothing"):
+        choose.shares_memory({"DS_SHARED_MEMORY": "yes"})
