@@ -3,7 +3,7 @@
     python benchmarks/moe.py [--tokens 2048] [--width 512] [--rounds 7]
 
 Forward and backward of one layer in one process, one thread; the dense layer is top-k times as wide inside as one expert. Rounds
-of all take turns, the best of each counts. "Loop": a plain loop over experts with index_add, written
+of all take turns; processor time, the median of each, and of the rounds' ratios. "Loop": a plain loop over experts with index_add, written
 here after what transformers' eager experts do.
 """
 
@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import platform
+import statistics
 import subprocess
 import time
 from collections.abc import Callable
@@ -60,12 +61,12 @@ class Fused(nn.Module):
 
 
 def step(call: Callable[[], Tensor], x: Tensor) -> float:
-    """Seconds of a forward and backward."""
+    """Seconds of the processor for a forward and backward."""
     x.grad = None
-    start = time.perf_counter()
+    start = time.process_time()
     result = call()
     result.backward(torch.ones_like(result))
-    return time.perf_counter() - start
+    return time.process_time() - start
 
 
 def compare(num_experts: int, top_k: int, tokens: int, width: int, inner: int, dtype: torch.dtype, rounds: int) -> str:
@@ -83,16 +84,21 @@ def compare(num_experts: int, top_k: int, tokens: int, width: int, inner: int, d
         return out
 
     calls = {"dense": lambda: dense(x), "ours": lambda: routed(ours), "loop": lambda: routed(loop)}
-    best = dict.fromkeys(calls, float("inf"))
+    times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():
             for module in (dense, ours, loop):
                 module.zero_grad()
-            best[name] = min(best[name], step(call, x))
+            times[name].append(step(call, x))
+    median = {name: statistics.median(each[1:]) for name, each in times.items()}
+    ratio = {
+        name: statistics.median(other / mine for other, mine in zip(times[name][1:], times["ours"][1:], strict=True))
+        for name in ("dense", "loop")
+    }
     kind = str(dtype).removeprefix("torch.")
     return (
-        f"| {kind}, {num_experts} experts of {width} x {inner}, top-{top_k} | {best['dense'] * 1e3:.1f} | {best['ours'] * 1e3:.1f} | "
-        f"{best['loop'] * 1e3:.1f} | {best['dense'] / best['ours']:.2f} | {best['loop'] / best['ours']:.2f} |"
+        f"| {kind}, {num_experts} experts of {width} x {inner}, top-{top_k} | {median['dense'] * 1e3:.1f} | {median['ours'] * 1e3:.1f} | "
+        f"{median['loop'] * 1e3:.1f} | {ratio['dense']:.2f} | {ratio['loop']:.2f} |"
     )
 
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field
+from pydantic import Field, StrictBool
 
 from deepspeed.config.base import (
     Dtype,
@@ -200,9 +200,9 @@ class ExpertParallelConfig(Section):
     """Spare queue pairs for DeepEP."""
     comm_max_tokens_per_rank: Size = 0
     """Tokens a rank may receive; above 0 for DeepEP."""
-    validate_folding_routing: bool = False
+    validate_folding_routing: StrictBool = False
     """Check the routing when ranks are shared with tensor parallelism."""
-    async_split_plan: bool = False
+    async_split_plan: StrictBool = False
     """Exchange token counts while scores are computed."""
 
     def rules(self) -> Iterator[Problem]:

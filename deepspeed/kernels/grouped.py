@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._python_dispatch import _disable_current_modes
 
+from deepspeed.kernels.pages import in_large_pages
 from deepspeed.kernels.table import pick
 
 Product = Callable[[Tensor, Tensor, "Sequence[int]"], Tensor]
@@ -45,7 +46,7 @@ class Looped(torch.autograd.Function):
         of_rows = _multiply(gradient, weight.transpose(1, 2), ctx.counts) if ctx.needs_input_grad[0] else None
         if not ctx.needs_input_grad[1]:
             return of_rows, None, None
-        of_weight = torch.empty_like(weight)  # keeps the strides: a transposed weight's gradient is transposed, too
+        of_weight = in_large_pages(torch.empty_like(weight))  # as strided as the weight: transposed where that is
         parts = zip(rows.split(ctx.counts), gradient.split(ctx.counts), of_weight.unbind(), strict=True)
         for part, gradient_part, into in parts:
             if not len(part):
@@ -58,7 +59,7 @@ class Looped(torch.autograd.Function):
 
 
 def _multiply(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
-    out = rows.new_empty(len(rows), weight.shape[2])
+    out = in_large_pages(rows.new_empty(len(rows), weight.shape[2]))
     # unbind, not weight[i]: indexing in the loop costs 3 to 20 times the product for small groups.
     for part, matrix, into in zip(rows.split(counts), weight.unbind(), out.split(counts), strict=True):
         if len(part):

@@ -107,7 +107,7 @@ class MeshShape:
         if among % self.ep:
             raise DeepSpeedConfigError(
                 f"expert parallel size {self.ep} does not divide the {among} ranks among which experts are spread.\n"
-                f"  Choose a divisor of {among}."
+                f"  It must divide the stage size: choose a divisor of {among}."
             )
         if shared % self.near:
             raise DeepSpeedConfigError(

@@ -113,6 +113,8 @@ def test_an_unknown_key_is_named_in_full_with_the_nearest_valid_one(
         ),
         ({"data_types": {"keep_in_fp32_modules": 3}}, 'data_types.keep_in_fp32_modules = 3 is not a list.\n  Use a list (default "auto").'),
         ({"expert_parallel": {"load_balance_coeff": 0.1}}, "expert_parallel.load_balance_coeff = 0.1 is not null.\n  Remove the key."),
+        ({"expert_parallel": {"async_split_plan": 1}}, "expert_parallel.async_split_plan = 1 is neither true nor false.\n  Use true or false (default false)."),
+        ({"expert_parallel": {"validate_folding_routing": "yes"}}, 'expert_parallel.validate_folding_routing = "yes" is neither true nor false.\n  Use true or false (default false).'),
         ({"expert_parallel": {"top_k": "two"}}, 'expert_parallel.top_k = "two" is not a whole number.\n  Use a whole number (default "auto").'),
         ({"checkpoint": {"tag_validation": "MAYBE"}}, 'checkpoint.tag_validation = "MAYBE" is not one of its values.\n  Use "Ignore", "Warn" or "Fail" (default "Warn").'),
         ({"checkpoint": {"parallel_write": {"pipeline_stage": "x"}}}, 'checkpoint.parallel_write.pipeline_stage = "x" is neither true nor false.\n  Use true or false (default false).'),

@@ -34,6 +34,9 @@ from deepspeed.utils.waits import COMMUNICATION
 
 Compute = Callable[[Tensor, "list[int]"], Tensor]
 """(rows [n, width] sorted by local expert, rows per local expert) -> [n, width]."""
+Mix = Callable[[Tensor, Tensor, Tensor, "list[int]"], Tensor]
+"""(rows [s, width], at [n] a row for each pair, sorted by local expert, weights [n, 1], pairs per local expert) -> [s, width]: at
+each row the sum of what its experts give, weighed."""
 
 
 def run_experts(
@@ -41,7 +44,7 @@ def run_experts(
     choices: Tensor,
     weights: Tensor,
     place: ExpertPlace,
-    compute: Compute,
+    mix: Mix,
     chosen: Tensor | None = None,
 ) -> Tensor:
     """sum_j weights[i, j] * expert[choices[i, j]](tokens[i]), wherever the experts are.
@@ -61,15 +64,14 @@ def run_experts(
         per_expert: list[int] = counts.tolist()
         order = order[: sum(per_expert)]
         token = order // k
-        return _weighed_sum(compute(tokens.index_select(0, token), per_expert), weights[order], token, len(tokens))
+        return mix(tokens, token, weights.index_select(0, order), per_expert)
     routing = plan(flat[order], order // k, counts, len(tokens), place)
     rows = SendRows.apply(tokens, routing.rows)
     sent_weights = SendRows.apply(weights, routing.pairs_of(order))
     at = _exchange(routing.row_of_pair.view(-1, 1), routing.pairs)[:, 0].long() + routing.row_starts
     by_expert = torch.argsort(routing.experts, stable=True)
     at = at[by_expert]
-    results = compute(rows.index_select(0, at), routing.counts_here)
-    partial = _weighed_sum(results, sent_weights[by_expert], at, len(rows))
+    partial = mix(rows, at, sent_weights.index_select(0, by_expert), routing.counts_here)
     return AddRows.apply(partial, routing.rows, len(tokens))
 
 
@@ -77,6 +79,15 @@ def _count(choices: Tensor, num_experts: int) -> Tensor:
     """[num_experts] how often each was chosen; unlike `bincount` without asking a device for the largest."""
     counts = torch.zeros(num_experts + 1, dtype=torch.int64, device=choices.device)
     return counts.index_add_(0, choices.long(), torch.ones_like(choices, dtype=torch.int64))[:num_experts]
+
+
+def apart(compute: Compute) -> Mix:
+    """Gathers rows, computes, weighs and adds up, one after the other for all experts."""
+
+    def mix(rows: Tensor, at: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+        return _weighed_sum(compute(rows.index_select(0, at), counts), weights, at, len(rows))
+
+    return mix
 
 
 def _weighed_sum(results: Tensor, weights: Tensor, into: Tensor, num_rows: int) -> Tensor:

@@ -21,14 +21,16 @@ from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspeed.config.parallelism import ExpertParallelConfig
+from deepspeed.kernels.expert_mlp import Activation, AnyActivation, GatedSilu, expert_mlp, takes
 from deepspeed.kernels.grouped import EVERY_WAY, Ways, grouped_product
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Cut, Expert, Mark
 from deepspeed.parallel.expert import adapters
-from deepspeed.parallel.expert.dispatch import run_experts
+from deepspeed.parallel.expert.dispatch import apart, run_experts
 from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -149,30 +151,65 @@ def _spread_class(kind: Any) -> Any:
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
     """What the block asks of its experts: sums of what each token's experts give, weighed."""
-    return run_experts(
-        hidden_states, top_k_index, top_k_weights, self.ds_expert_place, functools.partial(_compute, self)
-    )
+    return run_experts(hidden_states, top_k_index, top_k_weights, self.ds_expert_place, functools.partial(_mix, self))
+
+
+def _mix(module: Any, rows: Tensor, at: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
+    """Expert by expert where that is possible, which saves passes over memory; else step by step for all of them."""
+    if torch.is_autocast_enabled(rows.device.type) or not takes(rows, weights) or not _is_plain(module, rows.dtype):
+        return apart(functools.partial(_compute, module))(rows, at, weights, counts)
+    up, down = (_matrix(module, name, rows.dtype) for name in (_up_name(module), DOWN))
+    return expert_mlp(rows, at, weights, counts, up, down, _activation(module))
+
+
+def _is_plain(module: Any, dtype: torch.dtype) -> bool:
+    """Whether nothing but two matrices of that dtype and an activation is at work."""
+    has_bias = any(getattr(module, f"{name}_bias", None) is not None for name in (_up_name(module), DOWN))
+    activation = getattr(module, "act_fn", None)  # none where a gate of its own says it all
+    trains_activation = isinstance(activation, nn.Module) and any(True for _ in activation.parameters())
+    is_same = module.down_proj.dtype == dtype == getattr(module, _up_name(module)).dtype
+    return is_same and not (has_bias or trains_activation)
+
+
+def _activation(module: Any) -> Activation:
+    """Between a module's products, by formula where it is the usual one."""
+    gate = getattr(type(module), "_apply_gate", None)
+    is_usual = gate is None or getattr(gate, "__name__", "") == "_default_apply_gate"  # transformers sets it on classes
+    activation = getattr(module, "act_fn", None)
+    is_silu = activation is F.silu or type(activation).__name__ in ("SiLU", "SiLUActivation")
+    if _up_name(module) == UP[0] and is_usual and is_silu and getattr(module, "is_concatenated", True):
+        return GatedSilu()
+    return AnyActivation(functools.partial(_activate, module))
+
+
+def _up_name(module: Any) -> str:
+    return UP[0] if hasattr(module, UP[0]) else UP[1]  # while an adapter is at work, it is no parameter
 
 
 def _compute(module: Any, rows: Tensor, counts: list[int]) -> Tensor:
     if torch.is_autocast_enabled(rows.device.type):
         rows = rows.to(torch.get_autocast_dtype(rows.device.type))
-    has_gate = hasattr(module, "gate_up_proj")  # while an adapter is at work, it is no parameter
-    up = _linear(module, "gate_up_proj" if has_gate else "up_proj", rows, counts)
-    if hasattr(module, "_apply_gate") and has_gate:
-        inner = module._apply_gate(up)
-    elif has_gate:
-        gate, value = up.chunk(2, dim=-1)
-        inner = module.act_fn(gate) * value
-    else:
-        inner = module.act_fn(up)
-    return _linear(module, DOWN, inner, counts)
+    up = _linear(module, _up_name(module), rows, counts)
+    return _linear(module, DOWN, _activate(module, up), counts)
+
+
+def _activate(module: Any, up: Tensor) -> Tensor:
+    """What is between the two products."""
+    if _up_name(module) == UP[1]:
+        return module.act_fn(up)
+    if hasattr(module, "_apply_gate"):
+        return module._apply_gate(up)
+    gate, value = up.chunk(2, dim=-1)
+    return module.act_fn(gate) * value
+
+
+def _matrix(module: Any, name: str, dtype: torch.dtype) -> Tensor:
+    weight: Tensor = getattr(module, name).to(dtype)
+    return weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
 
 
 def _linear(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    weight = getattr(module, name).to(rows.dtype)
-    weight = weight if getattr(module, "is_transposed", False) else weight.transpose(1, 2)
-    result = grouped_product(rows, weight, counts, module.ds_ways)
+    result = grouped_product(rows, _matrix(module, name, rows.dtype), counts, module.ds_ways)
     bias = getattr(module, f"{name}_bias", None)
     if bias is not None:
         result = result + bias.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)

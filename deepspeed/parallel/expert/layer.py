@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.parallel.expert.capacity import num_local
-from deepspeed.parallel.expert.dispatch import run_experts
+from deepspeed.parallel.expert.dispatch import apart, run_experts
 from deepspeed.parallel.expert.experts import Experts
 from deepspeed.parallel.expert.gate import NOISE_POLICIES, Routes, TopKGate
 from deepspeed.parallel.expert.place import ExpertPlace
@@ -63,7 +63,7 @@ class MOELayer(nn.Module):
         self.l_aux, self.exp_counts = routes.l_aux, routes.exp_counts
         self.place.load.note_auxiliary(routes.l_aux)
         choices, weights = routes.indices.T.long(), routes.gates.T
-        result = run_experts(tokens, choices, weights, self.place, self.experts, routes.exp_counts)
+        result = run_experts(tokens, choices, weights, self.place, apart(self.experts), routes.exp_counts)
         return result.reshape(*hidden.shape[:-1], result.shape[-1])
 
     def _set_ep_group(self, ep_group: Any) -> None:

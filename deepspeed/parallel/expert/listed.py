@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Expert
-from deepspeed.parallel.expert.dispatch import run_experts
+from deepspeed.parallel.expert.dispatch import apart, run_experts
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.parallel.expert.recipe import Recipe, find_recipe
@@ -41,7 +41,10 @@ class Block(NamedTuple):
 
 
 def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, Block]:
-    """The blocks that can be spread, by name; the configuration's patterns narrow them down."""
+    """The blocks that can be spread, by name; the configuration's patterns narrow them down.
+
+    Raises DeepSpeedConfigError for a block that is not understood and whose experts differ in dtype, device or frozen flags.
+    """
     pattern = re.compile(config.moe_layer_pattern) if config.moe_layer_pattern else None
     child = config.expert_pattern or "experts"
     found = {}
@@ -54,6 +57,8 @@ def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, Block]:
             module.__dict__[RECIPE] = _learn(model, module, experts, config.router_pattern)
         if module.__dict__[RECIPE] is not None:
             found[name] = Block(module, experts, child, module.__dict__[RECIPE])
+        else:
+            _check_alike(name, experts)  # which may be why
     return found
 
 
@@ -87,15 +92,19 @@ def check(found: dict[str, Block], ep: int) -> None:
                 f"expert_parallel.autoep_size = {ep} must divide the {num} experts of {name}: every rank holds equally many.\n"
                 f"  Choose among {[n for n in range(1, num + 1) if num % n == 0]}."
             )
-        values: dict[str, set[Any]] = {
-            "requires_grad": {tuple(p.requires_grad for p in expert.parameters()) for expert in block.experts},
-            "dtypes or devices": {tuple((p.dtype, p.device) for p in expert.parameters()) for expert in block.experts},
-        }
-        different = next((what for what, kinds in values.items() if len(kinds) > 1), None)
-        if different:
-            raise DeepSpeedConfigError(
-                f"the experts of {name} have different {different}.\n  Freeze all of a layer's experts or none, in one dtype."
-            )
+        _check_alike(name, block.experts)
+
+
+def _check_alike(name: str, experts: nn.ModuleList) -> None:
+    values: dict[str, set[Any]] = {
+        "requires_grad": {tuple(p.requires_grad for p in expert.parameters()) for expert in experts},
+        "dtypes or devices": {tuple((p.dtype, p.device) for p in expert.parameters()) for expert in experts},
+    }
+    different = next((what for what, kinds in values.items() if len(kinds) > 1), None)
+    if different:
+        raise DeepSpeedConfigError(
+            f"the experts of {name} have different {different}.\n  Freeze all of a layer's experts or none, in one dtype."
+        )
 
 
 def convert(block: Block, mesh: Mesh, number: int) -> tuple[dict[str, str], list[nn.Parameter]]:
@@ -131,7 +140,7 @@ def _forward(self: Any, hidden_states: Tensor, *_: Any, **__: Any) -> Any:
     tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
     chosen, weights, logits = recipe.choose(self, tokens)
     compute = functools.partial(_compute, self._modules[self.ds_experts_child])
-    result = run_experts(tokens, chosen, weights, self.__dict__[PLACE], compute)
+    result = run_experts(tokens, chosen, weights, self.__dict__[PLACE], apart(compute))
     beside = recipe.beside(self, tokens)
     result = (result if beside is None else result + beside).view(hidden_states.shape)
     return (result, logits) if recipe.returns_logits else result

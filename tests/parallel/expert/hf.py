@@ -35,6 +35,13 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
     "deepseek_v2": ("DeepseekV2", {**_DEEPSEEK, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3", {**_DEEPSEEK, "routed_scaling_factor": 2.5}),
     "minimax": ("MiniMax", {**_COMMON, "num_local_experts": 4, "intermediate_size": 8, "block_size": 4}),
+    "minimax_m3": (
+        "MiniMaxM3VL",
+        {
+            **_COMMON, "num_local_experts": 4, "intermediate_size": 8, "dense_intermediate_size": 24, "shared_intermediate_size": 8,
+            "rotary_dim": 4, "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["sparse"] * 2,
+        },
+    ),
     "gpt_oss": ("GptOss", {**_COMMON, "num_local_experts": 4, "intermediate_size": 8, "layer_types": ["full_attention"] * 2}),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
@@ -53,7 +60,7 @@ def build(family: str, how: str = "") -> nn.Module:
     import transformers
 
     prefix, settings = FAMILIES[family]
-    suffix = "TextConfig" if family == "qwen3_5_moe" else "Config"
+    suffix = "TextConfig" if family in ("qwen3_5_moe", "minimax_m3") else "Config"
     config = getattr(transformers, f"{prefix}{suffix}")(**settings)
     config._attn_implementation = "eager"
     torch.manual_seed(3)

@@ -57,7 +57,7 @@ def random_routings(rank: int, world_size: int, num: int) -> None:
         weights.requires_grad_()
         matrices = torch.randn(EXPERTS, WIDTH, WIDTH, generator=torch.Generator().manual_seed(case)).requires_grad_()
         place = place_of(rank, world_size)
-        result = dispatch.run_experts(tokens, choices, weights, place, scaled(place.first, matrices))
+        result = dispatch.run_experts(tokens, choices, weights, place, dispatch.apart(scaled(place.first, matrices)))
         gradient = torch.randn(result.shape)
         found = torch.autograd.grad(result, (tokens, weights, matrices), gradient, allow_unused=True)
         mask = nn.functional.one_hot(choices.clamp_min(0), EXPERTS) * (choices >= 0)[..., None]
@@ -92,7 +92,7 @@ def bytes_of_a_call(rank: int, world_size: int, s: int, k: int) -> tuple[int, in
         choices = torch.stack([torch.randperm(EXPERTS, generator=generator)[:k] for _ in range(s)])
         place = place_of(rank, world_size)
         tokens = torch.randn(s, WIDTH).bfloat16()
-        dispatch.run_experts(tokens, choices, torch.rand(s, k), place, lambda rows, _: rows)
+        dispatch.run_experts(tokens, choices, torch.rand(s, k), place, dispatch.apart(lambda rows, _: rows))
     finally:
         dispatch._all_to_all = original
     here = place.num_here
@@ -112,7 +112,9 @@ def one_rank_alone(rank: int, world_size: int) -> str:
     """Rank 0 runs layer 0 then 1; rank 1 skips layer 0."""
     tokens, choices = torch.randn(3, WIDTH), torch.zeros(3, 1).long()
     with pytest.raises(RankMismatchError) as caught:
-        dispatch.run_experts(tokens, choices, torch.ones(3, 1), place_of(rank, world_size, number=rank), lambda x, _: x)
+        dispatch.run_experts(
+            tokens, choices, torch.ones(3, 1), place_of(rank, world_size, number=rank), dispatch.apart(lambda x, _: x)
+        )
     return str(caught.value)
 
 

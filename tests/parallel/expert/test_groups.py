@@ -19,6 +19,7 @@ from deepspeed.moe.utils import (
     split_params_into_shared_and_expert_params,
 )
 from deepspeed.parallel.expert import hugging_face
+from deepspeed.utils.errors import DeepSpeedError
 from tests.engine.runs import make_config
 from tests.harness import run_ranks
 from tests.parallel.expert.models import WIDTH, FeedForward, Model
@@ -83,10 +84,12 @@ def refusals(rank: int, world_size: int) -> list[str]:
         (blocks(4, frozen=True), {"expert_parallel": {"enabled": True, "autoep_size": 2}}),
         (blocks(4), {"expert_parallel": {"enabled": True, "autoep_size": 2, "moe_layer_pattern": "nothing"}}),
         (blocks(4), {"expert_parallel": {"enabled": True, "autoep_size": 2, "top_k": 3}}),
+        (in_two_dtypes(), {"expert_parallel": {"enabled": True, "autoep_size": 2}}),
+        (frozen_on(rank == 0), {}),
     ]
     found = []
     for case, extra in cases:
-        with pytest.raises((ValueError, AssertionError)) as caught:
+        with pytest.raises(DeepSpeedError) as caught:
             deepspeed.initialize(model=case, config=make_config(1, micro=1, **extra))
         found.append(str(caught.value).splitlines()[0])
     return found
@@ -107,6 +110,19 @@ def blocks(num_experts: int, frozen: bool = False) -> nn.Module:
     return made
 
 
+def in_two_dtypes() -> nn.Module:
+    made = blocks(4)
+    made[0].experts.down_proj.data = made[0].experts.down_proj.data.bfloat16()
+    return made
+
+
+def frozen_on(is_here: bool) -> nn.Module:
+    """`MoE` layers, one of whose experts is frozen if it is on this rank."""
+    made = model((2, 2))
+    made.layers[0].deepspeed_moe.experts.deepspeed_experts[1].requires_grad_(not is_here)
+    return made
+
+
 def test_models_that_do_not_fit_are_refused_on_all_ranks_before_anything_is_built() -> None:
     expected = [
         "expert parallel size 4 does not divide the 2 ranks",
@@ -117,6 +133,8 @@ def test_models_that_do_not_fit_are_refused_on_all_ranks_before_anything_is_buil
         "the experts' matrices of 0.experts have different requires_grad",
         "expert_parallel.enabled is true, but the model has no module",
         "expert_parallel.top_k = 3, but the router of 0.experts has 2",
+        "the experts' matrices of 0.experts have different dtypes or devices",
+        "ranks do not have the same model; compared with rank 0:",
     ]
     for found in run_ranks(2, refusals):
         assert [text.startswith(start) for text, start in zip(found, expected, strict=True)] == [True] * len(

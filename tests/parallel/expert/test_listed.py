@@ -70,8 +70,14 @@ def refusals(rank: int, world_size: int) -> list[str]:
         model.blocks[1].experts[2].w1.weight.requires_grad_(False)
         return model
 
+    def in_two_dtypes() -> nn.Module:
+        model = Model("Softmax")
+        model.blocks[0].experts[3].bfloat16()
+        return model
+
     cases = [
         (frozen(), {}),
+        (in_two_dtypes(), {}),
         (Model("Softmax"), {"autoep_size": 3}),
         (Model("Shared"), {"route_norm": True}),
         (Model("Softmax"), {"score_func": "sigmoid"}),
@@ -90,6 +96,7 @@ def refusals(rank: int, world_size: int) -> list[str]:
 def test_lists_that_do_not_fit_are_refused_on_all_ranks() -> None:
     expected = [
         "the experts of blocks.1 have different requires_grad",
+        "the experts of blocks.0 have different dtypes or devices",
         "expert_parallel.autoep_size = 3 must divide the 4 experts of blocks.0",
         "expert_parallel.route_norm = True, but the router of blocks.0 has False",
         "expert_parallel.score_func = sigmoid, but the router of blocks.0 has softmax",
