@@ -13,6 +13,7 @@ import pytest
 
 from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import close_pools, run_ranks
+from tests.parallel.expert import test_pipeline
 from tests.parallel.expert.runs import ADAM, compare, plain, train
 from tests.parallel.test_pairs import SHOWN, check
 
@@ -28,6 +29,14 @@ PAIRS = [
     "",
     "| tensor | sequence | experts | layers with experts | ZeRO | ranks | |",
     "|--:|--:|--:|---|---|--:|---|",
+]
+STAGED = [
+    "# Experts inside of a pipeline's stages",
+    "",
+    "Two `MoE` layers on two stages, three clipped steps of two micro-batches; losses to 1e-6, norms to 1e-5 of one process.",
+    "",
+    "| pipeline | experts | layers with experts | ZeRO | ranks | |",
+    "|--:|--:|---|---|--:|---|",
 ]
 KINDS = {
     "": "fused",
@@ -107,7 +116,7 @@ def write() -> str:
     for cell in CELLS:
         print(cell, flush=True)
         lines.append(f"| {cell.what} | {cell.stage} | {cell.ranks}, {cell.ep} | {run_cell(cell)} |")
-    text = "\n".join([*lines, "", *written_pairs()]) + "\n"
+    text = "\n".join([*lines, "", *written_pairs(), "", *written_pipelines()]) + "\n"
     close_pools()
     return text
 
@@ -121,6 +130,15 @@ def written_pairs() -> list[str]:
         lines.append(
             f"| {way.tp} | {way.sp} | {way.ep} | {KINDS[way.experts] if way.ep > 1 else ''} | {zero} | {world} | equals one process |"
         )
+    return lines
+
+
+def written_pipelines() -> list[str]:
+    """The third table."""
+    lines = [*STAGED]
+    for stage in test_pipeline.STAGES:
+        test_pipeline.check(stage)
+        lines.append(test_pipeline.PIPELINES.format(stage))
     return lines
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from deepspeed.moe.layer import MoE
 from deepspeed.pipe import PipelineModule
 from tests.engine.runs import make_config
 from tests.harness import run_ranks
-from tests.parallel.expert.models import CLASSES, NUM_EXPERTS, WIDTH, FeedForward, Loop, batches, set_values
+from tests.parallel.expert.models import CLASSES, LONG, NUM_EXPERTS, WIDTH, FeedForward, Loop, batches, set_values
 from tests.parallel.expert.runs import CLIP, whole_names
 
 SGD = {"type": "SGD", "params": {"lr": 0.3}}
@@ -76,9 +77,23 @@ def plain() -> Steps:
     return found
 
 
-@pytest.mark.parametrize("stage", [0, 1])
-def test_a_pipeline_with_spread_experts_equals_one_process(stage: int) -> None:
+def check(stage: int) -> None:
+    """Four ranks against one process."""
     expected = plain()
     for found in run_ranks(4, train, stage):
         for (loss, norm), (wanted_loss, wanted_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-6) and norm == pytest.approx(wanted_norm, rel=1e-5)
+
+
+STAGES = (0, 1, 2, 3)
+
+
+@pytest.mark.parametrize("stage", [stage if stage == 1 else pytest.param(stage, marks=LONG) for stage in STAGES])
+def test_a_pipeline_with_spread_experts_equals_one_process(stage: int) -> None:
+    check(stage)
+    line = PIPELINES.format(stage)
+    assert line in (Path(__file__).resolve().parents[3] / "docs" / "composability.md").read_text()
+
+
+PIPELINES = "| 2 | 2 | `MoE` | {} | 4 | equals one process |"
+"""A line of docs/composability.md."""
