@@ -79,10 +79,11 @@ def sequence(rank: int, world_size: int, stage: int) -> Found:
         parallel_state_sp.destroy_sequence_parallel()
 
 
-def pipeline(rank: int, world_size: int, stage: int, schedule: str = "1f1b") -> Found:
+def pipeline(rank: int, world_size: int, stage: int, schedule: str = "1f1b", clip: float = 0.5, **more: Any) -> Found:
     """Nine layers on two stages."""
     module = deepspeed.pipe.PipelineModule(layers.mlp(), num_stages=2, loss_fn=nn.MSELoss(), partition_method="uniform")
-    engine = layers.start(module, layers.config_of(stage, schedule=schedule, gradient_clipping=0.5))
+    section = {"schedule": schedule, **more}
+    engine = layers.start(module, layers.config_of(stage, gradient_clipping=clip, pipeline=section))
     found = layers.train(engine)
     engine.destroy()
     return found["losses"], {name: weight.cpu() for name, weight in found["weights"].items()}
@@ -91,6 +92,11 @@ def pipeline(rank: int, world_size: int, stage: int, schedule: str = "1f1b") -> 
 def zero_bubble(rank: int, world_size: int, stage: int) -> Found:
     """The same with weight gradients on their own."""
     return pipeline(rank, world_size, stage, "zb-h1")
+
+
+def taken_back(rank: int, world_size: int, stage: int) -> Found:
+    """The same with steps that do not wait for their norm, and that clipping takes back."""
+    return pipeline(rank, world_size, stage, "zb-h2", clip=0.05, post_validation=True)
 
 
 def experts(rank: int, world_size: int, stage: int) -> Found:
@@ -128,6 +134,7 @@ FEATURES: dict[str, tuple[Callable[[int, int, int], Found], tuple[int, ...]]] = 
     "sequence": (sequence, (0, 1, 2, 3)),
     "pipeline": (pipeline, (0, 1, 2, 3)),
     "zero_bubble": (zero_bubble, (1, 3)),
+    "taken_back": (taken_back, (0, 2)),
     "experts": (experts, (0, 1, 2, 3)),
     "one_bit": (one_bit, (0, 1)),
     "quantized": (quantized, (3,)),

@@ -12,6 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deepspeed.parallel.pipeline.grid import SEQUENCE
 from deepspeed.parallel.pipeline.hf_folder import layers_in
 from deepspeed.parallel.pipeline.hf_parts import layers_of
 from deepspeed.parallel.pipeline.layers import LayerError
@@ -28,6 +29,12 @@ def pipeline_of(
     Inputs are input_ids [micro_batch, seq], or (input_ids, attention_mask); labels as the model's own, and so is the loss,
     unless `loss_fn` is given. Raises LayerError for a model that its layers do not reproduce. Collective.
     """
+    topology = settings.get("topology")
+    if topology is not None and topology.get_dim(SEQUENCE) > 1:
+        raise LayerError(
+            f"pipeline_of does not go with the topology's {topology.get_dim(SEQUENCE)} parts of sequences: a model's blocks would "
+            'take each part for a whole sequence.\n  Leave the "sequence" axis out, or write layers with DistributedAttention.'
+        )
     if isinstance(model, (str, os.PathLike)):
         layers, model = layers_in(os.fspath(model), dict(load or {}))
     elif load:

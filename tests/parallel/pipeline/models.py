@@ -65,6 +65,7 @@ def train(engine: Any, steps: int = STEPS) -> dict[str, Any]:
     per_step = engine.gradient_accumulation_steps()
     data = batches(steps * per_step, engine.mesh.rank("batch"), engine.mesh.size("batch"))
     losses = [engine.train_batch(data).item() for _ in range(steps)]
+    engine.settle_step()
     return {"losses": losses, "norm": engine.get_global_grad_norm(), "weights": whole_weights(engine)}
 
 

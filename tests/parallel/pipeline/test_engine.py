@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, PipelineError, TiedLayerSpec
 from deepspeed.parallel.pipeline.module import PipelineModule
+from deepspeed.parallel.pipeline.topology import PipeModelDataParallelTopology
 from tests.harness import RanksFailedError, run_ranks
 from tests.parallel.pipeline.models import (
     LONG,
@@ -218,13 +219,27 @@ class Detaching(nn.Linear):
         return super().forward(x).detach()
 
 
+class Mean(nn.Linear):
+    """Makes the loss on a stage that is not the last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).mean()
+
+
 class Failing(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         raise KeyError("nobody expects this")
 
 
-def _fails(layers: list[Any], data: Any, error: type[BaseException], words: str, rank: int) -> None:
-    module = PipelineModule(layers, num_stages=2, loss_fn=nn.MSELoss(), partition_method="uniform")
+def _fails(
+    layers: list[Any],
+    data: Any,
+    error: type[BaseException],
+    words: str,
+    rank: int,
+    loss_fn: Any = nn.functional.mse_loss,
+) -> None:
+    module = PipelineModule(layers, num_stages=2, loss_fn=loss_fn, partition_method="uniform")
     engine = start(module, config_of(accumulation=3))
     began = time.monotonic()
     with pytest.raises(error) as caught:
@@ -241,6 +256,8 @@ def _bad_input(rank: int, world: int) -> None:
             PipelineModule(two[:count], num_stages=2)
     with pytest.raises(ValueError, match="does not divide the 2 ranks"):
         PipelineModule(two, num_stages=3)
+    with pytest.raises(ValueError, match="the topology has 6 ranks, the process group 2"):
+        PipelineModule(two, topology=PipeModelDataParallelTopology(num_pp=3, num_mp=1, num_dp=2))
     with pytest.raises(RuntimeError, match="num_stages or topology"):
         PipelineModule(two)
     with pytest.raises(RuntimeError, match="found no valid layers"):
@@ -257,6 +274,16 @@ def _bad_input(rank: int, world: int) -> None:
     _fails(two, [(good[0][0][:2], good[0][1][:2]), *good[1:]], PipelineError, "[2, 4, 4] samples", rank)
     _fails(two, [good[0][0]] * 3, PipelineError, "(inputs, labels)", rank)
     _fails([Detaching(16, 16), two[1]], good, ValueError, "without gradient", rank)
+    _fails(two, good, PipelineError, "loss has shape (4, 4): training needs one number", rank, loss_fn=None)
+    _fails(
+        [Mean(16, 16), nn.Identity()],
+        good,
+        PipelineError,
+        "is a tuple, not a tensor",
+        rank,
+        loss_fn=lambda out, y: (1, 2),
+    )
+    _fails(two, good, PipelineError, "does not require grad: it was detached", rank, lambda out, y: out.detach().mean())
     _fails([nn.Linear(16, 16), Failing(16, 4)], good, Exception, "nobody expects this", rank)
 
 

@@ -14,6 +14,7 @@ from deepspeed.parallel.pipeline.hf import pipeline_of
 from deepspeed.parallel.pipeline.hf_folder import layers_in
 from deepspeed.parallel.pipeline.hf_parts import layers_of
 from deepspeed.parallel.pipeline.layers import LayerError
+from deepspeed.parallel.pipeline.topology import ProcessTopology
 from tests.harness import run_ranks
 from tests.parallel.pipeline.models import LONG, config_of, joined, start, whole_weights
 
@@ -175,3 +176,9 @@ def test_a_folder_without_a_layer_of_this_rank_says_which(tmp_path: Path) -> Non
     assert layers[1].build() is not None
     with pytest.raises(LayerError, match=r"no weights model\.layers\.1\..* of block 1"):
         layers[2].build()
+
+
+def test_parts_of_sequences_are_refused_for_a_model_that_is_cut_by_its_blocks() -> None:
+    topology = ProcessTopology(["pipe", "data", "sequence"], [2, 1, 2])
+    with pytest.raises(LayerError, match="does not go with the topology's 2 parts of sequences"):
+        pipeline_of(build("llama"), topology=topology)
