@@ -20,7 +20,9 @@ VOCAB = 61
 Batch = dict[str, Tensor]
 
 
-def tiny_model(heads: int = 4, kv: int = 2, attention: str = "sdpa", seed: int = 1, **more: Any) -> nn.Module:
+def tiny_model(
+    heads: int = 4, kv: int = 2, attention: str = "sdpa", seed: int = 1, layers: int = 2, **more: Any
+) -> nn.Module:
     """A Llama of two layers, or of `model_type`."""
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
 
@@ -29,7 +31,7 @@ def tiny_model(heads: int = 4, kv: int = 2, attention: str = "sdpa", seed: int =
         vocab_size=VOCAB,
         hidden_size=heads * 8,
         intermediate_size=48,
-        num_hidden_layers=2,
+        num_hidden_layers=layers,
         num_attention_heads=heads,
         num_key_value_heads=kv,
         head_dim=8,

@@ -165,19 +165,24 @@ class _CutError(Exception):
     """The layers are cut; what comes then is not looked at."""
 
 
-def peak_of_cutting(rank: int, world_size: int) -> float:
-    """The peak of a rank that builds a model under zero.Init and cuts it, in parts of the whole model."""
+def peaks_of_building(rank: int, world_size: int) -> tuple[float, float]:
+    """The peaks of a rank that builds a model under zero.Init and cuts it, and of all of `initialize`, in parts of the model."""
     sizes = {"hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 6, "head_dim": 32}
     whole = sum(p.numel() for p in small("llama", **sizes).parameters()) * 4
+    engines = []
 
-    def cut() -> None:
+    def build() -> None:
         with deepspeed.zero.Init(config_dict_or_path=config(world_size, 3)):
             model = small("llama", **sizes)
-        with pytest.raises(_CutError):
-            deepspeed.initialize(model=model, config=config(world_size, 3))
+        engines.append(deepspeed.initialize(model=model, config=config(world_size, 3))[0])
 
-    with patch("deepspeed.engine.build.build", side_effect=_CutError):
-        return measure_peak(cut).allocated_nbytes / whole
+    def cut() -> None:
+        with pytest.raises(_CutError), patch("deepspeed.engine.build.build", side_effect=_CutError):
+            build()
+
+    peaks = measure_peak(cut).allocated_nbytes / whole, measure_peak(build).allocated_nbytes / whole
+    engines[0].destroy()
+    return peaks
 
 
 def compare_adapters(rank: int, world_size: int) -> None:
