@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import nn
 
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
+from tests.parallel.expert import lists
 from tests.parallel.expert.hf import build
-from tests.parallel.expert.models import LONG, NUM_EXPERTS
+from tests.parallel.expert.models import LONG, NUM_EXPERTS, set_values
 from tests.parallel.expert.runs import ADAM, compare, plain, train
 
 
@@ -53,11 +55,16 @@ def test_every_expert_is_on_disk_once_under_its_number_in_the_whole_model(tmp_pa
     assert experts == set(range(NUM_EXPERTS))
 
 
-@pytest.mark.parametrize("file_name", ["model.safetensors", "pytorch_model.bin"])
-def test_the_exported_model_has_all_experts_under_the_plain_models_names(file_name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("file_name", "kind"),
+    [("model.safetensors", "fused"), ("pytorch_model.bin", "fused"), ("model.safetensors", "list")],
+)
+def test_the_exported_model_has_all_experts_under_the_plain_models_names(
+    file_name: str, kind: str, tmp_path: Path
+) -> None:
     pytest.importorskip("transformers")
-    run_ranks(2, export_untrained, str(tmp_path), file_name)
-    expected = dict(build("qwen3_moe").state_dict())
+    run_ranks(2, export_untrained, str(tmp_path), file_name, kind)
+    expected = dict(untrained(kind).state_dict())
     path = tmp_path / file_name
     found = load_file(path) if file_name.endswith("safetensors") else torch.load(path)
     assert set(found) == set(expected)
@@ -65,12 +72,20 @@ def test_the_exported_model_has_all_experts_under_the_plain_models_names(file_na
         assert torch.equal(found[name], value), name
 
 
-def export_untrained(rank: int, world_size: int, folder: str, file_name: str) -> None:
+def untrained(kind: str) -> nn.Module:
+    if kind == "fused":
+        return build("qwen3_moe")
+    model = lists.Model("Routed")  # every expert under a name of its own
+    set_values(model)
+    return model
+
+
+def export_untrained(rank: int, world_size: int, folder: str, file_name: str, kind: str) -> None:
     config = make_config(
         3,
         micro=1,
         expert_parallel={"enabled": True, "autoep_size": 2},
         zero={"stage3_gather_16bit_weights_on_model_save": True},
     )
-    with engine_of(build("qwen3_moe"), config) as engine:
+    with engine_of(untrained(kind), config) as engine:
         assert engine.save_16bit_model(folder, file_name)
