@@ -431,6 +431,10 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.ops.transformer": _later(
         _INFERENCE, "DeepSpeedTransformerLayer DeepSpeedTransformerConfig DeepSpeedTransformerInference"
     ),
+    "deepspeed.ops.transformer.inference": _later(
+        _INFERENCE,
+        "DeepSpeedInferenceConfig DeepSpeedTransformerInference DeepSpeedMoEInference DeepSpeedMoEInferenceConfig",
+    ),
     "deepspeed.ops.op_builder.all_ops": invert({"deepspeed.op_builders": "ALL_OPS"}),
     "deepspeed.profiling.flops_profiler": invert({"deepspeed.profiling.profiler": "FlopsProfiler get_model_profile"}),
     "deepspeed.profiling.flops_profiler.profiler": {"*": "deepspeed.profiling.profiler:"},

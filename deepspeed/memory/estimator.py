@@ -30,6 +30,7 @@ from deepspeed.config import Config, load_config
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.parts import part_of
+from deepspeed.memory.quantized import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
@@ -167,6 +168,7 @@ class Estimator:
         trace = self.trace(config, plan)
         assemble.mark_leaves(trace.model, config)
         optimizer, notes = self._make_optimizer(trace.model, config)
+        notes = [*notes, *quantized_notes(self._model, config)]
         policy = assemble.with_whole_states(assemble.make_policy(config, trace.model), optimizer)
         zero = config.zero_optimization
         shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else world_size

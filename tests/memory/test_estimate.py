@@ -291,3 +291,13 @@ def test_a_ledger_keeps_the_highest_total_and_its_shares() -> None:
     assert peak.rounding_nbytes == 2 * 512 - 150
     assert ledger.peaks[Tier.CPU].nbytes == 60
     assert [granted(n) for n in (1, 512, 513, 2**20, 2**21 + 1)] == [512, 512, 1024, 2**21, 2**22]
+
+
+def test_weights_that_will_be_quantized_are_named_with_their_bytes() -> None:
+    model = nn.Sequential(nn.Linear(256, 512, bias=False), nn.Linear(512, 1024, bias=False))
+    section = {"post_init_quant": {"1": {"num_bits": 4, "group_size": 64, "group_dim": 1, "symmetric": False}}}
+    config = {"train_micro_batch_size_per_gpu": 1, "weight_quantization": section, "optimizer": {"type": "Adam"}}
+    found = deepspeed.memory.estimate(model, config, (torch.ones(1, 256),), device_type="cpu", loss_of=torch.sum)
+    assert found.notes == [
+        "weight_quantization: 1 weights are predicted whole, 2.0 MiB a copy; quantized they take 0.3 MiB"
+    ]
