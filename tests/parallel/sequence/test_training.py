@@ -70,7 +70,7 @@ def test_sliding_windows(kind: str) -> None:
     ("world", "kv", "kind", "more"),
     [
         (2, 1, "packed", {}),
-        (2, 1, "left", {}),
+        pytest.param(2, 1, "left", {}, marks=WHEN_LONG),
         pytest.param(2, 1, "holes", {}, marks=WHEN_LONG),
         (2, 1, "plain", {"model_type": "mistral", "sliding_window": 5}),
         pytest.param(3, 2, "packed", {}, marks=WHEN_LONG),
