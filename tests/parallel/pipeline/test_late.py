@@ -149,7 +149,7 @@ def check(found: list[Any], cases: list[tuple[int, str, str, str]]) -> None:
 
 def test_steps_that_are_taken_back_have_the_bits_of_those_that_waited() -> None:
     cases = MANY if LONG else CASES
-    check(run_ranks(2, _runs, cases, asks=True), cases)
+    check(run_ranks(2, _runs, cases, asks=True, timeout=900 if LONG else 120), cases)
 
 
 def test_ranks_that_average_gradients_take_steps_back_together() -> None:
