@@ -59,6 +59,7 @@ from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
 from deepspeed.zero.join import Joining
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
+from deepspeed.zero.overlaps import overlap_of
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.parameter_offload import EXTERNALS, ParameterOffload
 from deepspeed.zero.placing import Placing
@@ -209,7 +210,7 @@ def own_device() -> torch.device:
 
 def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
     # An engine that the script dropped may still live on some ranks, so all have to hear of a refusal.
-    for refusal in mesh.gather_objects("job", shared_with_another(given.model)):
+    for refusal in mesh.gather_objects("job", shared_with_another(given.model) or overlap_of(given.model)):
         if refusal is not None:
             raise DeepSpeedError(refusal)
     wishes = [f"the variable {SHARED_MEMORY} = 1"] if shares_memory(os.environ) else []

@@ -9,7 +9,7 @@ says nothing to anybody; so each of these is a *fact*, written down when it was 
     Memory     each parameter is the very view of its bucket           `param.data = ...`, `.to(...)`
     Versions   torch's version counters                                written in place
     Groups     the optimizer's groups and what they list               `add_param_group`, edited lists
-    Prints     sums of samples of whole buckets                   written through `.data`, maybe on one rank alone
+    Prints     sums of samples of whole buckets                    written through `.data`, maybe on one rank alone
     Seal       a digest of parameters that have separate masters       written in place, also through `.data`
 
 The first five are comparisons of addresses, flags and counters on the host. The seal is computed on the device, where the
@@ -283,7 +283,8 @@ class Facts:
         self.groups = Groups(groups)
         self.prints = Prints()
         self._each_step: list[Fact] = [self.groups, self.flags, self.memory]
-        if built.builder.placing.policy.optimizer.is_sharded:
+        self._steps_slices = built.builder.placing.policy.optimizer.is_sharded
+        if self._steps_slices:
             self._each_step.append(self.versions)
         self._num_looks = 0
         self.seals: list[Seal] = []
@@ -301,7 +302,7 @@ class Facts:
         self.versions.watch([param for bucket in compared for param in bucket.params])
         # Experts differ from rank to rank, and so does what an optimizer with local steps has between its averages.
         printed = [bucket for bucket in compared if bucket.over == "shard" and not self._may_differ]
-        self.prints.watch(printed)
+        self.prints.watch(printed, share=1 if self._steps_slices else 4)
         self.groups.renew()
         sealed = {seal.master for seal in self.seals}
         # Not those that are there: whether they are broken is still to be asked.

@@ -14,6 +14,7 @@ import copy
 import enum
 import itertools
 import sys
+from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -86,6 +87,11 @@ def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
     """`param.grad` of each, asked for by the engine itself."""
     with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
         return list(map(_GRAD.__get__, params))
+
+
+def give_grads(params: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
+    """Set `param.grad` of each."""
+    deque(map(_GRAD.__set__, params, gradients), maxlen=0)
 
 
 class HiddenGradient(Tensor):

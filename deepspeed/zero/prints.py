@@ -5,10 +5,13 @@ alone changed is just a number: ranks would train different weights from then on
 last step left, sums over samples of its bytes, and what does not match it any more is compared between ranks, parameter by
 parameter (`zero.takeover`). Settings are digested once in so many steps.
 
-    every whole bucket    up to SAMPLES words of 8 bytes, evenly over its length: bulk writes show, and so does any
-                          write into a bucket of that size or less
+    every whole bucket    up to SAMPLES words of 8 bytes, evenly over its length, after each step the next ones: bulk
+                          writes show at once, any write into a bucket of that size or less too, and a write of a few
+                          elements that is made again and again when its turn has come
+    the same, all bytes   once in so many steps, where every rank steps the whole: what one of them has written alone
+                          stays there then (`digest`)
 
-Invariant: nothing is changed here, and no host waits for a device but in `written`.
+Invariant: nothing is changed here, and no host waits for a device but in `written` and `digest`.
 """
 
 from __future__ import annotations
@@ -33,17 +36,22 @@ class Prints:
     def __init__(self) -> None:
         self.buckets: list[Bucket] = []
         """Which it knows."""
+        self._words: list[Tensor] = []
         self._samples: list[Tensor] = []
         self._before: Tensor | None = None
+        self._turn, self._num_sampled = 0, SAMPLES
 
-    def watch(self, buckets: Sequence[Bucket]) -> None:
-        """From now on of these."""
+    def watch(self, buckets: Sequence[Bucket], share: int = 1) -> None:
+        """From now on of these. share: one in so many words of a sample will do, because all are compared now and then."""
+        self._num_sampled = SAMPLES // share
         self.buckets = [bucket for bucket in buckets if bucket.layout.padded_numel]
-        self._samples = [_sample(bucket.full) for bucket in self.buckets]
+        self._words = [bucket.full.detach().view(torch.int64) for bucket in self.buckets]  # padded to whole words
         self.renew()
 
     def renew(self) -> None:
-        """The parameters are as they should be."""
+        """The parameters are as they should be. Other words are sampled from now on."""
+        self._turn += 1
+        self._samples = [_sample(words, self._num_sampled, self._turn) for words in self._words]
         self._before = self._read()
 
     def are_broken(self) -> Tensor | None:
@@ -56,15 +64,24 @@ class Prints:
         broken = self.are_broken()
         return [] if broken is None else [b for b, is_ in zip(self.buckets, broken.tolist(), strict=True) if is_]
 
+    def digest(self) -> int:
+        """One number for all bytes of all buckets. The host waits."""
+        if not self._words or any(bucket.is_away for bucket in self.buckets):
+            return 0
+        return int(torch.stack([words.sum() for words in self._words]).sum())
+
     def _read(self) -> Tensor | None:
         if not self._samples or any(bucket.is_away for bucket in self.buckets):
             return None
-        return torch.stack([sample.sum() for sample in self._samples])
+        sums = [sample.sum(0, keepdim=True) for sample in self._samples]
+        return torch.cat(sums) if len(sums) > 1 else sums[0]
 
 
-def _sample(full: Tensor) -> Tensor:
-    words = full.detach().view(torch.int64)  # buckets are padded to whole words
-    return words[:: 1 + words.numel() // SAMPLES | 1] if words.numel() > SAMPLES else words
+def _sample(words: Tensor, num_sampled: int, turn: int) -> Tensor:
+    if words.numel() <= SAMPLES:
+        return words
+    every = 1 + words.numel() // num_sampled | 1
+    return words[turn % every :: every]
 
 
 def settings_of(group: Mapping[str, Any]) -> dict[str, Any]:

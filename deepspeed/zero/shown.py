@@ -17,6 +17,7 @@ Invariant: autograd never adds to a view that is shown without the reducer being
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import repeat
 from operator import is_
 from typing import NamedTuple
 
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.param import grads_of
+from deepspeed.zero.param import give_grads, grads_of
 from deepspeed.zero.veil import Veil
 
 
@@ -93,10 +94,11 @@ class ShownGradients:
         for position, gradients in enumerate(buckets):
             params, views = gradients.bucket.params, gradients.shown
             if views:
-                faces = [v if v.dtype is p.dtype else v.to(p.dtype) for p, v in zip(params, views, strict=False)]
-                for param, face in zip(params, faces, strict=False):
-                    param.grad = face
-                self._shown.append(_Shown(position, gradients, list(params), views[: len(params)], faces))
+                views = views[: len(params)]
+                is_alike = gradients.bucket.full.dtype is gradients.dtype
+                faces = list(views) if is_alike else [v.to(p.dtype) for p, v in zip(params, views, strict=True)]
+                give_grads(params, faces)
+                self._shown.append(_Shown(position, gradients, list(params), views, faces))
         self.shows_any = bool(self._shown)
 
     def veil(self, buckets: Sequence[Gradients]) -> None:
@@ -145,7 +147,6 @@ class ShownGradients:
 
     def _take_back(self) -> None:
         for shown in self._shown:
-            for param in shown.params:
-                param.grad = None
+            give_grads(shown.params, repeat(None))
         self._shown.clear()
         self.shows_any = False

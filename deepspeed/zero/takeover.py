@@ -92,6 +92,8 @@ class Takeover:
             self._compare_settings()
         if not self._rides:
             self._settle_if(is_changed or self._is_late)
+            if self.facts.is_long_look:
+                self._compare_bytes()
         broken = self.facts.prints.are_broken()
         self.news = broken.any() if broken is not None and not is_changed else is_changed and self._rides
         self._ask_seals()
@@ -148,6 +150,8 @@ class Takeover:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
         self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
+        if not self._rides:
+            self._compare_bytes()
         self._ask_seals()
         self.follow_written()
         self.end_step()
@@ -169,7 +173,7 @@ class Takeover:
         told = self._mesh.gather_objects("average", mine)
         if all(has_nothing for has_nothing, _, _ in told):
             self._optimizer.reducer.drop()
-            raise TrainingStateError(NO_BACKWARD)
+            raise TrainingStateError(self._why_nothing_arrived())
         self._raise_any([theirs for _, theirs, _ in told])
         structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, _, theirs in told]
         self._require_equal(structures)
@@ -180,10 +184,35 @@ class Takeover:
         self.facts.renew()
         self._ask_seals()
 
+    def _why_nothing_arrived(self) -> str:
+        left = [
+            name for name, param in self._root.named_parameters() if slot_of(param) is None and param.grad is not None
+        ]
+        if not left:
+            return NO_BACKWARD
+        return (
+            f"engine.step(): all gradients are those of parameters that the optimizer does not have: {left[0]}"
+            f"{f' and {len(left) - 1} more' if left[1:] else ''} (ZeRO stage {self._stage}). load_state_dict(assign=True) puts new "
+            "parameters in the place of those that train.\n"
+            '  Load without assign=True; or give the new ones to it: optimizer.add_param_group({"params": [param]}).'
+        )
+
+    def _refuse_swapped(self, names: Mapping[nn.Parameter, str]) -> None:
+        """A parameter's object with another tensor inside has neither the hooks nor the memory by which it is trained."""
+        for bucket in self._built.buckets:
+            for param in bucket.params:
+                if slot_of(param) is None and param in names:
+                    raise TrainingStateError(
+                        f"{names[param]} was swapped with another tensor (torch.utils.swap_tensors, or a conversion under "
+                        f"set_swap_module_params_on_conversion) (ZeRO stage {self._stage}).\n"
+                        "  Write the values into it instead: with torch.no_grad(): param.copy_(other)."
+                    )
+
     def _changes(self) -> list[Change]:
         """What this rank's script changed, in an order that ranks share. Raises TrainingStateError for what cannot be."""
         groups = self._listed()
         names = {param: name for name, param in self._root.named_parameters()}
+        self._refuse_swapped(names)
         found = self.facts.tree.changes()
         for param, name in names.items():
             if param.requires_grad and not self.facts.is_trained(param):
@@ -334,6 +363,28 @@ class Takeover:
                 f"ranks wrote different values into {name}: the first rank's are taken, as by deepspeed.initialize."
             )
             self._built.builder.those_with(by_name[name]).broadcast(by_name[name].detach())
+
+    def _compare_bytes(self) -> None:
+        """Where every rank steps the whole, all bytes are the same on all, or somebody wrote a few alone that no sample had.
+        A warning: who is right nobody knows, and devices of different kinds may round differently. Collective."""
+        prints = self.facts.prints
+        if len({digest for (digest,) in self._mesh.agree("average", prints.digest())}) == 1:
+            return
+        params = [
+            (name, param) for bucket in prints.buckets for name, param in zip(bucket.names, bucket.params, strict=True)
+        ]
+        everyone = self._mesh.gather_objects("average", [_crc(param) for _, param in params])
+        for rank, theirs in zip(self._ranks, everyone, strict=True):
+            differing = [i for i, digest in enumerate(theirs) if digest != everyone[0][i]]
+            if differing:
+                name = params[differing[0]][0]
+                warn_once(
+                    f"{name} is not the same on rank {rank} as on rank {self._ranks[0]} (ZeRO stage {self._stage}), and "
+                    f"{len(differing) - 1} more: ranks train different weights.\n"
+                    "  Some ranks wrote it alone, a few elements through `.data` perhaps: write the same values on every rank, or "
+                    "broadcast them to all."
+                )
+                return
 
     # Acting. -------------------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed.utils.errors import DeepSpeedError, TrainingStateError
+from deepspeed.zero import takeover
 from deepspeed.zero.facts import TREE_EVERY
 from tests.edits import Edit, Net, adamw, assert_same, two_sides
 from tests.engine.runs import engine_of, make_config
@@ -399,4 +400,56 @@ def test_the_page_lists_what_is_tested_here_and_nothing_else() -> None:
     weights = PAGE.read_text().partition("## Gradients")[0]  # that part is tests/engine/test_gradients.py's
     rows = [line.split("|")[-2].strip() for line in weights.splitlines() if line.startswith("| ")]
     named = {name.strip(" `") for row in rows for name in row.split(",")} - {"tested as", "-"}
-    assert named == {*EDITS, *REFUSALS, *ALONE}
+    assert named == {*EDITS, *REFUSALS, *REPLACED, *ALONE}
+
+
+def write_few(rank: int, world_size: int) -> None:
+    with two_sides(rank, world_size, 0, make_model=lambda: nn.Linear(2**9, 2**7)) as (_, side):
+        told: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(takeover, "warn_once", told.append)
+            if rank == 1:
+                side.module.weight.data[5, 5] += 1.0
+            side.engine.zero_optimizer.takeover.settle()
+        assert len(told) == 1 and "weight is not the same on rank 1 as on rank 0 (ZeRO stage 0)" in told[0]
+
+
+def test_a_single_element_written_through_data_on_one_rank_alone_is_told_where_ranks_step_the_whole() -> None:
+    run_ranks(2, write_few)
+
+
+def swap(side: Any) -> None:
+    weight = side.module.layers[1].weight
+    with side.writing([weight]):
+        torch.utils.swap_tensors(weight, nn.Parameter(weight.detach() * 0.5))
+
+
+def load_by_assignment(side: Any) -> None:
+    weights = dict(side.module.named_parameters())
+    with side.writing(list(weights.values())):
+        side.module.load_state_dict({name: weight.detach().clone() for name, weight in weights.items()}, assign=True)
+
+
+REPLACED: dict[str, tuple[Edit, str]] = {
+    "swap": (swap, r"layers\.1\.weight was swapped with another tensor.*\(ZeRO stage \d\).*param\.copy_"),
+    "load by assignment": (
+        load_by_assignment,
+        r"parameters that the optimizer does not have: \S+ and .*without assign=True",
+    ),
+}
+
+
+def replace_tensors(rank: int, world_size: int, stage: int) -> None:
+    for edit, words in REPLACED.values():
+        with two_sides(rank, world_size, stage) as (_, side):
+            side.backward(0)
+            side.step()
+            edit(side)
+            side.backward(1)
+            with pytest.raises(TrainingStateError, match=f"(?s){words}"):
+                side.step()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_tensors_in_the_place_of_those_that_train_are_refused_by_name(stage: int) -> None:
+    run_ranks(2, replace_tensors, stage)
