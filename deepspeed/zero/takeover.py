@@ -62,6 +62,7 @@ class Takeover:
         self._ranks = mesh.ranks("average")
         self._rides = len(self._ranks) > 1 and built.builder.placing.policy.optimizer.is_sharded
         """Whether ranks tell each other with the norm, which is summed over them anyway."""
+        self._steps_whole = not self._rides
         self.news: bool | Tensor = False
         """Whether this rank has something to tell the others; a tensor [] where the device knows."""
         self._is_late = False
@@ -92,7 +93,7 @@ class Takeover:
             self._compare_settings()
         if not self._rides:
             self._settle_if(is_changed or self._is_late)
-            if self.facts.is_long_look:
+            if self.facts.is_long_look and self._steps_whole:
                 self._compare_bytes()
         broken = self.facts.prints.are_broken()
         self.news = broken.any() if broken is not None and not is_changed else is_changed and self._rides
@@ -150,7 +151,7 @@ class Takeover:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
         self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
-        if not self._rides:
+        if self._steps_whole:
             self._compare_bytes()
         self._ask_seals()
         self.follow_written()
