@@ -70,12 +70,8 @@ class Block(nn.Module):
         return x + self.down(torch.relu(self.up(x)))
 
 
-def one_rank(rank: int, ranks: int, stage: int, port: int, step: int) -> None:
-    """Train up to the step that is watched; rank 0 prints."""
-    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
+def engine_at(stage: int) -> Any:
+    """The engine that is walked through."""
     model = nn.Sequential(Block(64), Block(64), nn.Linear(64, 64))
     config = {
         "train_micro_batch_size_per_gpu": 2,
@@ -84,7 +80,11 @@ def one_rank(rank: int, ranks: int, stage: int, port: int, step: int) -> None:
         "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
         "steps_per_print": 0,
     }
-    engine, *_ = deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)
+    return deepspeed.initialize(model=model, model_parameters=model.parameters(), config=config)[0]
+
+
+def watched(engine: Any, step: int) -> dict[str, Walk]:
+    """Train up to `step`; that one's walks, by phase."""
     walks: dict[str, Walk] = defaultdict(Walk)
     for number in range(1, step + 1):
         batch = torch.randn(2, 64, dtype=torch.bfloat16)
@@ -99,6 +99,16 @@ def one_rank(rank: int, ranks: int, stage: int, port: int, step: int) -> None:
             engine.backward(loss)
         with walks["step"]:
             engine.step()
+    return walks
+
+
+def one_rank(rank: int, ranks: int, stage: int, port: int, step: int) -> None:
+    """Train up to the step that is watched; rank 0 prints."""
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.manual_seed(0)
+    torch.set_num_threads(1)
+    walks = watched(engine_at(stage), step)
     if rank == 0:
         for phase, walk in walks.items():
             print(f"stage {stage} {phase:9s} {walk.row()}", flush=True)

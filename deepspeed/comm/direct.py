@@ -75,7 +75,7 @@ class DirectExchange:
         slices = slices_of(full, self.world_size)
         if shard is not None:
             slices[self.rank].copy_(shard)
-        return Pending(partial(self._wait, self._launch_all_gather(slices)))
+        return Pending(partial(self._wait, self._launch([slices[self.rank]] * self.world_size, slices)))
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
@@ -98,7 +98,7 @@ class DirectExchange:
 
         def start_second(first: Pending) -> None:
             first.wait()
-            second.extend(self._launch_all_gather(slices))
+            second.extend(self._launch([slices[self.rank]] * self.world_size, slices))
 
         reduced = self._launch_sum(slices, slices[self.rank], divide_by, False)
         phase = Pending(partial(start_second, reduced))
@@ -114,10 +114,6 @@ class DirectExchange:
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
         dist.broadcast(full, group=self._group, group_src=source)
-
-    def _launch_all_gather(self, slices: Sequence[Tensor]) -> list[dist.Work]:
-        """Send this rank's slice to every peer, receive theirs in place."""
-        return self._launch([slices[self.rank]] * self.world_size, slices)
 
     def _launch_sum(self, to_rank: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> Pending:
         """Send to_rank[peer] to every peer; their buffers for this rank and to_rank[rank], added up, go to `out`."""
@@ -135,9 +131,14 @@ class DirectExchange:
 
     def _launch(self, to_rank: Sequence[Tensor], from_rank: Sequence[Tensor]) -> list[dist.Work]:
         """Start receiving from_rank[peer] from, and sending to_rank[peer] to, every peer."""
-        receives = [self._group.recv([from_rank[p]], p, TAG) for p in reversed(self._peers) if from_rank[p].numel()]
-        sends = [self._group.send([to_rank[p]], p, TAG) for p in self._peers if to_rank[p].numel()]
-        return receives + sends
+        works: list[dist.Work] = []
+        for peer in reversed(self._peers):  # each pair of ranks meets in the order in which the other one sends
+            if from_rank[peer].numel():
+                works.append(self._group.recv([from_rank[peer]], peer, TAG))
+        for peer in self._peers:
+            if to_rank[peer].numel():
+                works.append(self._group.send([to_rank[peer]], peer, TAG))
+        return works
 
     def _wait(self, works: Sequence[dist.Work]) -> None:
         for work in works:

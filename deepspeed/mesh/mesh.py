@@ -51,6 +51,7 @@ class Mesh:
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
     _circles: dict[tuple[str, ...], Circle] = field(default_factory=dict)
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
+    _dims: dict[Over, tuple[str, ...]] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)
 
     def ranks(self, over: Over) -> tuple[int, ...]:
@@ -127,7 +128,9 @@ class Mesh:
         return self._waiting(self._circle(over).start_gather(values), bytes_of_gather(num_ranks, len(values)))()
 
     def _circle(self, over: Over) -> Circle:
-        dims = self.shape.dims(over)
+        dims = self._dims.get(over)
+        if dims is None:
+            dims = self._dims[over] = self.shape.dims(over)
         if dims not in self._circles:
             group = self.group(over, "control", "gloo")
             assert group is not None, "a rank alone has nobody to ask"

@@ -328,7 +328,8 @@ class Bucket(FlatSpace):
         """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
         if not self.is_sharded or self.state is BucketState.SHARDED:
             return
-        self.finish_unshard()
+        if self.state is BucketState.GATHERING or self._filling.is_under_way:
+            self.finish_unshard()
         self._set_class(ZeroParameter)
         for param, view in zip(self.params, self.views, strict=True):
             param.data = self._empty_like(view)

@@ -94,6 +94,11 @@ class Phase:
     needed: list[int] = field(default_factory=list)
     uses: list[int] = field(default_factory=list)
 
+    def advance(self, plan: Sequence[int]) -> int:
+        """The next gather of the plan, which is to be launched now."""
+        self.cursor += 1
+        return plan[self.cursor - 1]
+
 
 class Ranks(Protocol):
     """The ranks that share a bucket."""
@@ -308,7 +313,7 @@ class Gatherer(Generic[B]):
         if plan is not None and not phase.is_lost:
             if bucket.index in itertools.islice(plan, phase.cursor, None):
                 while bucket.state is BucketState.SHARDED:
-                    self._launch_next(phase, plan)
+                    self._launch(self.buckets[phase.advance(plan)])
                 return
             phase.is_lost = True
             self._finish_plan(phase)
@@ -318,15 +323,10 @@ class Gatherer(Generic[B]):
     def _finish_plan(self, phase: Phase) -> None:
         plan = phase.record.plan or []
         while not self._is_alone and phase.cursor < len(plan):
-            bucket = self._launch_next(phase, plan)
+            bucket = self.buckets[phase.advance(plan)]
+            self._launch(bucket)
             if bucket.holders == 0 and bucket.state is BucketState.GATHERING:
                 self._reshard(bucket)
-
-    def _launch_next(self, phase: Phase, plan: Sequence[int]) -> B:
-        bucket = self.buckets[plan[phase.cursor]]
-        phase.cursor += 1
-        self._launch(bucket)
-        return bucket
 
     def _launch(self, bucket: B) -> None:
         if bucket.state is BucketState.SHARDED:
@@ -369,7 +369,7 @@ class Gatherer(Generic[B]):
             ahead += self.buckets[plan[phase.cursor]].layout.numel
             if ahead > self._prefetch_numel:
                 break
-            self._launch_next(phase, plan)
+            self._launch(self.buckets[phase.advance(plan)])
 
     def _drop_stale(self, phase: Phase, wanted: B) -> None:
         """Reshard what was released before `wanted` was asked for, but for what is needed again soon."""

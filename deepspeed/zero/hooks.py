@@ -121,14 +121,8 @@ def _params_inside(module: nn.Module, buckets: Iterable[Bucket]) -> dict[Bucket,
     return {bucket: params for bucket, params in inside.items() if 0 < len(params) < len(bucket.params)}
 
 
-class ModuleHook:
+class ModuleHook(functools.partial[None]):
     """A hook that stays behind: a module that is copied or pickled takes one along that does nothing."""
-
-    def __init__(self, call: Callable[..., None]) -> None:
-        self._call = call
-
-    def __call__(self, *args: Any, **kwargs: Any) -> None:
-        self._call(*args, **kwargs)
 
     def __reduce__(self) -> Any:
         return ModuleHook, (_do_nothing,)

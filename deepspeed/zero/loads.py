@@ -32,6 +32,11 @@ class LoadQueue:
         self.failure: TierError | None = None
         """The first load that failed here. Its gather goes on, with NaN, so that no rank waits for this one."""
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether no gather waits for its turn."""
+        return not self._fillings
+
     def add(self, filling: Filling) -> None:
         """Queue one up; its gather starts at once where nothing has to be waited for."""
         self._fillings.append(filling)
@@ -78,6 +83,10 @@ class Filling:
             return
         is_here = self._rest.device == full.device
         self._source = self._rest.view(0, own.numel()) if is_here else None
+        if self._source is not None and self._queue.is_empty:  # nothing to wait for, and nobody to wait behind
+            self._pending = exchange.start_all_gather(full, self._source)
+            self._source = None
+            return
         self._load = None if self._source is not None else self._rest.start_load(0, own)
         self._queue.add(self)
 

@@ -78,7 +78,10 @@ class FlatPool:
         self._shelf(whole.dtype, whole.device).give_back(whole.nbytes, buffer)
 
     def _shelf(self, dtype: torch.dtype, device: torch.device) -> Shelf[FlatBuffer]:
-        return self._shelves.setdefault((dtype, device), Shelf(self._max_kept))
+        kind = (dtype, device)
+        if kind not in self._shelves:
+            self._shelves[kind] = Shelf(self._max_kept)
+        return self._shelves[kind]
 
     def clear(self) -> None:
         """Free what is not lent."""

@@ -1,0 +1,38 @@
+"""How far a reader walks through one step at stage 3, which must not grow unnoticed."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from typing import Any
+
+from tests.harness import run_ranks
+
+
+def _benchmark() -> Any:
+    path = Path(__file__).resolve().parents[2] / "benchmarks" / "walk.py"
+    spec = importlib.util.spec_from_file_location("walk", path)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def walked(rank: int, world_size: int) -> list[tuple[int, int]]:
+    """(files, depth) of the fourth step's forward and backward."""
+    walk = _benchmark()
+    before = sys.getprofile()
+    engine = walk.engine_at(3)
+    walks = walk.watched(engine, 4)
+    sys.setprofile(before)
+    engine.destroy()
+    return [
+        (len({name for name, _ in walks[phase].functions}), walks[phase].max_depth) for phase in ("forward", "backward")
+    ]
+
+
+def test_a_step_at_stage_3_is_no_longer_a_walk_than_it_was() -> None:
+    for forward, backward in run_ranks(2, walked):
+        assert forward[0] <= 26 and forward[1] <= 11
+        assert backward[0] <= 26 and backward[1] <= 12
