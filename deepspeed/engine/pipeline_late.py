@@ -31,7 +31,7 @@ from deepspeed.engine.pipeline_batch import ENDED, Batch, pull
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.pipeline.actions import Action
 from deepspeed.parallel.pipeline.layers import PipelineError
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.zero.late import LateStep, Verdict
 
 Engine = Any
@@ -258,8 +258,13 @@ class LateBatches:
         """After lists that all ranks of the pipeline have ended: take what is on its way; where a rank had failed raise on
         all. Collective over the pipeline, or over the job."""
         verdict, self._owed = self._owed, None
-        self._engine._mail.drain(self._mesh.gather_objects("pipeline", self._engine._mail.log))
+        lost, self._step.lost = self._step.lost, None
+        logs, losses = zip(*self._mesh.gather_objects("pipeline", (self._engine._mail.log, lost)), strict=True)
+        self._engine._mail.drain(list(logs))
+        what = next(filter(None, losses), "")
         if verdict is not Verdict.FAILED:
+            if what:
+                raise TrainingStateError(what)
             return
         told = (ENDED if isinstance(failure, StopIteration) else None, _words(failure))
         everyone = self._mesh.gather_objects("job", told)
@@ -268,7 +273,9 @@ class LateBatches:
         if failure is not None:
             raise failure
         rank, words = next((rank, words) for rank, (_, words) in enumerate(everyone) if words is not None)
-        raise PipelineError(f"rank {rank} failed, and the step was taken back: {words}")
+        raise PipelineError(
+            f"rank {rank} failed, and the step was taken back: {words}" + (what and f"\nBesides, {what}")
+        )
 
     # What is learned late. -----------------------------------------------------------------------------------------
 

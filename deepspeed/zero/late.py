@@ -72,6 +72,9 @@ class LateStep:
         self._gradients: list[Tensor] = []
         self._before: _Copies | None = None
         self._settings: _Settings | None = None
+        self._written: list[int] = []
+        self.lost: str | None = None
+        """What a script wrote that was put back, as an error's text, until somebody raises it."""
 
     @property
     def is_pending(self) -> bool:
@@ -100,6 +103,7 @@ class LateStep:
             optimizer.unused.leave_out(None)
             optimizer.apply(self._expected)
         self._settings.note_end()
+        self._written = self._versions()
         reducer.drop()
         if takeover is not None:
             takeover.end_step()
@@ -156,6 +160,7 @@ class LateStep:
         if not is_made:
             if asked.work is not None:
                 asked.work.wait()
+            self._note_written()
             self._take_back()
             self._end()
             return Verdict.FAILED
@@ -171,6 +176,7 @@ class LateStep:
         return Verdict.REDONE
 
     def _redo(self, measured: Measured) -> None:
+        self._note_written()
         optimizer = self._optimizer
         optimizer.unused.leave_out(self._used if measured.missed_any else None)
         if self._factor is None:
@@ -183,6 +189,27 @@ class LateStep:
             optimizer.apply(self._factor, self._gradients)
         if optimizer.takeover is not None:
             optimizer.takeover.end_step()
+
+    def _params(self) -> list[Tensor]:
+        return [param for master in self._optimizer.masters for param in master.bucket.params]
+
+    def _versions(self) -> list[int]:
+        with torch._C.DisableTorchFunctionSubclass():
+            return [param._version for param in self._params()]
+
+    def _note_written(self) -> None:
+        """Weights are about to be put back, and a script's own are lost. Collective over the ranks that average."""
+        pairs = zip(self._written, self._versions(), strict=True) if self._before is not None else ()
+        told = self._mesh.agree("average", next((at for at, (old, new) in enumerate(pairs) if old != new), -1))
+        for rank, (at,) in zip(self._mesh.ranks("average"), told, strict=True):
+            if at >= 0:
+                name = [name for master in self._optimizer.masters for name in master.bucket.names][at]
+                self.lost = (
+                    f"rank {rank} wrote {name!r} after a step that had to be taken back, since its norm says that it should have "
+                    "been clipped or skipped (or a rank failed): what was written is lost.\n"
+                    "  Call engine.settle_step() on all ranks before weights are written, or leave pipeline.post_validation out."
+                )
+                return
 
     def _take_back(self) -> None:
         if self._before is None or self._settings is None:

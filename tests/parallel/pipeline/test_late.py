@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.parallel.pipeline.layers import PipelineError, TiedLayerSpec
 from deepspeed.parallel.pipeline.module import PipelineModule
+from deepspeed.utils.errors import TrainingStateError
 from tests.harness import run_ranks
 from tests.parallel.pipeline.models import LONG, WIDTH, config_of, mlp
 from tests.parallel.pipeline.test_engine import SCHEDULES
@@ -263,3 +264,28 @@ def test_shared_parameters_are_summed_before_a_step_that_does_not_wait() -> None
     for waited, late in run_ranks(2, _tied):
         assert late[:2] == waited[:2]
         assert all(torch.equal(value, waited[2][name]) for name, value in late[2].items())
+
+
+def _write(rank: int, world: int, settles: bool) -> str:
+    engine = engine_of(True, 1, "1f1b", "fp32", "Adam")
+    data = batches(engine.mesh.rank("batch"), engine.mesh.size("batch"), False)
+    try:
+        for _ in range(max(LOUD) + 1):
+            engine.train_batch(data)
+            if settles:
+                engine.settle_step()
+            with torch.no_grad():
+                next(engine.module.parameters()).mul_(0.5)
+        engine.settle_step()
+    except TrainingStateError as error:
+        return str(error)
+    finally:
+        engine.destroy()
+    return ""
+
+
+def test_weights_written_before_a_step_is_taken_back_are_not_lost_without_a_word() -> None:
+    assert run_ranks(2, _write, True) == ["", ""]
+    for said in run_ranks(2, _write, False):
+        assert "after a step that had to be taken back" in said
+        assert "Call engine.settle_step() on all ranks" in said
