@@ -65,9 +65,13 @@ class InferenceEngine(nn.Module):
         self._experts = experts.ranks_of(modules, config)
         self._ranks = tensor.ranks_of(config)
         self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
-        made = self._together(lambda: [self._decide(module) for module in modules])
-        for plan in made:
-            self._together(partial(self._prepare, plan))
+        try:
+            made = self._together(lambda: [self._decide(module) for module in modules])
+            for plan in made:
+                self._together(partial(self._prepare, plan))
+        except BaseException:
+            self._release()
+            raise
         self.module = model
         if self._ranks is not None:
             self._ranks.same_draws()
@@ -220,15 +224,16 @@ class InferenceEngine(nn.Module):
     def destroy(self) -> None:
         """Give the module back, with its own forward; the engine holds nothing that outlives it."""
         self._times = None
-        if self._experts is not None:
-            self._experts.release()
-            self._experts = None
         unfuse(self.module)
+        self._release()
+
+    def _release(self) -> None:
         while self._streamed:
             self._streamed.pop().release()
-        if self._ranks is not None:
-            self._ranks.release()
-            self._ranks = None
+        for ranks in (self._experts, self._ranks):
+            if ranks is not None:
+                ranks.release()
+        self._experts = self._ranks = None
 
 
 def _with_int8_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

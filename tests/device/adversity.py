@@ -124,8 +124,8 @@ def _overlap(a: Tensor, b: Tensor) -> bool:
 def late_exchanges(seed: int) -> Iterator[None]:
     """In the block every new exchange between ranks is late."""
 
-    def make(group: Any, device: torch.device, lasts: bool = False) -> Any:
-        inner = make_exchange(group, device, lasts=lasts)
+    def make(group: Any, device: torch.device, **options: bool) -> Any:
+        inner = make_exchange(group, device, **options)
         return LateExchange(inner, seed) if inner.world_size > 1 else inner
 
     with mock.patch.object(observe, "make_exchange", make):

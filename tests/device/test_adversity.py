@@ -35,7 +35,7 @@ def in_order(case: str) -> Any:
     ("case", "site", "told"),
     [
         ("stage 0", Site("Work.wait", "comm/collective.py:_finish"), "race: .*all_reduce"),
-        ("exchanges, stage 1", Site("Pending.wait", "zero/optimizer.py:_publish"), "losses"),
+        ("exchanges, stage 1", Site("Pending.wait", "zero/optimizer.py:publish"), "losses"),
         (next(iter(SCENES)), Site("Ordered.wait", "zero/delivery.py:_finish_oldest"), "race: .*fill_"),
     ],
 )

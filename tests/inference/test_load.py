@@ -15,6 +15,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed.inference.weights import SafetensorsFiles
+from deepspeed.mesh.mesh import current_mesh
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 from tests.harness import run_ranks
 from tests.inference.families import build, prompts
@@ -188,6 +189,9 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     torch.distributed.barrier()
     with pytest.raises(CheckpointError, match="holds no weights"):
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/llama")
+    for engine in (parts, again, mixtral, eight, same, theirs):
+        engine.destroy()
+    assert current_mesh().size("tensor") == 1, "what was refused holds no mesh"
     return found
 
 
