@@ -137,7 +137,11 @@ def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
     tokens = torch.zeros(1, args.seq, dtype=torch.long, device="meta")
     shape = shape_of(llama(args), {"input_ids": tokens, "labels": tokens}, dtype=torch.float32)
     device = Device(memory_gb=8, tflops=rates["matmul_flops"] / 1e12, memory_gb_s=rates["copy_nbytes_s"] / GB)
-    links = Links(within_gb_s=rates["wire_nbytes_s"] / GB, latency_us=1e6 * rates["wire_latency_s"], overlap=0)
+    wire, latency_s = (
+        min(rates["wire_nbytes_s"], rates["sum_nbytes_s"]),
+        max(rates["wire_latency_s"], rates["sum_latency_s"]),
+    )
+    links = Links(within_gb_s=wire / GB, latency_us=1e6 * latency_s, overlap=0)
     cluster = Cluster(devices_per_node=args.ranks, device=device, links=links)
     return [simulated(evaluate(shape, cluster, at)) for at in layouts(args.ranks, args.samples)]
 

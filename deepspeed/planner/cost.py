@@ -31,6 +31,9 @@ LAUNCH_S = 1.5e-5
 """Of a module's call, forward and backward, on a device that computes while it is told what comes next."""
 CALLS_PER_MODULE = 3.0
 """Of a model's module under an engine, on a host, in calls of the smallest module: attention and norms call many operations."""
+ENGINE_CALLS_PER_MODULE = 2.6
+"""What an engine adds to a clocked step on a host, and checkpoints once more, per module, in calls of the smallest one (measured on a
+GPT-2 of three blocks, `benchmarks/autotuning.py --model gpt2`)."""
 OVERLAP = 0.8
 """Of backward that can hide communication, where the processor does not have to move the bytes itself."""
 
@@ -120,7 +123,8 @@ def _compute(rates: Rates, work: Work, choice: Choice) -> tuple[float, float]:
     again = {"none": 0.0, "selective": 0.05, "full": 1.0}.get(choice.recompute, 0.0)
     if work.clocked is not None:
         forward_s = work.clocked.forward_s(choice.micro)
-        backward_s = work.clocked.backward_s(choice.micro) + again * forward_s
+        engine_s = ENGINE_CALLS_PER_MODULE * rates.launch_s * work.num_modules * (1 + again) if work.is_host else 0.0
+        backward_s = work.clocked.backward_s(choice.micro) + again * forward_s + engine_s
         return choice.accumulation * backward_s, choice.accumulation * (forward_s + backward_s)
     rate = EFFICIENCY * rates.matmul_flops
     products = choice.micro * (work.flops + again * work.forward_flops) / rate
