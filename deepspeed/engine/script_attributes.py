@@ -14,6 +14,7 @@ from torch import Tensor
 
 from deepspeed.mesh import groups
 from deepspeed.optim.traits import AveragesItself
+from deepspeed.utils.errors import TrainingStateError
 
 _BY_FEATURE = {
     "pipeline parallelism": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
@@ -46,10 +47,22 @@ class ScriptAttributes:
         optimizer = self.basic_optimizer  # type: ignore[attr-defined]
         return not (isinstance(optimizer, AveragesItself) and optimizer.takes_local)
 
+    @enable_backward_allreduce.setter
+    def enable_backward_allreduce(self, value: bool) -> None:
+        if value != self.enable_backward_allreduce:
+            raise TrainingStateError(
+                f"engine.enable_backward_allreduce = {value}: the optimizer decides whether the next step's gradients are averaged.\n"
+                "  Leave it, and hold reductions back with engine.no_sync()."
+            )
+
     @property
     def pipeline_enable_backward_allreduce(self) -> bool:
         """The same, by the name that a pipeline's engine has for it."""
         return self.enable_backward_allreduce
+
+    @pipeline_enable_backward_allreduce.setter
+    def pipeline_enable_backward_allreduce(self, value: bool) -> None:
+        self.enable_backward_allreduce = value
 
     @property
     def data_parallel_group(self) -> Any:

@@ -422,3 +422,17 @@ def test_disable_python_gc_leaves_collecting_to_the_caller() -> None:
     ((is_enabled, found),) = run_ranks(1, without_gc)
     assert not is_enabled
     assert found >= 0
+
+
+def set_the_switches() -> None:
+    config = {"train_batch_size": 1, "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}}}
+    engine = deepspeed.initialize(model=torch.nn.Linear(2, 2), config=config)[0]
+    for name in ("enable_backward_allreduce", "pipeline_enable_backward_allreduce"):
+        setattr(engine, name, True)
+        with pytest.raises(TrainingStateError, match=r"enable_backward_allreduce = False.*\n.*no_sync"):
+            setattr(engine, name, False)
+    engine.destroy()
+
+
+def test_a_switch_that_the_optimizer_has_is_no_scripts_to_set() -> None:
+    run_alone(set_the_switches)
