@@ -9,11 +9,14 @@ WORKERS ?= 2
 
 BIN := .venv/bin
 INSTALLED := .venv/installed
+# What the demo runs in: everything where that is installed already, otherwise the package and what draws its picture.
+RUNNABLE := $(if $(wildcard .venv/installed),.venv/installed,.venv/runnable)
+SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
 .PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-autotuning test-edits test-sequence test-tensor lint format bench native clean test-wire
 
-demo: $(INSTALLED)
+demo: $(RUNNABLE)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
 
 # A file's tests go to one worker, which keeps their pools of ranks. WORKERS=0 runs them in one process.
@@ -125,9 +128,17 @@ format: $(INSTALLED)
 clean:
 	rm -rf .venv build *.egg-info deepspeed/lib
 
-# csrc/ is compiled by the last line. torch first and alone, so that the build chosen here is the one everything else resolves against.
-$(INSTALLED): pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
+# torch comes first and alone, so that the build chosen here is the one everything else resolves against.
+.venv/torch: constraints.txt
 	$(PYTHON) -m venv .venv
 	$(PIP_INSTALL) torch
+	touch $@
+
+# csrc/ is compiled by these.
+.venv/runnable: .venv/torch $(SOURCES)
+	$(PIP_INSTALL) -e '.[demo]'
+	touch $@
+
+$(INSTALLED): .venv/torch $(SOURCES)
 	$(PIP_INSTALL) -e '.[dev,hf,lightning]'
 	touch $@
