@@ -36,9 +36,17 @@ static inline __attribute__((always_inline)) void for_each(size_t n, Body body, 
 }
 
 static void widen_bf16(const uint16_t* __restrict from, float* __restrict to, size_t n) {
-    for_each(n, [=](size_t i) __attribute__((always_inline)) {
-        to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
-    }, from);
+    size_t i = 0;
+#ifdef DS_HAS_AVX2
+    for (; i + 32 <= n; i += 32) {
+        __builtin_prefetch(from + i + kBlock);
+        for (size_t j = i; j < i + 32; j += 8) {
+            const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from + j));
+            _mm256_storeu_ps(to + j, _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16)));
+        }
+    }
+#endif
+    for (; i < n; ++i) to[i] = float_of(static_cast<uint32_t>(from[i]) << 16);
 }
 
 static void narrow_bf16(const float* __restrict from, uint16_t* __restrict to, size_t n) {

@@ -48,9 +48,10 @@ struct Groups {
         const int64_t first = group * group_size;
         float low = 0, high = 0;
         uint32_t largest = 0;
-        if (!symmetric) low = high = *read(first, 1, scratch);
+        const float* whole = group_size <= kBlock ? read(first, group_size, scratch) : nullptr;  // widened once
+        if (!symmetric) low = high = whole ? *whole : *read(first, 1, scratch);
         blocks([&](int64_t at, size_t n) {
-            const float* x = read(first + at, n, scratch);
+            const float* x = whole ? whole : read(first + at, n, scratch);
             const uint32_t found = loops.magnitude(x, n);
             largest = found > largest ? found : largest;
             if (!symmetric) loops.range(x, n, &low, &high);
@@ -70,7 +71,7 @@ struct Groups {
             return;
         }
         blocks([&](int64_t at, size_t n) {
-            const float* x = read(first + at, n, scratch);
+            const float* x = whole ? whole : read(first + at, n, scratch);
             if (num_bits == 8)
                 loops.to_bytes(x, q + at, n, symmetric ? 0.0f : low, scale, offset);
             else

@@ -38,21 +38,75 @@ static inline uint32_t to_grid(float x, float low, float scale, int offset) {
     return bits_of((x - low) / scale + kRounder) + static_cast<uint32_t>(offset);
 }
 
-static void to_bytes(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+static inline void rest_to_bytes(const float* x, uint8_t* q, size_t n, float low, float scale, int offset) {
     DS_INDEPENDENT
     for (size_t i = 0; i < n; ++i) q[i] = static_cast<uint8_t>(to_grid(x[i], low, scale, offset));
 }
 
-// Two elements a byte, the even one in the low four bits; n is even.
-static void to_nibbles(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+static inline void rest_to_nibbles(const float* x, uint8_t* q, size_t n, float low, float scale, int offset) {
     alignas(64) uint8_t whole[kBlock];
-    to_bytes(x, whole, n, low, scale, offset);
+    rest_to_bytes(x, whole, n, low, scale, offset);
     for (size_t i = 0; i < n / 2; ++i) {
         uint16_t pair;
         std::memcpy(&pair, whole + 2 * i, sizeof pair);
         q[i] = static_cast<uint8_t>((pair & 0xf) | (pair >> 4));
     }
 }
+
+#ifdef DS_HAS_AVX2
+
+// 16 elements on the grid, their low bytes as words of 16 bits: 0..3 and 8..11 in the low half, the others in the high one.
+static inline __m256i grid_of_16(const float* x, __m256 low, __m256 scale, __m256i offset) {
+    __m256i parts[2];
+    for (int j = 0; j < 2; ++j) {
+        const __m256 quotient = _mm256_div_ps(_mm256_sub_ps(_mm256_loadu_ps(x + 8 * j), low), scale);
+        const __m256i rounded = _mm256_castps_si256(_mm256_add_ps(quotient, _mm256_set1_ps(kRounder)));
+        parts[j] = _mm256_and_si256(_mm256_add_epi32(rounded, offset), _mm256_set1_epi32(0xff));
+    }
+    return _mm256_packus_epi32(parts[0], parts[1]);
+}
+
+// The low bytes of 32 elements on the grid, in order.
+static inline __m256i grid_of_32(const float* x, __m256 low, __m256 scale, __m256i offset) {
+    const __m256i bytes = _mm256_packus_epi16(grid_of_16(x, low, scale, offset), grid_of_16(x + 16, low, scale, offset));
+    return _mm256_permutevar8x32_epi32(bytes, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+}
+
+static void to_bytes(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+    const __m256 lows = _mm256_set1_ps(low), scales = _mm256_set1_ps(scale);
+    const __m256i offsets = _mm256_set1_epi32(offset);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32)
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(q + i), grid_of_32(x + i, lows, scales, offsets));
+    rest_to_bytes(x + i, q + i, n - i, low, scale, offset);
+}
+
+// Two elements a byte, the even one in the low four bits; n is even.
+static void to_nibbles(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+    const __m256 lows = _mm256_set1_ps(low), scales = _mm256_set1_ps(scale);
+    const __m256i offsets = _mm256_set1_epi32(offset), nibble = _mm256_set1_epi8(15), places = _mm256_set1_epi16(0x1001);
+    size_t i = 0;
+    for (; i + 32 <= n; i += 32) {
+        const __m256i whole = _mm256_and_si256(grid_of_32(x + i, lows, scales, offsets), nibble);
+        const __m256i pairs = _mm256_maddubs_epi16(whole, places);  // the even one + 16 times the odd one
+        const __m256i packed = _mm256_permute4x64_epi64(_mm256_packus_epi16(pairs, pairs), 0x08);
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(q + i / 2), _mm256_castsi256_si128(packed));
+    }
+    rest_to_nibbles(x + i, q + i / 2, n - i, low, scale, offset);
+}
+
+#else
+
+static void to_bytes(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+    rest_to_bytes(x, q, n, low, scale, offset);
+}
+
+// Two elements a byte, the even one in the low four bits; n is even.
+static void to_nibbles(const float* __restrict x, uint8_t* __restrict q, size_t n, float low, float scale, int offset) {
+    rest_to_nibbles(x, q, n, low, scale, offset);
+}
+
+#endif
 
 template <class Byte>
 static void from_bytes(const uint8_t* __restrict q, float* __restrict x, size_t n, float low, float scale) {

@@ -30,6 +30,11 @@ def make_wire(config: Config) -> Wire:
             f"sparse_gradients = true has no effect: with zero_optimization.stage = {zero.stage} each rank gets its slice of a gradient, "
             "which is sent whole. Embeddings with sparse gradients train all the same."
         )
+    if zero.stage < 3 and zero.zero_hpz_partition_size > 1:
+        warn_once(
+            f"zero_optimization.zero_hpz_partition_size = {zero.zero_hpz_partition_size} has no effect: with stage = {zero.stage} parameters "
+            "are whole on every rank, so there is nothing to keep copies of."
+        )
     if zero.stage < 3:
         return Wire()
     return Wire(

@@ -53,7 +53,7 @@ def state_files(about: Mapping[str, Any], client_state: Mapping[str, Any], manif
         "frozen_param_shapes": {name: list(info.shape) for name, info in manifest.parameters.items() if info.is_frozen},
         "shared_params": dict(manifest.tied),
         "lr_scheduler": None,
-        "sparse_tensor_module_names": [],
+        "sparse_tensor_module_names": list(about.get("sparse", ())),
         "skipped_steps": about["skipped_steps"],
         "global_steps": about["global_steps"],
         "global_samples": about["global_samples"],

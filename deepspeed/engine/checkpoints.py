@@ -118,6 +118,11 @@ class CheckpointedRun(Protocol):
         """Samples per rank and micro-batch."""
         ...
 
+    @property
+    def sparse_tensor_module_names(self) -> set[str]:
+        """Parameters whose gradients are reduced sparse."""
+        ...
+
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget this step's gradients."""
         ...
@@ -408,6 +413,7 @@ def _about(engine: CheckpointedRun) -> dict[str, Any]:
         "skipped_steps": engine.skipped_steps,
         "bf16": engine._config.bf16.enabled,
         "micro_batch_size": engine.train_micro_batch_size_per_gpu(),
+        **({"sparse": sorted(engine.sparse_tensor_module_names)} if engine.sparse_tensor_module_names else {}),
     }
 
 

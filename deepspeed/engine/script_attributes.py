@@ -100,7 +100,7 @@ class ScriptAttributes:
             return set()
         kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
         named = self.module.named_modules()  # type: ignore[attr-defined]
-        return {f"{name}.weight" for name, module in named if isinstance(module, kinds)}
+        return {f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, kinds)}
 
     @property
     def gradient_average(self) -> bool:

@@ -35,6 +35,7 @@ from deepspeed.optim.compressed import (
     mask_,
     state_of,
 )
+from deepspeed.optim.ranges import check_ranges
 from deepspeed.optim.traits import OwnReduction, Part, Whole, loss_of
 from deepspeed.utils.logging import log_dist
 
@@ -66,6 +67,8 @@ class OnebitLamb(CompressedOptimizer):
     ) -> None:
         self.freeze_step = check_count("freeze_step", freeze_step, 1)
         self.eps_inside_sqrt = eps_inside_sqrt
+        own = {"coeff_beta": coeff_beta, "factor_min": factor_min, "factor_max": factor_max}
+        check_ranges({**own, "factor_threshold": factor_threshold}, "OnebitLamb: ")
         self.coeff_beta = coeff_beta
         self.factor_max, self.factor_min, self.factor_threshold = factor_max, factor_min, factor_threshold
         self._coeffs: list[float] = []
@@ -144,8 +147,10 @@ class OnebitLamb(CompressedOptimizer):
         norms = self._norms(own, wholes, updates)
         self._coeffs = [_trust_ratio(whole.group, *pair) for whole, pair in zip(wholes, norms, strict=True)]
         for whole, coeff, mine in zip(wholes, self._coeffs, updates, strict=True):
+            whole.state.setdefault("lamb_coeff_freeze", 0.0)
+            whole.state.setdefault("last_factor", 1.0)
             if coeff != 1.0:
-                before = whole.state.get("lamb_coeff_freeze", 0.0)
+                before = whole.state["lamb_coeff_freeze"]
                 whole.state["lamb_coeff_freeze"] = self.coeff_beta * before + (1 - self.coeff_beta) * coeff
             self._move(whole, mine, coeff)
 

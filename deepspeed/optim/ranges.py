@@ -29,6 +29,9 @@ _NOT_NEGATIVE = (
     "max_grad_norm",
     "min_coeff",
     "max_coeff",
+    "factor_min",
+    "factor_max",
+    "factor_threshold",
 )
 
 
@@ -40,9 +43,12 @@ def check_ranges(settings: Mapping[str, Any], where: str) -> None:
     betas = settings.get("betas")
     if betas is not None:
         _check_betas(betas, f"{where}betas")
-    low, high = settings.get("min_coeff", 0), settings.get("max_coeff", math.inf)
-    if low > high:
-        raise DeepSpeedError(f"{where}min_coeff = {low!r} is above max_coeff = {high!r}.\n  Exchange them.")
+    if "coeff_beta" in settings:
+        _check_fraction(settings["coeff_beta"], f"{where}coeff_beta")
+    for least, most in (("min_coeff", "max_coeff"), ("factor_min", "factor_max")):
+        low, high = settings.get(least, 0), settings.get(most, math.inf)
+        if low > high:
+            raise DeepSpeedError(f"{where}{least} = {low!r} is above {most} = {high!r}.\n  Exchange them.")
 
 
 def _check_number(value: Any, name: str) -> None:
@@ -55,10 +61,12 @@ def _check_betas(betas: Any, name: str) -> None:
     if not isinstance(betas, Sequence) or isinstance(betas, str):
         raise DeepSpeedError(f"{name} = {betas!r} is not a list of numbers.\n  Give numbers from 0 to below 1.")
     for place, beta in enumerate(betas):
-        if not (_is_number(beta) and 0 <= beta < 1):
-            raise DeepSpeedError(
-                f"{name}[{place}] = {beta!r} is not in [0, 1).\n  Give a number from 0 to below 1, such as 0.9."
-            )
+        _check_fraction(beta, f"{name}[{place}]")
+
+
+def _check_fraction(value: Any, name: str) -> None:
+    if not (_is_number(value) and 0 <= value < 1):
+        raise DeepSpeedError(f"{name} = {value!r} is not in [0, 1).\n  Give a number from 0 to below 1, such as 0.9.")
 
 
 def _is_number(value: Any) -> bool:

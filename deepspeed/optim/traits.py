@@ -292,6 +292,11 @@ def needs_of(optimizer: torch.optim.Optimizer) -> Needs | None:
     return Needs.ELEMENTWISE if type(optimizer) in _ELEMENTWISE else None
 
 
+def steps_rows(optimizer: torch.optim.Optimizer) -> bool:
+    """Whether it takes sparse gradients alone, and leaves rows alone that they do not list."""
+    return isinstance(optimizer, torch.optim.SparseAdam)
+
+
 _ELEMENTWISE = frozenset(
     {
         torch.optim.ASGD,

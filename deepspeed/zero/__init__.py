@@ -29,7 +29,8 @@
     prints     what one rank alone wrote           aliases    buffers that are views of parameters
     quantized  integers sharded as parameters are  unused     parameters without gradients on any rank
     late       a step before its norm is known, taken back exactly
-    overlaps   parameters that share memory
+    overlaps   parameters that share memory        untested   optimizers refused on flat pieces
+    run_states an optimizer's states, by parameter rows       sparse gradients for SparseAdam
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

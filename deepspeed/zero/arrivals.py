@@ -8,7 +8,7 @@ Invariant: a gradient is owned by exactly one place, autograd's tensor here or t
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains
 from typing import final
@@ -27,7 +27,7 @@ _is_sparse = attrgetter("is_sparse")
 class Arrivals:
     """The gradients of one bucket's parameters since they were last laid down."""
 
-    __slots__ = ("_parts", "num_here", "num_params", "used", "waiting")
+    __slots__ = ("_parts", "num_here", "num_params", "rows", "used", "waiting")
 
     def __init__(self, num_params: int) -> None:
         self.num_params = num_params
@@ -39,6 +39,8 @@ class Arrivals:
         """Parameters of whose gradients more is to come; known where all have arrived."""
         self.used: set[int] = set()
         """Parameters that had a gradient in this step."""
+        self.rows: dict[int, list[Tensor]] = {}
+        """By parameter, the rows that this step's sparse gradients list, for an optimizer that steps no others."""
 
     @property
     def has_any(self) -> bool:
@@ -65,7 +67,10 @@ class Arrivals:
         return self.num_here == self.num_params
 
     def _add(self, index: int, before: Tensor, gradient: Tensor) -> bool:
-        self.waiting[index] = _dense(before) + _dense(gradient)
+        if not (before.is_sparse and gradient.is_sparse):
+            self._note_rows([(index, before), (index, gradient)])
+            before, gradient = _dense(before), _dense(gradient)
+        self.waiting[index] = before + gradient
         if index not in self._parts:
             return False
         self._parts.discard(index)
@@ -77,11 +82,16 @@ class Arrivals:
             self._parts.update(i for i, param in enumerate(params) if not param.__dict__.get(READY, True))
         return bool(self._parts)
 
+    def end_step(self) -> None:
+        """The next gradients are another step's."""
+        self.used.clear()
+        self.rows.clear()
+
     def lay_into(self, views: Sequence[Tensor], adds: bool) -> None:
         """Write what waits into the parameters' views, or add it. Unless it adds, what did not arrive becomes zero."""
         is_complete = self.num_here == self.num_params  # as nearly always
         here = range(self.num_params) if is_complete else [i for i, t in enumerate(self.waiting) if t is not None]
-        gradients = _dense_ones([tensor for tensor in self.waiting if tensor is not None])
+        gradients = self._dense_ones(here)
         targets = list(views) if is_complete else [views[i] for i in here]
         if gradients and adds:
             torch._foreach_add_(targets, gradients)
@@ -92,15 +102,23 @@ class Arrivals:
         self.used.update(here)
         self.forget()
 
+    def _dense_ones(self, here: Sequence[int]) -> list[Tensor]:
+        gradients = [tensor for tensor in self.waiting if tensor is not None]
+        if not any(map(_is_sparse, gradients)):
+            return gradients
+        self._note_rows(zip(here, gradients, strict=True))
+        return list(map(_dense, gradients))
+
+    def _note_rows(self, gradients: Iterable[tuple[int, Tensor]]) -> None:
+        for index, gradient in gradients:
+            if gradient.is_sparse:
+                self.rows.setdefault(index, []).append(gradient._indices()[0])
+
     def forget(self) -> None:
         """Let go of what waits."""
         self.waiting = [None] * self.num_params
         self._parts.clear()
         self.num_here = 0
-
-
-def _dense_ones(gradients: list[Tensor]) -> list[Tensor]:
-    return list(map(_dense, gradients)) if any(map(_is_sparse, gradients)) else gradients
 
 
 def _dense(gradient: Tensor) -> Tensor:

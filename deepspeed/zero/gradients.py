@@ -323,7 +323,7 @@ class WholeGradients:
         """See Gradients."""
         self._delivery.forget()
         self.arrivals.forget()
-        self.arrivals.used.clear()
+        self.arrivals.end_step()
         self.is_reduced = self.has_local = False
         self._carry = None
 
@@ -445,7 +445,7 @@ class SlicedGradients:
         """See Gradients."""
         self._loan.give_back()
         self.arrivals.forget()
-        self.arrivals.used.clear()
+        self.arrivals.end_step()
         self.is_reduced = False
 
 
@@ -569,6 +569,6 @@ class TieredGradients:
         """See Gradients."""
         self._moved.forget()
         self.arrivals.forget()
-        self.arrivals.used.clear()
+        self.arrivals.end_step()
         self._loan.give_back()
         self.is_reduced = False

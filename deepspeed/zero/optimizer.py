@@ -204,6 +204,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """Bytes of masters (but for those that are the parameters) and states, on whatever tier."""
         return self.runs.nbytes
 
+    def __getattr__(self, name: str) -> Any:
+        """What an optimizer that averages by itself says of itself: `adam_freeze_key`, `get_lamb_coeffs`, ..."""
+        optimizer = self.__dict__.get("optimizer")
+        if isinstance(optimizer, AveragesItself) and not name.startswith("_"):
+            return getattr(optimizer, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
+
     def __repr__(self) -> str:
         return f"ZeroOptimizer(stage {self.zero_stage}, {self.optimizer!r})"
 
@@ -355,6 +362,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             )
         self.scale.load_state_dict(state["loss_scaler"])
         self.optimizer.load_state_dict(state["base_optimizer_state"])
+        self.runs.show_states()
         for master, flat in zip(self.masters, state["fp32_flat_groups"], strict=True):
             master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
         self.publish()

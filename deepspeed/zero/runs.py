@@ -12,6 +12,7 @@ Invariant: every group of the wrapped optimizer lists its runs and no other tens
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from typing import Any, final
 
@@ -29,8 +30,10 @@ from deepspeed.zero.layout import RunSpan
 from deepspeed.zero.master import Master, read
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.placing import Placing
+from deepspeed.zero.run_states import RunStates
 from deepspeed.zero.sharding import RunSharding
 from deepspeed.zero.stream import TileStream
+from deepspeed.zero.untested import check_untested
 
 
 class Members(list[Tensor]):
@@ -73,7 +76,7 @@ class Runs:
         allow_untested: bool,
         zero_stage: int,
     ) -> None:
-        self.optimizer, self.masters, self.gradients, self._mesh = optimizer, masters, gradients, mesh
+        self.optimizer, self.masters, self.gradients, self.mesh = optimizer, masters, gradients, mesh
         self.is_sharded, self.sub_group_numel = is_sharded, sub_group_numel
         self.is_away = False
         """Whether `engine.offload_states` has put masters or states away."""
@@ -81,7 +84,7 @@ class Runs:
         """The step of masters that rest on a tier, if there are any."""
         needs = needs_of(optimizer)
         if needs is None and is_sharded:
-            _check_untested(type(optimizer).__name__, zero_stage, allow_untested)
+            check_untested(optimizer, zero_stage, allow_untested)
         self.gives_whole = not is_sharded and needs is not Needs.ELEMENTWISE
         """Whether runs are whole parameters in their shapes."""
         self.refuse_tiers()
@@ -96,6 +99,17 @@ class Runs:
                 "are laid out differently now."
             )
         optimizer.state.clear()
+        self.show_states()
+
+    def show_states(self) -> None:
+        """Have whole parameters' states be found by the model's own, too, in the dictionary that the optimizer has now."""
+        if self.gives_whole:
+            self.optimizer.state = RunStates(self.optimizer.state, self._run_of)
+
+    def _run_of(self, tensor: object) -> Tensor | None:
+        slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
+        found = [] if slot is None else [i for i, m in enumerate(self.masters) if m.bucket is slot.bucket]
+        return self.steppable[found[0]][slot.index][1] if found and slot is not None else None
 
     def refresh(self) -> None:
         """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""
@@ -110,13 +124,13 @@ class Runs:
         for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):
             param_group["params"] = Members(members, self, i)
         if needs_of(self.optimizer) in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and not self.gives_whole:
-            self.optimizer.sharding = RunSharding(self.masters, self.steppable, self._mesh, is_sharded=self.is_sharded)  # type: ignore[attr-defined]
+            self.optimizer.sharding = RunSharding(self.masters, self.steppable, self.mesh, is_sharded=self.is_sharded)  # type: ignore[attr-defined]
 
     def give_back(self) -> None:
         """Have the optimizer list parameters again, as it was given: another engine may take it. Its state is of runs, and ends."""
         for group, params in zip(self.optimizer.param_groups, self._given, strict=False):
             group["params"] = list(params)
-        self.optimizer.state.clear()
+        self.optimizer.state = defaultdict(dict)
 
     def _cut(self, master: Master) -> list[tuple[int, Tensor]]:
         """(group, piece of the masters) as the wrapped optimizer steps them, where they are in memory."""
@@ -261,20 +275,6 @@ class Runs:
             if start <= position < start + tensor.numel():
                 return start, self.optimizer.state[tensor][kind]
         raise KeyError(kind)
-
-
-def _check_untested(name: str, zero_stage: int, is_allowed: bool) -> None:
-    if not is_allowed:
-        raise DeepSpeedConfigError(
-            f"{name} is not known to work on flat shards: under ZeRO stage {zero_stage} it would step 1-D pieces that "
-            "hold parts of several parameters, which is right only for element-wise optimizers.\n"
-            '  If it is element-wise set "zero_allow_untested_optimizer": true; otherwise use stage 0.'
-        )
-    warn_once(
-        f"{name} is not known to be element-wise. Under ZeRO stage {zero_stage} it steps 1-D "
-        "pieces that hold parts of several parameters; if it looks at shapes or norms of parameters, as Adafactor does, "
-        "it trains with other numbers than at stage 0. zero_allow_untested_optimizer allows it; some libraries set that key."
-    )
 
 
 def _cut_value(value: Any, old: Tensor, start: int, numel: int) -> Any:

@@ -14,8 +14,9 @@ from typing import final
 
 from torch import Tensor
 
-from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of
+from deepspeed.optim.traits import FusedRun, Needs, StepsFused, needs_of, steps_rows
 from deepspeed.utils.errors import TierError
+from deepspeed.zero.rows import give_rows
 from deepspeed.zero.runs import Runs
 from deepspeed.zero.stream import Segment
 
@@ -131,6 +132,8 @@ class Update:
             pieces = [result.narrow(0, span.start, span.stop - span.start) for span in master.spans]
         for (_, tensor), piece in zip(self._runs.steppable[index], pieces, strict=True):
             tensor.grad = piece
+        if steps_rows(self._optimizer):
+            give_rows(self._runs, index, {j for i, j in unused if i == index})
         for j in [j for i, j in unused if i == index]:
             self._leave_out(index, j)
         return self._runs.steppable[index]

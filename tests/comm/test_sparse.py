@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -11,7 +13,9 @@ from torch import Tensor, nn
 from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.sparse import BLOCK, SparseReduction
 from deepspeed.runtime.sparse_tensor import SparseTensor
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.waits import COMMUNICATION
+from deepspeed.zero.untested import check_untested
 from tests.engine.runs import engine_of, long_but, make_config, whole_weights
 from tests.harness import run_ranks
 
@@ -86,6 +90,64 @@ def test_embeddings_with_sparse_gradients_train_as_dense_ones(stage: int, world_
     assert losses == expected
     assert all(torch.equal(value, dense[name]) for name, value in weights.items())
     assert (sent > 0) == (stage == 0)
+
+
+class Table(nn.Module):
+    """An embedding alone, of which a batch may name rows that its loss leaves out."""
+
+    def __init__(self, rows: int = 50) -> None:
+        super().__init__()
+        self.table = nn.Embedding(rows, 3, sparse=True)
+
+    def forward(self, x: Tensor, counts: Tensor) -> Tensor:
+        return (self.table(x).pow(2).sum(-1) * counts).mean()
+
+
+def batch_of(step: int, rank: int) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(10 * step + rank)
+    return torch.randint(0, 50, (6,), generator=generator), torch.rand(6, generator=generator).round()
+
+
+def rows_stepped(rank: int, world_size: int, folder: str) -> None:
+    torch.manual_seed(0)
+    model, alone = Table(), Table()
+    alone.load_state_dict(model.state_dict())
+    ours = torch.optim.SparseAdam(model.parameters(), lr=0.1)
+    plain = torch.optim.SparseAdam(alone.parameters(), lr=0.1)
+    config = make_config(0, micro=6, accumulation=2, zero={})
+    config = {key: value for key, value in config.items() if key != "optimizer"} | {"gradient_clipping": 0.0}
+    with engine_of(model, {**config, "sparse_gradients": True}, optimizer=ours) as engine:
+        for step in range(8):
+            engine.backward(engine(*batch_of(step, rank)))
+            engine.step()
+            for other in range(world_size):
+                (alone(*batch_of(step, other)) / (2 * world_size)).backward()
+            if step % 2:
+                plain.step()
+                plain.zero_grad()
+        assert torch.allclose(model.table.weight, alone.table.weight, rtol=1e-6, atol=1e-7)
+        assert engine.sparse_tensor_module_names == {"table.weight"}
+        engine.save_checkpoint(folder, tag="a")
+        saved = torch.load(Path(folder, "a", "mp_rank_00_model_states.pt"))
+        assert saved["sparse_tensor_module_names"] == ["table.weight"]
+
+
+def dense_beside(rank: int, world_size: int) -> None:
+    model = Words(sparse=True)
+    config = {key: value for key, value in make_config(0, micro=4).items() if key != "optimizer"}
+    with engine_of(model, config, optimizer=torch.optim.SparseAdam(model.parameters())) as engine:
+        engine.backward(engine(torch.zeros(4, 5, dtype=torch.long), torch.zeros(4, 4)))
+        with pytest.raises(
+            DeepSpeedError, match=r"SparseAdam takes sparse gradients alone, and those of head\.(bias|weight), head\."
+        ):
+            engine.step()
+
+
+def test_sparse_adam_steps_the_rows_that_one_process_would(tmp_path: Path) -> None:
+    run_ranks(2, rows_stepped, str(tmp_path))
+    run_ranks(2, dense_beside)
+    with pytest.raises(DeepSpeedConfigError, match="SparseAdam takes sparse gradients, of which ZeRO stage 1"):
+        check_untested(torch.optim.SparseAdam(Table().parameters()), 1, True)
 
 
 def test_rows_that_cancel_are_kept() -> None:

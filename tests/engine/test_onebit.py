@@ -232,6 +232,30 @@ def test_a_step_with_nan_on_one_rank_is_skipped_on_all_named_and_the_errors_stay
         assert norm == norm
 
 
+def states_by_parameter(rank: int, world_size: int) -> None:
+    from deepspeed.runtime.fp16.onebit import OnebitLamb
+
+    model = build("mlp")
+    optimizer = OnebitLamb(model.parameters(), lr=LR, freeze_step=1)
+    config = {key: value for key, value in config_of(0, world_size).items() if key != "optimizer"}
+    with engine_of(model, config, optimizer=optimizer) as engine:
+        steps(engine, make_batches(model, num_steps=2, accumulation=1, samples=SAMPLES), rank, world_size)
+        for param in model.parameters():
+            assert param in optimizer.state
+            state = optimizer.state[param]
+            assert {"step", "exp_avg", "exp_avg_sq", "scaling_coeff", "lamb_coeff_freeze", "last_factor"} <= set(state)
+            assert state["exp_avg"].shape == param.shape
+        assert len(optimizer.state) == len(list(model.parameters())), "asking adds nothing"
+        assert engine.optimizer.lamb_freeze_key is True
+        assert engine.optimizer.get_lamb_coeffs() == optimizer.get_lamb_coeffs() != []
+        with pytest.raises(AttributeError, match="adam_freeze_key"):
+            _ = engine.optimizer.adam_freeze_key
+
+
+def test_states_are_found_by_parameter_and_flags_on_the_engines_optimizer() -> None:
+    run_ranks(2, states_by_parameter)
+
+
 def unsettled(rank: int, world_size: int) -> list[str]:
     from deepspeed.runtime.fp16.onebit import OnebitAdam, ZeroOneAdam
     from deepspeed.utils import logging

@@ -18,6 +18,7 @@ from deepspeed.optim import (
 )
 from deepspeed.optim.build import build_optimizer
 from deepspeed.optim.muon import Muon, MuonWithAuxAdam
+from deepspeed.optim.onebit_lamb import OnebitLamb
 from deepspeed.optim.sgd import DeepSpeedCPUSGD
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
@@ -54,6 +55,9 @@ def test_every_class_refuses_betas_outside_0_to_1(kind: Any, betas: Any) -> None
         (Muon, {"momentum": -0.9}),
         (FusedLamb, {"min_coeff": -1}),
         (FusedLamb, {"min_coeff": 2, "max_coeff": 1}),
+        (OnebitLamb, {"factor_min": 5}),
+        (OnebitLamb, {"factor_threshold": -0.1}),
+        (OnebitLamb, {"coeff_beta": 1.5}),
     ],
 )
 def test_the_settings_that_some_classes_have_are_checked_too(kind: Any, settings: dict[str, Any]) -> None:
