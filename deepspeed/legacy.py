@@ -41,7 +41,7 @@ _PIPE_MODULE = {
     "deepspeed.parallel.pipeline.module": "PipelineModule DualPipeVModule",
     "deepspeed.parallel.pipeline.layers": "LayerSpec TiedLayerSpec PipelineError",
 }
-_INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
+_INFERENCE = "inference"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SPARSE = "compression", "sparse attention"
 _SP, _TENSOR = "deepspeed.parallel.sequence", "deepspeed.parallel.tensor"
@@ -152,7 +152,6 @@ PATHS: dict[str, dict[str, str]] = {
                 f"{_SP}.logits_loss": "TiledFusedLogitsLoss",
             }
         ),
-        **_later("internal", "UlyssesSPFullStack"),
     },
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": {"*": f"{_SP}.parallel_state:"},
     "deepspeed.sequence": invert(
@@ -167,6 +166,16 @@ PATHS: dict[str, dict[str, str]] = {
     ),
     "deepspeed.sequence.cross_entropy": invert(
         {f"{_SP}.cross_entropy": "vocab_parallel_cross_entropy vocab_sequence_parallel_cross_entropy"}
+    ),
+    "deepspeed.sequence.linear_cross_entropy": invert({f"{_SP}.vocabulary": "vocab_parallel_linear_cross_entropy"}),
+    "deepspeed.sequence.vocab_parallel_ops": invert(
+        {f"{_SP}.vocabulary": "vocab_parallel_logprobs vocab_parallel_entropy vocab_parallel_kl_div"}
+    ),
+    "deepspeed.sequence.auto_sp": invert({f"{_SP}.vision": "auto_wrap_model_for_sp"}),
+    "deepspeed.sequence.autosp_detector": invert({f"{_SP}.vision": "detect_model_sp_info SPModelInfo"}),
+    "deepspeed.sequence.autosp_vit": invert({f"{_SP}.vision": "UlyssesSPViTAttention"}),
+    "deepspeed.sequence.autosp_fusion": invert(
+        {f"{_SP}.vision": "ModalityFusionSPAdapter LlavaFusionAdapter InternVLFusionAdapter Qwen2VLFusionAdapter"}
     ),
     "deepspeed.sequence.fpdt_layer": invert(
         {f"{_SP}.fpdt": "FPDT_Attention FPDT_FFN FPDT_InputConstruct FPDT_LogitsLoss SequenceChunk"}
@@ -274,16 +283,21 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.inference.v2.ragged": _later(_INFERENCE, "DSStateManagerConfig DSStateManager"),
     "deepspeed.module_inject": _later(_INFERENCE, "replace_transformer_layer revert_transformer_layer"),
-    "deepspeed.module_inject.layers": {
-        **invert(
-            {
-                f"{_TENSOR}.by_hand": "LinearAllreduce LinearLayer LinearAllreduceWithReplicatedInput LmHeadLinearAllreduce "
-                "GatherReplacedLayerParams",
-                f"{_TENSOR}.requested": "set_autotp_mode is_autotp_training_mode",
-            }
-        ),
-        **_later(_AUTOTP, "EmbeddingLayer Normalize"),
-    },
+    "deepspeed.module_inject.layers": invert(
+        {
+            f"{_TENSOR}.by_hand": "LinearAllreduce LinearLayer LinearAllreduceWithReplicatedInput LmHeadLinearAllreduce "
+            "SubParamLinearLayer SubParamLinearAllreduce fused_LinearLayer GateUpPack_LinearLayer conv_LinearLayer "
+            "Conv_LinearALlreduce VocabParallelLinear",
+            f"{_TENSOR}.tables": "VocabParallelEmbedding HiddenParallelEmbedding EmbeddingLayer OPTEmbedding Normalize",
+            f"{_TENSOR}.whole": "GatherReplacedLayerParams",
+            f"{_TENSOR}.requested": "set_autotp_mode is_autotp_training_mode",
+            "deepspeed.porch.tools": "is_model_parallel_parameter",
+        }
+    ),
+    "deepspeed.module_inject.autotp_config": invert(
+        {f"{_TENSOR}.specs": "TPLayerSpec PartitionType AutoTPConfig AutoTPPresets merge_autotp_configs"}
+    ),
+    "deepspeed.module_inject.auto_tp": invert({f"{_TENSOR}.head": "VocabParallelCausalLMLoss"}),
     "deepspeed.module_inject.policy": _later(_INFERENCE, "transpose DSPolicy TransformerPolicy"),
     "deepspeed.module_inject.replace_policy": _later(
         _INFERENCE, "HFGPT2LayerPolicy HFBertLayerPolicy HFGPTJLayerPolicy"

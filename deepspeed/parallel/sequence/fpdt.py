@@ -115,7 +115,7 @@ class FPDT_LogitsLoss:  # noqa: N801 - the public name
         losses = tiled(run, Concatenated(0, bounds), bounds, 0, lm_output, params)
         if spg is None or spg_size == 1:
             return losses
-        joined = _JoinedSequence.apply(losses, spg, 0)
+        joined = _JoinedSequence.apply(losses, spg, 0, False)
         assert isinstance(joined, Tensor), "one output"
         return joined
 

@@ -36,6 +36,16 @@ VISION_ATTENTION = (
     "PaliGemmaVisionAttention",
 )
 """Classes of attention in vision towers, of [batch, patches, width]."""
+PROJECTIONS = (
+    "multi_modal_projector",
+    "mm_projector",
+    "visual_projection",
+    "vision_projection",
+    "mlp1",
+    "merger",
+    "connector",
+)
+"""Last names of modules between a vision tower and a language model."""
 
 
 class _Gathered(torch.autograd.Function):
@@ -86,14 +96,16 @@ class UlyssesSPViTAttention(nn.Module):
 
 @dataclass
 class SPModelInfo:
-    """What of a model attends: names and modules of vision towers' attention, and of language models'."""
+    """What of a model attends: names and modules of vision towers' attention, and of language models'; and what brings the one's
+    features to the other's width, None without such a module."""
 
     vit_attn_modules: list[tuple[str, nn.Module]] = field(default_factory=list)
     llm_attn_modules: list[tuple[str, nn.Module]] = field(default_factory=list)
+    vision_projection_module: tuple[str, nn.Module] | None = None
 
 
 def detect_model_sp_info(model: nn.Module) -> SPModelInfo:
-    """Find attention by its class's name."""
+    """Find attention by its class's name, and the projection by its own."""
     info = SPModelInfo()
     for name, module in model.named_modules():
         kind = type(module).__name__
@@ -101,6 +113,8 @@ def detect_model_sp_info(model: nn.Module) -> SPModelInfo:
             info.vit_attn_modules.append((name, module))
         elif kind.endswith("Attention") and hasattr(module, "layer_idx"):
             info.llm_attn_modules.append((name, module))
+        if info.vision_projection_module is None and name.rpartition(".")[2] in PROJECTIONS:
+            info.vision_projection_module = (name, module)
     return info
 
 
@@ -129,7 +143,9 @@ def auto_wrap_model_for_sp(model: nn.Module, process_group: Group) -> nn.Module:
 class ModalityFusionSPAdapter(nn.Module):
     """Visual features in place of an image's tokens, over all ranks; this rank's part of the result."""
 
-    def __init__(self, projection: Callable[[Tensor], Tensor], process_group: Group, image_token_id: int) -> None:
+    def __init__(
+        self, projection: Callable[[Tensor], Tensor], process_group: Group, image_token_id: int = -200
+    ) -> None:
         super().__init__()
         self.projection, self.process_group, self.image_token_id = projection, process_group, image_token_id
 

@@ -12,6 +12,9 @@ blocks.py        where such regions are in a model
 surround.py      hooks around modules that are no layers
 apply.py         cuts a model in place
 inputs.py        whether the ranks get the same data
-by_hand.py       layers that scripts cut themselves
+by_hand.py       linear layers that scripts cut themselves
+tables.py        embeddings that scripts cut themselves
+whole.py         whole parameters for a while
+specs.py         rules as Python objects, for scripts
 requested.py     what `tp_model_init` was told
 """

@@ -41,6 +41,7 @@ from deepspeed.parallel.tensor.layers import (
     turn,
 )
 from deepspeed.parallel.tensor.rules import FUSED_NAMES, Action
+from deepspeed.parallel.tensor.whole import carry
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 _DIM = ROLES["tensor"][0]
@@ -142,8 +143,7 @@ def _cut(param: nn.Parameter, cut: Cut, ranks: TensorGroup) -> None:
     param.data = _part(param.data, cut, ranks)
     param.grad = None
     marks.cut_further(param, marks.Cut(_DIM, cut.dim, own, whole))
-    param.tensor_model_parallel = True  # type: ignore[attr-defined]
-    param.ds_is_replaced_module = True  # type: ignore[attr-defined]
+    carry(param, ranks)
 
 
 def _part(whole: Tensor, cut: Cut, ranks: TensorGroup) -> Tensor:

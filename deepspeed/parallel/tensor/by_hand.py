@@ -1,4 +1,4 @@
-"""Layers that scripts cut by hand, and whole parameters for a while: the names of `deepspeed.module_inject.layers`, `tp_shard`.
+"""Linear layers that scripts cut by hand: names of `deepspeed.module_inject.layers`, `tp_shard`. Tables are in `tables.py`.
 
 `deepspeed.initialize` cuts whole models (`apply`); this is for the scripts that replace layers themselves. A layer takes over the
 parameters of the `nn.Linear` that it is given, cut in place, with their marks, so that norms and checkpoints know them.
@@ -9,20 +9,24 @@ Names and arguments are the public contract of the original.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspeed.mesh import marks
 from deepspeed.mesh.shape import ROLES
 from deepspeed.parallel.tensor import cuts
 from deepspeed.parallel.tensor.collectives import TensorGroup
-from deepspeed.parallel.tensor.layers import ColumnLinear, Part, RowLinear, turn
-from deepspeed.utils.errors import ShardError
+from deepspeed.parallel.tensor.layers import ColumnLinear, Part, RowLinear, part_of, turn
+from deepspeed.parallel.tensor.rules import FUSED_BY_HEAD, Action, Spec, check_shape
+from deepspeed.parallel.tensor.whole import cut_param, gather_params, part_params
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
+
+Parts = int | tuple[int, ...]
+_BEHIND_EACH_OTHER = ("phi3", "qwen", "chatglm", "mpt", "gpt_bigcode")
+"""Model types whose fused attention has all queries, then all keys, then all values."""
 
 _DIM = ROLES["tensor"][0]
 _NOT_BY_HEAD = ("mlp", "lm_head", "embed_out", "gate_proj", "up_proj", "down_proj", "w1", "w2", "w3")
@@ -36,21 +40,53 @@ def _ranks(group: Any) -> TensorGroup:
     )
 
 
-def _take(layer: nn.Linear, module: nn.Linear, dim: int, ranks: TensorGroup) -> tuple[int, ...]:
-    """Have `layer` own the rank's part of the module's parameters; the sizes of all parts."""
-    whole = int(module.weight.shape[dim])
-    ranges = [cuts.even(whole, ranks.size, rank) for rank in range(ranks.size)]
-    start, stop = ranges[ranks.rank]
-    params: Any = (("weight", module.weight), ("bias", module.bias))
+def _take(layer: nn.Module, module: nn.Module, dim: int, ranks: TensorGroup, parts: Parts = 1) -> tuple[int, ...]:
+    """Have `layer` own the rank's part of the module's parameters; the sizes of all parts.
+
+    dim: of the weight; the last dimension of a bias is cut with the outputs. parts: layers in one, each cut by itself.
+    """
+    params: Any = [(name, getattr(module, name, None)) for name in ("weight", "bias")]
+    whole = int(params[0][1].shape[dim])
+    if whole < ranks.size:
+        raise DeepSpeedConfigError(
+            f"{type(layer).__name__}: {whole} indices to cut, fewer than the {ranks.size} ranks of the group."
+        )
+    pieces = [_pieces(whole, parts, ranks.size, rank) for rank in range(ranks.size)]
+    out_dim = 0 if isinstance(module, nn.Linear) else 1
     for name, param in params:
-        is_cut = param is not None and (name == "weight" or dim == 0) and ranks.size > 1
-        if is_cut:
-            param.data = param.data.narrow(dim, start, stop - start).clone()
-            marks.mark(param, marks.Mark(cuts=(marks.Cut(_DIM, dim, ((start, stop),), whole),)))
-            param.tensor_model_parallel = True
-            param.ds_is_replaced_module = True
-        setattr(layer, name, param)
-    return tuple(stop - start for start, stop in ranges)
+        if param is not None and (name == "weight" or dim == out_dim) and ranks.size > 1:
+            cut_param(param, marks.Cut(_DIM, dim if name == "weight" else 0, pieces[ranks.rank], whole), ranks)
+        if name in layer._parameters or param is not None:
+            setattr(layer, name, param)
+    return tuple(cuts.numel(ranges) for ranges in pieces)
+
+
+def _pieces(size: int, parts: Parts, num_ranks: int, rank: int) -> cuts.Ranges:
+    if isinstance(parts, int):
+        sizes: tuple[int, ...] = (size // parts,) * parts
+    else:
+        rest = size - sum(part for part in parts if part > 0)
+        sizes = tuple(part if part > 0 else rest for part in parts)
+    if sum(sizes) != size:
+        raise DeepSpeedConfigError(f"{size} indices are not the parts {parts} of the layer's shape.")
+    start, found = 0, []
+    for part in sizes:
+        low, high = cuts.even(part, num_ranks, rank)
+        found.append((start + low, start + high))
+        start += part
+    return cuts.packed(found)
+
+
+def _parts_of(shape: Any, dim: int) -> Parts:
+    """From a fused weight's shape, [parts, -1] or the like, to the parts of its dimension `dim`."""
+    check_shape(Spec((), Action.COLUMN, tuple(shape), dim))
+    if len(shape) != 2:
+        raise DeepSpeedConfigError(
+            f"shape {tuple(shape)}: a linear layer's weight has 2 dimensions, the one that is cut as the number of its parts or as a tuple "
+            "of their sizes."
+        )
+    size = shape[dim]
+    return tuple(size) if isinstance(size, (tuple, list)) else int(size)
 
 
 class LinearLayer(ColumnLinear):
@@ -63,10 +99,121 @@ class LinearLayer(ColumnLinear):
         self, module: nn.Linear, mp_group: Any = None, *, name: str | None = None, gather_output: bool = False, **_: Any
     ) -> None:
         super().__init__(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        self._own(module, _ranks(mp_group), 1, name, gather_output)
+
+    def _own(
+        self, module: nn.Linear, ranks: TensorGroup, parts: Parts, name: str | None, gathers: bool = False
+    ) -> None:
+        if gathers and parts != 1:
+            raise NotAvailableError("gather_output for a layer that is several in one.\n  Gather its parts yourself.")
+        lengths = _take(self, module, 0, ranks, parts)
+        self.name = name
+        turn(self, type(self), Part(ranks=ranks, lengths=lengths, gathers=gathers))
+
+    gather_params = staticmethod(gather_params)
+    _tp_partition = staticmethod(part_params)
+
+
+class SubParamLinearLayer(LinearLayer):
+    """Several linear layers in one, each cut by itself. `shape`: [parts, -1], where parts is their number or their sizes."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        mp_group: Any = None,
+        shape: Any = (1, -1),
+        partition_dim: int = 0,
+        *,
+        name: str | None = None,
+        **_: Any,
+    ) -> None:
+        nn.Linear.__init__(self, module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        if partition_dim != 0:
+            raise DeepSpeedConfigError(f"SubParamLinearLayer(partition_dim={partition_dim}): rows are dimension 0.")
+        self._own(module, _ranks(mp_group), _parts_of(shape, 0), name)
+
+
+class GateUpPack_LinearLayer(SubParamLinearLayer):  # noqa: N801 - the public name
+    """Gate and up in one."""
+
+    def __init__(self, module: nn.Linear, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
+        super().__init__(module, mp_group, (2, -1), name=name)
+
+
+class fused_LinearLayer(SubParamLinearLayer):  # noqa: N801 - the public name
+    """Queries, keys and values in one. fused_module: the attention or block that has the layer, whose `config` tells the order of rows:
+    q, k and v behind each other, or head by head. Or `shape`, as of SubParamLinearLayer."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        mp_group: Any = None,
+        *,
+        fused_module: Any = None,
+        shape: Any = None,
+        name: str | None = None,
+        **_: Any,
+    ) -> None:
+        super().__init__(module, mp_group, shape or _fused_shape(module, fused_module), name=name)
+
+
+def _fused_shape(module: nn.Linear, around: Any) -> tuple[Any, int]:
+    config = getattr(around, "config", None)
+    if config is None:
+        owners = around.modules() if isinstance(around, nn.Module) else ()
+        config = next((m.config for m in owners if hasattr(m, "config")), None)
+    kind, rows = getattr(config, "model_type", None), module.out_features
+    heads = getattr(config, "num_attention_heads", None)
+    if isinstance(heads, int) and kind in FUSED_BY_HEAD:
+        return (1, -1)  # heads in order: consecutive rows are heads
+    if isinstance(heads, int) and kind in _BEHIND_EACH_OTHER:
+        kv = getattr(config, "num_key_value_heads", None) or heads
+        if rows % (heads + 2 * kv) == 0:
+            width = rows // (heads + 2 * kv)
+            return ((heads * width, kv * width, kv * width), -1)
+    raise DeepSpeedConfigError(
+        f"fused_LinearLayer: nothing tells how the {rows} rows of the layer are ordered (model type {kind!r}).\n"
+        "  Give fused_module, a module whose config says it, or shape=((rows of q, rows of k, rows of v), -1)."
+    )
+
+
+class conv_LinearLayer(nn.Module):  # noqa: N801 - the public name
+    """Outputs of Transformers' `Conv1D`, whose weight is [in, out]: [.., in] whole -> [.., out of this rank]."""
+
+    def __init__(self, module: nn.Module, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
+        super().__init__()
         ranks = _ranks(mp_group)
+        self.bias: nn.Parameter | None = None
+        lengths = _take(self, module, 1, ranks)
+        self.name = name
+        turn(self, type(self), Part(ranks=ranks, lengths=lengths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] -> [.., out of this rank]."""
+        return F.linear(part_of(self).enter(x), self.weight.t(), self.bias)
+
+    gather_params = staticmethod(gather_params)
+    _tp_partition = staticmethod(part_params)
+
+
+class Conv_LinearALlreduce(nn.Module):  # noqa: N801 - the public name
+    """Inputs of a `Conv1D`: [.., in of this rank] -> [.., out] whole; the bias is added once."""
+
+    def __init__(self, module: nn.Module, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
+        super().__init__()
+        ranks = _ranks(mp_group)
+        self.bias: nn.Parameter | None = None
         lengths = _take(self, module, 0, ranks)
         self.name = name
-        turn(self, type(self), Part(ranks=ranks, lengths=lengths, gathers=gather_output))
+        turn(self, type(self), Part(ranks=ranks, lengths=lengths))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in of this rank] -> [.., out]."""
+        out = part_of(self).leave(F.linear(x, self.weight.t()))
+        return out if self.bias is None else out + self.bias
+
+    gather_params = staticmethod(gather_params)
+    _tp_partition = staticmethod(part_params)
 
 
 class LinearAllreduce(RowLinear):
@@ -76,10 +223,36 @@ class LinearAllreduce(RowLinear):
 
     def __init__(self, module: nn.Linear, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
         super().__init__(module.in_features, module.out_features, bias=module.bias is not None, device="meta")
-        ranks = _ranks(mp_group)
-        lengths = _take(self, module, 1, ranks)
+        self._own(module, _ranks(mp_group), 1, name)
+
+    def _own(self, module: nn.Linear, ranks: TensorGroup, parts: Parts, name: str | None) -> None:
+        lengths = _take(self, module, 1, ranks, parts)
         self.name = name
         turn(self, type(self), Part(ranks=ranks, lengths=lengths, splits=self._splits))
+
+    gather_params = staticmethod(gather_params)
+    _tp_partition = staticmethod(part_params)
+
+
+class SubParamLinearAllreduce(LinearAllreduce):
+    """The same of inputs that are several in one. `shape`: [-1, parts], where parts is their number or their sizes."""
+
+    def __init__(
+        self,
+        module: nn.Linear,
+        mp_group: Any = None,
+        shape: Any = (-1, 1),
+        partition_dim: int = 1,
+        *,
+        name: str | None = None,
+        **_: Any,
+    ) -> None:
+        nn.Linear.__init__(self, module.in_features, module.out_features, bias=module.bias is not None, device="meta")
+        if partition_dim != 1:
+            raise DeepSpeedConfigError(
+                f"SubParamLinearAllreduce(partition_dim={partition_dim}): inputs are dimension 1."
+            )
+        self._own(module, _ranks(mp_group), _parts_of(shape, 1), name)
 
 
 class LinearAllreduceWithReplicatedInput(LinearAllreduce):
@@ -88,57 +261,10 @@ class LinearAllreduceWithReplicatedInput(LinearAllreduce):
     _splits = True
 
 
+VocabParallelLinear = LinearLayer
+"""A head whose logits stay in parts, [.., words of this rank]."""
 LmHeadLinearAllreduce = LinearAllreduceWithReplicatedInput
 """The same, by the name that heads have in the original."""
-
-
-class GatherReplacedLayerParams:
-    """Whole parameters inside of a `with`; what is written to them there is kept, each rank its part. Collective.
-
-    params: one or several; those that are not cut stay as they are. Raises ShardError for one that ZeRO has sharded.
-    """
-
-    def __init__(self, params: nn.Parameter | Iterable[nn.Parameter], module: nn.Module, enabled: bool = True) -> None:
-        given = [params] if isinstance(params, Tensor) else list(params)
-        self._params = [p for p in given if enabled and any(cut.over == _DIM for cut in marks.of(p).cuts)]
-        self._group = next(
-            (m.__dict__["tensor_part"].ranks.group for m in module.modules() if "tensor_part" in m.__dict__), None
-        )
-
-    def __enter__(self) -> None:
-        for param in self._params:
-            cut = _cut_of(param)
-            if param.dim() <= cut.dim or param.shape[cut.dim] != cuts.numel(cut.ranges):
-                raise ShardError(
-                    f"a parameter of shape {tuple(param.shape)} is sharded by ZeRO too.\n"
-                    "  Enter deepspeed.zero.GatheredParameters([param]) first."
-                )
-            shape = list(param.shape)
-            shape[cut.dim] = cut.whole
-            whole = torch.zeros(shape, dtype=param.dtype, device=param.device)
-            for own, part in _parts(whole, param.data, cut):
-                own.copy_(part)
-            if self._group is not None:
-                dist.all_reduce(whole, group=self._group)
-            param.data = whole
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        for param in self._params:
-            cut = _cut_of(param)
-            param.data = torch.cat([param.data.narrow(cut.dim, a, b - a) for a, b in cut.ranges], dim=cut.dim).clone()
-
-
-def _cut_of(param: Tensor) -> marks.Cut:
-    return next(cut for cut in marks.of(param).cuts if cut.over == _DIM)
-
-
-def _parts(whole: Tensor, own: Tensor, cut: marks.Cut) -> Iterable[tuple[Tensor, Tensor]]:
-    at = 0
-    for start, stop in cut.ranges:
-        yield whole.narrow(cut.dim, start, stop - start), own.narrow(cut.dim, at, stop - start)
-        at += stop - start
 
 
 def get_shard_size(

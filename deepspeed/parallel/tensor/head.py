@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspeed.parallel.sequence.cross_entropy import TokenLosses
+from deepspeed.parallel.sequence.cross_entropy import TokenLosses, check_targets
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -86,6 +86,7 @@ class VocabParallelCausalLMLoss:
             assert labels is not None, "Transformers calls a loss with labels, or with labels that are shifted"
             shift_labels = F.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         targets = shift_labels.reshape(-1).to(logits.device)
+        check_targets(targets, torch.Size((targets.numel(), own)), sum(self.lengths), ignore_index)
         self.ranks.forget()
         first, group = sum(self.lengths[: self.ranks.rank]), self.ranks.group
         losses = TokenLosses.apply(logits.reshape(-1, own), targets, group, first, ignore_index)

@@ -14,6 +14,7 @@ from deepspeed.sequence import (
     Qwen2VLFusionAdapter,
     UlyssesSPViTAttention,
     auto_wrap_model_for_sp,
+    detect_model_sp_info,
 )
 from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import run_ranks
@@ -83,3 +84,11 @@ def test_images_take_the_place_of_their_tokens() -> None:
     for kind in (0, 1):
         assert torch.cat([each[kind] for each in found], 1).flatten().tolist() == [0, 20, 22, 24, 26, 5, 6, 7]
     assert "1 tokens stand for images, and there are 1 x 4 visual features" in found[0][2]
+
+
+def test_what_a_model_has_is_found_by_name() -> None:
+    model = nn.ModuleDict({"vision": tower(), "multi_modal_projector": nn.Linear(16, 8)})
+    info = detect_model_sp_info(model)
+    assert [type(module).__name__ for _, module in info.vit_attn_modules] == ["CLIPAttention"]
+    assert info.llm_attn_modules == [] and info.vision_projection_module is not None
+    assert info.vision_projection_module[0] == "multi_modal_projector"
