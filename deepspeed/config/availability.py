@@ -287,6 +287,8 @@ NO_EFFECT: dict[str, str] = {
     "optimizer.legacy_fusion": "there is one layout of states",
     "bf16.immediate_grad_update": "gradients are always added up as backward produces them",
     "bf16.bf16_optimizer_states": "moments have the dtype of the masters",
+    "tensor_parallel.partition_config.lm_head_patterns": "models tell their head themselves",
+    "tensor_parallel.partition_config.strict_mode": "a rule that matches no layer is always an error",
     "torch_autocast.lower_precision_safe_modules": "gradients travel in communication_data_type",
     **dict.fromkeys(
         (

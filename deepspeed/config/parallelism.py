@@ -81,6 +81,10 @@ class LayerSpecConfig(Section):
     """Dim that is cut, where it is not the usual one."""
     model_types: Names | None = None
     """Model types the item is for; all when not given."""
+    gather_output: bool = False
+    """Have every rank get all outputs of the layer; of columns."""
+    grad_allreduce: bool = False
+    """Sum the gradient of the layer over the ranks; of what is skipped."""
 
 
 class PartitionConfig(Section):
@@ -90,6 +94,14 @@ class PartitionConfig(Section):
     """Keep the preset's rules behind these."""
     layer_specs: tuple[LayerSpecConfig, ...] = ()
     """The rules; the first match holds."""
+    tp_size: PositiveInt | None = None
+    """Tensor-parallel ranks, where `autotp_size` is repeated here."""
+    embedding_partition_dim: Literal[0, 1] = 1
+    """Cut embeddings that a rule names over the words (0) or over the width (1)."""
+    lm_head_patterns: Names = ("lm_head", "embed_out")
+    """Names of heads."""
+    strict_mode: bool = False
+    """Refuse rules that match no layer."""
 
 
 class TensorParallelConfig(Section):

@@ -391,6 +391,9 @@ class _Plan:
         action = decision.action
         if action is Action.WHOLE:
             return
+        if action is Action.SUM_GRADIENT:
+            self._surround(name, module, decision)
+            return
         over_vocab = action in (Action.VOCAB, Action.ROW)
         kind = (
             kind_for(module, VocabEmbedding if over_vocab else WidthEmbedding)

@@ -180,6 +180,8 @@ def _fused_shape(module: nn.Linear, around: Any) -> tuple[Any, int]:
 class conv_LinearLayer(nn.Module):  # noqa: N801 - the public name
     """Outputs of Transformers' `Conv1D`, whose weight is [in, out]: [.., in] whole -> [.., out of this rank]."""
 
+    weight: nn.Parameter
+
     def __init__(self, module: nn.Module, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
         super().__init__()
         ranks = _ranks(mp_group)
@@ -198,6 +200,8 @@ class conv_LinearLayer(nn.Module):  # noqa: N801 - the public name
 
 class Conv_LinearALlreduce(nn.Module):  # noqa: N801 - the public name
     """Inputs of a `Conv1D`: [.., in of this rank] -> [.., out] whole; the bias is added once."""
+
+    weight: nn.Parameter
 
     def __init__(self, module: nn.Module, mp_group: Any = None, *, name: str | None = None, **_: Any) -> None:
         super().__init__()

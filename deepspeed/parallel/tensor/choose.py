@@ -27,6 +27,8 @@ class Wishes:
     specs: tuple[Spec, ...] = ()
     use_default_specs: bool = True
     preset: str | None = None
+    cuts_words: bool = False
+    """Embeddings that a rule names are cut over the vocabulary, not over the width."""
     overlaps: bool = False
     grain: int = 1
     cuts_head: bool | None = None
@@ -127,13 +129,14 @@ def _by_specs(model: nn.Module, wishes: Wishes) -> Chosen:
         if spec not in own.values() and (spec.model_types is None or model_type in spec.model_types)
     )
     found = {**rules.by_specs(defaults, layers, model_type), **own}
-    decisions = {name: _decision(layers[name], spec) for name, spec in found.items()}
+    decisions = {name: _decision(layers[name], spec, wishes.cuts_words) for name, spec in found.items()}
     return Chosen("partition_config" if wishes.specs else f"preset {wishes.preset!r}", decisions, unmet)
 
 
-def _decision(layer: nn.Module, spec: Spec) -> Decision:
+def _decision(layer: nn.Module, spec: Spec, cuts_words: bool) -> Decision:
     if isinstance(layer, nn.Embedding):
-        return Decision(spec.action if spec.action is Action.WHOLE else Action.WIDTH)
+        is_whole = spec.action in (Action.WHOLE, Action.SUM_GRADIENT)
+        return Decision(spec.action if is_whole else Action.VOCAB if cuts_words else Action.WIDTH)
     if spec.shape is None:
         return Decision(spec.action)
     dim = (spec.dim or 0) % len(spec.shape)

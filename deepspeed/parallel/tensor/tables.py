@@ -86,7 +86,7 @@ class OPTEmbedding(EmbeddingLayer):
     def __init__(self, weight_shape: Any = None, weight: Any = None, bias: Any = None) -> None:
         super().__init__(weight_shape, torch.float32, weight)
 
-    def forward(self, attention_mask: Tensor, past_key_values_length: int = 0, position_ids: Any = None) -> Tensor:  # type: ignore[override]
+    def forward(self, attention_mask: Tensor, past_key_values_length: int = 0, position_ids: Any = None) -> Tensor:
         """attention_mask: [batch, tokens so far] -> [batch, tokens after the first `past_key_values_length`, width]."""
         if position_ids is None:
             mask = attention_mask.long()

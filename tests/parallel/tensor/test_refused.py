@@ -36,6 +36,16 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [
         {},
         "supports only 1-level nesting",
     ),
+    (
+        {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [".*o_proj"], "grad_allreduce": True}]}},
+        {},
+        "it is for layers that stay whole",
+    ),
+    (
+        {"autotp_size": 2, "partition_config": {"layer_specs": [{"patterns": [".*"]}], "tp_size": 4}},
+        {},
+        "partition_config.tp_size = 4",
+    ),
 ]
 
 

@@ -62,6 +62,18 @@ def test_logits_that_stay_cut_give_the_same_loss_and_gradients(is_tied: bool) ->
     check(run_ranks(2, runs.compare, "llama", 2, 2, changes, {"vocab_parallel_lm_head": True}))
 
 
+def test_rules_of_a_user_gather_outputs_and_cut_embeddings_over_their_words() -> None:
+    columns, rows = r".*(self_attn\.[qkv]|mlp\.gate|mlp\.up)_proj\.weight$", r".*(o|down)_proj\.weight$"
+    specs = [
+        {"patterns": [columns]},
+        {"patterns": [rows], "partition_type": "row"},
+        {"patterns": [r"lm_head\.weight$"], "gather_output": True},
+        {"patterns": [r".*embed_tokens\.weight$"]},
+    ]
+    plan = {"layer_specs": specs, "use_default_specs": False, "embedding_partition_dim": 0, "tp_size": 2}
+    check(run_ranks(2, runs.compare, "llama", 2, 2, {"vocab_size": 97}, {"partition_config": plan}))
+
+
 def test_a_layer_sends_what_the_formula_says() -> None:
     counted = [max(run_ranks(2, runs.count_bytes, layers, {})) for layers in (1, 2)]
     assert counted[1] - counted[0] == 8 * (2 - 1) // 2 * (2 * 8 * 32) * 4
