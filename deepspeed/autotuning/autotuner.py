@@ -219,7 +219,8 @@ class Autotuner:
         return TUNERS[kind](fitting, prior, self.section.metric, most_micros=10**9 if is_listed else few)
 
     def _may_try(self, memory: Mapping[str, Any] | None) -> bool:
-        if not self.info.get("memory"):  # nobody knows: every one may be tried, and failures teach
+        known = self.info.get("memory", {}).values()
+        if all(each.get("fits") is None for each in known):  # nobody knows: every one may be tried, and failures teach
             return True
         return memory is not None and memory.get("fits") is True
 
@@ -266,7 +267,20 @@ class Autotuner:
         outcome = self.rm.run_one(exp, predicted.step_s if self.outcomes else None)
         if outcome.state == "killed":
             outcome = self.rm.run_one(exp, None)
+        self._check_batches(candidate, outcome)
         return outcome
+
+    def _check_batches(self, candidate: Candidate, outcome: Outcome) -> None:
+        """A script whose batches stay as they are would be said to be faster the more samples it is asked for."""
+        numels = (outcome.metrics or {}).get("input_numels", [])
+        seen = int(self.info.get("micro_batch", candidate.micro)), self.info.get("input_numels", [])
+        if not candidate.degrees and lessons.ignores_size(seen, (candidate.micro, numels)):
+            raise DeepSpeedError(
+                f"autotuning: the batches of {self.args.user_script} are as large with {MICRO} = {candidate.micro} as with {seen[0]} "
+                f"({numels[0]} elements in the first input), so the micro-batch cannot be tuned: the script ignores it.\n"
+                f'  Name its own argument, as in "arg_mappings": {{"{MICRO}": "--batch_size"}}; or let deepspeed.initialize(training_data=...) '
+                f"make the loader; or give {MICRO} the script's number."
+            )
 
     def best(self) -> tuple[str | None, float | None]:
         """(name, metric) of the best so far."""

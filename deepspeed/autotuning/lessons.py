@@ -13,8 +13,10 @@ Read by the search (what not to try again), the summary and the page. States:
 
 from __future__ import annotations
 
+import math
 import re
 import signal
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -130,6 +132,19 @@ def _cure_of_failure(log: str) -> str:
     if _FULL.search(log):
         return "The script's own output found no space; free some."
     return "Run the script once without --autotuning, and mend what it says."
+
+
+def ignores_size(seen: tuple[int, Sequence[int]], now: tuple[int, Sequence[int]]) -> bool:
+    """Whether no input of the model followed the micro-batch, from (micro-batch, elements of each input) of two runs.
+
+    Lengths that vary from batch to batch change elements too, but no micro-batch: an input follows that changes more like it than not.
+    """
+    (old, before), (new, after) = seen, now
+    if old == new or len(before) != len(after) or not all((*before, *after)):
+        return False
+    return bool(before) and all(
+        abs(math.log(b / a)) < abs(math.log(new / old)) / 2 for a, b in zip(before, after, strict=True)
+    )
 
 
 def is_about_batches(log: str) -> bool:

@@ -27,6 +27,8 @@ from deepspeed.config.tuning import AutotuningConfig
 from deepspeed.launcher.arguments import make_parser
 
 NOT_PASSED_ON = {"autotuning", "user_script", "user_args", "help", "save_pid"}
+_CHOOSE_SLOTS = {"num_gpus": -1, "include": "", "exclude": ""}
+"""The launcher's arguments that do, with their defaults."""
 FIRST_STEP_FACTOR = 20.0
 """Times the predicted step that one may take before it counts as hung."""
 LEAST_S = 60.0
@@ -117,9 +119,15 @@ class ResourceManager:
             "-m",
             "deepspeed.launcher.runner",
             *launcher_flags(self.args),
+            *self._slots(),
             self.args.user_script,
             *self.script.with_config(str(config), mapped),
         ]
+
+    def _slots(self) -> list[str]:
+        """The flag for the host's slots, where the launcher's own flags do not say which."""
+        says = any(getattr(self.args, name, default) != default for name, default in _CHOOSE_SLOTS.items())
+        return [f"--num_gpus={self.num_gpus_per_node}"] if len(self.hosts) == 1 and not says else []
 
     def limits(self, predicted_s: float | None) -> Limits:
         """How long a trial may show no progress: from what earlier ones took, never more than `trial_timeout`."""

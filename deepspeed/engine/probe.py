@@ -29,6 +29,7 @@ from deepspeed.activation.blocks import find_blocks
 from deepspeed.config import Config
 from deepspeed.config.dotted import with_values
 from deepspeed.engine.observer import Observer, computing_dtype
+from deepspeed.engine.step_work import input_numels
 from deepspeed.engine.trial import write_whole
 from deepspeed.memory.clocked import SAMPLES, clocked
 from deepspeed.memory.scaling import BatchEstimator, resized
@@ -37,7 +38,6 @@ from deepspeed.memory.trace import own_memory
 from deepspeed.mesh import Mesh
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.rates import measure_rates
-from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import current_rank
 from deepspeed.zero.param import full_numel
 
@@ -73,7 +73,8 @@ class Probe(Observer):
         limit = self._limit()
         found: dict[str, Any] = {}
         if current_rank() == 0:
-            found = {**self._facts(limit), "rates": rates.as_json(), **self._predictions(value, limit)}
+            found = {**self._facts(limit), "input_numels": input_numels(value), "rates": rates.as_json()}
+            found |= self._predictions(value, limit)
         found |= self._clocked(value, self._may_clock(found, limit))
         if current_rank() == 0:
             write_whole(self._path, found)
@@ -94,9 +95,7 @@ class Probe(Observer):
         mine = None
         if may:
             self._mesh.gather_objects("job", None)  # all begin at once
-            with contextlib.suppress(
-                DeepSpeedError, RuntimeError, TypeError, ValueError, IndexError, AttributeError, KeyError
-            ):
+            with contextlib.suppress(Exception):  # whatever the model raises
                 batch = inputs[1] or tuple(inputs[0])
                 seconds = clocked(self._model, batch, _samples(batch, self._sizes[0]), computing_dtype(self._config))
                 mine = dataclasses.asdict(seconds)
@@ -152,8 +151,8 @@ class Probe(Observer):
         try:
             own = estimator.trace(self._plain(), self._sizes[0])
             single = estimator.trace(self._plain(), 1)
-        except (DeepSpeedError, RuntimeError, TypeError, ValueError) as error:
-            return {"memory": {}, "unknown": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+        except Exception as error:  # whatever the model raises
+            return {"memory": {}, "unknown": _said(error)}
         return {
             "activation_mem_per_gpu": max(own_memory(single), default=0),
             "forward_flops": single.flops.by_phase[Phase.FORWARD],
@@ -171,7 +170,7 @@ class Probe(Observer):
         try:
             single = resized(batch, samples, 1)
             return dataclasses.asdict(shape_of(self._model, single, dtype=self._config.precision_dtype))
-        except (DeepSpeedError, RuntimeError, TypeError, ValueError):
+        except Exception:  # whatever the model raises
             return None
 
     def _candidates(self) -> list[dict[str, Any]]:
@@ -195,8 +194,8 @@ class Probe(Observer):
             try:
                 config = with_values(self._base, candidate["overrides"])
                 found = estimator.estimate(config, micro=micro, world_size=candidate["num_ranks"], bounds=False)
-            except (DeepSpeedError, RuntimeError, TypeError, ValueError) as error:
-                yield candidate["name"], {"fits": None, "why": str(error).splitlines()[0]}
+            except Exception as error:  # one that cannot be predicted is no reason to know nothing of the others
+                yield candidate["name"], {"fits": None, "why": _said(error)}
                 continue
             needed = found.peak_nbytes + (found.allowance_nbytes if get_accelerator().device_name() != "cpu" else 0)
             if needed > limit:
@@ -211,6 +210,11 @@ def _samples(batch: Any, micro: int) -> int:
     """The first dim that scales with the micro-batch: the engine's number where a tensor has it, else the first tensor's."""
     firsts = [tensor.shape[0] for tensor in tree_leaves(batch) if isinstance(tensor, Tensor) and tensor.dim()]
     return micro if micro in firsts or not firsts else int(firsts[0])
+
+
+def _said(error: Exception) -> str:
+    """An error in a line."""
+    return next(iter(f"{type(error).__name__}: {error}".splitlines()))
 
 
 def _precision(config: Config) -> dict[str, Any]:

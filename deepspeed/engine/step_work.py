@@ -17,6 +17,9 @@ from deepspeed.engine.observer import PHASES
 from deepspeed.profiling.counter import OpCounter, Phase, StepFlops
 from deepspeed.utils.waits import COMMUNICATION, OFFLOAD, OFFLOAD_S
 
+MOST_INPUTS = 16
+"""Tensors of a batch that `input_numels` counts."""
+
 
 @final
 class StepWork:
@@ -79,6 +82,11 @@ class StepWork:
         """Begin a new step."""
         self.num_forwards = self._rows = 0
         self.tokens = None
+
+
+def input_numels(inputs: Any) -> list[int]:
+    """Elements of each tensor that a model is called with: (args, kwargs), in order; of many, the first ones."""
+    return [leaf.numel() for leaf in tree_leaves(inputs) if isinstance(leaf, Tensor)][:MOST_INPUTS]
 
 
 @final

@@ -24,7 +24,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config
 from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import PHASES, Observer, PhaseClocks
-from deepspeed.engine.step_work import StepWork
+from deepspeed.engine.step_work import StepWork, input_numels
 from deepspeed.mesh import Mesh
 from deepspeed.utils.logging import current_rank
 from deepspeed.utils.waits import COMMUNICATION, OFFLOAD
@@ -45,6 +45,7 @@ class Trial(Observer):
         self._step = 0
         self._ends: list[float] = []
         self._flops: float | None = None
+        self._input_numels: list[int] = []
         self._before = self._now()
         self._tell_progress()
 
@@ -54,6 +55,8 @@ class Trial(Observer):
     def begins(self, phase: str, value: Any) -> None:
         """See Observer."""
         self._work.begins(phase, value)
+        if phase == "forward" and not self._input_numels:
+            self._input_numels = input_numels(value)
 
     def ends(self, phase: str) -> None:
         """See Observer."""
@@ -102,6 +105,7 @@ class Trial(Observer):
             "train_batch_size": batch,
             "micro_batch": micro,
             "accumulation": accumulation,
+            "input_numels": self._input_numels,
         }
         write_whole(self._path, result)
 

@@ -310,6 +310,7 @@ class Reductions:
         for nbytes in held:
             self._ledger.add(COMMUNICATION, nbytes)
         scratch = [self._scratch.take(nbytes) for nbytes in self._scratch_nbytes(layout.padded_numel, wire)]
+        lent = self._lent.pop(bucket, 0)  # the next micro-batch's may be on the wire before this one is delivered
 
         def finish() -> None:
             for nbytes in scratch:
@@ -317,7 +318,7 @@ class Reductions:
             for nbytes in held:
                 self._ledger.drop(COMMUNICATION, nbytes)
             if self._is_sharded(bucket):
-                give_back = functools.partial(self._flats.give_back, self._lent.pop(bucket))
+                give_back = functools.partial(self._flats.give_back, lent)
                 if self._on_tier(bucket):
                     self._storing.append(give_back)
                     self._end_stores(MAX_STORING)

@@ -35,11 +35,12 @@ def profile(section: dict[str, Any]) -> None:
     asked = json.loads((path.parent / "candidates.json").read_text())
     memory = {c["name"]: {"fits": c["micro"] <= 16, "nbytes": c["micro"] << 20, "why": "too large"} for c in asked}
     rates = {"matmul_flops": 1e11, "copy_nbytes_s": 1e10, "wire_nbytes_s": 1e9, "wire_latency_s": 1e-5}
-    info = {"num_params": 10**6, "flops": 1e9, "forward_flops": 3e8, "activation_mem_per_gpu": 1 << 20, "device": "cpu"}
+    info = {"num_params": 10**6, "flops": 1e9, "forward_flops": 3e8, "activation_mem_per_gpu": 1 << 20, "device": "cpu",
+            "micro_batch": 1, "input_numels": [128]}  # fmt: skip
     write(path, {**info, "dtype": "float32", "rates": rates, "memory": memory, "device_nbytes": 16 << 20})
 
 
-def measure(config: dict[str, Any], section: dict[str, Any]) -> None:
+def measure(config: dict[str, Any], section: dict[str, Any], follows: bool) -> None:
     path = Path(section["metric_path"])
     seconds = step_s(config)
     batch = config["train_batch_size"]
@@ -51,6 +52,7 @@ def measure(config: dict[str, Any], section: dict[str, Any]) -> None:
             "throughput": batch / seconds,
             "FLOPS_per_gpu": batch * 1e9 / seconds,
             "step_s": [seconds] * 3,
+            "input_numels": [128 * (config["train_micro_batch_size_per_gpu"] if follows else 1)],
         },
     )
 
@@ -91,7 +93,7 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if name in args.hang:
         time.sleep(600)
-    measure(config, section)
+    measure(config, section, args.mode != "own-batches")
 
 
 if __name__ == "__main__":

@@ -163,6 +163,13 @@ def test_a_script_that_fails_in_the_first_step_shows_its_error_and_where_it_wrot
     assert "Run the script once without --autotuning" in str(caught.value)
 
 
+def test_a_script_whose_batches_do_not_follow_is_told_to_name_its_argument(tmp_path: Path) -> None:
+    config = config_file(tmp_path, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=[2, 8])
+    with pytest.raises(DeepSpeedError, match="as large with train_micro_batch_size_per_gpu = 8 as with 1") as caught:
+        tune(config, "--mode", "own-batches")
+    assert '"arg_mappings": {"train_micro_batch_size_per_gpu": "--batch_size"}' in str(caught.value)
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

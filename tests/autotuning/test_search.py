@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from deepspeed.autotuning import lessons
 from deepspeed.autotuning.experiment import Ended
 from deepspeed.autotuning.lessons import Outcome, outcome_of
 from deepspeed.autotuning.prior import prior_seconds
@@ -160,3 +161,23 @@ def test_each_end_of_a_trial_says_what_to_do(ended: tuple[Any, ...], log: str, s
     found = outcome_of(Ended(code, 1.0, saw_engine, last_step, None, was_ended), None, log, last_step=5)
     assert found.state == state
     assert words in found.text()
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "is_ignored"),
+    [
+        ([128, 128], [1024, 1024], False),
+        ([128, 128], [128, 128], True),
+        ([4 * 100], [4 * 130], True),  # the longest of other samples
+        ([100], [5 * 130], False),
+        ([128, 9], [1024, 9], False),  # a mask that all samples share
+        ([128], [128, 128], False),  # another call: nobody can say
+        ([], [], False),
+    ],
+)
+def test_inputs_that_stay_as_large_while_the_micro_batch_grows_are_noticed(
+    before: list[int], after: list[int], is_ignored: bool
+) -> None:
+    assert lessons.ignores_size((1, before), (8, after)) is is_ignored
+    assert lessons.ignores_size((8, after), (1, before)) is is_ignored
+    assert not lessons.ignores_size((8, before), (8, after))

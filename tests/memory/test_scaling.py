@@ -31,6 +31,16 @@ def test_every_size_of_the_micro_batch_is_predicted_as_if_it_were_traced() -> No
         assert scaled.trace(config, micro).flops.model == 3 * 3 * 2 * micro * 8 * 32 * 64 * 2 - 2 * micro * 8 * 32 * 64
 
 
+def test_a_bucket_may_be_reduced_again_before_it_was_delivered() -> None:
+    """Small buckets and several micro-batches: more fit on the wire than the model has."""
+    model, batch = Blocks(), (torch.zeros(4, 8, 32), torch.zeros(4, 8, 32))
+    zero = {"stage": 3, "reduce_bucket_size": 4096, "stage3_param_persistence_threshold": 0}
+    config = {**BASE, "gradient_accumulation_steps": 2, "zero_optimization": zero}
+    estimator = Estimator(model, batch, device_type="cpu")
+    once, twice = (estimator.estimate({**config, "gradient_accumulation_steps": n}, world_size=2) for n in (1, 2))
+    assert twice.peak_nbytes >= once.peak_nbytes
+
+
 class Branches(nn.Module):
     """Does more from four samples on."""
 
