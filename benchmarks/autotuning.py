@@ -13,9 +13,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
-import platform
-import subprocess
 import sys
 import tempfile
 import time
@@ -27,6 +24,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
 from deepspeed.autotuning.lessons import Outcome  # noqa: E402
@@ -234,21 +232,7 @@ def main() -> None:
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, where others use the machine"
     )
-    parser.add_argument("--json", type=Path, help="keep what was measured; read it again if it is there")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args)
-        return
-    result = args.json or Path(tempfile.mkdtemp()) / "grid.json"
-    if not result.is_file():
-        sizes = [f"--{name}={getattr(args, name)}" for name in ("model", "width", "layers", "seq", "rounds", "clock")]
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={args.ranks}"]
-        subprocess.run([*launcher, __file__, *sizes, "--worker", str(result.absolute())], check=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}, commit {commit}")  # fmt: skip
-    report(args, json.loads(result.read_text()))
+    measure_and_report(parser, __file__, work, report)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import os
-import platform
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -27,6 +23,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
+from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
 from deepspeed.memory.shape import shape_of  # noqa: E402
@@ -166,21 +163,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, choices=OF_RANKS, default=4)
     for name, size in (("width", 256), ("layers", 8), ("seq", 64), ("samples", 8), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=size)
-    parser.add_argument("--json", type=Path, help="keep what was measured; read it again if it is there")
-    parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
-    args = parser.parse_args()
-    if args.worker:
-        work(args)
-        return
-    result = args.json or Path(tempfile.mkdtemp()) / "layouts.json"
-    if not result.is_file():
-        sizes = [f"--{name}={getattr(args, name)}" for name in ("ranks", "width", "layers", "seq", "samples", "rounds")]
-        launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={args.ranks}"]
-        subprocess.run([*launcher, __file__, *sizes, "--worker", str(result.absolute())], check=True)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True).stdout
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.0f}, torch {torch.__version__}, commit {commit}")  # fmt: skip
-    report(args, json.loads(result.read_text()))
+    measure_and_report(parser, __file__, work, report)
 
 
 if __name__ == "__main__":
