@@ -46,6 +46,7 @@ from deepspeed.parallel.pipeline.tied import Tie, sum_over_owners
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.schedule import Progress
 
+_NO_LOSSES = PipelineModule.get_additional_losses
 _ONLY = "Only train_batch() is accessible in pipeline mode."
 
 
@@ -272,22 +273,36 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
             for loss in losses[1:]:
                 total = total + loss
             mean = (total / len(losses)).cpu()
-        named = {name: (value / max(1, len(losses))).cpu() for name, value in self._work.additional.items()}
+        named = self._mean_additional()
         if is_last and mesh.size("average") > 1:
             dist.all_reduce(mean, group=mesh.group("average", "control", "gloo"))
             mean /= mesh.size("average")
         if mesh.size("pipeline") > 1:
             owner = mesh.ranks("pipeline")[self.module.rank_of[-1]]
             group = mesh.group("pipeline", "control", "gloo")
-            shape = [tuple(mean.shape) if is_last else None]
-            dist.broadcast_object_list(shape, owner, group=group)
-            mean = mean if is_last else torch.zeros(shape[0] or ())
+            said = [(tuple(mean.shape), named)]
+            dist.broadcast_object_list(said, owner, group=group)
+            ((shape, last),) = said
+            named = {**named, **last}
+            mean = mean if is_last else torch.zeros(shape)
             dist.broadcast(mean, owner, group=group)
         self._additional = named
         return mean.to(self._device)
 
+    def _mean_additional(self) -> dict[str, Tensor]:
+        """The module's further losses at this rank's stages, averaged like the loss. Collective where there may be any."""
+        named = {name: (value / self._work.num_micro).cpu() for name, value in self._work.additional.items()}
+        if self.mesh.size("average") == 1 or type(self.module).get_additional_losses is _NO_LOSSES:
+            return named
+        everyone = self.mesh.gather_objects("average", named)
+        values = {
+            name: [theirs[name] for theirs in everyone if name in theirs] for theirs in everyone for name in theirs
+        }
+        return {name: sum(found[1:], found[0]) / len(found) for name, found in values.items()}
+
     def get_additional_losses(self) -> dict[str, Tensor]:
-        """The module's further losses of the last batch, averaged over its micro-batches."""
+        """The module's further losses of the last batch, averaged over its micro-batches and ranks that share no batch: those of the
+        last stage on all ranks, and this rank's own."""
         return self._additional
 
     # Evaluation. ---------------------------------------------------------------------------------------------------

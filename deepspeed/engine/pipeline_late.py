@@ -147,8 +147,7 @@ class LateBatches:
         engine._reducer.flush()
         with engine._conductor.phase("forward", ((), {})):
             loss = self._compute(batch, num_micro, unread)
-        num_losses = max(1, len(engine._work.losses))
-        engine._additional = {name: (value / num_losses).cpu() for name, value in engine._work.additional.items()}
+        engine._additional = engine._mean_additional()
         mean = loss
         if self._mesh.size("average") > 1:
             dist.all_reduce(mean, group=self._mesh.group("average", "control", "gloo"))

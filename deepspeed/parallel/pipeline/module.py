@@ -31,6 +31,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from deepspeed.comm import init_distributed
 from deepspeed.parallel.pipeline.actions import looped, v_shaped
 from deepspeed.parallel.pipeline.cut import cut, name_of
+from deepspeed.parallel.pipeline.files import layer_file, load_layers, save_layers
 from deepspeed.parallel.pipeline.grid import PipelineParallelGrid
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, TiedLayerSpec
 from deepspeed.parallel.pipeline.tied import Tie, make_ties, sum_over_owners
@@ -269,6 +270,20 @@ class PipelineModule(nn.Module):
             for param in tie.params:
                 if param.grad is not None:
                     sum_over_owners(tie, param.grad)
+
+    def save_state_dict(
+        self, save_dir: str, checkpoint_engine: Any = None, exclude_frozen_params: bool = False
+    ) -> None:
+        """Write a file per layer of this rank, by `checkpoint_engine.save` or torch; see `files`."""
+        save_layers(self, save_dir, checkpoint_engine, exclude_frozen_params)
+
+    def load_state_dir(self, load_dir: str, checkpoint_engine: Any = None, strict: bool = True) -> None:
+        """Read them, whatever the cut was. Collective over the job. Raises LayerError (a RuntimeError) on all ranks."""
+        load_layers(self, load_dir, checkpoint_engine, strict)
+
+    def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
+        """The file of one of this rank's layers."""
+        return str(layer_file(self, ckpt_dir, self._numbers[local_layer_idx]))
 
     def get_additional_losses(self) -> dict[str, Tensor] | None:
         """Further losses of the last forward by name, to be averaged and reported; a subclass may have some."""

@@ -1,5 +1,8 @@
 """Parameters that several stages have: equal at first, and their gradients summed over the stages before anything else.
 
+One key is one module, as it would be in one process: beside the parameters that a `TiedLayerSpec` names, all others that each of its
+owners has under the same name are shared too, such as the position embedding of an embedding that is read backwards on the last stage.
+
 Made by `module.PipelineModule`; the sums are asked for by the engine once per batch, before ranks that share a batch average
 theirs. In the gradient norm the first owner's counts (`mesh.marks`).
 
@@ -32,6 +35,12 @@ class Tie:
     ranks: tuple[int, ...]
     group: Any
 
+    def make_equal(self) -> None:
+        """The first owner's values to all. Collective over the owners."""
+        for param in self.params if self.group is not None else ():
+            if param.numel():  # else sharded by zero.Init
+                dist.broadcast(param.data, src=self.ranks[0], group=self.group)
+
     def described(self) -> dict[str, Any]:
         """As scripts ask for it."""
         return {"ranks": list(self.ranks), "group": self.group, "weight_attr": list(self.attrs), "module": self.module}
@@ -53,13 +62,28 @@ def make_ties(
         made = GROUPS.share("tied", _lists(topology, sorted(set(stages)))) if len(set(stages)) > 1 else None
         if key not in modules:
             continue
-        params = tuple(weight_at(modules[key], attr, key) for attr in attrs[key])
-        ranks = made.own if made is not None else (rank,)
-        tie = Tie(key, modules[key], tuple(attrs[key]), params, ranks, made.group if made is not None else None)
-        ties.append(tie)
+        params = [weight_at(modules[key], attr, key) for attr in attrs[key]]
         if made is not None:
-            _make_equal(tie, rank)
+            params += _others(modules[key], params, made.group, len(made.own))
+        ranks = made.own if made is not None else (rank,)
+        tie = Tie(key, modules[key], tuple(attrs[key]), tuple(params), ranks, made.group if made is not None else None)
+        ties.append(tie)
+        tie.make_equal()
+        for param in tie.params if made is not None else ():
+            is_first = rank == tie.ranks[0]
+            param.__dict__["ds_pipe_replicated"] = not is_first
+            marks.mark_tied(param, counts=is_first)
     return ties
+
+
+def _others(module: nn.Module, named: list[nn.Parameter], group: Any, num_owners: int) -> list[nn.Parameter]:
+    """What all owners have beside the parameters that were named, in one order. Collective over them."""
+    taken = {id(param) for param in named}
+    found = {name: param for name, param in module.named_parameters() if id(param) not in taken}
+    own = {name: (tuple(getattr(p, "ds_shape", p.shape)), p.dtype, p.requires_grad) for name, p in found.items()}
+    everyone: list[dict[str, Any]] = [{}] * num_owners
+    dist.all_gather_object(everyone, own, group=group)
+    return [found[name] for name in everyone[0] if all(o.get(name) == everyone[0][name] for o in everyone)]
 
 
 def _lists(topology: ProcessTopology, stages: Sequence[int]) -> list[list[int]]:
@@ -67,15 +91,6 @@ def _lists(topology: ProcessTopology, stages: Sequence[int]) -> list[list[int]]:
     lists = [[ranks[stage] for stage in stages] for ranks in topology.get_axis_comm_lists("pipe")]
     in_one = {rank for ranks in lists for rank in ranks}
     return lists + [[rank] for rank in range(topology.world_size()) if rank not in in_one]
-
-
-def _make_equal(tie: Tie, rank: int) -> None:
-    for param in tie.params:
-        if param.numel():  # else sharded by zero.Init
-            dist.broadcast(param.data, src=tie.ranks[0], group=tie.group)
-        is_first = rank == tie.ranks[0]
-        param.__dict__["ds_pipe_replicated"] = not is_first
-        marks.mark_tied(param, counts=is_first)
 
 
 def sum_over_owners(tie: Tie, gradient: Tensor) -> None:

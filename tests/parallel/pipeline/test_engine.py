@@ -93,14 +93,15 @@ def test_data_parallel_pipelines_clip_over_all_stages_at_every_zero_stage() -> N
 
 
 class Embed(nn.Module):
-    """Tokens to vectors, and by `head` back."""
+    """Tokens to vectors, and by `head` back, which has no use for places."""
 
     def __init__(self) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.randn(12, 16) * 0.3)
+        self.places = nn.Parameter(torch.randn(8, 16) * 0.3)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return nn.functional.embedding(tokens, self.weight)
+        return nn.functional.embedding(tokens, self.weight) + self.places[: tokens.shape[1]]
 
 
 def head(module: Embed, x: Tensor) -> Tensor:
@@ -145,8 +146,8 @@ def test_tied_layers_dropout_and_changing_lengths_train_as_on_one_rank() -> None
         assert found[0]["losses"][0] == expected["losses"][0], "the first loss is bit for bit: masks are the same"
         assert all(mine["norm"] == pytest.approx(expected["norm"], rel=1e-6) for mine in found)
         if placement == "loop":
-            shared = [mine["weights"]["tied_modules.embed.weight"] for mine in found]
-            assert torch.equal(*shared)
+            for name in ("weight", "places"):
+                assert torch.equal(*(mine["weights"][f"tied_modules.embed.{name}"] for mine in found))
         weights = joined(found)
         for name, value in expected["weights"].items():
             assert torch.allclose(weights[name], value, atol=1e-7), name
