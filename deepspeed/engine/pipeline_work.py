@@ -114,7 +114,7 @@ class StageWork:
             raise PipelineError(
                 "the last stage's loss does not require grad: it was detached, or does not depend on its parameters."
             )
-        weighs = self._parts.sequence_loss
+        weighs = None if self._module.loss_is_whole else self._parts.sequence_loss
         if weighs is not None:
             weighs.note_loss(loss)
         divided = loss / self.num_micro if self.num_micro > 1 else loss

@@ -10,11 +10,14 @@ import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.parallel.pipeline.grid import SEQUENCE
+from deepspeed.comm import init_distributed
+from deepspeed.parallel.pipeline.grid import SEQUENCE, PipelineParallelGrid
 from deepspeed.parallel.pipeline.hf_folder import layers_in
 from deepspeed.parallel.pipeline.hf_parts import layers_of
+from deepspeed.parallel.pipeline.hf_sequence import SpreadParts
 from deepspeed.parallel.pipeline.layers import LayerError
 from deepspeed.parallel.pipeline.module import PipelineModule
 
@@ -27,22 +30,36 @@ def pipeline_of(
     model: one that is there, or a folder that `save_pretrained` wrote, of which each rank reads its own layers alone, with
     `load` as the arguments of `from_pretrained` (dtype, attn_implementation).
     Inputs are input_ids [micro_batch, seq], or (input_ids, attention_mask); labels as the model's own, and so is the loss,
-    unless `loss_fn` is given. Raises LayerError for a model that its layers do not reproduce. Collective.
+    unless `loss_fn` is given. With a topology that has an axis "sequence" both are a rank's own parts (`hf_sequence`).
+    Raises LayerError for a model that its layers do not reproduce. Collective.
     """
-    topology = settings.get("topology")
-    if topology is not None and topology.get_dim(SEQUENCE) > 1:
-        raise LayerError(
-            f"pipeline_of does not go with the topology's {topology.get_dim(SEQUENCE)} parts of sequences: a model's blocks would "
-            'take each part for a whole sequence.\n  Leave the "sequence" axis out, or write layers with DistributedAttention.'
-        )
     if isinstance(model, (str, os.PathLike)):
         layers, model = layers_in(os.fspath(model), dict(load or {}))
     elif load:
         raise LayerError("pipeline_of(load=...) is for folders; this model is loaded already.")
     else:
         layers = layers_of(model)
+    topology = settings.get("topology")
+    if topology is not None and topology.get_dim(SEQUENCE) > 1:
+        return _spread(model, layers, num_stages, (load or {}).get("attn_implementation"), settings)
     settings.setdefault("loss_fn", functools.partial(_loss, model.loss_function, model.config))
     return PipelineModule(layers, num_stages=num_stages, **settings)
+
+
+def _spread(
+    model: Any, layers: list[Any], num_stages: int | None, core: str | None, settings: dict[str, Any]
+) -> PipelineModule:
+    """The pipeline of a model whose sequences lie in parts on the ranks of the topology's "sequence" axis."""
+    if not dist.is_initialized():
+        init_distributed()
+    spread = SpreadParts(model, PipelineParallelGrid(settings["topology"]).get_sequence_parallel_group(), core)
+    has_own_loss = settings.get("loss_fn") is None
+    if has_own_loss:
+        settings["loss_fn"] = functools.partial(spread.loss, model.loss_function, model.config)
+    made = PipelineModule(layers, num_stages=num_stages, **settings)
+    made.loss_is_whole = has_own_loss
+    spread.attach(made)
+    return made
 
 
 def _loss(function: Callable[..., Tensor], config: Any, logits: Tensor, labels: Tensor) -> Tensor:

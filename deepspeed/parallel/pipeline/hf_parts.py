@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -42,15 +42,25 @@ class Through(nn.Module):
         return x
 
 
+class Spread(Protocol):
+    """How a part is run where ranks have parts of sequences (`hf_sequence`)."""
+
+    def run(self, part: Part, values: Any) -> Any:
+        """What `Part.forward` would return for whole sequences, and the position ids."""
+
+
 class Part(nn.Module):
     """A base model with some of its modules, on (hidden states or tokens[, attention mask])."""
 
     def __init__(self, base: nn.Module, takes_tokens: bool = False) -> None:
         super().__init__()
         self.base, self.takes_tokens = base, takes_tokens
+        self.spread: Spread | None = None
 
     def forward(self, values: Any) -> Any:
         """Hidden states, and the mask again where there is one."""
+        if self.spread is not None:
+            return self.spread.run(self, values)
         x, mask = values if isinstance(values, (tuple, list)) else (values, None)
         given = {"input_ids": x} if self.takes_tokens else {"inputs_embeds": x}
         hidden = self.base(**given, attention_mask=mask, use_cache=False).last_hidden_state

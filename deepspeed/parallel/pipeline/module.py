@@ -31,7 +31,7 @@ from torch.utils.checkpoint import checkpoint as torch_checkpoint
 from deepspeed.comm import init_distributed
 from deepspeed.parallel.pipeline.actions import looped, v_shaped
 from deepspeed.parallel.pipeline.cut import cut, name_of
-from deepspeed.parallel.pipeline.files import layer_file, load_layers, save_layers
+from deepspeed.parallel.pipeline.files import OwnLayers, load_layers, save_layers
 from deepspeed.parallel.pipeline.grid import PipelineParallelGrid
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, TiedLayerSpec
 from deepspeed.parallel.pipeline.tied import Tie, make_ties, sum_over_owners
@@ -83,6 +83,8 @@ class PipelineModule(nn.Module):
             raise NotAvailableError("a PipelineModule inside of a PipelineModule.\n  Give its layers in one list.")
         _check_layers(self._layer_specs)
         self.loss_fn, self.seed_layers, self.base_seed = loss_fn, seed_layers, base_seed
+        self.loss_is_whole = False
+        """Whether, where ranks have parts of sequences, the mean of their losses is the whole sequences' loss."""
         self.seed_fn = seed_fn or set_random_seed
         self.checkpointable_layers = list(checkpointable_layers) if checkpointable_layers is not None else None
         self.activation_checkpoint_func = activation_checkpoint_func or _checkpoint
@@ -271,19 +273,24 @@ class PipelineModule(nn.Module):
                 if param.grad is not None:
                     sum_over_owners(tie, param.grad)
 
+    def _own_layers(self) -> OwnLayers:
+        return OwnLayers(
+            self._topo, self.global_rank, list(zip(self._numbers, self.forward_funcs, strict=True)), self.ties
+        )
+
     def save_state_dict(
         self, save_dir: str, checkpoint_engine: Any = None, exclude_frozen_params: bool = False
     ) -> None:
-        """Write a file per layer of this rank, by `checkpoint_engine.save` or torch; see `files`."""
-        save_layers(self, save_dir, checkpoint_engine, exclude_frozen_params)
+        """Write a file per layer of this rank, by a checkpoint engine's method save or by torch; see `files`."""
+        save_layers(self._own_layers(), save_dir, checkpoint_engine, exclude_frozen_params)
 
     def load_state_dir(self, load_dir: str, checkpoint_engine: Any = None, strict: bool = True) -> None:
         """Read them, whatever the cut was. Collective over the job. Raises LayerError (a RuntimeError) on all ranks."""
-        load_layers(self, load_dir, checkpoint_engine, strict)
+        load_layers(self._own_layers(), load_dir, checkpoint_engine, strict)
 
     def ckpt_layer_path(self, ckpt_dir: str, local_layer_idx: int) -> str:
         """The file of one of this rank's layers."""
-        return str(layer_file(self, ckpt_dir, self._numbers[local_layer_idx]))
+        return str(self._own_layers().path(ckpt_dir, self._numbers[local_layer_idx]))
 
     def get_additional_losses(self) -> dict[str, Tensor] | None:
         """Further losses of the last forward by name, to be averaged and reported; a subclass may have some."""

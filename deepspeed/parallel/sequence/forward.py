@@ -15,9 +15,10 @@ Invariant: what is refused is refused on all ranks.
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Protocol
 
 import torch
@@ -125,6 +126,21 @@ class SequenceForward:
 
     def __reduce__(self) -> Any:
         return SequenceForward, ()
+
+    @contextlib.contextmanager
+    def over(self, position_ids: Tensor, mask: Tensor | None) -> Iterator[SequenceInputs]:
+        """Around a forward of some of a model's layers, which nobody hooks: ranks join these local inputs, unless they are of one
+        that was joined before. Collective over the ranks of a sequence."""
+        assert self.settings is not None, "a copy has none and is not run like this"
+        inputs = getattr(position_ids, _ON_IDS, None)
+        if inputs is None:
+            inputs = gather_inputs(self.settings.group, position_ids, mask)
+            position_ids.__dict__[_ON_IDS] = inputs
+        self.latest, self.window, self.is_running = inputs, None, True
+        try:
+            yield inputs
+        finally:
+            self.is_running = False
 
     def of(self, position_ids: Any) -> SequenceInputs | None:
         """The inputs of the forward that these local position ids belong to; else those of the last forward."""

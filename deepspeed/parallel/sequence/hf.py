@@ -45,11 +45,18 @@ class Registration:
     config_type: type
     seq_length: int | None
     disable_in_eval: bool
+    given: Any = None
+    """A group that somebody else made, such as a pipeline's grid; None for the job's own (`parallel_state`)."""
 
     @property
     def group(self) -> Any:
         """The ranks that share a sequence."""
-        return parallel_state.get_sequence_parallel_group()
+        return self.given if self.given is not None else parallel_state.get_sequence_parallel_group()
+
+    @property
+    def is_of_this_job(self) -> bool:
+        """Whether the group is there still."""
+        return self.given is not None or parallel_state.is_initialized()
 
     def check_length(self, length: int) -> None:
         """Refuse a whole sequence of another length than was said to be fixed."""
@@ -147,7 +154,9 @@ class SequenceAttention:
         config = getattr(module, "config", None)
         if self.registration.disable_in_eval and not module.training:
             return False
-        return parallel_state.is_initialized() and (config is None or isinstance(config, self.registration.config_type))
+        return self.registration.is_of_this_job and (
+            config is None or isinstance(config, self.registration.config_type)
+        )
 
     def _inputs(self, position_ids: Any) -> SequenceInputs:
         found = self.forward.of(position_ids) if self.forward is not None else None
@@ -210,21 +219,9 @@ class UlyssesSPAttentionHF:
         """
         if sequence_parallel_size == 1:
             return None
-        config = _config_of(model_name_or_path)
-        core = core_attn_implementation or getattr(config, "_attn_implementation", None) or "sdpa"
-        _check_core(core, model_name_or_path)
-        text = config.get_text_config()
-        check_layers(text, type(model_name_or_path).__name__)
-        num_heads = text.num_attention_heads
-        num_key = getattr(text, "num_key_value_heads", None) or num_heads
-        if num_key >= sequence_parallel_size or core != "sdpa":  # with fewer a ring needs no more heads
-            share_heads(num_heads, num_key, sequence_parallel_size)
-        registration = Registration(
-            core=core,
-            size=sequence_parallel_size,
-            config_type=type(text),
-            seq_length=None if seq_length_is_variable else seq_length or max_length,
-            disable_in_eval=disable_in_eval,
+        fixed = None if seq_length_is_variable else seq_length or max_length
+        registration = _registration(
+            model_name_or_path, core_attn_implementation, sequence_parallel_size, fixed, disable_in_eval
         )
         attention = _install(registration)
         if isinstance(model_name_or_path, nn.Module):
@@ -237,6 +234,41 @@ class UlyssesSPAttentionHF:
         """Put back what was there before."""
         for attention in _registered():
             _uninstall(attention)
+
+
+def register_group(model: Any, core: str | None, group: Any) -> SequenceForward:
+    """Have a model's kind attend over sequences that are spread over a group which is there already, while `SequenceForward.over` says
+    that such a forward runs: for whoever runs some of its layers, as a pipeline's stages do. Raises DeepSpeedConfigError."""
+    registration = _registration(model, core, dist.get_world_size(group), None, False, group)
+    for before in _registered():
+        if before.registration == registration and before.forward is not None:
+            return before.forward
+    attention = _install(registration)
+    attention.forward = SequenceForward(registration)
+    return attention.forward
+
+
+def _registration(
+    model: Any, core: str | None, size: int, seq_length: int | None, disable_in_eval: bool, group: Any = None
+) -> Registration:
+    """What is asked for, checked."""
+    config = _config_of(model)
+    core = core or getattr(config, "_attn_implementation", None) or "sdpa"
+    _check_core(core, model)
+    text = config.get_text_config()
+    check_layers(text, type(model).__name__)
+    num_heads = text.num_attention_heads
+    num_key = getattr(text, "num_key_value_heads", None) or num_heads
+    if num_key >= size or core != "sdpa":  # with fewer a ring needs no more heads
+        share_heads(num_heads, num_key, size)
+    return Registration(
+        core=core,
+        size=size,
+        config_type=type(text),
+        seq_length=seq_length,
+        disable_in_eval=disable_in_eval,
+        given=group,
+    )
 
 
 def prepare_forward(model: nn.Module) -> None:
@@ -315,21 +347,21 @@ def _install(registration: Registration) -> SequenceAttention:
 
     if not dist.is_initialized():
         init_distributed()
-    is_this_job = parallel_state.is_initialized()
+    is_this_job = registration.is_of_this_job
     for before in _registered():
-        if is_this_job and before.registration != registration:
+        if before.registration.is_of_this_job and before.registration != registration:
             raise DeepSpeedConfigError(
                 f"register_with_transformers was called before with other settings: {before.registration}, and now "
                 f"{registration}.\n  Register once per process, or call UlyssesSPAttentionHF.unregister() between."
             )
         _uninstall(before)
-    if is_this_job:
+    if is_this_job and registration.given is None:
         if parallel_state.get_sequence_parallel_world_size() != registration.size:
             raise DeepSpeedConfigError(
                 f"sequence_parallel_size = {registration.size}, but this job's groups were made for "
                 f"{parallel_state.get_sequence_parallel_world_size()} ranks."
             )
-    else:
+    elif registration.given is None:
         parallel_state.initialize_sequence_parallel(registration.size)
     masks: Any = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping.get(registration.core)
     made = SequenceAttention(registration, ALL_ATTENTION_FUNCTIONS[registration.core], masks)

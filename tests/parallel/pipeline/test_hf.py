@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
+from deepspeed.parallel.pipeline.grid import PipelineParallelGrid
 from deepspeed.parallel.pipeline.hf import pipeline_of
 from deepspeed.parallel.pipeline.hf_folder import layers_in
 from deepspeed.parallel.pipeline.hf_parts import layers_of
 from deepspeed.parallel.pipeline.layers import LayerError
 from deepspeed.parallel.pipeline.topology import ProcessTopology
+from deepspeed.parallel.sequence.hf import UlyssesSPAttentionHF
 from tests.harness import run_ranks
 from tests.parallel.pipeline.models import LONG, config_of, joined, start, whole_weights
 
@@ -89,23 +91,41 @@ def _train(rank: int, world: int, families: list[str]) -> dict[str, Any]:
     return found
 
 
-def _train_whole(family: str) -> tuple[list[float], dict[str, Tensor], bool]:
-    """The model itself, in one process; whether its head is its embedding."""
+class Whole(NamedTuple):
+    """What the model itself gives in one process; whether its head is its embedding."""
+
+    losses: list[float]
+    weights: dict[str, Tensor]
+    is_tied: bool
+    eval: float
+    norm: float
+
+
+def _train_whole(family: str, clip: float = 1e9, has_eval: bool = False) -> Whole:
     torch.set_num_threads(1)
-    model = build(family, **(UNTIED if LONG else NO_DROPOUT)).train()
+    model = build(family, **(UNTIED if LONG and not has_eval else NO_DROPOUT)).train()
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
-    data, losses = token_batches(4), []
+    data, losses, norm, later = token_batches(6), [], 0.0, 0.0
+
+    def loss_of(batch: Any) -> Tensor:
+        (tokens, mask), labels = batch
+        return model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
+
     for _ in range(2):
         total = torch.zeros(())
-        for (tokens, mask), labels in (next(data), next(data)):
-            loss = model(input_ids=tokens, attention_mask=mask, labels=labels, use_cache=False).loss
+        for _ in range(2):
+            loss = loss_of(next(data))
             (loss / 2).backward()
             total = total + loss.detach()
         losses.append((total / 2).item())
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), clip).item() if has_eval else 0.0
         optimizer.step()
         optimizer.zero_grad()
+    if has_eval:
+        with torch.no_grad():
+            later = sum(loss_of(batch).item() for batch in data) / 2
     is_tied = model.get_output_embeddings().weight is model.get_input_embeddings().weight
-    return losses, {name: param.detach() for name, param in model.named_parameters()}, is_tied
+    return Whole(losses, {name: param.detach() for name, param in model.named_parameters()}, is_tied, later, norm)
 
 
 def _in_model(name: str, weights: dict[str, Tensor]) -> str:
@@ -123,7 +143,7 @@ def test_cut_models_train_as_the_models_themselves_bit_for_bit() -> None:
     families = FAMILIES if LONG else ["llama", "gemma3_text"]
     found = run_ranks(2, _train, list(families), timeout=200)
     for family in families:
-        losses, weights, is_tied = _train_whole(family)
+        losses, weights, is_tied, *_ = _train_whole(family)
         mine = [part[family] for part in found]
         assert mine[0]["losses"] == mine[1]["losses"], family
         assert mine[0]["losses"] == pytest.approx(losses, rel=1e-6) if is_tied else mine[0]["losses"] == losses, family
@@ -133,6 +153,56 @@ def test_cut_models_train_as_the_models_themselves_bit_for_bit() -> None:
             wanted = weights[_in_model(name, weights)]
             # The gradient of a tied weight is the sum of its stages' sums, in another order than one process' sum.
             assert torch.allclose(value, wanted, atol=2e-6) if is_tied else torch.equal(value, wanted), (family, name)
+
+
+def _cut_whole(values: Any, parts: int, part: int) -> Any:
+    """A rank's columns of whole sequences, of uneven lengths."""
+    return tuple(value.tensor_split(parts, 1)[part] for value in values)
+
+
+def _train_spread(rank: int, world: int, jobs: dict[str, Any]) -> dict[str, Any]:
+    topology = ProcessTopology(["pipe", "data", "sequence"], [2, 1, world // 2])
+    part = PipelineParallelGrid(topology).get_sequence_parallel_rank()
+    found = {}
+    for i, (family, model) in enumerate(jobs.items()):
+        load = {"load": {"dtype": torch.float32}} if isinstance(model, str) else {}
+        model = model if isinstance(model, str) else build(family, **model)
+        module = pipeline_of(model, topology=topology, activation_checkpoint_interval=i % 2, **load)
+        schedule = ("zb-h1", "1f1b")[i % 2]
+        engine = start(module, config_of((1, 3, 2, 0)[i % 4], accumulation=2, schedule=schedule, gradient_clipping=0.5))
+        data = (
+            (
+                _cut_whole(inputs, topology.get_dim("sequence"), part),
+                *_cut_whole([labels], topology.get_dim("sequence"), part),
+            )
+            for inputs, labels in token_batches(6)
+        )
+        losses = [engine.train_batch(data).item() for _ in range(2)]
+        found[family] = {
+            "losses": losses, "eval": engine.eval_batch(data).item(), "norm": engine.get_global_grad_norm(),
+            "weights": whole_weights(engine),
+        }  # fmt: skip
+        engine.destroy()
+        UlyssesSPAttentionHF.unregister()
+    return found
+
+
+def test_parts_of_sequences_in_stages_train_as_the_model_whole(tmp_path: Path) -> None:
+    """Padded on the left, parts of 5 and 4 tokens of which some have no target."""
+    families = [f for f in FAMILIES if f not in ("opt",)] if LONG else ["llama", "gemma3_text"]
+    jobs: dict[str, Any] = dict.fromkeys(families, NO_DROPOUT)
+    expected = {family: _train_whole(family, clip=0.5, has_eval=True) for family in families}
+    build("llama", **NO_DROPOUT).save_pretrained(tmp_path)
+    jobs["folder"], expected["folder"] = str(tmp_path), expected["llama"]
+    found = run_ranks(4, _train_spread, jobs, timeout=400)
+    for family, wanted in expected.items():
+        mine = [part[family] for part in found]
+        for part in mine:
+            assert part["losses"] == pytest.approx(wanted.losses, rel=1e-5), family
+            assert part["eval"] == pytest.approx(wanted.eval, rel=1e-5), family
+            assert part["norm"] == pytest.approx(wanted.norm, rel=1e-5), family
+        for name, value in joined(mine).items():
+            assert torch.allclose(value, wanted.weights[_in_model(name, wanted.weights)], atol=5e-6), (family, name)
 
 
 def _from_folder(rank: int, world: int, folders: dict[str, str]) -> dict[str, Any]:
@@ -176,9 +246,3 @@ def test_a_folder_without_a_layer_of_this_rank_says_which(tmp_path: Path) -> Non
     assert layers[1].build() is not None
     with pytest.raises(LayerError, match=r"no weights model\.layers\.1\..* of block 1"):
         layers[2].build()
-
-
-def test_parts_of_sequences_are_refused_for_a_model_that_is_cut_by_its_blocks() -> None:
-    topology = ProcessTopology(["pipe", "data", "sequence"], [2, 1, 2])
-    with pytest.raises(LayerError, match="does not go with the topology's 2 parts of sequences"):
-        pipeline_of(build("llama"), topology=topology)
