@@ -256,6 +256,25 @@ def losses(num_seeds: int, num_steps: int, factor_max: float, only: str) -> None
         print(f"| {name} | {mean:.4f} | {100 * (mean / plain - 1):+.2f} % |")
 
 
+def _kinds(num_steps: int, freeze: int, factor_max: float) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Every optimizer, with its `zero_optimization`."""
+    # The variance settles within the steps before the freeze, as the papers ask.
+    common = {"lr": 2e-3, "betas": [0.9, 0.95]}
+    adam = {"type": "Adam", "params": {**common, "bias_correction": False}}
+    lamb = {**common, "lr": 5 * common["lr"]}
+    factors = {"factor_max": factor_max, "factor_min": 0.5 if factor_max > 1 else 1.0}
+    local = {"var_freeze_step": freeze, "local_step_scaler": num_steps, "local_step_clipper": 2}
+    whole = {"stage": 0}
+    return {
+        "Adam": (adam, whole),
+        "1-bit Adam": ({"type": "OneBitAdam", "params": {**common, "freeze_step": freeze}}, whole),
+        "0/1 Adam": ({"type": "ZeroOneAdam", "params": {**common, **local}}, whole),
+        "LAMB": ({"type": "Lamb", "params": {**lamb, "bias_correction": False}}, whole),
+        "1-bit LAMB": ({"type": "OneBitLamb", "params": {**lamb, "freeze_step": freeze, **factors}}, whole),
+        "stage 3, qwZ + qgZ": (adam, {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True}),
+    }
+
+
 def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, only: str, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}  # fmt: skip
@@ -265,69 +284,40 @@ def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, onl
 
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    freeze, lr = num_steps // 5, 2e-3
-    betas = [0.9, 0.95]  # the variance settles within the steps before the freeze, as the papers ask
-    kinds: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-        "Adam": ({"type": "Adam", "params": {"lr": lr, "bias_correction": False, "betas": betas}}, {"stage": 0}),
-        "1-bit Adam": (
-            {"type": "OneBitAdam", "params": {"lr": lr, "freeze_step": freeze, "betas": betas}},
-            {"stage": 0},
-        ),
-        "0/1 Adam": (
-            {
-                "type": "ZeroOneAdam",
-                "params": {
-                    "lr": lr,
-                    "betas": betas,
-                    "var_freeze_step": freeze,
-                    "local_step_scaler": num_steps,
-                    "local_step_clipper": 2,
-                },
-            },
-            {"stage": 0},
-        ),
-        "LAMB": ({"type": "Lamb", "params": {"lr": 5 * lr, "bias_correction": False, "betas": betas}}, {"stage": 0}),
-        "1-bit LAMB": (
-            {
-                "type": "OneBitLamb",
-                "params": {
-                    "lr": 5 * lr,
-                    "freeze_step": freeze,
-                    "betas": betas,
-                    "factor_max": factor_max,
-                    "factor_min": 0.5 if factor_max > 1 else 1.0,
-                },
-            },
-            {"stage": 0},
-        ),
-        "stage 3, qwZ + qgZ": (
-            {"type": "Adam", "params": {"lr": lr, "bias_correction": False, "betas": betas}},
-            {"stage": 3, "zero_quantized_weights": True, "zero_quantized_gradients": True},
-        ),
-    }
+    freeze = num_steps // 5
     for seed in range(num_seeds):
-        for name, (optimizer, zero) in kinds.items():
+        for name, (optimizer, zero) in _kinds(num_steps, freeze, factor_max).items():
             if only not in name:
                 continue
-            torch.manual_seed(seed)
             config = config_of(optimizer, zero, False, 1, 8)
             config["scheduler"] = {"type": "WarmupDecayLR", "params": {
                 "total_num_steps": num_steps, "warmup_num_steps": freeze // 2, "warmup_max_lr": optimizer["params"]["lr"]}}  # fmt: skip
-            engine, *_ = deepspeed.initialize(model=make_model(64, 4), config=config)
-            last = []
-            for step in range(num_steps):
-                loss = engine(batch_of(10**4 * (seed + 1) + step, rank, 8, 32))
-                engine.backward(loss)
-                engine.step()
-                if step >= num_steps - 20:
-                    value = loss.detach().double()
-                    torch.distributed.all_reduce(value)
-                    last.append(value.item() / 2)
-            engine.destroy()
+            loss = _final_loss(config, seed, rank, num_steps)
             if rank == 0:
-                queue.put((name, statistics.mean(last)))
-                print(f"seed {seed}, {name}: {statistics.mean(last):.4f}", file=sys.stderr, flush=True)
+                queue.put((name, loss))
+                print(f"seed {seed}, {name}: {loss:.4f}", file=sys.stderr, flush=True)
     torch.distributed.destroy_process_group()
+
+
+def _final_loss(config: dict[str, Any], seed: int, rank: int, num_steps: int) -> float:
+    """The mean over ranks and the last 20 steps of one run."""
+    import torch
+
+    import deepspeed
+
+    torch.manual_seed(seed)
+    engine, *_ = deepspeed.initialize(model=make_model(64, 4), config=config)
+    last = []
+    for step in range(num_steps):
+        loss = engine(batch_of(10**4 * (seed + 1) + step, rank, 8, 32))
+        engine.backward(loss)
+        engine.step()
+        if step >= num_steps - 20:
+            value = loss.detach().double()
+            torch.distributed.all_reduce(value)
+            last.append(value.item() / 2)
+    engine.destroy()
+    return statistics.mean(last)
 
 
 def _machine() -> None:

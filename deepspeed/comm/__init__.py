@@ -7,7 +7,7 @@
     watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
-    shared.py  board.py      the one between ranks of a host, and the memory that they share
+    shared.py  board.py      the one between ranks of a host, and the memory that they share; counters.py: what is compiled of it
     secondary.py     an exchange that keeps a copy near by (hpZ)
     scratch.py       what messages are received into, kept for the next
     sparse.py        an all-reduce of what is not zero        sparse_tensor.py   rows of a matrix, for scripts

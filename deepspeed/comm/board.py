@@ -1,6 +1,6 @@
 """A board for each rank of a host: memory that it alone writes messages on, and that the others read where they lie.
 
-Made by `comm.choose` for `comm.shared`; the counters' instructions are compiled (`csrc/shared.cpp`).
+Made by `comm.choose` for `comm.shared`; what waits and copies is compiled (`comm.counters`).
 
     a board   | counter: messages posted | closed | acks [N messages][ranks] | where they lie [N messages] | messages ... |
 
@@ -15,20 +15,18 @@ Invariant: every rank posts messages of the same sizes in the same order, so a m
 from __future__ import annotations
 
 import ctypes
-import functools
 import mmap
 import os
 import select
 import time
 from collections import deque
 from collections.abc import Sequence
-from pathlib import Path
 from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from deepspeed.kernels.native import library
+from deepspeed.comm.counters import words
 from deepspeed.utils.errors import RankMismatchError
 
 NUM_MESSAGES = 1024
@@ -44,18 +42,6 @@ LOOK_MS = 100
 
 LINGER_S = 5.0
 """How long a rank that lets go of its board waits for readers of what lies beside it."""
-
-
-def host_words() -> tuple[int, int] | None:
-    """The same two numbers on all processes that see each other's process numbers and memory; None: nothing of it here."""
-    found = library()
-    if found is None or not found.ds_shared_is_supported() or not hasattr(os, "memfd_create"):
-        return None
-    try:
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return int(boot.replace("-", "")[:15], 16), os.stat("/proc/self/ns/pid").st_ino
-    except OSError:
-        return None
 
 
 class Address(NamedTuple):
@@ -88,7 +74,8 @@ class Board:
         self._watched: dict[int, int] = {}
         """Other ranks' processes: by number, something that can be read once they have ended."""
         self._fd: int | None = None
-        self._words, self._pid = _words(), os.getpid()
+        self._words, self._pid = words(), os.getpid()
+        self._pointers = ctypes.c_void_p * world_size
         self._acks_at = 2 * LINE
         self._places_at = self._acks_at + 4 * NUM_MESSAGES * world_size
         self._room_at = -(-(self._places_at + 16 * NUM_MESSAGES) // LINE) * LINE
@@ -135,20 +122,20 @@ class Board:
         self._forget()
         if len(self._live) == NUM_MESSAGES:
             self._wait_for_acks(self._live[0].number)
+        message = message.contiguous()
         nbytes = message.nbytes
         start = self._place(nbytes)
         if start is not None:
-            target, place = own.room[start : start + nbytes], start
+            target, place = own.room_at + start, start
             self._live.append(_Message(number, start, nbytes, None))
         else:
             fd = _memory(nbytes)
-            target, place = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8), -1 - fd
+            beside = torch.frombuffer(mmap.mmap(fd, nbytes), dtype=torch.uint8)
+            target, place = beside.data_ptr(), -1 - fd
             self._live.append(_Message(number, 0, 0, fd))
-        if nbytes:
-            target.view(message.dtype).copy_(message)
         own.set_place(number % NUM_MESSAGES, place)
         self._num_posted += 1
-        self._words.ds_shared_post(own.base, self._num_posted & 0xFFFFFFFF)
+        self._words.ds_shared_put(own.base, self._num_posted & 0xFFFFFFFF, target, message.data_ptr(), nbytes)
         return number
 
     def has(self, number: int, rank: int) -> bool:
@@ -161,10 +148,7 @@ class Board:
         Raises RankMismatchError where that rank has ended, or after `timeout_s`.
         """
         side = self._sides[rank]
-        begun = time.monotonic()
-        while not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, self._spin_us, LOOK_MS):
-            self._check(rank, time.monotonic() - begun, timeout_s)
-        place = side.place(number % NUM_MESSAGES)
+        place = self._wait_for(number, rank, timeout_s)
         if place >= 0:
             return side.room[place : place + nbytes]
         try:
@@ -173,6 +157,31 @@ class Board:
             self._check(rank, 0.0, timeout_s)
             raise
         return torch.frombuffer(beside, dtype=torch.uint8)
+
+    def sum_into(self, out: Tensor, own: Tensor, first: int, number: int, divide_by: float, timeout_s: float) -> bool:
+        """`out` [n] = the sum of every rank's elements [first, first + n) of a message, in rank order, / divide_by; this rank's is
+        `own`. fp32, without gaps. False, with nothing done, where one lies beside its board. Waits for them; see `read`."""
+        at = first * own.itemsize
+        addresses = []
+        for rank, side in enumerate(self._sides):
+            if rank == self.rank:
+                addresses.append(own.data_ptr() + at)
+                continue
+            place = self._wait_for(number, rank, timeout_s)
+            if place < 0:
+                return False
+            addresses.append(side.room_at + place + at)
+        self._words.ds_shared_sum(out.data_ptr(), self._pointers(*addresses), len(addresses), out.numel(), divide_by)
+        return True
+
+    def _wait_for(self, number: int, rank: int, timeout_s: float) -> int:
+        """Where another rank's message lies, once it is there."""
+        side = self._sides[rank]
+        if not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, self._spin_us, LOOK_MS):
+            begun = time.monotonic()
+            while not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, 0, LOOK_MS):
+                self._check(rank, time.monotonic() - begun, timeout_s)
+        return side.place(number % NUM_MESSAGES)
 
     def acknowledge(self, number: int) -> None:
         """This rank has read all others' messages of this number, or never will."""
@@ -246,6 +255,7 @@ class _Side:
         self._places = memoryview(memory)[places_at : places_at + 16 * NUM_MESSAGES].cast("q")
         self.base = self.room.data_ptr() - room_at
         """Its address in this process."""
+        self.room_at = self.base + room_at
 
     def place(self, entry: int) -> int:
         """Where a message lies: an offset, or -1 - the number of memory of its own."""
@@ -273,16 +283,3 @@ def _mapped(address: Address, nbytes: int) -> mmap.mmap:
         return mmap.mmap(fd, nbytes)
     finally:
         os.close(fd)
-
-
-@functools.lru_cache(maxsize=1)
-def _words() -> ctypes.CDLL:
-    found = library()
-    assert found is not None, "asked for before a board is made"
-    found.ds_shared_post.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-    found.ds_shared_post.restype = None
-    found.ds_shared_store.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
-    found.ds_shared_store.restype = None
-    found.ds_shared_have_reached.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
-    found.ds_shared_wait.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64)
-    return found

@@ -9,8 +9,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.board import Address, Board, host_words
+from deepspeed.comm.board import Address, Board
 from deepspeed.comm.collective import CollectiveExchange
+from deepspeed.comm.counters import host_words
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange

@@ -12,9 +12,9 @@ in any order or never: what is forgotten is acknowledged all the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import final
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
@@ -51,6 +51,12 @@ class _Posted:
             for rank in range(board.world_size)
         ]
 
+    def sum_into(self, out: Tensor, own: Tensor, first: int, divide_by: float) -> bool:
+        """See `Board.sum_into`; False, too, where elements are not fp32."""
+        if not own.dtype == out.dtype == torch.float32 or not out.is_contiguous():
+            return False
+        return self._board.sum_into(out, own, first, self._number, divide_by, self._timeout_s)
+
     def done(self) -> None:
         """The others' room may be used again."""
         if not self._is_read:
@@ -84,39 +90,47 @@ class SharedExchange:
         if shard is not None:
             own.copy_(shard)
 
-        def copy(messages: list[Tensor]) -> None:
-            for target, message in zip(slices, messages, strict=True):
+        posted = self._posted(own)
+
+        def finish() -> None:
+            for target, message in zip(slices, posted.messages(own), strict=True):
                 if target is not message:
                     target.copy_(message)
+            posted.done()
 
-        return self._post(own, copy)
+        return Pending(finish, posted)
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
         if full.nbytes > MAX_NBYTES:
             return self._direct.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
 
-        def add(messages: list[Tensor]) -> None:
-            parts = [slices_of(message, self.world_size)[self.rank] for message in messages]
-            self._direct.add_up(parts, out, divide_by, accumulate)
+        posted = self._posted(full)
 
-        return self._post(full, add)
+        def finish() -> None:
+            if accumulate or not posted.sum_into(out, full, self.rank * out.numel(), divide_by):
+                parts = [slices_of(message, self.world_size)[self.rank] for message in posted.messages(full)]
+                self._direct.add_up(parts, out, divide_by, accumulate)
+            posted.done()
+
+        return Pending(finish, posted)
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
         if full.nbytes > MAX_NBYTES:
             return self._direct.start_all_reduce(full, divide_by)
-        return self._post(full, lambda messages: self._direct.add_up(messages, full, divide_by, False))
+        posted = self._posted(full)
+
+        def finish() -> None:
+            if not posted.sum_into(full, full, 0, divide_by):
+                self._direct.add_up(posted.messages(full), full, divide_by, False)
+            posted.done()
+
+        return Pending(finish, posted)
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
         self._direct.broadcast(full, source)
 
-    def _post(self, own: Tensor, use: Callable[[list[Tensor]], None]) -> Pending:
-        posted = _Posted(self._board, own, self._timeout_s)
-
-        def finish() -> None:
-            use(posted.messages(own))
-            posted.done()
-
-        return Pending(finish, posted)
+    def _posted(self, own: Tensor) -> _Posted:
+        return _Posted(self._board, own, self._timeout_s)

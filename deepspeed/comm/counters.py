@@ -1,0 +1,53 @@
+"""The compiled side of shared memory: counters that processes wait for, and copies and sums beside them (`csrc/shared.cpp`).
+
+Called by `comm.board`, and by `comm.choose` to tell which ranks can share memory. Linux only.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import os
+from pathlib import Path
+
+from deepspeed.kernels.native import library
+
+
+def host_words() -> tuple[int, int] | None:
+    """The same two numbers on all processes that see each other's process numbers and memory; None: nothing of it here."""
+    found = library()
+    if found is None or not found.ds_shared_is_supported() or not hasattr(os, "memfd_create"):
+        return None
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return int(boot.replace("-", "")[:15], 16), os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        return None
+
+
+@functools.lru_cache(maxsize=1)
+def words() -> ctypes.CDLL:
+    """The compiled functions, with their types. Asked for where `host_words` gave some."""
+    found = library()
+    assert found is not None, "asked for before a board is made"
+    found.ds_shared_put.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_uint32,
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+    )
+    found.ds_shared_put.restype = None
+    found.ds_shared_sum.argtypes = (
+        ctypes.c_void_p,
+        ctypes.c_void_p,
+        ctypes.c_int64,
+        ctypes.c_int64,
+        ctypes.c_float,
+    )
+    found.ds_shared_sum.restype = None
+    found.ds_shared_store.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
+    found.ds_shared_store.restype = None
+    found.ds_shared_have_reached.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)
+    found.ds_shared_wait.argtypes = (ctypes.c_void_p, ctypes.c_uint32, ctypes.c_int64, ctypes.c_int64)
+    return found
