@@ -259,9 +259,10 @@ def losses(num_seeds: int, num_steps: int, factor_max: float, only: str) -> None
 def _kinds(num_steps: int, freeze: int, factor_max: float) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Every optimizer, with its `zero_optimization`."""
     # The variance settles within the steps before the freeze, as the papers ask.
-    common = {"lr": 2e-3, "betas": [0.9, 0.95]}
+    lr = 2e-3
+    common: dict[str, Any] = {"lr": lr, "betas": [0.9, 0.95]}
     adam = {"type": "Adam", "params": {**common, "bias_correction": False}}
-    lamb = {**common, "lr": 5 * common["lr"]}
+    lamb = {**common, "lr": 5 * lr}
     factors = {"factor_max": factor_max, "factor_min": 0.5 if factor_max > 1 else 1.0}
     local = {"var_freeze_step": freeze, "local_step_scaler": num_steps, "local_step_clipper": 2}
     whole = {"stage": 0}

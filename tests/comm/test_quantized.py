@@ -11,6 +11,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
 from deepspeed.comm.feedback import ErrorFeedback
 from deepspeed.comm.quantized import Hops, QuantizedGather, QuantizedReduction
+from deepspeed.utils.waits import COMMUNICATION
 from tests.harness import run_ranks
 
 CPU = torch.device("cpu")
@@ -78,12 +79,16 @@ def reduced(rank: int, world_size: int, num_near: int, numel: int, beta: float |
     feedback = (lambda: ErrorFeedback(beta, 3)) if beta is not None else None
     exchange = QuantizedReduction(make_exchange(dist.group.WORLD, CPU), hops, feedback=feedback)
     outs, pending = [], []
+    before = COMMUNICATION.nbytes.get("zero.quantized_far", 0)
     for step in range(4):
         full = values(10 * step + rank, world_size * numel)
         outs.append(torch.ones(numel))
         pending.append(exchange.start_reduce_scatter(full, outs[-1], divide_by=world_size, accumulate=step == 1))
     for one in reversed(pending):
         one.wait()
+    num_far = world_size // num_near
+    far_nbytes = 4 * num_far * GRADIENTS.nbytes(numel) if num_far > 1 else 0  # of which one slice is the rank's own
+    assert COMMUNICATION.nbytes.get("zero.quantized_far", 0) - before == far_nbytes
     for group in made:
         dist.destroy_process_group(group)
     return outs
@@ -140,6 +145,22 @@ def test_a_reduction_in_two_hops_has_the_bits_of_the_same_steps_in_one_process(
     for rank, outs in enumerate(run_ranks(world_size, reduced, num_near, 192, beta)):
         for step, out in enumerate(outs):
             assert torch.equal(out, wanted[step][rank]), (rank, step)
+
+
+def share_between_nodes(num_near: int, itemsize: int, *, keeps_copy: bool) -> float:
+    """Bytes between nodes of a step at stage 3, beside plain ones: gathers in forward and backward, and the reduction."""
+    numel = 256 * 1000
+    gather, reduction = WEIGHTS.nbytes(numel), GRADIENTS.nbytes(numel)
+    return ((1 if keeps_copy else 2) * gather + reduction / num_near) / (3 * itemsize * numel)
+
+
+@pytest.mark.parametrize("num_near", [2, 4, 8])
+def test_all_of_zeropp_in_16_bits_and_any_part_of_it_in_32_stay_below_a_quarter_between_nodes(num_near: int) -> None:
+    assert share_between_nodes(num_near, 2, keeps_copy=True) < 0.22
+    assert share_between_nodes(num_near, 4, keeps_copy=False) < 0.20
+    assert 0.33 < share_between_nodes(num_near, 2, keeps_copy=False) < 0.39, (
+        "two int8 gathers are a third by themselves"
+    )
 
 
 def test_fed_back_errors_make_the_mean_of_many_messages_exact() -> None:
