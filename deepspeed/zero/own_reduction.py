@@ -104,12 +104,11 @@ class ZeroReduction:
     def parameters(self) -> Sequence[Whole]:
         """See OwnReduction."""
         unused = set(self._owner.unused.pairs)
-        return [
-            self._whole(i, j)
-            for i, master in enumerate(self._owner.masters)
-            for j, _ in master.bucket.members()
-            if (i, j) not in unused
-        ]
+        found = []
+        for i, master in enumerate(self._owner.masters):
+            parts = self._parts(i)
+            found += [self._whole(i, j, parts[j]) for j, _ in master.bucket.members() if (i, j) not in unused]
+        return found
 
     def momentum(self, whole: Whole) -> Tensor:
         """See OwnReduction."""
@@ -196,8 +195,9 @@ class ZeroReduction:
         self._has_moments = False
         mine: dict[tuple[int, int], int] = {}
         for i, master in enumerate(self._owner.masters):
+            parts = self._parts(i)
             for j, _ in master.bucket.members():
-                for part in self._parts(i, j):
+                for part in parts[j]:
                     step = int(self._owner.optimizer.state.get(part.run, {}).get("step", 0))
                     mine[i, j] = max(mine.get((i, j), 0), step)
         for theirs in self._mesh.gather_objects("shard", mine):
@@ -263,30 +263,30 @@ class ZeroReduction:
         state: dict[str, Any] = self._owner.optimizer.state[self._owner.runs.steppable[i][j][1]]
         return state
 
-    def _whole(self, i: int, j: int) -> Whole:
+    def _whole(self, i: int, j: int, parts: Sequence[Part]) -> Whole:
         master = self._owner.masters[i]
         group = self._owner.param_groups[master.bucket.layout.groups[j]]
         shape = master.bucket.shape_of_numbers(j)
-        return Whole(shape, group, self._state(i, j), partial(self._read, i, j), self._parts(i, j))
+        return Whole(shape, group, self._state(i, j), partial(self._read, i, j), parts)
 
     def _read(self, i: int, j: int) -> Tensor:
         gradient = self._owner.reducer.gradients[i].local_views[j].reshape(-1)
         values = gradient.to(self._moment_dtype, copy=True)
         return values.mul_(self.factor) if self.factor != 1.0 else values
 
-    def _parts(self, i: int, j: int) -> list[Part]:
-        """Where a parameter lies in this rank's runs."""
+    def _parts(self, i: int) -> list[list[Part]]:
+        """Where the parameters of one master lie in this rank's runs."""
         master: Master = self._owner.masters[i]
         runs = self._owner.runs.steppable[i]
         if self._is_whole:
-            return [Part(runs[j][1], 0, master.layout.numels[j], 0)]
-        found = []
+            numels = master.layout.numels
+            return [[Part(run, 0, numel, 0)] for (_, run), numel in zip(runs, numels, strict=True)]
+        found: list[list[Part]] = [[] for _ in master.layout.numels]
         for piece in master.layout.pieces(master.rank):
-            if piece.param == j:
-                for span, (_, run) in zip(master.spans, runs, strict=True):
-                    if span.start <= piece.in_shard < span.stop:
-                        at = piece.in_shard - span.start
-                        found.append(Part(run, at, at + piece.numel, piece.in_param))
+            for span, (_, run) in zip(master.spans, runs, strict=True):
+                if span.start <= piece.in_shard < span.stop:
+                    at = piece.in_shard - span.start
+                    found[piece.param].append(Part(run, at, at + piece.numel, piece.in_param))
         return found
 
     def _gather_moments(self) -> None:
