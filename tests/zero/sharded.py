@@ -54,6 +54,11 @@ def whole_values(model: nn.Module) -> dict[str, Tensor]:
 
 def storages() -> dict[int, int]:
     """Every storage that a live tensor of this process holds: address -> bytes."""
+    return {pointer: storage.nbytes() for pointer, storage in held_storages().items()}
+
+
+def held_storages() -> dict[int, torch.UntypedStorage]:
+    """The same with the storages themselves: as long as they are held, no other gets one of their addresses."""
     gc.collect()
     found = {}
     for thing in gc.get_objects():
@@ -62,6 +67,6 @@ def storages() -> dict[int, int]:
                 if thing.layout is not torch.strided:
                     continue  # a sparse tensor has no storage of its own
                 storage = thing.untyped_storage()
-                found[storage.data_ptr()] = storage.nbytes()
+                found[storage.data_ptr()] = storage
     found.pop(0, None)
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from typing import Any
 
 import pytest
@@ -12,7 +13,7 @@ from deepspeed.zero.policy import policy_of_stage
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 from tests.models import TinyGpt, make_batches, rank_share
-from tests.zero.sharded import storages
+from tests.zero.sharded import held_storages, storages
 
 BUCKET_NUMEL = 20_000
 WIDTH = 96
@@ -20,7 +21,7 @@ WIDTH = 96
 
 def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int, dict[str, int], dict[str, int]]:
     """Elements; bytes by kind as the engine counts them; and as storages that appeared since before the model."""
-    before = storages()
+    before = held_storages()
     model = TinyGpt(width=WIDTH, depth=2)
     numel = sum(param.numel() for param in model.parameters())
     zero = {"reduce_bucket_size": BUCKET_NUMEL, "stage3_param_persistence_threshold": 0}
@@ -41,7 +42,7 @@ def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int
         return numel, counted, _found(engine, before)
 
 
-def _found(engine: Any, before: dict[int, int]) -> dict[str, int]:
+def _found(engine: Any, before: Container[int]) -> dict[str, int]:
     """Storages by the object that holds them; what no kind explains is `other`."""
     alive = {pointer: nbytes for pointer, nbytes in storages().items() if pointer not in before}
     params = {bucket.shard.untyped_storage().data_ptr() for bucket in engine._built.buckets}
