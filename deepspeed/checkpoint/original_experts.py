@@ -105,6 +105,25 @@ class Experts:
         return match is not None and int(match[2]) // (self._whole[match[1]] // self.size) == rank
 
 
+def local_experts(folder: Path, layers: Sequence[tuple[int, int]], read: Callable[[Path], Any]) -> dict[str, Tensor]:
+    """The weights of a rank's experts, named as the rank counts them: in layer L those from `layers[L][0]`, so many.
+
+    Raises CheckpointError, naming the file that is missing.
+    """
+    found: dict[str, Tensor] = {}
+    for number, (first, num) in enumerate(layers):
+        for expert in range(first, first + num):
+            path = folder / f"layer_{number}_expert_{expert}_mp_rank_00_model_states.pt"
+            if not path.exists():
+                raise CheckpointError(
+                    f"{path} is missing: expert {expert} of layer {number}.\n  Copy the checkpoint's folder whole."
+                )
+            for name, value in read(path).items():
+                match = _NAME.fullmatch(name)
+                found[f"{match[1]}{expert - first}{match[3]}" if match else name] = value
+    return found
+
+
 def names_of_groups(state: Mapping[str, Any], dense: Sequence[str], experts: Sequence[str]) -> list[list[str]]:
     """Parameters of each group, where one group has all that are no experts', in the model's order; else nothing.
 

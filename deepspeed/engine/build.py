@@ -134,7 +134,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
     tp = tensor.tensor_size(config, given.mpu)
-    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.ep_size_of(model, config))
+    mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.agreed_ep_size(model, config))
     undo.callback(mesh.release)
     gone = experts.spread(model, mesh, config)
     _agree_with_other_ranks(given, mesh)

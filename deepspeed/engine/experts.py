@@ -7,7 +7,7 @@ whole model, and what does not go together is refused on all ranks, before memor
 from __future__ import annotations
 
 import logging
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import nn
 
@@ -17,14 +17,72 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.engine.expert_load import warn_of_unused_coefficient
 from deepspeed.kernels.grouped import Ways
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.mesh import told_by_all
 from deepspeed.parallel.expert import attach, hugging_face, listed, presets
 from deepspeed.parallel.expert.groups import configure_moe_param_groups
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, RankMismatchError
 from deepspeed.utils.logging import log_dist
 
 
-def ep_size_of(model: nn.Module, config: Config) -> int:
-    """Over how many ranks a model's experts are spread. Raises DeepSpeedConfigError where that is contradictory."""
+class _Told(NamedTuple):
+    """What a rank tells the others about its experts, before there is a mesh that follows from it."""
+
+    size: int
+    layers: dict[str, str]
+    """Size and dtype of the experts of each layer."""
+    refusal: str = ""
+
+
+def agreed_ep_size(model: nn.Module, config: Config) -> int:
+    """Over how many ranks a model's experts are spread. Collective over the job.
+
+    Raises on every rank: DeepSpeedConfigError where one of them finds that contradictory, RankMismatchError where they differ.
+    """
+    try:
+        told = _Told(_ep_size_of(model, config), _kinds_of_layers(model, config))
+    except DeepSpeedError as error:
+        told = _Told(1, {}, str(error))
+    everyone = told_by_all(told)
+    for rank, theirs in enumerate(everyone):
+        if theirs.refusal:
+            is_own = theirs.refusal == told.refusal
+            raise DeepSpeedConfigError(theirs.refusal if is_own else f"rank {rank}: {theirs.refusal}")
+    return _agreed(everyone)
+
+
+def _agreed(everyone: list[_Told]) -> int:
+    """The size of all ranks that spread experts; stages of a pipeline have different layers, or none."""
+    found: dict[str, dict[str, int]] = {}
+    for rank, told in enumerate(everyone):
+        for layer, kind in told.layers.items():
+            found.setdefault(layer, {}).setdefault(kind, rank)
+    sizes = {told.size: rank for rank, told in enumerate(everyone) if told.size > 1}
+    differing = next((layer for layer, kinds in found.items() if len(kinds) > 1), None)
+    if differing is not None or len(sizes) > 1:
+        kinds = found[differing] if differing is not None else {f"ep_size = {n}": rank for n, rank in sizes.items()}
+        raise RankMismatchError(
+            f"ranks have different experts{'' if differing is None else f' in {differing}'}: "
+            + ", ".join(f"rank {rank} has {kind}" for kind, rank in kinds.items())
+            + ".\n  Build the same layers, in one dtype, on every rank."
+        )
+    return next(iter(sizes), 1)
+
+
+def _kinds_of_layers(model: nn.Module, config: Config) -> dict[str, str]:
+    modules: dict[str, tuple[nn.Module, int]] = {}
+    modules |= {name: (layer.experts, layer.ep_size) for name, layer in attach.expert_layers(model)}
+    settings = config.expert_parallel
+    if settings.enabled:
+        found: dict[str, nn.Module] = hugging_face.find(model, settings)
+        found |= {name: block.experts for name, block in listed.find(model, settings).items()}
+        modules |= {name: (module, settings.autoep_size) for name, module in found.items()}
+    return {
+        name: f"ep_size = {size}, {' and '.join(sorted({str(p.dtype).removeprefix('torch.') for p in module.parameters()}))}"
+        for name, (module, size) in modules.items()
+    }
+
+
+def _ep_size_of(model: nn.Module, config: Config) -> int:
     native = attach.ep_size_of(model)
     if not config.expert_parallel.enabled:
         return native
@@ -49,6 +107,8 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
+    for _, layer in attach.expert_layers(model):
+        layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = config.wall_clock_breakdown
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
     return _spread_found(model, mesh, config.expert_parallel) if config.expert_parallel.enabled else Gone()

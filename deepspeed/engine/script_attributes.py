@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.engine.script_experts import ExpertAttributes
 from deepspeed.mesh import groups
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.errors import TrainingStateError
@@ -26,16 +27,14 @@ _BY_FEATURE = {
     "progressive layer dropping": "progressive_layer_drop get_pld_theta",
     "inference": "generate profile_model_time model_times cuda_graph_created",
     "the hybrid engine": "fuse_lora_weight unfuse_lora_weight",
-    "mixture of experts": "num_local_experts load_moe_state_dict",
 }
 LATER: dict[str, str] = {name: feature for feature, names in _BY_FEATURE.items() for name in names.split()}
 """Attribute: the feature it comes with."""
 
 
-class ScriptAttributes:
+class ScriptAttributes(ExpertAttributes):
     """Mixin of the engine."""
 
-    has_moe_layers = False
     warn_unscaled_loss = True
     universal_checkpoint_info: Any = None
     loaded_checkpoint_mp_world_size: int | None = None
@@ -89,17 +88,12 @@ class ScriptAttributes:
         return self.get_sequence_parallel_group() if self.mesh.size("sequence") > 1 else None  # type: ignore[attr-defined]
 
     @property
-    def gate_modules(self) -> list[Any]:
-        """Gates of experts: none."""
-        return []
-
-    @property
     def sparse_tensor_module_names(self) -> set[str]:
         """Parameters whose gradients are reduced sparse."""
         if not self._config.sparse_gradients:  # type: ignore[attr-defined]
             return set()
         kinds = (torch.nn.Embedding, torch.nn.EmbeddingBag)
-        named = self.module.named_modules()  # type: ignore[attr-defined]
+        named = self.module.named_modules()
         return {f"{name}.weight".lstrip(".") for name, module in named if isinstance(module, kinds)}
 
     @property

@@ -195,10 +195,7 @@ def alike_everywhere(mesh: Mesh) -> Mesh:
     Takes over the user that `open_mesh` counted. Collective over the job.
     """
     made = [(dims, purpose) for dims, purpose in mesh._groups], [c.num_calls for c in mesh._circles.values()]
-    everyone: list[Any] = [made] * world_size()
-    if len(everyone) > 1:
-        dist.all_gather_object(everyone, made)
-    if all(theirs == made for theirs in everyone):
+    if all(theirs == made for theirs in told_by_all(made)):
         return mesh
     mesh.release()
     _meshes.pop(mesh.shape, None)
@@ -218,6 +215,14 @@ def _new_mesh(shape: MeshShape) -> Mesh:
 
 def _world() -> ProcessGroup | None:
     return dist.group.WORLD if _is_up() else None
+
+
+def told_by_all(value: Any) -> list[Any]:
+    """A small picklable value of every rank, before there is a mesh. Collective over the job."""
+    everyone: list[Any] = [value] * world_size()
+    if len(everyone) > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
 
 
 def world_size() -> int:

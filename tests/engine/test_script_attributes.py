@@ -29,9 +29,17 @@ def answers(rank: int, world_size: int) -> dict[str, Any]:
             "averages": engine.gradient_average,
             "later": [name for name in LATER if hasattr(engine, name)],
             "norm": engine._global_grad_norm,
+            "experts": [engine.has_moe_layers, engine.num_experts, engine.moe_layers, engine.gate_modules],
         }
 
 
 def test_the_engine_answers_what_has_a_meaning_here_and_names_the_feature_of_the_rest() -> None:
     for found in run_ranks(2, answers):
-        assert found == {"group": [0, 1], "gathered": [0.0, 1.0], "averages": True, "later": [], "norm": None}
+        assert found == {
+            "group": [0, 1],
+            "gathered": [0.0, 1.0],
+            "averages": True,
+            "later": [],
+            "norm": None,
+            "experts": [False, [], [], []],
+        }

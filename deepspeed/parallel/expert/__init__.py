@@ -11,6 +11,7 @@
     attach      the layers of a model learn their ranks; their parameters are marked
     groups      optimizer groups of experts, by the contract's functions
     load        how evenly experts are used
+    times       how long parts of a layer take
 
 Stands on `mesh` and `comm`; ZeRO meets it in marks (`mesh.marks`) and roles alone.
 """

@@ -16,6 +16,7 @@ from torch import nn
 
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Expert
+from deepspeed.parallel.expert.experts import check_alike
 from deepspeed.parallel.expert.gate import Noise
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import ExpertPlace
@@ -42,8 +43,10 @@ def expert_layers(model: nn.Module) -> Iterator[tuple[str, MOELayer]]:
 def ep_size_of(model: nn.Module) -> int:
     """Over how many ranks the layers of a model spread their experts; 1 without any.
 
-    Raises DeepSpeedConfigError where layers name different sizes above 1.
+    Raises DeepSpeedConfigError where layers name different sizes above 1, or a layer's experts differ.
     """
+    for name, layer in expert_layers(model):
+        check_alike(name.removesuffix(".deepspeed_moe"), layer.experts.deepspeed_experts)
     sizes = {layer.ep_size: name for name, layer in expert_layers(model) if layer.ep_size > 1}
     if len(sizes) > 1:
         told = ", ".join(f"{size} ({name})" for size, name in sizes.items())

@@ -8,6 +8,7 @@ After GShard (arXiv:2006.16668), section 2.2, with the contract's factors.
 from __future__ import annotations
 
 import math
+from numbers import Integral
 
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -30,6 +31,12 @@ def check_factors(**factors: float) -> None:
 
 def num_local(num_experts: int, ep_size: int) -> int:
     """Experts on each of `ep_size` ranks. Raises DeepSpeedError where they do not divide."""
+    for name, value in (("num_experts", num_experts), ("ep_size", ep_size)):
+        if not isinstance(value, Integral) or isinstance(value, bool):
+            raise DeepSpeedError(
+                f"{name} = {value!r} is a {type(value).__name__}, not an integer.\n"
+                "  Layers with different numbers of experts are different MoE layers, each with its own num_experts."
+            )
     if num_experts < 1 or ep_size < 1 or num_experts % ep_size:
         raise DeepSpeedError(
             f"num_experts = {num_experts} should be divisible by ep_size = {ep_size}: every rank holds equally many.\n"

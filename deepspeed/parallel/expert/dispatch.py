@@ -66,13 +66,16 @@ def run_experts(
         token = order // k
         return mix(tokens, token, weights.index_select(0, order), per_expert)
     routing = plan(flat[order], order // k, counts, len(tokens), place)
-    rows = SendRows.apply(tokens, routing.rows)
+    with place.times.during("first exchange"):
+        rows = SendRows.apply(tokens, routing.rows)
     sent_weights = SendRows.apply(weights, routing.pairs_of(order))
     at = _exchange(routing.row_of_pair.view(-1, 1), routing.pairs)[:, 0].long() + routing.row_starts
     by_expert = torch.argsort(routing.experts, stable=True)
     at = at[by_expert]
     partial = mix(rows, at, sent_weights.index_select(0, by_expert), routing.counts_here)
-    return AddRows.apply(partial, routing.rows, len(tokens))
+    with place.times.during("second exchange"):
+        result: Tensor = AddRows.apply(partial, routing.rows, len(tokens))
+    return result
 
 
 def _count(choices: Tensor, num_experts: int) -> Tensor:

@@ -9,11 +9,13 @@ those of a dense loop over all experts have, and ranks that shard parameters gat
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.parallel.expert.place import ExpertPlace
+from deepspeed.utils.errors import DeepSpeedConfigError
 
 
 class Experts(nn.Module):
@@ -38,3 +40,16 @@ class Experts(nn.Module):
     def names(self, place: ExpertPlace) -> dict[str, str]:
         """What the local experts are called in the whole model."""
         return {str(i): str(place.first + i) for i in range(self.num_local_experts)}
+
+
+def check_alike(name: str, experts: nn.ModuleList) -> None:
+    """Refuse experts of one layer that differ. Raises DeepSpeedConfigError, naming the layer."""
+    values: dict[str, set[Any]] = {
+        "requires_grad": {tuple(p.requires_grad for p in expert.parameters()) for expert in experts},
+        "dtypes or devices": {tuple((p.dtype, p.device) for p in expert.parameters()) for expert in experts},
+    }
+    different = next((what for what, kinds in values.items() if len(kinds) > 1), None)
+    if different:
+        raise DeepSpeedConfigError(
+            f"the experts of {name} have different {different}.\n  Freeze all of a layer's experts or none, in one dtype."
+        )

@@ -96,7 +96,7 @@ def top1gating(
     if used_token is not None:
         mask = mask * used_token.reshape(-1, 1).to(mask.dtype)
     counts = mask.sum(dim=0)
-    l_aux = (gates.mean(dim=0) * mask.float().mean(dim=0)).sum() * num_experts
+    l_aux = _evenness(gates, mask).sum() * num_experts
     if drop_tokens:
         capacity = capacity_of(s, num_experts, capacity_factor, min_capacity)
         priority = mask * noise.same(torch.rand_like(gates)) if use_rts else mask.float()
@@ -129,7 +129,7 @@ def top2gating(
     noisy = logits + noise.same(gumbel_like(logits)) if top2_2nd_expert_sampling else logits
     second = noisy.masked_fill(mask1.bool(), float("-inf")).argmax(dim=1)
     mask2 = F.one_hot(second, num_experts)
-    l_aux = (gates.mean(dim=0) * mask1.float().mean(dim=0)).mean() * num_experts * num_experts
+    l_aux = _evenness(gates, mask1).mean() * num_experts * num_experts
     counts = (mask1 + mask2).sum(dim=0)
     places1, places2 = _places(mask1), _places(mask2) + mask1.sum(dim=0, keepdim=True)
     if drop_tokens:
@@ -170,7 +170,7 @@ def topkgating(
     values, chosen = torch.topk(gates, k=k, dim=1)
     mask = torch.zeros_like(gates, dtype=torch.int64).scatter_(1, chosen, 1)
     counts = mask.sum(dim=0)
-    l_aux = (gates.mean(dim=0) * mask.float().mean(dim=0)).mean() * num_experts * num_experts / k
+    l_aux = _evenness(gates, mask).mean() * num_experts * num_experts / k
     if drop_tokens:
         capacity = capacity_of(s, num_experts, k * capacity_factor, min_capacity)
         if drop_policy == "probs":
@@ -187,6 +187,12 @@ def topkgating(
     return _routes(
         l_aux, capacity, list(indices.T), list(located.T), list(weights.T), counts, sparse_routes
     )  # fmt: skip
+
+
+def _evenness(gates: Tensor, mask: Tensor) -> Tensor:
+    """[experts] mean probability times mean choice; zeros of a rank without tokens, whose means would be no numbers."""
+    num_tokens = max(1, len(gates))
+    return gates.sum(dim=0) / num_tokens * (mask.float().sum(dim=0) / num_tokens)
 
 
 def _first(priority: Tensor, number: int) -> Tensor:

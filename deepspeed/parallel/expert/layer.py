@@ -28,7 +28,11 @@ from deepspeed.utils.logging import warn_once
 
 
 class MOELayer(nn.Module):
-    """Gate, exchange and experts. `l_aux` and `exp_counts` are the last forward's."""
+    """Gate, exchange and experts. `l_aux` and `exp_counts` are the last forward's.
+
+    So are, with `wall_clock_breakdown`, the milliseconds of the whole (`time_moe`), of sending tokens to their experts
+    (`time_falltoall`) and of what comes back (`time_salltoall`), and the gate's (`gate.gate_time`); 0.0 without.
+    """
 
     def __init__(
         self,
@@ -52,13 +56,24 @@ class MOELayer(nn.Module):
 
     def forward(self, hidden: Tensor, used_token: Tensor | None = None) -> Tensor:
         """[..., width] to [..., width]; tokens that were dropped give zeros."""
+        times = self.place.times
+        times.is_on = self.wall_clock_breakdown
+        with times.during("layer"):
+            result = self._forward(hidden, used_token)
+        if times.is_on:
+            self.time_moe, self.gate.gate_time = times["layer"], times["gate"]
+            self.time_falltoall, self.time_salltoall = times["first exchange"], times["second exchange"]
+        return result
+
+    def _forward(self, hidden: Tensor, used_token: Tensor | None) -> Tensor:
         if self.ep_size > 1 and self.place.size != self.ep_size:
             raise TrainingStateError(
                 f"a layer of {self.place.num_experts} experts on ep_size = {self.ep_size} ranks does not know its ranks yet.\n"
                 "  Pass the model to deepspeed.initialize before its first forward."
             )
         tokens = hidden.reshape(-1, hidden.shape[-1])
-        routes = self.gate(tokens, used_token, sparse_routes=True)
+        with self.place.times.during("gate"):
+            routes = self.gate(tokens, used_token, sparse_routes=True)
         assert isinstance(routes, Routes), "asked for sparse routes"
         self.l_aux, self.exp_counts = routes.l_aux, routes.exp_counts
         self.place.load.note_auxiliary(routes.l_aux)

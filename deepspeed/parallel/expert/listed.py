@@ -21,6 +21,7 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.marks import Expert
 from deepspeed.parallel.expert.dispatch import apart, run_experts
+from deepspeed.parallel.expert.experts import check_alike
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.parallel.expert.recipe import Recipe, find_recipe
@@ -58,7 +59,7 @@ def find(model: nn.Module, config: ExpertParallelConfig) -> dict[str, Block]:
         if module.__dict__[RECIPE] is not None:
             found[name] = Block(module, experts, child, module.__dict__[RECIPE])
         else:
-            _check_alike(name, experts)  # which may be why
+            check_alike(name, experts)  # which may be why
     return found
 
 
@@ -92,19 +93,7 @@ def check(found: dict[str, Block], ep: int) -> None:
                 f"expert_parallel.autoep_size = {ep} must divide the {num} experts of {name}: every rank holds equally many.\n"
                 f"  Choose among {[n for n in range(1, num + 1) if num % n == 0]}."
             )
-        _check_alike(name, block.experts)
-
-
-def _check_alike(name: str, experts: nn.ModuleList) -> None:
-    values: dict[str, set[Any]] = {
-        "requires_grad": {tuple(p.requires_grad for p in expert.parameters()) for expert in experts},
-        "dtypes or devices": {tuple((p.dtype, p.device) for p in expert.parameters()) for expert in experts},
-    }
-    different = next((what for what, kinds in values.items() if len(kinds) > 1), None)
-    if different:
-        raise DeepSpeedConfigError(
-            f"the experts of {name} have different {different}.\n  Freeze all of a layer's experts or none, in one dtype."
-        )
+        check_alike(name, block.experts)
 
 
 def convert(block: Block, mesh: Mesh, number: int) -> tuple[dict[str, str], list[nn.Parameter]]:

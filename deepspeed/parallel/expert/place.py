@@ -10,6 +10,7 @@ from typing import Any
 
 from deepspeed.parallel.expert.capacity import num_local
 from deepspeed.parallel.expert.load import Load
+from deepspeed.parallel.expert.times import Times
 
 PLACE = "ds_expert_place"
 """Attribute of a module whose experts are spread: its `ExpertPlace`."""
@@ -26,6 +27,7 @@ class ExpertPlace:
     number: int = 0
     """The layer's number in its model, which ranks compare before they exchange tokens."""
     load: Load = field(default_factory=Load)
+    times: Times = field(default_factory=Times)
 
     @property
     def num_here(self) -> int:

@@ -113,7 +113,8 @@ def test_a_capacity_may_be_above_the_number_of_tokens_and_there_may_be_no_tokens
         lambda x: topkgating(x, 3, 1.0, 20),
     ):
         assert gate(logits())[1].shape == (S, E, 20)
-        assert gate(torch.zeros(0, E))[1].shape == (0, E, 20)
+        l_aux, combine, _, _ = gate(torch.zeros(0, E))
+        assert combine.shape == (0, E, 20) and l_aux == 0
 
 
 def test_noise_is_for_training_alone() -> None:

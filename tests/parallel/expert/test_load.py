@@ -52,7 +52,7 @@ def watched(rank: int, world_size: int, folder: str, forgets: bool) -> dict[str,
     out, said = io.StringIO(), io.StringIO()
     handler = logging.StreamHandler(said)
     deepspeed.utils.logger.addHandler(handler)
-    config = make_config(1, micro=1, steps_per_print=1, monitor={"run_dir": "run"}, csv_monitor={"enabled": True, "output_path": "csv", "job_name": "job"})  # fmt: skip
+    config = make_config(1, micro=1, steps_per_print=1, monitor={"run_dir": "run"}, csv_monitor={"enabled": True, "output_path": "csv", "job_name": "job"}, wall_clock_breakdown=forgets)  # fmt: skip
     try:
         with contextlib.redirect_stdout(out), engine_of(model, config) as engine:
             for step in batches(3, world_size):
@@ -63,14 +63,24 @@ def watched(rank: int, world_size: int, folder: str, forgets: bool) -> dict[str,
                 engine.step()
                 with torch.no_grad():
                     engine(*step[rank])
+            times = [
+                (layer.time_moe, layer.time_falltoall, layer.time_salltoall, layer.gate.gate_time)
+                for layer in engine.moe_layers
+            ]
+            known = (
+                engine.has_moe_layers,
+                engine.num_experts,
+                engine.gate_modules == [x.gate for x in engine.moe_layers],
+            )
     finally:
         deepspeed.utils.logger.removeHandler(handler)
     losses = [float(layer.deepspeed_moe.l_aux) for layer in model.layers]
-    return {"counts": counts, "kept": kept, "out": out.getvalue(), "said": said.getvalue(), "losses": losses}
+    return {"counts": counts, "kept": kept, "out": out.getvalue(), "said": said.getvalue(), "losses": losses, "times": times, "known": known}  # fmt: skip
 
 
 def test_the_record_the_line_and_monitors_tell_the_load_of_experts_over_all_ranks(tmp_path: Path) -> None:
     found = run_ranks(2, watched, str(tmp_path), False)
+    check_times(found, are_timed=False)
     lines = [json.loads(line) for line in (tmp_path / "run" / "run.jsonl").read_text().splitlines()]
     tables = [line["layers"] for line in lines if line["kind"] == "experts"]
     steps = [line["experts"] for line in lines if line["kind"] == "step"]
@@ -116,8 +126,17 @@ def check_report(folder: Path) -> None:
 
 def test_an_auxiliary_loss_that_is_no_part_of_the_loss_is_warned_about_once(tmp_path: Path) -> None:
     found = run_ranks(2, watched, str(tmp_path), True)
+    check_times(found, are_timed=True)
     assert found[0]["said"].count("the auxiliary loss of layers.0, layers.1 is no part of") == 1
     assert found[1]["said"] == ""
+
+
+def check_times(found: list[dict[str, Any]], *, are_timed: bool) -> None:
+    """A layer's parts are timed with `wall_clock_breakdown`, each shorter than the whole; and the engine knows its layers."""
+    for each in found:
+        assert each["known"] == (True, [NUM_EXPERTS] * 2, True)
+        for whole, *parts in each["times"]:
+            assert all(0.0 < part < whole for part in parts) if are_timed else not any((whole, *parts))
 
 
 def test_a_hugging_face_model_whose_auxiliary_loss_is_off_is_told_so() -> None:

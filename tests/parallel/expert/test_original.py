@@ -10,9 +10,11 @@ import pytest
 import torch
 
 from deepspeed.checkpoint.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.moe.layer import MoE
 from deepspeed.utils.errors import CheckpointError
 from tests.harness import run_ranks
-from tests.parallel.expert.models import LONG, NUM_EXPERTS
+from tests.parallel.expert.models import LONG, NUM_EXPERTS, WIDTH, FeedForward, Model
 from tests.parallel.expert.runs import ADAM, CLIP, Trained, compare, plain, train
 
 FOLDER = Path(__file__).parent / "original"
@@ -63,6 +65,20 @@ def test_consolidation_gives_every_expert_as_its_own_file_has_it(name: str) -> N
             num += 1
             torch.testing.assert_close(found[key], value.float(), rtol=1e-2 if "bf16" in name else 0, atol=0)
     assert num == 2 * NUM_EXPERTS * 4 and len(found) == num + 6
+
+
+def test_scripts_that_load_experts_themselves_get_those_of_their_rank() -> None:
+    model = Model([MoE(WIDTH, FeedForward(), NUM_EXPERTS, ep_size=2) for _ in range(2)])
+    for layer in model.layers:
+        layer.deepspeed_moe.place.size, layer.deepspeed_moe.place.rank = 2, 1
+    found: dict[str, torch.Tensor] = {}
+    DeepSpeedEngine.load_moe_state_dict(str(FOLDER / "z1"), "two", found, False, model)
+    assert set(found) == {name for name, _ in model.named_parameters() if ".deepspeed_experts." in name}
+    last = torch.load(FOLDER / "z1/two/layer_1_expert_3_mp_rank_00_model_states.pt", weights_only=True)
+    for name, value in last.items():
+        assert torch.equal(found[name.replace("deepspeed_experts.3", "deepspeed_experts.1")], value)
+    with pytest.raises(CheckpointError, match="old_moe_load=True"):
+        DeepSpeedEngine.load_moe_state_dict(str(FOLDER / "z1"), "two", found, True, model)
 
 
 def test_an_expert_whose_file_is_missing_is_named(tmp_path: Path) -> None:
