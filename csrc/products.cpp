@@ -13,6 +13,7 @@
 namespace {
 
 constexpr int64_t kTaskBytes = 64 * 1024;
+constexpr int64_t kIntegerStreams = 4;  // with as many of scales: more, at distances that are powers of two, push each other out
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 constexpr float kLargest = 32639.0f;   // 127 * 256 + 127: both bytes of it fit, whatever the sign
 
@@ -78,25 +79,22 @@ struct Product {
     const float *x, *bias;
     float* y;
     int64_t num_rows, width, batch;
-    int64_t apart, rows_per_task;  // rows that are read side by side are `apart` rows from each other
+    int64_t streams, apart, rows_per_task;  // rows are read in so many places side by side, `apart` rows from each other
     const Vectors* vectors;
+    int64_t row_nbytes, groups, parts;  // of a row: to divide for each row anew costs a tenth of the time
 
-    int64_t row_nbytes() const { return width * bits / 8; }
-    int64_t row_of(int64_t first, int stream) const {  // the last row again where a stream has run out
-        const int64_t row = first + stream * apart;
-        return row < num_rows ? row : num_rows - 1;
-    }
+    // The k-th of the kStreams rows that are worked on together; past the end where a stream has run out.
+    int64_t row_of(int64_t index, int k) const { return index * (kStreams / streams) + k / streams + k % streams * apart; }
 
-    void rows(int64_t first) const {
+    void rows(int64_t index) const {
         static thread_local std::vector<float> held;
         IntegerRows rows;
         const void* at[kStreams];
-        const int64_t parts = width / part;
         if (part != group_size) held.resize(kStreams * parts);
         for (int k = 0; k < kStreams; ++k) {
-            const int64_t row = row_of(first, k);
-            at[k] = rows.values[k] = weight + row * row_nbytes();
-            rows.scales[k] = scales + row * (width / group_size);
+            const int64_t row = row_of(index, k) < num_rows ? row_of(index, k) : num_rows - 1;
+            at[k] = rows.values[k] = weight + row * row_nbytes;
+            rows.scales[k] = scales + row * groups;
             if (part == group_size) continue;
             float* const repeated = held.data() + k * parts;
             for (int64_t p = 0; p < parts; ++p) repeated[p] = rows.scales[k][p * part / group_size];
@@ -106,7 +104,7 @@ struct Product {
             float out[kStreams];
             dot(at, rows, b, out);
             for (int k = 0; k < kStreams; ++k) {
-                const int64_t row = first + k * apart;
+                const int64_t row = row_of(index, k);
                 if (row < num_rows) y[b * num_rows + row] = out[k] + (bias ? bias[row] : 0.0f);
             }
         }
@@ -117,7 +115,6 @@ struct Product {
             (bits == 32 ? loops.fp32 : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
             return;
         }
-        const int64_t parts = width / part;
         const Integers beside{vectors->values.data() + b * width, vectors->starts.data() + b * parts,
                               vectors->scales.data() + b * parts, static_cast<size_t>(parts), static_cast<size_t>(part)};
         loops.integers[bits == 4](rows, beside, out);
@@ -137,16 +134,18 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
     const int64_t part = bits < 16 ? part_of(group_size) : group_size;
     if (bits < 16) vectors.fill(x, batch * width, part, loops, bits == 4);
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
-    const int64_t apart = (num_rows + kStreams - 1) / kStreams;
+    const int64_t streams = bits < 16 ? kIntegerStreams : kStreams, together = kStreams / streams;
+    const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
     Product product{loops, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
-                    apart, 1, &vectors};
-    const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes());
+                    streams, num_together * together, 1, &vectors, width * bits / 8, width / group_size, width / part};
+    const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes);
     product.rows_per_task = fitting > 0 ? fitting : 1;
-    const int64_t num_tasks = (apart + product.rows_per_task - 1) / product.rows_per_task;
+    const int64_t num_tasks = (num_together + product.rows_per_task - 1) / product.rows_per_task;
     parallel_for(num_tasks, num_threads, [](void* self, int64_t index) {
         const Product& all = *static_cast<Product*>(self);
         const int64_t stop = (index + 1) * all.rows_per_task;
-        for (int64_t first = index * all.rows_per_task; first < stop && first < all.apart; ++first) all.rows(first);
+        const int64_t end = all.apart * all.streams / kStreams;
+        for (int64_t i = index * all.rows_per_task; i < stop && i < end; ++i) all.rows(i);
     }, &product);
 }
 

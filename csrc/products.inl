@@ -1,6 +1,6 @@
 // Dot products of kStreams rows of a weight with a vector, once per instruction set; included by kernels.inl. They are bound by the
 // memory that rows are read from: rows far apart are read side by side, because a processor keeps several streams coming faster
-// than one (Zen 3, other work on the second core: 14 GB/s in eight, 7 to 12 in one), and the aim is few operations per byte.
+// than one (Zen 3: 27 GB/s in four or eight, 15 in one), and the aim is few operations per byte.
 //
 // Floats are summed in 8 lanes; integers exactly in 8 lanes per group, which are scaled and summed in 8 lanes of floats: the same
 // bits on every instruction set. Vectors beside integers have 15 bits and a scale per group, far finer than the weights; `arrange`
@@ -31,6 +31,8 @@ static inline __attribute__((always_inline)) void sum_lanes(const Floats8* v, fl
     *reinterpret_cast<Floats8*>(sums) = DS_SHUFFLE(mixed, mixed, 0, 4, 1, 5, 2, 6, 3, 7);
 }
 
+constexpr size_t kAhead = 256;  // bytes ahead rows are asked for: the next row of a stream follows on this one
+
 static void dot_fp32(const void* const* rows, const float* x, size_t n, float* out) {
     const float* const* w = reinterpret_cast<const float* const*>(rows);
     Floats8 sums[kStreams] = {};
@@ -49,45 +51,33 @@ static void dot_bf16(const void* const* rows, const float* x, size_t n, float* o
     const uint16_t* const* w = reinterpret_cast<const uint16_t* const*>(rows);
     Floats8 sums[kStreams] = {};
     size_t i = 0;
-    for (; i + 16 <= n; i += 16)
+    const auto add = [&](int k, size_t at) {
+        const Words8 both = *reinterpret_cast<const Words8*>(w[k] + at);
+        sums[k] += (Floats8)(both << 16) * *reinterpret_cast<const Floats8*>(x + at);
+        sums[k] += (Floats8)(both & 0xffff0000u) * *reinterpret_cast<const Floats8*>(x + at + 8);
+    };
+    for (; i + 32 <= n; i += 32)
         for (int k = 0; k < kStreams; ++k) {
-            const Words8 both = *reinterpret_cast<const Words8*>(w[k] + i);
-            sums[k] += (Floats8)(both << 16) * *reinterpret_cast<const Floats8*>(x + i);
-            sums[k] += (Floats8)(both & 0xffff0000u) * *reinterpret_cast<const Floats8*>(x + i + 8);
+            __builtin_prefetch(reinterpret_cast<const char*>(w[k] + i) + kAhead);
+            add(k, i);
+            add(k, i + 16);
         }
+    for (; i + 16 <= n; i += 16)
+        for (int k = 0; k < kStreams; ++k) add(k, i);
     sum_lanes(sums, out);
     for (; i < n; ++i)
         for (int k = 0; k < kStreams; ++k) out[k] += float_of(static_cast<uint32_t>(w[k][i]) << 16) * x[i];
 }
 
-constexpr size_t kGroups = 8;   // whose scales are multiplied at once
-constexpr size_t kAhead = 512;  // bytes ahead they are asked for: the next row of a stream follows on this one
+constexpr int kRows = 4;  // rows of integers that are worked on at once: what is under way for them fits in 16 registers
 
-// Groups [g, g + count) of all rows, which meet a piece of x while it is in registers.
-struct Groups8 {
-    const IntegerRows& rows;
-    const Integers& x;
-    size_t g, count;
-    const float (*scales)[kGroups];  // of both, [kStreams]
-    Floats8* lanes;                  // [kStreams], added to
-};
+// lanes [kRows] of rows [first, first + kRows) with x: exact sums of each group, scaled by both scales and summed in floats.
+using SumRows = void (*)(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes);
 
-template <void (*groups_of)(const Groups8&)>
-static inline __attribute__((always_inline)) void sum_groups(const IntegerRows& rows, const Integers& x, float* out) {
-    Floats8 lanes[kStreams] = {};
-    alignas(32) float scales[kStreams][kGroups];
-    for (size_t g = 0; g < x.num_groups; g += kGroups) {
-        const size_t count = x.num_groups - g < kGroups ? x.num_groups - g : kGroups;
-        for (int k = 0; k < kStreams; ++k) {
-            __builtin_prefetch(rows.scales[k] + g + 2 * kGroups);
-            if (count == kGroups)
-                *reinterpret_cast<Floats8*>(scales[k]) =
-                    *reinterpret_cast<const Floats8*>(rows.scales[k] + g) * *reinterpret_cast<const Floats8*>(x.scales + g);
-            else
-                for (size_t j = 0; j < count; ++j) scales[k][j] = rows.scales[k][g + j] * x.scales[g + j];
-        }
-        groups_of(Groups8{rows, x, g, count, scales, lanes});
-    }
+template <SumRows sum_rows>
+static inline __attribute__((always_inline)) void dot_integers(const IntegerRows& rows, const Integers& x, float* out) {
+    Floats8 lanes[kStreams];
+    for (int first = 0; first < kStreams; first += kRows) sum_rows(rows, x, first, lanes + first);
     sum_lanes(lanes, out);
 }
 
@@ -110,123 +100,118 @@ static inline __m256i load_half(const void* at) {
 }
 static inline __m256i load_bytes(const void* at) { return _mm256_cvtepi8_epi16(_mm_loadu_si128(static_cast<const __m128i*>(at))); }
 
-static inline __attribute__((always_inline)) void add_scaled(__m256i lanes, const float* scale, Floats8* to) {
-    *to += (Floats8)_mm256_mul_ps(_mm256_cvtepi32_ps(lanes), _mm256_broadcast_ss(scale));
+static inline __attribute__((always_inline)) Floats8 scaled(__m256i lanes, float scale) {
+    return (Floats8)_mm256_mul_ps(_mm256_cvtepi32_ps(lanes), _mm256_set1_ps(scale));
 }
 
+// The exact products of a group of a row with its piece of x, in 8 lanes.
 template <size_t Size>
-static inline __attribute__((always_inline)) void groups_int8(const Groups8& of) {
-    const size_t size = Size ? Size : of.x.group_size;
-    Floats8 sums[kStreams];
-    const uint8_t* w[kStreams];
-    for (int k = 0; k < kStreams; ++k) sums[k] = of.lanes[k], w[k] = of.rows.values[k] + of.g * size;
-    const int16_t* x = of.x.values + of.g * size;
-    for (size_t j = 0; j < of.count; ++j, x += size) {
-        __m256i lanes[kStreams];
-        for (int k = 0; k < kStreams; ++k) lanes[k] = _mm256_setzero_si256();
-        for (size_t i = 0; i < size; i += 32) {
-            const __m256i x0 = load_words(x + i), x1 = load_words(x + i + 16);
-            for (int k = 0; k < kStreams; ++k) {
-                const uint8_t* at = w[k] + j * size + i;
-                if (i % 64 == 0) __builtin_prefetch(at + kAhead);
-                const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(load_bytes(at), x0), _mm256_madd_epi16(load_bytes(at + 16), x1));
-                lanes[k] = _mm256_add_epi32(lanes[k], both);
-            }
-        }
-        for (int k = 0; k < kStreams; ++k) add_scaled(lanes[k], of.scales[k] + j, sums + k);
+static inline __attribute__((always_inline)) __m256i group_int8(const uint8_t* w, const int16_t* x, size_t any, __m256i lanes) {
+    const size_t size = Size ? Size : any;
+    for (size_t i = 0; i < size; i += 32) {
+        const __m256i a = _mm256_madd_epi16(load_bytes(w + i), load_words(x + i));
+        const __m256i b = _mm256_madd_epi16(load_bytes(w + i + 16), load_words(x + i + 16));
+        lanes = _mm256_add_epi32(lanes, _mm256_add_epi32(a, b));
     }
-    for (int k = 0; k < kStreams; ++k) of.lanes[k] = sums[k];
+    return lanes;
 }
 
-// Weights are unsigned, 8 above their value; each is masked out of its word of four.
-static inline __attribute__((always_inline)) __m256i four_bits(__m256i words, const __m256i* x) {
+// Weights are unsigned, 8 above their value; each is masked out of its word of four. x: four planes.
+template <size_t Size>
+static inline __attribute__((always_inline)) __m256i group_int4(const uint8_t* w, const int16_t* x, size_t any, __m256i lanes) {
+    const size_t size = Size ? Size : any;
     const __m256i low = _mm256_set1_epi16(15);
-    const __m256i a = _mm256_madd_epi16(_mm256_and_si256(words, low), x[0]);
-    const __m256i b = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(words, 4), low), x[1]);
-    const __m256i c = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(words, 8), low), x[2]);
-    const __m256i d = _mm256_madd_epi16(_mm256_srli_epi16(words, 12), x[3]);
-    return _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d));
+    for (size_t i = 0; i < size; i += 64) {
+        const bool is_whole = size - i >= 64;
+        const __m256i words = is_whole ? load_words(w + i / 2) : load_half(w + i / 2);
+        const auto of = [&](int p) { return is_whole ? load_words(x + i + 16 * p) : load_half(x + i + 8 * p); };
+        const __m256i a = _mm256_madd_epi16(_mm256_and_si256(words, low), of(0));
+        const __m256i b = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(words, 4), low), of(1));
+        const __m256i c = _mm256_madd_epi16(_mm256_and_si256(_mm256_srli_epi16(words, 8), low), of(2));
+        const __m256i d = _mm256_madd_epi16(_mm256_srli_epi16(words, 12), of(3));
+        lanes = _mm256_add_epi32(lanes, _mm256_add_epi32(_mm256_add_epi32(a, b), _mm256_add_epi32(c, d)));
+    }
+    return lanes;
+}
+
+template <size_t Size, int PerByte, __m256i (*group)(const uint8_t*, const int16_t*, size_t, __m256i)>
+static void sum_rows(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
+    const size_t size = Size ? Size : beside.group_size, step = size / PerByte;
+    const uint8_t* const* const w = rows.values + first;
+    const float* const* const s = rows.scales + first;
+    const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
+    const float *s0 = s[0], *s1 = s[1], *s2 = s[2], *s3 = s[3];
+    Floats8 sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};  // no arrays: they stay in registers
+    const int16_t* x = beside.values;
+    for (size_t g = 0; g < beside.num_groups; ++g) {
+        const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(beside.starts[g]));
+        const float scale = beside.scales[g];
+        for (size_t i = 0; i < step; i += 64) {
+            __builtin_prefetch(w0 + kAhead + i);
+            __builtin_prefetch(w1 + kAhead + i);
+            __builtin_prefetch(w2 + kAhead + i);
+            __builtin_prefetch(w3 + kAhead + i);
+        }
+        sum0 += scaled(group(w0, x, size, start), s0[g] * scale);
+        sum1 += scaled(group(w1, x, size, start), s1[g] * scale);
+        sum2 += scaled(group(w2, x, size, start), s2[g] * scale);
+        sum3 += scaled(group(w3, x, size, start), s3[g] * scale);
+        x += size, w0 += step, w1 += step, w2 += step, w3 += step;
+    }
+    lanes[0] = sum0, lanes[1] = sum1, lanes[2] = sum2, lanes[3] = sum3;
 }
 
 template <size_t Size>
-static inline __attribute__((always_inline)) void groups_int4(const Groups8& of) {
-    const size_t size = Size ? Size : of.x.group_size;
-    Floats8 sums[kStreams];
-    const uint8_t* w[kStreams];
-    for (int k = 0; k < kStreams; ++k) sums[k] = of.lanes[k], w[k] = of.rows.values[k] + of.g * size / 2;
-    const int16_t* x = of.x.values + of.g * size;
-    for (size_t j = 0; j < of.count; ++j, x += size) {
-        const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(of.x.starts[of.g + j]));
-        __m256i lanes[kStreams], planes[4];
-        for (int k = 0; k < kStreams; ++k) lanes[k] = start;
-        for (size_t i = 0; i < size / 64 * 64; i += 64) {
-            for (int p = 0; p < 4; ++p) planes[p] = load_words(x + i + 16 * p);
-            for (int k = 0; k < kStreams; ++k) {
-                const uint8_t* at = w[k] + (j * size + i) / 2;
-                if (j % 2 == 0) __builtin_prefetch(at + kAhead);
-                lanes[k] = _mm256_add_epi32(lanes[k], four_bits(load_words(at), planes));
-            }
-        }
-        if (size % 64) {
-            const size_t i = size / 64 * 64;
-            for (int p = 0; p < 4; ++p) planes[p] = load_half(x + i + 8 * p);
-            for (int k = 0; k < kStreams; ++k)
-                lanes[k] = _mm256_add_epi32(lanes[k], four_bits(load_half(w[k] + (j * size + i) / 2), planes));
-        }
-        for (int k = 0; k < kStreams; ++k) add_scaled(lanes[k], of.scales[k] + j, sums + k);
-    }
-    for (int k = 0; k < kStreams; ++k) of.lanes[k] = sums[k];
-}
+constexpr SumRows rows_int8 = sum_rows<Size, 1, group_int8<Size>>;
+template <size_t Size>
+constexpr SumRows rows_int4 = sum_rows<Size, 2, group_int4<Size>>;
 
 #else
 
-// The lanes of one group of row k, scaled, onto those of the row.
-static inline void add_scaled(const Groups8& of, int k, size_t j, const int32_t* lanes) {
-    for (size_t t = 0; t < 8; ++t) of.lanes[k][t] += static_cast<float>(lanes[t]) * of.scales[k][j];
+static inline void group_int8(const uint8_t* bytes, const int16_t* x, size_t size, int32_t* lanes) {
+    const int8_t* w = reinterpret_cast<const int8_t*>(bytes);
+    for (size_t i = 0; i < size; i += 16)
+        for (size_t t = 0; t < 8; ++t) lanes[t] += w[i + 2 * t] * x[i + 2 * t] + w[i + 2 * t + 1] * x[i + 2 * t + 1];
+}
+
+static inline void group_int4(const uint8_t* w, const int16_t* x, size_t size, int32_t* lanes) {
+    for (size_t i = 0; i < size; i += 64) {
+        const size_t words = (size - i < 64 ? size - i : 64) / 4;  // of each plane
+        for (size_t u = 0; u < words; ++u) {
+            const int first = w[i / 2 + 2 * u], second = w[i / 2 + 2 * u + 1];
+            lanes[u / 2] += (first & 15) * x[i + u] + (first >> 4) * x[i + words + u] + (second & 15) * x[i + 2 * words + u] +
+                            (second >> 4) * x[i + 3 * words + u];
+        }
+    }
+}
+
+template <int PerByte, void (*group)(const uint8_t*, const int16_t*, size_t, int32_t*)>
+static void sum_rows(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
+    for (int k = 0; k < kRows; ++k) {
+        to[k] = Floats8{};
+        for (size_t g = 0; g < beside.num_groups; ++g) {
+            const size_t at = g * beside.group_size;
+            int32_t lanes[8] = {beside.starts[g]};
+            group(rows.values[first + k] + at / PerByte, beside.values + at, beside.group_size, lanes);
+            const float scale = rows.scales[first + k][g] * beside.scales[g];
+            for (size_t t = 0; t < 8; ++t) to[k][t] += static_cast<float>(lanes[t]) * scale;
+        }
+    }
 }
 
 template <size_t>
-static void groups_int8(const Groups8& of) {
-    const size_t size = of.x.group_size;
-    for (int k = 0; k < kStreams; ++k)
-        for (size_t j = 0; j < of.count; ++j) {
-            const int8_t* w = reinterpret_cast<const int8_t*>(of.rows.values[k]) + (of.g + j) * size;
-            const int16_t* x = of.x.values + (of.g + j) * size;
-            int32_t lanes[8] = {};
-            for (size_t i = 0; i < size; i += 16)
-                for (size_t t = 0; t < 8; ++t) lanes[t] += w[i + 2 * t] * x[i + 2 * t] + w[i + 2 * t + 1] * x[i + 2 * t + 1];
-            add_scaled(of, k, j, lanes);
-        }
-}
-
+constexpr SumRows rows_int8 = sum_rows<1, group_int8>;
 template <size_t>
-static void groups_int4(const Groups8& of) {
-    const size_t size = of.x.group_size;
-    for (int k = 0; k < kStreams; ++k)
-        for (size_t j = 0; j < of.count; ++j) {
-            const uint8_t* w = of.rows.values[k] + (of.g + j) * size / 2;
-            const int16_t* x = of.x.values + (of.g + j) * size;
-            int32_t lanes[8] = {of.x.starts[of.g + j]};
-            for (size_t i = 0; i < size; i += 64) {
-                const size_t words = (size - i < 64 ? size - i : 64) / 4;  // of each plane
-                for (size_t u = 0; u < words; ++u) {
-                    const int first = w[i / 2 + 2 * u], second = w[i / 2 + 2 * u + 1];
-                    lanes[u / 2] += (first & 15) * x[i + u] + (first >> 4) * x[i + words + u] + (second & 15) * x[i + 2 * words + u] +
-                                    (second >> 4) * x[i + 3 * words + u];
-                }
-            }
-            add_scaled(of, k, j, lanes);
-        }
-}
+constexpr SumRows rows_int4 = sum_rows<2, group_int4>;
 
 #endif
 
 static void dot_int8(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? sum_groups<groups_int8<64>> : sum_groups<groups_int8<0>>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<rows_int8<64>> : dot_integers<rows_int8<0>>)(rows, x, out);
 }
 
 static void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? sum_groups<groups_int4<64>> : sum_groups<groups_int4<0>>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<rows_int4<64>> : dot_integers<rows_int4<0>>)(rows, x, out);
 }
 
 // The sum of 64-bit words, read in `streams` places at once: what a product's speed is compared with.

@@ -41,10 +41,17 @@ _PIPE_MODULE = {
     "deepspeed.parallel.pipeline.module": "PipelineModule DualPipeVModule",
     "deepspeed.parallel.pipeline.layers": "LayerSpec TiedLayerSpec PipelineError",
 }
-_INFERENCE = "inference"
+_INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SPARSE = "compression", "sparse attention"
 _SP, _TENSOR = "deepspeed.parallel.sequence", "deepspeed.parallel.tensor"
+_POLICIES = invert(
+    {
+        "deepspeed.inference.policies": "HFBertLayerPolicy HFDistilBertLayerPolicy HFGPT2LayerPolicy HFGPTJLayerPolicy "
+        "HFGPTNEOLayerPolicy GPTNEOXLayerPolicy BLOOMLayerPolicy HFOPTLayerPolicy HFCLIPLayerPolicy LLAMALayerPolicy "
+        "LLAMA2LayerPolicy InternLMLayerPolicy"
+    }
+) | _later(_INFERENCE, "MegatronLayerPolicy UNetPolicy VAEPolicy")
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.constants": {_CONSTANTS: ""},
@@ -275,6 +282,7 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.inference.quantization.quantization": {
         "_init_group_wise_weight_quantization": "deepspeed.zero.quantized:init_group_wise_weight_quantization"
     },
+    "deepspeed.inference.quantization.utils": invert({"deepspeed.inference.group_wise": "Quantizer DeQuantizer"}),
     "deepspeed.inference.v2": {},
     "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),
     "deepspeed.inference.v2.engine_factory": {
@@ -282,7 +290,18 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.inference": "build_hf_engine build_engine_from_ds_checkpoint"}),
     },
     "deepspeed.inference.v2.ragged": _later(_INFERENCE, "DSStateManagerConfig DSStateManager"),
-    "deepspeed.module_inject": _later(_INFERENCE, "replace_transformer_layer revert_transformer_layer"),
+    "deepspeed.module_inject": {
+        **_POLICIES,
+        **invert(
+            {
+                f"{_TENSOR}.by_hand": "LinearAllreduce LinearLayer",
+                f"{_TENSOR}.tables": "EmbeddingLayer Normalize",
+                f"{_TENSOR}.requested": "set_autotp_mode",
+            }
+        ),
+        **_later(_INFERENCE, "replace_transformer_layer revert_transformer_layer GroupQuantizer"),
+        **_later(_AUTOTP, "AutoTP ReplaceWithTensorSlicing"),
+    },
     "deepspeed.module_inject.layers": invert(
         {
             f"{_TENSOR}.by_hand": "LinearAllreduce LinearLayer LinearAllreduceWithReplicatedInput LmHeadLinearAllreduce "
@@ -297,12 +316,17 @@ PATHS: dict[str, dict[str, str]] = {
     "deepspeed.module_inject.autotp_config": invert(
         {f"{_TENSOR}.specs": "TPLayerSpec PartitionType AutoTPConfig AutoTPPresets merge_autotp_configs"}
     ),
-    "deepspeed.module_inject.auto_tp": invert({f"{_TENSOR}.head": "VocabParallelCausalLMLoss"}),
-    "deepspeed.module_inject.policy": _later(_INFERENCE, "transpose DSPolicy TransformerPolicy"),
-    "deepspeed.module_inject.replace_policy": _later(
-        _INFERENCE, "HFGPT2LayerPolicy HFBertLayerPolicy HFGPTJLayerPolicy"
-    ),
+    "deepspeed.module_inject.auto_tp": {
+        **invert({f"{_TENSOR}.head": "VocabParallelCausalLMLoss"}),
+        **_later(_AUTOTP, "AutoTP ReplaceWithTensorSlicing Loading"),
+    },
+    "deepspeed.module_inject.policy": {
+        **invert({"deepspeed.inference.policies": "DSPolicy TransformerPolicy"}),
+        **_later(_INFERENCE, "transpose"),
+    },
+    "deepspeed.module_inject.replace_policy": _POLICIES,
     "deepspeed.module_inject.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),
+    "deepspeed.utils.init_on_device": invert({"deepspeed.utils.on_device": "OnDevice"}),
     "deepspeed.utils.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),
     "deepspeed.compile": {},
     "deepspeed.compile.passes": {},

@@ -6,6 +6,8 @@ engine.py       InferenceEngine: forward, generate, timing, compiling
 prepare.py      a module cast, and placed on its device
 quantized.py    what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
+policies.py     the original's layer policies by name
+group_wise.py   Quantizer and DeQuantizer, for tensors that scripts quantize themselves
 tensor.py       over which ranks a model is cut, and that they stay together
 experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
@@ -21,6 +23,7 @@ save.py         save_mp_checkpoint_path
 fused.py        one compiled call per token, beneath the model's own forward
 cache.py        keys and values that grow in place
 int8_cache.py   keys and values in int8
+times.py        how long forwards take, inside of generate too
 limits.py       what is refused before a prompt costs any work
 """
 

@@ -9,9 +9,9 @@ Invariant: nothing of the module is changed before all that can be refused has b
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import inspect
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,7 +20,6 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from deepspeed.accelerator import get_accelerator
 from deepspeed.inference import experts, prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
@@ -31,6 +30,7 @@ from deepspeed.inference.policy import row_names
 from deepspeed.inference.quantized import quantize
 from deepspeed.inference.save import check_can_save, save
 from deepspeed.inference.streamed import Streamed
+from deepspeed.inference.times import ForwardTimes
 from deepspeed.quant.replace import Around
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
@@ -56,7 +56,7 @@ class InferenceEngine(nn.Module):
         config = config or DeepSpeedInferenceConfig()
         modules = list(_modules_of(model))
         self._config = config
-        self._times: list[float] | None = None
+        self._times: ForwardTimes | None = None
         self._is_compiled = False
         self._streamed: list[Streamed] = []
         _check(modules, config)
@@ -73,6 +73,7 @@ class InferenceEngine(nn.Module):
             self._release()
             raise
         self.module = model
+        self.training = False
         if self._ranks is not None:
             self._ranks.same_draws()
 
@@ -155,13 +156,7 @@ class InferenceEngine(nn.Module):
         """What the module answers; timed in `model_times` after `profile_model_time`. Without gradients."""
         if self._times is None:
             return self.module(*args, **kwargs)
-        accelerator = get_accelerator()
-        accelerator.synchronize()
-        start = time.perf_counter()
-        outputs = self.module(*args, **kwargs)
-        accelerator.synchronize()
-        self._times.append((time.perf_counter() - start) * 1e3)
-        return outputs
+        return self._times.call(self.module, args, kwargs)
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`, with prompt and answer checked against `max_out_tokens` first.
@@ -183,13 +178,14 @@ class InferenceEngine(nn.Module):
             kwargs = _with_int8_cache(self.module, kwargs)
         for streamed in self._streamed:
             kwargs = streamed.in_step(kwargs)
-        with torch.no_grad():
+        times = self._times.inside(self.module, self._is_compiled) if self._times else contextlib.nullcontext()
+        with torch.no_grad(), times:
             return generate(*args, **kwargs)
 
     def profile_model_time(self, use_cuda_events: bool = True) -> None:
-        """From now on, note how long each forward takes; `use_cuda_events` changes nothing: the device is waited for."""
+        """From now on, note how long each forward takes, those inside of `generate` too; `use_cuda_events` changes nothing: the device is waited for."""
         if self._times is None:
-            self._times = []
+            self._times = ForwardTimes()
 
     def model_times(self) -> list[float]:
         """Milliseconds of each forward since the last call; forgets them. Raises TrainingStateError before `profile_model_time`."""
@@ -197,7 +193,7 @@ class InferenceEngine(nn.Module):
             raise TrainingStateError(
                 "model_times() before profile_model_time(): no forward was timed.\n  Call it first."
             )
-        times, self._times = self._times, []
+        times = self._times.take()
         if not times and self._config.enable_cuda_graph:
             raise TrainingStateError("model_times() has no times: no forward ran since the last call.")
         return times

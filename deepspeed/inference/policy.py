@@ -1,4 +1,4 @@
-"""A user's `injection_policy`, checked against the model: {LayerClass: "suffix" or ("suffix", ...)}.
+"""A user's `injection_policy`, checked against the model: {LayerClass: "suffix", ("suffix", ...) or a class of `policies`}.
 
 The suffixes name sub-layers whose outputs are summed over tensor-parallel ranks. Called by the engine at every tp_size, so
 that a plan which matches nothing is an error where it is tried first, on one rank.
@@ -33,7 +33,7 @@ def row_names(model: nn.Module, policy: Mapping[Any, Any]) -> list[str]:
                 f"injection_policy names {layer_class.__name__}, of which {type(model).__name__} has none.\n"
                 f"  Its layers are of the classes {', '.join(sorted(_layer_classes(model))) or '(none)'}."
             )
-        for suffix in (value,) if isinstance(value, str) else tuple(value):
+        for suffix in _suffixes(value):
             matches = [
                 f"{prefix}.{name}".lstrip(".")
                 for prefix, layer in layers
@@ -47,6 +47,19 @@ def row_names(model: nn.Module, policy: Mapping[Any, Any]) -> list[str]:
                 )
             found += matches
     return list(dict.fromkeys(found))
+
+
+def _suffixes(value: Any) -> tuple[str, ...]:
+    """The names that a value of `injection_policy` stands for. Raises DeepSpeedConfigError for what is none."""
+    names = getattr(value, "row_names", value)
+    if isinstance(names, str):
+        return (names,)
+    if not isinstance(names, (tuple, list)) or not names or not all(isinstance(name, str) for name in names):
+        raise DeepSpeedConfigError(
+            f"injection_policy has the value {value!r}, which names no sub-layers.\n"
+            "  Use names whose outputs are summed over ranks, ('SelfAttention.o', ...), or a policy of deepspeed.module_inject."
+        )
+    return tuple(names)
 
 
 def _layer_classes(model: nn.Module) -> Iterator[str]:

@@ -50,7 +50,8 @@ def quantize_model(
     """Quantize every layer that can be; returns how many weights. `keep` names layers that stay, `more` has kinds of layers
     beyond Linear, Conv1D and Embedding. An embedding that no such layer is tied to is quantized `with_embeddings` alone.
 
-    Raises DeepSpeedConfigError where there is none, because what was asked for would not happen.
+    Layers that are quantized already stay. Raises DeepSpeedConfigError where there is none at all, because what was asked for would not
+    happen.
     """
     left: list[str] = []
     count = 0
@@ -68,7 +69,7 @@ def quantize_model(
         _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, around)
         count += 1
     left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
-    if not count:
+    if not count and not any(isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) for layer in model.modules()):
         raise DeepSpeedConfigError(
             f"{type(model).__name__} has no layer whose weights can be quantized.\n"
             "  Layers of the classes Linear and Conv1D can, where their inputs divide into even groups. Run it in fp32 or bf16."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import importlib
 import json
 import os
 from pathlib import Path
@@ -16,6 +17,7 @@ import deepspeed
 from deepspeed.inference import engine as engine_module
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
+from deepspeed.inference.policy import row_names
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.inference.families import FAMILIES, build, prompts
 
@@ -77,7 +79,7 @@ def test_the_engine_stands_for_its_module() -> None:
     model = build("llama")
     engine = deepspeed.init_inference(model, dtype=torch.float32)
     assert isinstance(engine, InferenceEngine) and isinstance(engine, nn.Module)
-    assert engine.module is model
+    assert engine.module is model and not engine.training
     assert engine.config is model.config and engine.generation_config is model.generation_config
     assert engine.device == model.device
     with pytest.raises(AttributeError, match="no attribute 'nowhere'"):
@@ -108,6 +110,11 @@ def test_forwards_are_timed_from_when_it_is_asked_for() -> None:
     times = engine.model_times()
     assert len(times) == 2 and all(0 < ms < 10_000 for ms in times)
     assert engine.model_times() == []
+    talker = deepspeed.init_inference(build("llama"), dtype=torch.float32)
+    talker.profile_model_time()
+    talker.generate(**prompts(), max_new_tokens=4, min_new_tokens=4)
+    assert len(talker.model_times()) == 4, "generate calls the module once a token"
+    assert not talker.module._forward_hooks and not talker.module._forward_pre_hooks
 
 
 def test_compiling_is_torchs_and_noted() -> None:
@@ -134,6 +141,12 @@ def test_a_policy_is_read_and_one_that_matches_nothing_is_refused() -> None:
     block = type(model.encoder.block[0])
     names = ("SelfAttention.o", "EncDecAttention.o", "DenseReluDense.wo")
     deepspeed.init_inference(model, dtype=torch.float32, injection_policy={block: names})
+    gpt2 = build("gpt2")
+    policy = importlib.import_module("deepspeed.module_inject").HFGPT2LayerPolicy
+    named = row_names(gpt2, {type(gpt2.transformer.h[0]): policy})
+    assert named and all(name.endswith((".attn.c_proj", ".mlp.c_proj")) for name in named)
+    with pytest.raises(ValueError, match="has the value 3, which names no sub-layers"):
+        deepspeed.init_inference(model, dtype=torch.float32, injection_policy={block: 3})
     with pytest.raises(
         ValueError, match=r"injection_policy\[T5Block\] names 'SelfAttention.out', which matches nothing"
     ):

@@ -56,7 +56,10 @@ def test_greedy_words_are_those_of_the_dequantized_weights(dtype: str) -> None:
 
 def test_a_tied_head_and_its_embedding_share_one_weight() -> None:
     engine = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype=torch.int8)
-    assert engine.module.lm_head.quantized is engine.module.model.embed_tokens.quantized
+    weight = engine.module.lm_head.quantized
+    assert weight is engine.module.model.embed_tokens.quantized
+    again = deepspeed.init_inference(engine.module, dtype=torch.int8)
+    assert again.module.lm_head.quantized is weight, "what is quantized stays as it is"
 
 
 def test_queries_keys_and_values_can_be_left_as_they_are() -> None:
