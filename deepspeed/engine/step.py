@@ -152,7 +152,7 @@ class Conductor:
         if self._mesh.size("average") > 1:
             self._stand_in()
         elif not self._reducer.saw_backward:
-            raise TrainingStateError(NO_BACKWARD)
+            raise TrainingStateError(takeover.why_nothing_arrived() if takeover else NO_BACKWARD)
 
     def _stand_in(self) -> None:
         """No gradient reached this rank in this micro-batch. Others may wait in their backward for its part, which is zeros;

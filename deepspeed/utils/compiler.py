@@ -26,3 +26,9 @@ def is_loaded() -> bool:
 def hidden_if_loaded(method: Callable[P, T]) -> Callable[P, T]:
     """A function that torch hides from its compiler: as torch has it, or bare where there is no compiler."""
     return method if is_loaded() else inspect.unwrap(method)
+
+
+def hidden(function: Callable[P, T]) -> Callable[P, T]:
+    """A function that the compiler, which is loaded, leaves alone with everything that it calls."""
+    found: Callable[P, T] = sys.modules["torch._dynamo"].disable(function)
+    return found

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from deepspeed.utils import compiler
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
@@ -121,8 +122,21 @@ def _params_inside(module: nn.Module, buckets: Iterable[Bucket]) -> dict[Bucket,
     return {bucket: params for bucket, params in inside.items() if 0 < len(params) < len(bucket.params)}
 
 
-class ModuleHook(functools.partial[None]):
-    """A hook that stays behind: a module that is copied or pickled takes one along that does nothing."""
+class ModuleHook:
+    """A hook that stays behind: a module that is copied or pickled takes one along that does nothing. And one that a module
+    which the script compiles, with its hooks, runs as it is: a graph that holds their work would not unshard anything."""
+
+    __slots__ = ("_hook",)
+
+    def __init__(self, hook: Callable[..., None]) -> None:
+        self._hook = hook
+
+    def __call__(self, *args: Any) -> None:
+        """Run it."""
+        if compiler.is_loaded():
+            compiler.hidden(self._hook)(*args)
+        else:
+            self._hook(*args)
 
     def __reduce__(self) -> Any:
         return ModuleHook, (_do_nothing,)

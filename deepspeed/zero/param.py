@@ -361,6 +361,17 @@ def _may_tell_shape() -> bool:
     return not str(sys._getframe(2).f_globals.get("__name__")).startswith("transformers.")
 
 
+def _refuse_loading(value: Tensor) -> None:
+    """Raise ShardError where torch compares the shape of a sharded parameter with that of what it is to load: it would say that
+    the parameter has size `[0]`, after it has loaded those that are whole."""
+    if sys._getframe(2).f_code is nn.Module._load_from_state_dict.__code__:
+        raise ShardError(
+            f"{refusal(value, 'load_state_dict').partition(chr(10))[0]}\n"
+            "  Load inside of `with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):` on every rank; "
+            "a checkpoint of this library by engine.load_checkpoint(folder)."
+        )
+
+
 def _is_read(func: Callable[..., Any]) -> bool:
     """Whether the caller of `data_ptr` wants the memory itself, not to know which it is."""
     frame = sys._getframe(2)
@@ -431,8 +442,10 @@ class _Sharded(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if _adopters and func in _SHAPE and _may_tell_shape():
-            return func(torch.empty(full_shape(args[0]), device="meta"), *args[1:], **kwargs)
+        if func in _SHAPE:
+            if _adopters and _may_tell_shape():
+                return func(torch.empty(full_shape(args[0]), device="meta"), *args[1:], **kwargs)
+            _refuse_loading(args[0])
         if func in _ANSWERED:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)

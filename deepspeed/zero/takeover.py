@@ -174,7 +174,7 @@ class Takeover:
         told = self._mesh.gather_objects("average", mine)
         if all(has_nothing for has_nothing, _, _ in told):
             self._optimizer.reducer.drop()
-            raise TrainingStateError(self._why_nothing_arrived())
+            raise TrainingStateError(self.why_nothing_arrived())
         self._raise_any([theirs for _, theirs, _ in told])
         structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, _, theirs in told]
         self._require_equal(structures)
@@ -185,7 +185,8 @@ class Takeover:
         self.facts.renew()
         self._ask_seals()
 
-    def _why_nothing_arrived(self) -> str:
+    def why_nothing_arrived(self) -> str:
+        """The message for a step without a backward: none ran, or what it reached is not the optimizer's."""
         left = [
             name for name, param in self._root.named_parameters() if slot_of(param) is None and param.grad is not None
         ]

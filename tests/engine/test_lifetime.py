@@ -14,6 +14,7 @@ import torch
 
 import deepspeed
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TrainingStateError
+from tests.edits import assert_same, two_sides
 from tests.engine.runs import EPS, LR, engine_of, make_config, small_units, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share
@@ -201,3 +202,26 @@ def mark_uncompiled(engine: Any) -> Any:
 def test_a_compiled_model_gives_the_same_numbers(stage: int) -> None:
     expected = train_plain(build("mlp"), batches_of("mlp", 3), adamw).weights
     assert_close_weights(run_ranks(2, compiled, stage, timeout=180)[0], expected)
+
+
+def compiled_in_part(rank: int, world_size: int, in_place: bool) -> None:
+    def edit(side: Any) -> None:
+        if in_place:
+            side.module.layers[0].compile(backend="eager")
+        else:
+            side.module.layers[0] = torch.compile(side.module.layers[0], backend="eager")
+
+    with two_sides(rank, world_size, 3) as (plain, side):
+        for either in (plain, side):
+            for seed in range(4):
+                if seed == 2:
+                    edit(either)
+                either.backward(seed)
+                either.step()
+        assert_same(plain, side)
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_script_may_compile_a_submodule_with_the_hooks_that_it_has_at_stage_3(world_size: int) -> None:
+    for in_place in (False, True):
+        run_ranks(world_size, compiled_in_part, in_place, timeout=180)

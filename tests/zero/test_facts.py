@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 import deepspeed
-from deepspeed.utils.errors import DeepSpeedError, TrainingStateError
+from deepspeed.utils.errors import DeepSpeedError, ShardError, TrainingStateError
 from deepspeed.zero import takeover
 from deepspeed.zero.facts import TREE_EVERY
 from tests.edits import Edit, Net, adamw, assert_same, two_sides
@@ -450,6 +450,22 @@ def replace_tensors(rank: int, world_size: int, stage: int) -> None:
                 side.step()
 
 
+@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
-def test_tensors_in_the_place_of_those_that_train_are_refused_by_name(stage: int) -> None:
-    run_ranks(2, replace_tensors, stage)
+def test_tensors_in_the_place_of_those_that_train_are_refused_by_name(stage: int, world_size: int) -> None:
+    run_ranks(world_size, replace_tensors, stage)
+
+
+def load_what_is_sharded(rank: int, world_size: int) -> None:
+    state = {name: torch.ones_like(value) for name, value in Net().state_dict().items()}
+    with two_sides(rank, world_size, 3) as (_, side):
+        before = side.weights()
+        for assign in (False, True):
+            with pytest.raises(ShardError, match="(?s)'load_state_dict'; full shape.*modifier_rank=0"):
+                side.module.load_state_dict(state, assign=assign)
+        after = side.weights()
+        assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_loading_into_sharded_parameters_says_how() -> None:
+    run_ranks(2, load_what_is_sharded)
