@@ -107,6 +107,7 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
     """Give layers with experts their ranks, and names to what they hold. Collective where experts are spread."""
     if mesh.size("experts") > 1:
         _refuse(mesh, config)
+        mesh.group("experts", "tokens")  # by all ranks: a pipeline's stage without such layers makes the groups too
     for _, layer in attach.expert_layers(model):
         layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = config.wall_clock_breakdown
     for module, names in attach.attach(model, mesh):
