@@ -105,9 +105,16 @@ def _async_io() -> str:
 
 
 def _gds() -> str:
+    from deepspeed.accelerator import get_accelerator
     from deepspeed.utils.errors import NotAvailableError
 
-    raise NotAvailableError("cuFile is not used in this version")
+    accelerator = get_accelerator()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "block"
+        path.write_bytes(bytes(1 << 12))
+        if accelerator.direct_file(str(path), os.O_RDWR) is None:
+            raise NotAvailableError(f"torch has no GPUDirect Storage for {accelerator.name} devices")
+    return "a file was opened through torch.cuda.gds"
 
 
 def _gloo() -> str:

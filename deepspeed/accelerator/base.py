@@ -284,6 +284,11 @@ class DeepSpeedAccelerator(abc.ABC):
         """Whether the tensor is in this device's memory."""
         return tensor.device.type == self.platform.device_type
 
+    def direct_file(self, path: str, flags: int) -> Any:
+        """An open file that the vendor's library moves straight to and from the device's memory, with `load_storage` and
+        `save_storage` of torch.cuda.gds; None where there is no such library."""
+        return None
+
     # -- graphs
 
     def create_graph(self) -> Any:

@@ -235,6 +235,11 @@ class DeviceAccelerator(DeepSpeedAccelerator):
         nccl = getattr(self._torch, "nccl", None)
         return tuple(nccl.version()) if nccl else None
 
+    def direct_file(self, path: str, flags: int) -> Any:
+        """torch.cuda.gds.GdsFile, or what a vendor has under this name. Raises OSError or RuntimeError where it cannot open."""
+        make = getattr(getattr(self._torch, "gds", None), "GdsFile", None)
+        return None if make is None else make(path, flags)
+
     # -- graphs
 
     def create_graph(self) -> Any:

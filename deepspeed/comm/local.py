@@ -19,6 +19,10 @@ class _Ready:
         return True
 
 
+NOTHING = _Ready()
+"""The work of every `Pending` here."""
+
+
 @final
 class LocalExchange:
     """One rank: nothing moves."""
@@ -41,11 +45,11 @@ class LocalExchange:
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
-        return Pending(partial(deliver, full, out, divide_by, accumulate), _Ready())
+        return Pending(partial(deliver, full, out, divide_by, accumulate), NOTHING)
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
-        return Pending(partial(deliver, full, full, divide_by, False), _Ready())
+        return Pending(partial(deliver, full, full, divide_by, False), NOTHING)
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""

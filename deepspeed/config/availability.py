@@ -56,7 +56,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("compile.deepcompile", bool, "DeepCompile"),
     ("graph_harvesting", bool, "CUDA graphs of the step"),
     ("hybrid_engine.enabled", bool, "the hybrid engine"),
-    ("aio.use_gds", bool, "GPUDirect Storage"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),
     ("progressive_layer_drop.enabled", bool, "progressive layer dropping"),

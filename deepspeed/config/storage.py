@@ -37,7 +37,8 @@ class AioConfig(Section):
     overlap_events: bool = True
     """Submit the next requests before the last are complete."""
     use_gds: bool = False
-    """Read from disk straight to the GPU (GPUDirect Storage). Needs CUDA."""
+    """Move bytes between disk and GPU without a stop in main memory (GPUDirect Storage), through `torch.cuda.gds` of torch 2.7 or
+    later. Without it: one line, and main memory. These bytes have no checksums."""
 
 
 class ParallelWriteConfig(Section):

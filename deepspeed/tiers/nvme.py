@@ -32,6 +32,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
 from deepspeed.tiers.block_file import BlockFile
 from deepspeed.tiers.buffers import aligned_buffer
+from deepspeed.tiers.direct import DirectFiles, open_direct
 from deepspeed.tiers.io_queue import open_queue
 from deepspeed.tiers.request import CHECKED, Failure, IoQueue, Means, Request, Ticket
 from deepspeed.tiers.swap_folder import SwapFolder
@@ -41,6 +42,8 @@ from deepspeed.utils.waits import OFFLOAD, OFFLOAD_S, RESTING
 
 NEVER, FAILED = 0, 1
 """Instead of a checksum: nothing was written yet, or a write did not succeed. No checksum has these values."""
+UNCHECKED = 2**64 - 1
+"""The same: written by a device, whose bytes no processor saw (`direct`)."""
 POLL_S = 0.2
 """Between looks at the signals while waiting, so that Ctrl-C works."""
 SLOW_S = 60.0
@@ -166,8 +169,12 @@ class NvmeStore:
         self._in_flight: list[Transfer] = []
         self._pinned: list[Tensor] = []
         self._files: list[BlockFile] = []
+        self._direct: list[DirectFiles] = []
+        """The same files for the device, where it moves bytes by itself; else none."""
         self._queue: IoQueue = open_queue(aio, means)
-        self._finalizer = weakref.finalize(self, _close, os.getpid(), self._queue, self._files, folder, self._pinned)
+        self._finalizer = weakref.finalize(
+            self, _close, os.getpid(), self._queue, self._files, folder, self._pinned, self._direct
+        )
         for path in folder.folders:
             try:
                 self._files.append(BlockFile(path / "data", os.O_RDWR | os.O_CREAT | os.O_EXCL, mode=0o600))
@@ -176,6 +183,8 @@ class NvmeStore:
                 raise TierError(f"[rank {self.rank}] {path / 'data'}: {error.strerror}.\n  {_CURE}") from error
         if any(file.direct_fd < 0 for file in self._files):
             logger.info("swap files go through the page cache: %s has no direct I/O", folder.folders[0])
+        if aio.use_gds and (direct := open_direct(self._files, self._stripe_nbytes, aio.queue_depth)):
+            self._direct.append(direct)
 
     @property
     def means(self) -> Means:
@@ -194,6 +203,10 @@ class NvmeStore:
         self.stats.seconds_waiting += seconds
         OFFLOAD.add(seconds, op, nbytes)
         OFFLOAD_S["disk"] += self._stats.seconds_busy - busy_before
+
+    def moves(self, device: torch.device) -> bool:
+        """Whether tensors of this device can be put and got."""
+        return device.type == "cpu" or any(direct.device_type == device.type for direct in self._direct)
 
     def new_key(self, kind: str) -> str:
         """A key that nobody has, which starts with `kind`."""
@@ -247,13 +260,13 @@ class NvmeStore:
         return self._extent(key).nbytes
 
     def start_put(self, key: str, tensor: Tensor, offset_bytes: int = 0) -> Transfer:
-        """Begin to write a contiguous CPU tensor into a key's bytes, reserving them if the key is new."""
+        """Begin to write a contiguous tensor on the CPU (or see `moves`) into a key's bytes, reserving them if the key is new."""
         if key not in self._extents:
             self.reserve(key, offset_bytes + tensor.nbytes)
         return self._start(key, tensor, offset_bytes, is_write=True)
 
     def start_get(self, key: str, into: Tensor, offset_bytes: int = 0) -> Transfer:
-        """Begin to read a key's bytes into a contiguous CPU tensor. They must have been put."""
+        """Begin to read a key's bytes into a contiguous tensor on the CPU (or see `moves`). They must have been put."""
         return self._start(key, into, offset_bytes, is_write=False)
 
     def buffer(self, nbytes: int, *, pin_memory: bool = False) -> Tensor:
@@ -276,7 +289,7 @@ class NvmeStore:
         extent = self._extent(key)
         end = offset + tensor.nbytes
         verb = "put" if is_write else "get"
-        if tensor.device.type != "cpu" or not tensor.is_contiguous():
+        if not self.moves(tensor.device) or not tensor.is_contiguous():
             layout = "contiguous" if tensor.is_contiguous() else "not contiguous"
             raise TierError(
                 f"[rank {self.rank}] {verb} {key!r}: the tensor is on {tensor.device}, {layout}.\n"
@@ -301,6 +314,9 @@ class NvmeStore:
             )
         flat = tensor.detach().reshape(-1).view(torch.uint8)
         self._in_flight.append(transfer)
+        if tensor.device.type != "cpu":
+            self._add_direct(transfer, extent, offset, flat, is_write)
+            return transfer
         at = offset
         while at < end:
             begin, stop = at // CHECKED * CHECKED, end // CHECKED * CHECKED
@@ -316,6 +332,7 @@ class NvmeStore:
 
     def _add(self, transfer: Transfer, extent: _Extent, start: int, memory: Tensor, is_write: bool) -> _Part:
         """A request for whole CHECKED bytes from `start` of the extent."""
+        checksums = extent.checksums_of(start, memory.nbytes)
         request = Request(
             files=tuple(self._files),
             stripe_nbytes=self._stripe_nbytes,
@@ -323,7 +340,7 @@ class NvmeStore:
             address=memory.data_ptr(),
             nbytes=memory.nbytes,
             is_write=is_write,
-            checksums=extent.checksums_of(start, memory.nbytes),
+            checksums=checksums if is_write or not (checksums == UNCHECKED).any() else None,
             keeps=memory,
         )
         part = _Part(self._queue.start(request), memory.nbytes, request)
@@ -349,6 +366,34 @@ class NvmeStore:
         part = self._add(transfer, extent, begin, buffer, is_write)
         if not is_write:
             part.source, part.target = within, piece
+
+    def _add_direct(self, transfer: Transfer, extent: _Extent, start: int, flat: Tensor, is_write: bool) -> None:
+        """Requests that the device carries out, of any bytes from `start` of the extent."""
+        checksums = extent.checksums_of(start // CHECKED * CHECKED, start % CHECKED + flat.nbytes)
+        offset = extent.start + start
+        if is_write:
+            begin, end = start // CHECKED, (start + flat.nbytes) // CHECKED
+            is_lost = checksums == FAILED
+            is_lost[-(-start // CHECKED) - begin : end - begin] = False  # written whole now
+            checksums[~is_lost] = UNCHECKED
+            self._stats.bytes_written += flat.nbytes
+        else:
+            self._stats.bytes_read += flat.nbytes
+        for begin, (ticket, memory) in self._direct[0].start(offset, flat, is_write=is_write):
+            request = Request(
+                files=tuple(self._files),
+                stripe_nbytes=self._stripe_nbytes,
+                offset=offset + begin,
+                address=memory.data_ptr(),
+                nbytes=memory.nbytes,
+                is_write=is_write,
+                checksums=checksums,
+            )
+            part = _Part(ticket, memory.nbytes, request)
+            target = flat.narrow(0, begin, memory.nbytes)
+            if not is_write and memory.data_ptr() != target.data_ptr():
+                part.source, part.target = memory, target
+            transfer._parts.append(part)
 
     def _extent(self, key: str) -> _Extent:
         try:
@@ -421,10 +466,19 @@ def _allocate(fd: int, had: int, nbytes: int) -> None:
 _CURE = "See that the disk is mounted, healthy and has space left; then load the last checkpoint."
 
 
-def _close(pid: int, queue: IoQueue, files: list[BlockFile], folder: SwapFolder, pinned: list[Tensor]) -> None:
+def _close(
+    pid: int,
+    queue: IoQueue,
+    files: list[BlockFile],
+    folder: SwapFolder,
+    pinned: list[Tensor],
+    directs: list[DirectFiles],
+) -> None:
     if os.getpid() != pid:
         return  # a forked child: all of it is still the parent's
     queue.close()
+    for direct in directs:
+        direct.close()
     for file in files:
         file.close()
     folder.close()

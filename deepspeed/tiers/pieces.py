@@ -1,6 +1,6 @@
 """How a transfer between memory and files is cut into pieces that direct I/O accepts.
 
-Used by the Python queue; `csrc/aio.cpp` cuts in the same way. Pure arithmetic.
+Used by the Python queue and by `direct`; `csrc/aio.cpp` cuts in the same way. Pure arithmetic.
 
 A transfer covers the bytes [offset, offset + nbytes) of a logical space, which lies in one file, or in several file by
 file in stripes of `stripe_nbytes`. Direct I/O moves whole pages, so a piece is either whole pages, at most one block
@@ -26,6 +26,19 @@ class Piece(NamedTuple):
     """Its first byte, counted from the transfer's."""
     nbytes: int
     is_whole_pages: bool
+
+
+def stripes(offset: int, nbytes: int, num_files: int = 1, stripe_nbytes: int = 0) -> Iterator[Piece]:
+    """The pieces of a transfer that is cut at stripes alone, in order."""
+    at, end = offset, offset + nbytes
+    while at < end:
+        stop, file_index, file_offset = end, 0, at
+        if num_files > 1:
+            stripe, within = divmod(at, stripe_nbytes)
+            file_index, file_offset = stripe % num_files, stripe // num_files * stripe_nbytes + within
+            stop = min(end, (stripe + 1) * stripe_nbytes)
+        yield Piece(file_index, file_offset, at - offset, stop - at, at % PAGE == 0 == (stop - at) % PAGE)
+        at = stop
 
 
 def cut(offset: int, nbytes: int, block_nbytes: int, num_files: int = 1, stripe_nbytes: int = 0) -> Iterator[Piece]:

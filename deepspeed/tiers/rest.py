@@ -254,7 +254,7 @@ class OnDisk:
 
     def start_load(self, start: int, into: Tensor) -> Transfer:
         """See Rest."""
-        is_here = into.device.type == "cpu"
+        is_here = self.store.moves(into.device)
         target = into if is_here else torch.empty(into.numel(), dtype=self.dtype, pin_memory=True)
         try:
             read = self.store.start_get(self.key, target, start * self.dtype.itemsize)
@@ -263,8 +263,9 @@ class OnDisk:
         return read if is_here else _Staged(read, target, into)
 
     def start_store(self, start: int, source: Tensor) -> Transfer:
-        """See Rest. From a device the bytes come to pinned memory first, and are written once they are there."""
-        if source.device.type == "cpu":
+        """See Rest. From a device the bytes come to pinned memory first, and are written once they are there; unless the store
+        takes them itself."""
+        if self.store.moves(source.device):
             return self._start_put(start, source)
         while self._staged and self._staged[0].is_staged:
             self._staged.popleft().start()

@@ -21,7 +21,6 @@ ASKS: dict[str, Any] = {
     "compile.deepcompile": True,
     "graph_harvesting": True,
     "hybrid_engine.enabled": True,
-    "aio.use_gds": True,
     "data_efficiency.enabled": True,
     "curriculum_learning.enabled": True,
     "progressive_layer_drop.enabled": True,

@@ -12,8 +12,10 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.accelerator import get_accelerator
-from deepspeed.tiers import CopyStream, OnHost
+from deepspeed.tiers import CopyStream, OnHost, Tier
 from deepspeed.zero.delivery import Moved
+from deepspeed.zero.master import Master
+from deepspeed.zero.placing import Places
 from deepspeed.zero.pool import FlatPool
 from tests.device.cases import config_of
 from tests.engine.runs import engine_of
@@ -65,13 +67,16 @@ def read_at_once() -> dict[str, Tensor]:
 
 
 def written_at_once() -> dict[str, Tensor]:
-    """A weight that a script changes right after `initialize`, while its master is on the way to the cpu tier."""
+    """A weight that is written right after its master was made, which is on the way to the cpu tier."""
     torch.manual_seed(0)
     model = nn.Linear(8, 8)
     zero = {"offload_optimizer": {"device": "cpu", "pin_memory": True}}
-    with engine_of(model, config_of(2, zero=zero)), torch.no_grad():
+    with engine_of(model, config_of(2, zero=zero)) as engine, torch.no_grad():
+        bucket, placing = engine.zero_optimizer.masters[0].bucket, engine.zero_optimizer.runs._placing
+        places = Places(params=Tier.DEVICE, optimizer=Tier.CPU, is_alias=False)
+        master = Master(bucket, engine.policy, None, places, placing)
         model.weight.add_(1)
-        return {"weight": model.weight.detach().clone().cpu()}
+        return {"master": master.tensor.clone()}
 
 
 def mastered_again() -> dict[str, Tensor]:
