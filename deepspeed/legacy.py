@@ -526,10 +526,11 @@ class _Porch(importlib.abc.MetaPathFinder, importlib.abc.Loader):
         names: dict[str, str] = dict(PATHS[module.__name__])
         if names.pop(_CONSTANTS, None) is not None:
             module.__dict__.update(importlib.import_module("deepspeed.porch.constants").VALUES[module.__name__])
+        shown = [name for name in (*module.__dict__, *names) if not name.startswith("_")]
         prefix = module.__name__ + "."
         names |= {path.removeprefix(prefix): path + ":" for path in PATHS if path.startswith(prefix)}
         get, listing = lazy_exports(module.__name__, names)
-        module.__dict__.update(__getattr__=get, __dir__=listing)
+        module.__dict__.update(__getattr__=get, __dir__=listing, __all__=shown)
 
 
 def _has_children(path: str) -> bool:

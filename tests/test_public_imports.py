@@ -45,6 +45,17 @@ def test_every_row_of_the_porch_names_something_that_is_there(path: str) -> None
         getattr(module, name)
 
 
+def test_a_star_brings_a_path_s_names_and_no_modules_below_it() -> None:
+    brought: dict[str, Any] = {}
+    exec("from deepspeed.runtime.pipe.topology import *", brought)
+    assert brought.keys() - {"__builtins__"} == {
+        name for name in PATHS["deepspeed.runtime.pipe.topology"] if not name.startswith("_")
+    }
+    brought.clear()
+    exec("from deepspeed.runtime.pipe import *", brought)
+    assert not any(isinstance(value, type(pytest)) for value in brought.values())
+
+
 def test_a_placeholder_is_harmless_until_it_is_called() -> None:
     from deepspeed.runtime.data_pipeline.data_routing import basic_layer as same
     from deepspeed.runtime.data_pipeline.data_routing.basic_layer import RandomLayerTokenDrop as Placeholder

@@ -122,21 +122,8 @@ def _params_inside(module: nn.Module, buckets: Iterable[Bucket]) -> dict[Bucket,
     return {bucket: params for bucket, params in inside.items() if 0 < len(params) < len(bucket.params)}
 
 
-class ModuleHook:
-    """A hook that stays behind: a module that is copied or pickled takes one along that does nothing. And one that a module
-    which the script compiles, with its hooks, runs as it is: a graph that holds their work would not unshard anything."""
-
-    __slots__ = ("_hook",)
-
-    def __init__(self, hook: Callable[..., None]) -> None:
-        self._hook = hook
-
-    def __call__(self, *args: Any) -> None:
-        """Run it."""
-        if compiler.is_loaded():
-            compiler.hidden(self._hook)(*args)
-        else:
-            self._hook(*args)
+class ModuleHook(functools.partial[None]):
+    """A hook that stays behind: a module that is copied or pickled takes one along that does nothing."""
 
     def __reduce__(self) -> Any:
         return ModuleHook, (_do_nothing,)
@@ -241,6 +228,9 @@ class ModuleHooks:
         ]
 
     def _pre_forward(self, module: nn.Module, args: Any, kwargs: Any) -> None:
+        if torch.compiler.is_compiling():  # a graph that held our work would not unshard anything
+            compiler.hidden(self._pre_forward)(module, args, kwargs)
+            return
         opens = not self.gatherer.in_phase
         if opens:
             self.watch.end()
@@ -257,6 +247,9 @@ class ModuleHooks:
             frame.outer = self._saved.enter(frame.buckets)
 
     def _post_forward(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling():
+            compiler.hidden(self._post_forward)(module, args, output)
+            return
         if not self._frames or self._frames[-1].module is not module:
             return  # the module was given its hooks while this call ran (`use_around`)
         frame = self._frames.pop()
