@@ -33,16 +33,18 @@ class Added(nn.Module):
         return out
 
 
-def layers(make: Callable[[], nn.Module]) -> nn.ModuleList:
-    return nn.ModuleList([nn.Linear(WIDTH, WIDTH), Added(make()), Added(make()), nn.Linear(WIDTH, CLASSES)])
+def layers(make: Callable[[], nn.Module], in_both: bool) -> nn.ModuleList:
+    """Of two stages both have experts, or the first alone."""
+    experts, plain = [Added(make()), Added(make())], nn.Linear(WIDTH, WIDTH)
+    return nn.ModuleList([*((plain, *experts) if in_both else (*experts, plain)), nn.Linear(WIDTH, CLASSES)])
 
 
 def spread() -> nn.Module:
     return MoE(WIDTH, FeedForward(), NUM_EXPERTS, 2, k=2, drop_tokens=False, top2_2nd_expert_sampling=False)
 
 
-def train(rank: int, world_size: int, stage: int) -> Steps:
-    made = layers(spread)
+def train(rank: int, world_size: int, stage: int, in_both: bool) -> Steps:
+    made = layers(spread, in_both)
     set_values(made, whole_names(made, 2, rank))
     model = PipelineModule(layers=list(made), num_stages=2, loss_fn=F.cross_entropy, partition_method="uniform")
     config = make_config(stage, micro=6, accumulation=2, clip=CLIP, optimizer=SGD)
@@ -56,8 +58,8 @@ def train(rank: int, world_size: int, stage: int) -> Steps:
     return found
 
 
-def plain() -> Steps:
-    made = layers(lambda: Loop(2))
+def plain(in_both: bool) -> Steps:
+    made = layers(lambda: Loop(2), in_both)
     set_values(made)
     optimizer = torch.optim.SGD(made.parameters(), lr=0.3)
     found = []
@@ -77,10 +79,10 @@ def plain() -> Steps:
     return found
 
 
-def check(stage: int) -> None:
+def check(stage: int, in_both: bool = True) -> None:
     """Four ranks against one process."""
-    expected = plain()
-    for found in run_ranks(4, train, stage):
+    expected = plain(in_both)
+    for found in run_ranks(4, train, stage, in_both):
         for (loss, norm), (wanted_loss, wanted_norm) in zip(found, expected, strict=True):
             assert loss == pytest.approx(wanted_loss, rel=1e-6) and norm == pytest.approx(wanted_norm, rel=1e-5)
 
@@ -93,6 +95,10 @@ def test_a_pipeline_with_spread_experts_equals_one_process(stage: int) -> None:
     check(stage)
     line = PIPELINES.format(stage)
     assert line in (Path(__file__).resolve().parents[3] / "docs" / "composability.md").read_text()
+
+
+def test_a_stage_without_experts_does_not_leave_the_others_waiting() -> None:
+    check(1, in_both=False)
 
 
 PIPELINES = "| 2 | 2 | `MoE` | {} | 4 | equals one process |"
