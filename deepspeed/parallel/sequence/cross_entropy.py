@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.collective import all_gather_single
-from deepspeed.parallel.sequence.inputs import IGNORED
+from deepspeed.parallel.sequence.inputs import IGNORED, has_values
 from deepspeed.utils.errors import DeepSpeedError
 
 Group = Any
@@ -198,6 +198,8 @@ def check_targets(target: Tensor, shape: torch.Size, total: int, ignored: int) -
         raise DeepSpeedError(
             f"target is {tuple(target.shape)}, logits {tuple(shape)}: they agree in all but the last dimension."
         )
+    if not has_values(target):
+        return
     is_outside = ((target < 0) | (target >= total)) & (target != ignored)
     if target.device.type != "cpu":  # the host does not wait
         torch._assert_async(~is_outside.any())

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.parallel.sequence.inputs import IGNORED
+from deepspeed.parallel.sequence.inputs import IGNORED, has_values
 from deepspeed.parallel.sequence.tiled import Summed, comes_and_goes, tile_bounds, tiled, trained
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -78,7 +78,7 @@ def _weights(y: Tensor, mask: Tensor | None, bounds: list[tuple[int, int]], redu
     if reduction == "sum":
         return [1.0] * len(bounds)
     counted = mask if mask is not None else y != IGNORED if not y.is_floating_point() else torch.ones_like(y)
-    if type(counted).__name__ == "FakeTensor":  # a prediction, which has no values: any tile may have targets
+    if not has_values(counted):  # any tile may have targets
         return [1.0 / len(bounds)] * len(bounds)
     # One wait for the device, not one for each tile.
     counts: list[float] = torch.stack([counted[:, start:end].sum() for start, end in bounds]).tolist()
