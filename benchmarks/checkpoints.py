@@ -23,6 +23,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,60 @@ def engine_for(width: int, layers: int, stage: int, extra: dict[str, Any]) -> An
     return engine
 
 
+class Clock:
+    """Seconds by name, one per round; every rank counts its own."""
+
+    def __init__(self) -> None:
+        self.times: dict[str, list[float]] = {}
+
+    def measure(self, name: str, step: Callable[[], object], *, to_the_last: bool = True) -> None:
+        """Time a step from when all ranks are here: until the last has done it, or this one."""
+        import torch.distributed as dist
+
+        dist.barrier()
+        begun = time.perf_counter()
+        step()
+        if to_the_last:
+            dist.barrier()
+        self.add(name, time.perf_counter() - begun)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Another round's."""
+        self.times.setdefault(name, []).append(seconds)
+
+
+def save_and_load(engine: Any, folder: Path, clock: Clock, rank: int, is_peer: bool) -> int:
+    """One round of ours or of the original beside what the disk allows; the checkpoint's bytes."""
+    import torch.distributed as dist
+
+    ours = folder / "ours"
+    clock.measure("save returns", lambda: engine.save_checkpoint(str(ours), tag="t"), to_the_last=False)
+    if is_peer:
+        clock.measure("fsync", lambda: sync_tree(ours) if rank == 0 else None)
+    else:
+        from deepspeed.checkpoint.files import finish_removals  # of the save that was replaced
+
+        finish_removals()
+        dist.barrier()
+    nbytes = tree_bytes(ours)
+    each = nbytes // 2 // BLOCK * BLOCK
+    clock.measure("limit write", lambda: raw(folder / f"raw{rank}", each, True))
+    clock.measure("limit read", lambda: raw(folder / f"raw{rank}", each, False))
+    if not is_peer:
+        forget(ours)
+    clock.measure("load", lambda: engine.load_checkpoint(str(ours), tag="t"))
+    return nbytes
+
+
+def save_beside_training(engine: Any, ours: Path, clock: Clock) -> None:
+    """One round of the asynchronous save: until it returns, and until it is durable."""
+    engine._checkpoints.is_async = True
+    clock.measure("async returns", lambda: engine.save_checkpoint(str(ours), tag="t"), to_the_last=False)
+    engine.wait_for_checkpoint()
+    clock.add("async durable", engine.wait_for_checkpoint().total_ms / 1e3)
+    engine._checkpoints.is_async = False
+
+
 def contest(folder: Path, rounds: int, is_peer: bool) -> None:
     """On every rank: the rounds; rank 0 prints medians and the median of ratios."""
     import torch
@@ -103,62 +158,22 @@ def contest(folder: Path, rounds: int, is_peer: bool) -> None:
     import deepspeed
 
     deepspeed.init_distributed(dist_backend="gloo")
-    rank = dist.get_rank()
+    rank, clock, nbytes = dist.get_rank(), Clock(), 0
     engine = engine_for(768, 14, 2, {})
-    times: dict[str, list[float]] = {}
-
-    def measure(name: str, step: Any) -> None:
-        dist.barrier()
-        begun = time.perf_counter()
-        step()
-        dist.barrier()
-        times.setdefault(name, []).append(time.perf_counter() - begun)
-
-    def blocked(name: str, step: Any) -> None:
-        dist.barrier()
-        begun = time.perf_counter()
-        step()
-        times.setdefault(name, []).append(time.perf_counter() - begun)
-
-    if not is_peer:
-        from deepspeed.checkpoint.files import finish_removals  # of the save that was replaced
-
-    ours = folder / "ours"
     mesh = init_device_mesh("cpu", (2,))
     pieces = [torch.randn(1 << 22) for _ in range(36 if not is_peer else 0)]  # 100M elements x 3, in two shards
     state = {f"{i}": DTensor.from_local(piece, mesh, [Shard(0)]) for i, piece in enumerate(pieces)}
-    nbytes = 0
     for number in range(rounds + 1):  # the first one warms up
-        blocked("save returns", lambda: engine.save_checkpoint(str(ours), tag="t"))
+        nbytes = save_and_load(engine, folder, clock, rank, is_peer)
         if not is_peer:
-            finish_removals()
-            dist.barrier()
-        if is_peer:
-            begun = time.perf_counter()
-            if rank == 0:
-                sync_tree(ours)
-            dist.barrier()
-            times.setdefault("fsync", []).append(time.perf_counter() - begun)
-        nbytes = tree_bytes(ours)
-        each = nbytes // 2 // BLOCK * BLOCK
-        measure("limit write", lambda: raw(folder / f"raw{rank}", each, True))  # noqa: B023
-        measure("limit read", lambda: raw(folder / f"raw{rank}", each, False))  # noqa: B023
-        if not is_peer:
-            forget(ours)
-        measure("load", lambda: engine.load_checkpoint(str(ours), tag="t"))
-        if not is_peer:
-            engine._checkpoints.is_async = True
-            blocked("async returns", lambda: engine.save_checkpoint(str(ours), tag="t"))
-            engine.wait_for_checkpoint()
-            times.setdefault("async durable", []).append(engine.wait_for_checkpoint().total_ms / 1e3)
-            engine._checkpoints.is_async = False
-            measure("DCP save", lambda: dcp.save(state, checkpoint_id=folder / "dcp"))
+            save_beside_training(engine, folder / "ours", clock)
+            clock.measure("DCP save", lambda: dcp.save(state, checkpoint_id=folder / "dcp"))
             forget(folder / "dcp")
-            measure("DCP load", lambda: dcp.load(state, checkpoint_id=folder / "dcp"))
+            clock.measure("DCP load", lambda: dcp.load(state, checkpoint_id=folder / "dcp"))
         if number == 0:
-            times.clear()
+            clock.times.clear()
     if rank == 0:
-        print("RESULT " + json.dumps({"mb": nbytes / 1e6, "times": times}), flush=True)
+        print("RESULT " + json.dumps({"mb": nbytes / 1e6, "times": clock.times}), flush=True)
     dist.barrier()
     os._exit(0)
 
