@@ -60,7 +60,7 @@ DISTRIBUTED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCA
 LIBRARY_ENV = ("PYTEST_", "PYTORCH_NVML_", "TORCHINDUCTOR_", "_TORCHINDUCTOR_", "TRITON_")
 """Prefixes of variables that pytest, torch.compile and the import of the package set for the life of a process."""
 SHARED_GROUP = re.compile(
-    r"[a-z_+]+\.(activations|activations_back|build|checkpoint|control|gather|gradients|gradients_back|late|late_failure|late_loss|norm|reduce|script|tensor|tokens)"
+    r"[a-z_+]+\.(activations|activations_back|build|checkpoint|control|gather|gradients|gradients_back|late|late_failure|late_loss|norm|reduce|relay|script|tensor|tokens)"
 )
 """Descriptions of the groups that a mesh makes: dims and purpose."""
 LIBRARY_THREADS = ("tqdm_monitor", "ThreadPoolExecutor-", "wandb-", "Otel", "Dummy-")

@@ -64,7 +64,7 @@ def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, 
     Collective over the job.
     """
     zero = config.zero_optimization
-    near = near_size(config, world_size() // tp, has_mpu=mpu is not None)
+    near = near_size(config, world_size(), tp, has_mpu=mpu is not None)
     shard_size = zero.mics_shard_size if zero.mics_shard_size > 0 else None
     sp = sequence_size(config, mesh_param, world_size() // tp, has_mpu=mpu is not None)
     if tp > 1 and mpu is parallel_state and parallel_state.is_initialized():

@@ -44,16 +44,19 @@ def make_wire(config: Config) -> Wire:
     )
 
 
-def near_size(config: Config, num_ranks: int, has_mpu: bool) -> int:
-    """Ranks that are near each other among those that share parameters: what hpZ says, or, for the two hops of quantized
-    gradients alone, those of a node where they divide all; 1 where nothing asks."""
+def near_size(config: Config, num_ranks: int, tp: int, has_mpu: bool) -> int:
+    """Ranks that are near each other among those that share parameters: what hpZ says, or, for the two hops of what is quantized
+    alone, those of a node where they divide all; 1 where nothing asks. Layers are cut over `tp` neighbours."""
     zero = config.zero_optimization
     if zero.stage == 3 and zero.zero_hpz_partition_size > 1:
         return zero.zero_hpz_partition_size
-    if not zero.zero_quantized_gradients or has_mpu or zero.mics_shard_size > 0:
+    has_hops = zero.zero_quantized_gradients or (zero.stage == 3 and zero.zero_quantized_weights)
+    if not has_hops or has_mpu or zero.mics_shard_size > 0:
         return 1
     ranks_of_node = max(1, discover(os.environ).local_size)
-    return 1 if num_ranks % ranks_of_node else ranks_of_node
+    if ranks_of_node % tp or num_ranks % ranks_of_node:
+        return 1
+    return ranks_of_node // tp
 
 
 def gradient_exchange(

@@ -214,6 +214,8 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
         if refusal is not None:
             raise DeepSpeedError(refusal)
     wishes = [f"the variable {SHARED_MEMORY} = 1"] if shares_memory(os.environ) else []
+    if mesh.size("near") > 1:
+        wishes.append(f"nodes of {mesh.size('near')} ranks")
     lines = [*flatten(given.user_config), *wishes]
     require_equal(mesh, "configuration", lines, "Give every rank the same configuration.")
     cure = "Build the same model, with the same frozen parameters, on every rank."

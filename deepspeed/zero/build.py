@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Exchange
+from deepspeed.comm.relay import Relay
 from deepspeed.comm.spread import spread
 from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.shape import Role
@@ -135,6 +136,7 @@ class Builder:
         }
         self._wire = wire
         self._near = mesh.exchange("near", "gather", device) if wire.keeps_copy and mesh.size("near") > 1 else None
+        self._relay = mesh.shared("relay", lambda: _relay(mesh, device)) if wire.quantizes_weights else None
         self.everyone = mesh.exchange("average", "build", device)
         has_spread = mesh.size("experts") > 1
         self._with_same_experts = mesh.exchange("expert_shard", "build", device) if has_spread else self.everyone
@@ -201,8 +203,8 @@ class Builder:
         if not plan.is_sharded:
             return self._exchange[plan.over, "reduce"], None
         # Experts are shared by other ranks, which are not near and far.
-        near = self._near if plan.over == "shard" else None
-        return self._wire.exchanges(self._exchange[plan.over, "gather"], near)
+        near, relay = (self._near, self._relay) if plan.over == "shard" else (None, None)
+        return self._wire.exchanges(self._exchange[plan.over, "gather"], near, relay)
 
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""
@@ -267,6 +269,13 @@ class Builder:
                     placed[buffer] = spread(self.everyone, buffer.to(self._device), self._device)
                 if placed[buffer] is not buffer:
                     owner._buffers[name] = placed[buffer]
+
+
+def _relay(mesh: Mesh, device: torch.device) -> Relay | None:
+    """Two hops for gathers, where there are several nodes of several ranks. Collective over the job."""
+    if mesh.size("near") == 1 or mesh.size("far") == 1:
+        return None
+    return Relay(mesh.exchange("near", "relay", device), mesh.exchange("far", "relay", device))
 
 
 def _copy_values(params: Sequence[nn.Parameter], sources: Sequence[Slot | None], into: Sequence[Tensor]) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import deepspeed
 from deepspeed.utils.waits import COMMUNICATION
+from tests.comm.between_nodes import counted_between_nodes
 from tests.engine.runs import LONG, Run, engine_of, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
@@ -117,23 +118,40 @@ def test_a_step_with_infinity_on_one_rank_is_skipped_on_all_and_named() -> None:
         assert re.search(r"the step is skipped: \[rank \d\] first bad gradient: \S+ has (nan|inf)", said), said
 
 
-def bytes_of_a_step(rank: int, world_size: int, zero: dict[str, Any]) -> dict[str, int]:
+def bytes_of_a_step(rank: int, world_size: int, zero: dict[str, Any], ranks_per_node: int) -> dict[str, int]:
+    """By kind of message, and `between nodes`."""
     batches = make_batches(build("gpt_tied"), num_steps=3, accumulation=1, samples=SAMPLES)
     config = zeropp(world_size, zero={**zero, "stage3_param_persistence_threshold": 0}, bf16={"enabled": True})
-    with engine_of(build("gpt_tied"), config) as engine:
-        for (batch,) in batches:
-            before = dict(COMMUNICATION.nbytes)
-            engine.backward(total_loss(engine(*rank_share(batch, rank, world_size))))
-            engine.step()
-        return {op: n - before.get(op, 0) for op, n in COMMUNICATION.nbytes.items() if n > before.get(op, 0)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOCAL_WORLD_SIZE", str(ranks_per_node))
+        patch.setenv("LOCAL_RANK", str(rank % ranks_per_node))
+        with engine_of(build("gpt_tied"), config) as engine:
+            for (batch,) in batches:
+                before = dict(COMMUNICATION.nbytes)
+                with counted_between_nodes(ranks_per_node) as sent:
+                    engine.backward(total_loss(engine(*rank_share(batch, rank, world_size))))
+                    engine.step()
+            nbytes = {op: n - before.get(op, 0) for op, n in COMMUNICATION.nbytes.items() if n > before.get(op, 0)}
+            return {**nbytes, "between nodes": sum(sent)}
 
 
 def test_a_step_moves_the_bytes_of_the_formula() -> None:
-    wide, *_ = run_ranks(2, bytes_of_a_step, {})
-    narrow, *_ = run_ranks(2, bytes_of_a_step, QUANTIZED)
+    wide, *_ = run_ranks(2, bytes_of_a_step, {}, 2)
+    narrow, *_ = run_ranks(2, bytes_of_a_step, QUANTIZED, 2)
     assert narrow["zero.all_gather"] / wide["zero.all_gather"] == pytest.approx(8.125 / 16, rel=0.02)
     reduced = narrow["zero.quantized_near"] / wide["zero.reduce_scatter"]
     assert reduced == pytest.approx(4.25 / 16, rel=0.02)
+
+
+def test_two_hops_move_a_quarter_of_the_bytes_between_nodes_in_16_bits() -> None:
+    wide, two_hops, with_copy = (
+        sum(sent["between nodes"] for sent in run_ranks(4, bytes_of_a_step, zero, 2))
+        for zero in ({}, QUANTIZED, {**QUANTIZED, "zero_hpz_partition_size": 2})
+    )
+    by_arithmetic = (2 * 8.125 / 2 + 4.25 / 2) / (3 * 16)
+    assert two_hops / wide == pytest.approx(by_arithmetic, rel=0.03)
+    assert two_hops / wide < 0.26
+    assert with_copy / wide < by_arithmetic * 0.7, "the backward's gathers stay in the node"
 
 
 def frozen_in_int8(rank: int, world_size: int, quantizes: bool, folder: str) -> dict[str, Any]:
