@@ -128,7 +128,7 @@ class InferenceEngine(nn.Module):
     def _fill(self, plan: _Plan, streamed: Streamed | None) -> None:
         """Read weights and quantize them, layer by layer; each rests before the next where weights are streamed."""
         module, loader = plan.module, plan.loader
-        around = Around() if loader is None else Around(fill=loader.fill)
+        around = Around() if loader is None else Around(fill=loader.fill, quantized=loader.quantized)
         if streamed is not None:
             around = dataclasses.replace(around, made=streamed.put_quantized)
         quantize(module, self._config, around)

@@ -9,7 +9,7 @@ Invariant: parts in several ranges (fused queries, keys and values) are never jo
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -77,3 +77,7 @@ class Joined:
         """See `Weights`. The tensor is whole for that moment."""
         parts = [weights.read(name, None, dtype) for weights in self._ranks]
         return cut(torch.cat(parts, self._dim), box)
+
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """See `Weights`."""
+        yield self.read(name, box).view(-1)

@@ -2,7 +2,7 @@
 
 Made by the engine before the module is changed: everything that can be refused is refused then (names that are missing, shapes that
 differ). After the module was cut and cast, `fill` gives a layer its weights, which `quantized` asks for one by one, so that
-memory holds the parts of this rank and one tensor more; `fill_rest` reads what is left, and computes buffers that no checkpoint has.
+memory holds the parts of this rank and one tensor more; `quantized` reads a weight that will be, without ever holding it whole; `fill_rest` reads what is left, and computes buffers that no checkpoint has.
 
 Invariant: a parameter that was on "meta" becomes a new one with the old one's mark, in every module that had it; another keeps its
 object. Where reading fails, parameters are what they were before.
@@ -23,6 +23,8 @@ from deepspeed.inference.joined import Parts
 from deepspeed.inference.names import Recipe, recipes_for
 from deepspeed.inference.weights import Weights
 from deepspeed.mesh import marks
+from deepspeed.quant.linear import QuantizedWeight, piece_numel
+from deepspeed.quant.spec import Spec
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
@@ -68,6 +70,23 @@ class Loader:
             if param is not None and (place := self.places.pop(id(param), None)) is not None:
                 self._read(place)
 
+    def quantized(self, layer: nn.Module, spec: Spec) -> QuantizedWeight | None:
+        """A layer's weight, quantized piece by piece as it is read; None where it is not among what is read, or stored otherwise."""
+        param = layer._parameters.get("weight")
+        place = None if param is None else self.places.get(id(param))
+        if place is None or param is None or not param.is_floating_point() or not param.numel():
+            return None
+        source, box = _source(place)
+        found = (
+            source.held[place.recipe.stored].shape if place.recipe.converter is None and box is None else param.shape
+        )
+        if tuple(found) != tuple(param.shape):
+            return None  # read as it is, and refused there
+        pieces = place.recipe.pieces(source, box, piece_numel(spec), param.dtype)
+        made = QuantizedWeight.of_pieces(param.shape, param.dtype, pieces, spec)
+        del self.places[id(param)]
+        return made
+
     def fill_rest(self, put: Callable[[nn.Module], None] = lambda layer: None) -> None:
         """Read everything that is left, module by module; `put` is told of each that is filled."""
         for layer in list(self.module.modules()):
@@ -85,10 +104,7 @@ class Loader:
                 owner._parameters[name] = param
 
     def _read(self, place: _Place) -> None:
-        weights, box = place.weights, _box(place)
-        if place.parts is not None:
-            weights, is_part = place.parts.source(place.recipe.stored, place.whole, box)
-            box = None if is_part else box
+        weights, box = _source(place)
         values = place.recipe.read(weights, box, place.tensor.dtype)
         if tuple(values.shape) != tuple(place.tensor.shape):
             raise CheckpointError(
@@ -110,9 +126,14 @@ class Loader:
             owner._parameters[name] = made
 
 
-def _box(place: _Place) -> Box | None:
+def _source(place: _Place) -> tuple[Weights, Box | None]:
+    """Where the parameter's part is read, and which part of what is there."""
     cuts = place.cuts
-    return box_of(place.whole, {cut.dim: list(cut.ranges) for cut in cuts}) if cuts else None
+    box = box_of(place.whole, {cut.dim: list(cut.ranges) for cut in cuts}) if cuts else None
+    if place.parts is None:
+        return place.weights, box
+    weights, is_part = place.parts.source(place.recipe.stored, place.whole, box)
+    return weights, None if is_part else box
 
 
 def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:

@@ -8,7 +8,7 @@ is made of the others, and shapes are worked out without reading.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -43,6 +43,15 @@ class Recipe:
             if ranges != ((0, whole.shape[dim]),):
                 whole = torch.cat([whole.narrow(dim, start, stop - start) for start, stop in ranges], dim)
         return whole.contiguous().to(dtype)
+
+    def pieces(self, weights: Weights, box: Box | None, numel: int, dtype: torch.dtype) -> Iterator[Tensor]:
+        """The same part in order, in flat tensors that are valid until the next (see `Weights`), of a dtype or one that it holds."""
+        if self.converter is not None:
+            yield self.read(weights, box, dtype).view(-1)
+            return
+        is_exact = torch.promote_types(weights.held[self.stored].dtype, dtype) == dtype
+        for piece in weights.pieces(self.stored, box, numel):
+            yield piece if is_exact else piece.to(dtype)
 
     def _convert(self, read: Any) -> Tensor:
         tensors: Any = {pattern: [read(name) for name in names] for pattern, names in self.sources}

@@ -17,7 +17,7 @@ Invariant: a weight is what the library's own formula gives, bit for bit, in the
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -138,6 +138,10 @@ class Unpacked:
             return self._inner.read(name, box, dtype)
         part = cut(layout.whole(self._inner), box)
         return part if dtype is None else part.to(dtype)
+
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """See `Weights`."""
+        return iter([self.read(name, box).view(-1)]) if name in self._layouts else self._inner.pieces(name, box, numel)
 
 
 def unpacked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weights:

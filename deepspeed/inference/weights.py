@@ -3,7 +3,7 @@
 Opened by `found`, matched to a model by `names`, read by `load`. All headers are read and checked when files are opened, so that a
 damaged file is an error before a model is touched.
 
-    SafetensorsFiles     byte ranges are read into place, nothing is mapped
+    SafetensorsFiles     byte ranges are read into place, nothing is mapped; pieces are read ahead by a thread
     TorchFiles           state dicts as data only, mapped: what is read is copied out
     TrainingCheckpoint   ours and the original's, at any stage, whole tensors put together from ranks' pieces
 
@@ -12,8 +12,11 @@ Invariant: `read` gives memory of its own, of the box's shape, in the dtype aske
 
 from __future__ import annotations
 
+import contextlib
+import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -21,7 +24,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from deepspeed.checkpoint.boxes import Box, common
+from deepspeed.checkpoint.boxes import Box, Stretch, common
 from deepspeed.checkpoint.container import DTYPE_OF, Entry, header_length, parse
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.mapped import Mapped
@@ -31,6 +34,8 @@ from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.inference.room import PIECE, copy_out, new_tensor
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.shards import PARAM
+
+_is_advised = hasattr(os, "posix_fadvise")
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +56,11 @@ class Weights(Protocol):
         """A part of a tensor, None the whole; cast to a dtype, None is the stored one. Raises CheckpointError, naming file and tensor."""
         ...
 
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """The same part in order, in flat tensors of `numel` elements (the last: the rest) as stored, each valid until the next is
+        asked for; or in one of all."""
+        ...
+
 
 class SafetensorsFiles:
     """See `Weights`."""
@@ -59,7 +69,7 @@ class SafetensorsFiles:
         self.what = what
         self.held: dict[str, Held] = {}
         self._places: dict[str, tuple[Path, Entry]] = {}
-        self._staging = new_tensor([PIECE], torch.uint8)
+        self._staging = new_tensor([3, PIECE // 2], torch.uint8)
         for path in paths:
             for name, entry in _header(path).items():
                 if name in self._places:
@@ -69,23 +79,73 @@ class SafetensorsFiles:
 
     def read(self, name: str, box: Box | None, dtype: torch.dtype | None = None) -> Tensor:
         """See `Weights`."""
-        path, entry = self._places[name]
         held = self.held[name]
         values = new_tensor(held.shape if box is None else box.shape, dtype or held.dtype)
-        flat, size = values.view(-1), held.dtype.itemsize
-        is_cast = values.dtype is not held.dtype
-        staging = self._staging.view(held.dtype)
-        with open_plain(path.resolve()) as fd:
-            for stretch in common(box, None, held.shape):
-                target = flat[stretch.at_first : stretch.at_first + stretch.numel]
-                start = entry.start + stretch.at_second * size
-                for part in target.split(staging.numel()) if is_cast else (target,):
-                    into = staging[: part.numel()] if is_cast else part
-                    _read_into(fd, _bytes(into), start, f"{path}: {name}")
-                    start += into.nbytes
-                    if is_cast:
-                        part.copy_(into)
+        if values.dtype is not held.dtype:
+            numel = self._staging.shape[1] // held.dtype.itemsize
+            for part, piece in zip(values.view(-1).split(numel), self.pieces(name, box, numel), strict=True):
+                part.copy_(piece)
+            return values
+        with self._reader(name, box, max(values.numel(), 1)) as (read, count):
+            for index in range(count):
+                read(index, values.view(-1))
         return values
+
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """See `Weights`. While one is used, the next two are read."""
+        size = self.held[name].dtype.itemsize
+        if numel * size > self._staging.shape[1]:
+            yield self.read(name, box).view(-1)
+            return
+        buffers = [each[: numel * size].view(self.held[name].dtype) for each in self._staging]
+        with self._reader(name, box, numel) as (read, count):
+            if count < 2:
+                yield from map(read, range(count), buffers)
+                return
+            with ThreadPoolExecutor(2, "deepspeed-weights") as ahead:
+                coming = [ahead.submit(read, index, buffers[index]) for index in range(2)]
+                for index in range(count):
+                    piece = coming.pop(0).result()
+                    if index + 2 < count:
+                        coming.append(ahead.submit(read, index + 2, buffers[(index + 2) % 3]))
+                    yield piece
+
+    @contextlib.contextmanager
+    def _reader(self, name: str, box: Box | None, numel: int) -> Iterator[tuple[Callable[[int, Tensor], Tensor], int]]:
+        """Reads a numbered piece of `numel` elements into the front of a flat tensor, and the number of pieces."""
+        path, entry = self._places[name]
+        dtype = self.held[name].dtype
+        cut_up = list(_by_piece(common(box, None, entry.shape), numel))
+        with open_plain(path.resolve()) as fd:
+            if box is None and _is_advised:  # the disk reads on while pages are cleared, or pieces quantized
+                nbytes = math.prod(entry.shape) * dtype.itemsize
+                os.posix_fadvise(fd, entry.start, nbytes, os.POSIX_FADV_WILLNEED)
+
+            def read(index: int, into: Tensor) -> Tensor:
+                memory = _bytes(into)
+                for at, position, count in cut_up[index]:
+                    start = entry.start + position * dtype.itemsize
+                    part = memory[at * dtype.itemsize : (at + count) * dtype.itemsize]
+                    _read_into(fd, part, start, f"{path}: {name}")
+                return into[: sum(stretch.numel for stretch in cut_up[index])]
+
+            yield read, len(cut_up)
+
+
+def _by_piece(stretches: Iterable[Stretch], numel: int) -> Iterator[list[Stretch]]:
+    """Stretches, in order and without gaps, cut every `numel` elements; positions count from their piece's first element."""
+    piece: list[Stretch] = []
+    held = 0
+    for _, position, left in stretches:
+        while left:
+            taken = min(left, numel - held)
+            piece.append(Stretch(held, position, taken))
+            held, position, left = held + taken, position + taken, left - taken
+            if held == numel:
+                yield piece
+                piece, held = [], 0
+    if piece:
+        yield piece
 
 
 def _bytes(values: Tensor) -> memoryview:
@@ -139,6 +199,16 @@ class TorchFiles:
         for stored in value:
             file.let_go(stored)
         return found
+
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """See `Weights`. Of the mapped file itself where it can be."""
+        value, file = self._tensors[name], self._files[name]
+        if box is not None or not isinstance(value, Tensor) or not value.is_contiguous():
+            yield self.read(name, box).view(-1)
+            return
+        for piece in value.view(-1).split(numel):
+            yield piece
+            file.let_go(piece)
 
 
 def cut(whole: Tensor, box: Box | None) -> Tensor:
@@ -201,3 +271,7 @@ class TrainingCheckpoint:
 
         self._source.fetch([Wanted(*self._places[name], 0, values.numel(), sink, box)])
         return values
+
+    def pieces(self, name: str, box: Box | None, numel: int) -> Iterator[Tensor]:
+        """See `Weights`."""
+        yield self.read(name, box).view(-1)

@@ -18,21 +18,43 @@ from deepspeed.kernels.reference import quantize as reference
 from deepspeed.kernels.reference import signs as reference_signs
 from deepspeed.kernels.reference.quantize import Quantized, check_groups
 
+_PIECE_NUMEL = 1 << 15
 
-def quantize(x: Tensor, group_size: int, num_bits: int = 8, *, symmetric: bool = True) -> Quantized:
-    """`reference.quantize.quantize`."""
+
+def quantize(
+    x: Tensor, group_size: int, num_bits: int = 8, *, symmetric: bool = True, out: Quantized | None = None
+) -> Quantized:
+    """`reference.quantize.quantize`; `out`: contiguous memory for the result."""
     check_groups(x.numel(), group_size, num_bits)
     library = _library()
     if library is None or x.dtype not in DTYPES or not x.numel():
-        return reference.quantize(x, group_size, num_bits, symmetric=symmetric)
+        if out is None:
+            return reference.quantize(x, group_size, num_bits, symmetric=symmetric)
+        return _by_reference(x.reshape(-1), group_size, num_bits, out)
     x = x.detach().contiguous()
-    num_groups = x.numel() // group_size
+    if out is None:
+        out = empty_groups(x.numel() // group_size, group_size, num_bits, symmetric)
+    _call(library.ds_quantize, x, group_size, num_bits, out)
+    return out
+
+
+def empty_groups(num_groups: int, group_size: int, num_bits: int, symmetric: bool) -> Quantized:
+    """Memory in which so many groups are quantized."""
     kind = torch.int8 if symmetric and num_bits == 8 else torch.uint8
     values = torch.empty(num_groups, group_size * num_bits // 8, dtype=kind)
-    scales = torch.empty(num_groups)
-    minima = None if symmetric else torch.empty(num_groups)
-    _call(library.ds_quantize, x, group_size, num_bits, Quantized(values, scales, minima))
-    return Quantized(values, scales, minima)
+    return Quantized(values, torch.empty(num_groups), None if symmetric else torch.empty(num_groups))
+
+
+def _by_reference(x: Tensor, group_size: int, num_bits: int, out: Quantized) -> Quantized:
+    """Piece by piece, because torch's kernels make several tensors in fp32 of each."""
+    at = 0
+    for piece in x.split(max(_PIECE_NUMEL // group_size, 1) * group_size):
+        found = reference.quantize(piece, group_size, num_bits, symmetric=out.minima is None)
+        for part, into in zip(found, out, strict=True):
+            if part is not None and into is not None:
+                into[at : at + len(part)] = part
+        at += len(found.scales)
+    return out
 
 
 def dequantize(quantized: Quantized, num_bits: int = 8, dtype: torch.dtype = torch.float32) -> Tensor:

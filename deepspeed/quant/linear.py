@@ -8,17 +8,23 @@ Invariant: a layer's answer is that of the dequantized weight, within the roundi
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable, Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from typing_extensions import Self
 
-from deepspeed.kernels import native_products
+from deepspeed.kernels import native_products, native_quantize
 from deepspeed.kernels.reference import quantize as formats
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedError
+
+_PIECE_NUMEL = 1 << 18
 
 
 class QuantizedWeight(nn.Module):
@@ -35,15 +41,30 @@ class QuantizedWeight(nn.Module):
 
     def __init__(self, weight: Tensor, spec: Spec) -> None:
         super().__init__()
-        self.rows, self.width = weight.shape
+        flat = weight.detach().reshape(-1)
+        if flat.is_cpu:
+            quantized = _quantized(flat.split(piece_numel(spec)), flat.numel(), spec)
+        else:
+            quantized = pick("quantize", flat.device.type)(
+                flat, spec.group_size, spec.num_bits, symmetric=spec.symmetric
+            )
+        self._hold(weight.shape, weight.dtype, quantized, spec)
+
+    @classmethod
+    def of_pieces(cls, shape: Sequence[int], dtype: torch.dtype, pieces: Iterable[Tensor], spec: Spec) -> Self:
+        """A weight that becomes one of `dtype`, from its elements in order, in flat tensors of `piece_numel` each (the last: the rest)."""
+        made = cls.__new__(cls)
+        nn.Module.__init__(made)
+        made._hold(shape, dtype, _quantized(pieces, math.prod(shape), spec), spec)
+        return made
+
+    def _hold(self, shape: Sequence[int], dtype: torch.dtype, quantized: Quantized, spec: Spec) -> None:
+        self.rows, self.width = shape
         self.spec = spec
-        self.dtype = weight.dtype
-        quantized: Quantized = pick("quantize", weight.device.type)(
-            weight.detach(), spec.group_size, spec.num_bits, symmetric=spec.symmetric
-        )
+        self.dtype = dtype
         if formats.has_bad_groups(quantized):
             raise DeepSpeedError(
-                f"a weight {list(weight.shape)} holds NaN or infinity and cannot be quantized.\n  Check what was loaded."
+                f"a weight {list(shape)} holds NaN or infinity and cannot be quantized.\n  Check what was loaded."
             )
         for name, value in zip(("values", "scales", "minima"), quantized, strict=True):
             self.register_buffer(name, value)
@@ -115,6 +136,24 @@ class QuantizedWeight(nn.Module):
                 )
         self.dtype = dtype
         return self
+
+
+def piece_numel(spec: Spec) -> int:
+    """Elements that are quantized at a time, whole groups: few enough to stay in a processor's cache from reading to writing."""
+    return max(_PIECE_NUMEL // spec.group_size, 1) * spec.group_size
+
+
+def _quantized(pieces: Iterable[Tensor], numel: int, spec: Spec) -> Quantized:
+    """All groups of `numel` elements in main memory, beside which it holds what one piece needs."""
+    made = native_quantize.empty_groups(numel // spec.group_size, spec.group_size, spec.num_bits, spec.symmetric)
+    at = 0
+    for piece in pieces:
+        stop = at + piece.numel() // spec.group_size
+        out = Quantized(*(None if part is None else part[at:stop] for part in made))  # type: ignore[arg-type]
+        native_quantize.quantize(piece, spec.group_size, spec.num_bits, symmetric=spec.symmetric, out=out)
+        at = stop
+    assert at == len(made.scales), "pieces cover the weight"
+    return made
 
 
 def _floats(raw: Tensor) -> Tensor:

@@ -28,9 +28,10 @@ Make = Callable[[nn.Module, QuantizedWeight], nn.Module]
 
 @dataclass(frozen=True)
 class Around:
-    """What is done around each weight: `fill` gives a layer its values, `whole` is entered while its parameters are read, `made` is
-    told of the quantized weight and of the layers that it is in now."""
+    """What is done around each weight: `quantized` may give it as it is to be, from elsewhere; `fill` gives a layer its values, `whole` is
+    entered while its parameters are read, `made` is told of the quantized weight and of the layers that it is in now."""
 
+    quantized: Callable[[nn.Module, Spec], QuantizedWeight | None] = lambda layer, spec: None
     fill: Callable[[nn.Module], None] = lambda layer: None
     whole: Callable[[list[nn.Parameter]], contextlib.AbstractContextManager[Any]] = lambda params: (
         contextlib.nullcontext()
@@ -184,13 +185,15 @@ _MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embe
 def _replace(
     sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], around: Around
 ) -> None:
+    first = sites[0][2]
+    weight = None if _is_conv1d(first) else around.quantized(first, spec)
     for _, _, layer in sites:
         around.fill(layer)
     params = [param for _, _, layer in sites for param in layer.parameters(recurse=False)]
     was_sharded = any(hasattr(param, "ds_shape") for param in params)
     made: list[nn.Module] = []
     with around.whole(params):
-        weight = QuantizedWeight(_weight_of(sites[0][2]).contiguous(), spec)
+        weight = weight or QuantizedWeight(_weight_of(first).contiguous(), spec)
         for parent, name, layer in sites:
             new = kinds.get(type(layer), _linear)(layer, weight)
             new.train(layer.training)

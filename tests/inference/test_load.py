@@ -14,8 +14,11 @@ import torch
 from torch import nn
 
 import deepspeed
+from deepspeed.checkpoint.boxes import box_of
 from deepspeed.inference.weights import SafetensorsFiles
 from deepspeed.mesh.mesh import current_mesh
+from deepspeed.quant.linear import QuantizedWeight
+from deepspeed.quant.spec import Spec
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 from tests.harness import run_ranks
 from tests.inference.families import build, prompts
@@ -246,3 +249,17 @@ def test_what_is_damaged_or_does_not_fit_loads_nothing(tmp_path: Path) -> None:
             own.register_buffer("table", torch.zeros(2), persistent=False)
         torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), tmp_path / "own.pt")
         deepspeed.init_inference(own, dtype="fp32", checkpoint=str(tmp_path / "own.pt"))
+
+
+def test_pieces_of_a_part_are_the_part_and_quantized_what_it_is_quantized(tmp_path: Path) -> None:
+    whole = torch.randn(96, 256, generator=torch.Generator().manual_seed(0)).bfloat16()
+    pytest.importorskip("safetensors.torch").save_file({"w": whole}, tmp_path / "w.safetensors")
+    weights = SafetensorsFiles([tmp_path / "w.safetensors"], "w")
+    for box in (None, box_of([96, 256], {1: [(64, 128), (192, 256)]}), box_of([96, 256], {0: [(3, 40), (64, 90)]})):
+        part = weights.read("w", box)
+        for numel in (64, 1024, 1 << 20, 1 << 22):  # the last: more than is read ahead
+            assert torch.equal(torch.cat([piece.clone() for piece in weights.pieces("w", box, numel)]), part.view(-1))
+        for bits in (8, 4):
+            spec = Spec(num_bits=bits, group_size=64)
+            found = QuantizedWeight.of_pieces(part.shape, torch.float32, weights.pieces("w", box, 1024), spec)
+            assert torch.equal(found.whole(), QuantizedWeight(part.float(), spec).whole())

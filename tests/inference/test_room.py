@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import deepspeed
+from deepspeed.kernels import native_quantize
 
 WIDTH, LAYERS = 1024, 6
 
@@ -39,13 +40,16 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 @pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the system does not count peaks anew")
-@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "int8", "int8 without compiled loops"])
 @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
 def test_the_peak_is_the_model_and_its_largest_tensor(
-    stored: torch.dtype, suffix: str, dtype: str, files: dict[str, Path]
+    stored: torch.dtype, suffix: str, dtype: str, files: dict[str, Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = files[f"{stored}.{suffix}"]
+    if "without" in dtype:
+        monkeypatch.setattr(native_quantize, "_library", lambda: None)
+        dtype = "int8"
     deepspeed.init_inference(made(stored, "meta"), dtype=dtype, checkpoint=str(path))  # what is made once
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
