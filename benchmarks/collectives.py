@@ -20,7 +20,7 @@ import torch.distributed as dist
 import torch.multiprocessing
 from torch import Tensor
 
-from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.choose import Sharing, make_exchange
 from deepspeed.comm.collective import CollectiveExchange, all_gather_single, reduce_scatter_single
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
@@ -83,7 +83,7 @@ def _rank(rank: int, world_size: int, port: int, repeat: int, dtype_name: str, l
     assert group is not None
     dtype: torch.dtype = getattr(torch, dtype_name)
     columns: dict[str, Exchange | None] = {
-        "shared": make_exchange(group, torch.device("cpu"), shares_memory=True),
+        "shared": make_exchange(group, torch.device("cpu"), sharing=Sharing.ALWAYS),
         "direct": DirectExchange(group),
         "collective": CollectiveExchange(group),
         "torch": None,

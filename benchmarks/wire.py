@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import platform
+import re
 import statistics
 import subprocess
 import sys
@@ -112,7 +113,7 @@ def sent_bytes() -> int:
     return int(Path(f"/sys/class/net/{DEVICE}/statistics/tx_bytes").read_text())
 
 
-def work(near: int, num_steps: int) -> None:
+def work(near: int, num_steps: int, only: str) -> None:
     """One rank: every case; the first of each node prints what it saw."""
     import torch
     import torch.distributed as dist
@@ -122,7 +123,7 @@ def work(near: int, num_steps: int) -> None:
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
     for name, (optimizer, zero, bf16) in CASES.items():
-        if zero.get("hpz") and near < 2:
+        if (zero.get("hpz") and near < 2) or not re.search(only, name):
             continue
         torch.manual_seed(0)
         engine, *_ = deepspeed.initialize(model=make_model(256, 8), config=config_of(optimizer, zero, bf16, near, 1))
@@ -149,7 +150,7 @@ def work(near: int, num_steps: int) -> None:
     dist.destroy_process_group()
 
 
-def throttled(rate: str, near: int, num_steps: int) -> None:
+def throttled(rate: str, near: int, num_steps: int, only: str) -> None:
     """Make the nodes and the link, run, print the table, take all down."""
     nodes = [f"wire{os.getpid()}n{i}" for i in range(2)]
     try:
@@ -192,14 +193,14 @@ def throttled(rate: str, near: int, num_steps: int) -> None:
                 "latency",
                 "400ms",
             )
-        rows = _ranks(nodes, near, num_steps)
+        rows = _ranks(nodes, near, num_steps, only)
     finally:
         for node in nodes:
             subprocess.run(["ip", "netns", "del", node], check=False)
     _print(rows, rate, near)
 
 
-def _ranks(nodes: list[str], near: int, num_steps: int) -> list[dict[str, Any]]:
+def _ranks(nodes: list[str], near: int, num_steps: int, only: str) -> list[dict[str, Any]]:
     processes = []
     for rank in range(2 * near):
         env = {
@@ -207,7 +208,17 @@ def _ranks(nodes: list[str], near: int, num_steps: int) -> list[dict[str, Any]]:
             "MASTER_ADDR": "10.77.0.1", "MASTER_PORT": 29611, "GLOO_SOCKET_IFNAME": DEVICE, "OMP_NUM_THREADS": 1,
         }  # fmt: skip
         command = ["ip", "netns", "exec", nodes[rank // near], "env", *(f"{key}={value}" for key, value in env.items())]
-        command += [sys.executable, __file__, "--worker", "--ranks-per-node", str(near), "--steps", str(num_steps)]
+        command += [
+            sys.executable,
+            __file__,
+            "--worker",
+            "--ranks-per-node",
+            str(near),
+            "--steps",
+            str(num_steps),
+            "--only",
+            only,
+        ]
         processes.append(subprocess.Popen(command, stdout=subprocess.PIPE, text=True))
     outputs = [process.communicate()[0] for process in processes]
     failed = [i for i, process in enumerate(processes) if process.returncode]
@@ -234,19 +245,21 @@ def _print(rows: list[dict[str, Any]], rate: str, near: int) -> None:
         )
 
 
-def losses(num_seeds: int, num_steps: int, factor_max: float, only: str) -> None:
+def losses(args: argparse.Namespace) -> None:
     """Final losses of every optimizer, from several seeds, on 2 ranks of this machine."""
     import torch.multiprocessing as mp
 
     queue = mp.get_context("spawn").SimpleQueue()
-    mp.start_processes(_train_all, (num_seeds, num_steps, factor_max, only, queue), nprocs=2, start_method="spawn")
+    args.steps = max(args.steps, 300)
+    mp.start_processes(_train_all, (args, queue), nprocs=2, start_method="spawn")
     found: dict[str, list[float]] = {}
     while not queue.empty():
         name, loss = queue.get()
         found.setdefault(name, []).append(loss)
     _machine()
     print(
-        f"GPT of 0.3M parameters, 2 ranks, {num_steps} steps, a fifth of them without compression, {num_seeds} seeds\n"
+        f"GPT of 0.3M parameters, 2 ranks, {args.steps} steps, a share of {args.freeze:g} of them without compression, "
+        f"betas [0.9, {args.beta2:g}], factor_max {args.factor_max:g}, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}\n"
     )
     print("| optimizer | final loss, mean over seeds | beside plain |\n|---|--:|--:|")
     base = {"LAMB": "LAMB", "1-bit LAMB": "LAMB"}
@@ -256,15 +269,14 @@ def losses(num_seeds: int, num_steps: int, factor_max: float, only: str) -> None
         print(f"| {name} | {mean:.4f} | {100 * (mean / plain - 1):+.2f} % |")
 
 
-def _kinds(num_steps: int, freeze: int, factor_max: float) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+def _kinds(args: argparse.Namespace, freeze: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Every optimizer, with its `zero_optimization`."""
-    # The variance settles within the steps before the freeze, as the papers ask.
     lr = 2e-3
-    common: dict[str, Any] = {"lr": lr, "betas": [0.9, 0.95]}
+    common: dict[str, Any] = {"lr": lr, "betas": [0.9, args.beta2]}
     adam = {"type": "Adam", "params": {**common, "bias_correction": False}}
     lamb = {**common, "lr": 5 * lr}
-    factors = {"factor_max": factor_max, "factor_min": 0.5 if factor_max > 1 else 1.0}
-    local = {"var_freeze_step": freeze, "local_step_scaler": num_steps, "local_step_clipper": 2}
+    factors = {"factor_max": args.factor_max, "factor_min": 0.5 if args.factor_max > 1 else 1.0}
+    local = {"var_freeze_step": freeze, "local_step_scaler": args.steps, "local_step_clipper": 2}
     whole = {"stage": 0}
     return {
         "Adam": (adam, whole),
@@ -276,7 +288,7 @@ def _kinds(num_steps: int, freeze: int, factor_max: float) -> dict[str, tuple[di
     }
 
 
-def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, only: str, queue: Any) -> None:
+def _train_all(rank: int, args: argparse.Namespace, queue: Any) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
                    "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}  # fmt: skip
     import torch
@@ -285,14 +297,15 @@ def _train_all(rank: int, num_seeds: int, num_steps: int, factor_max: float, onl
 
     torch.set_num_threads(1)
     deepspeed.init_distributed("gloo")
-    freeze = num_steps // 5
-    for seed in range(num_seeds):
-        for name, (optimizer, zero) in _kinds(num_steps, freeze, factor_max).items():
-            if only not in name:
+    num_steps, freeze = args.steps, round(args.freeze * args.steps)
+    warm_up = min(freeze // 2, num_steps // 10)
+    for seed in range(args.first_seed, args.first_seed + args.seeds):
+        for name, (optimizer, zero) in _kinds(args, freeze).items():
+            if not re.search(args.only, name):
                 continue
             config = config_of(optimizer, zero, False, 1, 8)
             config["scheduler"] = {"type": "WarmupDecayLR", "params": {
-                "total_num_steps": num_steps, "warmup_num_steps": freeze // 2, "warmup_max_lr": optimizer["params"]["lr"]}}  # fmt: skip
+                "total_num_steps": num_steps, "warmup_num_steps": warm_up, "warmup_max_lr": optimizer["params"]["lr"]}}  # fmt: skip
             loss = _final_loss(config, seed, rank, num_steps)
             if rank == 0:
                 queue.put((name, loss))
@@ -339,16 +352,19 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=6)
     parser.add_argument("--loss", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--factor-max", type=float, default=1.0, help="of 1-bit LAMB, with --loss")
-    parser.add_argument("--only", default="", help="optimizers whose name has this, with --loss")
+    parser.add_argument("--first-seed", type=int, default=0)
+    parser.add_argument("--freeze", type=float, default=0.2, help="the share of steps before compression, with --loss")
+    parser.add_argument("--beta2", type=float, default=0.95, help="with --loss")
+    parser.add_argument("--factor-max", type=float, default=1.0, help="of 1-bit LAMB, with --loss; 4 is its default")
+    parser.add_argument("--only", default="", help="cases in whose name this pattern is found")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.worker:
-        work(args.ranks_per_node, args.steps)
+        work(args.ranks_per_node, args.steps, args.only)
     elif args.loss:
-        losses(args.seeds, max(args.steps, 300), args.factor_max, args.only)
+        losses(args)
     else:
-        throttled(args.rate, args.ranks_per_node, args.steps)
+        throttled(args.rate, args.ranks_per_node, args.steps, args.only)
 
 
 if __name__ == "__main__":

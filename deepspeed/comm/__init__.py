@@ -15,7 +15,7 @@
     quantized.py     gathers in int8 and reductions in int4 (qwZ, qgZ)        relay.py   gathers in two hops
     code.py  feedback.py     their messages; what those left out (LoCo)
     onebit.py        an all-reduce in one bit per element, with error feedback
-    choose.py        which of them a group is given
+    choose.py        which of them a group is given        trial.py   which is faster here
     observe.py       an exchange that is watched
     spread.py        one rank's values of any tensor, given to all
     bench.py         how fast collectives are (`ds_bench`)

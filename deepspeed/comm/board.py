@@ -150,7 +150,7 @@ class Board:
         side = self._sides[rank]
         place = self._wait_for(number, rank, timeout_s)
         if place >= 0:
-            return side.room[place : place + nbytes]
+            return side.message(place, nbytes)
         try:
             beside = _mapped(Address(side.pid, -1 - place), nbytes)
         except OSError:
@@ -251,11 +251,17 @@ class _Side:
     def __init__(self, memory: mmap.mmap, places_at: int, room_at: int, pid: int) -> None:
         self._memory = memory
         self.pid = pid
-        self.room = torch.frombuffer(memory, dtype=torch.uint8)[room_at:]
         self._places = memoryview(memory)[places_at : places_at + 16 * NUM_MESSAGES].cast("q")
-        self.base = self.room.data_ptr() - room_at
+        self.base = ctypes.addressof(ctypes.c_char.from_buffer(memory))
         """Its address in this process."""
+        self._room_at = room_at
         self.room_at = self.base + room_at
+
+    def message(self, place: int, nbytes: int) -> Tensor:
+        """[nbytes] of uint8 that lie in its room. No tensor is kept, so that a board is no storage of an engine's."""
+        if not nbytes:
+            return torch.empty(0, dtype=torch.uint8)
+        return torch.frombuffer(self._memory, dtype=torch.uint8, offset=self._room_at + place, count=nbytes)
 
     def place(self, entry: int) -> int:
         """Where a message lies: an offset, or -1 - the number of memory of its own."""

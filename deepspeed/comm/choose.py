@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum
 
 import torch
 import torch.distributed as dist
@@ -16,8 +17,9 @@ from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.shared import SharedExchange
+from deepspeed.comm.trial import NUMEL, agreed, try_both
 from deepspeed.utils.errors import DeepSpeedError
-from deepspeed.utils.logging import warn_once
+from deepspeed.utils.logging import log_dist, warn_once
 
 SHARED_MEMORY = "DS_SHARED_MEMORY"
 """The variable that asks for `comm.shared`; all ranks need the same."""
@@ -25,10 +27,19 @@ MAX_SHARED_RANKS = 16
 """Every rank reads every other's message: beyond so many, fewer and larger steps are better."""
 
 
-def make_exchange(group: ProcessGroup | None, device: torch.device, *, shares_memory: bool = False) -> Exchange:
+class Sharing(Enum):
+    """Whether small messages between CPU ranks of one host go through memory that they share, by the variable's word."""
+
+    NEVER = "0"
+    ALWAYS = "1"
+    IF_FASTER = "auto"
+    """Where a trial says so, when a group's exchange is made."""
+
+
+def make_exchange(group: ProcessGroup | None, device: torch.device, *, sharing: Sharing = Sharing.NEVER) -> Exchange:
     """The fastest exchange for buffers on `device`. None means all ranks, or this one where nothing is initialised.
 
-    shares_memory: small messages between CPU ranks of one host go through memory that they share. Then collective.
+    Collective where `sharing` is not NEVER.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return LocalExchange(None)
@@ -38,21 +49,22 @@ def make_exchange(group: ProcessGroup | None, device: torch.device, *, shares_me
         return LocalExchange(group)
     if device.type == "cpu" and _backend_for(group, "cpu") == "gloo":
         direct = DirectExchange(group)
-        return _shared(direct, group) or direct if shares_memory else direct
+        return direct if sharing is Sharing.NEVER else _shared(direct, group, sharing) or direct
     return CollectiveExchange(group)
 
 
-def shares_memory(environ: Mapping[str, str]) -> bool:
-    """Whether the environment asks for shared memory. Raises DeepSpeedError for another word than 0 and 1."""
-    value = environ.get(SHARED_MEMORY, "") or "0"
-    if value not in ("0", "1"):
+def sharing_of(environ: Mapping[str, str]) -> Sharing:
+    """What the environment asks for. Raises DeepSpeedError for a word that is none of the switch's."""
+    value = environ.get(SHARED_MEMORY, "") or Sharing.NEVER.value
+    if value not in [sharing.value for sharing in Sharing]:
         raise DeepSpeedError(
-            f"{SHARED_MEMORY}={value} says nothing.\n  Set it to 1 for small messages through shared memory, or to 0."
+            f"{SHARED_MEMORY}={value} says nothing.\n"
+            "  Set it to 1 for small messages through shared memory, to auto for that where a trial finds it faster, or to 0."
         )
-    return value == "1"
+    return Sharing(value)
 
 
-def _shared(direct: DirectExchange, group: ProcessGroup) -> SharedExchange | None:
+def _shared(direct: DirectExchange, group: ProcessGroup, sharing: Sharing) -> SharedExchange | None:
     """The exchange by shared memory, or None, told once, where the ranks of a group have none. Collective over them."""
     if group.size() > MAX_SHARED_RANKS:
         return None
@@ -78,7 +90,21 @@ def _shared(direct: DirectExchange, group: ProcessGroup) -> SharedExchange | Non
         warn_once(f"small messages between CPU ranks go through gloo, not shared memory: {why}.")
         return None
     board.seal()
-    return SharedExchange(direct, board, _timeout_s(group))
+    shared = SharedExchange(direct, board, _timeout_s(group))
+    return shared if sharing is Sharing.ALWAYS or _is_faster(shared, group) else None
+
+
+def _is_faster(shared: SharedExchange, group: ProcessGroup) -> bool:
+    """Whether a trial says so, on all ranks; told."""
+    # Another exchange, since what one receives into stays.
+    times = agreed(_gathered(group, list(try_both(shared, DirectExchange(group)))))
+    wins = times.first < times.second
+    log_dist(
+        f"small messages between {group.size()} CPU ranks go through {'shared memory' if wins else 'gloo'}: an all-reduce of "
+        f"{4 * NUMEL >> 10} KiB took {times.first} us there, {times.second} us in gloo.",
+        [0],
+    )
+    return wins
 
 
 def _gathered(group: ProcessGroup, values: list[int]) -> list[list[int]]:

@@ -27,7 +27,7 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map_only
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.choose import make_exchange, shares_memory
+from deepspeed.comm.choose import make_exchange, sharing_of
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.recorder import Current, Flow, Recorder
 from deepspeed.utils.waits import COMMUNICATION
@@ -39,7 +39,7 @@ NUM_RUNS = 3
 def make_observed(group: ProcessGroup | None, device: torch.device) -> Exchange:
     """`make_exchange`, watched where there is more than one rank; through shared memory where the environment asks for it.
     Then collective over the group."""
-    inner = make_exchange(group, device, shares_memory=shares_memory(os.environ))
+    inner = make_exchange(group, device, sharing=sharing_of(os.environ))
     return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
 
 

@@ -27,7 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
 from deepspeed.assembly.exchanges import make_wire
 from deepspeed.assembly.sequence import make_sequence_loss
-from deepspeed.comm.choose import SHARED_MEMORY, shares_memory
+from deepspeed.comm.choose import SHARED_MEMORY, Sharing, sharing_of
 from deepspeed.config import Config
 from deepspeed.engine import earlier_states, experts, tensor
 from deepspeed.engine.accumulation import Accumulation
@@ -213,7 +213,8 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
     for refusal in mesh.gather_objects("job", shared_with_another(given.model) or overlap_of(given.model)):
         if refusal is not None:
             raise DeepSpeedError(refusal)
-    wishes = [f"the variable {SHARED_MEMORY} = 1"] if shares_memory(os.environ) else []
+    sharing = sharing_of(os.environ)
+    wishes = [] if sharing is Sharing.NEVER else [f"the variable {SHARED_MEMORY} = {sharing.value}"]
     if mesh.size("near") > 1:
         wishes.append(f"nodes of {mesh.size('near')} ranks")
     lines = [*flatten(given.user_config), *wishes]

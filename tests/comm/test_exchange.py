@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.choose import Sharing, make_exchange
 from deepspeed.comm.collective import CollectiveExchange
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, slices_of
@@ -29,7 +29,7 @@ def _exchange(kind: str) -> Exchange:
     if group.size() == 1:
         return LocalExchange(group)
     if kind == "shared":
-        exchange = make_exchange(group, CPU, shares_memory=True)
+        exchange = make_exchange(group, CPU, sharing=Sharing.ALWAYS)
         assert isinstance(exchange, SharedExchange)
         return exchange
     return DirectExchange(group) if kind == "direct" else CollectiveExchange(group)

@@ -7,6 +7,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
+
+from deepspeed.comm.choose import SHARED_MEMORY
 from tests.harness import run_ranks
 
 
@@ -20,10 +23,12 @@ def _benchmark() -> Any:
 
 
 def walked(rank: int, world_size: int) -> list[tuple[int, int]]:
-    """(files, depth) of the fourth step's forward and backward."""
+    """(files, depth) of the fourth step's forward and backward, over gloo."""
     walk = _benchmark()
     before = sys.getprofile()
-    engine = walk.engine_at(3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(SHARED_MEMORY, "0")
+        engine = walk.engine_at(3)
     walks = walk.watched(engine, 4)
     sys.setprofile(before)
     engine.destroy()
