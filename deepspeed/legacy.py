@@ -41,6 +41,11 @@ _PIPE_MODULE = {
     "deepspeed.parallel.pipeline.module": "PipelineModule DualPipeVModule",
     "deepspeed.parallel.pipeline.layers": "LayerSpec TiedLayerSpec PipelineError",
 }
+_DIFFUSION = "kernels of diffusion models"
+_INJECTION = {
+    "deepspeed.inference.injection": "replace_transformer_layer revert_transformer_layer",
+    "deepspeed.inference.group_wise": "GroupQuantizer",
+}
 _INFERENCE, _AUTOTP = "inference", "automatic tensor parallelism"
 _DATA, _LTD = "data efficiency", "random layer-token drop"
 _COMPRESSION, _SPARSE = "compression", "sparse attention"
@@ -49,9 +54,9 @@ _POLICIES = invert(
     {
         "deepspeed.inference.policies": "HFBertLayerPolicy HFDistilBertLayerPolicy HFGPT2LayerPolicy HFGPTJLayerPolicy "
         "HFGPTNEOLayerPolicy GPTNEOXLayerPolicy BLOOMLayerPolicy HFOPTLayerPolicy HFCLIPLayerPolicy LLAMALayerPolicy "
-        "LLAMA2LayerPolicy InternLMLayerPolicy"
+        "LLAMA2LayerPolicy InternLMLayerPolicy MegatronLayerPolicy UNetPolicy VAEPolicy"
     }
-) | _later(_INFERENCE, "MegatronLayerPolicy UNetPolicy VAEPolicy")
+)
 
 PATHS: dict[str, dict[str, str]] = {
     "deepspeed.constants": {_CONSTANTS: ""},
@@ -284,6 +289,16 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.inference.quantization.utils": invert({"deepspeed.inference.group_wise": "Quantizer DeQuantizer"}),
     "deepspeed.inference.v2": {},
+    "deepspeed.inference.v2.config_v2": {
+        **invert(
+            {"deepspeed.inference": "RaggedInferenceEngineConfig", "deepspeed.inference.config": "DeepSpeedTPConfig"}
+        ),
+        **_later("inference with continuous batching", "QuantizationConfig"),
+    },
+    "deepspeed.model_implementations": {
+        "DeepSpeedInferenceConfig": "deepspeed.inference.config",
+        **_later("internal", "DeepSpeedTransformerInference"),
+    },
     "deepspeed.inference.v2.checkpoint": _later(_INFERENCE, "CheckpointEngineBase HuggingFaceCheckpointEngine"),
     "deepspeed.inference.v2.engine_factory": {
         **invert({"deepspeed.inference.v2.checkpoint": "HuggingFaceCheckpointEngine"}),
@@ -299,8 +314,15 @@ PATHS: dict[str, dict[str, str]] = {
                 f"{_TENSOR}.requested": "set_autotp_mode",
             }
         ),
-        **_later(_INFERENCE, "replace_transformer_layer revert_transformer_layer GroupQuantizer"),
-        **_later(_AUTOTP, "AutoTP ReplaceWithTensorSlicing"),
+        **invert(_INJECTION),
+        **invert({"deepspeed.inference.policies": "DSPolicy", "deepspeed.inference.injection": "AutoTP"}),
+        **_later(_AUTOTP, "ReplaceWithTensorSlicing"),
+        **_later(_DIFFUSION, "generic_injection"),
+    },
+    "deepspeed.module_inject.replace_module": {
+        **invert(_INJECTION),
+        **_later(_AUTOTP, "ReplaceWithTensorSlicing"),
+        **_later(_DIFFUSION, "generic_injection"),
     },
     "deepspeed.module_inject.layers": invert(
         {
@@ -318,13 +340,17 @@ PATHS: dict[str, dict[str, str]] = {
     ),
     "deepspeed.module_inject.auto_tp": {
         **invert({f"{_TENSOR}.head": "VocabParallelCausalLMLoss"}),
-        **_later(_AUTOTP, "AutoTP ReplaceWithTensorSlicing Loading"),
+        **invert({"deepspeed.inference.injection": "AutoTP"}),
+        **_later(_AUTOTP, "ReplaceWithTensorSlicing Loading"),
     },
     "deepspeed.module_inject.policy": {
         **invert({"deepspeed.inference.policies": "DSPolicy TransformerPolicy"}),
         **_later(_INFERENCE, "transpose"),
     },
-    "deepspeed.module_inject.replace_policy": _POLICIES,
+    "deepspeed.module_inject.replace_policy": {
+        **_POLICIES,
+        **invert({"deepspeed.inference.policies": "replace_policies generic_policies"}),
+    },
     "deepspeed.module_inject.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),
     "deepspeed.utils.init_on_device": invert({"deepspeed.utils.on_device": "OnDevice"}),
     "deepspeed.utils.tp_shard": invert({f"{_TENSOR}.by_hand": "get_shard_size get_shard_size_list"}),

@@ -7,7 +7,8 @@ prepare.py      a module cast, and placed on its device
 quantized.py    what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
 policies.py     the original's layer policies by name
-group_wise.py   Quantizer and DeQuantizer, for tensors that scripts quantize themselves
+injection.py    the original's calls beneath init_inference: replace_transformer_layer, AutoTP
+group_wise.py   Quantizer, DeQuantizer, GroupQuantizer, for tensors that scripts quantize themselves
 tensor.py       over which ranks a model is cut, and that they stay together
 experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part

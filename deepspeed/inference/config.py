@@ -18,7 +18,11 @@ from deepspeed.config.parallelism import TP_KEY
 from deepspeed.utils.dtypes import dtype_name, parse_dtype
 from deepspeed.utils.lazy import lazy_exports
 
-__getattr__, _ = lazy_exports(__name__, {"DtypeEnum": "deepspeed.porch.enums"})
+__getattr__, _ = lazy_exports(
+    __name__,
+    {"DtypeEnum": "deepspeed.porch.enums"}
+    | dict.fromkeys(("QuantTypeEnum", "MoETypeEnum"), "deepspeed.inference.injection"),
+)
 
 
 def _dtype(value: Any) -> torch.dtype:

@@ -83,3 +83,40 @@ class LLAMA2LayerPolicy(LLAMALayerPolicy):
 
 class InternLMLayerPolicy(LLAMALayerPolicy):
     """InternLM."""
+
+
+class MegatronLayerPolicy(TransformerPolicy):
+    """Megatron-LM's GPT; `version` and `megatron_v2` are what scripts set for the original's kernels, and change nothing."""
+
+    row_names = ("attention.dense", "mlp.dense_4h_to_h")
+    version = 0
+    megatron_v2 = True
+    use_mup = False
+
+
+class UNetPolicy(TransformerPolicy):
+    """Diffusion models' denoisers, which nothing here cuts: using it is an error that says so."""
+
+
+class VAEPolicy(TransformerPolicy):
+    """Diffusion models' decoders; as `UNetPolicy`."""
+
+
+generic_policies: list[type[TransformerPolicy]] = [UNetPolicy, VAEPolicy]
+"""Those for models without layers in a list."""
+replace_policies: list[type[TransformerPolicy]] = [
+    HFBertLayerPolicy,
+    HFGPTNEOLayerPolicy,
+    GPTNEOXLayerPolicy,
+    HFGPTJLayerPolicy,
+    MegatronLayerPolicy,
+    HFGPT2LayerPolicy,
+    BLOOMLayerPolicy,
+    HFOPTLayerPolicy,
+    HFCLIPLayerPolicy,
+    HFDistilBertLayerPolicy,
+    LLAMALayerPolicy,
+    LLAMA2LayerPolicy,
+    InternLMLayerPolicy,
+]
+"""Those for layers of transformers."""
