@@ -37,7 +37,10 @@ from deepspeed.optim.compressed import (
 )
 from deepspeed.optim.ranges import check_ranges
 from deepspeed.optim.traits import OwnReduction, Part, Whole, loss_of
-from deepspeed.utils.logging import log_dist
+from deepspeed.utils.logging import log_dist, warn_once
+
+SETTLED_BETA2 = 0.999
+"""From here on factors say something of a layer; see `docs/compressed-communication.md` for what was measured."""
 
 
 class OnebitLamb(CompressedOptimizer):
@@ -84,7 +87,18 @@ class OnebitLamb(CompressedOptimizer):
             "amsgrad": amsgrad,
         }
         super().__init__(params, defaults, cuda_aware=cuda_aware, backend=comm_backend_name)
-        self._warn_unsettled("freeze_step", self.freeze_step)
+        self._warn_noisy()
+
+    def _warn_noisy(self) -> None:
+        """Say once that factors will be noise: the largest ratio of any element, between variances of few gradients each. A
+        variance that has not settled, which is what 1-bit Adam warns of, is made up for by trust ratios and factors."""
+        beta2 = min(float(group["betas"][1]) for group in self.param_groups)
+        if beta2 < SETTLED_BETA2 and self.factor_max > 1:
+            warn_once(
+                f"OnebitLamb: betas[1] = {beta2:g} remembers about {round(1 / (1 - beta2))} steps, so after freeze_step the quietest element of a "
+                f"layer, not its gradients' size, decides the layer's factor, up to factor_max = {self.factor_max:g}: losses end 1 to 5 % higher.\n"
+                "  Set betas[1] to 0.999, or factor_max and factor_min to 1."
+            )
 
     def nbytes_beside(self, num_ranks: int, is_sharded: bool) -> float:
         """See AveragesItself. And a second variance, which goes on: of the run's elements."""

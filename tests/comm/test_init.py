@@ -18,6 +18,7 @@ import torch.distributed as dist
 from deepspeed import comm
 from deepspeed.comm import init as module
 from deepspeed.utils.errors import DeepSpeedError
+from tests.engine.runs import LONG
 from tests.harness import free_port, run_alone, run_ranks
 
 FIVE = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
@@ -68,7 +69,12 @@ print("joined", total.item(), flush=True)
 
 
 @pytest.mark.parametrize(
-    "options", [["--standalone"], ["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"], []]
+    "options",
+    [
+        ["--standalone"],
+        pytest.param(["--rdzv_backend", "c10d", "--rdzv_endpoint", "localhost:0"], marks=LONG),
+        pytest.param([], marks=LONG),
+    ],
 )
 def test_torchrun_with_one_process_joins_the_store_of_its_agent(options: list[str], tmp_path: Path) -> None:
     script = tmp_path / "one.py"

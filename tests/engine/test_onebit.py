@@ -257,7 +257,7 @@ def test_states_are_found_by_parameter_and_flags_on_the_engines_optimizer() -> N
 
 
 def unsettled(rank: int, world_size: int) -> list[str]:
-    from deepspeed.runtime.fp16.onebit import OnebitAdam, ZeroOneAdam
+    from deepspeed.runtime.fp16.onebit import OnebitAdam, OnebitLamb, ZeroOneAdam
     from deepspeed.utils import logging
 
     said: list[str] = []
@@ -267,12 +267,17 @@ def unsettled(rank: int, world_size: int) -> list[str]:
         params = [torch.nn.Parameter(torch.ones(8))]
         OnebitAdam(params, freeze_step=60)
         ZeroOneAdam(params, var_freeze_step=60, betas=(0.9, 0.95))
+        OnebitLamb(params, freeze_step=60)
+        OnebitLamb(params, freeze_step=60, betas=(0.9, 0.95), factor_max=1.0, factor_min=1.0)
+        OnebitLamb(params, freeze_step=60, betas=(0.9, 0.95))
     return said
 
 
-def test_a_freeze_before_the_variance_has_settled_is_one_warning_with_the_steps_it_needs() -> None:
-    (said,) = unsettled(0, 1)
-    assert "OnebitAdam: freeze_step = 60, but with betas[1] = 0.999 the variance needs about 1000 steps" in said
+def test_a_variance_that_has_not_settled_or_is_noise_is_one_warning_for_the_optimizer_that_minds() -> None:
+    of_adam, of_lamb = unsettled(0, 1)
+    assert "OnebitAdam: freeze_step = 60, but with betas[1] = 0.999 the variance needs about 1000 steps" in of_adam
+    assert "OnebitLamb: betas[1] = 0.95 remembers about 20 steps" in of_lamb
+    assert of_lamb.endswith("Set betas[1] to 0.999, or factor_max and factor_min to 1.")
 
 
 def settings_differ(rank: int, world_size: int) -> None:
