@@ -117,7 +117,7 @@ def refuse_what_cannot_be(rank: int, world_size: int) -> None:
 
 
 def test_trained_weights_and_exchanges_that_round_are_refused() -> None:
-    run_ranks(1, refuse_what_cannot_be)
+    run_ranks(2, refuse_what_cannot_be)
     with pytest.raises(DeepSpeedConfigError, match=r"zero.offload_param.*zero.stage"):
         deepspeed.init_inference(build("llama"), zero={"stage": 0, "offload_param": {"device": "cpu"}})
     with pytest.raises(DeepSpeedConfigError, match=r"zero.stage.*tensor_parallel.tp_size"):
