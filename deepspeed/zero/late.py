@@ -167,7 +167,7 @@ class LateStep:
         measured, takeover = self._measured, self._optimizer.takeover
         assert measured is not None, "decided"
         if measured.changed_any and takeover is not None:
-            takeover.take_over_told()
+            takeover.take_over_told(changed_any=True)
         if self._factor == self._expected and not measured.missed_any:
             self._end()
             return Verdict.STOOD

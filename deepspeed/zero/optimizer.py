@@ -286,9 +286,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         if self.takeover is None:
             return norm.measure()
         measured = norm.measure(self.takeover.news)
-        if measured.changed_any and self.takeover.take_over_told():
+        if self.takeover.take_over_told(measured.changed_any):
             self.reducer.finish()
-            measured = norm.measure()
+            again = norm.measure()  # the flags of those that were reduced before have been taken
+            measured = again._replace(missed_any=measured.missed_any or again.missed_any)
         return measured
 
     def _update(self, factor: float, kept: Sequence[Tensor] | None) -> None:

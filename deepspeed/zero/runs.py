@@ -47,8 +47,9 @@ class Members(list[Tensor]):
         if any(run is tensor for run in self):
             return True
         slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
-        trained = slot is not None and any(master.bucket is slot.bucket for master in self._owner.masters)
-        return trained and slot.bucket.layout.groups[slot.index] == self._group  # type: ignore[union-attr]
+        return (
+            slot is not None and self._owner.has(slot.bucket) and slot.bucket.layout.groups[slot.index] == self._group
+        )
 
     def __reduce__(self) -> Any:
         """A copy is a plain list."""
@@ -92,6 +93,8 @@ class Runs:
         self._placing = placing if needs is Needs.ELEMENTWISE or (needs is None and allow_untested) else None
         self.steppable: list[list[tuple[int, Tensor]]] = []
         """Per master in the device's memory, (group, tensor) that the wrapped optimizer steps; else none."""
+        self._numbers: dict[Bucket, int] = {}
+        """Where in that list a bucket's are."""
         self.refresh()
         if optimizer.state:
             warn_once(
@@ -106,10 +109,14 @@ class Runs:
         if self.gives_whole:
             self.optimizer.state = RunStates(self.optimizer.state, self._run_of)
 
+    def has(self, bucket: Bucket) -> bool:
+        """Whether a bucket's masters are stepped."""
+        return bucket in self._numbers
+
     def _run_of(self, tensor: object) -> Tensor | None:
         slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
-        found = [] if slot is None else [i for i, m in enumerate(self.masters) if m.bucket is slot.bucket]
-        return self.steppable[found[0]][slot.index][1] if found and slot is not None else None
+        number = None if slot is None else self._numbers.get(slot.bucket)
+        return None if slot is None or number is None else self.steppable[number][slot.index][1]
 
     def refresh(self) -> None:
         """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""
@@ -119,6 +126,7 @@ class Runs:
             self.stream = TileStream(self.optimizer, self.masters, self.gradients, self._placing, self.sub_group_numel)
         for master in self.masters[len(self.steppable) :]:
             mine = self._cut(master)
+            self._numbers[master.bucket] = len(self.steppable)
             self.steppable.append([(group, nn.Parameter(tensor, requires_grad=True)) for group, tensor in mine])
         tensors = self.by_group()
         for i, (param_group, members) in enumerate(zip(self.optimizer.param_groups, tensors, strict=True)):

@@ -4,7 +4,8 @@ Made by the engine; called by the optimizer's step, which all ranks enter togeth
 nothing: facts are compared on the host, and one number tells it to the others. Where any rank found something, all
 compare what they found before anybody acts, so that a change on one rank alone is an error on all and hangs none.
 
-    begin_step       facts are compared; ranks tell each other, with the norm's sum where O is sharded -> what changed -> act
+    begin_step       facts are compared; ranks tell each other, with the norm's sum where O is sharded, else while they
+                     measure it -> what changed -> act
     follow_written   after the norm, for which the host waited anyway: masters follow parameters that were written
     end_step         what is true now is written down
 
@@ -22,7 +23,7 @@ Invariant: what is refused is refused before anything was changed, on every rank
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -63,6 +64,9 @@ class Takeover:
         self._rides = len(self._ranks) > 1 and built.builder.placing.policy.optimizer.is_sharded
         """Whether ranks tell each other with the norm, which is summed over them anyway."""
         self._steps_whole = not self._rides
+        self._may_overlap = len(self._ranks) > 1 and self._steps_whole
+        self._told: Callable[[], list[tuple[int, ...]]] | None = None
+        """What ranks tell each other while each measures its norm, where nothing else is summed over them."""
         self.news: bool | Tensor = False
         """Whether this rank has something to tell the others; a tensor [] where the device knows."""
         self._is_late = False
@@ -72,7 +76,7 @@ class Takeover:
 
     def tell_early(self) -> None:
         """From now on ranks tell each other where a step begins, not with its norm, whose answer comes late."""
-        self._rides = False
+        self._rides = self._may_overlap = False
 
     def close(self) -> None:
         """The engine ends; no cycle is left to a collector."""
@@ -91,7 +95,9 @@ class Takeover:
         is_changed = self.facts.have_changed() or reducer.has_stood_in or is_assigned
         if self.facts.is_long_look:
             self._compare_settings()
-        if not self._rides:
+        if self._may_overlap and not self.facts.is_long_look:
+            self._told = self._mesh.start_agree("average", int(is_changed or self._is_late))
+        elif not self._rides:
             self._settle_if(is_changed or self._is_late)
             if self.facts.is_long_look and self._steps_whole:
                 self._compare_bytes()
@@ -121,13 +127,16 @@ class Takeover:
         self._asked = [seal for seal in self.facts.seals if not seal.master.bucket.is_away]
         self._broken = [seal.is_broken() for seal in self._asked]
 
-    def take_over_told(self) -> bool:
-        """The norm has brought news: take over what ranks have changed, now where all of them know, else in the next step's
-        beginning; whether it was done. No wait of the host's for a few bytes of its own."""
-        self._is_late = not self._rides
-        if self._rides:
+    def take_over_told(self, changed_any: bool) -> bool:
+        """After the norm, which has brought news if `changed_any`: take over what ranks have changed, now where all of them know,
+        else in the next step's beginning; whether it was done. No wait of the host's for a few bytes of its own."""
+        told, self._told = self._told, None
+        all_know = (changed_any and self._rides) or (told is not None and any(changed for (changed,) in told()))
+        if all_know:
             self.take_over()
-        return self._rides
+        elif changed_any:
+            self._is_late = True
+        return all_know
 
     @torch.no_grad()
     def follow_written(self) -> None:
