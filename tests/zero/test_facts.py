@@ -121,6 +121,11 @@ def assign_other_values(side: Any) -> None:
             param.data = (param.data * (0.5 + 0.1 * i)).clone()
 
 
+def assign_while_a_layer_is_idle(side: Any) -> None:
+    side.module.layers[1].forward = torch.zeros_like  # its parameters have no gradient from now on
+    assign_other_values(side)
+
+
 def assign_a_transposed_view(side: Any) -> None:
     weight = side.module.layers[0].weight
     with side.writing([weight]):
@@ -215,6 +220,7 @@ EDITS: dict[str, tuple[Edit, Callable[[Any], None] | None]] = {
     "load_state_dict": (load_state_dict, None),
     "restore a backup": (restore_a_backup, None),
     "assign other values": (assign_other_values, None),
+    "assign while a layer is idle": (assign_while_a_layer_is_idle, None),
     "assign a transposed view": (assign_a_transposed_view, None),
     "swap two": (swap_two, None),
     "train on others for a while": (train_on_others_for_a_while, None),
