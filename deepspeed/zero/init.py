@@ -29,7 +29,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config, load_config
 from deepspeed.mesh import data_parallel_mesh
 from deepspeed.tiers import Rest, Tier
-from deepspeed.utils.errors import NotAvailableError
+from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket, num_views
 from deepspeed.zero.layout import BucketLayout
@@ -76,8 +76,10 @@ class Init:
             return
         if data_parallel_group is not None and sequence_data_parallel_group is not None:
             raise ValueError("give data_parallel_group or sequence_data_parallel_group, not both")
-        if zero_quantized_weights or zero_quantized_nontrainable_weights:
-            raise NotAvailableError("zero.Init with quantized weights (ZeRO++) is not available yet.")
+        _tell_who_decides(
+            zero_quantized_weights=zero_quantized_weights,
+            zero_quantized_nontrainable_weights=zero_quantized_nontrainable_weights,
+        )
         comm.init_distributed()
         given = config_dict_or_path if config_dict_or_path is not None else config
         self.dtype = _param_dtype(dtype, given)
@@ -232,6 +234,16 @@ def _make_placing(
             '  Give a configuration with "offload_param": {"device": "nvme", "nvme_path": ...}.'
         )
     return dataclasses.replace(placing, pins_params=placing.pins_params or pin_memory)
+
+
+def _tell_who_decides(**asked: bool) -> None:
+    """Warn of what is a step's, not a context's: outside of a step parameters are exact."""
+    for name, is_asked in asked.items():
+        if is_asked:
+            warn_once(
+                f"zero.Init({name}=True) has no effect by itself: the configuration that initialize gets decides.\n"
+                f'  Set "zero_optimization": {{"{name}": true}} there.'
+            )
 
 
 def _param_dtype(dtype: torch.dtype | None, config: Any) -> torch.dtype:

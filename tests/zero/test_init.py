@@ -223,6 +223,14 @@ def forms(rank: int, world_size: int) -> None:
         deepspeed.zero.Init(data_parallel_group=group, sequence_data_parallel_group=group)
     with pytest.raises(ValueError, match="nvme_path"):
         deepspeed.zero.Init(remote_device="nvme")
+    said: list[str] = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("deepspeed.zero.init.warn_once", said.append)
+        with deepspeed.zero.Init(dtype=torch.float32, zero_quantized_weights=True):
+            layer = nn.Linear(2, 2)
+    assert layer.weight.numel() == 0
+    (line,) = said
+    assert line.startswith("zero.Init(zero_quantized_weights=True) has no effect by itself")
 
 
 def test_an_existing_module_nested_contexts_and_contexts_that_end_early() -> None:
