@@ -18,7 +18,7 @@ from deepspeed import comm
 from deepspeed.config.zero import ZeroConfig
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.initialize import initialize
-from deepspeed.tiers.buffers import map_large_blocks
+from deepspeed.utils.allocator import map_large_blocks
 from deepspeed.zero.init import Init
 from deepspeed.zero.quantized import shard
 

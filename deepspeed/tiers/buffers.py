@@ -68,18 +68,6 @@ def give_memory_back() -> None:
         trim(ctypes.c_size_t(0))
 
 
-def map_large_blocks(nbytes: int = 256 << 10) -> None:
-    """Have the allocator map blocks of this size and larger on their own, and unmap them when they are freed, for good: memory is then
-    what is held, and no more. glibc raises the size by itself otherwise, and keeps what was freed between others."""
-    mallopt = getattr(_libc, "mallopt", None)
-    if mallopt is not None:
-        mallopt(ctypes.c_int(_M_MMAP_THRESHOLD), ctypes.c_int(nbytes))
-
-
-_M_MMAP_THRESHOLD = -3
-"""mallopt(3)."""
-
-
 def lock(tensor: Tensor) -> bool:
     """Keep the tensor's pages in memory; False where the limit forbids it."""
     return bool(_libc.mlock(ctypes.c_void_p(tensor.data_ptr()), ctypes.c_size_t(tensor.nbytes)) == 0)

@@ -4,6 +4,8 @@ Called by scripts before `deepspeed.initialize`, for long sequences, with or wit
 shape: modules named "mlp" (or "feed_forward") of one input. The loss is the model's own cross entropy, computed by a forward that
 calls the model's base and then head and loss tile by tile; `logits` of its output is then None.
 
+On a CPU the allocator is told to return what a tile freed: it would keep several times what a step holds.
+
 Invariant: loss and gradients are those of the model as it was.
 """
 
@@ -17,17 +19,29 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.parallel.sequence import linear_loss
 from deepspeed.parallel.sequence.inputs import IGNORED, shifted
 from deepspeed.parallel.sequence.logits_loss import TiledFusedLogitsLoss
 from deepspeed.parallel.sequence.tiled import TiledMLP
+from deepspeed.utils.allocator import map_large_blocks
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.logging import log_dist
 
 MLP_NAMES = ("mlp", "feed_forward")
 
 
-def tile_model(model: Any, *, mlp_tokens: int | None = 4096, loss_tokens: int | None = 4096) -> Any:
+MAPPED_NBYTES = 1 << 20
+"""Blocks of this size and larger are returned when they are freed."""
+
+
+def tile_model(
+    model: Any, *, mlp_tokens: int | None = 4096, loss_tokens: int | None = 4096, returns_memory: bool = True
+) -> Any:
     """Have MLPs run over at most `mlp_tokens` tokens at a time and the loss over `loss_tokens`; None leaves them whole.
+
+    returns_memory: where the model trains on a CPU, have glibc return freed blocks of 1 MiB and larger to the system at once, for
+    the whole process and for good. Said once; a size that the environment gives (MALLOC_MMAP_THRESHOLD_) stays.
 
     Returns the model, changed in place. Raises DeepSpeedError for a model whose parts cannot be found.
     """
@@ -53,7 +67,19 @@ def tile_model(model: Any, *, mlp_tokens: int | None = 4096, loss_tokens: int | 
                 "  Pass loss_tokens=None."
             )
         _replace_forward(model, _loss_in_tiles, loss_tokens)
+    if returns_memory and get_accelerator().device_name() == "cpu":
+        _return_freed_blocks()
     return model
+
+
+@functools.cache
+def _return_freed_blocks() -> None:
+    if map_large_blocks(MAPPED_NBYTES):
+        log_dist(
+            "tile_model: this process returns freed blocks of 1 MiB and larger to the system at once "
+            "(glibc's M_MMAP_THRESHOLD; returns_memory=False leaves it as it is)",
+            ranks=[0],
+        )
 
 
 def _replace_forward(module: Any, by: Callable[..., Any], tokens: int) -> None:
