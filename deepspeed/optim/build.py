@@ -1,7 +1,7 @@
 """From `optimizer.type` and `optimizer.params` of the configuration to an optimizer.
 
 Called by the engine. Names of the first table below are matched whatever their letter case; every other name is looked
-up, spelled exactly, in torch.optim.
+up, spelled exactly, in torch.optim. What an optimizer needs beyond elements (norms of parameters, whole matrices) it says by `traits.py`.
 
 Invariant: a setting either reaches the optimizer's constructor, or warns that it has no effect, or raises.
 """

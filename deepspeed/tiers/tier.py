@@ -1,4 +1,8 @@
-"""The three places where bytes can rest between uses."""
+"""The three places where bytes can rest between uses: their names.
+
+Which bytes go where is a placing (`zero/placing.py`, from the configuration by `zero/offload.py`); how a place keeps, loads and
+stores them is a class in `tiers/rest.py`.
+"""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@
     away       states put away between steps       parameter_offload   hooks, as libraries handle them
     generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
-    last_hook  takes gradients after the script's own hooks    on_wire   reductions under way
+    last_hook  takes gradients after the script's own hooks    in_flight reductions under way
     prints     what one rank alone wrote           aliases    buffers that are views of parameters
     quantized  integers sharded as parameters are  unused     parameters without gradients on any rank
     late       a step before its norm is known, taken back exactly

@@ -1,7 +1,8 @@
 """The placement table: where parameters, gradients and optimizer state rest at each ZeRO stage.
 
 Built once by the engine from the configuration; read by the buckets (parameters), the reducer (gradients) and the
-optimizer (states). Nothing below asks for "the stage"; it asks a placement whether it is sharded.
+optimizer (states). Nothing below asks for "the stage"; it asks a placement whether it is sharded. Which ranks those are for one
+bucket is not here: `zero/plan.py` (`shared_over`), by the roles in `mesh/shape.py`.
 
     ZeRO stage   parameters     gradients      optimizer state
     0            replicated     replicated     replicated

@@ -28,8 +28,8 @@ from torch import nn
 from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
+from deepspeed.zero.in_flight import ReductionsInFlight
 from deepspeed.zero.last_hook import LastHook
-from deepspeed.zero.on_wire import OnWire
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
@@ -80,7 +80,7 @@ class Reducer:
         """See LastHook: no gradient came early, none are shown, and the backward is not held open."""
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
-        self._on_wire = OnWire(max_in_flight)
+        self._in_flight = ReductionsInFlight(max_in_flight)
         self.add(gradients)
 
     def add(self, gradients: Sequence[Gradients]) -> None:
@@ -167,7 +167,7 @@ class Reducer:
 
     def _fill(self, gradients: Gradients) -> None:
         """A bucket has all of its gradients."""
-        self._on_wire.end(gradients)
+        self._in_flight.end(gradients)
         if self._num_holds:
             gradients.lay_down()
             self._held[gradients] = None
@@ -236,12 +236,12 @@ class Reducer:
         self.saw_backward = self.saw_micro_batch = self._is_owed = True
 
     def _launch(self, gradients: Gradients) -> None:
-        self._on_wire.end(gradients)
+        self._in_flight.end(gradients)
         if gradients.arrivals.has_any or not gradients.has_local:
             gradients.lay_down()
         if gradients.reduction.when is When.NEVER:
             return
-        self._on_wire.start(gradients)
+        self._in_flight.start(gradients)
 
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective; while a backward is
@@ -264,7 +264,7 @@ class Reducer:
         """Lay down what arrived; it stays on the rank."""
         for gradients in self.order:
             if gradients.arrivals.has_any:
-                self._on_wire.end(gradients)
+                self._in_flight.end(gradients)
                 gradients.lay_down()
 
     def finish(self) -> None:
@@ -278,9 +278,9 @@ class Reducer:
                 if not gradients.has_local:
                     gradients.lay_down()
                 gradients.keep_local()
-            elif is_owed and not self._on_wire.has(gradients):
+            elif is_owed and not self._in_flight.has(gradients):
                 self._launch(gradients)
-        self._on_wire.end_all()
+        self._in_flight.end_all()
         for gradients in self.order:
             gradients.settle()
         for assigned in self.assigned():
@@ -327,7 +327,7 @@ class Reducer:
         for assigned in self.assigned():
             assigned.param.grad = None
         self._assigned = None
-        self._on_wire.end_all()
+        self._in_flight.end_all()
         self._shown.close()
         self._look()
         self.left_out = []

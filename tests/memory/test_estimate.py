@@ -73,7 +73,7 @@ def measured(rank: int, world_size: int, config: dict[str, Any]) -> int:
         with engine_of(gpt(), config) as engine:
             # The network's speed is the machine's: have as many reductions on the wire as are predicted, no fewer, no more.
             if engine.zero_optimization_stage() == 3:
-                engine._reducer._on_wire.most = LIKELY_IN_FLIGHT_DIRECTLY
+                engine._reducer._in_flight.most = LIKELY_IN_FLIGHT_DIRECTLY
             for _ in range(3):
                 engine.backward(engine(tokens.clone(), tokens.clone()))
                 engine.step()

@@ -1,6 +1,6 @@
 """Carries a list of actions out: one rank's row, on real stages.
 
-Made by the pipeline engine; stands on the list (`actions`), the hops (`mail`) and late weight gradients (`weights`). It knows
+Made by the pipeline engine. In which order is not decided here: lists are made in `schedules/` and `generate.py`. Stands on the list (`actions`), the hops (`mail`) and late weight gradients (`weights`). It knows
 neither the engine nor ZeRO: what a stage is, how a loss is made and how a backward is run are handed in (`Work`).
 
     F   inputs from the stage before (or the loader) -> the stage -> outputs to the one after, or the loss

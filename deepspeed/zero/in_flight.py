@@ -25,7 +25,7 @@ class InFlight(NamedTuple):
 
 
 @final
-class OnWire:
+class ReductionsInFlight:
     """At most `most` reductions; the next one waits for the oldest."""
 
     def __init__(self, most: int) -> None:
