@@ -113,15 +113,22 @@ def _is_whole(part: Tensor) -> bool:
     return part.storage_offset() == 0 and part.untyped_storage().nbytes() == part.numel()
 
 
-def open_direct(files: Sequence[BlockFile], stripe_nbytes: int, num_threads: int) -> DirectFiles | None:
-    """The store's files for the device's library; None, told once with the reason, where they cannot be opened."""
+def try_direct(files: Sequence[BlockFile], stripe_nbytes: int, num_threads: int) -> DirectFiles | str:
+    """The files, opened for the device's library; a text that says why not, where they cannot be."""
     accelerator = get_accelerator()
     try:
         opened = [accelerator.direct_file(str(file.path), os.O_RDWR) for file in files]
-        why = f"torch {torch.__version__} has no GPUDirect Storage for {accelerator.name} devices"
     except (OSError, RuntimeError) as error:
-        opened, why = [], f"{type(error).__name__}: {error}".partition("\n")[0]
+        return f"{type(error).__name__}: {error}".partition("\n")[0]
     if not opened or None in opened:
-        warn_once(f"aio.use_gds = true has no effect, bytes pass through pinned memory: {why}.")
-        return None
+        return f"torch {torch.__version__} has no GPUDirect Storage for {accelerator.name} devices"
     return DirectFiles(files, opened, stripe_nbytes, num_threads)
+
+
+def open_direct(files: Sequence[BlockFile], stripe_nbytes: int, num_threads: int) -> DirectFiles | None:
+    """The store's files for the device's library; None, told once with the reason, where they cannot be opened."""
+    found = try_direct(files, stripe_nbytes, num_threads)
+    if isinstance(found, str):
+        warn_once(f"aio.use_gds = true has no effect, bytes pass through pinned memory: {found}.")
+        return None
+    return found

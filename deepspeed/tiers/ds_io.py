@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +17,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
-from deepspeed.tiers.io_trial import Place, Trial, errors_as_exit, has_direct_io, parse_nbytes
+from deepspeed.tiers.io_trial import Place, Trial, check_direct, errors_as_exit, has_direct_io, parse_nbytes
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 
 
@@ -34,6 +35,7 @@ def main(args: Sequence[str] | None = None) -> None:
                 intra_op_parallelism=threads,
                 single_submit=options.single_submit,
                 overlap_events=not options.sequential_requests,
+                use_gds=options.use_gds,
             )
             row = _measure(options, places, aio)
             rows.append(row)
@@ -67,7 +69,7 @@ def _measure(options: argparse.Namespace, places: Sequence[Place], aio: AioConfi
         "engine": options.engine,
         "folders": [str(place.folder) for place in places],
         "io_size": options.io_size,
-        "aio": aio.model_dump(exclude={"use_gds"}),
+        "aio": aio.model_dump(),
         "median_gb_s": statistics.median(speeds),
         "best_gb_s": max(speeds),
         "worst_gb_s": min(speeds),
@@ -76,15 +78,21 @@ def _measure(options: argparse.Namespace, places: Sequence[Place], aio: AioConfi
 
 def _places(options: argparse.Namespace) -> list[Place]:
     """One per worker. Raises DeepSpeedError for flags that do not go together, or not here."""
-    if options.use_gds:
-        raise NotAvailableError(
-            "--use_gds: GPUDirect Storage is not available.\n  Use --gpu: tensors pass through the CPU."
-        )
     if options.engine == "torch_fastio":
         raise NotAvailableError("--engine torch_fastio is not available yet.\n  Use aio_handle, aio_basic or torch_io.")
     if bool(options.folder) == bool(options.folder_to_device_mapping):
         raise DeepSpeedError("give one of --folder and --folder_to_device_mapping.")
-    device = get_accelerator().device_name() if options.gpu else "cpu"
+    if options.use_gds and options.engine != "aio_handle":
+        raise DeepSpeedError(
+            f"--use_gds --engine {options.engine}: only aio_handle can do this.\n  Leave one of them out."
+        )
+    if options.use_gds:
+        folders = (
+            [options.folder] if options.folder else [p.rpartition(":")[0] for p in options.folder_to_device_mapping]
+        )
+        for folder in filter(os.path.isdir, folders):
+            check_direct("--use_gds", Path(folder))
+    device = get_accelerator().device_name() if options.gpu or options.use_gds else "cpu"
     if options.gpu and device == "cpu":
         raise DeepSpeedError("--gpu: this machine has no GPU.\n  Leave the flag out to measure transfers to memory.")
     places = [Place(folder=Path(options.folder), device=device)] if options.folder else []
@@ -92,7 +100,7 @@ def _places(options: argparse.Namespace) -> list[Place]:
         folder, _, index = pair.rpartition(":")
         if not folder or not index.isdecimal():
             raise DeepSpeedError(f"--folder_to_device_mapping {pair}: write FOLDER:DEVICE, such as /mnt/nvme0:0.")
-        places.append(Place(folder=Path(folder), device=f"{device}:{index}" if options.gpu else device))
+        places.append(Place(folder=Path(folder), device=f"{device}:{index}" if device != "cpu" else device))
     return places * options.multi_process
 
 
@@ -128,7 +136,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--torch_legacy_save", action="store_true", help="torch_io: torch.save's older format")
     flag("--validate", action="store_true", help="compare what is read with what was written")
     flag("--gpu", action="store_true", help="move tensors on the accelerator")
-    flag("--use_gds", action="store_true", help="without passing through the CPU")
+    flag("--use_gds", action="store_true", help="the same without passing through the CPU (GPUDirect Storage)")
     flag("--slow_bounce_buffer", action="store_true", help="no effect: the CPU's buffer is page-aligned memory")
     flag("--use_accelerator_pin_memory", action="store_true", help="memory pinned by the accelerator's library")
     flag("--different_file_each_iteration", action="store_true", help="a new file for each loop")

@@ -18,8 +18,8 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
-from deepspeed.tiers.io_trial import Place, Trial, errors_as_exit, has_direct_io, parse_nbytes
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
+from deepspeed.tiers.io_trial import Place, Trial, check_direct, errors_as_exit, has_direct_io, parse_nbytes
+from deepspeed.utils.errors import DeepSpeedError
 
 SWEEP: Mapping[str, Sequence[Any]] = {
     "block_size": ["1M", "8M"],
@@ -106,7 +106,7 @@ def _cost(aio: AioConfig) -> tuple[int, int, int]:
 
 
 def _section(aio: AioConfig) -> dict[str, Any]:
-    return aio.model_dump(exclude={"use_gds"})
+    return aio.model_dump(exclude=set() if aio.use_gds else {"use_gds"})
 
 
 def _candidates(options: argparse.Namespace) -> Iterator[AioConfig]:
@@ -128,25 +128,24 @@ def _candidates(options: argparse.Namespace) -> Iterator[AioConfig]:
                 overlap_events=not is_sequential,
                 single_submit=is_single,
                 intra_op_parallelism=threads,
+                use_gds=options.gds,
             )
         except ValueError as error:
             raise DeepSpeedError(f"--sweep_config {options.sweep_config}: {error}") from error
 
 
 def _places(options: argparse.Namespace) -> list[Place]:
-    if options.gds:
-        raise NotAvailableError(
-            "--gds: GPUDirect Storage is not available.\n  Use --gpu: tensors pass through the CPU."
-        )
     if options.no_read and options.no_write:
         raise DeepSpeedError("--no_read and --no_write leave nothing to measure.")
-    device = get_accelerator().device_name() if options.gpu else "cpu"
+    device = get_accelerator().device_name() if options.gpu or options.gds else "cpu"
     if options.gpu and device == "cpu":
         raise DeepSpeedError("--gpu: this machine has no GPU.\n  Leave the flag out to measure transfers to memory.")
     places = []
     for folder in map(Path, options.nvme_dir):
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise DeepSpeedError(f"--nvme_dir {folder}: not a folder that can be written.")
+        if options.gds:
+            check_direct("--gds", folder)
         if not has_direct_io(folder):
             print(f"{folder} has no direct I/O: what follows are speeds of the page cache.")
         places.append(Place(folder=folder, device=device))
@@ -180,7 +179,7 @@ def _parser() -> argparse.ArgumentParser:
     flag("--no_write", action="store_true", help="do not measure writing")
     flag("--io_size", type=nbytes, default=400 << 20, help="bytes per folder (400M)")
     flag("--gpu", action="store_true", help="move tensors on the accelerator")
-    flag("--gds", action="store_true", help="without passing through the CPU")
+    flag("--gds", action="store_true", help="the same without passing through the CPU (GPUDirect Storage)")
     flag("--flush_page_cache", action="store_true", help="before each measurement; needs root")
     flag(
         "--log_dir", type=Path, default=Path("_aio_bench_logs"), help="for aio.json and results.json (_aio_bench_logs)"

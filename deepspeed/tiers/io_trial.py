@@ -27,9 +27,12 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
 from deepspeed.tiers.aio import aio_handle, aio_read, aio_write
 from deepspeed.tiers.block_file import BlockFile
-from deepspeed.utils.errors import DeepSpeedError, TierError
+from deepspeed.tiers.direct import DirectPiece, try_direct
+from deepspeed.tiers.pieces import PAGE
+from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, TierError
 
 Engine = Literal["aio_handle", "aio_basic", "torch_io"]
+_DIRECT_CURE = "Measure without it, with --gpu alone: tensors pass through the CPU."
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
@@ -94,6 +97,19 @@ def has_direct_io(folder: Path) -> bool:
         path.unlink(missing_ok=True)
 
 
+def check_direct(flag: str, folder: Path) -> None:
+    """Raise NotAvailableError, naming the flag, where the device's library cannot open files there (GPUDirect Storage)."""
+    path = folder / f"ds_io-{secrets.token_hex(4)}"
+    try:
+        with BlockFile(path, os.O_RDWR | os.O_CREAT) as file:
+            found = try_direct([file], PAGE, 1)
+    finally:
+        path.unlink(missing_ok=True)
+    if isinstance(found, str):
+        raise NotAvailableError(f"{flag}: GPUDirect Storage is not available: {found}.\n  {_DIRECT_CURE}")
+    found.close()
+
+
 class _Worker:
     """One file, one buffer, and the call that moves one to the other."""
 
@@ -147,7 +163,9 @@ class _Worker:
 
     def _write(self, path: Path) -> None:
         aio = self._trial.aio
-        if self._trial.engine == "torch_io":
+        if aio.use_gds:
+            self._move_direct(path, is_write=True)
+        elif self._trial.engine == "torch_io":
             torch.save(self._buffer, path, _use_new_zipfile_serialization=not self._trial.saves_legacy)
         elif self._trial.engine == "aio_basic":
             options = (aio.block_size, aio.queue_depth, aio.single_submit, aio.overlap_events)
@@ -157,13 +175,37 @@ class _Worker:
 
     def _read(self, path: Path) -> None:
         aio = self._trial.aio
-        if self._trial.engine == "torch_io":
+        if aio.use_gds:
+            self._move_direct(path, is_write=False)
+        elif self._trial.engine == "torch_io":
             self._buffer.copy_(torch.load(path, weights_only=True))
         elif self._trial.engine == "aio_basic":
             options = (aio.block_size, aio.queue_depth, aio.single_submit, aio.overlap_events)
             aio_read(self._buffer, path, *options, False)
         else:
             self._handle.sync_pread(self._buffer, path)
+
+    def _move_direct(self, path: Path, *, is_write: bool) -> None:
+        """The device's library moves the bytes, in as many parts at once as there are threads."""
+        num_threads, nbytes = self._trial.aio.intra_op_parallelism, self._buffer.numel()
+        part_nbytes = -(-nbytes // num_threads // PAGE) * PAGE
+        with BlockFile(path, os.O_RDWR | os.O_CREAT) as file:
+            files = try_direct([file], part_nbytes, num_threads)
+            if isinstance(files, str):
+                raise TierError(f"{path} cannot be opened for GPUDirect Storage: {files}.\n  {_DIRECT_CURE}")
+            moved: list[tuple[int, DirectPiece]] = []
+            try:
+                for start in range(0, nbytes, part_nbytes):
+                    part = self._buffer[start : start + part_nbytes]
+                    moved += [(start + at, piece) for at, piece in files.start(start, part, is_write=is_write)]
+            finally:
+                files.close()
+            for at, (ticket, memory) in moved:
+                if ticket.failure is not None:
+                    why = os.strerror(ticket.failure.errno)
+                    raise TierError(f"{path}: GPUDirect Storage failed at byte {at}: {why}.\n  {_DIRECT_CURE}")
+                if not is_write and memory.data_ptr() != self._buffer.data_ptr() + at:
+                    self._buffer[at : at + memory.numel()].copy_(memory)
 
 
 def _unlink(paths: list[Path]) -> None:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import json
+import os
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from deepspeed.config.storage import AioConfig
-from deepspeed.tiers import direct
+from deepspeed.tiers import direct, ds_io, ds_nvme_tune
 from deepspeed.tiers.nvme import NvmeStore
 from deepspeed.tiers.request import CHECKED
 from deepspeed.tiers.swap_folder import SwapFolder
@@ -115,6 +117,35 @@ def too_early(rank: int, world_size: int) -> bool:
 
 def test_bytes_that_leave_before_they_are_there_are_noticed() -> None:
     assert run_ranks(1, too_early, device=sim.NAME) == [False]
+
+
+def measured(rank: int, world_size: int) -> list[int]:
+    moved = []
+    with tempfile.TemporaryDirectory() as folder, cufile.installed() as library:
+        common = ["--folder", folder, "--io_size", "1M", "--use_gds", "--validate", "--loops", "1"]
+        for flags in (["--read"], ["--io_parallel", "3"]):
+            ds_io.main([*common, *flags])
+            moved.append(library.num_bytes)
+        logs, sweep = Path(folder) / "logs", Path(folder) / "sweep.json"
+        sweep.write_text('{"block_size": "1M", "queue_depth": 4, "io_parallel": [1, 2]}')
+        tune = ["--nvme_dir", folder, "--gds", "--io_size", "64K", "--log_dir", str(logs), "--sweep_config", str(sweep)]
+        ds_nvme_tune.main(tune)
+        assert json.loads((logs / "aio.json").read_text())["aio"]["use_gds"] is True
+        moved.append(library.num_bytes)
+        with mock.patch.object(library, "load_storage", side_effect=OSError(5, "gone")):
+            with pytest.raises(SystemExit, match="GPUDirect Storage failed at byte 0: Input/output error"):
+                ds_io.main([*common, "--read"])
+        with pytest.raises(SystemExit, match="only aio_handle can do this"):
+            ds_io.main([*common, "--engine", "torch_io"])
+        assert sorted(os.listdir(folder)) == ["logs", "sweep.json"]
+    return moved
+
+
+def test_the_commands_measure_what_the_library_moves() -> None:
+    (moved,) = run_ranks(1, measured, device=sim.NAME)
+    assert moved[0] == 3 << 20  # laid out, a warm-up and a loop
+    assert moved[1] == moved[0] + (4 << 20)  # written and read back, twice
+    assert moved[2] > moved[1]
 
 
 def fails(rank: int, world_size: int) -> str:
