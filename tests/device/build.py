@@ -49,6 +49,8 @@ def _compile(path: Path) -> None:
     command = [compiler() or "g++", "-std=c++20", "-O1", "-fPIC", "-shared", str(SOURCES / "device.cpp")]
     command += [f"-I{home / 'include'}", f"-L{home / 'lib'}", "-ltorch", "-ltorch_cpu", "-lc10", "-o", str(unfinished)]
     command += [f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}"]
+    if "struct C10_API DeviceAllocator" not in (home / "include/c10/core/CachingDeviceAllocator.h").read_text():
+        command.append("-DSIM_WITHOUT_DEVICE_ALLOCATOR")
     done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S)
     if done.returncode:
         raise RuntimeError(f"the simulated device does not compile:\n{done.stderr}")

@@ -35,7 +35,7 @@ def native() -> Any:
     torch.ops.load_library(path)
     functions = ctypes.CDLL(path)
     functions.sim_failure.restype = ctypes.c_char_p
-    functions.sim_counter.restype = ctypes.c_int64
+    functions.sim_counter.restype = functions.sim_memory.restype = ctypes.c_int64
     functions.sim_reset.argtypes = [ctypes.c_int64]
     functions.sim_drain.argtypes = [ctypes.c_int, ctypes.c_int64]
     return functions
@@ -80,13 +80,19 @@ class SimModule(types.ModuleType):
         return NUM_DEVICES
 
     def current_device(self) -> int:
-        return torch.accelerator.current_device_index()
+        return int(torch._C._accelerator_getDeviceIndex())
 
     def set_device(self, device: Any) -> None:
-        torch.accelerator.set_device_index(_index(device))
+        torch._C._accelerator_setDeviceIndex(_index(device))
 
-    def device(self, device: Any) -> Any:
-        return torch.accelerator.device_index(_index(device))
+    @contextlib.contextmanager
+    def device(self, device: Any) -> Iterator[None]:
+        before = self.current_device()
+        self.set_device(device)
+        try:
+            yield
+        finally:
+            self.set_device(before)
 
     def synchronize(self, device: Any = None) -> None:
         torch.accelerator.synchronize(_index(device))
@@ -110,8 +116,13 @@ class SimModule(types.ModuleType):
         if stream is None:
             yield None
             return
-        with stream:
+        device, before = self.current_device(), self.current_stream(stream.device)
+        torch.accelerator.set_stream(stream)
+        try:
             yield stream
+        finally:
+            torch.accelerator.set_stream(before)
+            self.set_device(device)
 
     # -- random numbers
 
@@ -138,28 +149,35 @@ class SimModule(types.ModuleType):
     # -- memory
 
     def memory_allocated(self, device: Any = None) -> int:
-        return torch.accelerator.memory_allocated(_index(device))
+        return self._memory(device)[0]
 
     def max_memory_allocated(self, device: Any = None) -> int:
-        return torch.accelerator.max_memory_allocated(_index(device))
+        return self._memory(device)[1]
 
     def memory_reserved(self, device: Any = None) -> int:
-        return torch.accelerator.memory_reserved(_index(device))
+        return self._memory(device)[0]
 
     def max_memory_reserved(self, device: Any = None) -> int:
-        return torch.accelerator.max_memory_reserved(_index(device))
+        return self._memory(device)[1]
 
     def reset_peak_memory_stats(self, device: Any = None) -> None:
-        torch.accelerator.reset_peak_memory_stats(_index(device))
+        native().sim_reset_peak(_index(device))
 
     def memory_stats(self, device: Any = None) -> dict[str, Any]:
-        return dict(torch.accelerator.memory_stats(_index(device)))
+        current, peak, total = self._memory(device)[:3]
+        facts = {"current": current, "peak": peak, "allocated": total, "freed": 0}
+        return {f"{kind}_bytes.all.{name}": n for kind in ("allocated", "reserved") for name, n in facts.items()}
 
     def mem_get_info(self, device: Any = None) -> tuple[int, int]:
-        return torch.accelerator.get_memory_info(_index(device))
+        current, _, _, most = self._memory(device)
+        return most - current, most
+
+    def _memory(self, device: Any) -> list[int]:
+        """Bytes that are allocated, that were at most, that were in all, and that there are."""
+        return [native().sim_memory(_index(device), which) for which in range(4)]
 
     def empty_cache(self) -> None:
-        torch.accelerator.empty_cache()
+        pass
 
     def get_amp_supported_dtype(self) -> list[torch.dtype]:
         return [torch.bfloat16, torch.float16]
@@ -167,7 +185,7 @@ class SimModule(types.ModuleType):
 
 def _index(device: Any) -> int:
     if device is None or (isinstance(device, torch.device) and device.index is None):
-        return torch.accelerator.current_device_index()
+        return int(torch._C._accelerator_getDeviceIndex())
     return device if isinstance(device, int) else int(torch.device(device).index or 0)
 
 

@@ -15,6 +15,8 @@
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
 
+#include "older.h"
+
 namespace {
 
 using at::IValue;
@@ -62,7 +64,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     current_device = device.index();
   }
   void uncheckedSetDevice(Device device) const noexcept override { current_device = device.index(); }
-  c10::Stream getStream(Device device) const override { return current_stream(index_of(device)); }
+  c10::Stream getStream(Device device) const noexcept override { return current_stream(index_of(device)); }
   c10::Stream getDefaultStream(Device device) const override {
     return c10::Stream(c10::Stream::DEFAULT, Device(kSim, index_of(device)));
   }
@@ -70,7 +72,7 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
   c10::Stream getNewStream(Device device, int = 0) const override {
     return c10::Stream(c10::Stream::UNSAFE, Device(kSim, index_of(device)), runtime().new_stream_id());
   }
-  c10::Stream exchangeStream(c10::Stream stream) const override {
+  c10::Stream exchangeStream(c10::Stream stream) const noexcept override {
     auto before = current_stream(stream.device_index());
     current_streams[stream.device_index()] = stream.id();
     return before;
@@ -234,8 +236,8 @@ const at::Generator& default_generator(DeviceIndex device) {
 at::Generator& drawn_by(const at::Generator& generator) { return static_cast<Generator*>(generator.unsafeGetGeneratorImpl())->cpu; }
 
 struct Hooks final : at::PrivateUse1HooksInterface {
-  bool isBuilt() const override { return true; }
-  bool isAvailable() const override { return true; }
+  bool isBuilt() const { return true; }
+  bool isAvailable() const { return true; }
   const at::Generator& getDefaultGenerator(DeviceIndex device) const override { return default_generator(device); }
   at::Generator getNewGenerator(DeviceIndex device) const override {
     return at::make_generator<Generator>(device < 0 ? current_device : device);
@@ -798,6 +800,15 @@ void register_kernels() {
 
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("scaled_dot_product_attention", attention); }
 
+#ifdef SIM_WITHOUT_DEVICE_ALLOCATOR
+// Asked by `tensor.data = other`; such a torch finds no kernel for it where a device has a fallback.
+bool can_take_the_place(const Tensor& self, const Tensor& from) {
+  return self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
+}
+
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", can_take_the_place); }
+#endif
+
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
 }  // namespace
@@ -821,6 +832,14 @@ int64_t sim_counter(int which) {
   const int64_t all[] = {c.host_syncs, c.launches, c.deferred, c.races};
   return all[which];
 }
+
+// Bytes of a device's memory: allocated, at most, in all, and what there is.
+int64_t sim_memory(int device, int which) {
+  auto& m = runtime().memory[device];
+  const int64_t all[] = {m.allocated, m.peak, m.total, kTotalBytes};
+  return all[which];
+}
+void sim_reset_peak(int device) { allocator().resetPeakStats(static_cast<DeviceIndex>(device)); }
 
 // The text of a race that was found where nothing could be raised (a tensor's end), or "".
 const char* sim_failure() {
