@@ -29,6 +29,8 @@ from torch.nn import functional
 from torch.overrides import TorchFunctionMode, _get_current_function_mode_stack
 from torch.utils._pytree import tree_map_only
 
+from deepspeed.utils.saved_hooks import top_saved_hooks
+
 LOW = (torch.bfloat16, torch.float16)
 
 
@@ -102,7 +104,7 @@ class Ground(NamedTuple):
     @classmethod
     def now(cls) -> Ground:
         """As it is in this thread."""
-        hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        hooks = top_saved_hooks()
         return cls(torch.is_grad_enabled(), hooks, torch._C._current_graph_task_id())
 
 

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.saved_hooks import top_saved_hooks
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
@@ -95,7 +96,7 @@ class SavedWeights:
     def _make_hooks(self) -> Hooks | None:
         if ASKS_ITSELF in sys.modules:
             return None
-        top = torch._C._autograd._top_saved_tensors_default_hooks(True)
+        top = top_saved_hooks()
         if top is None:
             return self._own
         if any(hooks is not None and hooks.pack is top[0] for hooks in self._up):
@@ -175,7 +176,7 @@ class SavedWeights:
     def _lowered(self) -> Iterator[None]:
         """Without our hooks, for as long as there are none of others above or between them."""
         down = []
-        while (hooks := torch._C._autograd._top_saved_tensors_default_hooks(True)) and self._is_ours(hooks[0]):
+        while (hooks := top_saved_hooks()) and self._is_ours(hooks[0]):
             down.append(hooks)
             torch._C._autograd._pop_saved_tensors_default_hooks()
         if down:
