@@ -15,6 +15,7 @@ from torch import nn
 
 from deepspeed.assembly.exchanges import gradient_exchange, near_size
 from deepspeed.assembly.sequence import check_sequence_size, sequence_size
+from deepspeed.comm.choose import waits_on_host
 from deepspeed.comm.exchange import Exchange
 from deepspeed.config import BatchSizes, Config
 from deepspeed.mesh import Mesh, alike_everywhere, data_parallel_mesh, with_experts
@@ -31,13 +32,14 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.cut import LEAF_MARK
 from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
+from deepspeed.zero.in_flight import UNLIMITED, Limit
 from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.offload import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
 from deepspeed.zero.param import full_numel, real_dtype
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
-from deepspeed.zero.pool import MAX_IN_FLIGHT, FlatPool
+from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_NBYTES_IN_FLIGHT, FlatPool
 from deepspeed.zero.reduce import Reducer
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
@@ -302,6 +304,19 @@ def make_gradients(
     return made
 
 
+def limit_in_flight(config: Config, placing: Placing, masters: Sequence[Master]) -> Limit:
+    """How much may be reduced at once.
+
+    Where parameters are sharded a launch never keeps the host waiting: another rank may need a gather from us before it comes to
+    launch its side of the reduction, and we would wait for each other. Those that are done are taken in all the same.
+    """
+    keeps_host = any(waits_on_host(master.bucket.exchange.group, master.bucket.full.device) for master in masters)
+    # The second hop of a quantized reduction is started by who waits for it.
+    if placing.policy.parameters.is_sharded and (keeps_host or config.zero_optimization.zero_quantized_gradients):
+        return UNLIMITED
+    return Limit(MAX_IN_FLIGHT, UNLIMITED.nbytes if keeps_host else MAX_NBYTES_IN_FLIGHT)
+
+
 def make_reducer(
     config: Config,
     mesh: Mesh,
@@ -311,13 +326,11 @@ def make_reducer(
     on_complete: Callable[[Bucket], None] | None,
 ) -> Reducer:
     """The reducer of an engine, with the pool that its buckets borrow from."""
-    policy = placing.policy
     pool = FlatPool()
     return Reducer(
         make_gradients(config, mesh, placing, masters, pool),
         pool,
-        # Where parameters are sharded a launch never waits: another rank may need a gather from us first.
-        max_in_flight=2**31 if policy.parameters.is_sharded else MAX_IN_FLIGHT,
+        in_flight=limit_in_flight(config, placing, masters),
         overlap=config.zero_optimization.overlap_comm is not False,
         should_reduce=should_reduce,
         on_complete=on_complete,

@@ -53,6 +53,17 @@ def make_exchange(group: ProcessGroup | None, device: torch.device, *, sharing: 
     return CollectiveExchange(group)
 
 
+def waits_on_host(group: ProcessGroup | None, device: torch.device) -> bool:
+    """Whether waiting for a collective of buffers on `device` keeps the host, rather than the device's stream alone."""
+    if device.type == "cpu":
+        return True
+    if group is None and not (dist.is_available() and dist.is_initialized()):
+        return False
+    group = group or dist.group.WORLD
+    assert group is not None, "torch.distributed is initialised, so it has a default group"
+    return _backend_for(group, device.type) in ("gloo", "mpi")
+
+
 def sharing_of(environ: Mapping[str, str]) -> Sharing:
     """What the environment asks for. Raises DeepSpeedError for a word that is none of the switch's."""
     value = environ.get(SHARED_MEMORY, "") or Sharing.NEVER.value

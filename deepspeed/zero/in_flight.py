@@ -17,19 +17,32 @@ from deepspeed.comm.exchange import Pending
 from deepspeed.zero.gradients import Gradients
 
 
+class Limit(NamedTuple):
+    """How much may be on the wire at once; one reduction always may."""
+
+    reductions: int
+    nbytes: int
+    """Of their flat buffers."""
+
+
+UNLIMITED = Limit(2**31, 2**62)
+
+
 class InFlight(NamedTuple):
     """A reduction on the wire; `gradients` keeps its buffer until `pending` has been waited for."""
 
     gradients: Gradients
     pending: Pending
+    nbytes: int
+    """Of the flat buffer."""
 
 
 @final
 class ReductionsInFlight:
-    """At most `most` reductions; the next one waits for the oldest."""
+    """At most `limit`; the next one waits for the oldest."""
 
-    def __init__(self, most: int) -> None:
-        self.most = most
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
         self._queue: deque[InFlight] = deque()
 
     def has(self, gradients: Gradients) -> bool:
@@ -38,10 +51,19 @@ class ReductionsInFlight:
 
     def start(self, gradients: Gradients) -> None:
         """Start to reduce what was laid down."""
-        while self._queue and (self._queue[0].pending.is_done or len(self._queue) >= self.most):
+        nbytes = gradients.bucket.layout.padded_numel * gradients.dtype.itemsize
+        while self._queue and (self._queue[0].pending.is_done or not self._has_room(nbytes)):
             self._end_oldest()
         with torch.profiler.record_function("zero.reduce"):
-            self._queue.append(InFlight(gradients, gradients.start_reduce()))
+            self._queue.append(InFlight(gradients, gradients.start_reduce(), nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the flat buffers of what is on the wire."""
+        return sum(other.nbytes for other in self._queue)
+
+    def _has_room(self, nbytes: int) -> bool:
+        return len(self._queue) < self.limit.reductions and self.nbytes + nbytes <= self.limit.nbytes
 
     def end(self, gradients: Gradients) -> None:
         """Have a flat buffer that stays off the wire before it is written again."""
@@ -54,6 +76,6 @@ class ReductionsInFlight:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
-        gradients, pending = self._queue.popleft()
+        gradients, pending, _ = self._queue.popleft()
         pending.wait()
         gradients.finish_reduce()

@@ -19,11 +19,10 @@ from deepspeed.comm.scratch import Shelf
 from deepspeed.zero.bucket import Bucket
 
 MAX_IN_FLIGHT = 4
-"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory.
+"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory."""
 
-Not where parameters are sharded: there another rank may need a gather from us before it comes to launch its side of
-the reduction, and waiting for it would be waiting for each other. Those that are done are taken in all the same.
-"""
+MAX_NBYTES_IN_FLIGHT = 512 << 20
+"""Bytes on the wire at once where waiting keeps the stream back and not the host: a large model's buckets are modules, of any size."""
 
 MAX_KEPT = 1
 """What is kept of buffers that came back, in buffers of the largest size: malloc recycles the others as well, and not only for

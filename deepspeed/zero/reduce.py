@@ -28,7 +28,7 @@ from torch import nn
 from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, When
-from deepspeed.zero.in_flight import ReductionsInFlight
+from deepspeed.zero.in_flight import Limit, ReductionsInFlight
 from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.rounds import Rounds
@@ -38,7 +38,7 @@ from deepspeed.zero.shown import Assigned, ShownGradients
 class Reducer:
     """Takes gradients over from autograd and reduces them, bucket by bucket.
 
-    max_in_flight: reductions on the wire at once; the next launch waits for the oldest. `should_reduce()` says whether
+    in_flight: how much is on the wire at once; the next launch waits for the oldest. `should_reduce()` says whether
     this backward is the one whose sum leaves the rank, for buckets that are reduced at the boundary. `on_complete(bucket)`
     is called when a bucket's parameters have been used for the last time in this backward.
     """
@@ -48,7 +48,7 @@ class Reducer:
         gradients: Sequence[Gradients],
         pool: FlatPool,
         *,
-        max_in_flight: int,
+        in_flight: Limit,
         overlap: bool = True,
         should_reduce: Callable[[], bool] = lambda: True,
         on_complete: Callable[[Bucket], None] | None = None,
@@ -80,7 +80,7 @@ class Reducer:
         """See LastHook: no gradient came early, none are shown, and the backward is not held open."""
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
-        self._in_flight = ReductionsInFlight(max_in_flight)
+        self._in_flight = ReductionsInFlight(in_flight)
         self.add(gradients)
 
     def add(self, gradients: Sequence[Gradients]) -> None:

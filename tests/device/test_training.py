@@ -6,10 +6,14 @@ import functools
 import os
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
 
+from deepspeed.assembly import assemble
+from deepspeed.zero.gradients import Gradients
+from deepspeed.zero.in_flight import ReductionsInFlight
 from tests.device.cases import TIERS, config_of, tier_section
 from tests.engine.runs import Run, engine_of, on_device, train, whole_weights
 from tests.engine.test_equals_plain_pytorch import native_products
@@ -49,6 +53,31 @@ def test_every_tier_has_the_bits_of_the_cpu(stage: int, optimizer: str, param: s
     config = config_of(stage, clip=0.5, zero=tier_section(optimizer, param, tmp_path))
     run = run_ranks(2, train, "gpt_tied", config, device="sim")[0]
     assert_same_bits(run, on_cpu("gpt_tied", stage, 2, 0.5))
+
+
+def held_back(
+    rank: int, world_size: int, most: int, *arguments: Any, **options: Any
+) -> tuple[Run, list[tuple[int, int]]]:
+    """`train`, and after each start the bytes on the wire and those of the one that was started, where `most` may be."""
+    seen: list[tuple[int, int]] = []
+    start = ReductionsInFlight.start
+
+    def watched(wire: ReductionsInFlight, gradients: Gradients) -> None:
+        start(wire, gradients)
+        seen.append((wire.nbytes, gradients.bucket.layout.padded_numel * gradients.dtype.itemsize))
+
+    with patch.object(assemble, "MAX_NBYTES_IN_FLIGHT", most), patch.object(ReductionsInFlight, "start", watched):
+        return train(rank, world_size, *arguments, **options), seen
+
+
+@pytest.mark.parametrize(("stage", "most"), [(2, 6_000), (3, 60_000)])
+def test_so_many_bytes_of_gradients_are_on_the_wire_and_the_bits_are_the_same(stage: int, most: int) -> None:
+    small = {"reduce_bucket_size": 1_000}
+    run, seen = run_ranks(2, held_back, most, "gpt_tied", config_of(stage, accumulation=2, zero=small), device="sim")[0]
+    assert_same_bits(run, on_cpu("gpt_tied", stage, 2))
+    assert all(on_wire <= most or on_wire == own for on_wire, own in seen), "one always may, however large"
+    assert any(on_wire > own for on_wire, own in seen), "there were several"
+    assert 2 * max(own for _, own in seen) > most, "and they did not all find room"
 
 
 LOW = {"bf16": {"bf16": {"enabled": True}}, "fp16": {"fp16": {"enabled": True, "loss_scale": 128}}}

@@ -22,6 +22,7 @@ from deepspeed.memory.measure import measure_peak
 from deepspeed.memory.replay import LIKELY_IN_FLIGHT_DIRECTLY
 from deepspeed.memory.sizes import sizes_of
 from deepspeed.memory.trace import TraceError, What, own_memory, trace_step
+from deepspeed.zero.in_flight import Limit
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.plan import plan_model
 from deepspeed.zero.policy import Tier
@@ -73,7 +74,7 @@ def measured(rank: int, world_size: int, config: dict[str, Any]) -> int:
         with engine_of(gpt(), config) as engine:
             # The network's speed is the machine's: have as many reductions on the wire as are predicted, no fewer, no more.
             if engine.zero_optimization_stage() == 3:
-                engine._reducer._in_flight.most = LIKELY_IN_FLIGHT_DIRECTLY
+                engine._reducer._in_flight.limit = Limit(LIKELY_IN_FLIGHT_DIRECTLY, 2**62)
             for _ in range(3):
                 engine.backward(engine(tokens.clone(), tokens.clone()))
                 engine.step()

@@ -18,6 +18,7 @@ from deepspeed.comm.exchange import Pending, deliver
 from deepspeed.zero.arrivals import READY
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, Reduction, When, gradients_of_bucket
+from deepspeed.zero.in_flight import Limit
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.reduce import Reducer
@@ -67,7 +68,7 @@ class Run:
         self.reducer = Reducer(
             list(self.gradients.values()),
             pool,
-            max_in_flight=4,
+            in_flight=Limit(4, 2**62),
             should_reduce=should_reduce,
             on_complete=lambda bucket: self.completed.append(bucket.names[0]),
         )
