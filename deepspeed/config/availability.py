@@ -54,7 +54,6 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tensor_parallel.replace_with_kernel_inject", bool, "kernels for inference in training"),
     ("expert_parallel.comm_backend", _is_deepep, "DeepEP"),
     ("compile.deepcompile", bool, "DeepCompile"),
-    ("graph_harvesting", bool, "CUDA graphs of the step"),
     ("hybrid_engine.enabled", bool, "the hybrid engine"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),

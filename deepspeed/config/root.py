@@ -182,7 +182,7 @@ class Config(Section):
     timers: TimersConfig = Field(default_factory=TimersConfig)
     """The engine's timers."""
     graph_harvesting: bool = False
-    """Replay the step as CUDA graphs."""
+    """Replay the update of a step as a graph of the device, where it has those."""
     flops_profiler: FlopsProfilerConfig = Field(default_factory=FlopsProfilerConfig)
     """Operations and time per module."""
     comms_logger: CommsLoggerConfig = Field(default_factory=CommsLoggerConfig)

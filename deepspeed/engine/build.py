@@ -48,6 +48,7 @@ from deepspeed.monitor.master import MonitorMaster
 from deepspeed.parallel.sequence.loss import SequenceLoss
 from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.logging import warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
 from deepspeed.zero import quantized
 from deepspeed.zero.access import trainers
@@ -55,6 +56,7 @@ from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
+from deepspeed.zero.graphed import GraphedUpdate, why_not
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
 from deepspeed.zero.join import Joining
 from deepspeed.zero.offload import make_placing
@@ -337,7 +339,7 @@ def _wrap_optimizer(
     scale: StaticLossScale,
     placing: Placing,
 ) -> ZeroOptimizer:
-    return ZeroOptimizer(
+    optimizer = ZeroOptimizer(
         basic,
         built.masters,
         reducer,
@@ -353,6 +355,14 @@ def _wrap_optimizer(
         allow_untested=config.zero_allow_untested_optimizer,
         zero_stage=config.zero_optimization.stage,
     )
+    if config.graph_harvesting:
+        accelerator = get_accelerator()
+        reason = why_not(optimizer.runs, accelerator)
+        if reason is None:
+            optimizer.graphed = GraphedUpdate(optimizer.runs, accelerator)
+        else:
+            warn_once(f"graph_harvesting has no effect: {reason}.")
+    return optimizer
 
 
 def _take_over_edits(

@@ -30,6 +30,7 @@
     quantized  integers sharded as parameters are  unused     parameters without gradients on any rank
     late       a step before its norm is known, taken back exactly
     overlaps   parameters that share memory        untested   optimizers refused on flat pieces
+    graphed    the update as a recorded graph
     run_states an optimizer's states, by parameter rows       sparse gradients for SparseAdam
 
 What users reach as `deepspeed.zero.<name>` is in the table below.

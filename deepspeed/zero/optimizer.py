@@ -29,6 +29,7 @@ from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, Tier
 from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import leave_local
+from deepspeed.zero.graphed import GraphedUpdate
 from deepspeed.zero.local_norm import LocalNorm
 from deepspeed.zero.master import Master
 from deepspeed.zero.norm import GradientNorm, Measured
@@ -57,6 +58,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     `sources[bucket]`, where given, are the parameters' flat fp32 values before they were cast down, so that masters
     start exact. `clip` is the norm above which gradients are scaled down, 0 for never.
     """
+
+    graphed: GraphedUpdate | None = None
+    """The update by a graph of the device, where the configuration asks for it."""
 
     def __init__(
         self,
@@ -277,6 +281,10 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def apply(self, factor: float, kept: Sequence[Tensor] | None = None) -> None:
         """Update from this step's gradients, or from those `kept` of it, and publish. Collective where O is sharded."""
+        has_all = kept is None and not self.unused.pairs
+        if self.graphed is not None and has_all and self.graphed.run(factor):
+            self.publish(is_written=True)
+            return
         self._update(factor, kept)
         self.publish()
 
@@ -316,11 +324,14 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             f"{told}\n  Weights are inconsistent now: mend the cause and resume from the last checkpoint."
         ) from failure
 
-    def publish(self) -> None:
-        """Have the parameters be their masters again, on every rank. Collective where O is sharded."""
+    def publish(self, *, is_written: bool = False) -> None:
+        """Have the parameters be their masters again, on every rank. Collective where O is sharded.
+
+        is_written: this rank's own are that already.
+        """
         pending = []
         for master in self.masters:
-            if not self.runs.is_streamed(master):
+            if not is_written and not self.runs.is_streamed(master):
                 master.to_params()
             if master.is_sharded:
                 pending.append(master.bucket.publish())

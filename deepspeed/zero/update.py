@@ -29,11 +29,11 @@ class Update:
         self._runs, self._optimizer = runs, runs.optimizer
 
     def run(
-        self, factor: float, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None = None
+        self, factor: float | Tensor, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None = None
     ) -> TierError | None:
         """One step from gradients times `factor`, without the `unused` (bucket, parameter); what could not be moved.
 
-        kept: the gradients by bucket, where the reducer has them no more; may be written over.
+        factor: a tensor, where the step is recorded (`zero.graphed`). kept: the gradients by bucket, where the reducer has them no more; may be written over.
         """
         for members in self._sub_groups():
             stepped = [pair for i in members for pair in self._with_gradients(i, factor, unused, kept)]
@@ -43,7 +43,7 @@ class Update:
                 self._step_only(stepped)
             for _, tensor in stepped:
                 tensor.grad = None
-        return self._step_streamed(factor, unused)
+        return self._step_streamed(factor, unused) if isinstance(factor, float) else None
 
     def _step_streamed(self, factor: float, unused: Sequence[tuple[int, int]]) -> TierError | None:
         runs = self._runs
@@ -117,14 +117,14 @@ class Update:
         return needs_of(self._optimizer) is not Needs.ELEMENTWISE
 
     def _with_gradients(
-        self, index: int, factor: float, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None
+        self, index: int, factor: float | Tensor, unused: Sequence[tuple[int, int]], kept: Sequence[Tensor] | None
     ) -> list[tuple[int, Tensor]]:
         """Give one bucket's runs their gradients in the master dtype, times `factor`."""
         master, gradients = self._runs.masters[index], self._runs.gradients[index]
         result = gradients.rest().view(0, master.numel) if kept is None else kept[index]
         assert result is not None, "what is not streamed is in memory"
         result = result.to(master.weights.dtype)
-        if factor != 1.0:
+        if isinstance(factor, Tensor) or factor != 1.0:
             result.mul_(factor)
         if self._runs.gives_whole:
             pieces = master.bucket.split_numbers(result)

@@ -19,7 +19,6 @@ ASKS: dict[str, Any] = {
     "tensor_parallel.injection_policy_tuple": ["o_proj"],
     "tensor_parallel.replace_with_kernel_inject": True,
     "compile.deepcompile": True,
-    "graph_harvesting": True,
     "hybrid_engine.enabled": True,
     "data_efficiency.enabled": True,
     "curriculum_learning.enabled": True,

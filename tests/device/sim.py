@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from tests.device.build import library
+from tests.device.graphs import SIMGraph, graph
 
 NAME = "sim"
 NUM_DEVICES = 8
@@ -63,6 +64,8 @@ class SimModule(types.ModuleType):
 
     Stream = torch.Stream
     Event = torch.Event
+    SIMGraph = SIMGraph
+    graph = graph
 
     def is_available(self) -> bool:
         return True
