@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class _Noted(threading.local):
 def _teller() -> Callable[[], Hooks | None]:
     autograd: Any = torch._C._autograd
     if hasattr(autograd, "_top_saved_tensors_default_hooks"):
-        return lambda: autograd._top_saved_tensors_default_hooks(True)
+        return partial(autograd._top_saved_tensors_default_hooks, True)  # no frame of Python in each module's forward
     noted = _Noted()
     noted.watch(autograd)
     return noted.top
