@@ -4,7 +4,8 @@
     python benchmarks/pipeline.py --sleep    every schedule against its printed bubble
 
 Sleeping stages need no cores, so their clock is true on a small machine that is quiet; on a busy one sleepers are woken late, which is
-counted. Ratios are of one run.
+counted. How much of that is ours is in the CPU time per action (messages and Python, no sleep), which other programs hardly change:
+a hop cannot cost less than that, and a unit must be long beside it for the printed bubble to be seen. Ratios are of one run.
 """
 
 from __future__ import annotations
@@ -74,10 +75,10 @@ class SleepingWork:
         return True
 
 
-def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int]], unit_s: float, results: Any) -> None:
+def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int, float]], results: Any) -> None:
     """One rank's part of all cases."""
     _join(rank, ranks)
-    for name, micro in cases:
+    for name, micro, unit_s in cases:
         actions = NAMED[name](ranks, micro)
         share = actions.num_stages / ranks
         made = dist.new_group(list(range(ranks))), dist.new_group(list(range(ranks)))
@@ -85,13 +86,19 @@ def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int]], unit_s: floa
         sleeping = SleepingWork(share, unit_s)
         executor = Sleeper(rank, Mail(Post(list(range(ranks)), rank, groups, torch.device("cpu"))), sleeping)
         dist.barrier()
+        cpu_s = -time.process_time()
         executor.run(actions)
-        ends = torch.tensor([-executor.done[0].start_s, executor.done[-1].end_s, sleeping.late_s], dtype=torch.float64)
+        cpu_s += time.process_time()
+        ends = torch.tensor(
+            [-executor.done[0].start_s, executor.done[-1].end_s, sleeping.late_s, cpu_s / len(executor.done)],
+            dtype=torch.float64,
+        )
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
         if rank == 0:
             planned = simulate(actions, Costs.equal(actions.num_stages)).bubble
             work, span = 3 * micro * unit_s, float(ends[:2].sum())
-            results.append((name, ranks, micro, planned, 1 - work / span, float(ends[2]) / span, executor.peak_alive))
+            seen = 1 - work / span, float(ends[2]) / span, 1e3 * float(ends[3])
+            results.append((name, ranks, micro, unit_s * 1e3, planned, *seen, executor.peak_alive))
     dist.destroy_process_group()
 
 
@@ -147,7 +154,10 @@ def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--sleep", action="store_true")
-    parser.add_argument("--unit-ms", type=float, default=20.0, help="a forward, an input or a weight gradient")
+    parser.add_argument(
+        "--unit-ms", type=float, nargs="+", default=[20.0], help="a forward, an input or a weight gradient"
+    )
+    parser.add_argument("--micro", type=int, nargs="+", help="micro-batches, 2 x ranks and 64 without it")
     parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
     args = parser.parse_args()
     results: Any = mp.Manager().list()
@@ -159,14 +169,19 @@ def main() -> None:
             print(f"| {name} | {efficiency:.3f} |")
         return
     for ranks in args.ranks:
-        cases = [(name, micro) for name in NAMED if name != "interleaved" for micro in (2 * ranks, 64)]
-        mp.spawn(sleep_rank, (ranks, cases, args.unit_ms / 1e3, results), ranks)
+        names = [name for name in NAMED if name != "interleaved"]
+        cases = [
+            (name, m, unit / 1e3) for unit in args.unit_ms for name in names for m in args.micro or (2 * ranks, 64)
+        ]
+        mp.spawn(sleep_rank, (ranks, cases, results), ranks)
     print(
-        "| schedule | ranks | micro-batches | bubble, printed | measured | of it woken late by the system | peak alive, first rank |\n"
-        "|---|--:|--:|--:|--:|--:|--:|"
+        "| schedule | ranks | micro-batches | unit, ms | bubble, printed | measured | of it woken late by the system "
+        "| CPU ms per action, most of a rank | peak alive, first rank |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
-    for name, ranks, micro, planned, measured, late, peak in results:
-        print(f"| {name} | {ranks} | {micro} | {planned:.1%} | {measured:.1%} | {late:.1%} | {peak} |")
+    for name, ranks, micro, unit, planned, measured, late, cpu, peak in results:
+        print(
+            f"| {name} | {ranks} | {micro} | {unit:g} | {planned:.1%} | {measured:.1%} | {late:.1%} | {cpu:.2f} | {peak} |"
+        )
 
 
 if __name__ == "__main__":
