@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import ast
 import functools
+import subprocess
 from pathlib import Path
+
+import pytest
 
 PACKAGE = Path(__file__).parents[1] / "deepspeed"
 
@@ -75,3 +78,18 @@ def test_a_function_has_at_most_sixty_lines() -> None:
         if (lines := (node.end_lineno or 0) - node.lineno + 1) > MAX_LINES
     }
     assert not found, f"lines of functions that should be several: {found}"
+
+
+def test_no_file_of_the_repository_is_larger_than_a_megabyte() -> None:
+    """What a killed benchmark leaves behind is not a part of the project."""
+    root = PACKAGE.parent
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=root, capture_output=True, text=True, check=False)
+    if listed.returncode:
+        pytest.skip("not a checkout")
+    paths = [root / name for name in listed.stdout.split("\0") if name]
+    found = {
+        str(path.relative_to(root)): size
+        for path in paths
+        if path.is_file() and (size := path.stat().st_size) > 1 << 20
+    }
+    assert paths and not found, f"files that should not be here: {found}"
