@@ -86,6 +86,34 @@ class Exchange(Protocol):
         """Give every rank the values of the rank `source` of the group, now."""
 
 
+class OwnGathers:
+    """Base of exchanges that gather in a way of their own, and do the rest by another, `inner`."""
+
+    def __init__(self, inner: Exchange) -> None:
+        self._inner = inner
+        self.group, self.rank, self.world_size = inner.group, inner.rank, inner.world_size
+
+    @property
+    def needs_shard(self) -> bool:
+        """See Exchange."""
+        return True
+
+    def invalidate(self) -> None:
+        """See Exchange. Nothing is kept."""
+
+    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
+        """See Exchange."""
+        return self._inner.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
+
+    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
+        """See Exchange."""
+        return self._inner.start_all_reduce(full, divide_by)
+
+    def broadcast(self, full: Tensor, source: int = 0) -> None:
+        """See Exchange."""
+        self._inner.broadcast(full, source)
+
+
 def deliver(value: Tensor, out: Tensor, divide_by: float, accumulate: bool) -> None:
     """Write or add value / divide_by into `out`. `value` may be overwritten, and may be `out` itself to divide it."""
     if divide_by != 1:

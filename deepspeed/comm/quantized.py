@@ -35,23 +35,18 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
-from deepspeed.comm.exchange import Exchange, Pending, deliver, slices_of
+from deepspeed.comm.exchange import Exchange, OwnGathers, Pending, deliver, slices_of
 from deepspeed.comm.feedback import ErrorFeedback
 from deepspeed.utils.waits import COMMUNICATION
 
 
 @final
-class QuantizedGather:
+class QuantizedGather(OwnGathers):
     """Another exchange, whose all-gathers carry `code`. They leave dequantised values in the own slice too."""
 
-    needs_shard = True
-
     def __init__(self, inner: Exchange, code: Code = WEIGHTS) -> None:
-        self._inner, self._code = inner, code
-        self.group, self.rank, self.world_size = inner.group, inner.rank, inner.world_size
-
-    def invalidate(self) -> None:
-        """See Exchange. Nothing is kept."""
+        super().__init__(inner)
+        self._code = code
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
@@ -66,18 +61,6 @@ class QuantizedGather:
                 target.copy_(self._code.decode(received, target.numel(), full.dtype))
 
         return Pending(finish)
-
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange."""
-        return self._inner.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
-
-    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
-        """See Exchange."""
-        return self._inner.start_all_reduce(full, divide_by)
-
-    def broadcast(self, full: Tensor, source: int = 0) -> None:
-        """See Exchange."""
-        self._inner.broadcast(full, source)
 
 
 @dataclass(frozen=True, eq=False)

@@ -25,7 +25,7 @@ from typing import final
 
 from torch import Tensor
 
-from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.comm.exchange import Exchange, OwnGathers, Pending
 
 
 @final
@@ -74,18 +74,13 @@ class _Gathering:
 
 
 @final
-class RelayedExchange:
+class RelayedExchange(OwnGathers):
     """Another exchange, whose all-gathers go by `relay`. near x far ranks are all of `inner`'s."""
-
-    needs_shard = True
 
     def __init__(self, inner: Exchange, relay: Relay) -> None:
         assert relay.near.world_size * relay.far.world_size == inner.world_size, "near x far ranks are all ranks"
-        self._inner, self._relay = inner, relay
-        self.group, self.rank, self.world_size = inner.group, inner.rank, inner.world_size
-
-    def invalidate(self) -> None:
-        """See Exchange. Nothing is kept."""
+        super().__init__(inner)
+        self._relay = relay
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
@@ -93,15 +88,3 @@ class RelayedExchange:
             numel = full.numel() // self.world_size
             shard = full.narrow(0, self.rank * numel, numel)
         return self._relay.start(full, shard)
-
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange."""
-        return self._inner.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
-
-    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
-        """See Exchange."""
-        return self._inner.start_all_reduce(full, divide_by)
-
-    def broadcast(self, full: Tensor, source: int = 0) -> None:
-        """See Exchange."""
-        self._inner.broadcast(full, source)

@@ -20,11 +20,11 @@ from typing import final
 import torch
 from torch import Tensor
 
-from deepspeed.comm.exchange import Exchange, Pending
+from deepspeed.comm.exchange import Exchange, OwnGathers, Pending
 
 
 @final
-class SecondaryExchange:
+class SecondaryExchange(OwnGathers):
     """An exchange of one flat buffer, which keeps this rank's slice of it among `near` ranks (see the module's text).
 
     The number of near ranks divides that of `inner`'s. Every verb but the all-gather is `inner`'s own.
@@ -32,8 +32,8 @@ class SecondaryExchange:
 
     def __init__(self, inner: Exchange, near: Exchange) -> None:
         assert inner.world_size % near.world_size == 0, f"{near.world_size} does not divide {inner.world_size}"
-        self._inner, self._near = inner, near
-        self.group, self.rank, self.world_size = inner.group, inner.rank, inner.world_size
+        super().__init__(inner)
+        self._near = near
         self._copy: Tensor | None = None
         self._is_fresh = False
 
@@ -70,15 +70,3 @@ class SecondaryExchange:
         if self._copy is None:
             self._copy = torch.empty_like(own)
         self._copy.copy_(own)
-
-    def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange."""
-        return self._inner.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
-
-    def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
-        """See Exchange."""
-        return self._inner.start_all_reduce(full, divide_by)
-
-    def broadcast(self, full: Tensor, source: int = 0) -> None:
-        """See Exchange."""
-        self._inner.broadcast(full, source)
