@@ -12,6 +12,9 @@ gloo process group once and reused by every test of the session:
                   --(check)----------------------->   only once every rank has returned
                   <--(leaks found)-----------------
 
+Each process group of gloo has a thread that polls, and groups that a mesh makes live as long as the process: pools
+that have lain idle the longest are ended when all of them together hold more than KEPT_GROUPS.
+
 Invariant: a pool that is reused is as good as new. After each call every rank looks for process groups, threads and
 environment variables that the call left, and what it finds fails the test. A pool in which a rank raised, died, leaked
 or timed out is killed, because its other ranks may wait in a collective for ever, and the next call starts another.
@@ -54,6 +57,8 @@ START_S = 60.0
 """How long a pool may take to come up."""
 THREAD_GRACE_S = 1.0
 """How long a thread started in a call may take to end after it."""
+KEPT_GROUPS = 256
+"""How many process groups, counted on every rank, the pools of this process may hold between calls."""
 
 PRELOAD = ["pytest", "numpy", "pydantic", "torch", "torch.distributed"]
 DISTRIBUTED_ENV = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "LOCAL_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -106,15 +111,15 @@ def run_ranks(
     raise, use `pytest.raises` inside `fn`: that keeps the pool.
     """
     __tracebackhide__ = True
-    pool = _pools.get((world_size, device))
-    if pool is None:
-        pool = _pools[world_size, device] = Pool(world_size, device=device)
+    pool = _pools.pop((world_size, device), None) or Pool(world_size, device=device)
     try:
         results = pool.call(fn, args, kwargs, timeout)
         pool.check_leaks()
     except BaseException:
-        _pools.pop((world_size, device)).kill()
+        pool.kill()
         raise
+    _pools[world_size, device] = pool  # the last of them, which is the latest used
+    _end_idle_pools()
     return results
 
 
@@ -126,6 +131,12 @@ def run_alone(fn: Callable[..., Any], /, *args: Any, timeout: float = 60.0, **kw
         return pool.call(fn, args, kwargs, timeout)[0]
     finally:
         pool.kill()
+
+
+def _end_idle_pools() -> None:
+    """Kill the pools that were not used for the longest until the others hold no more than KEPT_GROUPS."""
+    while sum(pool.groups for pool in _pools.values()) > KEPT_GROUPS:
+        _pools.pop(next(iter(_pools))).kill()
 
 
 def close_pools() -> None:
@@ -181,6 +192,8 @@ class Pool:
         self.world_size = world_size
         self.device = device
         self.is_distributed = is_distributed
+        self.groups = 0
+        """The process groups on all its ranks after the last call."""
         if device != "cpu":
             import_module(f"tests.device.{device}").prepare()
         self._folder = tempfile.TemporaryDirectory(prefix="ranks-")
@@ -202,9 +215,10 @@ class Pool:
         return [_load(outcome.payload) for outcome in outcomes]
 
     def check_leaks(self) -> None:
-        """Have every rank look for what the last call left."""
+        """Have every rank look for what the last call left, and count the groups it has."""
         __tracebackhide__ = True
-        self._collect(self._send_all(b"check"), START_S)
+        outcomes = self._collect(self._send_all(b"check"), START_S)
+        self.groups = sum(_load(outcome.payload) for outcome in outcomes)
 
     def kill(self) -> None:
         """End the processes at once, wherever they are."""
@@ -359,8 +373,8 @@ class Baseline:
         threads = frozenset(t.ident for t in threading.enumerate())
         return cls(dict(os.environ), threads, _process_groups(), torch.get_default_dtype())
 
-    def check(self) -> None:
-        """Raise LeakError for process groups, threads and environment variables made since."""
+    def check(self) -> int:
+        """How many process groups there are. Raise LeakError for groups, threads and environment variables made since."""
         gc.collect()
         groups = _process_groups()
         leaks = [
@@ -372,6 +386,7 @@ class Baseline:
         leaks += [] if torch.get_default_dtype() == self.dtype else [f"default dtype {torch.get_default_dtype()}"]
         if leaks:
             raise LeakError(f"the test left behind: {', '.join(leaks)}")
+        return len(dist.distributed_c10d._world.pg_map)
 
     def _new_threads(self) -> list[str]:
         deadline = time.monotonic() + THREAD_GRACE_S

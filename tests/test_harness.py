@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tests import harness
 from tests.harness import RanksFailedError, UnpicklableError, run_alone, run_ranks
 
 
@@ -80,6 +81,10 @@ def _leak_group(rank: int, world_size: int) -> None:
     dist.new_group([0, 1])
 
 
+def _make_a_shared_group(rank: int, world_size: int) -> None:
+    dist.new_group(list(range(world_size)), group_desc="dp.control")
+
+
 def _end_default_group(rank: int, world_size: int) -> None:
     dist.destroy_process_group()
 
@@ -107,6 +112,16 @@ def test_processes_are_reused_and_a_second_call_is_fast() -> None:
     start = time.perf_counter()
     assert run_ranks(2, _process_id) == first
     assert time.perf_counter() - start < 1.0
+
+
+def test_pools_that_hold_many_groups_end_longest_idle_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    run_ranks(2, _make_a_shared_group)
+    pair, single = run_ranks(2, _process_id), run_ranks(1, _process_id)
+    assert run_ranks(2, _process_id) == pair  # now the pool of one is the longest idle
+    monkeypatch.setattr(harness, "KEPT_GROUPS", 4)
+    assert run_ranks(2, _process_id) == pair
+    assert run_ranks(1, _process_id) != single
+    assert run_ranks(2, _process_id) != pair
 
 
 def test_every_call_starts_with_one_thread_and_the_same_seed() -> None:
