@@ -249,9 +249,11 @@ def losses(args: argparse.Namespace) -> None:
     """Final losses of every optimizer, from several seeds, on 2 ranks of this machine."""
     import torch.multiprocessing as mp
 
+    from deepspeed.utils.ports import free_port
+
     queue = mp.get_context("spawn").SimpleQueue()
     args.steps = max(args.steps, 300)
-    mp.start_processes(_train_all, (args, queue), nprocs=2, start_method="spawn")
+    mp.start_processes(_train_all, (args, queue, free_port()), nprocs=2, start_method="spawn")
     found: dict[str, list[float]] = {}
     while not queue.empty():
         name, loss = queue.get()
@@ -259,7 +261,7 @@ def losses(args: argparse.Namespace) -> None:
     _machine()
     print(
         f"GPT of 0.3M parameters, 2 ranks, {args.steps} steps, a share of {args.freeze:g} of them without compression, "
-        f"betas [0.9, {args.beta2:g}], factor_max {args.factor_max:g}, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}\n"
+        f"betas [0.9, {args.beta2:g}], lr {args.lr:g}, factor_max {args.factor_max:g}, seeds {args.first_seed} to {args.first_seed + args.seeds - 1}\n"
     )
     print("| optimizer | final loss, mean over seeds | beside plain |\n|---|--:|--:|")
     base = {"LAMB": "LAMB", "1-bit LAMB": "LAMB"}
@@ -271,10 +273,9 @@ def losses(args: argparse.Namespace) -> None:
 
 def _kinds(args: argparse.Namespace, freeze: int) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
     """Every optimizer, with its `zero_optimization`."""
-    lr = 2e-3
-    common: dict[str, Any] = {"lr": lr, "betas": [0.9, args.beta2]}
+    common: dict[str, Any] = {"lr": args.lr, "betas": [0.9, args.beta2]}
     adam = {"type": "Adam", "params": {**common, "bias_correction": False}}
-    lamb = {**common, "lr": 5 * lr}
+    lamb = {**common, "lr": 5 * args.lr}
     factors = {"factor_max": args.factor_max, "factor_min": 0.5 if args.factor_max > 1 else 1.0}
     local = {"var_freeze_step": freeze, "local_step_scaler": args.steps, "local_step_clipper": 2}
     whole = {"stage": 0}
@@ -288,9 +289,9 @@ def _kinds(args: argparse.Namespace, freeze: int) -> dict[str, tuple[dict[str, A
     }
 
 
-def _train_all(rank: int, args: argparse.Namespace, queue: Any) -> None:
+def _train_all(rank: int, args: argparse.Namespace, queue: Any, port: int) -> None:
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2",
-                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}  # fmt: skip
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}  # fmt: skip
     import torch
 
     import deepspeed
@@ -355,6 +356,9 @@ def main() -> None:
     parser.add_argument("--first-seed", type=int, default=0)
     parser.add_argument("--freeze", type=float, default=0.2, help="the share of steps before compression, with --loss")
     parser.add_argument("--beta2", type=float, default=0.95, help="with --loss")
+    parser.add_argument(
+        "--lr", type=float, default=2e-3, help="of Adam and its forms; LAMB's is 5 times that; with --loss"
+    )
     parser.add_argument("--factor-max", type=float, default=1.0, help="of 1-bit LAMB, with --loss; 4 is its default")
     parser.add_argument("--only", default="", help="cases in whose name this pattern is found")
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)

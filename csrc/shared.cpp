@@ -1,7 +1,8 @@
 // Counters in memory that processes of one host share: stored with everything before them visible, and waited for.
 //
-// Called by deepspeed/comm/board.py through ctypes. A counter is two words, 64 bytes to itself: its value, and how many wait for it
-// in the kernel. Values only grow, and are compared as a difference, so that they may wrap around.
+// Called by deepspeed/comm/board.py through ctypes. A counter is three words, 64 bytes to itself: its value, how many wait for it
+// in the kernel, and the processor that its owner was last seen on. Values only grow, and are compared as a difference, so that
+// they may wrap around.
 
 #include "native.h"
 
@@ -13,6 +14,7 @@
 #ifdef __linux__
 #include <climits>
 #include <ctime>
+#include <sched.h>
 #include <linux/futex.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -26,6 +28,15 @@ static_assert(sizeof(Word) == 4 && Word::is_always_lock_free, "words are shared 
 Word& word(void* at) { return *static_cast<Word*>(at); }
 
 bool has_reached(uint32_t value, uint32_t least) { return static_cast<int32_t>(value - least) >= 0; }
+
+// This thread's processor, from 1 on; 0: not known.
+uint32_t processor() {
+#ifdef __linux__
+    return static_cast<uint32_t>(sched_getcpu() + 1);
+#else
+    return 0;
+#endif
+}
 
 }  // namespace
 
@@ -41,6 +52,7 @@ DS_API int ds_shared_is_supported() {
 // Set the counter at `at`, after all that was written before, and wake whoever waits.
 DS_API void ds_shared_post(void* at, uint32_t value) {
     Word* words = static_cast<Word*>(at);
+    words[2].store(processor(), std::memory_order_relaxed);
     words[0].store(value);
 #ifdef __linux__
     if (words[1].load() != 0) syscall(SYS_futex, words, FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
@@ -85,13 +97,14 @@ DS_API int ds_shared_have_reached(void* at, int64_t num, int64_t but, uint32_t l
 }
 
 // Wait until the counter at `at` reaches `least`: looking at it for `spin_us`, then asleep. 0 where `timeout_ms` were over first.
+// Who looks on the processor that the owner was last seen on keeps the owner from it, and sleeps at once.
 DS_API int ds_shared_wait(void* at, uint32_t least, int64_t spin_us, int64_t timeout_ms) {
     using Clock = std::chrono::steady_clock;
     Word* words = static_cast<Word*>(at);
     if (has_reached(words[0].load(std::memory_order_acquire), least)) return 1;
     const auto begun = Clock::now();
     const auto awake = begun + std::chrono::microseconds(spin_us), end = begun + std::chrono::milliseconds(timeout_ms);
-    while (Clock::now() < awake)
+    while (Clock::now() < awake && words[2].load(std::memory_order_relaxed) != processor())
         for (int i = 0; i < 64; ++i)
             if (has_reached(words[0].load(std::memory_order_acquire), least)) return 1;
 #ifdef __linux__

@@ -15,13 +15,14 @@ Invariant: every rank posts messages of the same sizes in the same order, so a m
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import select
 import time
 from collections import deque
 from collections.abc import Sequence
-from typing import NamedTuple, final
+from typing import ClassVar, NamedTuple, final
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ NUM_MESSAGES = 1024
 """How many can be on a board at once."""
 ROOM_NBYTES = 2 << 20
 """What a board has for them; beyond that they lie beside it."""
+MAX_BOARDS = 16
+"""How many a process has at once: with as many others' as groups have ranks, 32 MiB of its own."""
 LINE = 64
 """Bytes of a line of the cache: what two ranks write is not in the same."""
 SPIN_US = 50
@@ -64,10 +67,14 @@ class _Message(NamedTuple):
 class Board:
     """The boards of all ranks of a group on one host, of which one is this rank's.
 
-    Made in three steps, since the ranks tell each other addresses in between: the constructor, `open`, `seal`.
+    Made in three steps, since the ranks tell each other addresses in between: the constructor, `open`, `seal`. The constructor
+    raises OSError where there is no memory, or `MAX_BOARDS` are open; `num_busy` is how many ranks may run on this host.
     """
 
-    def __init__(self, rank: int, world_size: int) -> None:
+    num_open: ClassVar[int] = 0
+    """Boards that this process has."""
+
+    def __init__(self, rank: int, world_size: int, num_busy: int) -> None:
         self.rank, self.world_size = rank, world_size
         self._sides: list[_Side] = []
         self._live: deque[_Message] = deque()
@@ -80,8 +87,13 @@ class Board:
         self._places_at = self._acks_at + 4 * NUM_MESSAGES * world_size
         self._room_at = -(-(self._places_at + 16 * NUM_MESSAGES) // LINE) * LINE
         self._num_posted, self._head = 0, 0
-        self._spin_us = SPIN_US if len(os.sched_getaffinity(0)) >= world_size else 0
+        self._spin_us = SPIN_US if len(os.sched_getaffinity(0)) >= num_busy else 0
+        if Board.num_open >= MAX_BOARDS:
+            raise OSError(
+                errno.ENOMEM, f"this process has boards of {MAX_BOARDS} groups already, {ROOM_NBYTES >> 20} MiB each"
+            )
         self._fd = _memory(self._room_at + ROOM_NBYTES)
+        Board.num_open += 1
 
     @property
     def address(self) -> Address:
@@ -104,8 +116,11 @@ class Board:
             self._fd = None
 
     def __del__(self) -> None:
+        if self._fd is None and not self._sides:  # it has found no memory
+            return
         if os.getpid() != self._pid:  # a forked child, such as a data loader's worker: the board is its parent's
             return
+        type(self).num_open -= 1
         self.seal()
         end = time.monotonic() + LINGER_S
         while any(message.fd is not None for message in self._live) and time.monotonic() < end:

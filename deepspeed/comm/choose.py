@@ -12,17 +12,17 @@ from torch.distributed import ProcessGroup
 
 from deepspeed.comm.board import Address, Board
 from deepspeed.comm.collective import CollectiveExchange
-from deepspeed.comm.counters import host_words
+from deepspeed.comm.counters import NUM_WORDS, host_words
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.shared import SharedExchange
-from deepspeed.comm.trial import NUMEL, agreed, try_both
+from deepspeed.comm.trial import NUMEL, Verdict, agreed, try_both, verdicts
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import log_dist, warn_once
 
 SHARED_MEMORY = "DS_SHARED_MEMORY"
-"""The variable that asks for `comm.shared`; all ranks need the same."""
+"""The variable that says whether `comm.shared` is used; all ranks need the same."""
 MAX_SHARED_RANKS = 16
 """Every rank reads every other's message: beyond so many, fewer and larger steps are better."""
 
@@ -33,7 +33,7 @@ class Sharing(Enum):
     NEVER = "0"
     ALWAYS = "1"
     IF_FASTER = "auto"
-    """Where a trial says so, when a group's exchange is made."""
+    """Where a trial says so, when a process's first exchange of so many ranks is made. What holds without the variable."""
 
 
 def make_exchange(group: ProcessGroup | None, device: torch.device, *, sharing: Sharing = Sharing.NEVER) -> Exchange:
@@ -66,7 +66,7 @@ def waits_on_host(group: ProcessGroup | None, device: torch.device) -> bool:
 
 def sharing_of(environ: Mapping[str, str]) -> Sharing:
     """What the environment asks for. Raises DeepSpeedError for a word that is none of the switch's."""
-    value = environ.get(SHARED_MEMORY, "") or Sharing.NEVER.value
+    value = environ.get(SHARED_MEMORY, "") or Sharing.IF_FASTER.value
     if value not in [sharing.value for sharing in Sharing]:
         raise DeepSpeedError(
             f"{SHARED_MEMORY}={value} says nothing.\n"
@@ -76,23 +76,27 @@ def sharing_of(environ: Mapping[str, str]) -> Sharing:
 
 
 def _shared(direct: DirectExchange, group: ProcessGroup, sharing: Sharing) -> SharedExchange | None:
-    """The exchange by shared memory, or None, told once, where the ranks of a group have none. Collective over them."""
+    """The exchange by shared memory; None where the ranks of a group have none, told once, or gloo is faster. Collective over them."""
     if group.size() > MAX_SHARED_RANKS:
         return None
+    found = Verdict.SHARED if sharing is Sharing.ALWAYS else verdicts().get(group.size(), Verdict.NONE)
     words, board, why = host_words(), None, "the compiled library is missing, or this is not Linux"
-    if words is not None:
+    if words is not None and found is not Verdict.GLOO:
         try:
-            board = Board(group.rank(), group.size())
+            board = Board(group.rank(), group.size(), num_busy=dist.get_world_size())
         except OSError as error:
             why = f"no memory to share ({error})"
-    mine = [0, 0, 0, 0] if words is None or board is None else [*words, *board.address]
-    everyone = _gathered(group, mine)
-    if len({tuple(theirs[:2]) for theirs in everyone}) > 1:
-        why = "ranks are on several hosts, or some have no memory to share"
+    mine = [0] * NUM_WORDS + [0, 0] if words is None or board is None else [*words, *board.address]
+    everyone = _gathered(group, [*mine, found])
+    all_found = {theirs.pop() for theirs in everyone}
+    if Verdict.GLOO in all_found:
+        return None
+    if len({tuple(theirs[:NUM_WORDS]) for theirs in everyone}) > 1:
+        why = why if board is None else "ranks are on several hosts, or some have no memory to share"
         board = None
     if board is not None:
         try:
-            board.open([Address(*theirs[2:]) for theirs in everyone])
+            board.open([Address(*theirs[NUM_WORDS:]) for theirs in everyone])
         except OSError as error:
             why = f"the others' memory cannot be opened ({error})"
             board = None
@@ -102,14 +106,15 @@ def _shared(direct: DirectExchange, group: ProcessGroup, sharing: Sharing) -> Sh
         return None
     board.seal()
     shared = SharedExchange(direct, board, _timeout_s(group))
-    return shared if sharing is Sharing.ALWAYS or _is_faster(shared, group) else None
+    return shared if Verdict.NONE not in all_found or _is_faster(shared, group) else None
 
 
 def _is_faster(shared: SharedExchange, group: ProcessGroup) -> bool:
-    """Whether a trial says so, on all ranks; told."""
+    """Whether a trial says so, on all ranks; told, and kept for later groups of as many ranks."""
     # Another exchange, since what one receives into stays.
     times = agreed(_gathered(group, list(try_both(shared, DirectExchange(group)))))
     wins = times.first < times.second
+    verdicts()[group.size()] = Verdict.SHARED if wins else Verdict.GLOO
     log_dist(
         f"small messages between {group.size()} CPU ranks go through {'shared memory' if wins else 'gloo'}: an all-reduce of "
         f"{4 * NUMEL >> 10} KiB took {times.first} us there, {times.second} us in gloo.",

@@ -12,15 +12,23 @@ from pathlib import Path
 
 from deepspeed.kernels.native import library
 
+NUM_WORDS = 3
+"""How many numbers tell hosts apart."""
 
-def host_words() -> tuple[int, int] | None:
-    """The same two numbers on all processes that see each other's process numbers and memory; None: nothing of it here."""
+
+def host_words() -> tuple[int, ...] | None:
+    """The same numbers on all processes that see each other's process numbers and memory; None: nothing of it here.
+
+    Nodes that are namespaces of the network on one host count as hosts: who made them wants to see messages between them.
+    """
     found = library()
     if found is None or not found.ds_shared_is_supported() or not hasattr(os, "memfd_create"):
         return None
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        return int(boot.replace("-", "")[:15], 16), os.stat("/proc/self/ns/pid").st_ino
+        return int(boot.replace("-", "")[:15], 16), *(
+            os.stat(f"/proc/self/ns/{kind}").st_ino for kind in ("pid", "net")
+        )
     except OSError:
         return None
 

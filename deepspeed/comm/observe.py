@@ -37,8 +37,8 @@ NUM_RUNS = 3
 
 
 def make_observed(group: ProcessGroup | None, device: torch.device) -> Exchange:
-    """`make_exchange`, watched where there is more than one rank; through shared memory where the environment asks for it.
-    Then collective over the group."""
+    """`make_exchange`, watched where there is more than one rank; through shared memory as the environment asks for it.
+    Collective over the group."""
     inner = make_exchange(group, device, sharing=sharing_of(os.environ))
     return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
 

@@ -1,14 +1,16 @@
 """Which of two exchanges is faster for small messages here and now: tried once, when a group's exchange is chosen.
 
-Called by `comm.choose` where `DS_SHARED_MEMORY=auto`. A few milliseconds of all-reduces in turns; the fastest of each counts, since
-what other programs take makes calls slower, never faster.
+Called by `comm.choose`, unless `DS_SHARED_MEMORY` says 0 or 1. A few milliseconds of all-reduces in turns; the fastest of each counts,
+since what other programs take makes calls slower, never faster. A process tries once for a number of ranks, not for each group.
 
 Invariant: every rank gets the same answer, from every rank's times.
 """
 
 from __future__ import annotations
 
+import functools
 import time
+from enum import IntEnum
 from typing import NamedTuple
 
 import torch
@@ -19,6 +21,20 @@ from deepspeed.comm.exchange import Exchange
 NUMEL = 1 << 14
 """64 KiB of fp32: what most small messages of a step are below."""
 NUM_ROUNDS = 5
+
+
+class Verdict(IntEnum):
+    """What is known of which is faster."""
+
+    NONE = 0
+    SHARED = 1
+    GLOO = 2
+
+
+@functools.lru_cache(maxsize=1)
+def verdicts() -> dict[int, Verdict]:
+    """What this process's trials found, by number of ranks."""
+    return {}
 
 
 class Times(NamedTuple):

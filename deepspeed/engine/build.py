@@ -216,7 +216,7 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
         if refusal is not None:
             raise DeepSpeedError(refusal)
     sharing = sharing_of(os.environ)
-    wishes = [] if sharing is Sharing.NEVER else [f"the variable {SHARED_MEMORY} = {sharing.value}"]
+    wishes = [] if sharing is Sharing.IF_FASTER else [f"the variable {SHARED_MEMORY} = {sharing.value}"]
     if mesh.size("near") > 1:
         wishes.append(f"nodes of {mesh.size('near')} ranks")
     lines = [*flatten(given.user_config), *wishes]

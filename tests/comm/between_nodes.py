@@ -1,4 +1,4 @@
-"""Counting what leaves a node: every message that a rank hands to gloo, by the rank that it is for."""
+"""Counting what leaves a node: every message that a rank hands to gloo, or shows the others in memory, by the rank that it is for."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.shared import SharedExchange
 
 
 @contextlib.contextmanager
 def counted_between_nodes(ranks_per_node: int) -> Iterator[list[int]]:
     """Bytes of the messages that this rank sends to ranks of other nodes while within, which have consecutive ranks each."""
     nbytes: list[int] = []
-    launch, to_all = DirectExchange._launch, dist.all_to_all_single
+    launch, posted, to_all = DirectExchange._launch, SharedExchange._posted, dist.all_to_all_single
 
     def is_far(group: Any, peer: int) -> bool:
         return dist.get_global_rank(group, peer) // ranks_per_node != dist.get_rank() // ranks_per_node
@@ -26,6 +27,10 @@ def counted_between_nodes(ranks_per_node: int) -> Iterator[list[int]]:
         nbytes.extend(to_rank[peer].nbytes for peer in self._peers if is_far(self.group, peer))
         return launch(self, to_rank, from_rank)
 
+    def posting(self: SharedExchange, own: Tensor) -> Any:
+        nbytes.extend(own.nbytes for peer in range(self.world_size) if is_far(self.group, peer))
+        return posted(self, own)
+
     def sending(received: Tensor, sent: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
         group = group or dist.group.WORLD
         nbytes.extend(sent.nbytes // group.size() for peer in range(group.size()) if is_far(group, peer))
@@ -33,5 +38,6 @@ def counted_between_nodes(ranks_per_node: int) -> Iterator[list[int]]:
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DirectExchange, "_launch", launching)
+        patch.setattr(SharedExchange, "_posted", posting)
         patch.setattr(dist, "all_to_all_single", sending)
         yield nbytes

@@ -19,7 +19,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.shared import MAX_NBYTES, SharedExchange
-from deepspeed.comm.trial import Times
+from deepspeed.comm.trial import Times, Verdict, verdicts
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
 from tests.engine.runs import LONG, Run, make_config, train
 from tests.harness import run_ranks
@@ -126,7 +126,7 @@ def without(rank: int, world_size: int, what: str) -> tuple[str, list[str]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "warn_once", said.append)
         if what == "hosts":
-            patch.setattr(choose, "host_words", lambda: (rank, 0))
+            patch.setattr(choose, "host_words", lambda: (rank, 0, 0))
         elif what == "memory" and rank == 1:
 
             def none(nbytes: int) -> int:
@@ -207,16 +207,42 @@ def tried(rank: int, world_size: int) -> str:
         (((10, 20), (21, 15)), DirectExchange, "gloo: an all-reduce of 64 KiB took 21 us there, 20 us in gloo"),
     ):
         said: list[str] = []
+        verdicts().clear()
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(choose, "log_dist", lambda line, ranks, said=said: said.append(line))
             patch.setattr(choose, "try_both", lambda first, second, times=times: Times(*times[rank]))
             assert type(make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER)) is kind
-        assert said == [f"small messages between 2 CPU ranks go through {way}."]
+            assert said == [f"small messages between 2 CPU ranks go through {way}."]
+            assert type(make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER)) is kind, "without another trial"
+            assert len(said) == 1
+        verdicts().clear()
     return type(make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER)).__name__
 
 
 def test_a_trial_takes_what_is_faster_on_all_ranks_together() -> None:
     assert len(set(run_ranks(2, tried))) == 1
+
+
+def limited(rank: int, world_size: int) -> tuple[list[str], list[str]]:
+    """What is chosen for three groups where a process may have two boards, of which one rank has one already."""
+    said: list[str] = []
+    verdicts()[2] = Verdict.SHARED
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(choose, "warn_once", said.append)
+        patch.setattr(board_module, "MAX_BOARDS", board_module.Board.num_open + 2 + rank)
+        made = [make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER) for _ in range(3)]
+        kinds = [type(exchange).__name__ for exchange in made]
+        del made[0]
+        made.append(make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER))
+    verdicts().clear()
+    return [*kinds, type(made[-1]).__name__], said
+
+
+def test_a_process_has_so_many_boards_and_a_group_more_goes_through_gloo_on_all_ranks() -> None:
+    (kinds, said), (of_other, said_there) = run_ranks(2, limited)
+    assert kinds == of_other == ["SharedExchange", "SharedExchange", "DirectExchange", "SharedExchange"]
+    assert "no memory to share ([Errno 12] this process has boards of" in said[0]
+    assert "some have no memory to share" in said_there[0]
 
 
 def asked_of_one(rank: int, world_size: int) -> None:
