@@ -17,6 +17,9 @@ namespace {
 
 constexpr int kBytes = 4;  // int8 with a scale per position, beside the values of Precision
 
+// What loops over positions are called for: the last ones count for nothing.
+size_t padded_of(size_t n) { return (n + 15) / 16 * 16; }
+
 struct Cache {
     const char* at;
     const float* scales;  // of int8
@@ -51,10 +54,10 @@ struct Attention {
     void combine(int64_t index) const;
 };
 
-// The scales of n positions side by side, zeros up to a multiple of 8.
+// The scales of n positions side by side, zeros up to a multiple of 16.
 void Attention::gather_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n, float* to) const {
     for (size_t i = 0; i < n; ++i) to[i] = *scale(cache, b, shared, first + static_cast<int64_t>(i));
-    for (size_t i = n; i % 8; ++i) to[i] = 0;
+    for (size_t i = n; i % 16; ++i) to[i] = 0;
 }
 
 void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const {
@@ -74,7 +77,7 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
         gather_scales(keys, b, shared, first, n, scales);
         loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.data(), heads, sums.data());
         for (int64_t h = 0; h < heads; ++h)
-            loops.scale_sums(sums.data() + h * kChunk, scales, factors[h], (n + 7) / 8 * 8, scores + h * kChunk);
+            loops.scale_sums(sums.data() + h * kChunk, scales, factors[h], padded_of(n), scores + h * kChunk);
     }
     if (!bias) return;
     for (int64_t h = 0; h < heads; ++h) {
@@ -96,7 +99,7 @@ void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, float* w
     words.resize(heads * kChunk);
     sums.assign(heads * dim, 0);
     factors.resize(heads);
-    const size_t padded = (n + 7) / 8 * 8;
+    const size_t padded = padded_of(n);
     gather_scales(values, b, shared, first, n, scales);
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = weights + h * kChunk;
@@ -115,7 +118,7 @@ void Attention::chunk(int64_t index) const {
     float *top = tops + index * heads, *sum = sums + index * heads, *part = parts + index * heads * dim;
     for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, sum[h] = 0;
     if (start >= stop) return;
-    const size_t n = static_cast<size_t>(stop - start < kChunk ? stop - start : kChunk), padded = (n + 7) / 8 * 8;
+    const size_t n = static_cast<size_t>(stop - start < kChunk ? stop - start : kChunk), padded = padded_of(n);
     held.resize(heads * kChunk);
     float* const scores = held.data();
     score(b, shared, start, n, scores);
@@ -147,8 +150,8 @@ void Attention::combine(int64_t index) const {
         if (top == -INFINITY) continue;
         for (int64_t c = chunk0; c < chunk0 + num_chunks; ++c) {
             if (tops[c * heads + h] == -INFINITY) continue;
-            float weight[8] = {tops[c * heads + h], 0, 0, 0, 0, 0, 0, 0};
-            loops.exponentials(weight, 8, top);
+            float weight[16] = {tops[c * heads + h]};
+            loops.exponentials(weight, 16, top);
             total += weight[0] * sums[c * heads + h];
             const float* part = parts + (c * heads + h) * dim;
             for (int64_t d = 0; d < dim; ++d) to[d] += weight[0] * part[d];

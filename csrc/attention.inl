@@ -5,80 +5,159 @@
 // exactly: the same bits on every instruction set, in every tile. bfloat16 is read two elements a word, the even ones by a
 // shift and the odd ones by a mask: queries lie in that order, and `spread` takes it back from what comes out.
 
-constexpr size_t kTileRows = 32;  // positions that are in the first-level cache for all heads
+#ifdef DS_HAS_AVX512
 
-// 16 elements of a row as two vectors.
+// 16 elements of a row, and sums of their products in as many lanes.
+using Sixteen = Floats;
+
 struct ReadFloats {
     using Element = float;
-    static inline __attribute__((always_inline)) void read(const float* at, Floats8* to) {
-        to[0] = *reinterpret_cast<const Floats8*>(at);
-        to[1] = *reinterpret_cast<const Floats8*>(at + 8);
+    static inline __attribute__((always_inline)) Sixteen read(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+};
+
+struct ReadBFloats {
+    using Element = uint16_t;
+    static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
+        const __m512i even = _mm512_set4_epi32(0x0d0c8080, 0x09088080, 0x05048080, 0x01008080);
+        const __m512i order = _mm512_mask_add_epi32(even, 0xff00, even, _mm512_set1_epi32(0x02020000));
+        const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
+        return (Sixteen)_mm512_shuffle_epi8(_mm512_broadcast_i64x4(read), order);
+    }
+};
+
+static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
+    return a * *reinterpret_cast<const Floats*>(b);
+}
+
+static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) {
+    *to = (Floats8)_mm512_castps512_ps256((__m512)sums) + (Floats8)_mm512_extractf32x8_ps((__m512)sums, 1);
+}
+
+constexpr size_t kTile = 16;   // sums of a tile
+constexpr size_t kMixed = 16;  // vectors of sums of values that registers hold
+
+// found[i] = the lanes of v[i % 4 * 4 + i / 4], added as fold and sum_lanes do.
+static inline __attribute__((always_inline)) void sum_tile(const Sixteen* v, float* found) {
+    __m512 half[8], quarter[4], eighth[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i)
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0x88),
+                                   _mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0xdd));
+    for (int i = 0; i < 2; ++i)
+        eighth[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
+                                  _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88), _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
+    _mm512_storeu_ps(found, all);
+}
+
+// Sums of `Heads` queries with kTile / Heads rows.
+template <class Read, size_t Heads>
+static inline __attribute__((always_inline)) void score_tile(const typename Read::Element* keys, int64_t stride, size_t dim,
+                                                             const float* queries, float* found) {
+    constexpr size_t rows = kTile / Heads;
+    Sixteen sums[kTile] = {};
+    for (size_t d = 0; d < dim; d += 16)
+        for (size_t r = 0; r < rows; ++r) {
+            const Sixteen key = Read::read(keys + static_cast<int64_t>(r) * stride + d);
+            for (size_t h = 0; h < Heads; ++h) {
+                const size_t at = h * rows + r;
+                sums[at % 4 * 4 + at / 4] += product(key, queries + h * dim + d);
+            }
+        }
+    sum_tile(sums, found);
+}
+
+#else
+
+struct Sixteen {
+    Floats8 low, high;
+
+    inline __attribute__((always_inline)) Sixteen& operator+=(const Sixteen& other) {
+        low += other.low;
+        high += other.high;
+        return *this;
+    }
+    inline __attribute__((always_inline)) Sixteen operator*(float by) const { return {low * by, high * by}; }
+};
+
+struct ReadFloats {
+    using Element = float;
+    static inline __attribute__((always_inline)) Sixteen read(const float* at) {
+        return {*reinterpret_cast<const Floats8*>(at), *reinterpret_cast<const Floats8*>(at + 8)};
     }
 };
 
 struct ReadBFloats {
     using Element = uint16_t;
-    static inline __attribute__((always_inline)) void read(const uint16_t* at, Floats8* to) {
+    static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
         const Words8 both = *reinterpret_cast<const Words8*>(at);
-        to[0] = (Floats8)(both << 16);
-        to[1] = (Floats8)(both & 0xffff0000u);
+        return {(Floats8)(both << 16), (Floats8)(both & 0xffff0000u)};
     }
 };
 
-template <class Read, size_t Heads, size_t Rows>
+static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
+    return {a.low * *reinterpret_cast<const Floats8*>(b), a.high * *reinterpret_cast<const Floats8*>(b + 8)};
+}
+
+static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) { *to = sums.low + sums.high; }
+
+constexpr size_t kTile = 8;
+constexpr size_t kMixed = 4;
+
+// Half of the sums at a time: they lie in two registers each.
+template <class Read, size_t Heads>
 static inline __attribute__((always_inline)) void score_tile(const typename Read::Element* keys, int64_t stride, size_t dim,
-                                                             const float* queries, float* scores) {
-    static_assert(Heads * Rows == 8, "eight sums are added up together");
-    Floats8 sums[8] = {};
-    for (size_t d = 0; d < dim; d += 16) {
-        for (size_t r = 0; r < Rows; ++r) {
-            Floats8 key[2];
-            Read::read(keys + static_cast<int64_t>(r) * stride + d, key);
-            for (size_t h = 0; h < Heads; ++h) {
-                const float* query = queries + h * dim + d;
-                sums[h * Rows + r] += key[0] * *reinterpret_cast<const Floats8*>(query);
-                sums[h * Rows + r] += key[1] * *reinterpret_cast<const Floats8*>(query + 8);
+                                                             const float* queries, float* found) {
+    constexpr size_t rows = kTile / Heads, together = rows / 2;
+    Floats8 sums[kTile];
+    for (size_t first = 0; first < rows; first += together) {
+        Sixteen under_way[kTile / 2] = {};
+        for (size_t d = 0; d < dim; d += 16)
+            for (size_t r = 0; r < together; ++r) {
+                const Sixteen key = Read::read(keys + static_cast<int64_t>(first + r) * stride + d);
+                for (size_t h = 0; h < Heads; ++h) under_way[h * together + r] += product(key, queries + h * dim + d);
             }
-        }
+        for (size_t h = 0; h < Heads; ++h)
+            for (size_t r = 0; r < together; ++r) fold(under_way[h * together + r], &sums[h * rows + first + r]);
     }
-    float found[8];
     sum_lanes(sums, found);
-    for (size_t h = 0; h < Heads; ++h)
-        for (size_t r = 0; r < Rows; ++r) scores[h * kChunk + r] = found[h * Rows + r];
+}
+
+#endif
+
+static inline __attribute__((always_inline)) Sixteen load_sixteen(const float* at) {
+    Sixteen found;
+    std::memcpy(&found, at, sizeof found);
+    return found;
 }
 
 // The last positions, fewer than a tile has, one by one: the same sums.
 template <class Read>
 static void score_one(const typename Read::Element* key, size_t dim, const float* query, float* score) {
+    Sixteen sum = {};
+    for (size_t d = 0; d < dim; d += 16) sum += product(Read::read(key + d), query + d);
     Floats8 sums[8] = {};
-    for (size_t d = 0; d < dim; d += 16) {
-        Floats8 read[2];
-        Read::read(key + d, read);
-        sums[0] += read[0] * *reinterpret_cast<const Floats8*>(query + d);
-        sums[0] += read[1] * *reinterpret_cast<const Floats8*>(query + d + 8);
-    }
+    fold(sum, sums);
     float found[8];
     sum_lanes(sums, found);
     *score = found[0];
 }
 
-// Asks for a row of the next tile, while this one is worked on: a burst of requests would hold up what it is for.
-template <class Element>
-static inline __attribute__((always_inline)) void prefetch_row(const Element* row, size_t dim) {
-    const char* at = reinterpret_cast<const char*>(row);
-    for (size_t b = 0; b < dim * sizeof(Element); b += 64) __builtin_prefetch(at + b);
-}
-
 template <class Read, size_t Heads>
 static inline void score_heads(const typename Read::Element* keys, int64_t stride, size_t n, size_t dim, const float* queries,
                                float* scores, bool is_first) {
-    constexpr size_t rows = 8 / Heads;
+    constexpr size_t rows = kTile / Heads;
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const typename Read::Element* here = keys + static_cast<int64_t>(r) * stride;
         if (is_first)
             for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
-        score_tile<Read, Heads, rows>(here, stride, dim, queries, scores + r);
+        float found[kTile];
+        score_tile<Read, Heads>(here, stride, dim, queries, found);
+        for (size_t h = 0; h < Heads; ++h) std::memcpy(scores + h * kChunk + r, found + h * rows, rows * sizeof *found);
     }
     for (; r < n; ++r)
         for (size_t h = 0; h < Heads; ++h)
@@ -100,26 +179,37 @@ static void score(const void* from, int64_t stride, size_t n, size_t dim, const 
     }
 }
 
-template <class Read, size_t Heads>
-static inline __attribute__((always_inline)) void mix_heads(const typename Read::Element* values, int64_t stride, size_t n,
-                                                            size_t dim, size_t d, const float* weights, float* out,
-                                                            bool is_first) {
-    constexpr size_t vectors = 8 / Heads;
-    Floats8 sums[8];
+// `Blocks` times 16 elements of out, from d on.
+template <class Read, size_t Heads, size_t Blocks>
+static inline __attribute__((always_inline)) void mix_blocks(const typename Read::Element* values, int64_t stride, size_t n,
+                                                             size_t dim, size_t d, const float* weights, float* out,
+                                                             bool is_first) {
+    Sixteen sums[Heads][Blocks];
     for (size_t h = 0; h < Heads; ++h)
-        for (size_t v = 0; v < vectors; ++v) sums[h * vectors + v] = *reinterpret_cast<Floats8*>(out + h * dim + d + 8 * v);
+        for (size_t v = 0; v < Blocks; ++v) sums[h][v] = load_sixteen(out + h * dim + d + 16 * v);
     const bool asks = is_first && d * sizeof(typename Read::Element) % 64 == 0;
     for (size_t r = 0; r < n; ++r) {
-        Floats8 value[vectors];
-        if (asks) prefetch_row(values + static_cast<int64_t>(r + kTileRows) * stride + d, 8 * vectors);
-        for (size_t v = 0; v < vectors; v += 2) Read::read(values + static_cast<int64_t>(r) * stride + d + 8 * v, value + v);
+        const typename Read::Element* here = values + static_cast<int64_t>(r) * stride + d;
+        Sixteen value[Blocks];
+        if (asks) prefetch_row(here + static_cast<int64_t>(kTileRows) * stride, 16 * Blocks);
+        for (size_t v = 0; v < Blocks; ++v) value[v] = Read::read(here + 16 * v);
         for (size_t h = 0; h < Heads; ++h) {
             const float weight = weights[h * kChunk + r];
-            for (size_t v = 0; v < vectors; ++v) sums[h * vectors + v] += value[v] * weight;
+            for (size_t v = 0; v < Blocks; ++v) sums[h][v] += value[v] * weight;
         }
     }
     for (size_t h = 0; h < Heads; ++h)
-        for (size_t v = 0; v < vectors; ++v) *reinterpret_cast<Floats8*>(out + h * dim + d + 8 * v) = sums[h * vectors + v];
+        for (size_t v = 0; v < Blocks; ++v) std::memcpy(out + h * dim + d + 16 * v, &sums[h][v], sizeof sums[h][v]);
+}
+
+template <class Read, size_t Heads>
+static inline void mix_heads(const typename Read::Element* values, int64_t stride, size_t n, size_t dim, const float* weights,
+                             float* out, bool is_first) {
+    constexpr size_t blocks = kMixed / Heads < 4 ? kMixed / Heads : 4;
+    size_t d = 0;
+    for (; d + 16 * blocks <= dim; d += 16 * blocks)
+        mix_blocks<Read, Heads, blocks>(values, stride, n, dim, d, weights, out, is_first);
+    for (; d < dim; d += 16) mix_blocks<Read, Heads, 1>(values, stride, n, dim, d, weights, out, is_first);
 }
 
 // out [heads, dim] += weights [heads, kChunk] times values [n, dim].
@@ -129,27 +219,11 @@ static void mix(const void* from, int64_t stride, size_t n, size_t dim, const fl
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const typename Read::Element* here = values + static_cast<int64_t>(at) * stride;
+        const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
         size_t h = 0;
-        for (; h + 4 <= heads; h += 4)
-            for (size_t d = 0; d < dim; d += 16)
-                mix_heads<Read, 4>(here, stride, rows, dim, d, weights + h * kChunk + at, out + h * dim, h == 0);
-        for (; h < heads; ++h) {
-            size_t d = 0;
-            for (; d + 64 <= dim; d += 64)
-                mix_heads<Read, 1>(here, stride, rows, dim, d, weights + h * kChunk + at, out + h * dim, h == 0);
-            for (; d < dim; d += 16) {  // the same sums, a quarter of them under way
-                Floats8 sums[2] = {*reinterpret_cast<Floats8*>(out + h * dim + d), *reinterpret_cast<Floats8*>(out + h * dim + d + 8)};
-                for (size_t r = 0; r < rows; ++r) {
-                    Floats8 value[2];
-                    Read::read(here + static_cast<int64_t>(r) * stride + d, value);
-                    const float weight = weights[h * kChunk + at + r];
-                    sums[0] += value[0] * weight;
-                    sums[1] += value[1] * weight;
-                }
-                *reinterpret_cast<Floats8*>(out + h * dim + d) = sums[0];
-                *reinterpret_cast<Floats8*>(out + h * dim + d + 8) = sums[1];
-            }
-        }
+        for (; h + 4 <= heads; h += 4) mix_some(mix_heads<Read, 4>, h);
+        for (; h + 2 <= heads; h += 2) mix_some(mix_heads<Read, 2>, h);
+        for (; h < heads; ++h) mix_some(mix_heads<Read, 1>, h);
     }
 }
 
@@ -301,38 +375,45 @@ static void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim
     }
 }
 
-// x = e^(x - top), for x <= top: within 2 units of the last place, 0 below e^-87, NaN stays. n is a multiple of 8. After Cody
+// x = e^(x - top), for x <= top: within 2 units of the last place, 0 below e^-87, NaN stays. n is a multiple of 16. After Cody
 // and Waite: a power of two, and a polynomial of what is left, which Taylor's terms up to the seventh say to fp32.
 static void exponentials(float* x, size_t n, float top) {
-    for (size_t i = 0; i < n; i += 8) {
-        const Floats8 distance = *reinterpret_cast<Floats8*>(x + i) - top;
-        const Floats8 rounded = distance * 1.44269504f + 12582912.0f;
-        const Floats8 whole = rounded - 12582912.0f;
-        const Floats8 rest = (distance - whole * 0.693359375f) - whole * -2.12194440e-4f;
-        Floats8 sum = rest * (1.0f / 5040) + 1.0f / 720;
+    for (size_t i = 0; i < n; i += kWidth) {
+        const Floats distance = *reinterpret_cast<Floats*>(x + i) - top;
+        const Floats rounded = distance * 1.44269504f + 12582912.0f;
+        const Floats whole = rounded - 12582912.0f;
+        const Floats rest = (distance - whole * 0.693359375f) - whole * -2.12194440e-4f;
+        Floats sum = rest * (1.0f / 5040) + 1.0f / 720;
         sum = sum * rest + 1.0f / 120;
         sum = sum * rest + 1.0f / 24;
         sum = sum * rest + 1.0f / 6;
         sum = sum * rest + 0.5f;
         sum = sum * rest + 1.0f;
         sum = sum * rest + 1.0f;
-        const Words8 power = ((Words8)rounded + 127u) << 23;
-        const Floats8 found = sum * (Floats8)power;
-        const Ints8 is_small = distance < -87.0f;
-        *reinterpret_cast<Floats8*>(x + i) = (Floats8)((Ints8)found & ~is_small);
+        const Words power = ((Words)rounded + 127u) << 23;
+        const Floats found = sum * (Floats)power;
+        const Ints is_small = distance < -87.0f;
+        *reinterpret_cast<Floats*>(x + i) = (Floats)((Ints)found & ~is_small);
     }
 }
 
-// The largest of x [n], n a multiple of 8; NaN where one is.
+// The largest of x [n], n a multiple of 16; NaN where one is. Four at a time: each waits for the one before it.
 static float largest(const float* x, size_t n) {
-    Floats8 most = *reinterpret_cast<const Floats8*>(x);
-    for (size_t i = 8; i < n; i += 8) {
-        const Floats8 here = *reinterpret_cast<const Floats8*>(x + i);
-        const Ints8 takes = (here > most) | (here != here);
-        most = (Floats8)(((Ints8)here & takes) | ((Ints8)most & ~takes));
-    }
-    float found = most[0];
-    for (int j = 1; j < 8; ++j) found = most[j] > found || most[j] != most[j] ? most[j] : found;
+    Floats most[4];
+    for (Floats& one : most) one = *reinterpret_cast<const Floats*>(x);
+    const auto take = [&](Floats& one, size_t i) __attribute__((always_inline)) {
+        const Floats here = *reinterpret_cast<const Floats*>(x + i);
+        const Ints takes = (here > one) | (here != here);
+        one = (Floats)(((Ints)here & takes) | ((Ints)one & ~takes));
+    };
+    size_t i = 0;
+    for (; i + 4 * kWidth <= n; i += 4 * kWidth)
+        for (size_t j = 0; j < 4; ++j) take(most[j], i + j * kWidth);
+    for (; i < n; i += kWidth) take(most[0], i);
+    float each[4 * kWidth];
+    std::memcpy(each, most, sizeof most);
+    float found = each[0];
+    for (const float one : each) found = one > found || one != one ? one : found;
     return found;
 }
 
@@ -343,38 +424,41 @@ static float total(const float* x, size_t n) {
     return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
 }
 
-// to [n] = sums times factor and by, n a multiple of 8.
+// to [n] = sums times factor and by, n a multiple of 16.
 static void scale_sums(const int32_t* sums, const float* by, float factor, size_t n, float* to) {
-    for (size_t i = 0; i < n; i += 8)
-        *reinterpret_cast<Floats8*>(to + i) = __builtin_convertvector(*reinterpret_cast<const Ints8*>(sums + i), Floats8) *
-                                              (*reinterpret_cast<const Floats8*>(by + i) * factor);
+    for (size_t i = 0; i < n; i += kWidth)
+        *reinterpret_cast<Floats*>(to + i) = __builtin_convertvector(*reinterpret_cast<const Ints*>(sums + i), Floats) *
+                                              (*reinterpret_cast<const Floats*>(by + i) * factor);
 }
 
 static void times(float* x, const float* by, size_t n) {
-    for (size_t i = 0; i < n; i += 8) *reinterpret_cast<Floats8*>(x + i) *= *reinterpret_cast<const Floats8*>(by + i);
+    for (size_t i = 0; i < n; i += kWidth) *reinterpret_cast<Floats*>(x + i) *= *reinterpret_cast<const Floats*>(by + i);
 }
 
-// x [n] as int16 with one scale, the largest magnitude at 32767; NaN where x is not finite. n is a multiple of 8.
+// x [n] as int16 with one scale, the largest magnitude at 32767; NaN where x is not finite. n is a multiple of 16.
 static float to_words(const float* x, size_t n, int16_t* to) {
-    typedef int16_t Shorts8 __attribute__((vector_size(16), aligned(2), may_alias));
-    Ints8 most = {};  // magnitudes are ordered as their bits are
-    for (size_t i = 0; i < n; i += 8) {
-        const Ints8 magnitude = *reinterpret_cast<const Ints8*>(x + i) & 0x7fffffff;
-        const Ints8 takes = magnitude > most;
-        most = (magnitude & takes) | (most & ~takes);
-    }
-    int32_t bits = most[0];
-    for (int j = 1; j < 8; ++j) bits = most[j] > bits ? most[j] : bits;
+    Ints most[4] = {};  // magnitudes are ordered as their bits are
+    const auto take = [&](Ints& one, size_t i) __attribute__((always_inline)) {
+        const Ints magnitude = *reinterpret_cast<const Ints*>(x + i) & 0x7fffffff;
+        one = magnitude > one ? magnitude : one;
+    };
+    size_t at = 0;
+    for (; at + 4 * kWidth <= n; at += 4 * kWidth)
+        for (size_t j = 0; j < 4; ++j) take(most[j], at + j * kWidth);
+    for (; at < n; at += kWidth) take(most[0], at);
+    int32_t each[4 * kWidth], bits = 0;
+    std::memcpy(each, most, sizeof most);
+    for (const int32_t one : each) bits = one > bits ? one : bits;
     const float top = float_of(static_cast<uint32_t>(bits));
     const bool is_finite = top <= 3.0e38f;
     const float scale = is_finite ? top / 32767.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
-    for (size_t i = 0; i < n; i += 8) {
-        const Floats8 value = is_finite ? *reinterpret_cast<const Floats8*>(x + i) * inverse : Floats8{};
-        const Ints8 sign = (Ints8)value & static_cast<int32_t>(0x80000000u);
-        Ints8 q = __builtin_convertvector(value + (Floats8)(sign | 0x3f000000), Ints8);
-        const Ints8 over = q > 32767, under = q < -32767;
+    for (size_t i = 0; i < n; i += kWidth) {
+        const Floats value = is_finite ? *reinterpret_cast<const Floats*>(x + i) * inverse : Floats{};
+        const Ints sign = (Ints)value & static_cast<int32_t>(0x80000000u);
+        Ints q = __builtin_convertvector(value + (Floats)(sign | 0x3f000000), Ints);
+        const Ints over = q > 32767, under = q < -32767;
         q = (q & ~(over | under)) | (over & 32767) | (under & -32767);
-        *reinterpret_cast<Shorts8*>(to + i) = __builtin_convertvector(q, Shorts8);
+        *reinterpret_cast<Shorts*>(to + i) = __builtin_convertvector(q, Shorts);
     }
     return scale;
 }

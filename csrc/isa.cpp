@@ -22,8 +22,11 @@ const std::vector<Isa>& usable() {
         __builtin_cpu_init();
         const bool has_avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
         if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl"))
+            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
+            static const Kernels vnni = vnni_kernels();
+            if (__builtin_cpu_supports("avx512vnni")) isas.push_back({"avx512_vnni", &vnni});
             isas.push_back({"avx512", &kAvx512Kernels});
+        }
         if (has_avx2) isas.push_back({"avx2", &kAvx2Kernels});
 #endif
         isas.push_back({"portable", &kPortableKernels});

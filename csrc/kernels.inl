@@ -186,6 +186,7 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
     }, p, m, v);
 }
 
+#include "lanes.inl"
 #include "quantize.inl"
 #include "products.inl"
 #include "attention.inl"

@@ -34,6 +34,7 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
 }
 
 #define DS_HAS_AVX2
+#define DS_HAS_AVX512
 #include "kernels.inl"
 
 }  // namespace

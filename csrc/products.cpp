@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int64_t kTaskBytes = 64 * 1024;
-constexpr int64_t kIntegerStreams = 4;  // with as many of scales: more, at distances that are powers of two, push each other out
+constexpr int64_t kIntegerPlaces = 4, kFloatPlaces = 2;  // read side by side: more would push each other out of the caches
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 constexpr float kLargest = 32639.0f;   // 127 * 256 + 127: both bytes of it fit, whatever the sign
 
@@ -79,12 +79,12 @@ struct Product {
     const float *x, *bias;
     float* y;
     int64_t num_rows, width, batch;
-    int64_t streams, apart, rows_per_task;  // rows are read in so many places side by side, `apart` rows from each other
+    int64_t places, apart, rows_per_task;  // rows are read in so many places side by side, `apart` rows from each other
     const Vectors* vectors;
     int64_t row_nbytes, groups, parts;  // of a row: to divide for each row anew costs a tenth of the time
 
     // The k-th of the kStreams rows that are worked on together; past the end where a stream has run out.
-    int64_t row_of(int64_t index, int k) const { return index * (kStreams / streams) + k / streams + k % streams * apart; }
+    int64_t row_of(int64_t index, int k) const { return index * (kStreams / places) + k / places + k % places * apart; }
 
     void rows(int64_t index) const {
         static thread_local std::vector<float> held;
@@ -134,17 +134,17 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
     const int64_t part = bits < 16 ? part_of(group_size) : group_size;
     if (bits < 16) vectors.fill(x, batch * width, part, loops, bits == 4);
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
-    const int64_t streams = bits < 16 ? kIntegerStreams : kStreams, together = kStreams / streams;
+    const int64_t places = bits < 16 ? kIntegerPlaces : kFloatPlaces, together = kStreams / places;
     const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
     Product product{loops, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
-                    streams, num_together * together, 1, &vectors, width * bits / 8, width / group_size, width / part};
+                    places, num_together * together, 1, &vectors, width * bits / 8, width / group_size, width / part};
     const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes);
     product.rows_per_task = fitting > 0 ? fitting : 1;
     const int64_t num_tasks = (num_together + product.rows_per_task - 1) / product.rows_per_task;
     parallel_for(num_tasks, num_threads, [](void* self, int64_t index) {
         const Product& all = *static_cast<Product*>(self);
         const int64_t stop = (index + 1) * all.rows_per_task;
-        const int64_t end = all.apart * all.streams / kStreams;
+        const int64_t end = all.apart * all.places / kStreams;
         for (int64_t i = index * all.rows_per_task; i < stop && i < end; ++i) all.rows(i);
     }, &product);
 }

@@ -1,0 +1,244 @@
+// The loops of integers for AVX-512 with VNNI, which multiplies and adds four bytes or two words a lane in one instruction; the rest
+// of the table is AVX-512's. Sums of integers are exact, and what is scaled lies in the lanes of products.inl: the same bits. Only
+// what stands between the pragmas may use those instructions.
+
+#if defined(__x86_64__)
+
+#include "kernels.h"
+
+#include <immintrin.h>
+
+#include <cstring>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,prefer-vector-width=512")
+#endif
+
+namespace {
+
+#define DS_HAS_AVX512
+#include "lanes.inl"
+
+#define DS_INLINE static inline __attribute__((always_inline))
+
+DS_INLINE __m256i load_ymm(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+DS_INLINE __m256i load_xmm(const void* at) { return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at))); }
+DS_INLINE __m512i twice(__m256i x) { return _mm512_broadcast_i64x4(x); }
+DS_INLINE __m512i beside(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
+
+// ---- products with int4: two rows in the halves of a register
+
+constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for
+constexpr int kPairs = 2;       // of rows that are worked on together
+
+// What arrange_int4 of products.inl leaves of 64 elements of x, twice.
+struct Planes {
+    __m512i even_low, even_high, odd_low, odd_high;
+};
+
+// The products of a pair's words with x, exact: the low bytes' are added to `low`, the high bytes' to `high`.
+DS_INLINE void add_int4(__m512i words, const Planes& x, __m512i& low, __m512i& high) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const __m512i even = _mm512_and_si512(words, nibble), odd = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
+    low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low, even, x.even_low), odd, x.odd_low);
+    high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high, even, x.even_high), odd, x.odd_high);
+}
+
+DS_INLINE Planes planes_of(const int8_t* x, bool is_whole) {
+    if (is_whole) return {twice(load_ymm(x)), twice(load_ymm(x + 32)), twice(load_ymm(x + 64)), twice(load_ymm(x + 96))};
+    return {twice(load_xmm(x)), twice(load_xmm(x + 16)), twice(load_xmm(x + 32)), twice(load_xmm(x + 48))};
+}
+
+// Rows [first, first + 2 kPairs): as sum_rows of products.inl.
+template <size_t Size>
+DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& beside_them, int first, Floats8* lanes) {
+    const size_t size = Size ? Size : beside_them.group_size;
+    const uint8_t* const* const w = rows.values + first;
+    const float* const* const s = rows.scales + first;
+    const int8_t* x = reinterpret_cast<const int8_t*>(beside_them.values);
+    __m512 sums[kPairs] = {};
+    size_t at = 0;
+    for (size_t g = 0; g < beside_them.num_groups; ++g) {
+        for (int k = 0; k < 2 * kPairs; ++k) prefetch_scale(s[k], g);
+        const __m512i start = _mm512_maskz_set1_epi32(0x0101, beside_them.starts[g]);
+        const __m512 scale = _mm512_set1_ps(beside_them.scales[g]);
+        __m512i low[kPairs], high[kPairs];
+        for (int p = 0; p < kPairs; ++p) low[p] = start, high[p] = _mm512_setzero_si512();
+        for (size_t i = 0; i < size; i += 64) {
+            const bool is_whole = size - i >= 64;
+            const Planes planes = planes_of(x, is_whole);
+            for (int p = 0; p < kPairs; ++p) {
+                const uint8_t *a = w[2 * p] + at + i / 2, *b = w[2 * p + 1] + at + i / 2;
+                __builtin_prefetch(a + kAhead);
+                __builtin_prefetch(b + kAhead);
+                add_int4(is_whole ? beside(load_ymm(a), load_ymm(b)) : beside(load_xmm(a), load_xmm(b)), planes, low[p], high[p]);
+            }
+            x += is_whole ? 128 : 64;
+        }
+        for (int p = 0; p < kPairs; ++p) {
+            const __m512i exact = _mm512_add_epi32(low[p], _mm512_slli_epi32(high[p], 8));
+            const __m512 own = _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[2 * p][g]), 0xff00, _mm_load_ss(&s[2 * p + 1][g]));
+            sums[p] = _mm512_add_ps(sums[p], _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(own, scale)));
+        }
+        at += size / 2;
+    }
+    for (int p = 0; p < kPairs; ++p) {
+        lanes[2 * p] = (Floats8)_mm512_castps512_ps256(sums[p]);
+        lanes[2 * p + 1] = (Floats8)_mm512_extractf32x8_ps(sums[p], 1);
+    }
+}
+
+template <size_t Size>
+void dot_int4_of(const IntegerRows& rows, const Integers& x, float* out) {
+    Floats8 lanes[kStreams];
+    for (int first = 0; first < kStreams; first += 2 * kPairs) rows_int4<Size>(rows, x, first, lanes + first);
+    sum_lanes(lanes, out);
+}
+
+void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
+    (x.group_size == 64 ? dot_int4_of<64> : dot_int4_of<0>)(rows, x, out);
+}
+
+// ---- attention over a cache of int8
+
+// 32 elements as words, or the 16 that a row ends with.
+DS_INLINE __m512i words_of(const int8_t* at, bool is_whole) { return _mm512_cvtepi8_epi16(is_whole ? load_ymm(at) : load_xmm(at)); }
+DS_INLINE __m512i load_words(const int16_t* at, bool is_whole) {
+    return is_whole ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(load_ymm(at));
+}
+
+// Each of 16 registers' lanes added up, in their order.
+DS_INLINE __m512i sum_each(__m512i* v) {
+    for (int i = 0; i < 8; ++i)
+        v[i] = _mm512_add_epi32(_mm512_unpacklo_epi32(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi32(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 4; ++i)
+        v[i] = _mm512_add_epi32(_mm512_unpacklo_epi64(v[2 * i], v[2 * i + 1]), _mm512_unpackhi_epi64(v[2 * i], v[2 * i + 1]));
+    for (int i = 0; i < 2; ++i)
+        v[i] = _mm512_add_epi32(_mm512_shuffle_i64x2(v[2 * i], v[2 * i + 1], 0x88), _mm512_shuffle_i64x2(v[2 * i], v[2 * i + 1], 0xdd));
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(v[0], v[1], 0x88), _mm512_shuffle_i64x2(v[0], v[1], 0xdd));
+}
+
+template <int Heads>
+DS_INLINE void score_tile(const int8_t* keys, int64_t stride, size_t dim, const int16_t* queries, int32_t* sums) {
+    constexpr int rows = 16 / Heads;
+    __m512i lanes[16] = {};
+    const auto add = [&](size_t d, bool is_whole) __attribute__((always_inline)) {
+        __m512i query[Heads];
+        for (int h = 0; h < Heads; ++h) query[h] = load_words(queries + h * dim + d, is_whole);
+        for (int r = 0; r < rows; ++r) {
+            const __m512i key = words_of(keys + r * stride + d, is_whole);
+            for (int h = 0; h < Heads; ++h) lanes[h * rows + r] = _mm512_dpwssd_epi32(lanes[h * rows + r], key, query[h]);
+        }
+    };
+    size_t d = 0;
+    for (; d + 32 <= dim; d += 32) add(d, true);
+    if (d < dim) add(d, false);
+    alignas(64) int32_t found[16];
+    _mm512_store_si512(found, sum_each(lanes));
+    for (int h = 0; h < Heads; ++h) std::memcpy(sums + h * kChunk, found + h * rows, rows * sizeof *sums);
+}
+
+template <int Heads>
+static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, bool asks) {
+    constexpr size_t rows = 16 / Heads;
+    size_t r = 0;
+    for (; r + rows <= n; r += rows) {
+        const int8_t* here = keys + static_cast<int64_t>(r) * stride;
+        if (asks)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
+        score_tile<Heads>(here, stride, dim, queries, sums + r);
+    }
+    for (; r < n; ++r)
+        for (int h = 0; h < Heads; ++h) {
+            int32_t sum = 0;
+            for (size_t d = 0; d < dim; ++d) sum += keys[static_cast<int64_t>(r) * stride + static_cast<int64_t>(d)] * queries[h * dim + d];
+            sums[h * kChunk + r] = sum;
+        }
+}
+
+void score_bytes(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
+    for (size_t at = 0; at < n; at += kTileRows) {
+        const size_t rows = n - at < kTileRows ? n - at : kTileRows;
+        const int8_t* here = keys + static_cast<int64_t>(at) * stride;
+        const auto score_some = [&](auto scores, size_t h) { scores(here, stride, rows, dim, queries + h * dim, sums + h * kChunk + at, h == 0); };
+        size_t h = 0;
+        for (; h + 4 <= heads; h += 4) score_some(score_heads<4>, h);
+        for (; h + 2 <= heads; h += 2) score_some(score_heads<2>, h);
+        for (; h < heads; ++h) score_some(score_heads<1>, h);
+    }
+}
+
+DS_INLINE __m512i pair_of(const int16_t* weights) {
+    int32_t both;
+    std::memcpy(&both, weights, sizeof both);
+    return _mm512_set1_epi32(both);
+}
+
+// 32 elements of out (16 where Whole is false) += the values of two positions at a time. The sums of four neighbours lie together
+// as unpacking leaves them, and are put in order at the end.
+template <int Heads, bool Whole>
+DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
+    __m512i sums[Heads][2] = {};
+    for (size_t r = 0; r < n; r += 2) {
+        const int8_t* at = values + static_cast<int64_t>(r) * stride;
+        if (asks)
+            for (size_t j = 0; j < 2; ++j) prefetch_row(at + static_cast<int64_t>(kTileRows + j) * stride, dim);
+        const __m512i first = words_of(at, Whole), second = r + 1 < n ? words_of(at + stride, Whole) : _mm512_setzero_si512();
+        const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
+        for (int h = 0; h < Heads; ++h) {
+            const __m512i pair = pair_of(weights + h * kChunk + r);
+            sums[h][0] = _mm512_dpwssd_epi32(sums[h][0], low, pair);
+            sums[h][1] = _mm512_dpwssd_epi32(sums[h][1], high, pair);
+        }
+    }
+    const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
+    for (int h = 0; h < Heads; ++h) {
+        int32_t* to = out + h * dim;
+        const __m512i front = _mm512_permutex2var_epi64(sums[h][0], first, sums[h][1]);
+        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), front));
+        if (!Whole) continue;
+        const __m512i back = _mm512_permutex2var_epi64(sums[h][0], second, sums[h][1]);
+        _mm512_storeu_si512(to + 16, _mm512_add_epi32(_mm512_loadu_si512(to + 16), back));
+    }
+}
+
+template <int Heads>
+static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
+    size_t d = 0;
+    for (; d + 32 <= dim; d += 32) mix_tile<Heads, true>(values + d, stride, n, dim, weights, out + d, asks && d == 0);
+    if (d < dim) mix_tile<Heads, false>(values + d, stride, n, dim, weights, out + d, asks && d == 0);
+}
+
+void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
+    for (size_t at = 0; at < n; at += kTileRows) {
+        const size_t rows = n - at < kTileRows ? n - at : kTileRows;
+        const int8_t* here = values + static_cast<int64_t>(at) * stride;
+        const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
+        size_t h = 0;
+        for (; h + 8 <= heads; h += 8) mix_some(mix_heads<8>, h);
+        for (; h + 4 <= heads; h += 4) mix_some(mix_heads<4>, h);
+        for (; h < heads; ++h) mix_some(mix_heads<1>, h);
+    }
+}
+
+}  // namespace
+
+#ifdef __clang__
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+// Asked once, by isa.cpp: kAvx512Kernels is made before any code runs.
+Kernels vnni_kernels() {
+    Kernels found = kAvx512Kernels;
+    found.products.integers[1] = dot_int4;
+    found.attention.score_bytes = score_bytes;
+    found.attention.mix_bytes = mix_bytes;
+    return found;
+}
+
+#endif

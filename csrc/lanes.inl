@@ -1,0 +1,55 @@
+// Vectors of 8 lanes and their sums, once per instruction set; what the loops of products and of attention are written in.
+
+typedef float Floats8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef uint32_t Words8 __attribute__((vector_size(32), aligned(4), may_alias));
+typedef int32_t Ints8 __attribute__((vector_size(32), aligned(4), may_alias));
+
+// As many lanes as registers have, for what is done to each element by itself: n is a multiple of 16 there.
+#ifdef DS_HAS_AVX512
+constexpr size_t kWidth = 16;
+typedef float Floats __attribute__((vector_size(64), aligned(4), may_alias));
+typedef uint32_t Words __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t Ints __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int16_t Shorts __attribute__((vector_size(32), aligned(2), may_alias));
+#else
+constexpr size_t kWidth = 8;
+using Floats = Floats8;
+using Words = Words8;
+using Ints = Ints8;
+typedef int16_t Shorts __attribute__((vector_size(16), aligned(2), may_alias));
+#endif
+
+#ifdef __clang__
+#define DS_SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define DS_SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (Ints8){__VA_ARGS__})
+#endif
+
+// sums[i] = the 8 lanes of v[i], ((0+4) + (2+6)) + ((1+5) + (3+7)), for 8 vectors.
+static inline __attribute__((always_inline)) void sum_lanes(const Floats8* v, float* sums) {
+    Floats8 half[4], quarter[2];
+    for (int i = 0; i < 4; ++i)
+        half[i] = DS_SHUFFLE(v[2 * i], v[2 * i + 1], 0, 1, 2, 3, 8, 9, 10, 11) +
+                  DS_SHUFFLE(v[2 * i], v[2 * i + 1], 4, 5, 6, 7, 12, 13, 14, 15);
+    for (int i = 0; i < 2; ++i)
+        quarter[i] = DS_SHUFFLE(half[2 * i], half[2 * i + 1], 0, 1, 8, 9, 4, 5, 12, 13) +
+                     DS_SHUFFLE(half[2 * i], half[2 * i + 1], 2, 3, 10, 11, 6, 7, 14, 15);
+    const Floats8 mixed = DS_SHUFFLE(quarter[0], quarter[1], 0, 2, 8, 10, 4, 6, 12, 14) +
+                          DS_SHUFFLE(quarter[0], quarter[1], 1, 3, 9, 11, 5, 7, 13, 15);
+    *reinterpret_cast<Floats8*>(sums) = DS_SHUFFLE(mixed, mixed, 0, 4, 1, 5, 2, 6, 3, 7);
+}
+
+constexpr size_t kTileRows = 32;  // positions of a cache that are in the first-level cache for all heads
+
+// Asks for scales of rows to come, a line at a time: they are read too slowly for the processor to do it (Zen 5: int4 at 64 % of the
+// bandwidth without, 88 % with).
+static inline __attribute__((always_inline)) void prefetch_scale(const float* scales, size_t group) {
+    if (group % 16 == 0) __builtin_prefetch(scales + group + 128);
+}
+
+// Asks for a row of the next tile, while this one is worked on: a burst of requests would hold up what it is for.
+template <class Element>
+static inline __attribute__((always_inline)) void prefetch_row(const Element* row, size_t dim) {
+    const char* at = reinterpret_cast<const char*>(row);
+    for (size_t b = 0; b < dim * sizeof(Element); b += 64) __builtin_prefetch(at + b);
+}
