@@ -8,41 +8,78 @@ behind the activation is computed again, and a weight's gradient needs no result
 
     d weight = g . (inner W) = (g W^T) . inner        for a row's gradient g
 
+Where oneDNN multiplies faster, an expert's rows are filled up with zeros to a number that it has a kernel for (`onednn.room`).
+
 Invariant: the same sums as apart, to rounding, in an order that depends on nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspeed.kernels import onednn
 from deepspeed.kernels.pages import in_large_pages
 
 
 class Part(NamedTuple):
-    """One expert's rows among all, [start, stop)."""
+    """One expert's rows among all, [start, stop), and where they are kept, with zeros below them."""
 
     expert: int
     start: int
     stop: int
+    first: int
+    room: int
 
     @property
     def num(self) -> int:
         """How many."""
         return self.stop - self.start
 
+    @property
+    def here(self) -> slice:
+        """Among all rows."""
+        return slice(self.start, self.stop)
 
-def parts(counts: Sequence[int]) -> Iterator[Part]:
-    """The experts that have rows."""
-    start = 0
+    @property
+    def kept(self) -> slice:
+        """Among the rows that are kept."""
+        return slice(self.first, self.first + self.room)
+
+
+def parts(counts: Sequence[int], fills: bool = False) -> list[Part]:
+    """The experts that have rows; `fills`: with room for as many as oneDNN has a kernel for."""
+    found, start, first = [], 0, 0
     for expert, count in enumerate(counts):
         if count:
-            yield Part(expert, start, start + count)
+            found.append(Part(expert, start, start + count, first, onednn.room(count) if fills else count))
+            first += found[-1].room
         start += count
+    return found
+
+
+class Products:
+    """How this call multiplies: by oneDNN or by torch, which writes into place."""
+
+    def __init__(self, num_rows: int, up: Tensor, down: Tensor) -> None:
+        self.fills = onednn.takes(num_rows // max(1, len(up)), up, down)
+
+    def times(self, left: Tensor, right: Tensor, scratch: Tensor) -> Tensor:
+        """left @ right, maybe in `scratch`, which has as many rows or more."""
+        return onednn.times(left, right) if self.fills else torch.mm(left, right, out=scratch[: len(left)])
+
+    def into(self, into: Tensor, left: Tensor, right: Tensor) -> None:
+        """The same, written into `into`, which may lie transposed."""
+        if not into.is_contiguous():
+            into, left, right = into.t(), right.t(), left.t()
+        if self.fills:
+            into.copy_(onednn.times(left, right))
+        else:
+            torch.mm(left, right, out=into)
 
 
 class Activation(Protocol):
@@ -109,26 +146,27 @@ class ExpertMlp(torch.autograd.Function):
         activation: Activation,
     ) -> Tensor:
         """See `expert_mlp`."""
-        before = in_large_pages(tokens.new_empty(len(at), up.shape[2]))
+        products = Products(len(at), up, down)
+        experts = parts(counts, products.fills)
+        largest = max((part.room for part in experts), default=0)
+        before = in_large_pages(tokens.new_empty(sum(part.room for part in experts), up.shape[2]))
         out = tokens.new_zeros(len(tokens), down.shape[2])
-        largest = max(counts, default=0)
         rows, results = tokens.new_empty(largest, tokens.shape[1]), tokens.new_empty(largest, down.shape[2])
         ups, downs = up.unbind(), down.unbind()
-        for part in parts(counts):
-            here = slice(part.start, part.stop)
-            torch.index_select(tokens, 0, at[here], out=rows[: part.num])
-            torch.mm(rows[: part.num], ups[part.expert], out=before[here])
-            result = torch.mm(activation.forward(before[here]), downs[part.expert], out=results[: part.num])
-            out.index_add_(0, at[here], result.mul_(weights[here]))
+        for part in experts:
+            mine, kept = at[part.here], before[part.kept]
+            products.into(kept, _select(tokens, mine, rows, part), ups[part.expert])
+            result = products.times(activation.forward(kept), downs[part.expert], results)[: part.num]
+            out.index_add_(0, mine, result.mul_(weights[part.here]))
         ctx.save_for_backward(tokens, weights, up, down, at, before)
-        ctx.counts, ctx.activation = counts, activation
+        ctx.counts, ctx.activation, ctx.products = counts, activation, products
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Any) -> Any:
         """Of tokens, weights and both matrices; an expert without rows has a gradient of zeros."""
         tokens, weights, up, down, at, before = ctx.saved_tensors
-        gradient, counts = gradients[0], ctx.counts
+        gradient, counts, products = gradients[0], ctx.counts, ctx.products
         needs_tokens, _, needs_up, needs_down = ctx.needs_input_grad[:4]
         of_tokens = torch.zeros_like(tokens) if needs_tokens else None
         of_weights = torch.empty_like(weights)
@@ -136,23 +174,26 @@ class ExpertMlp(torch.autograd.Function):
             in_large_pages(torch.empty_like(matrix)) if needs else None
             for matrix, needs in ((up, needs_up), (down, needs_down))
         )
-        largest = max(counts, default=0)
+        experts = parts(counts, products.fills)
+        largest = max((part.room for part in experts), default=0)
         came, rows = gradient.new_empty(largest, down.shape[2]), tokens.new_empty(largest, tokens.shape[1])
-        inners = gradient.new_empty(largest, down.shape[1])
+        inners, scales = gradient.new_empty(largest, down.shape[1]), weights.new_empty(largest, 1)
         ups, downs = up.unbind(), down.unbind()
-        for part in parts(counts):
-            here = slice(part.start, part.stop)
-            g = torch.index_select(gradient, 0, at[here], out=came[: part.num])
-            of_inner = torch.mm(g, downs[part.expert].t(), out=inners[: part.num])
-            inner, gradient_of = ctx.activation.again(before[here])
-            torch.sum(of_inner * inner, dim=1, keepdim=True, out=of_weights[here])
-            of_before = gradient_of(of_inner.mul_(weights[here]))
+        for part in experts:
+            mine, scale = at[part.here], _cleared(scales[: part.room], part)
+            scale[: part.num] = weights[part.here]
+            g = _select(gradient, mine, came, part)
+            of_inner = products.times(g, downs[part.expert].t(), inners)
+            inner, gradient_of = ctx.activation.again(before[part.kept])
+            torch.sum((of_inner * inner)[: part.num], dim=1, keepdim=True, out=of_weights[part.here])
+            of_before = _cleared(gradient_of(of_inner.mul_(scale)), part)
             if of_down is not None:
-                _product_into(of_down[part.expert], inner.mul_(weights[here]), g)
+                products.into(of_down[part.expert], _cleared(inner.mul_(scale), part).t(), g)
             if of_up is not None:
-                _product_into(of_up[part.expert], _select(tokens, at[here], rows), of_before)
+                products.into(of_up[part.expert], _select(tokens, mine, rows, part).t(), of_before)
             if of_tokens is not None:
-                of_tokens.index_add_(0, at[here], torch.mm(of_before, ups[part.expert].t(), out=rows[: part.num]))
+                of_rows = products.times(of_before, ups[part.expert].t(), rows)[: part.num]
+                of_tokens.index_add_(0, mine, of_rows)
         for matrix in (of_up, of_down):
             if matrix is not None:
                 for expert in (expert for expert, count in enumerate(counts) if not count):
@@ -160,16 +201,17 @@ class ExpertMlp(torch.autograd.Function):
         return of_tokens, of_weights, of_up, of_down, None, None, None
 
 
-def _select(tokens: Tensor, at: Tensor, into: Tensor) -> Tensor:
-    return torch.index_select(tokens, 0, at, out=into[: len(at)])
+def _select(values: Tensor, at: Tensor, scratch: Tensor, part: Part) -> Tensor:
+    """[room, width] an expert's rows of `values`, and zeros, in `scratch`."""
+    torch.index_select(values, 0, at, out=scratch[: part.num])
+    return _cleared(scratch[: part.room], part)
 
 
-def _product_into(into: Tensor, left: Tensor, right: Tensor) -> None:
-    """left^T right, where `into` may lie transposed."""
-    if into.is_contiguous():
-        torch.mm(left.t(), right, out=into)
-    else:
-        torch.mm(right.t(), left, out=into.t())
+def _cleared(rows: Tensor, part: Part) -> Tensor:
+    """The same, with zeros where there is no token: an activation may make anything of zeros."""
+    if part.room > part.num:
+        rows[part.num :].zero_()
+    return rows
 
 
 def takes(tokens: Tensor, weights: Tensor) -> bool:

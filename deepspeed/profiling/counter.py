@@ -201,6 +201,7 @@ _TORCH_KNOWS = ("conv", "attention")
 """In the names of operations whose formulas are torch's."""
 
 _OTHERS: dict[str, Callable[..., int]] = {
+    "mkldnn::_linear_pointwise": _times_rows,
     "transformers::grouped_mm_fallback": _grouped_product,
     "transformers::grouped_mm_fallback_backward": _twice_product,
 }

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from deepspeed.kernels import onednn
 from deepspeed.kernels.expert_mlp import Activation, AnyActivation, GatedSilu, expert_mlp
 from deepspeed.kernels.pages import MIN_NBYTES, in_large_pages
 
@@ -55,6 +56,29 @@ def test_outputs_and_gradients_are_those_of_separate_steps(
         )
     for mine, plain in zip(*found, strict=True):
         torch.testing.assert_close(mine, plain)
+
+
+@pytest.mark.skipif(not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="a torch without oneDNN")
+@pytest.mark.parametrize("function", [gated, lambda up: up.square().log()], ids=["gated", "infinite at 0"])
+@pytest.mark.parametrize("is_transposed", [False, True])
+@pytest.mark.parametrize("counts", [[3, 0, 7, 1], [0, 0, 0, 0], [0, 0, 0, 22]])
+def test_rows_that_are_filled_up_for_onednn_change_nothing(
+    counts: list[int], is_transposed: bool, function: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.manual_seed(0)
+    at = torch.randint(S, (sum(counts),))
+    tokens, weights = torch.randn(S, WIDTH), torch.randn(len(at), 1)
+    up, down = torch.randn(4, WIDTH, 2 * INNER), torch.randn(4, INNER if function is gated else 2 * INNER, OUT)
+    if is_transposed:
+        up, down = (matrix.transpose(1, 2).contiguous().transpose(1, 2) for matrix in (up, down))
+    found = []
+    for is_taken in (True, False):
+        monkeypatch.setattr(onednn, "takes", lambda *_, answer=is_taken: answer)
+        leaves = [tensor.detach().requires_grad_() for tensor in (tokens, weights, up, down)]
+        out = expert_mlp(leaves[0], at, leaves[1], counts, *leaves[2:], AnyActivation(function))
+        found.append((out, *torch.autograd.grad(out, leaves, tokens[:, :OUT] + 1)))
+    for mine, plain in zip(*found, strict=True):
+        torch.testing.assert_close(mine, plain, rtol=1e-4, atol=1e-4)
 
 
 def test_frozen_matrices_have_no_gradient_and_tokens_have() -> None:

@@ -2,18 +2,22 @@
 
 Used by `layer`. Parameters are `deepspeed_experts.{local number}.<the expert's own names>`.
 
+Where oneDNN multiplies fp32 matrices faster than torch does, the Linear layers inside of experts are computed by it (`kernels.onednn`).
+
 Invariant: every expert runs in every call, on no rows if it got none, so that its parameters have gradients (zeros) as
 those of a dense loop over all experts have, and ranks that shard parameters gather them in one order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepspeed.kernels import onednn
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -31,11 +35,15 @@ class Experts(nn.Module):
 
     def forward(self, rows: Tensor, counts: list[int]) -> Tensor:
         """rows [n, width], `counts[e]` of them for expert e, in order; [n, width of the results]."""
+        with onednn.LinearByOneDNN() if onednn.may_help(rows) else contextlib.nullcontext():
+            return torch.cat(self._results(rows, counts))
+
+    def _results(self, rows: Tensor, counts: list[int]) -> list[Tensor]:
         results = []
         for expert, part in zip(self.deepspeed_experts, rows.split(counts), strict=True):
             result = expert(part)
             results.append(result[0] if isinstance(result, tuple) else result)
-        return torch.cat(results)
+        return results
 
     def names(self, place: ExpertPlace) -> dict[str, str]:
         """What the local experts are called in the whole model."""
