@@ -11,6 +11,8 @@ from pathlib import Path
 from deepspeed.checkpoint.files import check_tag, read_plain
 from deepspeed.checkpoint.manifest import FILE_NAME, STATE_NAME
 from deepspeed.checkpoint.original import Original
+from deepspeed.checkpoint.original_stages import is_pipeline
+from deepspeed.checkpoint.original_tensor import OriginalParts, num_model_ranks
 from deepspeed.checkpoint.source import Source
 from deepspeed.checkpoint.store import Stored
 from deepspeed.utils.errors import CheckpointError
@@ -62,7 +64,8 @@ def open_checkpoint(path: Path) -> Source:
             "  Copy the whole folder again, or load another checkpoint."
         )
     if any(path.glob("*_states.pt")):
-        return Original(path)
+        is_cut = num_model_ranks(path) > 1 and not is_pipeline(path)
+        return OriginalParts(path) if is_cut else Original(path)
     tags = sorted(p.parent.name for p in path.glob(f"*/{FILE_NAME}"))
     if tags:
         raise CheckpointError(

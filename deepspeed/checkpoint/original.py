@@ -69,10 +69,10 @@ _SETTINGS_LEFT_OUT = {
 _INTERNAL = set(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
     "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version".split()
+    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
 )
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
-_MODEL = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
+MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 
 def read_torch_file(path: Path) -> Any:
@@ -102,8 +102,10 @@ def read_torch_file(path: Path) -> Any:
 class Original:
     """See `source.Source`."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model_rank: int = 0) -> None:
         self.folder = folder
+        self._model_rank = model_rank
+        """Whose files are read: of ranks that shared layers, one has parts (`original_tensor` puts them together)."""
         self.about: dict[str, Any] = {}
         self.parameters: dict[str, ParameterInfo] = {}
         self.tied: dict[str, str] = {}
@@ -126,8 +128,8 @@ class Original:
         if is_pipeline(self.folder):
             self._open_stages(read_stages(self.folder, read_torch_file))
             return
-        models = _by_rank(self.folder, _MODEL)
-        optims = _by_rank(self.folder, _OPTIM)
+        models = _by_rank(self.folder, MODEL_FILE, self._model_rank)
+        optims = _by_rank(self.folder, _OPTIM, self._model_rank)
         self._model: dict[str, Any] = read_torch_file(models[0])
         model = self._model
         if not isinstance(model.get("module"), Mapping):
@@ -135,10 +137,9 @@ class Original:
                 f"{models[0]} holds no weights: it is one of the files that stand beside a checkpoint for other libraries' helpers.\n"
                 "  Copy the checkpoint's folder whole, with its manifest.json."
             )
-        is_cut = int(model.get("mp_world_size") or 1) != 1
-        if is_cut or any(not EXPERT_FILE.fullmatch(path.name) for path in self.folder.glob("layer_*")):
+        if any(not EXPERT_FILE.fullmatch(path.name) for path in self.folder.glob("layer_*")):
             raise CheckpointError(
-                f"{self.folder} was written with tensor parallelism, or experts inside of it, which cannot be imported.\n"
+                f"{self.folder} was written with experts inside of tensor parallelism, which cannot be imported.\n"
                 "  Load it with the software that wrote it, export whole weights, and start from those."
             )
         states = [read_torch_file(path) for path in optims]
@@ -180,6 +181,18 @@ class Original:
             self._scaler = stage.optimizers[0].get("loss_scaler")
         self._read_module(1)
         self._finish([shape for stage in found.stages for shape in stage.shapes])
+
+    def model_info(self, key: str) -> Any:
+        """An entry of the model file."""
+        return self._model.get(key)
+
+    def pieces(self, kind: str, name: str) -> list[Tensor]:
+        """The tensors, each 1-D, that lie at the extents of one in `tensors`."""
+        return self._pieces[kind, name]
+
+    def let_go(self, part: Tensor) -> None:
+        """Give back the memory of what was read of a file."""
+        self._mapped.let_go(part)
 
     def _add(self, kind: str, name: str, values: Tensor) -> None:
         self._pieces.setdefault((kind, name), []).append(values)
@@ -359,7 +372,7 @@ class Original:
                 for meets in meeting((None, start, start + piece.numel()), wanted_of_box, shape):
                     part = piece.narrow(0, meets.at_first - start, meets.numel)
                     want.sink(meets.at_second - want.start, part)
-                    self._mapped.let_go(part)
+                    self.let_go(part)
                 start += piece.numel()
 
 
@@ -375,23 +388,17 @@ def _about(model: Mapping[str, Any], stage: int) -> dict[str, Any]:
     }
 
 
-def _by_rank(folder: Path, pattern: re.Pattern[str]) -> list[Path]:
-    found = {}
-    for path in folder.iterdir():
-        match = pattern.fullmatch(path.name)
-        if match:
-            if int(match[2]) != 0:
-                raise CheckpointError(
-                    f"{folder} was written with tensor or pipeline parallelism ({path.name}), which cannot be imported.\n"
-                    "  Load it with the software that wrote it, export whole weights, and start from those."
-                )
-            found[int(match[1] or 0)] = path
+def _by_rank(folder: Path, pattern: re.Pattern[str], model_rank: int) -> list[Path]:
+    paths = {path: match for path in folder.iterdir() if (match := pattern.fullmatch(path.name))}
+    found = {int(match[1] or 0): path for path, match in paths.items() if int(match[2]) == model_rank}
+    if paths and not found:
+        raise CheckpointError(f"{folder}: the file of model-parallel rank {model_rank} is missing.")
     missing = sorted(set(range(max(found, default=-1) + 1)) - found.keys())
     if missing:
         raise CheckpointError(
             f"{folder}: the file of rank {missing[0]} is missing (others: {next(iter(found.values())).name})."
         )
-    if not found and pattern is _MODEL:
+    if not found and pattern is MODEL_FILE:
         raise CheckpointError(f"{folder} has no model state file of the first rank.")
     return [found[rank] for rank in sorted(found)]
 

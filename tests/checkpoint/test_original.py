@@ -110,8 +110,11 @@ def test_a_missing_rank_is_named(tmp_path: Path) -> None:
         get_fp32_state_dict_from_zero_checkpoint(tmp_path / "copy")
 
 
-def test_tensor_parallel_checkpoints_are_refused_with_a_cure(tmp_path: Path) -> None:
+def test_parts_of_ranks_that_shared_layers_without_a_word_where_they_lie_are_refused_with_a_cure(
+    tmp_path: Path,
+) -> None:
     folder = shutil.copytree(FOLDER / "z2-fp32", tmp_path / "copy") / "global_step3"
-    shutil.copy(folder / "mp_rank_00_model_states.pt", folder / "mp_rank_01_model_states.pt")
-    with pytest.raises(CheckpointError, match=r"(?s)tensor or pipeline.*export whole weights"):
+    for path in list(folder.glob("*mp_rank_00*")):
+        shutil.copy(path, folder / path.name.replace("mp_rank_00", "mp_rank_01"))
+    with pytest.raises(CheckpointError, match=r"(?s)shared layers, and does not say how.*export whole weights"):
         get_fp32_state_dict_from_zero_checkpoint(tmp_path / "copy")
