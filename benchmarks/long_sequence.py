@@ -211,8 +211,8 @@ def compare(args: argparse.Namespace) -> None:
             f"CPU seconds per token of ours, of the original's: {at_equal['ours'] / at_equal['original']:.2f} at {plain}, {both}"
         )
         for tuned in [False, True] if args.tuned else [False]:
-            ratio = found["ours" + TUNED * tuned][0] / found["original" + TUNED * tuned][0]
-            print(f"longest of ours, of the original's{TUNED * tuned}: {ratio:.2f}")
+            times = found["ours" + TUNED * tuned][0] / found["original" + TUNED * tuned][0]
+            print(f"longest of ours, of the original's{TUNED * tuned}: {times:.2f}")
     if args.times:
         confirm(int(plain * args.times), f"{args.times:.1f}", limit)
     if args.original:
