@@ -801,12 +801,8 @@ void register_kernels() {
 TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("scaled_dot_product_attention", attention); }
 
 #ifdef SIM_WITHOUT_DEVICE_ALLOCATOR
-// Asked by `tensor.data = other`; such a torch finds no kernel for it where a device has a fallback.
-bool can_take_the_place(const Tensor& self, const Tensor& from) {
-  return self.unsafeGetTensorImpl()->has_compatible_shallow_copy_type(from.key_set());
-}
-
-TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", can_take_the_place); }
+// Such a torch looks for no kernel of a device behind this one's Autograd key, and finds its own there, which knows no PrivateUse1.
+TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shallow_copy_type", may_take); }
 #endif
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
