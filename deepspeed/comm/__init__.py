@@ -3,7 +3,7 @@
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py  log.py   counts, times, bandwidths; what a script asks of them
-    circle.py        a few integers of every rank, in log2(ranks) messages
+    circle.py        a few integers of every rank, in log2(ranks) messages (`shared.SharedRing`: without any)
     watchdog.py      who is missing while a collective waits
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank

@@ -35,7 +35,7 @@ NUM_MESSAGES = 1024
 ROOM_NBYTES = 2 << 20
 """What a board has for them; beyond that they lie beside it."""
 MAX_BOARDS = 16
-"""How many a process has at once: with as many others' as groups have ranks, 32 MiB of its own."""
+"""How many of that size a process has at once: with as many others' as groups have ranks, 32 MiB of its own."""
 LINE = 64
 """Bytes of a line of the cache: what two ranks write is not in the same."""
 SPIN_US = 50
@@ -68,13 +68,14 @@ class Board:
     """The boards of all ranks of a group on one host, of which one is this rank's.
 
     Made in three steps, since the ranks tell each other addresses in between: the constructor, `open`, `seal`. The constructor
-    raises OSError where there is no memory, or `MAX_BOARDS` are open; `num_busy` is how many ranks may run on this host.
+    raises OSError where there is no memory, or `MAX_BOARDS` are open; `num_busy` is how many ranks may run on this host, and
+    `room_nbytes` is for messages, `ROOM_NBYTES` by default.
     """
 
-    num_open: ClassVar[int] = 0
-    """Boards that this process has."""
+    num_open: ClassVar[float] = 0
+    """Boards that this process has; one with less room is a part of one."""
 
-    def __init__(self, rank: int, world_size: int, num_busy: int) -> None:
+    def __init__(self, rank: int, world_size: int, num_busy: int, room_nbytes: int | None = None) -> None:
         self.rank, self.world_size = rank, world_size
         self._sides: list[_Side] = []
         self._live: deque[_Message] = deque()
@@ -87,13 +88,15 @@ class Board:
         self._places_at = self._acks_at + 4 * NUM_MESSAGES * world_size
         self._room_at = -(-(self._places_at + 16 * NUM_MESSAGES) // LINE) * LINE
         self._num_posted, self._head = 0, 0
+        self._room_nbytes = ROOM_NBYTES if room_nbytes is None else room_nbytes
+        self._share = self._room_nbytes / ROOM_NBYTES
         self._spin_us = SPIN_US if len(os.sched_getaffinity(0)) >= num_busy else 0
         if Board.num_open >= MAX_BOARDS:
             raise OSError(
                 errno.ENOMEM, f"this process has boards of {MAX_BOARDS} groups already, {ROOM_NBYTES >> 20} MiB each"
             )
-        self._fd = _memory(self._room_at + ROOM_NBYTES)
-        Board.num_open += 1
+        self._fd = _memory(self._room_at + self._room_nbytes)
+        Board.num_open += self._share
 
     @property
     def address(self) -> Address:
@@ -103,7 +106,7 @@ class Board:
 
     def open(self, addresses: Sequence[Address]) -> None:
         """Have all boards, in rank order. Raises OSError."""
-        nbytes = self._room_at + ROOM_NBYTES
+        nbytes = self._room_at + self._room_nbytes
         for rank, address in enumerate(addresses):
             self._sides.append(_Side(_mapped(address, nbytes), self._places_at, self._room_at, address.pid))
             if rank != self.rank:
@@ -120,7 +123,7 @@ class Board:
             return
         if os.getpid() != self._pid:  # a forked child, such as a data loader's worker: the board is its parent's
             return
-        type(self).num_open -= 1
+        type(self).num_open -= self._share
         self.seal()
         end = time.monotonic() + LINGER_S
         while any(message.fd is not None for message in self._live) and time.monotonic() < end:
@@ -234,7 +237,7 @@ class Board:
         tail = 0 if oldest is None else oldest.start
         if self._head < tail:  # the circle has begun again
             start = self._head if self._head + need < tail else None
-        elif self._head + need <= ROOM_NBYTES:
+        elif self._head + need <= self._room_nbytes:
             start = self._head
         else:
             start = 0 if need < tail else None

@@ -19,6 +19,7 @@ from __future__ import annotations
 import itertools
 from collections import deque
 from collections.abc import Callable, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -46,6 +47,19 @@ def bytes_of_gather(num_ranks: int, num_words: int) -> int:
     return (num_ranks - 1) * num_words * WORD_NBYTES
 
 
+class Ring(Protocol):
+    """A few integers of every rank of a group: `Circle`, or `comm.shared.SharedRing` where all of them are on one host."""
+
+    num_calls: int
+    """Calls begun, the same number on every rank that is in step."""
+
+    def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
+        """Begin to find, word by word, the largest of all ranks' int64; what is returned waits for it. Collective."""
+
+    def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
+        """Begin to gather all ranks' int64; what is returned waits, and gives them in rank order. Collective."""
+
+
 class Circle:
     """This rank's place among the ranks of a gloo group."""
 
@@ -54,12 +68,11 @@ class Circle:
         self._rank, self._num_ranks = group.rank(), group.size()
         self._distances = distances(self._num_ranks)
         self.num_calls = 0
-        """Calls begun, the same number on every rank that is in step."""
         # See Note [Letting go of gloo's buffers] in `comm.exchange`.
         self._retired: deque[dist.Work] = deque(maxlen=64)
 
     def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
-        """Begin to find, word by word, the largest of all ranks' int64; what is returned waits for it. Collective."""
+        """See Ring."""
         tag = self._next_tag()
         best = torch.tensor(words, dtype=torch.int64)
         heard = torch.empty_like(best)
@@ -78,7 +91,7 @@ class Circle:
         return finish
 
     def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
-        """Begin to gather all ranks' int64; what is returned waits, and gives them in rank order. Collective."""
+        """See Ring."""
         tag = self._next_tag()
         known = torch.empty(self._num_ranks, len(words), dtype=torch.int64)
         """[num_ranks, words]; row i is of the rank i places further."""

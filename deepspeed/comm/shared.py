@@ -12,6 +12,7 @@ in any order or never: what is forgotten is acknowledged all the same.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import final
 
 import torch
@@ -24,6 +25,8 @@ from deepspeed.comm.exchange import Pending, slices_of
 
 MAX_NBYTES = 1 << 18
 """The largest buffer that goes this way."""
+RING_NBYTES = 1 << 18
+"""The room of a board for `SharedRing`; a trial's messages find place in it, too."""
 
 
 class _Posted:
@@ -134,3 +137,38 @@ class SharedExchange:
 
     def _posted(self, own: Tensor) -> _Posted:
         return _Posted(self._board, own, self._timeout_s)
+
+    def ring(self) -> SharedRing:
+        """The board, for integers; this exchange is not used any more."""
+        return SharedRing(self._board, self._timeout_s)
+
+
+@final
+class SharedRing:
+    """See `comm.circle.Ring`: every rank reads all others' integers where they lie. On a board of its own, since agreements and
+    buffers are not started in one order."""
+
+    def __init__(self, board: Board, timeout_s: float) -> None:
+        self._board, self._timeout_s = board, timeout_s
+        self.num_calls = 0
+
+    def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
+        """See Ring."""
+        return self._start(words)
+
+    def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
+        """See Ring."""
+        gathered = self._start(words)
+        return lambda: tuple(map(max, zip(*gathered(), strict=True)))
+
+    def _start(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
+        self.num_calls += 1
+        own = torch.tensor(words, dtype=torch.int64)
+        posted = _Posted(self._board, own, self._timeout_s)
+
+        def finish() -> list[tuple[int, ...]]:
+            found = [tuple(message.tolist()) for message in posted.messages(own)]
+            posted.done()
+            return found
+
+        return finish

@@ -15,6 +15,7 @@ Note [Groups outlive engines]
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
@@ -22,7 +23,8 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.circle import Circle, bytes_of_gather, bytes_of_largest
+from deepspeed.comm.choose import make_ring, sharing_of
+from deepspeed.comm.circle import Ring, bytes_of_gather, bytes_of_largest
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.observe import make_observed
@@ -49,7 +51,7 @@ class Mesh:
     given: dict[tuple[str, ...], ProcessGroup] = field(default_factory=dict)
     """Groups that the script brought itself (its mpu's), by dims. ZeRO does not use them: their order is the script's."""
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
-    _circles: dict[tuple[str, ...], Circle] = field(default_factory=dict)
+    _circles: dict[tuple[str, ...], Ring] = field(default_factory=dict)
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
     _dims: dict[Over, tuple[str, ...]] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)
@@ -127,14 +129,14 @@ class Mesh:
             return [values]
         return self._waiting(self._circle(over).start_gather(values), bytes_of_gather(num_ranks, len(values)))()
 
-    def _circle(self, over: Over) -> Circle:
+    def _circle(self, over: Over) -> Ring:
         dims = self._dims.get(over)
         if dims is None:
             dims = self._dims[over] = self.shape.dims(over)
         if dims not in self._circles:
             group = self.group(over, "control", "gloo")
             assert group is not None, "a rank alone has nobody to ask"
-            self._circles[dims] = Circle(group)
+            self._circles[dims] = make_ring(group, sharing=sharing_of(os.environ))
         return self._circles[dims]
 
     def _waiting(self, wait: Callable[[], T], nbytes: int) -> Callable[[], T]:

@@ -288,3 +288,34 @@ def test_an_engine_trains_with_the_bits_of_one_without_it(stage: int) -> None:
 def test_a_word_that_is_no_switch_is_refused() -> None:
     with pytest.raises(DeepSpeedError, match="DS_SHARED_MEMORY=yes says nothing"):
         choose.sharing_of({"DS_SHARED_MEMORY": "yes"})
+
+
+def rings(rank: int, world_size: int) -> tuple[str, list[Any]]:
+    """What a ring in shared memory says beside gloo's circle, calls begun in one order and ended in another."""
+    group = dist.group.WORLD
+    assert group is not None
+    shared, circle = choose.make_ring(group, sharing=choose.Sharing.ALWAYS), choose.make_ring(group)
+    answers = []
+    for ring in (shared, circle):
+        largest, gathered = ring.start_largest([rank, ~rank, -(2**63)]), ring.start_gather([rank * 10, 2**63 - 1])
+        forgotten = ring.start_gather([rank]) if ring is shared else None
+        answers.append((gathered(), largest()))
+        del forgotten  # its room is given back all the same
+        answers.append([ring.start_gather([rank, i])() for i in range(board_module.NUM_MESSAGES + 10)])
+    assert shared.num_calls == board_module.NUM_MESSAGES + 13
+    return f"{type(shared).__name__} {type(circle).__name__}", answers
+
+
+@pytest.mark.parametrize("world_size", [2, 3, pytest.param(5, marks=LONG)])
+def test_integers_read_in_shared_memory_are_those_that_go_around_the_circle(world_size: int) -> None:
+    for kinds, (one, many, of_circle, many_of_circle) in run_ranks(world_size, rings):
+        assert kinds == "SharedRing Circle"
+        assert (
+            one
+            == of_circle
+            == (
+                [(rank * 10, 2**63 - 1) for rank in range(world_size)],
+                (world_size - 1, -1, -(2**63)),
+            )
+        )
+        assert many == many_of_circle
