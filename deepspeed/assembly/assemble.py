@@ -59,6 +59,22 @@ def check_model(model: Any) -> None:
             )
 
 
+def division(config: Config, tp: int) -> list[str]:
+    """What of a rank's configuration says how ranks are divided, as lines "key = value" of what is given; `tp` ranks cut layers."""
+    zero = config.zero_optimization
+    given = {
+        "zero_optimization.stage": zero.stage,
+        "zero_optimization.zero_hpz_partition_size": zero.zero_hpz_partition_size,
+        "zero_optimization.zero_quantized_weights": zero.zero_quantized_weights,
+        "zero_optimization.zero_quantized_gradients": zero.zero_quantized_gradients,
+        "zero_optimization.mics_shard_size": zero.mics_shard_size,
+        "sequence_parallel_size": config.sequence_parallel_size,
+        "data_parallel_size": config.data_parallel_size,
+        "tensor_parallel.autotp_size": tp,
+    }
+    return [f"{key} = {value}" for key, value in given.items()]
+
+
 def make_mesh(config: Config, mpu: Any, mesh_param: Any = None, *, ep: int = 1, tp: int = 1) -> Mesh:
     """The mesh of all ranks, divided as `mpu` says, in shard groups of `mics_shard_size`, hpZ groups in those; experts are
     spread over `ep` ranks, layers cut over `tp` consecutive ones.

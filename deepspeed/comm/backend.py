@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -28,8 +29,17 @@ class CompressedBackend:
         self, buffer_m: Tensor, worker_error: Tensor, server_error: Tensor, local_rank: int = 0
     ) -> Tensor:
         """Replace `buffer_m` by its compressed mean over ranks and return it; the errors (1-D, fp32, [padded] and
-        [padded / ranks]) are carried on. `local_rank` has no effect. Collective. Raises DeepSpeedError for errors that do
-        not fit."""
+        [padded / ranks]) are carried on. `local_rank` has no effect. Collective. What is not finite stays in the errors for ever,
+        so look before. Raises DeepSpeedError for errors that do not fit, and for integers."""
+        if (
+            not buffer_m.is_floating_point()
+            or worker_error.dtype != torch.float32
+            or server_error.dtype != torch.float32
+        ):
+            raise DeepSpeedError(
+                f"compressed_allreduce: a buffer of {buffer_m.dtype} with errors of {worker_error.dtype} and {server_error.dtype}.\n"
+                "  Give a floating-point buffer, and errors of torch.float32."
+            )
         padded = padded_numel(worker_error.numel(), self.size)
         fits = worker_error.numel() == padded and server_error.numel() * self.size == padded >= buffer_m.numel()
         if not fits:

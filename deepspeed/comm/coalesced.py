@@ -25,7 +25,11 @@ from deepspeed.utils.errors import DeepSpeedError
 
 
 def reduce_scatter_coalesced(tensors: Sequence[Tensor], group: Any = None) -> list[Tensor]:
-    """This rank's part of each tensor's mean over the group, 1-D. Collective."""
+    """This rank's part of each tensor's mean over the group, 1-D. Collective.
+
+    Raises DeepSpeedError for what is no list of floating-point tensors.
+    """
+    _check("reduce_scatter_coalesced", tensors)
     if not tensors:
         return []
     exchange = make_exchange(group, tensors[0].device)
@@ -63,8 +67,10 @@ def _parts_of(tensors: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:
 def all_to_all_quant_reduce(tensors: Sequence[Tensor], groups: Mapping[str, Any]) -> list[Tensor]:
     """The same over all ranks, by int4 in two hops: `groups["local_<node>"]` within a node, `groups["global_<i>"]` over them.
 
-    Vectors, and tensors whose elements do not divide by twice the ranks, are reduced in full. Collective.
+    Vectors, and tensors whose elements do not divide by twice the ranks, are reduced in full. Collective. What is not finite in a
+    tensor makes its group of 128 so in the mean. Raises as `reduce_scatter_coalesced`, and for groups that do not fit.
     """
+    _check("all_to_all_quant_reduce", tensors)
     hops, exchange = _hops(groups, tensors)
     return [
         _quantized(tensor, QuantizedReduction(exchange, hops)) if _goes(tensor, exchange.world_size) else part
@@ -77,11 +83,14 @@ def all_to_all_loco_quant_reduce(
 ) -> list[Tensor]:
     """The same for the gradients of parameters, with what quantisation leaves out fed back into the next call.
 
-    loco_param: `err_beta` and `reset_T`. What is kept lies with the parameter, as `loco_reduction`. Collective.
+    loco_param: `err_beta` in [0, 1] and `reset_T` from 1 on. What is kept lies with the parameter, as `loco_reduction`. Collective.
+    Raises as `all_to_all_quant_reduce`, and for a `loco_param` without these.
     """
+    beta, reset_every = _loco(loco_param)
     tensors = [param.grad for param in params]
     if any(tensor is None for tensor in tensors):
         raise DeepSpeedError("all_to_all_loco_quant_reduce: a parameter has no gradient.\n  Run backward first.")
+    _check("all_to_all_loco_quant_reduce", tensors)
     hops, exchange = _hops(groups, tensors)
     found = []
     for param, part in zip(params, _in_full(tensors, exchange), strict=True):
@@ -90,11 +99,32 @@ def all_to_all_loco_quant_reduce(
             continue
         kept = param.__dict__.get("loco_reduction")
         if kept is None:
-            beta, reset_every = float(loco_param["err_beta"]), int(loco_param["reset_T"])
-            kept = QuantizedReduction(exchange, hops, feedback=lambda b=beta, r=reset_every: ErrorFeedback(b, r))  # type: ignore[misc]
+            kept = QuantizedReduction(exchange, hops, feedback=lambda: ErrorFeedback(beta, reset_every))
             param.loco_reduction = kept
         found.append(_quantized(param.grad, kept))
     return found
+
+
+def _check(name: str, tensors: Any) -> None:
+    is_list = isinstance(tensors, Sequence) and all(isinstance(tensor, Tensor) for tensor in tensors)
+    bad = [tensor.dtype for tensor in tensors if not tensor.is_floating_point()] if is_list else []
+    if not is_list or bad:
+        raise DeepSpeedError(
+            f"{name}: {f'a tensor of {bad[0]} has no mean' if bad else f'{type(tensors).__name__} is no list of tensors'}.\n"
+            "  Give a list of floating-point tensors."
+        )
+
+
+def _loco(loco_param: Mapping[str, Any]) -> tuple[float, int]:
+    """`err_beta` and `reset_T`. Raises DeepSpeedError."""
+    beta, reset_every = loco_param.get("err_beta"), loco_param.get("reset_T")
+    fits = isinstance(beta, int | float) and 0 <= beta <= 1 and isinstance(reset_every, int) and reset_every >= 1
+    if not fits:
+        raise DeepSpeedError(
+            f"all_to_all_loco_quant_reduce: loco_param = {dict(loco_param)}.\n"
+            '  Give "err_beta" from 0 to 1 and "reset_T", a whole number of at least 1, such as 0.8 and 1024.'
+        )
+    return float(beta), reset_every  # type: ignore[arg-type, return-value]
 
 
 def _in_full(tensors: Sequence[Tensor], exchange: Exchange) -> list[Tensor]:

@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
+from deepspeed.mesh.mesh import told_by_all
 from deepspeed.utils.errors import RankMismatchError
 from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.param import full_shape
@@ -59,12 +60,22 @@ def require_equal(mesh: Mesh, what: str, lines: Sequence[str], cure: str) -> Non
     digests = [other for (other,) in mesh.agree("average", digest)]
     if len(set(digests)) == 1:
         return
-    everyone = mesh.gather_objects("average", list(lines))
+    _raise_if_different(what, mesh.gather_objects("average", list(lines)), mesh.ranks("average"), cure)
+
+
+def require_same_division(lines: Sequence[str], cure: str) -> None:
+    """The same of what says how ranks are divided, before there is a mesh: ranks of different meshes would wait in different
+    groups. Collective over the job."""
+    everyone = told_by_all(list(lines))
+    _raise_if_different("configuration", everyone, range(len(everyone)), cure)
+
+
+def _raise_if_different(what: str, everyone: Sequence[Sequence[str]], ranks: Sequence[int], cure: str) -> None:
     reference = everyone[0]
-    ranks = mesh.ranks("average")
     differing = {rank: first_difference(reference, theirs) for rank, theirs in zip(ranks, everyone, strict=True)}
     text = "\n".join(f"  rank {rank}: {difference}" for rank, difference in differing.items() if difference)
-    raise RankMismatchError(f"ranks do not have the same {what}; compared with rank {ranks[0]}:\n{text}\n  {cure}")
+    if text:
+        raise RankMismatchError(f"ranks do not have the same {what}; compared with rank {ranks[0]}:\n{text}\n  {cure}")
 
 
 def first_difference(reference: Sequence[str], theirs: Sequence[str]) -> str | None:

@@ -31,7 +31,7 @@ from deepspeed.comm.choose import SHARED_MEMORY, Sharing, sharing_of
 from deepspeed.config import Config
 from deepspeed.engine import earlier_states, experts, tensor
 from deepspeed.engine.accumulation import Accumulation
-from deepspeed.engine.agreement import describe_model, flatten, require_equal
+from deepspeed.engine.agreement import describe_model, flatten, require_equal, require_same_division
 from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.backward import LossScaleGuard, expose
 from deepspeed.engine.checkpoints import Checkpoints
@@ -68,6 +68,8 @@ from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.takeover import Takeover
+
+SAME_CONFIGURATION = "Give every rank the same configuration."
 
 
 @dataclass(frozen=True)
@@ -136,6 +138,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     """Everything, in order. Collective. Raises on every rank where the ranks differ in configuration or model."""
     config, model = given.config, given.model
     tp = tensor.tensor_size(config, given.mpu)
+    require_same_division(assemble.division(config, tp), SAME_CONFIGURATION)
     mesh = assemble.make_mesh(config, given.mpu, given.mesh_param, tp=tp, ep=experts.agreed_ep_size(model, config))
     undo.callback(mesh.release)
     gone = experts.spread(model, mesh, config)
@@ -220,7 +223,7 @@ def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
     if mesh.size("near") > 1:
         wishes.append(f"nodes of {mesh.size('near')} ranks")
     lines = [*flatten(given.user_config), *wishes]
-    require_equal(mesh, "configuration", lines, "Give every rank the same configuration.")
+    require_equal(mesh, "configuration", lines, SAME_CONFIGURATION)
     cure = "Build the same model, with the same frozen parameters, on every rank."
     require_equal(mesh, "model", describe_model(given.model), cure)
 
@@ -347,9 +350,11 @@ def _wrap_optimizer(
         mesh,
         scale=scale,
         clip=config.gradient_clipping,
-        # What is not finite would make a whole group of a quantized message so.
+        # What is not finite makes a whole group of a quantized message so.
         skip_non_finite=(config.bf16.enabled and config.bf16.check_grad_overflow)
-        or config.zero_optimization.zero_quantized_gradients,
+        or config.zero_optimization.zero_quantized_gradients
+        or config.zero_optimization.zero_quantized_weights
+        or config.zero_optimization.zero_quantized_nontrainable_weights,
         sub_group_numel=config.zero_optimization.sub_group_size,
         placing=placing,
         allow_untested=config.zero_allow_untested_optimizer,

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from deepspeed.comm.onebit import SignReduction
 from deepspeed.optim.traits import AveragesItself, Needs, OwnReduction, Part, ShardableOptimizer, Whole
-from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
-from deepspeed.utils.logging import warn_once
+from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, RankMismatchError
+from deepspeed.utils.logging import logger, warn_once
 
 
 class CompressedOptimizer(ShardableOptimizer, AveragesItself):
@@ -41,6 +41,8 @@ class CompressedOptimizer(ShardableOptimizer, AveragesItself):
         if cuda_aware:
             warn_once(f"{name}: cuda_aware has no effect: messages go through torch.distributed on whatever device.")
         self.common: dict[str, Any] = {}
+        self.has_agreed = False
+        """Whether ranks that step it alone have told each other its settings."""
         self.comm_backend_name = backend
         """As it was given: messages go through torch.distributed, whatever this says."""
         super().__init__(params, defaults)
@@ -79,7 +81,7 @@ class CompressedOptimizer(ShardableOptimizer, AveragesItself):
 class Alone:
     """The reduction of an optimizer that holds whole parameters, and is stepped by the script itself."""
 
-    def __init__(self, optimizer: ShardableOptimizer) -> None:
+    def __init__(self, optimizer: CompressedOptimizer) -> None:
         self._optimizer = optimizer
         group = dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
         self._signs = SignReduction(group if group is not None and group.size() > 1 else None)
@@ -92,7 +94,14 @@ class Alone:
         return max((int(state.get("step", 0)) for state in self._optimizer.state.values()), default=0)
 
     def parameters(self) -> Sequence[Whole]:
-        """See OwnReduction."""
+        """See OwnReduction. None where a rank has a gradient that is not finite once there is compression: the step is skipped.
+
+        Collective at the first step, and once there is compression. Raises RankMismatchError for settings that differ.
+        """
+        if self.num_ranks > 1:
+            self._agree()
+            if self._optimizer.takes_local and self._is_any_bad():
+                return []
         state = self._optimizer.state
         return [
             Whole(p.shape, group, state[p], partial(_gradient_of, p), (Part(p, 0, p.numel(), 0),))
@@ -100,6 +109,36 @@ class Alone:
             for p in group["params"]
             if p.grad is not None and _is_dense(p)
         ]
+
+    def _agree(self) -> None:
+        """Once: a rank that freezes later than another would leave it waiting."""
+        if self._optimizer.has_agreed:
+            return
+        everyone: list[Any] = [None] * self.num_ranks
+        dist.all_gather_object(everyone, self._optimizer.agreed_settings, group=self._group)
+        for rank, theirs in enumerate(everyone):
+            first, other = ({name: value[name] for name in value if value[name] != than.get(name)} for value, than in
+                            ((everyone[0], theirs), (theirs, everyone[0])))  # fmt: skip
+            if first or other:
+                raise RankMismatchError(
+                    f"ranks do not have the same optimizer: rank {rank} has {other} where rank 0 has {first}.\n"
+                    "  Make it with the same settings on every rank."
+                )
+        self._optimizer.has_agreed = True
+
+    def _is_any_bad(self) -> bool:
+        """Whether a gradient of any rank is not finite, told by the rank that has it: it would stay in the errors for ever."""
+        params = [p for group in self._optimizer.param_groups for p in group["params"]]
+        found = next((i for i, p in enumerate(params) if p.grad is not None and not torch.isfinite(p.grad).all()), None)
+        flag = torch.tensor([found is not None], dtype=torch.float32, device=params[0].device)
+        dist.all_reduce(flag, dist.ReduceOp.MAX, group=self._group)
+        if found is not None:
+            grad = params[found].grad
+            logger.warning(
+                "[rank %d] the step is skipped on all ranks: the gradient of parameter %d, of shape %s, has %s",
+                dist.get_rank(), found, tuple(grad.shape), "nan" if torch.isnan(grad).any() else "inf",
+            )  # fmt: skip
+        return bool(flag.item())
 
     def momentum(self, whole: Whole) -> Tensor:
         """See OwnReduction."""

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -58,6 +60,20 @@ def quantized(rank: int, world_size: int) -> list[list[Tensor]]:
     found = [all_to_all_quant_reduce(tensors, groups), reduce_scatter_coalesced(tensors), mean]
     with pytest.raises(DeepSpeedError, match=r"do not have this rank in one `local_<node>`"):
         all_to_all_quant_reduce(tensors, {"local_0": groups["local_0"]})
+    integers: list[Any] = [torch.ones(64, 4, dtype=torch.int32)]
+    for call, told in (
+        (lambda: reduce_scatter_coalesced(integers), r"reduce_scatter_coalesced: a tensor of torch\.int32 has no mean"),
+        (lambda: reduce_scatter_coalesced(torch.ones(4)), "Tensor is no list of tensors"),  # type: ignore[arg-type]
+        (lambda: all_to_all_quant_reduce(integers, groups), r"all_to_all_quant_reduce: a tensor of torch\.int32"),
+        (lambda: all_to_all_loco_quant_reduce(params, groups, {"err_beta": 0.8}), '"reset_T", a whole number'),
+        (lambda: all_to_all_loco_quant_reduce(params, groups, {"err_beta": 2, "reset_T": 4}), "err_beta' ?: 2"),
+        (
+            lambda: CompressedBackend().compressed_allreduce(integers[0], torch.zeros(256), torch.zeros(128)),
+            r"a buffer of torch\.int32",
+        ),
+    ):
+        with pytest.raises(DeepSpeedError, match=told):
+            call()
     for group in groups.values():
         if isinstance(group, dist.ProcessGroup):
             dist.destroy_process_group(group)

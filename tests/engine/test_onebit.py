@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import deepspeed
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, RankMismatchError
 from tests.engine.runs import EPS, LONG, LR, engine_of, long_but, make_config, train, whole_weights
 from tests.harness import run_ranks
 from tests.models import build, make_batches, rank_share, total_loss
@@ -294,6 +294,37 @@ def settings_differ(rank: int, world_size: int) -> None:
 
 def test_ranks_with_different_freeze_steps_are_told_before_they_wait_for_each_other() -> None:
     run_ranks(2, settings_differ)
+
+
+def alone(rank: int, world_size: int) -> None:
+    """Stepped by the script, without an engine."""
+    from deepspeed.runtime.fp16.onebit import OnebitAdam, OnebitLamb, ZeroOneAdam
+    from deepspeed.utils import logging
+
+    for make in (OnebitAdam, OnebitLamb, ZeroOneAdam):
+        name = "var_freeze_step" if make is ZeroOneAdam else "freeze_step"
+        param = torch.nn.Parameter(torch.ones(40))
+        optimizer = make([param], lr=LR, betas=(0.9, 0.5), **{name: 2 + rank})
+        param.grad = torch.ones(40)
+        with pytest.raises(RankMismatchError, match=rf"rank 1 has {{'{name}': 3}} where rank 0 has {{'{name}': 2}}"):
+            optimizer.step()
+        said: list[str] = []
+        optimizer = make([param], lr=LR, betas=(0.9, 0.5), **{name: 2})
+        for step in range(5):
+            before = param.detach().clone()
+            param.grad = torch.full((40,), torch.nan if (rank, step) == (1, 3) else 1.0)
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(logging.logger, "warning", lambda text, *args, said=said: said.append(str(text) % args))
+                optimizer.step()
+            assert torch.equal(param, before) == (step == 3), (make, step)
+        assert param.isfinite().all()
+        if rank == 1:
+            told = "[rank 1] the step is skipped on all ranks: the gradient of parameter 0, of shape (40,), has nan"
+            assert said == [told]
+
+
+def test_an_optimizer_without_an_engine_names_settings_that_differ_and_skips_what_is_not_finite() -> None:
+    run_ranks(2, alone)
 
 
 def sharded_too_far(rank: int, world_size: int, stage: int) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 import deepspeed
 from deepspeed.comm.choose import SHARED_MEMORY
+from deepspeed.utils.errors import RankMismatchError
 from deepspeed.utils.waits import COMMUNICATION
 from tests.comm.between_nodes import counted_between_nodes
 from tests.engine.runs import LONG, Run, engine_of, make_config, train, whole_weights
@@ -117,6 +118,55 @@ def test_a_step_with_infinity_on_one_rank_is_skipped_on_all_and_named() -> None:
     for skipped, is_finite, said in run_ranks(2, bad_gradient):
         assert (skipped, is_finite) == (1, True)
         assert re.search(r"the step is skipped: \[rank \d\] first bad gradient: \S+ has (nan|inf)", said), said
+
+
+def infinite_weight(rank: int, world_size: int, key: str) -> tuple[int, str]:
+    """What is quantized is a weight that a script made infinite, in the second of three steps; frozen where those are."""
+    from deepspeed.utils import logging
+
+    said: list[str] = []
+    batches = make_batches(build("mlp"), num_steps=3, accumulation=1, samples=SAMPLES)
+    model = build("mlp")
+    weight = next(model.parameters())
+    is_frozen = key == "zero_quantized_nontrainable_weights"
+    weight.requires_grad_(not is_frozen)
+    weight.data[0, 0] = torch.inf if is_frozen else 0.1
+    with engine_of(model, zeropp(2, zero={key: True})) as engine, pytest.MonkeyPatch.context() as patch:
+        patch.setattr(logging.logger, "warning", lambda text, *args, **kwargs: said.append(str(text) % args))
+        for step, ((x, y),) in enumerate(batches):
+            if not is_frozen:
+                with deepspeed.zero.GatheredParameters([weight], modifier_rank=0):
+                    if rank == 0:
+                        weight.data.view(-1)[0] = torch.inf if step == 1 else 0.1
+            engine.backward(total_loss(engine(*rank_share((x, y), rank, world_size))))
+            engine.step()
+        return engine.skipped_steps, "\n".join(said)
+
+
+@pytest.mark.parametrize(
+    ("key", "num_skipped"), [("zero_quantized_weights", 1), ("zero_quantized_nontrainable_weights", 3)]
+)
+def test_a_step_whose_weights_are_not_finite_when_they_are_quantized_is_skipped_and_named(
+    key: str, num_skipped: int
+) -> None:
+    for skipped, said in run_ranks(2, infinite_weight, key):
+        assert skipped == num_skipped
+        assert re.search(r"the step is skipped: \[rank \d\] first bad gradient: \S+ has nan", said), said
+
+
+def other_nodes(rank: int, world_size: int) -> None:
+    key = "zero_hpz_partition_size"
+    with engine_of(build("mlp"), zeropp(2, zero={key: 2})) as engine:
+        (batch,), *_ = make_batches(build("mlp"), num_steps=1, accumulation=1, samples=SAMPLES)
+        engine.backward(total_loss(engine(*rank_share(batch, rank, world_size))))
+    # The third time there were groups of either division which look alike.
+    for differing in (zeropp(2, zero={key: 2 - rank}), zeropp(2, clip=rank + 1.0), zeropp(2, zero={key: 2 - rank})):
+        with pytest.raises(RankMismatchError, match=rf"rank 1: has .*({key} = 1|clipping = 2.0) where rank 0's has"):
+            deepspeed.initialize(model=build("mlp"), config=differing)
+
+
+def test_ranks_that_divide_themselves_otherwise_are_told_each_time() -> None:
+    run_ranks(2, other_nodes)
 
 
 def bytes_of_a_step(rank: int, world_size: int, zero: dict[str, Any], ranks_per_node: int) -> dict[str, int]:
