@@ -28,7 +28,7 @@ from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
 from deepspeed.autotuning.lessons import Outcome  # noqa: E402
-from deepspeed.autotuning.prior import prior_seconds  # noqa: E402
+from deepspeed.autotuning.prior import prior_parts  # noqa: E402
 from deepspeed.autotuning.space import Candidate, Question, candidates  # noqa: E402
 from deepspeed.autotuning.tuners import ModelBasedTuner  # noqa: E402
 from deepspeed.config import load_config  # noqa: E402
@@ -172,7 +172,7 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of two rounds differ by "
           f"{100 * sorted(spreads)[len(spreads) // 2]:.0f} % (median), {100 * max(spreads):.0f} % (most)")  # fmt: skip
     for metric in ("throughput", "latency"):
-        tuner = ModelBasedTuner(fits, prior_seconds(info, fits), metric, most_micros=10**9)
+        tuner = ModelBasedTuner(fits, prior_parts(info, fits), metric, most_micros=10**9)
         while (chosen := tuner.next()) is not None:
             s = seconds[chosen.name]
             tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": [s] * 3}))  # fmt: skip
@@ -186,7 +186,7 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
         print(f"| {metric} | {len(tuner.outcomes)} of {len(points)} tried | chosen {own.name} | best {best.name} | regret "
               f"{100 * (1 - value(own) / value(best)):.1f} % | unseen: median error {100 * errors[len(errors) // 2]:.0f} %, "
               f"{sum(e <= 0.1 for e in errors)} of {len(errors)} within 10 %, worst {100 * errors[-1]:.0f} % |")  # fmt: skip
-    prior = prior_seconds(info, points)
+    prior = {name: sum(parts.values()) for name, parts in prior_parts(info, points).items()}
     changes(points, prior, seconds)
     print("\n| point | predicted before any trial, ms | measured, ms |\n|---|--:|--:|")
     for candidate in sorted(points, key=lambda c: seconds[c.name] / c.train_batch):

@@ -30,7 +30,7 @@ from deepspeed.autotuning import lessons, page, summary
 from deepspeed.autotuning.files import OURS, clear, make_folders, read_json, write_json, write_text
 from deepspeed.autotuning.found import Found, best_of
 from deepspeed.autotuning.lessons import Outcome
-from deepspeed.autotuning.prior import prior_seconds
+from deepspeed.autotuning.prior import prior_parts
 from deepspeed.autotuning.progress import Progress
 from deepspeed.autotuning.resources import ResourceManager, is_better, launcher_flags, value_of
 from deepspeed.autotuning.script import TRAINER, find_script
@@ -215,7 +215,7 @@ class Autotuner:
         kind = self.section.tuner_type if "tuner_type" in self.section.model_fields_set else "model_based"
         few = self.section.num_tuning_micro_batch_sizes
         is_listed = MICRO in listed(self.config)
-        prior = prior_seconds(self.info, fitting, str(get_at(self.config, "pipeline.schedule") or "1f1b"))
+        prior = prior_parts(self.info, fitting, str(get_at(self.config, "pipeline.schedule") or "1f1b"))
         return TUNERS[kind](fitting, prior, self.section.metric, most_micros=10**9 if is_listed else few)
 
     def _may_try(self, memory: Mapping[str, Any] | None) -> bool:
@@ -256,7 +256,7 @@ class Autotuner:
 
     def _why_tuner_ended(self, tuner: Tuner) -> str:
         if isinstance(tuner, ModelBasedTuner) and tuner.open_candidates():
-            return "little more is to be gained, by prediction"
+            return "little more is to be gained, and little is in doubt, by prediction"
         return "nothing is left to try"
 
     def _try(self, candidate: Candidate, tuner: Tuner) -> Outcome:

@@ -80,11 +80,13 @@ def layout_of(candidate: Candidate) -> Layout:
     )
 
 
-def prior_seconds(info: Mapping[str, Any], candidates: Sequence[Candidate], schedule: str = "1f1b") -> dict[str, float]:
-    """Seconds per step of each, by name. `schedule`: of pipelines."""
+def prior_parts(
+    info: Mapping[str, Any], candidates: Sequence[Candidate], schedule: str = "1f1b"
+) -> dict[str, dict[str, float]]:
+    """Seconds of each part of the step of each candidate, by name. `schedule`: of pipelines."""
     rates, work = Rates(**info["rates"]), work_of(info)
     shape = ModelShape(**info["shape"]) if info.get("shape") else None
     return {
-        candidate.name: divided_parts(rates, work, choice_of(candidate), shape, layout_of(candidate), schedule).total
+        candidate.name: divided_parts(rates, work, choice_of(candidate), shape, layout_of(candidate), schedule).costs()
         for candidate in candidates
     }

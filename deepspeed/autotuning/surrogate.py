@@ -1,12 +1,16 @@
 """Seconds of untried configurations: the cost model, corrected by what trials measured. Pure.
 
-Called by the model-based tuner. The logarithm of a step's time is taken for a Gaussian process around the cost model's
-(`planner.cost`): a constant that the model has wrong everywhere, a smooth error along each feature, and a smaller one of all together. Near what
-was measured the prediction is the measurement; far from it, it is the model times what the model was wrong by, with the
-doubt that belongs to it.
+Called by the model-based tuner. The cost model (`planner.cost`) has a step's seconds as a sum of parts: samples, calls, messages, the
+update. Each part may be wrong by a factor of its own, the same in every configuration, which few trials tell, since configurations
+differ in what their steps are made of. What no factor explains is a Gaussian process over the logarithm: a smooth error along each
+feature, and a smaller one of all together. Near what was measured the prediction is the measurement; far from it, it is the model
+with its parts corrected, with the doubt that belongs to it.
+
+The logarithm of a sum is not linear in the factors' logarithms: it is taken for linear where the factors are likeliest so far, some times over.
 
 Invariant: without trials the prediction is the cost model's, and a trial's own prediction is within its noise of what it measured.
-Source: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.7 (a prior mean) and algorithm 2.1.
+Sources: Rasmussen and Williams, Gaussian Processes for Machine Learning (2006), section 2.7 (a prior mean, explicit basis functions)
+and algorithm 2.1; Bell and Cathey, The Iterated Kalman Filter Update as a Gauss-Newton Method (IEEE TAC 38, 1993).
 """
 
 from __future__ import annotations
@@ -22,13 +26,17 @@ from deepspeed.autotuning.space import Candidate
 
 CONSTANT_STD = 1.5
 """Of the logarithm: the cost model may be wrong by a factor of four everywhere."""
-OWN_STD = 0.25
-"""By so much along each feature by itself: most errors are of one part, which one feature decides about."""
-TREND_STD = 0.1
+PART_STD = 0.6
+"""And in each part by a factor of two beside the others."""
+OWN_STD = 0.2
+"""By so much along each feature by itself, whatever the parts."""
+TREND_STD = 0.05
 """And per unit of a feature, so that an error that grows goes on growing."""
-JOINT_STD = 0.1
+JOINT_STD = 0.05
 """And by so much for what features do together."""
 NOISE_STD = 0.02
+NUM_ROUNDS = 6
+"""Of taking the logarithm for linear; the factors do not move any more after three or four."""
 
 
 class Prediction(NamedTuple):
@@ -64,34 +72,43 @@ def _column(value: Any) -> float:
 
 
 class Surrogate:
-    """Predictions for some candidates from a prior in seconds and measurements so far."""
+    """Predictions for some candidates from a prior, seconds by part of a step, and measurements so far."""
 
-    def __init__(self, candidates: Sequence[Candidate], prior_s: Mapping[str, float]) -> None:
+    def __init__(self, candidates: Sequence[Candidate], prior: Mapping[str, Mapping[str, float]]) -> None:
         self._names = [candidate.name for candidate in candidates]
         keys = sorted({key for candidate in candidates for key in candidate.values})
         self._x = np.array([features(candidate, keys) for candidate in candidates])
         self._x = self._x[:, np.ptp(self._x, axis=0) > 0] if len(self._x) else self._x
-        self._prior = np.log([prior_s[name] for name in self._names])
+        parts = sorted({part for name in self._names for part in prior[name]})
+        self._parts = np.array([[prior[name].get(part, 0.0) for part in parts] for name in self._names])
+        """[candidates, parts], in seconds."""
         self._index = {name: i for i, name in enumerate(self._names)}
 
     def predict(self, measured: Mapping[str, Measurement]) -> dict[str, Prediction]:
         """For every candidate."""
         known = [self._index[name] for name in measured if name in self._index]
-        x = self._x
-        own = CONSTANT_STD**2 + JOINT_STD**2 + x.shape[1] * OWN_STD**2
-        prior_var = np.full(len(x), own) + TREND_STD**2 * (x**2).sum(1)
-        if not known:
-            return self._as_predictions(self._prior, prior_var)
         found = [measured[self._names[i]] for i in known]
-        errors = np.log([m.step_s for m in found]) - self._prior[known]
+        errors = np.log([m.step_s for m in found])
         noise = np.diag([max(m.noise, NOISE_STD / 2) ** 2 for m in found])
-        within = _kernel(x[known], x[known]) + noise
-        across = _kernel(x, x[known])
-        lower = np.linalg.cholesky(within)
-        weights = np.linalg.solve(lower.T, np.linalg.solve(lower, errors))
-        spread = np.linalg.solve(lower, across.T)
-        variance = np.maximum(prior_var - (spread**2).sum(0), 1e-8)
-        return self._as_predictions(self._prior + across @ weights, variance)
+        smooth = _kernel(self._x, self._x[known])
+        factors = np.zeros(self._parts.shape[1])  # their logarithms
+        for _ in range(NUM_ROUNDS):
+            costs = self._parts * np.exp(factors)
+            total = costs.sum(1)
+            shares = costs / total[:, None]
+            mean = np.log(total) - shares @ factors
+            across = smooth + PART_STD**2 * shares @ shares[known].T
+            within = np.linalg.cholesky(across[known] + noise)
+            weights = np.linalg.solve(within.T, np.linalg.solve(within, errors - mean[known]))
+            factors = PART_STD**2 * shares[known].T @ weights
+        spread = np.linalg.solve(within, across.T)
+        variance = np.maximum(self._doubt(shares) - (spread**2).sum(0), 1e-8)
+        return self._as_predictions(mean + across @ weights, variance)
+
+    def _doubt(self, shares: np.ndarray) -> np.ndarray:
+        """The variance of each before anything is measured."""
+        own = CONSTANT_STD**2 + JOINT_STD**2 + self._x.shape[1] * OWN_STD**2
+        return own + TREND_STD**2 * (self._x**2).sum(1) + PART_STD**2 * (shares**2).sum(1)
 
     def _as_predictions(self, mean: np.ndarray, variance: np.ndarray) -> dict[str, Prediction]:
         rows = zip(self._names, np.exp(mean), np.sqrt(variance), strict=True)

@@ -5,7 +5,8 @@ predicted to fit, and none repeats one or goes where a lesson says that it is of
 
     grid           as they are listed
     random         shuffled, the same for the same search
-    model_based    where the most is to be gained over the best so far, by prediction and doubt; stops where that is little
+    model_based    in turns where the most is to be gained over the best so far, by prediction and doubt, and where the prediction is least
+                   certain, which makes all others surer; stops where neither is left
 
 Invariant: a tuner ends: each call uses up a candidate.
 """
@@ -25,6 +26,8 @@ from deepspeed.autotuning.surrogate import Measurement, Prediction, Surrogate, e
 
 MIN_GAIN = 0.001
 """Of the best so far: where nothing is expected to gain more, the model-based search ends."""
+SURE_STD = 0.05
+"""Of the logarithm of seconds: what is predicted so surely needs no trial to be sure of the others."""
 MIN_TRIALS = 3
 MOST = 0.2
 """Of the candidates that the model-based search tries, where there are many."""
@@ -38,7 +41,12 @@ class Tuner(abc.ABC):
     """Base: knows the candidates, their prior, and what came of those that were tried."""
 
     def __init__(
-        self, candidates: Sequence[Candidate], prior_s: Mapping[str, float], metric: str, *, most_micros: int
+        self,
+        candidates: Sequence[Candidate],
+        prior: Mapping[str, Mapping[str, float]],
+        metric: str,
+        *,
+        most_micros: int,
     ) -> None:
         self.candidates = list(candidates)
         self.metric = metric
@@ -46,7 +54,7 @@ class Tuner(abc.ABC):
         self.skipped: dict[str, str] = {}
         """Candidates that are not tried, and why."""
         self._most_micros = most_micros
-        self._surrogate = Surrogate(self.candidates, prior_s)
+        self._surrogate = Surrogate(self.candidates, prior)
         self.predictions = self._surrogate.predict({})
 
     def next(self) -> Candidate | None:
@@ -139,7 +147,7 @@ class RandomTuner(Tuner):
 
 
 class ModelBasedTuner(Tuner):
-    """The largest expected gain first."""
+    """The largest expected gain and the largest doubt, in turns."""
 
     def gains(self) -> dict[str, float]:
         """What each open candidate is expected to gain over the best so far, as a share of it."""
@@ -153,14 +161,18 @@ class ModelBasedTuner(Tuner):
         return found
 
     def _choose(self, open_ones: list[Candidate]) -> Candidate | None:
-        gains = self.gains()
-        chosen = max(open_ones, key=lambda candidate: gains[candidate.name])
         num_measured = sum(done.is_measured for done in self.outcomes.values())
-        if num_measured >= MIN_TRIALS and gains[chosen.name] < MIN_GAIN:
-            return None
         if num_measured >= max(FEW, int(MOST * len(self.candidates))):
             return None
-        return chosen
+        gains = self.gains()
+        likeliest = max(open_ones, key=lambda candidate: gains[candidate.name])
+        doubtful = max(open_ones, key=self._doubt)
+        if num_measured >= MIN_TRIALS and gains[likeliest.name] < MIN_GAIN:
+            return doubtful if self._doubt(doubtful) > SURE_STD else None
+        return doubtful if num_measured % 2 and self._doubt(doubtful) > SURE_STD else likeliest
+
+    def _doubt(self, candidate: Candidate) -> float:
+        return self.predictions[candidate.name].std
 
 
 TUNERS: dict[str, type[Tuner]] = {"gridsearch": GridTuner, "random": RandomTuner, "model_based": ModelBasedTuner}

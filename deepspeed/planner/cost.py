@@ -3,7 +3,9 @@
 Read by the autotuner as the prior of its predictions (`autotuning.surrogate` corrects it by what trials measured), and by
 `deepspeed doctor`. A step is operations over a rate, bytes over a rate, and calls times a latency:
 
-    compute   (forward + backward + what is recomputed) / matrix rate, element-wise traffic / copy rate, launches
+    compute   forward and backward of the samples: operations / matrix rate, element-wise traffic / copy rate
+    again     what is recomputed of them
+    calls     what modules and the engine cost however few samples there are
     gather    parameters: after the update (ZeRO 1, 2), around their use in each micro-batch (ZeRO 3)
     reduce    gradients: once per step (ZeRO 0, 1), in each micro-batch (ZeRO 2, 3)
     update    states read and written where they rest; offloaded ones also travel
@@ -16,7 +18,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from deepspeed.memory.clocked import Clocked
 from deepspeed.profiling.rates import Rates
@@ -82,9 +84,14 @@ class Parts:
     """Seconds of a step."""
 
     compute: float
+    """Of the samples, forward and backward."""
     gather: float
     reduce: float
     update: float
+    again: float = 0.0
+    """Of the samples, recomputed."""
+    calls: float = 0.0
+    """Of modules and of the engine, however few samples there are."""
     hidden: float = 0.0
     """Communication behind backward."""
     inside: float = 0.0
@@ -95,7 +102,22 @@ class Parts:
     @property
     def total(self) -> float:
         """Of the whole step."""
-        return self.compute + self.gather + self.reduce + self.update + self.inside + self.bubble - self.hidden
+        return self.busy + self.gather + self.reduce + self.update + self.inside + self.bubble - self.hidden
+
+    @property
+    def busy(self) -> float:
+        """Of forward, backward and recomputation."""
+        return self.compute + self.again + self.calls
+
+    def costs(self) -> dict[str, float]:
+        """Each part as the step's length has it: communication without what is hidden. They sum to the total."""
+        found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        hidden, sent = found.pop("hidden"), self.gather + self.reduce
+        return (
+            found
+            if hidden == 0
+            else {**found, **{key: found[key] * (1 - hidden / sent) for key in ("gather", "reduce")}}
+        )
 
     def shares(self) -> dict[str, float]:
         """Each part of the total."""
@@ -104,13 +126,15 @@ class Parts:
 
 def step_parts(rates: Rates, work: Work, choice: Choice) -> Parts:
     """Seconds of one optimizer step."""
-    backward_s, compute_s = _compute(rates, work, choice)
+    busy = _compute(rates, work, choice)
     gather_s, reduce_s = _gather(rates, work, choice), _reduce(rates, work, choice)
-    hideable = 0.0 if work.is_host else OVERLAP * backward_s
+    hideable = 0.0 if work.is_host else OVERLAP * busy.backward
     if choice.stage < 2 and choice.accumulation > 1:
         hideable /= choice.accumulation  # only the last backward has something to send
     return Parts(
-        compute=compute_s,
+        compute=busy.samples,
+        again=busy.again,
+        calls=busy.calls,
         gather=gather_s,
         reduce=reduce_s,
         update=_update(rates, work, choice),
@@ -118,22 +142,40 @@ def step_parts(rates: Rates, work: Work, choice: Choice) -> Parts:
     )
 
 
-def _compute(rates: Rates, work: Work, choice: Choice) -> tuple[float, float]:
-    """(backward's seconds, all of it) over the micro-batches of a step."""
+class _Busy(NamedTuple):
+    """Seconds of computing over the micro-batches of a step, and of its backward (with recomputation)."""
+
+    samples: float
+    again: float
+    calls: float
+    backward: float
+
+
+def _compute(rates: Rates, work: Work, choice: Choice) -> _Busy:
     again = {"none": 0.0, "selective": 0.05, "full": 1.0}.get(choice.recompute, 0.0)
     if work.clocked is not None:
-        forward_s = work.clocked.forward_s(choice.micro)
-        engine_s = ENGINE_CALLS_PER_MODULE * rates.launch_s * work.num_modules * (1 + again) if work.is_host else 0.0
-        backward_s = work.clocked.backward_s(choice.micro) + again * forward_s + engine_s
-        return choice.accumulation * backward_s, choice.accumulation * (forward_s + backward_s)
+        return _clocked(rates, work, choice, again)
     rate = EFFICIENCY * rates.matmul_flops
-    products = choice.micro * (work.flops + again * work.forward_flops) / rate
-    elements = choice.micro * work.activation_nbytes * ELEMENTWISE_PASSES * (1 + again / 2) / rates.copy_nbytes_s
+    products = choice.micro * work.flops / rate
+    elements = choice.micro * work.activation_nbytes * ELEMENTWISE_PASSES / rates.copy_nbytes_s
+    again_s = again * (choice.micro * work.forward_flops / rate + elements / 2)
     call_s = CALLS_PER_MODULE * rates.launch_s if work.is_host and rates.launch_s else LAUNCH_S
     launches = work.num_modules * call_s * (1 + again / 2)
-    micro_s = products + elements + launches
-    share = (2 + again) / (3 + again)
-    return choice.accumulation * micro_s * share, choice.accumulation * micro_s
+    micro_s = products + elements + again_s + launches
+    found = (products + elements, again_s, launches, micro_s * (2 + again) / (3 + again))
+    return _Busy(*(choice.accumulation * seconds for seconds in found))
+
+
+def _clocked(rates: Rates, work: Work, choice: Choice, again: float) -> _Busy:
+    """Of a model whose own forward and backward were clocked."""
+    own = work.clocked
+    assert own is not None, "asked of clocked models only"
+    engine_s = ENGINE_CALLS_PER_MODULE * rates.launch_s * work.num_modules * (1 + again) if work.is_host else 0.0
+    samples = choice.micro * (own.forward_sample_s + own.backward_sample_s)
+    again_s = again * choice.micro * own.forward_sample_s
+    calls = (1 + again) * own.forward_call_s + own.backward_call_s + engine_s
+    backward = own.backward_s(choice.micro) + again * own.forward_s(choice.micro) + engine_s
+    return _Busy(*(choice.accumulation * seconds for seconds in (samples, again_s, calls, backward)))
 
 
 def _wire(rates: Rates, nbytes: float, calls: float, ranks: int) -> float:

@@ -27,7 +27,7 @@ def divided_parts(
     local = _local(work, shape, layout)
     parts = step_parts(rates, local, choice)
     inside = _inside_s(rates, shape, layout)
-    return replace(parts, inside=inside, bubble=_bubble_s(rates, parts.compute + inside, shape, layout, schedule))
+    return replace(parts, inside=inside, bubble=_bubble_s(rates, parts.busy + inside, shape, layout, schedule))
 
 
 def _local(work: Work, shape: ModelShape | None, layout: Layout) -> Work:

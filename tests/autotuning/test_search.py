@@ -11,10 +11,10 @@ import pytest
 from deepspeed.autotuning import lessons
 from deepspeed.autotuning.experiment import Ended
 from deepspeed.autotuning.lessons import Outcome, outcome_of
-from deepspeed.autotuning.prior import prior_seconds
+from deepspeed.autotuning.prior import prior_parts
 from deepspeed.autotuning.space import Candidate, Question, candidates
 from deepspeed.autotuning.surrogate import Measurement, Surrogate, expected_gain
-from deepspeed.autotuning.tuners import TUNERS, Tuner
+from deepspeed.autotuning.tuners import FEW, MOST, SURE_STD, TUNERS, Tuner
 from deepspeed.config import load_config
 
 INFO: dict[str, Any] = {
@@ -68,7 +68,7 @@ def measured(candidate: Candidate, seconds: float) -> Outcome:
 @pytest.mark.parametrize("seed", range(8))
 def test_a_fifth_of_the_trials_finds_a_configuration_within_three_percent_of_the_best(seed: int) -> None:
     found = space(activation_checkpointing={"recompute": "auto"})
-    tuner = TUNERS["model_based"](found, prior_seconds(INFO, found), "throughput", most_micros=10**9)
+    tuner = TUNERS["model_based"](found, prior_parts(INFO, found), "throughput", most_micros=10**9)
     trials, regret = search(tuner, seed)
     assert len(found) == 84
     assert trials <= 0.2 * len(found)
@@ -78,7 +78,7 @@ def test_a_fifth_of_the_trials_finds_a_configuration_within_three_percent_of_the
 @pytest.mark.parametrize("kind", ["gridsearch", "random"])
 def test_grid_and_random_try_everything_once(kind: str) -> None:
     found = space()
-    tuner = TUNERS[kind](found, prior_seconds(INFO, found), "throughput", most_micros=10**9)
+    tuner = TUNERS[kind](found, prior_parts(INFO, found), "throughput", most_micros=10**9)
     order = []
     while (candidate := tuner.next()) is not None:
         order.append(candidate.name)
@@ -89,7 +89,7 @@ def test_grid_and_random_try_everything_once(kind: str) -> None:
 
 def test_no_more_micro_batches_of_a_kind_are_tried_than_the_section_says() -> None:
     found = space(zero_optimization={"stage": 1})
-    tuner = TUNERS["gridsearch"](found, prior_seconds(INFO, found), "throughput", most_micros=3)
+    tuner = TUNERS["gridsearch"](found, prior_parts(INFO, found), "throughput", most_micros=3)
     order = []
     while (candidate := tuner.next()) is not None:
         order.append(candidate.micro)
@@ -99,17 +99,43 @@ def test_no_more_micro_batches_of_a_kind_are_tried_than_the_section_says() -> No
 
 def test_latency_is_minimised() -> None:
     found = space(zero_optimization={"stage": 1})
-    tuner = TUNERS["model_based"](found, prior_seconds(INFO, found), "latency", most_micros=10**9)
+    tuner = TUNERS["model_based"](found, prior_parts(INFO, found), "latency", most_micros=10**9)
     while (candidate := tuner.next()) is not None:
         tuner.tell(candidate, measured(candidate, truth(candidate, 0)))
     best = min(found, key=lambda c: truth(c, 0))
     assert best.name in tuner.outcomes
-    assert len(tuner.outcomes) <= 5
+    assert len(tuner.outcomes) <= FEW
+
+
+def test_one_wrong_part_is_told_from_the_others_by_trials_that_differ_in_it() -> None:
+    found = space()
+    parts = prior_parts(INFO, found)
+    true = {
+        name: sum(s * {"compute": 3.0, "calls": 0.5}.get(part, 1.0) for part, s in each.items())
+        for name, each in parts.items()
+    }
+    tried = {c.name for c in found if c.stage == 1 and c.micro in (1, 8, 64)}
+    predicted = Surrogate(found, parts).predict({name: Measurement(true[name]) for name in tried})
+    unseen = [c.name for c in found if c.stage == 1 and c.name not in tried]
+    assert {name: predicted[name].step_s for name in unseen} == pytest.approx(
+        {name: true[name] for name in unseen}, rel=0.05
+    )
+
+
+def test_once_little_is_to_be_gained_trials_go_where_the_doubt_is() -> None:
+    found = space(activation_checkpointing={"recompute": "auto"})
+    tuner = TUNERS["model_based"](found, prior_parts(INFO, found), "throughput", most_micros=10**9)
+    doubts = []
+    while (candidate := tuner.next()) is not None:
+        tuner.tell(candidate, measured(candidate, truth(candidate, 0)))
+        doubts.append(max(tuner.predictions[c.name].std for c in tuner.open_candidates()))
+    assert len(doubts) == int(MOST * len(found)) or doubts[-1] <= SURE_STD
+    assert doubts[-1] < 0.25 * doubts[0]
 
 
 def test_after_running_out_of_memory_nothing_larger_of_the_kind_is_tried() -> None:
     found = space(zero_optimization={"stage": [1, 2]})
-    tuner = TUNERS["gridsearch"](found, prior_seconds(INFO, found), "throughput", most_micros=10**9)
+    tuner = TUNERS["gridsearch"](found, prior_parts(INFO, found), "throughput", most_micros=10**9)
     by_name = {c.name: c for c in found}
     tuner.tell(by_name["z1_gas1_tmbspg4"], Outcome("memory"))
     left = [c.name for c in tuner.open_candidates()]
@@ -119,7 +145,7 @@ def test_after_running_out_of_memory_nothing_larger_of_the_kind_is_tried() -> No
 
 def test_a_stage_that_only_fails_is_left() -> None:
     found = space()
-    tuner = TUNERS["gridsearch"](found, prior_seconds(INFO, found), "throughput", most_micros=10**9)
+    tuner = TUNERS["gridsearch"](found, prior_parts(INFO, found), "throughput", most_micros=10**9)
     for candidate in found[:3]:
         tuner.tell(candidate, Outcome("failed"))
     assert {c.stage for c in tuner.open_candidates()} == {1, 2, 3}
@@ -127,8 +153,9 @@ def test_a_stage_that_only_fails_is_left() -> None:
 
 def test_without_trials_the_prediction_is_the_models_and_trials_correct_it() -> None:
     found = space(zero_optimization={"stage": 1})
-    prior = prior_seconds(INFO, found)
-    surrogate = Surrogate(found, prior)
+    parts = prior_parts(INFO, found)
+    surrogate = Surrogate(found, parts)
+    prior = {name: sum(each.values()) for name, each in parts.items()}
     assert {n: p.step_s for n, p in surrogate.predict({}).items()} == pytest.approx(prior)
     one = surrogate.predict({found[2].name: Measurement(3 * prior[found[2].name])})
     assert one[found[2].name].step_s == pytest.approx(3 * prior[found[2].name], rel=0.01)

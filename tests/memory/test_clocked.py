@@ -63,5 +63,5 @@ def test_recomputation_costs_the_clocked_forward_once_more() -> None:
     plain, again = (
         step_parts(rates, work, Choice(stage=0, micro=2, accumulation=3, recompute=r)) for r in ("none", "full")
     )
-    assert plain.compute == pytest.approx(3 * (0.1 + 0.3 + 2 * 0.6))
-    assert again.compute - plain.compute == pytest.approx(3 * (0.1 + 2 * 0.2))
+    assert plain.busy == pytest.approx(3 * (0.1 + 0.3 + 2 * 0.6))
+    assert again.busy - plain.busy == pytest.approx(3 * (0.1 + 2 * 0.2))

@@ -43,7 +43,7 @@ def test_a_layout_that_divides_nothing_is_a_data_parallel_step() -> None:
 
 def test_ranks_that_share_layers_compute_and_update_less_and_send_what_their_layers_need() -> None:
     one, two = parts(Layout(micro=8)), parts(Layout(micro=8, tp=2))
-    assert one.compute / 2 < two.compute < 0.75 * one.compute
+    assert one.busy / 2 < two.busy < 0.75 * one.busy
     assert two.update == pytest.approx(one.update / 2, rel=1e-3)
     sums = 4 * 4 + 2
     assert two.inside == pytest.approx(sums * 8 * 65536 / 1e9 + sums * 1e-5)
@@ -59,7 +59,7 @@ def test_a_pipelines_bubble_is_that_of_its_list(stages: int, micros: int) -> Non
         SHAPE,
         Layout(pp=stages, micro=2, accumulation=micros),
     )
-    assert found.bubble / (found.compute + found.bubble) == pytest.approx((stages - 1) / (micros + stages - 1))
+    assert found.bubble / (found.busy + found.bubble) == pytest.approx((stages - 1) / (micros + stages - 1))
 
 
 def llama(layers: int) -> Any:
