@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 COMMANDS: dict[str, str] = {
-    "estimate": "deepspeed.memory.cli",
+    "estimate": "deepspeed.launcher.estimate",
     "doctor": "deepspeed.planner.doctor",
     "max-batch": "deepspeed.planner.largest",
     "max-model": "deepspeed.planner.largest_model",

@@ -138,7 +138,7 @@ def trace_step(
         blocks.apply([plan] * len(blocks.blocks) if isinstance(plan, Recompute) else plan)
     inputs = tree_map_only(Tensor, lambda t: _input_like(t, mode, dtype), (args, dict(kwargs)))
     widens = device_type == "cpu" and needs_wide_matmul(dtype)
-    recorder = _Recorder(skeleton)
+    recorder = Recorder(skeleton)
     # Not before the recorder's hooks: these are the engine's, which run inside of the widening's.
     Widening(skeleton.modules() if widens else ())
     try:
@@ -184,7 +184,7 @@ def _input_like(tensor: Tensor, mode: FakeTensorMode, dtype: torch.dtype) -> Ten
     return made.requires_grad_(tensor.requires_grad)
 
 
-class _Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):
     """Writes the trace while it is on. Weak references tell when storages go."""
 
     def __init__(self, model: nn.Module) -> None:

@@ -62,7 +62,7 @@ class QuantizedWeight(nn.Module):
         self.rows, self.width = shape
         self.spec = spec
         self.dtype = dtype
-        if formats.has_bad_groups(quantized):
+        if not quantized.values.is_meta and formats.has_bad_groups(quantized):
             raise DeepSpeedError(
                 f"a weight {list(shape)} holds NaN or infinity and cannot be quantized.\n  Check what was loaded."
             )
@@ -175,6 +175,11 @@ class QuantizedLinear(nn.Module):
         )  # the layer's may be shared memory
         self.register_parameter("bias", held)
         self._is_compiled = weight.spec.symmetric and native_products.takes(weight.spec.group_size)
+
+    @property
+    def is_compiled(self) -> bool:
+        """Whether few rows are multiplied with the weight as it rests."""
+        return self._is_compiled
 
     @property
     def weight(self) -> Tensor:
