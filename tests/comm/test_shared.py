@@ -20,6 +20,7 @@ from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.shared import MAX_NBYTES, SharedExchange
 from deepspeed.comm.trial import Times, Verdict, verdicts
+from deepspeed.launcher.failure import Failure
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
 from tests.engine.runs import LONG, Run, make_config, train
 from tests.harness import run_ranks
@@ -159,8 +160,10 @@ def end(rank: int, world_size: int) -> None:
     dist.barrier()
     if rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
-    with pytest.raises(RankMismatchError, match=r"rank 1 will send no more: its process \d+ has ended"):
+    with pytest.raises(RankMismatchError, match=r"rank 1 will send no more: its process \d+ has ended") as raised:
         exchange.start_all_reduce(torch.ones(4)).wait()
+    words = f"RankMismatchError: {raised.value}"
+    assert Failure(who="rank 0", host="h", code=1, words=words).is_consequence, "or the launcher would blame this rank"
 
 
 def test_a_rank_that_was_killed_is_an_error_for_those_who_wait_for_it() -> None:
