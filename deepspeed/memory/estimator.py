@@ -27,6 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.activation.blocks import Recompute
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
+from deepspeed.memory.experts import check_ranks, expert_ranks, spread_experts
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.parts import part_of
@@ -165,6 +166,8 @@ class Estimator:
         if world_size % (parts * sharers):
             raise DeepSpeedError(f"tensor_parallel.autotp_size = {sharers} does not divide world_size = {world_size}.")
         world_size //= sharers
+        ep = expert_ranks(self._model, config)
+        check_ranks(ep, world_size)
         trace = self.trace(config, plan)
         assemble.mark_leaves(trace.model, config)
         optimizer, notes = self._make_optimizer(trace.model, config)
@@ -191,10 +194,11 @@ class Estimator:
                 else 0.0
             ),
             given=[_given(param, zero.stage) for param in self._model.parameters()],
-            cut_nbytes=_cut_nbytes(self._model, trace.model, zero.stage) if sharers > 1 else 0,
+            cut_nbytes=_cut_nbytes(self._model, trace.model, zero.stage) if sharers * ep > 1 else 0,
         )
         groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
-        return Played(trace, plan_model(trace.model, groups, placing, limits, shard_size), settings, notes)
+        planned = plan_model(trace.model, groups, placing, limits, shard_size, max(1, shard_size // ep))
+        return Played(trace, planned, settings, notes)
 
     def trace(self, config: Config, plan: Sequence[Recompute] | None = None) -> Trace:
         """The step that is predicted from; kept."""
@@ -204,7 +208,8 @@ class Estimator:
         low = (autocast.dtype or torch.bfloat16) if autocast.enabled else None
         parts, sharers = config.sequence_parallel_size or 1, layer_ranks(config)
         section = config.tensor_parallel.model_dump_json(exclude=_OBJECTS) if sharers > 1 else ""
-        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts, section
+        spread = config.expert_parallel.model_dump_json() if config.expert_parallel.enabled else ""
+        key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts, section, spread
         if key not in self._traces:
             args, kwargs = part_of((self.args, self.kwargs), parts) if parts > 1 else (self.args, self.kwargs)
             self._traces[key] = trace_step(
@@ -234,6 +239,7 @@ class Estimator:
 def _prepare(config: Config, model: nn.Module) -> None:
     assemble.cast_buffers(model, config)
     cut_layers(model, config)
+    spread_experts(model, config)
 
 
 def _cut_nbytes(whole: nn.Module, part: nn.Module, stage: int) -> int:

@@ -261,7 +261,7 @@ class Reductions:
     def _is_sharded(self, bucket: SizedBucket) -> bool:
         """Whether each reduction borrows a flat buffer and leaves its result elsewhere."""
         settings = self._settings
-        return settings.policy.gradients.is_sharded and (settings.shard_size > 1 or self._on_tier(bucket))
+        return settings.policy.gradients.is_sharded and (bucket.layout.world_size > 1 or self._on_tier(bucket))
 
     def _flat_nbytes(self, bucket: SizedBucket) -> int:
         return bucket.layout.padded_numel * self._itemsize
@@ -309,7 +309,7 @@ class Reductions:
             held.append(self.result_nbytes(bucket))  # what is already at rest comes back to be added to
         for nbytes in held:
             self._ledger.add(COMMUNICATION, nbytes)
-        scratch = [self._scratch.take(nbytes) for nbytes in self._scratch_nbytes(layout.padded_numel, wire)]
+        scratch = [self._scratch.take(nbytes) for nbytes in self._scratch_nbytes(bucket, wire)]
         lent = self._lent.pop(bucket, 0)  # the next micro-batch's may be on the wire before this one is delivered
 
         def finish() -> None:
@@ -325,15 +325,18 @@ class Reductions:
                 else:
                     give_back()
 
-        self._in_flight.append(finish)
+        if layout.world_size == 1 < settings.shard_size:  # experts that no other rank has: nothing is sent
+            finish()
+        else:
+            self._in_flight.append(finish)
 
     def _end_stores(self, num_left: int = 0) -> None:
         while len(self._storing) > num_left:
             self._storing.popleft()()
 
-    def _scratch_nbytes(self, numel: int, itemsize: int) -> list[int]:
+    def _scratch_nbytes(self, bucket: SizedBucket, itemsize: int) -> list[int]:
         """What a reduction receives into, beside its destination."""
-        size = self._settings.shard_size
+        numel, size = bucket.layout.padded_numel, bucket.layout.world_size
         if size == 1:
             return []
         if not self._settings.sends_directly:
@@ -349,7 +352,7 @@ class Reductions:
 
     def flush(self) -> None:
         """The end of a round: launch what is left."""
-        if not (self.order and self._is_sharded(self.order[0])) and not self.reduces_now:
+        if not any(map(self._is_sharded, self.order)) and not self.reduces_now:
             for bucket in self.order:
                 if self._missing[bucket] < len(bucket.params):
                     self._lay_down(bucket)

@@ -28,6 +28,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.parallel.expert import even
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
 from deepspeed.utils.waits import COMMUNICATION
@@ -61,7 +62,7 @@ def run_experts(
     place.load.add(counts, counts if chosen is None else chosen)
     weights = weights.reshape(-1, 1)
     if place.size == 1:
-        per_expert: list[int] = counts.tolist()
+        per_expert = even.shares(len(flat), place.num_experts) if even.has_no_values(counts) else counts.tolist()
         order = order[: sum(per_expert)]
         token = order // k
         return mix(tokens, token, weights.index_select(0, order), per_expert)
@@ -150,7 +151,11 @@ def plan(experts: Tensor, token: Tensor, counts: Tensor, num_tokens: int, place:
     number = wanted.cumsum(1, dtype=torch.int32) - 1
     num_rows = wanted[:size].sum(1)
     told = torch.cat([num_rows.new_full((size, 1), place.number), num_rows[:, None], counts.view(size, here)], dim=1)
-    theirs, sent, got = _exchange_counts(told, place)
+    if even.has_no_values(told):
+        sent = got = even.lines(num_tokens, len(experts), place)
+        theirs = torch.empty_like(told)
+    else:
+        theirs, sent, got = _exchange_counts(told, place)
     theirs = _own_first(theirs.to(device), place.rank)
     of_source = theirs[:, HEADER:]
     num_pairs = sum(sum(line[HEADER:]) for line in got)
@@ -249,6 +254,8 @@ def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[i
     """Bytes travel, so that every dtype does."""
     if rows.dim() != 2:
         raise DeepSpeedError(f"rows are [n, width], not {tuple(rows.shape)}.")
+    if even.has_no_values(rows):
+        return
     with COMMUNICATION.during("moe.tokens", rows.nbytes):
         dist.all_to_all_single(into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent), group=group)
 

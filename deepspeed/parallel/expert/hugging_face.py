@@ -115,11 +115,16 @@ def check(
 
 def convert(model: nn.Module, name: str, mesh: Mesh, number: int, *, ways: Ways = EVERY_WAY) -> None:
     """Have a module compute with spread experts: keep this rank's, mark them, exchange tokens. Collective at first use."""
-    module = model.get_submodule(name)
-    num_experts = module.get_parameter(DOWN).shape[0]
-    place = ExpertPlace(
-        num_experts, mesh.size("experts"), mesh.rank("experts"), mesh.group("experts", "tokens"), number
+    num_experts = model.get_submodule(name).get_parameter(DOWN).shape[0]
+    group = mesh.group("experts", "tokens")
+    convert_at(
+        model, name, ExpertPlace(num_experts, mesh.size("experts"), mesh.rank("experts"), group, number), ways=ways
     )
+
+
+def convert_at(model: nn.Module, name: str, place: ExpertPlace, *, ways: Ways = EVERY_WAY) -> None:
+    """The same for a place that is known."""
+    module, num_experts = model.get_submodule(name), place.num_experts
     first, stop = place.first, place.first + place.num_here
     cut = Cut(marks.EXPERT_DIM, 0, ((first, stop),), num_experts)
     mark = Mark(cuts=(cut,), expert=Expert(first, num_experts, f"ep_size_{place.size}"))
