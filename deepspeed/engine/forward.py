@@ -25,6 +25,10 @@ class ForwardCasts:
             (config.torch_autocast.dtype or torch.bfloat16) if config.torch_autocast.enabled else None
         )
         self._input_dtype = dtype if config.fp16.enabled and config.fp16.auto_cast else None
+        self.is_autocast = self._autocast_dtype is not None
+        """Whether `context` does anything."""
+        self.casts_inputs = self._input_dtype is not None
+        """Whether `inputs` does."""
 
     def inputs(self, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
         """The positional arguments, floating tensors in the model's dtype where `fp16.auto_cast` asks for it."""

@@ -1,13 +1,11 @@
 """What to say when memory runs out: what holds most of it, and the one setting that would help most.
 
-The engine puts `MemoryAdvice.explained` around its forward, backward and step. The advice is read from the bytes at rest by kind; what
-an allocator has handed out beyond those is the computation's.
+The phases of the step (`engine.step`) give their errors to `MemoryAdvice.raise_explained`. The advice is read from the bytes at
+rest by kind; what an allocator has handed out beyond those is the computation's.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -31,16 +29,9 @@ class MemoryAdvice:
     num_ranks: int
     """Data-parallel ranks."""
 
-    @contextlib.contextmanager
-    def explained(self, when: str) -> Iterator[None]:
-        """Add to an out-of-memory error inside what holds the memory, and what to change."""
-        try:
-            yield
-        except torch.OutOfMemoryError as error:
-            raise torch.OutOfMemoryError(f"{error}\n{self.explain(when)}") from error
-        except RuntimeError as error:
-            if _CPU_MESSAGE not in str(error):
-                raise
+    def raise_explained(self, error: RuntimeError, when: str) -> None:
+        """If memory ran out: raise it again with what holds the memory, and what to change. Else return."""
+        if isinstance(error, torch.OutOfMemoryError) or _CPU_MESSAGE in str(error):
             raise torch.OutOfMemoryError(f"{error}\n{self.explain(when)}") from error
 
     def explain(self, when: str) -> str:

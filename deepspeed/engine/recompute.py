@@ -28,6 +28,8 @@ class Recomputation:
         self._model, self._config, self._mesh, self._device = model, config, mesh, device
         section = config.activation_checkpointing
         self._budget_gb = section.memory_budget_gb
+        self.is_undecided = self._budget_gb is not None
+        """Whether `choose` still has to."""
         self.blocks: Blocks | None = None
         if section.recompute != "none" or self._budget_gb is not None:
             self.blocks = blocks_of(model, Settings.of_section(section, ModelParallel.of_mesh(mesh)))
@@ -43,7 +45,7 @@ class Recomputation:
         if self._budget_gb is None or not torch.is_grad_enabled():
             return
         assert self.blocks is not None, "a budget has blocks"
-        budget_gb, self._budget_gb = self._budget_gb, None
+        budget_gb, self._budget_gb, self.is_undecided = self._budget_gb, None, False
         rung, estimate = choose_plan(
             self._model,
             self._config,

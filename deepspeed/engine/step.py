@@ -22,6 +22,8 @@ from deepspeed.engine.build import Parts, Watching
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.zero.takeover import NO_BACKWARD
 
+NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
 
 class Conductor:
     """Runs the phases over what was built."""
@@ -40,12 +42,15 @@ class Conductor:
         self.reload_states()  # before hide, which may have to copy gradients that are away
         if torch.is_grad_enabled():
             self._reducer.hide()  # stage 0 shows averaged gradients; autograd has to add to the local ones
-            self._reducer.flush()
+            if not self._reducer.is_flushed:
+                self._reducer.flush()
         if self._schedules.input_steps:
             inputs, kwargs = self._schedules.inputs(inputs, dict(kwargs), module.training)
-        self._recomputation.choose(inputs, dict(kwargs))
-        inputs = self._casts.inputs(inputs)
-        with self.phase("forward", (inputs, kwargs)), self._casts.context():
+        if self._recomputation.is_undecided:
+            self._recomputation.choose(inputs, dict(kwargs))
+        casts = self._casts
+        inputs = casts.inputs(inputs) if casts.casts_inputs else inputs
+        with self.phase("forward", (inputs, kwargs)), casts.context() if casts.is_autocast else NOTHING:
             output = module(*inputs, **kwargs)
         if self._zero.hooks is None and torch.is_grad_enabled():  # else the hooks on its modules watch their outputs
             self._watch.watch(output)
@@ -106,20 +111,24 @@ class Conductor:
     def reload_states(self, non_blocking: bool = False) -> None:
         """Bring back what was put away, if anything."""
         put_away = self._zero.put_away
-        if put_away is not None and not put_away.is_empty:
+        if put_away is not None and put_away.copies:
             put_away.bring_back(non_blocking)
 
     @contextlib.contextmanager
     def phase(self, name: str, value: Any = None) -> Iterator[None]:
         """A part of the step, as a span and for the observers."""
-        with torch.profiler.record_function(f"engine.{name}"), self._advice.explained(name):
-            for observer in self._observers:
-                observer.begins(name, value)
+        with torch.profiler.record_function(f"engine.{name}"):
             try:
-                yield
-            finally:
-                for observer in reversed(self._observers):
-                    observer.ends(name)
+                for observer in self._observers:
+                    observer.begins(name, value)
+                try:
+                    yield
+                finally:
+                    for observer in reversed(self._observers):
+                        observer.ends(name)
+            except RuntimeError as error:
+                self._advice.raise_explained(error, name)
+                raise
 
     def check_loss(self, loss: Any) -> None:
         """Refuse what has no backward."""

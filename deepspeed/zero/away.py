@@ -52,12 +52,8 @@ class PutAway:
 
     def __init__(self, optimizer: ZeroOptimizer, buckets: Sequence[Bucket]) -> None:
         self._optimizer, self._buckets = optimizer, buckets
-        self._copies: list[tuple[torch.UntypedStorage, Tensor]] = []
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether everything is at its place."""
-        return not self._copies
+        self.copies: list[tuple[torch.UntypedStorage, Tensor]] = []
+        """What is away; empty: everything is at its place."""
 
     def put(self, include: Iterable[Any] | None, device: Any, pin_memory: bool, non_blocking: bool) -> None:
         """Move the kinds in `include` (None: all) into main memory and free their storages on the device.
@@ -88,7 +84,7 @@ class PutAway:
 
     def bring_back(self, non_blocking: bool = False) -> None:
         """Have everything at its place again."""
-        copies, self._copies = self._copies, []
+        copies, self.copies = self.copies, []
         for storage, copy in copies:
             storage.resize_(copy.nbytes)
             storage.copy_(copy.untyped_storage(), non_blocking)
@@ -105,7 +101,7 @@ class PutAway:
         copy.untyped_storage().copy_(storage, non_blocking)
         if non_blocking and pins:
             torch.accelerator.current_stream().synchronize()
-        self._copies.append((storage, copy))
+        self.copies.append((storage, copy))
         storage.resize_(0)
 
     def _tensors(self, kind: OffloadStateTypeEnum) -> list[Tensor]:

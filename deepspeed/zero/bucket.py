@@ -259,7 +259,7 @@ class Bucket(FlatSpace):
             raise TrainingStateError(
                 f"{self.names[0]} and others were put away by engine.offload_states.\n  Call engine.reload_states() first."
             )
-        if self._filling.is_under_way:
+        if self._filling.full is not None:
             self.finish_unshard()
         if not self.keeps_storage:
             refill_storage(self.full)
@@ -269,7 +269,8 @@ class Bucket(FlatSpace):
 
     def finish_unshard(self) -> None:
         """Wait for the all-gather and make the parameters usable."""
-        self._filling.wait()
+        if self._filling.full is not None:
+            self._filling.wait()
         if self.state is BucketState.GATHERING:
             self._set_class(ZeroParameter)
             for param, view in zip(self.params, self.views, strict=True):
@@ -328,7 +329,7 @@ class Bucket(FlatSpace):
         """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
         if not self.is_sharded or self.state is BucketState.SHARDED:
             return
-        if self.state is BucketState.GATHERING or self._filling.is_under_way:
+        if self.state is BucketState.GATHERING or self._filling.full is not None:
             self.finish_unshard()
         self._set_class(ZeroParameter)
         for param, view in zip(self.params, self.views, strict=True):

@@ -266,7 +266,8 @@ class Gatherer(Generic[B]):
         if self._is_alone:
             phase.record.plan = phase.needed
         else:
-            self._loads.settle()
+            if self._loads.fillings:
+                self._loads.settle()
             digest = FAILED if self._loads.failure else zlib.crc32(repr(phase.needed).encode())
             digests = self._answer_until_all_end(digest)
             if FAILED in digests:
@@ -344,7 +345,8 @@ class Gatherer(Generic[B]):
     def _agree(self, wish: int, digest: int) -> Sequence[tuple[int, ...]]:
         self.num_agreements += 1
         # A rank that waits for a gather which is queued here cannot answer.
-        self._loads.settle()
+        if self._loads.fillings:
+            self._loads.settle()
         return self._agree_on(wish, digest)
 
     def _serve(self, answers: Iterable[tuple[int, ...]]) -> None:

@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import FrameType
@@ -36,11 +37,14 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
-from deepspeed.zero.modes import in_transform, plain_modes
+from deepspeed.zero.modes import AS_IT_IS, plain_modes
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.saved import Memory, SavedWeights
 
 Handle = torch.utils.hooks.RemovableHandle
+_WANTS_GRADIENT = operator.attrgetter("requires_grad")
+_transform = torch._C._functorch.peek_interpreter_stack
+"""None outside of transforms of `torch.func` (see `zero.modes`, whose calls are left out where a module runs)."""
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -235,11 +239,14 @@ class ModuleHooks:
         if opens:
             self.watch.end()
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
-            with plain_modes():  # it prefetches
+            with (
+                plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
+            ):  # it prefetches
                 self.gatherer.begin(kind, self._names.get(module, ""))
-        frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=in_transform())
+        is_unseen = _transform() is not None
+        frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=is_unseen)
         self._frames.append(frame)
-        with plain_modes():
+        with plain_modes() if is_unseen or torch.is_inference_mode_enabled() else AS_IT_IS:
             for bucket in frame.buckets:
                 self.gatherer.request(bucket, frame.own.get(bucket))
         if torch.is_grad_enabled():
@@ -273,7 +280,9 @@ class ModuleHooks:
             if bucket not in kept:
                 self.gatherer.release(bucket, frame.own.pop(bucket, None))
         if frame.opened_phase:
-            with plain_modes():  # it may gather for ranks that are not done
+            with (
+                plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
+            ):  # it may gather for ranks that are not done
                 self.gatherer.end()
 
     def _hand_on_views(self, frame: Frame, output: Any) -> list[Bucket]:
@@ -309,7 +318,8 @@ class ModuleHooks:
                 tensor.register_hook(before_backward)
 
     def _watch_frozen(self, frame: Frame, inputs: Any) -> None:
-        frozen = [bucket for bucket in frame.buckets if not bucket.requires_grad]
+        with torch._C.DisableTorchFunctionSubclass():  # sharded ones would ask themselves what may be asked
+            frozen = [bucket for bucket in frame.buckets if not any(map(_WANTS_GRADIENT, bucket.params))]
         tensors = [tensor for tensor in tensors_in(inputs) if tensor.requires_grad] if frozen else []
         count = len(tensors)
         waits_for = set(range(count))

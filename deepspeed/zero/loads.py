@@ -28,24 +28,19 @@ class LoadQueue:
     """Fillings whose slices are being loaded, in launch order; see Note [Loads keep the order of launches]."""
 
     def __init__(self) -> None:
-        self._fillings: deque[Filling] = deque()
+        self.fillings: deque[Filling] = deque()
         self.failure: TierError | None = None
         """The first load that failed here. Its gather goes on, with NaN, so that no rank waits for this one."""
 
-    @property
-    def is_empty(self) -> bool:
-        """Whether no gather waits for its turn."""
-        return not self._fillings
-
     def add(self, filling: Filling) -> None:
         """Queue one up; its gather starts at once where nothing has to be waited for."""
-        self._fillings.append(filling)
-        while self._fillings and self._fillings[0].is_loaded:
+        self.fillings.append(filling)
+        while self.fillings and self.fillings[0].is_loaded:
             self._start_first()
 
     def settle(self, until: Filling | None = None) -> None:
         """Start the gathers of all in the queue, or of those up to `until`, waiting for their loads."""
-        while self._fillings and (until is None or until in self._fillings):
+        while self.fillings and (until is None or until in self.fillings):
             self._start_first()
 
     def raise_failure(self) -> None:
@@ -56,7 +51,7 @@ class LoadQueue:
 
     def _start_first(self) -> None:
         try:
-            self._fillings.popleft().gather()
+            self.fillings.popleft().gather()
         except TierError as error:
             self.failure = self.failure or error
 
@@ -69,7 +64,8 @@ class Filling:
         self._rest, self._queue = rest, queue
         self.by = by
         """By what the buffer was filled last."""
-        self._full: Tensor | None = None
+        self.full: Tensor | None = None
+        """What is being filled, until `wait`; None: there is nothing to wait for."""
         self._own: Tensor | None = None
         self._load: Transfer | None = None
         self._source: Tensor | None = None
@@ -77,23 +73,18 @@ class Filling:
 
     def start(self, full: Tensor, own: Tensor, exchange: Exchange) -> None:
         """Begin to fill `full`, of which `own` is this rank's slice. Collective: every rank, same order."""
-        self._full, self._own, self.by = full, own, exchange
+        self.full, self._own, self.by = full, own, exchange
         if not exchange.needs_shard:
             self._pending = exchange.start_all_gather(full)
             return
         is_here = self._rest.device == full.device
         self._source = self._rest.view(0, own.numel()) if is_here else None
-        if self._source is not None and self._queue.is_empty:  # nothing to wait for, and nobody to wait behind
+        if self._source is not None and not self._queue.fillings:  # nothing to wait for, and nobody to wait behind
             self._pending = exchange.start_all_gather(full, self._source)
             self._source = None
             return
         self._load = None if self._source is not None else self._rest.start_load(0, own)
         self._queue.add(self)
-
-    @property
-    def is_under_way(self) -> bool:
-        """Whether `wait` has something to wait for."""
-        return self._full is not None
 
     @property
     def is_loaded(self) -> bool:
@@ -102,7 +93,7 @@ class Filling:
 
     def gather(self) -> None:
         """Wait for this rank's slice and start the all-gather. Raises TierError, having started it all the same."""
-        assert self._full is not None, "queued by `start`"
+        assert self.full is not None, "queued by `start`"
         assert self._own is not None, "set with it"
         load, self._load = self._load, None
         source, self._source = self._source, None
@@ -113,11 +104,11 @@ class Filling:
             self._own.fill_(torch.nan)
             raise
         finally:
-            self._pending = self.by.start_all_gather(self._full, source)
+            self._pending = self.by.start_all_gather(self.full, source)
 
     def wait(self) -> None:
         """Have the buffer filled, if it was started."""
         self._queue.settle(until=self)
         if self._pending is not None:
             self._pending.wait()
-        self._full = self._own = self._pending = None
+        self.full = self._own = self._pending = None

@@ -14,7 +14,7 @@ from contextlib import AbstractContextManager
 
 import torch
 
-_AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()
+AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()
 
 
 def in_transform() -> bool:
@@ -26,7 +26,7 @@ def plain_modes() -> AbstractContextManager[None]:
     """Context: neither inference mode nor a transform of `torch.func`; gradient mode stays what it was."""
     if torch.is_inference_mode_enabled() or in_transform():
         return _left()
-    return _AS_IT_IS
+    return AS_IT_IS
 
 
 @contextlib.contextmanager

@@ -65,6 +65,8 @@ class Reducer:
         """The same, since the engine last set it to False: after each micro-batch."""
         self.has_stood_in = False
         """Whether all that this rank has of the step is zeros, in place of a backward that was not seen here."""
+        self.is_flushed = True
+        """Whether `flush` would find nothing to do; False where that is not known."""
         self._is_owed = False
         """Whether a round has to be launched though nothing arrived; see `expect_round`."""
         self.left_out: list[tuple[int, int]] = []
@@ -133,14 +135,14 @@ class Reducer:
     def begin_bucket(self) -> None:
         """See LastHook."""
         self.saw_backward = self.saw_micro_batch = True
-        self.has_stood_in = False
+        self.has_stood_in = self.is_flushed = False
 
     def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """See LastHook: the gradient stays with the parameter until the next arrives."""
         if self._shown.shows_any:
             self._begin_again(gradients, index, param)
         self._early.append((gradients, index, param))
-        self.is_plain = False
+        self.is_plain = self.is_flushed = False
         self.saw_backward = self.saw_micro_batch = True
 
     def _take_those_seen(self) -> None:
@@ -196,6 +198,7 @@ class Reducer:
         """Keep the backward open: gradients add up on the rank; what filled leaves when the last context ends. Inside of a
         backward its end then flushes the rest, as ever; around several ones call `flush` after it, which is collective."""
         self._num_holds += 1
+        self.is_flushed = False
         self._look()
         try:
             yield
@@ -216,7 +219,7 @@ class Reducer:
                     if not gradients.has_local:
                         gradients.lay_down()
                     gradients.arrivals.used.add(i)
-                    self.saw_backward = True
+                    self.saw_backward, self.is_flushed = True, False
                     return gradients.sums()[i]
         return None
 
@@ -234,6 +237,7 @@ class Reducer:
         """
         self.has_stood_in = not was_seen and (self.has_stood_in or not self.saw_backward)
         self.saw_backward = self.saw_micro_batch = self._is_owed = True
+        self.is_flushed = False
 
     def _launch(self, gradients: Gradients) -> None:
         self._in_flight.end(gradients)
@@ -252,13 +256,18 @@ class Reducer:
             return
         has_begun = self.rounds.has_begun
         is_owed, self._is_owed = self._is_owed, False
-        if has_begun or is_owed or any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order):
+        if has_begun or is_owed or self._has_unsent():
             if has_begun or any(self._leaves(gradients) for gradients in self.order):
                 for gradients in self.rounds.rest():
                     self._launch(gradients)
             else:
                 self._keep()
         self.rounds.end()
+        # A bucket that filled in part after its turn is the next round's.
+        self.is_flushed = not self._has_unsent()
+
+    def _has_unsent(self) -> bool:
+        return any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order)
 
     def _keep(self) -> None:
         """Lay down what arrived; it stays on the rank."""
