@@ -182,6 +182,7 @@ class Reducer:
         if self.rounds.had_turn(gradients):
             self.flush()  # it was launched in this round: end that one, and begin the next with what came since
         self.rounds.fill(gradients)
+        self.is_flushed = False
         if self._overlap:
             for due in self.rounds.due():
                 self._launch(due)
