@@ -41,7 +41,8 @@ class Conductor:
         self._watch.end()  # first, of a backward that failed: what follows may free what it still holds
         self.reload_states()  # before hide, which may have to copy gradients that are away
         if torch.is_grad_enabled():
-            self._reducer.hide()  # stage 0 shows averaged gradients; autograd has to add to the local ones
+            if self._reducer.shown.shows_any:  # stage 0: averaged gradients; autograd has to add to the local ones
+                self._reducer.hide()
             if not self._reducer.is_flushed:
                 self._reducer.flush()
         if self._schedules.input_steps:

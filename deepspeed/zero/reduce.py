@@ -71,7 +71,7 @@ class Reducer:
         """Whether a round has to be launched though nothing arrived; see `expect_round`."""
         self.left_out: list[tuple[int, int]] = []
         """(bucket, parameter) whose gradient the script took away: they are not stepped on this rank."""
-        self._shown = ShownGradients()
+        self.shown = ShownGradients()
         self._assigned: list[Assigned] | None = None
         """Of the step that is under way."""
         self._overlap = overlap
@@ -115,7 +115,7 @@ class Reducer:
     def take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """See LastHook: take `param.grad` over, and count."""
         self._take_those_seen()
-        if self._shown.shows_any:
+        if self.shown.shows_any:
             self._begin_again(gradients, index, param)
         if self._num_holds and gradients.has_local and gradients.arrivals.has(index):
             gradients.lay_down()  # one after the other onto the sum, as autograd adds them up, not two at once
@@ -139,7 +139,7 @@ class Reducer:
 
     def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """See LastHook: the gradient stays with the parameter until the next arrives."""
-        if self._shown.shows_any:
+        if self.shown.shows_any:
             self._begin_again(gradients, index, param)
         self._early.append((gradients, index, param))
         self.is_plain = self.is_flushed = False
@@ -152,7 +152,7 @@ class Reducer:
         self._look()
 
     def _look(self) -> None:
-        self.is_plain = not (self._early or self._shown.shows_any or self._num_holds)
+        self.is_plain = not (self._early or self.shown.shows_any or self._num_holds)
 
     def _begin_again(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """A backward that nobody announced (outside of the model's outputs) ran into gradients that are shown. What autograd
@@ -280,7 +280,7 @@ class Reducer:
     def finish(self) -> None:
         """Deliver every gradient of this step to the optimizer's placement. Collective; call at the boundary."""
         assert not self._num_holds, "the step is inside of a backward that is held open (Reducer.hold)"
-        self.left_out = self._shown.adopt()
+        self.left_out = self.shown.adopt()
         self.flush()
         for gradients in self.order:
             is_owed = gradients.is_whole and (gradients.has_local or not gradients.is_reduced)
@@ -305,18 +305,18 @@ class Reducer:
 
     def expose(self) -> None:
         """Show reduced gradients that are whole on this rank as `param.grad`, until `hide`."""
-        self._shown.show(self.gradients)
+        self.shown.show(self.gradients)
         self._look()
 
     def veil(self) -> None:
         """Tell a script that looks at `param.grad` before the step, where ranks have slices."""
         if self.saw_backward and self._should_reduce():
-            self._shown.veil(self.gradients)
+            self.shown.veil(self.gradients)
 
     def hide(self) -> None:
         """Take back what is shown, as the script left it, before autograd could add to it."""
-        if self._shown.shows_any:
-            self._shown.hide()
+        if self.shown.shows_any:
+            self.shown.hide()
             self._look()
 
     def assigned(self) -> list[Assigned]:
@@ -324,7 +324,7 @@ class Reducer:
         if self._assigned is not None:
             return self._assigned
         self._take_those_seen()
-        return self._shown.assigned(self.gradients)
+        return self.shown.assigned(self.gradients)
 
     def look_for_assigned(self) -> list[Assigned]:
         """The same, and until `drop` they are as found now: in a step the script has no turn."""
@@ -338,7 +338,7 @@ class Reducer:
             assigned.param.grad = None
         self._assigned = None
         self._in_flight.end_all()
-        self._shown.close()
+        self.shown.close()
         self._look()
         self.left_out = []
         for gradients in self.gradients:
