@@ -32,6 +32,8 @@ from deepspeed.parallel.pipeline.saved import Saved
 from deepspeed.parallel.pipeline.weights import Later, Queue
 from deepspeed.utils.errors import DeepSpeedError
 
+_NOTHING = contextlib.nullcontext()
+
 
 class Work(Protocol):
     """What is done at a stage; the engine's."""
@@ -136,14 +138,7 @@ class Executor:
 
     def _carry_out(self, actions: Actions, action: Action, trains: bool, puts_off: bool) -> None:
         if action.op is Op.FORWARD:
-            saved = Saved()
-            with (
-                self._later if puts_off else contextlib.nullcontext(),
-                saved if self.measures else contextlib.nullcontext(),
-            ):
-                self._forward(actions, action, trains)
-            if self.measures:
-                self.saved_bytes[action.stage] = max(saved.nbytes, self.saved_bytes.get(action.stage, 0))
+            self._forward(actions, action, trains, puts_off)
         elif action.op is Op.WEIGHT:
             queue = self._alive.pop((action.stage, action.micro)).queue
             self._owed[action.stage].remove(queue)
@@ -153,18 +148,19 @@ class Executor:
 
     # Forward. ------------------------------------------------------------------------------------------------------
 
-    def _forward(self, actions: Actions, action: Action, trains: bool) -> None:
+    def _forward(self, actions: Actions, action: Action, trains: bool, puts_off: bool) -> None:
         stage, micro = action.stage, action.micro
         alive = self._inputs(actions, stage, micro, trains)
-        if stage == 0:
-            output = self._work.forward(stage, self._work.load(micro))
-        else:
-            own = [_writable(value) for value in alive.inputs]
-            output = self._work.forward(stage, tuple(own) if alive.is_tuple else own[0])
-            alive.handed = {id(value) for value in own if value is not None}
-        if stage == actions.num_stages - 1:
-            alive.loss = self._work.loss(output, micro)
-        else:
+        is_last = stage == actions.num_stages - 1
+        saved = Saved()
+        # Around the stage alone: under a function mode each call of torch, those of messages too, goes through Python.
+        with self._later if puts_off else _NOTHING, saved if self.measures else _NOTHING:
+            output = self._outputs(stage, micro, alive)
+            if is_last:
+                alive.loss = self._work.loss(output, micro)
+        if self.measures:
+            self.saved_bytes[stage] = max(saved.nbytes, self.saved_bytes.get(stage, 0))
+        if not is_last:
             values, is_tuple = unpack(output, f"stage {stage}")
             if trains:
                 self._check_gradients(stage, values, alive)
@@ -172,6 +168,13 @@ class Executor:
             self._mail.send(actions.rank_of[stage + 1], Key(stage + 1, micro, True), values, is_tuple)
         if trains:
             self._alive[stage, micro] = alive
+
+    def _outputs(self, stage: int, micro: int, alive: Alive) -> Any:
+        if stage == 0:
+            return self._work.forward(stage, self._work.load(micro))
+        own = [_writable(value) for value in alive.inputs]
+        alive.handed = {id(value) for value in own if value is not None}
+        return self._work.forward(stage, tuple(own) if alive.is_tuple else own[0])
 
     def _inputs(self, actions: Actions, stage: int, micro: int, trains: bool) -> Alive:
         if stage == 0:
@@ -215,8 +218,10 @@ class Executor:
         alive.outputs, alive.loss = [], None
         self._current = alive.queue
         if roots:
-            with self._later if puts_off else contextlib.nullcontext():
+            with self._later if puts_off else _NOTHING:
                 self._work.backward(roots, gradients)
+        if stage > 0:
+            self._send_gradients(actions, action, alive)
         owed = self._owed.setdefault(stage, [])
         if action.op is Op.INPUT:
             owed.append(alive.queue)
@@ -226,8 +231,6 @@ class Executor:
             owed[-1].take_over(alive.queue)
         else:
             alive.queue.run()
-        if stage > 0:
-            self._send_gradients(actions, action, alive)
         alive.inputs = []
         if action.op is Op.BACKWARD:
             del self._alive[stage, micro]
@@ -246,7 +249,7 @@ class _Alias(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, value: Tensor) -> Tensor:
-        return value.new_empty(0).set_(value.untyped_storage(), 0, value.shape, value.stride())
+        return value.new_empty(0).set_(value.untyped_storage(), value.storage_offset(), value.shape, value.stride())
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:

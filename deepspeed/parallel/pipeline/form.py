@@ -9,6 +9,7 @@ boolean mask of four 34.
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -32,6 +33,11 @@ class Value(NamedTuple):
     shape: tuple[int, ...] = ()
     has_gradient: bool = False
 
+    @property
+    def nbytes(self) -> int:
+        """Of the value itself."""
+        return 0 if self.dtype is None else math.prod(self.shape) * self.dtype.itemsize
+
 
 class Form(NamedTuple):
     """All values of a hop, and whether they are handed on as a tuple."""
@@ -51,7 +57,7 @@ class Form(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Of the values themselves."""
-        return sum(torch.Size(v.shape).numel() * v.dtype.itemsize for v in self.values if v.dtype is not None)
+        return sum(value.nbytes for value in self.values)
 
 
 def decode(data: bytes) -> Form:
