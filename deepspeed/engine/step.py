@@ -118,7 +118,9 @@ class Conductor:
     @contextlib.contextmanager
     def phase(self, name: str, value: Any = None) -> Iterator[None]:
         """A part of the step, as a span and for the observers."""
-        with torch.profiler.record_function(f"engine.{name}"):
+        # Without a profiler nobody sees a span, which takes 4 us.
+        is_seen = torch.autograd._profiler_enabled()
+        with torch.profiler.record_function(f"engine.{name}") if is_seen else NOTHING:
             try:
                 for observer in self._observers:
                     observer.begins(name, value)

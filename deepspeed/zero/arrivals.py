@@ -27,7 +27,7 @@ _is_sparse = attrgetter("is_sparse")
 class Arrivals:
     """The gradients of one bucket's parameters since they were last laid down."""
 
-    __slots__ = ("_parts", "num_here", "num_params", "rows", "used", "waiting")
+    __slots__ = ("_all", "_parts", "num_here", "num_params", "rows", "used", "waiting")
 
     def __init__(self, num_params: int) -> None:
         self.num_params = num_params
@@ -35,6 +35,7 @@ class Arrivals:
         """By parameter, what waits. `zero.last_hook` fills it in place, and counts, where `take` would do no more than that."""
         self.num_here = 0
         """Of how many parameters a gradient waits to be laid down."""
+        self._all = frozenset(range(num_params))
         self._parts: set[int] = set()
         """Parameters of whose gradients more is to come; known where all have arrived."""
         self.used: set[int] = set()
@@ -90,8 +91,8 @@ class Arrivals:
     def lay_into(self, views: Sequence[Tensor], adds: bool) -> None:
         """Write what waits into the parameters' views, or add it. Unless it adds, what did not arrive becomes zero."""
         is_complete = self.num_here == self.num_params  # as nearly always
-        here = range(self.num_params) if is_complete else [i for i, t in enumerate(self.waiting) if t is not None]
-        gradients = self._dense_ones(here)
+        here = self._all if is_complete else [i for i, t in enumerate(self.waiting) if t is not None]
+        gradients = self._dense_ones()
         targets = list(views) if is_complete else [views[i] for i in here]
         if gradients and adds:
             torch._foreach_add_(targets, gradients)
@@ -102,11 +103,11 @@ class Arrivals:
         self.used.update(here)
         self.forget()
 
-    def _dense_ones(self, here: Sequence[int]) -> list[Tensor]:
+    def _dense_ones(self) -> list[Tensor]:
         gradients = [tensor for tensor in self.waiting if tensor is not None]
         if not any(map(_is_sparse, gradients)):
             return gradients
-        self._note_rows(zip(here, gradients, strict=True))
+        self._note_rows((i, tensor) for i, tensor in enumerate(self.waiting) if tensor is not None)
         return list(map(_dense, gradients))
 
     def _note_rows(self, gradients: Iterable[tuple[int, Tensor]]) -> None:

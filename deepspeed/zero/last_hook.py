@@ -39,10 +39,11 @@ class Taker(Protocol):
 class LastHook:
     """Tells `taker` of parameter number `index` of a bucket, after the other post-accumulate hooks of the parameter."""
 
-    __slots__ = ("_gradients", "_handle", "_hooks", "_index", "_number", "_taker")
+    __slots__ = ("_arrivals", "_gradients", "_handle", "_hooks", "_index", "_number", "_taker")
 
     def __init__(self, taker: Taker, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         self._taker, self._gradients, self._index = taker, gradients, index
+        self._arrivals = gradients.arrivals
         self._handle = param.register_post_accumulate_grad_hook(self)
         self._hooks: dict[int, Any] = param._post_accumulate_grad_hooks
         self._number = self._handle.id
@@ -50,7 +51,7 @@ class LastHook:
     def __call__(self, param: nn.Parameter) -> None:
         """Once per parameter, between autograd's nodes: the usual case without another call, which is half of its time."""
         if len(self._hooks) == 1 or next(reversed(self._hooks)) == self._number:
-            arrivals, index, taker = self._gradients.arrivals, self._index, self._taker
+            arrivals, index, taker = self._arrivals, self._index, self._taker
             if not taker.is_plain or arrivals.waiting[index] is not None:
                 taker.take(self._gradients, index, param)
                 return
