@@ -25,6 +25,7 @@ fused.py        one compiled call per token, beneath the model's own forward
 cache.py        keys and values that grow in place
 int8_cache.py   keys and values in int8
 times.py        how long forwards take, inside of generate too
+estimate.py     `deepspeed estimate --inference`: weights, cache and working memory of a rank
 limits.py       what is refused before a prompt costs any work
 """
 

@@ -3,7 +3,7 @@
 Called by the launcher's command; calls what `init_inference` calls, on a copy of the model without values: the same cast, cut over absent ranks
 and quantization. Cache and working memory are those of one forward over a prompt, traced on fake tensors.
 
-    weights    parameters and buffers, quantized ones with their scales; experts divided over `moe.ep_size`
+    weights    parameters and buffers, quantized ones with their scales; experts divided over the ranks that share them
     cache      keys and values of one token, of all layers that keep them; times tokens and sequences
     working    the highest sum of a forward's own tensors, the cache left out, and of the weight that is made whole for a product
 

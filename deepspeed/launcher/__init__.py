@@ -20,6 +20,7 @@
     failure.py      what went wrong, who is to blame, the words for it             (pure)
     outlet.py       writing without waiting for the reader
     bench.py        ds_bench; ds_ssh.py: ds_ssh; commands.py: `deepspeed report` and the like
+    estimate.py     `deepspeed estimate`, of a run that trains or only runs
 
 Invariant: imports no torch, but for `elastic`, a process of its own, and `bench`.
 """

@@ -257,7 +257,7 @@ class Reducer:
             return
         has_begun = self.rounds.has_begun
         is_owed, self._is_owed = self._is_owed, False
-        if has_begun or is_owed or self._has_unsent():
+        if has_begun or is_owed or _have_unsent(self.order):
             if has_begun or any(self._leaves(gradients) for gradients in self.order):
                 for gradients in self.rounds.rest():
                     self._launch(gradients)
@@ -265,10 +265,7 @@ class Reducer:
                 self._keep()
         self.rounds.end()
         # A bucket that filled in part after its turn is the next round's.
-        self.is_flushed = not self._has_unsent()
-
-    def _has_unsent(self) -> bool:
-        return any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in self.order)
+        self.is_flushed = not _have_unsent(self.order)
 
     def _keep(self) -> None:
         """Lay down what arrived; it stays on the rank."""
@@ -354,3 +351,7 @@ class Reducer:
             hook.remove()
         self._hooks.clear()
         self.pool.clear()
+
+
+def _have_unsent(order: Sequence[Gradients]) -> bool:
+    return any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in order)
