@@ -113,7 +113,8 @@ class DirectExchange:
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
-        dist.broadcast(full, group=self._group, group_src=source)
+        # Gloo knows no complex numbers before torch 2.7.
+        dist.broadcast(torch.view_as_real(full) if full.is_complex() else full, group=self._group, group_src=source)
 
     def _launch_sum(self, to_rank: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> Pending:
         """Send to_rank[peer] to every peer; their buffers for this rank and to_rank[rank], added up, go to `out`."""
