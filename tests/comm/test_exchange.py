@@ -15,12 +15,18 @@ from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, slices_of
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.shared import SharedExchange
-from tests.harness import run_ranks
+from tests.harness import close_pools, run_ranks
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 KINDS = ["direct", "shared", "collective"]
 WORLD_SIZES = [1, 2, 3]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _new_ranks() -> None:
+    """Meshes of earlier tests live as long as their ranks, and a process has so many boards at once."""
+    close_pools()
 
 
 def _exchange(kind: str) -> Exchange:

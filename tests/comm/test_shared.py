@@ -23,11 +23,17 @@ from deepspeed.comm.trial import Times, Verdict, verdicts
 from deepspeed.launcher.failure import Failure
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
 from tests.engine.runs import LONG, Run, make_config, train
-from tests.harness import run_ranks
+from tests.harness import close_pools, run_ranks
 from tests.models import build
 
 CPU = torch.device("cpu")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _new_ranks() -> None:
+    """Meshes of earlier tests live as long as their ranks, and a process has so many boards at once."""
+    close_pools()
 
 
 def shared_exchange(ranks: list[int] | None = None) -> SharedExchange:

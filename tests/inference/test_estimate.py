@@ -68,7 +68,10 @@ def test_a_cache_of_int8_has_its_scales() -> None:
 
 
 def in_parts(rank: int, world_size: int, family: str, keywords: dict[str, Any]) -> int:
-    return held(deepspeed.init_inference(build(family), **keywords))
+    engine = deepspeed.init_inference(build(family), **keywords)
+    found = held(engine)
+    engine.destroy()  # a mesh in use would be the next test's
+    return found
 
 
 @pytest.mark.parametrize(
