@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from deepspeed.kernels.pages import in_large_pages
 from deepspeed.kernels.table import pick
+from deepspeed.utils.values import has_values
 
 Product = Callable[[Tensor, Tensor, "Sequence[int]"], Tensor]
 """(rows [n, in], weight [groups, in, out], rows per group) -> [n, out]."""
@@ -131,7 +132,7 @@ class Trial:
 
     def choose(self, rows: Tensor, weight: Tensor, ways: Ways = EVERY_WAY) -> Product:
         """The product for rows like these. Takes a few milliseconds at a kind's first use."""
-        if torch.are_deterministic_algorithms_enabled() or isinstance(rows, torch._subclasses.FakeTensor):
+        if torch.are_deterministic_algorithms_enabled() or not has_values(rows):
             return looped  # what has no values takes no time
         products = candidates(rows, weight, ways)
         if len(products) == 1:

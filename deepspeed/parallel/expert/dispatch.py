@@ -31,6 +31,7 @@ from torch import Tensor
 from deepspeed.parallel.expert import even
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
+from deepspeed.utils.values import has_values
 from deepspeed.utils.waits import COMMUNICATION
 
 Compute = Callable[[Tensor, "list[int]"], Tensor]
@@ -62,7 +63,7 @@ def run_experts(
     place.load.add(counts, counts if chosen is None else chosen)
     weights = weights.reshape(-1, 1)
     if place.size == 1:
-        per_expert = even.shares(len(flat), place.num_experts) if even.has_no_values(counts) else counts.tolist()
+        per_expert = counts.tolist() if has_values(counts) else even.shares(len(flat), place.num_experts)
         order = order[: sum(per_expert)]
         token = order // k
         return mix(tokens, token, weights.index_select(0, order), per_expert)
@@ -151,11 +152,11 @@ def plan(experts: Tensor, token: Tensor, counts: Tensor, num_tokens: int, place:
     number = wanted.cumsum(1, dtype=torch.int32) - 1
     num_rows = wanted[:size].sum(1)
     told = torch.cat([num_rows.new_full((size, 1), place.number), num_rows[:, None], counts.view(size, here)], dim=1)
-    if even.has_no_values(told):
+    if has_values(told):
+        theirs, sent, got = _exchange_counts(told, place)
+    else:
         sent = got = even.lines(num_tokens, len(experts), place)
         theirs = torch.empty_like(told)
-    else:
-        theirs, sent, got = _exchange_counts(told, place)
     theirs = _own_first(theirs.to(device), place.rank)
     of_source = theirs[:, HEADER:]
     num_pairs = sum(sum(line[HEADER:]) for line in got)
@@ -254,7 +255,7 @@ def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[i
     """Bytes travel, so that every dtype does."""
     if rows.dim() != 2:
         raise DeepSpeedError(f"rows are [n, width], not {tuple(rows.shape)}.")
-    if even.has_no_values(rows):
+    if not has_values(rows):
         return
     with COMMUNICATION.during("moe.tokens", rows.nbytes):
         dist.all_to_all_single(into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent), group=group)

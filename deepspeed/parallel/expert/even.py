@@ -11,15 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-import torch
-from torch import Tensor
-
 from deepspeed.parallel.expert.place import ExpertPlace
-
-
-def has_no_values(tensor: Tensor) -> bool:
-    """Whether a tensor has a shape alone."""
-    return isinstance(tensor, torch._subclasses.FakeTensor)
 
 
 def shares(number: int, num_experts: int) -> list[int]:

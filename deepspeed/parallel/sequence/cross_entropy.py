@@ -17,8 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.collective import all_gather_single
-from deepspeed.parallel.sequence.inputs import IGNORED, has_values
+from deepspeed.parallel.sequence.inputs import IGNORED
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.values import has_values
 
 Group = Any
 

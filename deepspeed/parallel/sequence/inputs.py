@@ -57,11 +57,6 @@ class SequenceInputs:
         return whole[..., start : start + self.lengths[self.rank]].contiguous()
 
 
-def has_values(tensor: Tensor) -> bool:
-    """False in a prediction of memory or time, whose tensors have shapes alone."""
-    return type(tensor).__name__ != "FakeTensor"
-
-
 def gather_inputs(
     group: Group,
     position_ids: Tensor | None,

@@ -17,9 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.parallel.sequence.inputs import IGNORED, has_values
+from deepspeed.parallel.sequence.inputs import IGNORED
 from deepspeed.parallel.sequence.tiled import Summed, comes_and_goes, tile_bounds, tiled, trained
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.values import has_values
 
 
 class TiledFusedLogitsLoss:
