@@ -179,21 +179,22 @@ class Takeover:
         except TrainingStateError as error:
             refusal = str(error)
         has_nothing = is_step and self._optimizer.reducer.has_stood_in
-        lists_strangers = self.facts.groups.has_changed
-        mine = (has_nothing, refusal, lists_strangers, [(c.kind, c.name, c.line) for c in found])
+        mine = (has_nothing, refusal, [(c.kind, c.name, c.line) for c in found])
         told = self._mesh.gather_objects("average", mine)
-        if all(has_nothing for has_nothing, *_ in told):
+        if all(has_nothing for has_nothing, _, _ in told):
             self._optimizer.reducer.drop()
             raise TrainingStateError(self.why_nothing_arrived())
-        self._raise_any([theirs for _, theirs, *_ in told])
-        structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for *_, theirs in told]
+        self._raise_any([theirs for _, theirs, _ in told])
+        structures = [[line for kind, _, line in theirs if kind not in IS_VALUE] for _, _, theirs in told]
         self._require_equal(structures)
         self._assign([change.param for change in found if change.kind is Kind.ASSIGNED])
-        self._compare_values([{name for kind, name, _ in theirs if kind in IS_VALUE} for *_, theirs in told])
+        self._compare_values([{name for kind, name, _ in theirs if kind in IS_VALUE} for _, _, theirs in told])
         rename(self._built, self._root)
         joining = [change for change in found if change.kind is Kind.TRAINS]
-        if joining or any(lists for _, _, lists, _ in told):  # ways of sending are made there, by all ranks or by none
-            self._join(joining)
+        if joining or self.facts.groups.has_changed:
+            self._built.builder.group_of.update(self._listed())
+        if joining:  # the same on every rank: ways of sending are made there, by all of them
+            self._joining.join([(change.param, change.name) for change in joining])
         self.facts.renew()
         self._ask_seals()
 
@@ -418,10 +419,6 @@ class Takeover:
             view = slot.bucket.view_of(param)
             view.copy_(param.detach())
             param.data = view
-
-    def _join(self, changes: Sequence[Change]) -> None:
-        self._built.builder.group_of.update(self._listed())
-        self._joining.join([(change.param, change.name) for change in changes])
 
 
 def rename(built: Built, root: nn.Module) -> None:
