@@ -25,6 +25,7 @@ import functools
 import operator
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from types import FrameType
 from typing import Any
 
@@ -45,6 +46,11 @@ Handle = torch.utils.hooks.RemovableHandle
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
 _transform = torch._C._functorch.peek_interpreter_stack
 """None outside of transforms of `torch.func` (see `zero.modes`, whose calls are left out where a module runs)."""
+
+
+def _plain() -> AbstractContextManager[None]:
+    """`plain_modes`, which is not entered where there is nothing to leave: at nearly every module."""
+    return plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -239,14 +245,12 @@ class ModuleHooks:
         if opens:
             self.watch.end()
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
-            with (
-                plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
-            ):  # it prefetches
+            with _plain():  # it prefetches
                 self.gatherer.begin(kind, self._names.get(module, ""))
         is_unseen = _transform() is not None
         frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=is_unseen)
         self._frames.append(frame)
-        with plain_modes() if is_unseen or torch.is_inference_mode_enabled() else AS_IT_IS:
+        with _plain():
             for bucket in frame.buckets:
                 self.gatherer.request(bucket, frame.own.get(bucket))
         if torch.is_grad_enabled():
@@ -280,9 +284,7 @@ class ModuleHooks:
             if bucket not in kept:
                 self.gatherer.release(bucket, frame.own.pop(bucket, None))
         if frame.opened_phase:
-            with (
-                plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
-            ):  # it may gather for ranks that are not done
+            with _plain():  # it may gather for ranks that are not done
                 self.gatherer.end()
 
     def _hand_on_views(self, frame: Frame, output: Any) -> list[Bucket]:
