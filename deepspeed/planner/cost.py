@@ -112,12 +112,10 @@ class Parts:
     def costs(self) -> dict[str, float]:
         """Each part as the step's length has it: communication without what is hidden. They sum to the total."""
         found = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        hidden, sent = found.pop("hidden"), self.gather + self.reduce
-        return (
-            found
-            if hidden == 0
-            else {**found, **{key: found[key] * (1 - hidden / sent) for key in ("gather", "reduce")}}
-        )
+        if hidden := found.pop("hidden"):
+            seen = 1 - hidden / (self.gather + self.reduce)
+            found |= {"gather": seen * self.gather, "reduce": seen * self.reduce}
+        return found
 
     def shares(self) -> dict[str, float]:
         """Each part of the total."""
