@@ -174,12 +174,8 @@ class QuantizedLinear(nn.Module):
             None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         )  # the layer's may be shared memory
         self.register_parameter("bias", held)
-        self._is_compiled = weight.spec.symmetric and native_products.takes(weight.spec.group_size)
-
-    @property
-    def is_compiled(self) -> bool:
+        self.is_compiled = weight.spec.symmetric and native_products.takes(weight.spec.group_size)
         """Whether few rows are multiplied with the weight as it rests."""
-        return self._is_compiled
 
     @property
     def weight(self) -> Tensor:
@@ -191,7 +187,7 @@ class QuantizedLinear(nn.Module):
         num_rows = x.numel() // self.in_features
         needs_gradient = torch.is_grad_enabled() and x.requires_grad
         is_few = 0 < num_rows <= native_products.MAX_ROWS and x.device.type == "cpu"
-        if self._is_compiled and is_few and not needs_gradient:
+        if self.is_compiled and is_few and not needs_gradient:
             weight = self.quantized
             y = native_products.quantized_product(x, weight.parts, weight.spec.num_bits, weight.rows, self.bias)
             return y.to(x.dtype)
