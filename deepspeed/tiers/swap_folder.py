@@ -105,7 +105,7 @@ class SwapFolder:
         with _hold(root / LOCK, self.rank):
             remove_stale(root, is_shared=kind not in LOCAL_FILE_SYSTEMS)
             folder = root / self.job_id / f"rank{self.rank}"
-            folder.mkdir(parents=True, exist_ok=True)
+            _make(folder)
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
             if not _try_lock(lock):
                 owner = _owner(folder)
@@ -124,10 +124,12 @@ class SwapFolder:
 def remove_stale(root: Path, *, is_shared: bool) -> list[Path]:
     """Remove the folders of ranks that are dead for certain, and return them. Call with the root's lock held."""
     removed, doubtful = [], []
-    for folder in sorted(root.glob("*/rank*")):
+    for folder in _ranks_below(root):
         try:
             lock = os.open(folder / LOCK, os.O_RDWR | os.O_CLOEXEC)
         except FileNotFoundError:
+            if not folder.exists():
+                continue
             lock = -1  # its maker died in the middle; makers hold the root's lock
         except OSError:
             continue  # another user's
@@ -153,6 +155,27 @@ def remove_stale(root: Path, *, is_shared: bool) -> list[Path]:
             f"swap files were left in place, as other hosts may use them: {', '.join(doubtful)}. Delete dead jobs'."
         )
     return removed
+
+
+def _ranks_below(root: Path) -> list[Path]:
+    """The ranks' folders of all jobs; jobs that end meanwhile are left out.
+
+    A job that ends does not wait for the root's lock: it may be ending, by the garbage collector, in a process that is
+    just holding it.
+    """
+    folders: list[Path] = []
+    for job in sorted(root.iterdir()):
+        with contextlib.suppress(FileNotFoundError, NotADirectoryError, PermissionError):
+            folders += [job / name for name in sorted(os.listdir(job)) if name.startswith("rank")]
+    return folders
+
+
+def _make(folder: Path) -> None:
+    """Make the folder and its job's, which another rank that ends may be taking away when it sees it empty."""
+    for _ in range(100):
+        with contextlib.suppress(FileNotFoundError):
+            return folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
 
 
 def file_system(path: Path) -> str:

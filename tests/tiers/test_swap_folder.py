@@ -10,6 +10,7 @@ import sys
 import textwrap
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -132,6 +133,35 @@ def test_on_a_shared_disk_this_host_s_dead_are_removed_and_others_named(
 def test_a_folder_whose_maker_died_before_it_was_locked_is_stale(tmp_path: Path) -> None:
     (tmp_path / "deepspeed_swap" / "half" / "rank0").mkdir(parents=True)
     SwapFolder(tmp_path, 0, "mine").close()
+    assert jobs_in(tmp_path) == []
+
+
+def test_a_job_that_ends_while_another_starts_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ending = SwapFolder(tmp_path, 0, "ending")
+    listed = os.listdir
+
+    def end_then_list(path: Any = ".") -> list[str]:
+        if Path(path).name == "ending":
+            ending.close()
+        return listed(path)
+
+    monkeypatch.setattr(os, "listdir", end_then_list)
+    starting = SwapFolder(tmp_path, 0, "starting")
+    assert jobs_in(tmp_path) == ["starting"]
+    starting.close()
+
+
+@pytest.mark.parametrize("job_id", ["", "one_job"])
+def test_ranks_that_start_and_end_at_once_do_not_meet(tmp_path: Path, job_id: str) -> None:
+    code = """if True:
+        import sys
+        from deepspeed.tiers.swap_folder import SwapFolder
+        for _ in range(200):
+            SwapFolder(sys.argv[1], int(sys.argv[2]), sys.argv[3] or None).close()
+    """
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    ranks = [subprocess.Popen([*command, str(rank), job_id], stderr=subprocess.PIPE, text=True) for rank in range(3)]
+    assert [(rank.communicate()[1], rank.returncode) for rank in ranks] == [("", 0)] * 3
     assert jobs_in(tmp_path) == []
 
 
