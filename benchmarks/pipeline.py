@@ -1,21 +1,24 @@
 """How much of a pipeline's time is work: real layers on two ranks, and stages that sleep on four and eight.
 
-    python benchmarks/pipeline.py            real layers, 2 stages x 8 micro-batches
-    python benchmarks/pipeline.py --sleep    every schedule against its printed bubble
+    python benchmarks/pipeline.py                        real layers, 2 stages x 8 micro-batches
+    python benchmarks/pipeline.py --sleep                every schedule against its printed bubble, one batch
+    python benchmarks/pipeline.py --sleep --batches 4    batches in a row, through the engine: with and without a barrier
 
-Sleeping stages need no cores, so their clock is true on a small machine that is quiet; on a busy one sleepers are woken late, which is
-counted. How much of that is ours is in the CPU time per action (messages and Python, no sleep), which other programs hardly change:
-a hop cannot cost less than that, and a unit must be long beside it for the printed bubble to be seen. Ratios are of one run.
+Sleeping stages need no cores, so their clock is true on a small machine. A sleeper that the system wakes late sleeps as much less the
+next time, unless it has waited for another rank meanwhile: so scheduling noise does not add up, and what an action costs besides its
+sleep does. How much of that is ours is in the CPU time per action (messages and Python), which other programs hardly change: a hop
+cannot cost less than that, and a unit must be long beside it for the printed bubble to be seen. Ratios are of one run.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import os
 import platform
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -24,12 +27,31 @@ import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from deepspeed.parallel.pipeline.actions import Action, Actions, Op
-from deepspeed.parallel.pipeline.check import Costs, simulate
+from deepspeed.parallel.pipeline.check import Costs, simulate, steady_bubble
 from deepspeed.parallel.pipeline.executor import Executor
 from deepspeed.parallel.pipeline.mail import Mail, Post
 from deepspeed.parallel.pipeline.schedules import NAMED
 
 REAL = ("gpipe", "1f1b", "zb-h1", "zb-h2")
+
+
+class Clock:
+    """Sleeps units of time; `waited_s` tells for how long this rank has waited for others so far."""
+
+    def __init__(self, unit_s: float, waited_s: Callable[[], float]) -> None:
+        self._unit_s, self._waited_s = unit_s, waited_s
+        self._debt_s = self._waited_before_s = 0.0
+        self.late_s = 0.0
+        """By how much this rank was woken late, all together."""
+
+    def sleep(self, units: float) -> None:
+        """So many units, less what the last sleep took too long and no wait has taken up."""
+        waited = self._waited_s()
+        self._debt_s = max(0.0, self._debt_s - (waited - self._waited_before_s))
+        asked, began = units * self._unit_s - self._debt_s, time.perf_counter()
+        time.sleep(max(0.0, asked))
+        self._waited_before_s, self._debt_s = waited, time.perf_counter() - began - asked
+        self.late_s += self._debt_s
 
 
 class Sleeper(Executor):
@@ -49,14 +71,8 @@ class SleepingWork:
 
     op = Op.FORWARD
 
-    def __init__(self, share: float, unit_s: float) -> None:
-        self.share, self.unit_s, self.late_s = share, unit_s, 0.0
-
-    def sleep(self, units: int) -> None:
-        """Sleep, and note by how much the system woke this rank too late."""
-        asked, began = units * self.unit_s / self.share, time.perf_counter()
-        time.sleep(asked)
-        self.late_s += time.perf_counter() - began - asked
+    def __init__(self, clock: Clock) -> None:
+        self.sleep = clock.sleep
 
     def load(self, micro: int) -> Tensor:
         return torch.zeros(1)
@@ -83,14 +99,15 @@ def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int, float]], resul
         share = actions.num_stages / ranks
         made = dist.new_group(list(range(ranks))), dist.new_group(list(range(ranks)))
         groups = {(there, up): made[not there] for there in (True, False) for up in (True, False)}
-        sleeping = SleepingWork(share, unit_s)
-        executor = Sleeper(rank, Mail(Post(list(range(ranks)), rank, groups, torch.device("cpu"))), sleeping)
+        mail = Mail(Post(list(range(ranks)), rank, groups, torch.device("cpu")))
+        clock = Clock(unit_s / share, functools.partial(getattr, mail, "waited_s"))
+        executor = Sleeper(rank, mail, SleepingWork(clock))
         dist.barrier()
         cpu_s = -time.process_time()
         executor.run(actions)
         cpu_s += time.process_time()
         ends = torch.tensor(
-            [-executor.done[0].start_s, executor.done[-1].end_s, sleeping.late_s, cpu_s / len(executor.done)],
+            [-executor.done[0].start_s, executor.done[-1].end_s, clock.late_s, cpu_s / len(executor.done)],
             dtype=torch.float64,
         )
         dist.all_reduce(ends, op=dist.ReduceOp.MAX)
@@ -99,6 +116,70 @@ def sleep_rank(rank: int, ranks: int, cases: list[tuple[str, int, float]], resul
             work, span = 3 * micro * unit_s, float(ends[:2].sum())
             seen = 1 - work / span, float(ends[2]) / span, 1e3 * float(ends[3])
             results.append((name, ranks, micro, unit_s * 1e3, planned, *seen, executor.peak_alive))
+    dist.destroy_process_group()
+
+
+class SleepingLayer(nn.Module):
+    """A layer of the engine's: a unit for its output, one for its input's gradient, one for its weight's."""
+
+    def __init__(self, clock: Clock) -> None:
+        super().__init__()
+        self._clock = clock
+        self.before, self.linear = nn.Parameter(torch.zeros(1)), nn.Linear(1, 1, bias=False)
+        self.linear.weight.register_hook(lambda gradient: clock.sleep(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [1, 1]."""
+        self._clock.sleep(1)
+        return self.linear(_SleepsBack.apply(x, self.before, self._clock))
+
+
+class _SleepsBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, before: Tensor, clock: Clock) -> Tensor:
+        ctx.clock = clock
+        return x + before
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None]:
+        ctx.clock.sleep(1)
+        return grads[0], grads[0].reshape(1), None
+
+
+def row_rank(rank: int, ranks: int, cases: list[tuple[str, int, float, bool]], num_batches: int, results: Any) -> None:
+    """One rank's part of batches in a row, through the engine. The first two are not counted: forms are new, pages are fresh."""
+    _join(rank, ranks)
+    import deepspeed
+    from deepspeed.pipe import PipelineModule
+
+    for name, micro, unit_s, is_late in cases:
+        actions = NAMED[name](ranks, micro)
+        share, engines = actions.num_stages // ranks, list[Any]()
+        clock = Clock(unit_s / share, lambda engines=engines: engines[0]._mail.waited_s if engines else 0.0)  # type: ignore[misc]
+        module = PipelineModule(
+            [SleepingLayer(clock) for _ in range(actions.num_stages)], num_stages=ranks, loss_fn=lambda out, _: out.sum(),
+            partition_method="uniform", num_chunks=share, placement="v" if share == 2 else "loop",
+        )  # fmt: skip
+        config = {
+            "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": micro, "gradient_clipping": 1e9,
+            "pipeline": {"schedule": name, "post_validation": is_late},
+            "optimizer": {"type": "SGD", "params": {"lr": 1e-3}},
+        }  # fmt: skip
+        engines.append(deepspeed.initialize(model=module, config=config)[0])
+        engine, data = engines[0], [(torch.zeros(1, 1), torch.zeros(1))] * micro
+        ends = []
+        for _ in range(2 + num_batches):
+            engine.train_batch(iter(data))
+            ends.append(engine.actions_done[-1].end_s)
+        per_batch = torch.tensor((ends[-1] - ends[1]) / num_batches, dtype=torch.float64)
+        dist.all_reduce(per_batch, op=dist.ReduceOp.MAX)
+        if rank == 0:
+            costs, redone = Costs.equal(actions.num_stages), engine._late.num_redone if is_late else 0
+            planned = steady_bubble(actions, costs) if is_late else simulate(actions, costs).bubble
+            results.append(
+                (name, ranks, micro, unit_s * 1e3, is_late, planned, 1 - 3 * micro * unit_s / float(per_batch), redone)
+            )
+        engine.destroy()
     dist.destroy_process_group()
 
 
@@ -150,38 +231,68 @@ def _machine() -> str:
     return f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}, commit {commit}, load {os.getloadavg()[0]:.1f}"
 
 
-def main() -> None:
-    """See the module's text."""
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--sleep", action="store_true")
-    parser.add_argument(
-        "--unit-ms", type=float, nargs="+", default=[20.0], help="a forward, an input or a weight gradient"
-    )
-    parser.add_argument("--micro", type=int, nargs="+", help="micro-batches, 2 x ranks and 64 without it")
-    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
-    args = parser.parse_args()
+def _real() -> None:
     results: Any = mp.Manager().list()
-    print(_machine(), flush=True)
-    if not args.sleep:
-        mp.spawn(real_rank, (2, REAL, results), 2)
-        print("| schedule | efficiency (work / time of both ranks), best of 8 |\n|---|--:|")
-        for name, efficiency in results:
-            print(f"| {name} | {efficiency:.3f} |")
-        return
+    mp.spawn(real_rank, (2, REAL, results), 2)
+    print("| schedule | efficiency (work / time of both ranks), best of 8 |\n|---|--:|")
+    for name, efficiency in results:
+        print(f"| {name} | {efficiency:.3f} |")
+
+
+def _sleeping(args: argparse.Namespace) -> None:
+    results: Any = mp.Manager().list()
     for ranks in args.ranks:
-        names = [name for name in NAMED if name != "interleaved"]
         cases = [
-            (name, m, unit / 1e3) for unit in args.unit_ms for name in names for m in args.micro or (2 * ranks, 64)
+            (name, m, unit / 1e3) for unit in args.unit_ms for name in args.names for m in args.micro or (2 * ranks, 64)
         ]
         mp.spawn(sleep_rank, (ranks, cases, results), ranks)
     print(
-        "| schedule | ranks | micro-batches | unit, ms | bubble, printed | measured | of it woken late by the system "
+        "| schedule | ranks | micro-batches | unit, ms | bubble, printed | measured | woken late by the system, all together "
         "| CPU ms per action, most of a rank | peak alive, first rank |\n|---|--:|--:|--:|--:|--:|--:|--:|--:|"
     )
     for name, ranks, micro, unit, planned, measured, late, cpu, peak in results:
         print(
             f"| {name} | {ranks} | {micro} | {unit:g} | {planned:.1%} | {measured:.1%} | {late:.1%} | {cpu:.2f} | {peak} |"
         )
+
+
+def _in_a_row(args: argparse.Namespace) -> None:
+    results: Any = mp.Manager().list()
+    for ranks in args.ranks:
+        cases = [
+            (name, m, unit / 1e3, is_late)
+            for unit in args.unit_ms for m in args.micro or (64,) for name in args.names for is_late in (False, True)
+        ]  # fmt: skip
+        mp.spawn(row_rank, (ranks, cases, args.batches, results), ranks)
+    print(
+        "| schedule | ranks | micro-batches | unit, ms | post_validation | bubble, printed | measured, of "
+        f"{args.batches} batches in a row | steps made again |\n|---|--:|--:|--:|---|--:|--:|--:|"
+    )
+    for name, ranks, micro, unit, is_late, planned, measured, redone in results:
+        kind = "on" if is_late else "off"
+        print(f"| {name} | {ranks} | {micro} | {unit:g} | {kind} | {planned:.1%} | {measured:.1%} | {redone} |")
+
+
+def main() -> None:
+    """See the module's text."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--sleep", action="store_true")
+    parser.add_argument("--batches", type=int, default=1, help="so many in a row, counted after two others")
+    parser.add_argument(
+        "--unit-ms", type=float, nargs="+", default=[100.0], help="a forward, an input or a weight gradient"
+    )
+    parser.add_argument("--micro", type=int, nargs="+", help="micro-batches; 2 x ranks and 64 without it, 64 in a row")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[4, 8])
+    names = [name for name in NAMED if name != "interleaved"]
+    parser.add_argument("--names", nargs="+", default=names, choices=names)
+    args = parser.parse_args()
+    print(_machine(), flush=True)
+    if not args.sleep:
+        _real()
+    elif args.batches > 1:
+        _in_a_row(args)
+    else:
+        _sleeping(args)
 
 
 if __name__ == "__main__":

@@ -165,6 +165,37 @@ def simulate(actions: Actions, costs: Costs) -> Timeline:
     return Timeline(tuple(tuple(row) for row in spans))
 
 
+def in_a_row(actions: Actions, num_batches: int) -> Actions:
+    """So many batches as one list: a rank begins its next one when it has done this, whoever else has not."""
+    lists = (
+        tuple(
+            Action(action.stage, action.op, action.micro + batch * actions.num_micro)
+            for batch in range(num_batches)
+            for action in row
+        )
+        for row in actions.lists
+    )
+    num_micro = actions.num_micro * num_batches
+    return Actions(tuple(lists), actions.rank_of, num_micro, f"{num_batches} batches of {actions.name}")
+
+
+def steady_bubble(actions: Actions, costs: Costs) -> float:
+    """The share of the time in which ranks wait where batches follow each other without a barrier, as with `post_validation`.
+
+    Zero Bubble Pipeline Parallelism (arXiv:2401.10241) means this by "bubble": a batch takes as long as the rank that is longest about it.
+    """
+    spans = simulate(in_a_row(actions, _SETTLED + 1), costs).spans
+    per_batch = [len(row) for row in actions.lists]
+    period = max(row[-1].end - row[-1 - num].end if num else 0.0 for row, num in zip(spans, per_batch, strict=True))
+    one = simulate(actions, costs)
+    busy = sum(map(one.busy, range(actions.num_ranks)))
+    return 1 - busy / (period * actions.num_ranks) if period else 0.0
+
+
+_SETTLED = 3
+"""Batches after which each one takes as long as the one before."""
+
+
 def makespan(actions: Actions, costs: Costs) -> float:
     """`simulate(actions, costs).makespan` for lists that are valid, in a third of the time: for searches over many lists."""
     num_micro, rank_of, last = actions.num_micro, actions.rank_of, actions.num_stages - 1

@@ -150,12 +150,13 @@ def check(found: list[Any], cases: list[tuple[int, str, str, str]]) -> None:
 
 def test_steps_that_are_taken_back_have_the_bits_of_those_that_waited() -> None:
     cases = MANY if LONG else CASES
-    check(run_ranks(2, _runs, cases, asks=True, timeout=900 if LONG else 120), cases)
+    check(run_ranks(2, _runs, cases, asks=True, timeout=1700 if LONG else 120), cases)
 
 
 def test_ranks_that_average_gradients_take_steps_back_together() -> None:
     cases = [(0, "1f1b", "fp32", "Adam"), (1, "zb-h1", "fp16", "Adam"), (2, "1f1b", "fp32", "Adam")]
-    check(run_ranks(4, _runs, cases if LONG else cases[1:2], asks=True), cases if LONG else cases[1:2])
+    cases = cases if LONG else cases[1:2]
+    check(run_ranks(4, _runs, cases, asks=True, timeout=200 if LONG else 60), cases)
 
 
 class Failing(nn.Linear):
