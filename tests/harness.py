@@ -19,6 +19,9 @@ Invariant: a pool that is reused is as good as new. After each call every rank l
 environment variables that the call left, and what it finds fails the test. A pool in which a rank raised, died, leaked
 or timed out is killed, because its other ranks may wait in a collective for ever, and the next call starts another.
 
+Time limits count what the ranks had: wall time less what their main threads stood ready for a core that others used. A rank that
+hangs stands ready for none, so on a machine of much load hangs are found as soon, and slow runs are not taken for one.
+
 Workers never outlive the tests: in each a thread waits for the end of the test process, and the server ends with the
 last of them.
 """
@@ -55,6 +58,8 @@ GRACE_S = 1.0
 """How long the other ranks may still report after one has failed."""
 START_S = 60.0
 """How long a pool may take to come up."""
+MOST_LOAD = 20.0
+"""How many times as long as its limit a call may take where others use the cores."""
 THREAD_GRACE_S = 1.0
 """How long a thread started in a call may take to end after it."""
 KEPT_GROUPS = 256
@@ -108,7 +113,7 @@ def run_ranks(
 
     Raises RanksFailedError with every failing rank's traceback where a rank raises, dies, leaks, or is not done after
     `timeout` seconds; then the pool is killed, which costs the next call about 0.3 s. To test an error that all ranks
-    raise, use `pytest.raises` inside `fn`: that keeps the pool.
+    raise, use `pytest.raises` inside `fn`: that keeps the pool. Seconds that ranks wait for a core are not counted.
     """
     __tracebackhide__ = True
     pool = _pools.pop((world_size, device), None) or Pool(world_size, device=device)
@@ -169,6 +174,13 @@ class Worker:
     connection: Connection
     stack_file: Path
 
+    def stood_ready_s(self) -> float:
+        """How long its main thread has waited for a core so far; 0 for a dead process, and where the kernel does not say."""
+        try:
+            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) * 1e-9
+        except (OSError, IndexError):
+            return 0.0
+
     def stack(self) -> str:
         """Where the threads of the rank are now, as faulthandler prints it; empty for a dead process."""
         if self.process.pid is None or not self.process.is_alive():
@@ -183,6 +195,29 @@ class Worker:
             if dump and dump == seen:  # the dump is several writes
                 break
         return dump
+
+
+class Limit:
+    """The time that a call has, counted as the module says."""
+
+    def __init__(self, workers: list[Worker], seconds: float) -> None:
+        self._workers = workers
+        self._restart(seconds)
+
+    def left_s(self) -> float:
+        """At most 0 once it is over."""
+        elapsed = time.monotonic() - self._start
+        stood = sum(worker.stood_ready_s() for worker in self._workers) - self._stood
+        return self._seconds - max(elapsed - stood, elapsed / MOST_LOAD)
+
+    def shorten(self, seconds: float) -> None:
+        """No more than so much from now on."""
+        if self.left_s() > seconds:
+            self._restart(seconds)
+
+    def _restart(self, seconds: float) -> None:
+        self._start, self._seconds = time.monotonic(), seconds
+        self._stood = sum(worker.stood_ready_s() for worker in self._workers)
 
 
 class Pool:
@@ -249,15 +284,16 @@ class Pool:
         """One outcome of every rank; after the first failure the others have GRACE_S."""
         __tracebackhide__ = True
         outcomes: dict[int, Outcome] = {}
-        deadline = time.monotonic() + timeout
+        limit = Limit(self.workers, timeout)
         failed = False
-        while waiting and time.monotonic() < deadline:
+        while waiting and (left := limit.left_s()) > 0:
             by_connection: dict[Any, int] = {worker.connection: rank for rank, worker in waiting.items()}
-            for ready in wait(list(by_connection), max(0.0, deadline - time.monotonic())):
+            for ready in wait(list(by_connection), left):
                 rank = by_connection[ready]
                 outcomes[rank] = _receive(waiting.pop(rank))
                 if outcomes[rank].is_error and not failed:
-                    failed, deadline = True, min(deadline, time.monotonic() + GRACE_S)
+                    failed = True
+                    limit.shorten(GRACE_S)
         if failed or waiting:
             raise _failure(outcomes, waiting, None if failed else timeout)
         return [outcomes[rank] for rank in range(self.world_size)]

@@ -54,6 +54,17 @@ def _wait_in_a_collective(rank: int, world_size: int) -> None:
     time.sleep(60)
 
 
+def _compute_on_core(rank: int, world_size: int, core: int, cpu_s: float) -> float:
+    """How long it took."""
+    allowed = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {core})
+    start, until = time.monotonic(), time.thread_time() + cpu_s
+    while time.thread_time() < until:
+        pass
+    os.sched_setaffinity(0, allowed)
+    return time.monotonic() - start
+
+
 def _die(rank: int, world_size: int) -> None:
     if rank == 1:
         os._exit(7)
@@ -155,6 +166,20 @@ def test_a_timeout_names_the_ranks_and_where_they_are() -> None:
     with pytest.raises(RanksFailedError, match="_sleep_in_named_function") as caught:
         run_ranks(2, _sleep_in_named_function, timeout=0.3)
     assert [type(error) for error in caught.value.rank_exceptions.values()] == [TimeoutError, TimeoutError]
+
+
+@pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not say who waits for a core")
+def test_seconds_in_which_others_use_the_core_are_not_counted() -> None:
+    core = min(os.sched_getaffinity(0))
+    others = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(5)]
+    try:
+        for other in others:
+            os.sched_setaffinity(other.pid, {core})
+        assert run_ranks(1, _compute_on_core, core, 0.3, timeout=1.0)[0] > 1.0
+    finally:
+        for other in others:
+            other.kill()
+            other.wait()
 
 
 def test_the_main_thread_is_shown_where_another_thread_takes_the_signal() -> None:
