@@ -16,10 +16,11 @@ from typing import Any
 from deepspeed.memory.cli import build
 from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.mesh.shape import DEGREES
-from deepspeed.planner.cluster import GB, Cluster, read_cluster
+from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate
 from deepspeed.planner.page import write_page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
+from deepspeed.planner.shown import count, many, nbytes, seconds
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -49,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         shape, cluster, answer = run(args)
+        if args.html:  # before anything is printed: whoever reads may stop
+            write_page(shape, cluster, answer, args.seq, args.html)
+            print(f"page: {args.html}", file=sys.stderr)
         print(
             json.dumps(as_json(shape, cluster, answer), indent=2)
             if args.json
             else as_text(shape, cluster, answer, args)
         )
-        if args.html:
-            write_page(shape, cluster, answer, args.seq, args.html)
-            print(f"page: {args.html}", file=sys.stderr)
     except DeepSpeedError as error:
         print(f"deepspeed plan: {error}", file=sys.stderr)
         return 2
@@ -89,7 +90,8 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
                 f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
                 "  Change one of the dims."
             )
-        return shape, cluster, Answer([simulated(evaluate(shape, cluster, layout))], 1, 1)
+        plan = simulated(evaluate(shape, cluster, layout))
+        return shape, cluster, Answer([plan], 1, int(plan.fits(cluster)))
     return shape, cluster, plan_cluster(shape, cluster, args.batch or cluster.num_devices, most=args.top)
 
 
@@ -98,9 +100,9 @@ def as_text(shape: ModelShape, cluster: Cluster, answer: Answer, args: argparse.
     best = answer.plans[0]
     batch = best.layout.dp * best.layout.micro * best.layout.accumulation
     lines = [
-        f"{shape.name}: {shape.num_params / 1e9:,.2f}B parameters, {shape.num_blocks} blocks, {args.seq} tokens; "
-        f"{cluster.nodes} x {cluster.devices_per_node} devices of {cluster.device.memory_gb:g} GB, {batch} samples per step",
-        f"{answer.num_layouts} layouts, {answer.num_fitting} fit",
+        f"{shape.name}: {count(shape.num_params)} parameters, {many(shape.num_blocks, 'block')}, {args.seq} tokens; "
+        f"{cluster.nodes} x {cluster.devices_per_node} devices of {cluster.device.memory_gb:g} GB, {many(batch, 'sample')} per step",
+        f"{many(answer.num_layouts, 'layout')} compared; within the memory of a device: {answer.num_fitting}",
         "",
         f"  {'layout':44} {'memory':>9} {'host':>8} {'sent':>9} {'bubble':>7} {'step':>9} {'tokens/s':>11} {'MFU':>6} {'per 1e9 tokens':>15}",
     ]
@@ -117,16 +119,13 @@ def _line(shape: ModelShape, cluster: Cluster, plan: Plan, seq: int) -> str:
     tokens_s = batch * seq / plan.step_s
     mfu = shape.flops * batch / plan.step_s / (layout.num_ranks * cluster.device.tflops * 1e12)
     cost = plan.cost(cluster) / (batch * seq) * 1e9
-    host = f"{plan.host_nbytes / GB:.1f} GB" if plan.host_nbytes else "-"
+    host = nbytes(plan.host_nbytes) if plan.host_nbytes else "-"
     money = f"{cost:,.4g}" if cost else "-"
+    bubble = f"{100 * plan.bubble:.1f}%" if layout.pp > 1 else "-"
     return (
-        f"  {layout.name:44} {plan.device_nbytes / GB:>6.1f} GB {host:>8} {sum(plan.traffic.values()) / GB:>6.2f} GB "
-        f"{100 * plan.bubble:>6.1f}% {_time(plan.step_s):>9} {tokens_s:>11,.0f} {100 * mfu:>5.1f}% {money:>15}"
+        f"  {layout.name:44} {nbytes(plan.device_nbytes):>9} {host:>8} {nbytes(sum(plan.traffic.values()), 2):>9} "
+        f"{bubble:>7} {seconds(plan.step_s):>9} {tokens_s:>11,.0f} {100 * mfu:>5.1f}% {money:>15}"
     )
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
 
 
 def _whole(cluster: Cluster, best: Plan, steps: float, tokens: float) -> str:

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -24,6 +25,8 @@ from deepspeed.profiling.rates import Rates
 from deepspeed.utils.errors import DeepSpeedError
 
 GB = 1e9
+RATES = ("tflops", "memory_gb_s", "within_gb_s", "between_gb_s", "link_gb_s")
+"""Keys that seconds are divided by. Disks may be missing, so theirs may be 0."""
 T = TypeVar("T")
 
 
@@ -140,8 +143,11 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key == "overlap" and number and not 0 <= value <= 1:
             raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")
-        if not number or value < 0 or (is_count and (value != int(value) or value < 1)):
-            need = "a whole number, at least 1" if is_count else "a number, at least 0"
+        is_wrong = not number or not math.isfinite(value) or value < 0 or (key in RATES and not value)
+        if is_wrong or (is_count and (value != int(value) or value < 1)):
+            need = (
+                "a whole number, at least 1" if is_count else f"a number, {'above' if key in RATES else 'at least'} 0"
+            )
             raise DeepSpeedError(f"cluster: {prefix}{key} = {value!r} is not {need}.\n  Give one.")
     try:
         return kind(**data)

@@ -85,6 +85,11 @@ class Plan:
         """Peak of a device."""
         return sum(self.memory.values())
 
+    def fits(self, cluster: Cluster) -> bool:
+        """Whether a device, and where states rest on hosts a device's part of one, has room for it."""
+        host = cluster.host.memory_gb * GB / cluster.devices_per_node
+        return self.device_nbytes <= cluster.device.memory_gb * GB and self.host_nbytes <= host
+
     @property
     def step_s(self) -> float:
         """Of a step."""

@@ -6,7 +6,7 @@ Called by `deepspeed plan --html`. One file without references to others and wit
 from __future__ import annotations
 
 import html
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from deepspeed.memory.shape import ModelShape
@@ -15,10 +15,11 @@ from deepspeed.parallel.pipeline.check import Timeline
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.layouts import Plan
 from deepspeed.planner.search import Answer, timeline_of
+from deepspeed.planner.shown import count, many, nbytes, seconds
 
 COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
-MAX_NODES, MAX_MICROS = 16, 24
-"""Of the drawings: more would not be seen."""
+MAX_NODES = 16
+"""Rows of the drawings: more would not be seen."""
 _STYLE = """
 :root{--paper:#fbfbfd;--card:#fff;--ink:#1d2333;--soft:#667085;--line:#e4e7ee;--track:#f1f3f8}
 @media(prefers-color-scheme:dark){:root{--paper:#12151d;--card:#1a1f2b;--ink:#e7eaf2;--soft:#98a2b8;--line:#2b3242;--track:#232a39}}
@@ -31,7 +32,7 @@ border-radius:14px;padding:20px 22px;margin-bottom:18px;overflow-x:auto}.tiles{d
 margin-bottom:18px}.tile{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:14px 18px}
 .tile b{display:block;font-size:20px;letter-spacing:-.02em;font-weight:650}.tile span{color:var(--soft);font-size:12.5px}
 table{border-collapse:collapse;width:100%;font-size:12.5px}td,th{padding:4px 8px;border-top:1px solid var(--line);text-align:left}
-th{color:var(--soft);font-weight:600;border:0}td.n{text-align:right;white-space:nowrap}svg{max-width:100%;height:auto;display:block}
+th{color:var(--soft);font-weight:600;border:0}td.n,th.n{text-align:right;white-space:nowrap}svg{max-width:100%;height:auto;display:block}
 svg text{fill:var(--ink);font:11px system-ui,"DejaVu Sans",sans-serif}svg .s{fill:var(--soft)}.bar{display:flex;height:22px;border-radius:6px;
 overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.legend span{margin-right:16px;font-size:12.5px;color:var(--soft)}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
@@ -50,19 +51,21 @@ def page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int) -> str:
     best = answer.plans[0]
     layout = best.layout
     batch = layout.dp * layout.micro * layout.accumulation
+    what = "the fastest that fits" if answer.num_layouts > 1 else "as asked" if answer.num_fitting else "does not fit"
+    waits = (f"{100 * best.bubble:.1f}%", "of the pipeline's time is bubble")
     tiles = [
-        (html.escape(layout.name), "the fastest that fits"),
-        (_time(best.step_s), f"a step of {batch} samples, {batch * seq / best.step_s:,.0f} tokens/s"),
-        (f"{best.device_nbytes / GB:.1f} GB", f"of {cluster.device.memory_gb:g} GB on the fullest device"),
-        (f"{100 * best.bubble:.1f}%", "of the pipeline's time is bubble"),
+        (html.escape(layout.name), what),
+        (seconds(best.step_s), f"a step of {many(batch, 'sample')}, {batch * seq / best.step_s:,.0f} tokens/s"),
+        (nbytes(best.device_nbytes), f"of {cluster.device.memory_gb:g} GB on the fullest device"),
+        waits if layout.pp > 1 else ("no pipeline", "so no bubble"),
     ]
     top = "".join(f"<div class=tile><b>{a}</b><span>{b}</span></div>" for a, b in tiles)
     name = html.escape(shape.name)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
         f"<title>Plan for {name}</title><style>{_STYLE}</style><main><h1>Plan for {name}</h1>"
-        f'<p class="lead">{shape.num_params / 1e9:,.2f}B parameters in {shape.num_blocks} blocks on {cluster.num_devices:,} devices; '
-        f"{answer.num_layouts:,} layouts compared, {answer.num_fitting:,} fit.</p>"
+        f'<p class="lead">{count(shape.num_params)} parameters in {many(shape.num_blocks, "block")} on {many(cluster.num_devices, "device")}; '
+        f"{many(answer.num_layouts, 'layout')} compared, within the memory of a device: {answer.num_fitting:,}.</p>"
         f'<div class="tiles">{top}</div>{_cluster(cluster, best)}{_step(best)}{_bars(best, cluster)}{_table(cluster, answer.plans, seq)}</main></html>'
     )
 
@@ -74,6 +77,7 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
     step = max(1, cluster.nodes // MAX_NODES)
     nodes = list(range(0, cluster.nodes, step))[:MAX_NODES]
     side, gap = 30, 4
+    wide = max(side, 14 + 6 * len(str(layout.dp - 1)))
     squares = []
     for row, node in enumerate(nodes):
         y = 8 + row * (side + 8)
@@ -82,8 +86,8 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
             rank = node * cluster.devices_per_node + slot
             stage, inside = rank // per_stage, rank % per_stage
             data, part, tensor = inside // (layout.sp * layout.tp), inside // layout.tp % layout.sp, inside % layout.tp
-            x = 76 + slot * (side + gap)
-            color = COLORS[stage] if layout.pp <= len(COLORS) else f"hsl({360 * stage / layout.pp:.0f} 60% 42%)"
+            x = 76 + slot * (wide + gap)
+            hue, light = 228 + 360 * stage / layout.pp, 44 - 20 * tensor / layout.tp  # dark enough for white letters
             tip = f"rank {rank}: stage {stage}, data {data}, sequence {part}, tensor {tensor}"
             lines = [f"d{data}", *([f"s{part}"] if layout.sp > 1 else [])]
             label = "".join(
@@ -91,15 +95,20 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
                 for i, text in enumerate(lines)
             )
             squares.append(
-                f'<g><title>{tip}</title><rect x="{x}" y="{y}" width="{side}" height="{side}" rx="5" fill="{color}" '
-                f'fill-opacity="{1 - 0.5 * tensor / max(1, layout.tp):.2f}"/>{label}</g>'
+                f'<g><title>{tip}</title><rect x="{x}" y="{y}" width="{wide}" height="{side}" rx="5" fill="hsl({hue % 360:.0f} 60% {light:.0f}%)"/>{label}</g>'
             )
-    width = 84 + cluster.devices_per_node * (side + gap)
+    width = 84 + cluster.devices_per_node * (wide + gap)
     height = 16 + len(nodes) * (side + 8)
-    shown = f"every {step}th of {cluster.nodes} nodes" if step > 1 else f"{cluster.nodes} nodes"
+    shown = f"One of {step} nodes, {len(nodes)} of {cluster.nodes}" if step > 1 else many(cluster.nodes, "node")
+    key = [
+        *(["color: pipeline stage"] if layout.pp > 1 else []),
+        *(["shade: tensor-parallel rank"] if layout.tp > 1 else []),
+        "d: data-parallel rank",
+        *(["s: part of the sequence"] if layout.sp > 1 else []),
+    ]
     return (
-        f'<div class="card"><h2>Where ranks lie</h2><p class="key">{shown}. Color: pipeline stage; shade: tensor-parallel rank; '
-        f'd: data-parallel rank{", s: part of the sequence" if layout.sp > 1 else ""}.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
+        f'<div class="card"><h2>Where ranks lie</h2><p class="key">{shown}; '
+        f'{", ".join(key)}.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
     )
 
 
@@ -135,7 +144,7 @@ def _gantt(timeline: Timeline) -> str:
 
 def _bars(best: Plan, cluster: Cluster) -> str:
     room = cluster.device.memory_gb * GB
-    memory = _bar(best.memory, room, lambda value: f"{value / GB:.1f} GB")
+    memory = _bar(best.memory, room, nbytes)
     times = {
         "compute, with traffic inside of layers": best.compute_s,
         "bubble": best.bubble_s,
@@ -143,16 +152,15 @@ def _bars(best: Plan, cluster: Cluster) -> str:
         "update": best.update_s,
     }
     traffic = {key: value for key, value in best.traffic.items() if value}
-    sent = _bar(traffic, sum(traffic.values()) or 1.0, lambda value: f"{value / GB:.2f} GB")
+    sent = _bar(traffic, sum(traffic.values()) or 1.0, lambda value: nbytes(value, 2))
     return (
         f'<div class="card"><h2>Memory of the fullest device</h2>{memory}</div>'
-        f'<div class="card"><h2>Time of a step</h2>{_bar(times, best.step_s, _time)}</div>'
+        f'<div class="card"><h2>Time of a step</h2>{_bar(times, best.step_s, seconds)}</div>'
         f'<div class="card"><h2>What a rank sends in a step</h2>{sent}</div>'
     )
 
 
-def _bar(parts: Mapping[str, float], whole: float, shown: object) -> str:
-    tell = shown if callable(shown) else str
+def _bar(parts: Mapping[str, float], whole: float, tell: Callable[[float], str]) -> str:
     bars, legend = "", ""
     for color, (key, value) in zip(COLORS, ((k, v) for k, v in parts.items() if v), strict=False):
         bars += f'<i style="width:{100 * value / whole:.2f}%;background:{color}" title="{html.escape(key)}"></i>'
@@ -166,19 +174,17 @@ def _table(cluster: Cluster, plans: Sequence[Plan], seq: int) -> str:
         batch = plan.layout.dp * plan.layout.micro * plan.layout.accumulation
         cost = plan.cost(cluster) / (batch * seq) * 1e9
         cells = [
-            f"{plan.device_nbytes / GB:.1f} GB",
-            f"{sum(plan.traffic.values()) / GB:.2f} GB",
-            f"{100 * plan.bubble:.1f}%",
-            _time(plan.step_s),
+            nbytes(plan.device_nbytes),
+            nbytes(sum(plan.traffic.values()), 2),
+            f"{100 * plan.bubble:.1f}%" if plan.layout.pp > 1 else "-",
+            seconds(plan.step_s),
             f"{batch * seq / plan.step_s:,.0f}",
             f"{cost:,.4g}" if cost else "-",
         ]
         rows += (
             f"<tr><td>{html.escape(plan.layout.name)}</td>{''.join(f'<td class=n>{cell}</td>' for cell in cells)}</tr>"
         )
-    head = "<tr><th>layout<th>memory<th>sent<th>bubble<th>step<th>tokens/s<th>cost of 1e9 tokens</tr>"
-    return f'<div class="card"><h2>The fastest layouts</h2><table>{head}{rows}</table></div>'
-
-
-def _time(seconds: float) -> str:
-    return f"{seconds:.2f} s" if seconds >= 1 else f"{1e3 * seconds:.1f} ms"
+    columns = ("memory", "sent", "bubble", "step", "tokens/s", "cost of 1e9 tokens")
+    head = f"<tr><th>layout{''.join(f'<th class=n>{column}' for column in columns)}</tr>"
+    title = "The fastest layouts" if len(plans) > 1 else "The layout"
+    return f'<div class="card"><h2>{title}</h2><table>{head}{rows}</table></div>'

@@ -44,7 +44,7 @@ def plan_cluster(shape: ModelShape, cluster: Cluster, batch: int, *, most: int =
         )
     fitting = [evaluate(shape, cluster, layout) for nbytes, layout in found if nbytes <= room]
     if not fitting:
-        fitting = [plan for plan in _offloaded(shape, cluster, found) if plan.device_nbytes <= room]
+        fitting = [plan for plan in _offloaded(shape, cluster, found) if plan.fits(cluster)]
     if not fitting:
         needed, least = min(found)
         raise DeepSpeedError(
@@ -58,10 +58,8 @@ def plan_cluster(shape: ModelShape, cluster: Cluster, batch: int, *, most: int =
 
 
 def _offloaded(shape: ModelShape, cluster: Cluster, found: Sequence[tuple[float, Layout]]) -> list[Plan]:
-    """The same with states on the hosts, where these have room."""
-    room = cluster.host.memory_gb * GB / cluster.devices_per_node
-    again = [evaluate(shape, cluster, replace(layout, offload=True)) for _, layout in found if layout.stage >= 1]
-    return [plan for plan in again if plan.host_nbytes <= room]
+    """The same with states on the hosts."""
+    return [evaluate(shape, cluster, replace(layout, offload=True)) for _, layout in found if layout.stage >= 1]
 
 
 def _varied(plans: Sequence[Plan]) -> list[Plan]:

@@ -15,7 +15,7 @@ from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
-from deepspeed.planner import largest
+from deepspeed.planner import largest, shown
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
@@ -116,6 +116,13 @@ def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
         ({"nodes": 2}, 1, 'the cluster has no "device"'),
         ({**CLUSTER, "nodez": 2}, 1, "nodez is not a key.\n  Did you mean nodes?"),
         ({**CLUSTER, "nodes": 0}, 1, "nodes = 0 is not a whole number, at least 1"),
+        ({"device": {"memory_gb": 80, "tflops": 0}}, 1, "device.tflops = 0 is not a number, above 0"),
+        ({**CLUSTER, "links": {"between_gb_s": 0}}, 1, "links.between_gb_s = 0 is not a number, above 0"),
+        (
+            {**CLUSTER, "price_per_device_hour": float("nan")},
+            1,
+            "price_per_device_hour = nan is not a number, at least 0",
+        ),
         ({**CLUSTER, "device": {"memory_gb": 80}}, 1, "device.tflops is missing"),
     ],
 )
@@ -123,6 +130,23 @@ def test_what_cannot_be_planned_says_why(cluster: dict[str, Any], batch: int, wo
     with pytest.raises(DeepSpeedError) as caught:
         plan_cluster(LLAMA_70B, read_cluster(cluster), batch)
     assert words in str(caught.value)
+
+
+def test_a_layout_of_ones_own_that_does_not_fit_says_so() -> None:
+    cluster = read_cluster({**CLUSTER, "host": {"memory_gb": 1000}})
+    assert evaluate(LLAMA_70B, cluster, Layout(dp=4096, stage=3, recompute=True)).fits(cluster)
+    assert not evaluate(LLAMA_70B, cluster, Layout(dp=4096, recompute=True)).fits(cluster)
+    states = [Layout(tp=8, dp=ranks, stage=1, offload=True, recompute=True) for ranks in (2, 8)]
+    assert [evaluate(LLAMA_70B, cluster, layout).fits(cluster) for layout in states] == [True, True]
+    small = read_cluster({**CLUSTER, "host": {"memory_gb": 1}})
+    assert not evaluate(LLAMA_70B, small, states[0]).fits(small), "states have no room on the hosts"
+
+
+def test_figures_are_in_units_that_show_them() -> None:
+    assert [shown.count(n) for n in (70.55e9, 3_670_016, 512)] == ["70.55B", "3.67M", "512"]
+    assert [shown.nbytes(n) for n in (40.4e9, 6.03e6, 12)] == ["40.4 GB", "6.0 MB", "12 B"]
+    assert [shown.seconds(n) for n in (5.71, 0.0852, 12e-6)] == ["5.71 s", "85.2 ms", "12.0 us"]
+    assert [shown.many(n, "node") for n in (1, 4096)] == ["1 node", "4,096 nodes"]
 
 
 def test_states_go_to_the_hosts_where_nothing_fits_without() -> None:
@@ -165,7 +189,8 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     page = html.read_text()
     assert "<svg" in page and "Where ranks lie" in page and "src=" not in page
     assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "pp2 dp2 zero1 2x4"]) == 0
-    assert "pp2 dp2 zero1 2x4" in capsys.readouterr().out
+    said_text = capsys.readouterr().out
+    assert "pp2 dp2 zero1 2x4" in said_text and "within the memory of a device: 1" in said_text
     assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "dp3 zero1 2x4"]) == 2
     assert "pp x dp x sp x tp = 3, and the cluster has 4 devices" in capsys.readouterr().err
 
