@@ -52,5 +52,7 @@ __getattr__, __dir__ = _lazy_exports(
         }
     )
     | _invert({"deepspeed.inference.initialize": "init_inference default_inference_config"})
+    | {"origin": "deepspeed:__file__", "submodule_search_locations": "deepspeed:__path__"}
+    | {"add_argument": "~gone: Call deepspeed.add_config_arguments(parser)."}
     | _legacy.names(),
 )

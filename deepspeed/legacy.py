@@ -34,6 +34,11 @@ def _later(feature: str, names: str) -> dict[str, str]:
     return dict.fromkeys(names.split(), f"~{feature}")
 
 
+def _gone(cure: str, name: str) -> dict[str, str]:
+    """A placeholder for a name that the original has lost too, and what to do instead."""
+    return {name: f"~gone: {cure}"}
+
+
 _TOOLS = "deepspeed.porch.tools"
 _NORMS = "deepspeed.porch.norms"
 _MOE, _EXPERTS = "deepspeed.moe.layer", "deepspeed.parallel.expert"
@@ -223,13 +228,18 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.runtime.pipe.topology": invert(
         {
+            "deepspeed.porch.ranks": "get_data_parallel_rank get_data_parallel_world_size get_pipe_parallel_rank "
+            "get_pipe_parallel_world_size get_slice_parallel_rank",
             "deepspeed.parallel.pipeline.topology": "ProcessTopology PipeDataParallelTopology "
             "PipeModelDataParallelTopology _prime_factors",
             "deepspeed.parallel.pipeline.grid": "PipelineParallelGrid",
         }
     ),
     "deepspeed.moe": {},
-    "deepspeed.moe.layer": invert({f"{_EXPERTS}.layer": "MoE"}),
+    "deepspeed.moe.layer": {
+        **invert({f"{_EXPERTS}.layer": "MoE"}),
+        **_gone("Use MoE of the same module; use_tutel=True is accepted there.", "MoE_tutel"),
+    },
     "deepspeed.moe.sharded_moe": invert(
         {
             f"{_EXPERTS}.layer": "MOELayer",
@@ -483,7 +493,7 @@ PATHS: dict[str, dict[str, str]] = {
                 "VariableSparsityConfig BigBirdSparsityConfig BSLongformerSparsityConfig LocalSlidingWindowSparsityConfig",
             }
         ),
-        **_later(_SPARSE, "SparseSelfAttention BertSparseSelfAttention SparseAttentionUtils"),
+        **_later(_SPARSE, "SparseSelfAttention BertSparseSelfAttention SparseAttentionUtils sparse_attn_op"),
     },
     "deepspeed.ops.sparse_attention.sparsity_config": _later(
         _SPARSE,

@@ -24,5 +24,9 @@ __getattr__, __dir__ = _lazy_exports(
             "model_parallel_reconfigure_tp_seed",
             "deepspeed.activation.blocks": "checkpoint_blocks find_blocks Recompute",
         }
-    ),
+    )
+    | {  # as forks for other devices spell two of them
+        "get_cpus_rng_tracker": "deepspeed.activation.rng:get_cuda_rng_tracker",
+        "model_parallel_cpus_manual_seed": "deepspeed.activation.rng:model_parallel_cuda_manual_seed",
+    },
 )

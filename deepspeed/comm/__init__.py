@@ -88,9 +88,14 @@ from deepspeed.utils.lazy import lazy_exports as _lazy_exports
 
 _later, _ = _lazy_exports(
     __name__,
-    {"comm": "deepspeed.comm.comm:", "TorchBackend": "deepspeed.comm.torch", "comms_logger": "~internal"},
+    {
+        "comm": "deepspeed.comm.comm:",
+        "TorchBackend": "deepspeed.comm.torch",
+        "comms_logger": "~internal",
+        "icdf": "~gone: For a normal distribution's inverse use torch.distributions.Normal(0.0, 1.0).icdf.",
+    },
 )
-_LATER = ("comm", "TorchBackend", "comms_logger")
+_LATER = ("comm", "TorchBackend", "comms_logger", "icdf")
 """Names of the original's inside that scripts import."""
 
 

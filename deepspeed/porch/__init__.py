@@ -4,6 +4,7 @@
     constants     names of keys and files, by the module in which the original has them
     enums         values that scripts compare with
     partitioned   a tensor cut evenly over the ranks of a group
+    ranks         this rank's positions, as functions of a module that had them once
     norms         norms and clipping over lists of tensors
     tools         seeds, partitions of a list, attributes by dotted name, and other functions of a few lines
     version       what `deepspeed.git_version_info` says

@@ -306,6 +306,9 @@ VALUES: dict[str, dict[str, Any]] = {
     },
     "deepspeed.runtime.zero.config": {
         "ZERO_OPTIMIZATION": "zero_optimization",
+        "ZERO_OPTIMIZATION_OPTIMIZER_STATES": 1,
+        "ZERO_OPTIMIZATION_GRADIENTS": 2,
+        "ZERO_OPTIMIZATION_WEIGHTS": 3,
     },
     "deepspeed.runtime.zero.constants": {
         "ZERO_OPTIMIZATION": "zero_optimization",

@@ -15,6 +15,9 @@ from deepspeed.utils.errors import NotAvailableError
 INTERNAL = "internal"
 """The feature of a placeholder for a part of the original's inside, which no later version will have."""
 
+GONE = "gone: "
+"""How the feature of a placeholder begins for a name that the original has lost too; the cure follows."""
+
 
 class Placeholder:
     """Base of every placeholder. Not in the original."""
@@ -27,6 +30,11 @@ class Placeholder:
             raise NotAvailableError(
                 f"{cls._path} is a part of the original's inside and has no counterpart here.\n"
                 "  Use the public names: deepspeed.initialize, deepspeed.zero, deepspeed.utils.safe_*."
+            )
+        if cls._feature.startswith(GONE):
+            raise NotAvailableError(
+                f"{cls._path} is in no recent version of the original and has no counterpart here.\n"
+                f"  {cls._feature.removeprefix(GONE)}"
             )
         raise NotAvailableError(
             f"{cls._path} is not available yet: {cls._feature}.\n  Importing it is fine; train without it."

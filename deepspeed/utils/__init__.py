@@ -23,7 +23,7 @@ __getattr__, __dir__ = _lazy_exports(
             "deepspeed.utils.timer": "SynchronizedWallClockTimer ThroughputTimer NoopTimer",
             "deepspeed.utils.nested": "recursive_getattr recursive_setattr",
             "deepspeed.utils.nvtx": "instrument_w_nvtx",
-            "deepspeed.comm": "is_initialized",
+            "deepspeed.comm": "is_initialized init_distributed",
             "deepspeed.porch.enums": "fragment_address",
         }
     )
