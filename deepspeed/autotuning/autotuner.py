@@ -346,7 +346,9 @@ class Autotuner:
         }
         write_json(self.results / OURS, state)
         if self.tuner is not None:
-            write_text(self.results / "report.html", page.page(self.found(), is_finished=is_finished))
+            write_text(
+                self.results / "report.html", page.page(self.found(), is_finished=is_finished or bool(self.why_ended))
+            )
 
     @property
     def seconds(self) -> float:

@@ -16,6 +16,7 @@ from deepspeed.autotuning.progress import UNITS, shown
 from deepspeed.autotuning.resources import is_better, value_of
 from deepspeed.autotuning.space import Candidate
 from deepspeed.memory.html import size
+from deepspeed.planner.shown import count
 
 _STYLE = """
 :root{--paper:#fbfbfd;--card:#fff;--ink:#1d2333;--soft:#667085;--line:#e4e7ee;--track:#f1f3f8;--good:#2b8a3e;--goodbg:#ebfbee;
@@ -33,7 +34,7 @@ padding:20px 22px;margin-bottom:18px;overflow-x:auto}.tiles{display:grid;grid-te
 .advice{border-left:4px solid var(--good);background:var(--goodbg)}pre{margin:10px 0 0;font:12.5px/1.55 ui-monospace,"SF Mono",Menlo,
 "DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}table{border-collapse:collapse;width:100%;font-size:12.5px}
 td,th{padding:4px 8px;border-top:1px solid var(--line);text-align:left;vertical-align:middle}th{color:var(--soft);font-weight:600;border:0}
-td.n{text-align:right;white-space:nowrap}.track{position:relative;height:16px;min-width:180px;background:var(--track);border-radius:4px}
+td.n,th.n{text-align:right;white-space:nowrap}table.few{width:auto}.track{position:relative;height:16px;min-width:180px;background:var(--track);border-radius:4px}
 .track i{position:absolute;left:0;top:0;bottom:0;border-radius:4px;background:var(--bar)}.track i.best{background:var(--best)}
 .track u{position:absolute;top:6px;height:4px;background:var(--guess);border-radius:2px;opacity:.75}
 .track s{position:absolute;top:2px;bottom:2px;width:2px;background:var(--ink)}.bad{color:var(--bad)}.soft{color:var(--soft)}
@@ -114,10 +115,11 @@ def page(search: Found, *, is_finished: bool) -> str:
     name, value = search.best()
     metric = search.section.metric
     listed = rows(search)
-    script = html.escape(search.script)
+    script = html.escape(search.script.rpartition("/")[2])
     state = html.escape(search.why_ended) if is_finished else "under way"
+    none = "none" if is_finished else "none yet"
     tiles = [
-        (html.escape(name or "none yet"), "the best so far" if not is_finished else "the best"),
+        (html.escape(name or none), "the best so far" if not is_finished else "the best"),
         (html.escape(shown(metric, value)), f"its {metric}"),
         (
             f"{len(search.outcomes)} of {len(search.candidates)}",
@@ -141,7 +143,7 @@ def _lead(search: Found) -> str:
     info = search.info
     room = f", {size(info['device_nbytes'])} for each" if info.get("device_nbytes") else ""
     return html.escape(
-        f"{info.get('model', 'A model')} with {info.get('num_params', 0) / 1e6:,.2f}M parameters in {info.get('dtype')} on "
+        f"{search.script}: {info.get('model', 'a model')} with {count(info.get('num_params', 0))} parameters in {info.get('dtype')} on "
         f"{search.num_ranks} {info.get('device')} rank{'s' if search.num_ranks > 1 else ''}{room}."
     )
 
@@ -158,7 +160,9 @@ def _table(search: Found, listed: Sequence[Row], best: str | None) -> str:
     measured = [row.measured for row in listed if row.measured is not None]
     guessed = [row.predicted[1] for row in listed if row.predicted]
     top = 1.15 * (max(measured) if measured else max(guessed, default=1.0))
-    head = "<tr><th>configuration<th>predicted<th>measured<th><th>memory<th>what came of it</tr>"
+    head = (
+        "<tr><th>configuration<th class=n>predicted<th class=n>measured<th><th class=n>memory<th>what came of it</tr>"
+    )
     return f"<table>{head}{''.join(_cells(search, row, top, best) for row in listed)}</table>"
 
 
@@ -204,4 +208,4 @@ def _machine(search: Found) -> str:
     )
     unknown = search.info.get("unknown")
     note = f'<p class="bad">Memory could not be predicted: {html.escape(unknown)}</p>' if unknown else ""
-    return f'<div class="card"><h2>What this machine did, all ranks at once</h2>{note}<table>{cells}</table></div>'
+    return f'<div class="card"><h2>What this machine did, all ranks at once</h2>{note}<table class="few">{cells}</table></div>'

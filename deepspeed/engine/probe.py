@@ -83,8 +83,8 @@ class Probe(Observer):
         raise SystemExit(0)
 
     def _may_clock(self, found: dict[str, Any], limit: int) -> bool:
-        """Whether there is room for a short copy of the model, its gradients and what it keeps; and whether it is one rank's own. Collective."""
-        small = 2 * found.get("num_params", 0) * self._config.precision_dtype.itemsize
+        """Whether there is room for short copies of the model, their gradients and what they keep; and whether it is one rank's own. Collective."""
+        small = 3 * found.get("num_params", 0) * self._config.precision_dtype.itemsize
         kept = max(SAMPLES) * (found.get("activation_mem_per_gpu") or 0)
         undivided = self._mesh.size("batch") == self._mesh.size("job") and not self._config.torch_autocast.enabled
         mine = undivided and bool(found.get("flops")) and small + kept < limit / 2

@@ -3,15 +3,16 @@
 Called by the autotuner's first run, in all its ranks at once, since ranks of a machine slow each other down. What the engine holds
 may be in parts, at other places, or larger than there is room for a second of; so copies are clocked that have the model's structure,
 its buffers and its first blocks, and parameters made up here. A stack's step is affine in its blocks (as `shape` has it) and in its
-samples: four short runs give the whole model's.
+samples: four kinds of short runs give the whole model's. They take turns, so that what else a machine does for a second meets all four.
 
 Invariant: the model, its gradients, and what is random in the process stay as they were, and no collective is called.
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,10 +30,10 @@ from deepspeed.precision.widen import Widening, needs_wide_matmul
 DEPTHS = (1, 3)
 """Blocks of the copies."""
 SAMPLES = (1, 4)
-NUM_RUNS = 6
+NUM_RUNS = 8
 """Of each; the fastest counts."""
-ENOUGH_S = 3.0
-"""After so long no other run begins."""
+ENOUGH_S = 10.0
+"""After so long no other turn begins."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +53,20 @@ class Clocked:
         """Of `micro` samples."""
         return self.backward_call_s + micro * self.backward_sample_s
 
+    def at_least(self, forward_sample_s: float, backward_sample_s: float) -> Clocked:
+        """Samples not faster than that: a machine that was disturbed while few samples ran makes more of them look free.
+
+        What samples get, calls lose, so that the largest batch that was clocked stays as it was, where it can.
+        """
+        forward = max(0.0, forward_sample_s - self.forward_sample_s)
+        backward = max(0.0, backward_sample_s - self.backward_sample_s)
+        return Clocked(
+            forward_call_s=max(0.0, self.forward_call_s - SAMPLES[-1] * forward),
+            forward_sample_s=self.forward_sample_s + forward,
+            backward_call_s=max(0.0, self.backward_call_s - SAMPLES[-1] * backward),
+            backward_sample_s=self.backward_sample_s + backward,
+        )
+
     def scaled(self, calls: float, work: float) -> Clocked:
         """Of a part of the model that makes `calls` of the calls and `work` of the work."""
         return Clocked(
@@ -69,12 +84,11 @@ def clocked(model: nn.Module, batch: Any, samples: int, dtype: torch.dtype) -> C
     """
     blocks = find_blocks(model)
     depths = DEPTHS if len(blocks) > DEPTHS[1] else (len(blocks),)
-    rows = []
     with torch.random.fork_rng(), torch.enable_grad():
-        for depth in depths:
-            short = _made(shortened(model, depth) if len(depths) > 1 else model, model, dtype)
-            rows.append([_seconds(short, _with_samples(batch, samples, many, dtype)) for many in SAMPLES])
-            del short
+        short = [_made(shortened(model, depth) if len(depths) > 1 else model, model, dtype) for depth in depths]
+        batches = [_with_samples(batch, samples, many, dtype) for many in SAMPLES]
+        rows = _fastest(short, batches)
+        del short
     forward, backward = ([_line([pair[way] for pair in row]) for row in rows] for way in (0, 1))
     more = (len(blocks) - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
 
@@ -88,6 +102,20 @@ def clocked(model: nn.Module, batch: Any, samples: int, dtype: torch.dtype) -> C
         backward_call_s=backward_call,
         backward_sample_s=backward_sample,
     )
+
+
+def _fastest(models: Sequence[nn.Module], batches: Sequence[Any]) -> list[list[tuple[float, float]]]:
+    """(forward's, backward's) seconds [models][batches], the fastest of some turns."""
+    found = [[(math.inf, math.inf) for _ in batches] for _ in models]
+    began_s = time.perf_counter()
+    for turn in range(NUM_RUNS):
+        if turn and time.perf_counter() - began_s > ENOUGH_S:
+            break
+        for row, model in zip(found, models, strict=True):
+            for i, batch in enumerate(batches):
+                forward_s, backward_s = _seconds(model, batch)
+                row[i] = min(row[i][0], forward_s), min(row[i][1], backward_s)
+    return found
 
 
 def _line(seconds: list[float]) -> tuple[float, float]:
@@ -134,25 +162,16 @@ def _with_samples(batch: Any, samples: int, many: int, dtype: torch.dtype) -> An
 
 
 def _seconds(model: nn.Module, batch: Any) -> tuple[float, float]:
-    """(forward's, backward's) fastest of some runs."""
-    forward, backward = zip(*_runs(model, batch), strict=True)
-    return min(forward), min(backward)
-
-
-def _runs(model: nn.Module, batch: Any) -> Iterator[tuple[float, float]]:
+    """(forward's, backward's) of one run."""
     args, kwargs = as_call(batch)
     params = [param for param in model.parameters() if param.requires_grad]
     synchronize = get_accelerator().synchronize
-    began_s = time.perf_counter()
-    for turn in range(NUM_RUNS):
-        if turn and time.perf_counter() - began_s > ENOUGH_S:
-            return
-        synchronize()
-        times = [time.perf_counter()]
-        loss = default_loss(model(*args, **kwargs))
-        synchronize()
-        times.append(time.perf_counter())
-        torch.autograd.grad(loss, params, allow_unused=True)
-        synchronize()
-        times.append(time.perf_counter())
-        yield times[1] - times[0], times[2] - times[1]
+    synchronize()
+    times = [time.perf_counter()]
+    loss = default_loss(model(*args, **kwargs))
+    synchronize()
+    times.append(time.perf_counter())
+    torch.autograd.grad(loss, params, allow_unused=True)
+    synchronize()
+    times.append(time.perf_counter())
+    return times[1] - times[0], times[2] - times[1]

@@ -27,6 +27,8 @@ Tier = Literal["device", "cpu", "nvme"]
 
 EFFICIENCY = 0.7
 """Of the matrix rate that a model's own products reach."""
+BEST_EFFICIENCY = 2.0
+"""No model computes faster than so many times the rate, which was perhaps measured while the machine did something else."""
 ELEMENTWISE_PASSES = 3.0
 """How often kept activations are read or written by what is no matrix product, forward and backward."""
 LAUNCH_S = 1.5e-5
@@ -166,8 +168,9 @@ def _compute(rates: Rates, work: Work, choice: Choice) -> _Busy:
 
 def _clocked(rates: Rates, work: Work, choice: Choice, again: float) -> _Busy:
     """Of a model whose own forward and backward were clocked."""
-    own = work.clocked
-    assert own is not None, "asked of clocked models only"
+    assert work.clocked is not None, "asked of clocked models only"
+    least = BEST_EFFICIENCY * rates.matmul_flops
+    own = work.clocked.at_least(work.forward_flops / least, (work.flops - work.forward_flops) / least)
     engine_s = ENGINE_CALLS_PER_MODULE * rates.launch_s * work.num_modules * (1 + again) if work.is_host else 0.0
     samples = choice.micro * (own.forward_sample_s + own.backward_sample_s)
     again_s = again * choice.micro * own.forward_sample_s

@@ -161,6 +161,8 @@ def test_a_script_that_fails_in_the_first_step_shows_its_error_and_where_it_wrot
     assert "in the first step" in str(caught.value)
     assert "shapes (3, 4) and (5, 6)" in str(caught.value)
     assert "Run the script once without --autotuning" in str(caught.value)
+    page = (tmp_path / "autotuning_results/report.html").read_text()
+    assert "nothing is left to try" in page and "under way" not in page
 
 
 def test_a_script_whose_batches_do_not_follow_is_told_to_name_its_argument(tmp_path: Path) -> None:

@@ -59,9 +59,33 @@ def test_copies_are_clocked_and_the_model_and_its_random_numbers_stay() -> None:
 def test_recomputation_costs_the_clocked_forward_once_more() -> None:
     rates = Rates(matmul_flops=1e9, copy_nbytes_s=1e9)
     own = Clocked(forward_call_s=0.1, forward_sample_s=0.2, backward_call_s=0.3, backward_sample_s=0.4)
-    work = Work(num_params=0, flops=1e9, forward_flops=1e9, activation_nbytes=1e9, clocked=own)
+    work = Work(num_params=0, flops=1e9, forward_flops=3e8, activation_nbytes=1e9, clocked=own)
     plain, again = (
         step_parts(rates, work, Choice(stage=0, micro=2, accumulation=3, recompute=r)) for r in ("none", "full")
     )
     assert plain.busy == pytest.approx(3 * (0.1 + 0.3 + 2 * 0.6))
     assert again.busy - plain.busy == pytest.approx(3 * (0.1 + 2 * 0.2))
+
+
+def test_samples_that_a_disturbed_clock_took_for_free_cost_at_least_their_operations() -> None:
+    wrong = Clocked(forward_call_s=0.1, forward_sample_s=0.0, backward_call_s=0.01, backward_sample_s=0.05)
+    right = wrong.at_least(0.02, 0.04)
+    assert right.forward_s(4) == pytest.approx(wrong.forward_s(4))
+    assert right.forward_sample_s == pytest.approx(0.02)
+    assert (right.backward_call_s, right.backward_sample_s) == (0.01, 0.05)
+    work = Work(num_params=0, flops=6e9, forward_flops=2e9, activation_nbytes=0, clocked=wrong)
+    parts = step_parts(Rates(matmul_flops=1e11, copy_nbytes_s=1e9), work, Choice(stage=0, micro=1, recompute="full"))
+    assert parts.again == pytest.approx(2e9 / 2e11), "a forward that took no time would be recomputed in none"
+
+
+def test_what_else_the_machine_does_for_a_while_meets_all_runs_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = []
+
+    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> tuple[float, float]:
+        turns.append(1)
+        slower = 10 if len(turns) <= 5 else 1
+        return slower * len(batch[0]), slower * 2 * len(batch[0])
+
+    monkeypatch.setattr(module, "_seconds", seconds)
+    found = clocked(Stack(9), (torch.zeros(2, 5, dtype=torch.long),), 2, torch.float32)
+    assert (found.forward_call_s, found.forward_sample_s, found.backward_sample_s) == pytest.approx((0, 1, 2))
