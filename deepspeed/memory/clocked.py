@@ -14,7 +14,7 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -104,18 +104,31 @@ def clocked(model: nn.Module, batch: Any, samples: int, dtype: torch.dtype) -> C
     )
 
 
+class _Run(NamedTuple):
+    """One run, by the clock of what computes."""
+
+    forward_s: float
+    backward_s: float
+    wall_s: float
+    """Of both, by the wall."""
+
+
 def _fastest(models: Sequence[nn.Module], batches: Sequence[Any]) -> list[list[tuple[float, float]]]:
-    """(forward's, backward's) seconds [models][batches], the fastest of some turns."""
+    """(forward's, backward's) seconds [models][batches], the fastest of some turns.
+
+    Where ranks share processors, they wait for each other as long, for their work, as in the least disturbed turn.
+    """
     found = [[(math.inf, math.inf) for _ in batches] for _ in models]
-    began_s = time.perf_counter()
+    began_s, waiting = time.perf_counter(), math.inf
     for turn in range(NUM_RUNS):
         if turn and time.perf_counter() - began_s > ENOUGH_S:
             break
-        for row, model in zip(found, models, strict=True):
-            for i, batch in enumerate(batches):
-                forward_s, backward_s = _seconds(model, batch)
-                row[i] = min(row[i][0], forward_s), min(row[i][1], backward_s)
-    return found
+        runs = [[_seconds(model, batch) for batch in batches] for model in models]
+        for row, new in zip(found, runs, strict=True):
+            row[:] = [(min(a, run.forward_s), min(b, run.backward_s)) for (a, b), run in zip(row, new, strict=True)]
+        work_s = sum(run.forward_s + run.backward_s for row in runs for run in row)
+        waiting = min(waiting, sum(run.wall_s for row in runs for run in row) / work_s)
+    return [[(waiting * forward, waiting * backward) for forward, backward in row] for row in found]
 
 
 def _line(seconds: list[float]) -> tuple[float, float]:
@@ -161,17 +174,18 @@ def _with_samples(batch: Any, samples: int, many: int, dtype: torch.dtype) -> An
     return tree_map_only(Tensor, like, batch)
 
 
-def _seconds(model: nn.Module, batch: Any) -> tuple[float, float]:
-    """(forward's, backward's) of one run."""
+def _seconds(model: nn.Module, batch: Any) -> _Run:
+    """One run. On a CPU this thread's own time counts, which what else the machine does hardly changes; backward runs in it, too."""
     args, kwargs = as_call(batch)
     params = [param for param in model.parameters() if param.requires_grad]
     synchronize = get_accelerator().synchronize
+    clock = time.thread_time if get_accelerator().device_name() == "cpu" else time.perf_counter
     synchronize()
-    times = [time.perf_counter()]
+    began_s, times = time.perf_counter(), [clock()]
     loss = default_loss(model(*args, **kwargs))
     synchronize()
-    times.append(time.perf_counter())
+    times.append(clock())
     torch.autograd.grad(loss, params, allow_unused=True)
     synchronize()
-    times.append(time.perf_counter())
-    return times[1] - times[0], times[2] - times[1]
+    times.append(clock())
+    return _Run(times[1] - times[0], times[2] - times[1], time.perf_counter() - began_s)

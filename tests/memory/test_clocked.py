@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 import torch
 from torch import nn
@@ -33,9 +35,10 @@ class Stack(nn.Module):
 
 
 def test_a_stacks_seconds_are_affine_in_its_blocks_and_samples(monkeypatch: pytest.MonkeyPatch) -> None:
-    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> tuple[float, float]:
+    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> module._Run:
         depth, samples = len(find_blocks(model)), len(batch[0])
-        return 3 + 2 * depth + samples * (1 + 0.5 * depth), 5 + samples * 4 * depth
+        forward_s, backward_s = 3 + 2 * depth + samples * (1 + 0.5 * depth), 5 + samples * 4 * depth
+        return module._Run(forward_s, backward_s, forward_s + backward_s)
 
     monkeypatch.setattr(module, "_seconds", seconds)
     for depth in (2, 9):
@@ -81,11 +84,26 @@ def test_samples_that_a_disturbed_clock_took_for_free_cost_at_least_their_operat
 def test_what_else_the_machine_does_for_a_while_meets_all_runs_alike(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = []
 
-    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> tuple[float, float]:
+    def seconds(model: nn.Module, batch: tuple[torch.Tensor]) -> module._Run:
         turns.append(1)
-        slower = 10 if len(turns) <= 5 else 1
-        return slower * len(batch[0]), slower * 2 * len(batch[0])
+        samples, waited = len(batch[0]), 10 if len(turns) <= 5 else 2
+        return module._Run(samples, 2 * samples, waited * 3 * samples)
 
     monkeypatch.setattr(module, "_seconds", seconds)
     found = clocked(Stack(9), (torch.zeros(2, 5, dtype=torch.long),), 2, torch.float32)
-    assert (found.forward_call_s, found.forward_sample_s, found.backward_sample_s) == pytest.approx((0, 1, 2))
+    assert (found.forward_call_s, found.forward_sample_s, found.backward_sample_s) == pytest.approx((0, 2, 4))
+
+
+def test_a_run_on_a_cpu_counts_its_own_work_and_not_what_it_waited_for() -> None:
+    class Waits(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.3)
+            return (self.weight * x).sum()
+
+    run = module._seconds(Waits(), (torch.ones(1),))
+    assert run.wall_s > 0.3
+    assert 0 < run.forward_s < 0.2
