@@ -16,6 +16,7 @@ import argparse
 import functools
 import os
 import platform
+import socket
 import subprocess
 import time
 from collections.abc import Callable, Sequence
@@ -220,9 +221,7 @@ def real_rank(rank: int, ranks: int, names: Sequence[str], results: Any) -> None
 
 def _join(rank: int, ranks: int) -> None:
     torch.set_num_threads(1)
-    os.environ.update(
-        RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1", MASTER_PORT="29641"
-    )
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(ranks), LOCAL_RANK=str(rank), MASTER_ADDR="127.0.0.1")
     dist.init_process_group("gloo", rank=rank, world_size=ranks)
 
 
@@ -286,6 +285,8 @@ def main() -> None:
     names = [name for name in NAMED if name != "interleaved"]
     parser.add_argument("--names", nargs="+", default=names, choices=names)
     args = parser.parse_args()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        os.environ["MASTER_PORT"] = str(free.getsockname()[1])
     print(_machine(), flush=True)
     if not args.sleep:
         _real()

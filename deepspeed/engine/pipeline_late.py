@@ -323,6 +323,7 @@ class LateBatches:
         self.settle()
         if self._owed is not None:
             self._end_lists()
+        self._engine._mail.settle()
 
 
 def settles_first(cls: type[T]) -> type[T]:

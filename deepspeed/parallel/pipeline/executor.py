@@ -98,7 +98,8 @@ class Executor:
         """By stage, what autograd kept of a micro-batch, the most there was."""
 
     def run(self, actions: Actions, drive: Callable[[Callable[[Action], None]], None] | None = None) -> None:
-        """Carry this rank's row out. Raises PipelineError on all ranks of the pipeline if one fails.
+        """Carry this rank's row out. Raises PipelineError if this rank fails, or one that it waits for; others may be done by then, with
+        messages on their way that nobody takes: the caller has all of them settled, or drained, when it knows.
 
         drive: goes through the row itself, with something in between; it is given what carries an action out."""
         self.actions = actions
@@ -125,7 +126,6 @@ class Executor:
             else:
                 for given in row:
                     do(given)
-            self._mail.settle()
         except BaseException as error:
             self._mail.tell_failure(self._words(error, action))
             self._alive.clear()

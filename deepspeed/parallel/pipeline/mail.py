@@ -107,7 +107,8 @@ class Mail:
         self.control_bytes_sent += control
 
     def settle(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all that was sent has left. Only where all ranks have done their lists, or `drain` it: a rank that has failed
+        takes nothing more."""
         for outbox in self._post.outboxes.values():
             outbox.settle()
 

@@ -127,15 +127,15 @@ class Outbox:
 
     def _start(self, tensor: Tensor, group: Any, tag: int) -> None:
         work = dist.isend(tensor, self._line.peer, group=group, tag=tag)
-        self._under_way.append((self.num_sent - self._num_before, work, tensor))
+        self._under_way.append((self.num_sent, work, tensor))
 
     def forget(self, num_taken: int) -> None:
-        """Let go of what has left; the other end has taken `num_taken` of the list's messages."""
+        """Let go of what has left; the other end has taken `num_taken` of the list's messages, and all of the lists before."""
         while self._under_way and self._under_way[0][1].is_completed():
             self._under_way.popleft()
 
     def settle(self) -> None:
-        """Wait until all that was sent has left."""
+        """Wait until all that was sent has left. Over gloo it leaves when the other end takes it, so only where it will."""
         while self._under_way:
             self._under_way.popleft()[1].wait()
 
@@ -166,7 +166,7 @@ class TaggedOutbox(Outbox):
 
     def forget(self, num_taken: int) -> None:
         """See Outbox."""
-        while self._under_way and self._under_way[0][0] <= num_taken:
+        while self._under_way and self._under_way[0][0] <= self._num_before + num_taken:
             self._under_way.popleft()[1].wait()
 
 

@@ -208,6 +208,54 @@ def test_a_failure_takes_the_step_back_on_ranks_that_have_gone_on() -> None:
     run_ranks(2, _failures)
 
 
+class _FailsBack(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Tensor:
+        raise KeyError("no way back")
+
+
+class FailsBack(nn.Linear):
+    """Fails in its backward while `fails`."""
+
+    fails = True
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = super().forward(x)
+        return _FailsBack.apply(out) if self.fails else out
+
+
+def _fails_back(rank: int, world: int, late: bool, schedule: str) -> None:
+    first = FailsBack(WIDTH, WIDTH)
+    engine = _start(
+        [first, nn.Linear(WIDTH, 4)], gradient_accumulation_steps=8,
+        pipeline={"post_validation": late, "schedule": schedule},
+    )  # fmt: skip
+
+    def data() -> Iterator[tuple[Tensor, Tensor]]:
+        return iter([(torch.ones(4, WIDTH), torch.ones(4, 4))] * 8)
+
+    for _ in range(2):
+        with pytest.raises((KeyError, PipelineError), match="no way back"):
+            engine.train_batch(data())
+            engine.settle_step()
+    assert engine.global_steps == 0
+    first.fails = False
+    losses = [engine.train_batch(data()).item() for _ in range(3)]
+    engine.settle_step()
+    assert engine.global_steps == 3 and losses[2] < losses[0]
+    engine.destroy()
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b", "zb-h2"])
+@pytest.mark.parametrize("late", [False, True])
+def test_a_first_stage_that_fails_when_the_last_one_is_done_keeps_nobody_waiting(late: bool, schedule: str) -> None:
+    run_ranks(2, _fails_back, late, schedule)
+
+
 def _refusals(rank: int, world: int) -> None:
     two = [nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 4)]
     cases: list[tuple[str, dict[str, Any]]] = [
