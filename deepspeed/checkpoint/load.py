@@ -31,6 +31,7 @@ from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER, Subject
 from deepspeed.checkpoint.values import encode
 from deepspeed.comm.exchange import Pending
+from deepspeed.optim.first_states import alike
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import log_dist, logger
 from deepspeed.zero.master import Master
@@ -260,8 +261,7 @@ def _has_what_it_needs(optimizer: torch.optim.Optimizer, listed: Iterable[Mappin
     probe = torch.nn.Parameter(torch.zeros(1))
     probe.grad = torch.zeros(1)
     try:
-        settings = {key: optimizer.param_groups[0][key] for key in optimizer.defaults}
-        tried = type(optimizer)([probe], **settings)
+        tried = alike(optimizer, probe)
         tried.step()
     except Exception:
         return True

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
+from deepspeed.optim.first_states import first_state
 from deepspeed.optim.traits import AveragesItself, Needs, needs_of
 from deepspeed.tiers import InMemory, Rest
 from deepspeed.utils.errors import CheckpointError
@@ -273,7 +274,7 @@ def renew_states(
 ) -> list[Flat]:
     """Replace the optimizer's state by tensors of the specified kinds, to be filled by the caller.
 
-    Parameters that are not in `spec_of` have no state, as if they had never been stepped. Where one run would have
+    Parameters that are not in `spec_of` have the state of a new optimizer, as if they had never been stepped. Where one run would have
     parameters of different specifications it is cut. `master_dtype_of` gives the dtype in which the weights were stored:
     states follow the weights' dtype where that changed, and keep their own otherwise.
     """
@@ -286,6 +287,7 @@ def renew_states(
         if run.segment is not None:
             run.segment.states.clear()
         if not specs:
+            _make_first_state(optimizer, run)
             continue
         name, spec = specs[0]
         master = optimizer.masters[run.master]
@@ -315,6 +317,20 @@ def renew_states(
                     tensor.zero_()
                 flats.append(_flat_of_tensor(kind, tensor, held, replicas))
     return flats
+
+
+def _make_first_state(optimizer: ZeroOptimizer, run: _Run) -> None:
+    """Give a run what its optimizer's class gives a parameter when it is constructed; nothing, for most."""
+    inner, tensor = optimizer.optimizer, run.tensor
+    if run.segment is not None:  # whose own memory is a tile's, and comes with it
+        tensor = nn.Parameter(torch.empty(run.numel, dtype=optimizer.masters[run.master].weights.dtype))
+    for key, value in first_state(inner, tensor, run.group).items():
+        if run.segment is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
+            optimizer.state[run.tensor][key] = value
+            continue
+        assert optimizer.runs.stream is not None
+        rest = optimizer.runs.stream.adopt_state(run.master, run.segment, key, value.dtype)
+        rest.start_store(run.start, value).wait()
 
 
 def _reusable(before: Any, like: Tensor, dtype: torch.dtype) -> Tensor:
