@@ -30,6 +30,9 @@ class Ranks:
         self.members = mesh.ranks("checkpoint")
         self.rank = mesh.rank("checkpoint")
         self._group = mesh.group("checkpoint", "checkpoint", "gloo")
+        # Where this object has the group's last reference, torch 2.6 joins gloo's threads with the interpreter locked, and
+        # such a thread needs it to let go of a tensor that Python has forgotten. So none is, until after the group.
+        self._messages: list[Tensor] = []
 
     @property
     def world_size(self) -> int:
@@ -47,10 +50,13 @@ class Ranks:
             return [value]
         own = _to_bytes(value)
         counts = [torch.zeros(1, dtype=torch.int64) for _ in self.members]
-        self._group.allgather([counts], [torch.tensor([own.numel()])]).wait()
+        count = torch.tensor([own.numel()])
+        self._messages += [*counts, count]
+        self._group.allgather([counts], [count]).wait()
         longest = max(int(count) for count in counts)
         padded = torch.cat([own, torch.zeros(longest - own.numel(), dtype=torch.uint8)])
         theirs = [torch.empty_like(padded) for _ in self.members] if self.is_first else []
+        self._messages += [padded, *theirs]
         self._group.gather([theirs] if self.is_first else [], [padded], _to_rank_0(dist.GatherOptions())).wait()
         return [_to_value(data, count) for data, count in zip(theirs, counts, strict=True)] if self.is_first else None
 
@@ -60,9 +66,11 @@ class Ranks:
             return value
         data = _to_bytes(value) if self.is_first else torch.empty(0, dtype=torch.uint8)
         count = torch.tensor([data.numel()])
+        self._messages += [count, data]
         self._group.broadcast([count], _to_rank_0(dist.BroadcastOptions())).wait()
         if not self.is_first:
             data = torch.empty(int(count), dtype=torch.uint8)
+            self._messages.append(data)
         self._group.broadcast([data], _to_rank_0(dist.BroadcastOptions())).wait()
         return value if self.is_first else _to_value(data, count)
 
