@@ -163,7 +163,14 @@ def reduce_scatter(
     output: Tensor, input_list: list[Tensor], op: Any = SUM, group: Group = None, async_op: bool = False
 ) -> Any:
     """Reduce input_list[r] over ranks into rank r's `output`."""
-    return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    try:
+        return dist.reduce_scatter(output, input_list, op=op, group=group, async_op=async_op)
+    except RuntimeError as error:
+        # gloo of torch 2.6 refuses lists before it sends anything, on every rank; one tensor it takes.
+        if "does not support reduce_scatter" not in str(error) or len({part.numel() for part in input_list}) != 1:
+            raise
+    flat = torch.cat([part.reshape(-1) for part in input_list])
+    return reduce_scatter_single(output.view(-1), flat, op=op, group=group, async_op=async_op)
 
 
 @_recorded("tensor")
