@@ -37,6 +37,8 @@ from deepspeed.utils.logging import logger
 MAX_REPORT_AFTER_S = 120.0
 LOOKS = 6
 """Looks per `report_after_s`."""
+MIN_SILENCE_S = 5.0
+"""A store that has not answered for less is slow: its process may wait for a processor."""
 _SILENCE = "does not answer: its process or machine is gone, stopped or cut off"
 _OWN = str(Path(__file__).resolve().parent)
 _TORCH = os.path.join("torch", "distributed")
@@ -171,7 +173,7 @@ class Watchdog:
             self._has_told_silence = False
         elif (
             not self._has_told_silence
-            and look.now_s - asked_s >= 2 * self._after_s / LOOKS
+            and look.now_s - asked_s >= max(2 * self._after_s / LOOKS, MIN_SILENCE_S)
             and look.waited_s >= self._after_s
         ):
             self._has_told_silence = True

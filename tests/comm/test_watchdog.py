@@ -38,10 +38,10 @@ def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
         )
         return dist.PrefixStore("watch", client)
 
-    dog = Watchdog(open_store, rank, world_size, timeout_s=60, report_after_s=0.9)
+    dog = Watchdog(open_store, rank, world_size, timeout_s=60, report_after_s=1.8)
     dist.barrier()
     dog.start()
-    until = time.monotonic() + 2
+    until = time.monotonic() + 3
     going = torch.ones(1)
     while going.item():
         dist.all_reduce(torch.ones(1))
@@ -50,7 +50,7 @@ def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
         dist.broadcast(going, 0)
     before = len(notes.texts)
     if hangs and rank == world_size - 1:
-        time.sleep(3)
+        time.sleep(6)
     dist.all_reduce(torch.ones(1))
     dog.stop()
     dist.barrier()

@@ -41,7 +41,7 @@ def test_a_step_at_stage_3_is_no_longer_a_walk_than_it_was() -> None:
     # Ranks of its own: groups outlive engines, with the way of sending that an earlier test's environment chose.
     pool = Pool(2)
     try:
-        walks = pool.call(walked, (), {}, 60.0)
+        walks = pool.call(walked, (), {}, 300.0)
     finally:
         pool.kill()
     for forward, backward in walks:
