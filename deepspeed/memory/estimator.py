@@ -27,7 +27,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.activation.blocks import Recompute
 from deepspeed.assembly import assemble
 from deepspeed.config import Config, load_config
-from deepspeed.memory.experts import check_ranks, expert_ranks, spread_experts
+from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_experts
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.parts import part_of
@@ -36,6 +36,7 @@ from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
 from deepspeed.optim.traits import AveragesItself
+from deepspeed.parallel.expert.listed import Block
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import full_shape, slot_of
@@ -193,7 +194,7 @@ class Estimator:
                 if isinstance(optimizer, AveragesItself)
                 else 0.0
             ),
-            given=[_given(param, zero.stage) for param in self._model.parameters()],
+            given=_all_given(self._model, trace.model, zero.stage),
             cut_nbytes=_cut_nbytes(self._model, trace.model, zero.stage) if sharers * ep > 1 else 0,
         )
         groups, limits = assemble.group_indices(optimizer), assemble.make_limits(config)
@@ -220,7 +221,7 @@ class Estimator:
                 device_type=self.device_type,
                 autocast=low,
                 plan=list(chosen) if isinstance(chosen, tuple) else chosen,
-                prepare=functools.partial(_prepare, config),
+                prepare=functools.partial(_prepare, config, learned(self._model, config)),
                 loss_of=self._loss_of,
             )
         return self._traces[key]
@@ -236,17 +237,26 @@ class Estimator:
         return build_optimizer(ASSUMED_OPTIMIZER, {}, groups), [note]
 
 
-def _prepare(config: Config, model: nn.Module) -> None:
+def _prepare(config: Config, blocks: Mapping[str, Block], model: nn.Module) -> None:
     assemble.cast_buffers(model, config)
     cut_layers(model, config)
-    spread_experts(model, config)
+    spread_experts(model, config, blocks)
 
 
 def _cut_nbytes(whole: nn.Module, part: nn.Module, stage: int) -> int:
     """What the user's parameters have in the device's memory beyond a rank's parts of them."""
-    pairs = zip(whole.parameters(), part.parameters(), strict=True)
-    is_here = lambda param: _given(param, stage).tier is not None  # noqa: E731
-    return sum((full_shape(p).numel() - own.numel()) * p.element_size() for p, own in pairs if is_here(p))
+    own = {name: param.numel() for name, param in part.named_parameters()}
+    return sum(
+        (full_shape(param).numel() - own.get(name, 0)) * param.element_size()
+        for name, param in whole.named_parameters()
+        if _given(param, stage).tier is not None
+    )
+
+
+def _all_given(whole: nn.Module, part: nn.Module, stage: int) -> list[Given]:
+    """For each parameter of the first rank where the user's of that name is: of a list of experts it has the first ones."""
+    users = dict(whole.named_parameters())
+    return [_given(users[name], stage) for name, _ in part.named_parameters()]
 
 
 def _given(param: Tensor, stage: int) -> Given:

@@ -3,17 +3,19 @@
 Called by the estimator before it traces. The first rank is played. Its tokens are routed evenly (`parallel.expert.even`), so it gets as many
 from the others as it sends them; a run whose router prefers some experts needs more where these are.
 
-Not predicted: blocks with a list of experts, which are found by trying them on values.
+Blocks with a list of experts are found by trying them on values (`learned`), so in a model that has some; a meta model's stay as they are.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping
 
 from torch import nn
 
 from deepspeed.config import Config
 from deepspeed.mesh import marks
 from deepspeed.mesh.marks import Expert
-from deepspeed.parallel.expert import attach, hugging_face
+from deepspeed.parallel.expert import attach, hugging_face, listed
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -32,8 +34,13 @@ def check_ranks(size: int, world_size: int) -> None:
         )
 
 
-def spread_experts(model: nn.Module, config: Config) -> None:
-    """Have `model`, which has shapes only, be the first rank's."""
+def learned(model: nn.Module, config: Config) -> Mapping[str, listed.Block]:
+    """A user's blocks with a list of experts whose computation is known, by name."""
+    return listed.find(model, config.expert_parallel) if config.expert_parallel.enabled else {}
+
+
+def spread_experts(model: nn.Module, config: Config, blocks: Mapping[str, listed.Block]) -> None:
+    """Have `model`, which has shapes only, be the first rank's. `blocks`: those `learned` of the user's."""
     size = expert_ranks(model, config)
     for number, (_, layer) in enumerate(attach.expert_layers(model)):
         if layer.ep_size == 1:
@@ -49,3 +56,15 @@ def spread_experts(model: nn.Module, config: Config) -> None:
         for number, (name, module) in enumerate(found.items()):
             num_experts = module.get_parameter(hugging_face.DOWN).shape[0]
             hugging_face.convert_at(model, name, ExpertPlace(num_experts, size, number=attach.FIRST_FUSED + number))
+        spread_lists(model, blocks, size)
+
+
+def spread_lists(model: nn.Module, blocks: Mapping[str, listed.Block], size: int) -> None:
+    """The same for blocks with a list of experts."""
+    listed.check(dict(blocks), size)
+    for number, (name, known) in enumerate(blocks.items()):
+        module = model.get_submodule(name)
+        experts = module.get_submodule(known.child)
+        assert isinstance(experts, nn.ModuleList), "the user's is one, and this is its copy"
+        place = ExpertPlace(len(experts), size, number=attach.FIRST_LISTED + number)
+        listed.convert_at(listed.Block(module, experts, known.child, known.recipe), place)

@@ -8,6 +8,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deepspeed.comm.exchange import Pending
@@ -38,6 +39,49 @@ class Net(nn.Module):
         return self.last(x).square().mean() + 0.01 * total
 
 
+class Expert(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.w1, self.w2 = nn.Linear(WIDTH, 4 * WIDTH, bias=False), nn.Linear(4 * WIDTH, WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = self.w2(F.silu(self.w1(x)))
+        return out
+
+
+class Block(nn.Module):
+    """A router and a list of experts, looped over, as models' own code has them."""
+
+    def __init__(self, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.top_k = k
+        self.gate = nn.Linear(WIDTH, num_experts, bias=False)
+        self.experts = nn.ModuleList(Expert() for _ in range(num_experts))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        x = hidden.view(-1, WIDTH)
+        weights, chosen = F.softmax(self.gate(x), dim=-1, dtype=torch.float).topk(self.top_k, dim=-1)
+        total = torch.zeros_like(x)
+        for e, expert in enumerate(self.experts):
+            token, place = torch.where(chosen == e)
+            total.index_add_(0, token, expert(x[token]) * weights[token, place, None])
+        return total.view(hidden.shape)
+
+
+class Looped(nn.Module):
+    """Three of them."""
+
+    def __init__(self, num_experts: int, k: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(num_experts, k) for _ in range(3))
+        self.last = nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.last(x).square().mean()
+
+
 def mixtral() -> nn.Module:
     transformers = pytest.importorskip("transformers")
     config = transformers.MixtralConfig(
@@ -54,11 +98,13 @@ def make(what: str, num_experts: int, k: int, ep: int, stage: int) -> tuple[nn.M
     torch.manual_seed(0)
     if what == "layers":
         return Net(num_experts, k, ep), make_config(stage, micro=1)
+    if what == "lists":
+        return Looped(num_experts, k), make_config(stage, micro=1, expert_parallel={"enabled": True, "autoep_size": ep})
     return mixtral(), make_config(stage, micro=4, expert_parallel={"enabled": True, "autoep_size": ep})
 
 
 def batch(what: str) -> dict[str, Tensor]:
-    if what == "layers":
+    if what in ("layers", "lists"):
         return {"x": torch.randn(TOKENS, WIDTH)}
     tokens = torch.randint(64, (4, 64))
     return {"input_ids": tokens, "labels": tokens.clone()}
@@ -88,6 +134,10 @@ def measured(rank: int, world_size: int, what: str, num_experts: int, k: int, ep
         ("layers", 8, 2, 2, 2, 0),
         ("layers", 8, 2, 2, 2, 2),
         ("layers", 8, 2, 2, 2, 3),
+        ("lists", 8, 2, 1, 1, 0),
+        ("lists", 8, 2, 2, 2, 0),
+        ("lists", 8, 2, 2, 2, 2),
+        ("lists", 8, 2, 2, 2, 3),
         ("mixtral", 8, 2, 1, 1, 0),
         ("mixtral", 8, 2, 2, 2, 0),
         ("mixtral", 8, 2, 2, 2, 2),

@@ -98,8 +98,12 @@ def check(found: dict[str, Block], ep: int) -> None:
 
 def convert(block: Block, mesh: Mesh, number: int) -> tuple[dict[str, str], list[nn.Parameter]]:
     """Keep this rank's experts and have the block exchange tokens; (names of the local ones, parameters that left)."""
-    num = len(block.experts)
-    place = ExpertPlace(num, mesh.size("experts"), mesh.rank("experts"), mesh.group("experts", "tokens"), number)
+    group = mesh.group("experts", "tokens")
+    return convert_at(block, ExpertPlace(len(block.experts), mesh.size("experts"), mesh.rank("experts"), group, number))
+
+
+def convert_at(block: Block, place: ExpertPlace) -> tuple[dict[str, str], list[nn.Parameter]]:
+    """The same for a place that is known."""
     here = range(place.first, place.first + place.num_here)
     module: Any = block.module
     gone = [param for i, expert in enumerate(block.experts) if i not in here for param in expert.parameters()]
@@ -109,7 +113,7 @@ def convert(block: Block, mesh: Mesh, number: int) -> tuple[dict[str, str], list
         for i, expert in zip(here, kept, strict=True):
             each: Any
             for each in expert.parameters():
-                marks.mark_expert(each, Expert(i, num, f"ep_size_{place.size}"))
+                marks.mark_expert(each, Expert(i, place.num_experts, f"ep_size_{place.size}"))
                 each.allreduce, each.group_name = False, f"ep_size_{place.size}"
     module.__dict__[PLACE] = place
     module.ds_experts_child = block.child
