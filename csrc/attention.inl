@@ -7,14 +7,6 @@
 
 #ifdef DS_HAS_AVX512
 
-// 16 elements of a row, and sums of their products in as many lanes.
-using Sixteen = Floats;
-
-struct ReadFloats {
-    using Element = float;
-    static inline __attribute__((always_inline)) Sixteen read(const float* at) { return *reinterpret_cast<const Floats*>(at); }
-};
-
 struct ReadBFloats {
     using Element = uint16_t;
     static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
@@ -24,14 +16,6 @@ struct ReadBFloats {
         return (Sixteen)_mm512_shuffle_epi8(_mm512_broadcast_i64x4(read), order);
     }
 };
-
-static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
-    return a * *reinterpret_cast<const Floats*>(b);
-}
-
-static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) {
-    *to = (Floats8)_mm512_castps512_ps256((__m512)sums) + (Floats8)_mm512_extractf32x8_ps((__m512)sums, 1);
-}
 
 constexpr size_t kTile = 16;   // sums of a tile
 constexpr size_t kMixed = 16;  // vectors of sums of values that registers hold
@@ -72,24 +56,6 @@ static inline __attribute__((always_inline)) void score_tile(const typename Read
 
 #else
 
-struct Sixteen {
-    Floats8 low, high;
-
-    inline __attribute__((always_inline)) Sixteen& operator+=(const Sixteen& other) {
-        low += other.low;
-        high += other.high;
-        return *this;
-    }
-    inline __attribute__((always_inline)) Sixteen operator*(float by) const { return {low * by, high * by}; }
-};
-
-struct ReadFloats {
-    using Element = float;
-    static inline __attribute__((always_inline)) Sixteen read(const float* at) {
-        return {*reinterpret_cast<const Floats8*>(at), *reinterpret_cast<const Floats8*>(at + 8)};
-    }
-};
-
 struct ReadBFloats {
     using Element = uint16_t;
     static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
@@ -97,12 +63,6 @@ struct ReadBFloats {
         return {(Floats8)(both << 16), (Floats8)(both & 0xffff0000u)};
     }
 };
-
-static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
-    return {a.low * *reinterpret_cast<const Floats8*>(b), a.high * *reinterpret_cast<const Floats8*>(b + 8)};
-}
-
-static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) { *to = sums.low + sums.high; }
 
 constexpr size_t kTile = 8;
 constexpr size_t kMixed = 4;

@@ -1,4 +1,4 @@
-// Vectors of 8 lanes and their sums, once per instruction set; what the loops of products and of attention are written in.
+// Vectors of 8 and of 16 lanes and their sums, once per instruction set; what the loops of products and of attention are written in.
 
 typedef float Floats8 __attribute__((vector_size(32), aligned(4), may_alias));
 typedef uint32_t Words8 __attribute__((vector_size(32), aligned(4), may_alias));
@@ -38,6 +38,48 @@ static inline __attribute__((always_inline)) void sum_lanes(const Floats8* v, fl
                           DS_SHUFFLE(quarter[0], quarter[1], 1, 3, 9, 11, 5, 7, 13, 15);
     *reinterpret_cast<Floats8*>(sums) = DS_SHUFFLE(mixed, mixed, 0, 4, 1, 5, 2, 6, 3, 7);
 }
+
+// 16 elements of a row, and sums of their products in as many lanes, which `fold` makes 8.
+#ifdef DS_HAS_AVX512
+using Sixteen = Floats;
+
+struct ReadFloats {
+    using Element = float;
+    static inline __attribute__((always_inline)) Sixteen read(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+};
+
+static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
+    return a * *reinterpret_cast<const Floats*>(b);
+}
+
+static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) {
+    *to = (Floats8)_mm512_castps512_ps256((__m512)sums) + (Floats8)_mm512_extractf32x8_ps((__m512)sums, 1);
+}
+#else
+struct Sixteen {
+    Floats8 low, high;
+
+    inline __attribute__((always_inline)) Sixteen& operator+=(const Sixteen& other) {
+        low += other.low;
+        high += other.high;
+        return *this;
+    }
+    inline __attribute__((always_inline)) Sixteen operator*(float by) const { return {low * by, high * by}; }
+};
+
+struct ReadFloats {
+    using Element = float;
+    static inline __attribute__((always_inline)) Sixteen read(const float* at) {
+        return {*reinterpret_cast<const Floats8*>(at), *reinterpret_cast<const Floats8*>(at + 8)};
+    }
+};
+
+static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
+    return {a.low * *reinterpret_cast<const Floats8*>(b), a.high * *reinterpret_cast<const Floats8*>(b + 8)};
+}
+
+static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) { *to = sums.low + sums.high; }
+#endif
 
 constexpr size_t kTileRows = 32;  // positions of a cache that are in the first-level cache for all heads
 

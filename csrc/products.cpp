@@ -13,7 +13,7 @@
 namespace {
 
 constexpr int64_t kTaskBytes = 64 * 1024;
-constexpr int64_t kIntegerPlaces = 4, kFloatPlaces = 2;  // read side by side: more would push each other out of the caches
+constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 constexpr float kLargest = 32639.0f;   // 127 * 256 + 127: both bytes of it fit, whatever the sign
 
@@ -62,12 +62,13 @@ struct Vectors {
     }
 };
 
-// The rows of x beside bfloat16: the even elements of each 16 first, as far as there are whole ones.
+// The rows of x beside bfloat16: the even elements of each kParted first, as far as there are whole ones.
 void part_even_and_odd(const float* x, int64_t width, int64_t batch, std::vector<float>* to) {
     to->resize(batch * width);
+    const int64_t whole = width / kParted * kParted, half = kParted / 2;
     for (int64_t b = 0; b < batch; ++b)
         for (int64_t i = 0; i < width; ++i)
-            (*to)[b * width + (i < width / 16 * 16 ? i / 16 * 16 + i % 2 * 8 + i % 16 / 2 : i)] = x[b * width + i];
+            (*to)[b * width + (i < whole ? i / kParted * kParted + i % 2 * half + i % kParted / 2 : i)] = x[b * width + i];
 }
 
 struct Product {
@@ -79,12 +80,12 @@ struct Product {
     const float *x, *bias;
     float* y;
     int64_t num_rows, width, batch;
-    int64_t places, apart, rows_per_task;  // rows are read in so many places side by side, `apart` rows from each other
+    int64_t apart, rows_per_task;  // rows are read in kPlaces places side by side, `apart` rows from each other
     const Vectors* vectors;
     int64_t row_nbytes, groups, parts;  // of a row: to divide for each row anew costs a tenth of the time
 
     // The k-th of the kStreams rows that are worked on together; past the end where a stream has run out.
-    int64_t row_of(int64_t index, int k) const { return index * (kStreams / places) + k / places + k % places * apart; }
+    int64_t row_of(int64_t index, int k) const { return index * (kStreams / kPlaces) + k / kPlaces + k % kPlaces * apart; }
 
     void rows(int64_t index) const {
         static thread_local std::vector<float> held;
@@ -134,17 +135,16 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
     const int64_t part = bits < 16 ? part_of(group_size) : group_size;
     if (bits < 16) vectors.fill(x, batch * width, part, loops, bits == 4);
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
-    const int64_t places = bits < 16 ? kIntegerPlaces : kFloatPlaces, together = kStreams / places;
     const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
     Product product{loops, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
-                    places, num_together * together, 1, &vectors, width * bits / 8, width / group_size, width / part};
+                    num_together * (kStreams / kPlaces), 1, &vectors, width * bits / 8, width / group_size, width / part};
     const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes);
     product.rows_per_task = fitting > 0 ? fitting : 1;
     const int64_t num_tasks = (num_together + product.rows_per_task - 1) / product.rows_per_task;
     parallel_for(num_tasks, num_threads, [](void* self, int64_t index) {
         const Product& all = *static_cast<Product*>(self);
         const int64_t stop = (index + 1) * all.rows_per_task;
-        const int64_t end = all.apart * all.places / kStreams;
+        const int64_t end = all.apart * kPlaces / kStreams;
         for (int64_t i = index * all.rows_per_task; i < stop && i < end; ++i) all.rows(i);
     }, &product);
 }
