@@ -174,13 +174,6 @@ class Worker:
     connection: Connection
     stack_file: Path
 
-    def stood_ready_s(self) -> float:
-        """How long its main thread has waited for a core so far; 0 for a dead process, and where the kernel does not say."""
-        try:
-            return int(Path(f"/proc/{self.process.pid}/schedstat").read_text().split()[1]) * 1e-9
-        except (OSError, IndexError):
-            return 0.0
-
     def stack(self) -> str:
         """Where the threads of the rank are now, as faulthandler prints it; empty for a dead process."""
         if self.process.pid is None or not self.process.is_alive():
@@ -207,7 +200,7 @@ class Limit:
     def left_s(self) -> float:
         """At most 0 once it is over."""
         elapsed = time.monotonic() - self._start
-        stood = sum(worker.stood_ready_s() for worker in self._workers) - self._stood
+        stood = self._stood_ready_s() - self._stood
         return self._seconds - max(elapsed - stood, elapsed / MOST_LOAD)
 
     def shorten(self, seconds: float) -> None:
@@ -217,7 +210,19 @@ class Limit:
 
     def _restart(self, seconds: float) -> None:
         self._start, self._seconds = time.monotonic(), seconds
-        self._stood = sum(worker.stood_ready_s() for worker in self._workers)
+        self._stood = self._stood_ready_s()
+
+    def _stood_ready_s(self) -> float:
+        """How long the main threads of the ranks, and of this process, which hears of them, have waited for a core so far."""
+        return stood_ready_s("self") + sum(stood_ready_s(worker.process.pid) for worker in self._workers)
+
+
+def stood_ready_s(pid: int | str | None) -> float:
+    """How long a process's main thread has waited for a core; 0 for a dead process, and where the kernel does not say."""
+    try:
+        return int(Path(f"/proc/{pid}/schedstat").read_text().split()[1]) * 1e-9
+    except (OSError, IndexError):
+        return 0.0
 
 
 class Pool:

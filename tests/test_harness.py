@@ -148,7 +148,7 @@ def test_an_error_on_one_rank_ends_the_others_waiting_in_a_collective() -> None:
     start = time.perf_counter()
     with pytest.raises(RanksFailedError, match="rank 1: KeyError") as caught:
         run_ranks(2, _fail_on_last_rank_while_others_wait)
-    assert time.perf_counter() - start < 10
+    assert time.perf_counter() - start < 45, "not the 60 s that a call may take"
     assert isinstance(caught.value.rank_exceptions[1], KeyError)
     assert "raise KeyError" in str(caught.value)
     assert "_fail_on_last_rank_while_others_wait" in str(caught.value).split("rank 0 was still running")[1]
@@ -169,7 +169,8 @@ def test_a_timeout_names_the_ranks_and_where_they_are() -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/schedstat").exists(), reason="this kernel does not say who waits for a core")
-def test_seconds_in_which_others_use_the_core_are_not_counted() -> None:
+def test_seconds_in_which_others_use_the_core_are_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "MOST_LOAD", 1000.0)
     core = min(os.sched_getaffinity(0))
     others = [subprocess.Popen(["sh", "-c", "while :; do :; done"]) for _ in range(5)]
     try:
