@@ -53,13 +53,13 @@ class Experts:
     def _check(self, model: Mapping[str, Any], local: dict[str, int], num_files: int) -> None:
         self.size = 1
         """Ranks that shared the experts."""
-        if not self._whole:
-            return
         if model.get("ds_autoep_layers"):
             raise CheckpointError(
                 f"{self._folder} was written by the original's AutoEP, which cannot be imported.\n"
                 "  Export whole weights with the software that wrote it, and start from those."
             )
+        if not self._whole:
+            return
         sizes = {self._whole[prefix] // num for prefix, num in local.items() if prefix in self._whole} or {num_files}
         self.size = sizes.pop()
         missing = [prefix for prefix, num in self._whole.items() if _gaps(self.tensors, prefix, num)]

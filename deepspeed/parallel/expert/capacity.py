@@ -8,7 +8,7 @@ After GShard (arXiv:2006.16668), section 2.2, with the contract's factors.
 from __future__ import annotations
 
 import math
-from numbers import Integral
+from numbers import Integral, Real
 
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -29,6 +29,26 @@ def check_factors(**factors: float) -> None:
             )
 
 
+def check_minimum(min_capacity: float) -> None:
+    """Refuse what is no number of tokens. Raises DeepSpeedError."""
+    is_number = isinstance(min_capacity, Real) and not isinstance(min_capacity, bool)
+    if not is_number or not 0 <= min_capacity < math.inf:
+        raise DeepSpeedError(
+            f"min_capacity = {min_capacity!r} is no number of tokens.\n"
+            "  Give how many tokens of a rank an expert takes at least, 0 for what capacity_factor leaves."
+        )
+
+
+def check_k(k: int, num_experts: int) -> None:
+    """Refuse choices that a token cannot make. Raises DeepSpeedError."""
+    if not isinstance(k, Integral) or isinstance(k, bool):
+        raise DeepSpeedError(
+            f"k = {k!r} is a {type(k).__name__}, not an integer.\n  Give how many experts a token visits."
+        )
+    if not 1 <= k <= num_experts:
+        raise DeepSpeedError(f"k = {k} of {num_experts} experts.\n  A token can go to 1 to {num_experts} of them.")
+
+
 def num_local(num_experts: int, ep_size: int) -> int:
     """Experts on each of `ep_size` ranks. Raises DeepSpeedError where they do not divide."""
     for name, value in (("num_experts", num_experts), ("ep_size", ep_size)):
@@ -40,7 +60,11 @@ def num_local(num_experts: int, ep_size: int) -> int:
     if num_experts < 1 or ep_size < 1 or num_experts % ep_size:
         raise DeepSpeedError(
             f"num_experts = {num_experts} should be divisible by ep_size = {ep_size}: every rank holds equally many.\n"
-            f"  Choose ep_size among {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
+            + (
+                f"  Choose ep_size among {[n for n in range(1, num_experts + 1) if num_experts % n == 0]}."
+                if num_experts > 0
+                else "  A layer has at least one expert."
+            )
         )
     return num_experts // ep_size
 

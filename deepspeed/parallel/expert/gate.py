@@ -14,13 +14,14 @@ After GShard (arXiv:2006.16668) and Switch (arXiv:2101.03961), with the public c
 
 from __future__ import annotations
 
+from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspeed.parallel.expert.capacity import capacity_of, check_factors
+from deepspeed.parallel.expert.capacity import capacity_of, check_factors, check_k, check_minimum
 from deepspeed.utils.errors import DeepSpeedError
 
 NOISE_POLICIES = (None, "None", "Jitter", "RSample")
@@ -164,8 +165,7 @@ def topkgating(
     if drop_policy not in ("probs", "position"):
         raise DeepSpeedError(f"Invalid drop_policy: {drop_policy!r}.\n  Use 'probs' or 'position'.")
     s, num_experts = logits.shape
-    if not 1 <= k <= num_experts:
-        raise DeepSpeedError(f"k = {k} of {num_experts} experts.\n  A token can go to 1 to {num_experts} of them.")
+    check_k(k, num_experts)
     gates = F.softmax(logits.float(), dim=1)
     values, chosen = torch.topk(gates, k=k, dim=1)
     mask = torch.zeros_like(gates, dtype=torch.int64).scatter_(1, chosen, 1)
@@ -273,11 +273,15 @@ class TopKGate(nn.Module):
             )
         if drop_tokens:
             check_factors(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
-        if not 1 <= k <= num_experts:
-            raise DeepSpeedError(f"k = {k} of {num_experts} experts.\n  A token can go to 1 to {num_experts} of them.")
+            check_minimum(min_capacity)
+        check_k(k, num_experts)
+        if not isinstance(model_dim, Integral) or model_dim < 1:
+            raise DeepSpeedError(
+                f"hidden_size = {model_dim!r} is no width of tokens.\n  Give an integer of at least 1."
+            )
         self.wg = Router(model_dim, num_experts, bias=False)
         self.ep_group = ep_group
-        self.k = k
+        self.model_dim, self.k = model_dim, k
         self.capacity_factor, self.eval_capacity_factor = capacity_factor, eval_capacity_factor
         self.min_capacity = min_capacity
         self.noisy_gate_policy = noisy_gate_policy
@@ -293,6 +297,11 @@ class TopKGate(nn.Module):
         """Route [s, model_dim] tokens. `used_token` is for k = 1."""
         if used_token is not None and self.k != 1:
             raise DeepSpeedError(f"used_token is for k = 1; this gate has k = {self.k}.\n  Leave it out.")
+        if input.shape[-1] != self.model_dim:
+            raise DeepSpeedError(
+                f"a gate of hidden_size = {self.model_dim} was given tokens {list(input.shape)}, of width {input.shape[-1]}.\n"
+                "  Build the layer with the width of the tokens that it gets."
+            )
         if self.noisy_gate_policy == "Jitter" and self.training:
             input = input * self.noise.same(torch.empty_like(input).uniform_(1.0 - JITTER, 1.0 + JITTER))
         logits = self.wg(input)

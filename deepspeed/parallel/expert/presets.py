@@ -30,6 +30,18 @@ FAMILIES: dict[str, tuple[str, ...]] = {
 """The contract's presets, and the model types that each is for."""
 
 
+def _unlike(model: nn.Module) -> str:
+    """Names a list of experts that differ, which may be why no block was found."""
+    for name, module in model.named_modules():
+        experts = module._modules.get("experts")
+        each = list(experts) if isinstance(experts, nn.ModuleList) else []
+        shapes = [[tuple(param.shape) for param in expert.parameters()] for expert in each]
+        other = next((i for i, found in enumerate(shapes) if found != shapes[0]), None)
+        if other is not None:
+            return f" (the experts 0 and {other} of {name or 'the model'} have different shapes, {shapes[0]} and {shapes[other]})"
+    return ""
+
+
 def check_model(
     model: nn.Module, found: Collection[str], recipes: Mapping[str, Recipe], config: ExpertParallelConfig
 ) -> None:
@@ -45,6 +57,7 @@ def check_model(
             f"([experts, ...] {' or '.join(('gate_up_proj', 'up_proj'))} and down_proj), and no block with a list of experts "
             "whose routing is understood"
             + (f" that fits moe_layer_pattern = {config.moe_layer_pattern!r}" if config.moe_layer_pattern else "")
+            + _unlike(model)
             + ".\n  Check the pattern, or remove expert_parallel; for layers of your own use deepspeed.moe.layer.MoE."
         )
     kind = getattr(getattr(model, "config", None), "model_type", None)

@@ -141,6 +141,13 @@ def test_a_gate_multiplies_in_fp32_whatever_the_model_is() -> None:
     [
         (lambda: topkgating(logits(), 3, 1.0, 0, drop_policy="other"), "Invalid drop_policy: 'other'"),
         (lambda: TopKGate(6, E, k=5), "k = 5 of 4 experts"),
+        (lambda: TopKGate(6, E, k=0), "k = 0 of 4 experts"),
+        (lambda: TopKGate(6, E, k=1.5), "k = 1.5 is a float, not an integer"),  # type: ignore[arg-type]
+        (lambda: TopKGate(6, E, k=True), "k = True is a bool, not an integer"),
+        (lambda: TopKGate(0, E), "hidden_size = 0 is no width of tokens"),
+        (lambda: TopKGate(6, E)(torch.zeros(S, 7)), r"hidden_size = 6 was given tokens \[13, 7\], of width 7"),
+        (lambda: TopKGate(6, E, min_capacity=-3), "min_capacity = -3 is no number of tokens"),
+        (lambda: TopKGate(6, E, min_capacity="x"), "min_capacity = 'x' is no number of tokens"),  # type: ignore[arg-type]
         (lambda: TopKGate(6, E, capacity_factor=0.0), "capacity_factor = 0.0: experts would take no token"),
         (lambda: TopKGate(6, E, noisy_gate_policy="gauss"), "Unsupported noisy_gate_policy: 'gauss'"),
         (lambda: TopKGate(6, E, k=2)(torch.zeros(S, 6), torch.ones(S)), "used_token is for k = 1"),

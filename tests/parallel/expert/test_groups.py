@@ -18,7 +18,7 @@ from deepspeed.moe.utils import (
     split_params_into_different_moe_groups_for_optimizer,
     split_params_into_shared_and_expert_params,
 )
-from deepspeed.parallel.expert import hugging_face
+from deepspeed.parallel.expert import hugging_face, presets
 from deepspeed.utils.errors import DeepSpeedError
 from tests.engine.runs import make_config
 from tests.harness import run_ranks
@@ -64,6 +64,7 @@ def test_what_is_an_expert_follows_from_the_module_and_never_from_a_name() -> No
             lambda: MoE(8, nn.Linear(8, 8), num_experts=4, ep_size=3),
             "num_experts = 4 should be divisible by ep_size = 3",
         ),
+        (lambda: MoE(8, nn.Linear(8, 8), num_experts=0), "A layer has at least one expert"),
         (lambda: MoE(8, None, num_experts=4), "a gate without experts"),
         (lambda: MoE(8, nn.Linear(8, 8), capacity_factor=0), "capacity_factor = 0: experts would take no token"),
         (lambda: MoE(8, nn.Linear(8, 8), 4, ep_size=2)(torch.zeros(2, 8)), "does not know its ranks yet"),
@@ -159,3 +160,13 @@ def test_a_block_that_keeps_its_experts_otherwise_is_left_as_it_is() -> None:
     found = hugging_face.find(both, load_config({"expert_parallel": {"enabled": True}}).expert_parallel)
     assert list(found) == ["known.experts"]
     assert hugging_face.left_alone(both, found) == ["unknown"]
+
+
+def test_a_list_of_experts_of_different_shapes_is_named() -> None:
+    from deepspeed.config import load_config
+
+    unlike = nn.Module()
+    unlike.experts = nn.ModuleList([nn.Linear(2, 2), nn.Linear(2, 2), nn.Linear(2, 3)])
+    config = load_config({"expert_parallel": {"enabled": True}}).expert_parallel
+    with pytest.raises(DeepSpeedError, match="experts 0 and 2 of block have different shapes"):
+        presets.check_model(nn.ModuleDict({"block": unlike}), [], {}, config)
