@@ -23,11 +23,15 @@ SAME = {"deepspeed": "1", "torch": "2", "python": "3"}
 
 
 @pytest.fixture(autouse=True)
-def _short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(coordinator, "LEASE_S", 1.0)
-    monkeypatch.setattr(coordinator, "BEAT_S", 0.1)
-    monkeypatch.setattr(control, "LEASE_S", 1.0)
-    monkeypatch.setattr(control, "BEAT_S", 0.1)
+def _leases(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So long that a link which a test does not serve for a while, on a loaded machine, is not taken for lost."""
+    _set_leases(monkeypatch, 30.0)
+
+
+def _set_leases(monkeypatch: pytest.MonkeyPatch, seconds: float) -> None:
+    for module in (coordinator, control):
+        monkeypatch.setattr(module, "LEASE_S", seconds)
+        monkeypatch.setattr(module, "BEAT_S", 0.1)
 
 
 @pytest.fixture
@@ -77,7 +81,8 @@ def test_a_failure_stops_all_and_is_the_summary(make: Make) -> None:
     assert "---- rank 1 failed first (host h): exit code -9, SIGKILL" in job.summary
 
 
-def test_a_member_that_closes_or_falls_silent_is_lost(make: Make) -> None:
+def test_a_member_that_closes_or_falls_silent_is_lost(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_leases(monkeypatch, 1.0)
     for vanish, words in ((True, "ended without a word"), (False, "no sign of life for 1 s")):
         job = make()
         links = [_join(job, index) for index in range(2)]
@@ -96,13 +101,16 @@ def test_a_member_that_closes_or_falls_silent_is_lost(make: Make) -> None:
         links[1].close()
 
 
-def test_a_coordinator_that_is_gone_is_noticed(make: Make) -> None:
+def test_a_coordinator_that_is_gone_is_noticed(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    _set_leases(monkeypatch, 1.0)
     job = make()
     link = _join(job, 0)
     job.stop("over")
     assert "stop" in link.expect("stop")
-    with pytest.raises(LinkLostError):
-        link.expect("nothing", timeout_s=5)
+    with pytest.raises(
+        LinkLostError, match=r"no sign of life from the job's coordinator for 1 s|closed the connection"
+    ):
+        link.expect("nothing", timeout_s=20)
 
 
 @pytest.mark.parametrize("wrong", ["token", "index", "twice"])
