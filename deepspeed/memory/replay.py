@@ -242,10 +242,8 @@ class Reductions:
         for bucket in self.order:
             if self._on_tier(bucket):
                 ledger.add(GRADIENTS, self.result_nbytes(bucket), bucket.places.optimizer)
-            if not self._is_sharded(bucket):
-                ledger.add(GRADIENTS, self._flat_nbytes(bucket))
-            elif not self._on_tier(bucket):
-                ledger.add(GRADIENTS, self.result_nbytes(bucket))
+        self._unmapped = set(self.order)
+        """Whose gradients have had no memory of their own yet: they get it in the first backward."""
         if settings.sends_directly and settings.shard_size > 1:
             ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
 
@@ -291,8 +289,19 @@ class Reductions:
         for due in self._rounds.due():
             self._launch(due)
 
+    def _map(self, bucket: SizedBucket) -> None:
+        if bucket not in self._unmapped:
+            return
+        self._unmapped.discard(bucket)
+        if not self._is_sharded(bucket):
+            self._ledger.add(GRADIENTS, self._flat_nbytes(bucket))
+        elif not self._on_tier(bucket):
+            self._ledger.add(GRADIENTS, self.result_nbytes(bucket))
+
     def _lay_down(self, bucket: SizedBucket) -> None:
-        if self._is_sharded(bucket):
+        if not self._is_sharded(bucket):
+            self._map(bucket)
+        else:
             self._lent[bucket] = self._flats.take(self._flat_nbytes(bucket))
         self._ledger.drop(BUCKETS, self._arrived.pop(bucket, 0))
         self._missing[bucket] = len(bucket.params)
@@ -307,6 +316,7 @@ class Reductions:
         held = [] if settings.wire_dtype == settings.policy.gradients.dtype else [numel * wire]
         if self._is_sharded(bucket) and self._on_tier(bucket) and not self.is_first:
             held.append(self.result_nbytes(bucket))  # what is already at rest comes back to be added to
+        self._map(bucket)
         for nbytes in held:
             self._ledger.add(COMMUNICATION, nbytes)
         scratch = [self._scratch.take(nbytes) for nbytes in self._scratch_nbytes(bucket, wire)]

@@ -116,5 +116,5 @@ class PutAway:
             rests = [bucket.rest.view(0, bucket.layout.shard_numel) for bucket in self._buckets]
             return [view for view in rests if view is not None]
         if kind is OffloadStateTypeEnum.lp_grads:
-            return [gradients.result for gradients in optimizer.reducer.gradients]
+            return [gradients.result for gradients in optimizer.reducer.gradients if gradients.nbytes]
         return []

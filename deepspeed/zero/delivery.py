@@ -1,9 +1,7 @@
-"""Where a bucket's reduced gradients are, between their reduction and the step that reads them.
+"""Reduced gradients of a bucket that rest on a tier, between their reduction and the step that reads them.
 
-Owned by `zero.gradients`, one per bucket; read by the step. Two of them:
-
-    Resident   in the device's memory, where the reduction left them
-    Moved      at their rest on a tier, stored while backward goes on; their norm is taken on the way
+Owned by `zero.gradients`, one per bucket; read by the step. They are stored while backward goes on; their norm is taken on the way.
+Where gradients rest in the device's memory they stay where the reduction left them, and there is nothing to do.
 
 Invariant: a buffer whose bytes are on their way to a tier is given back when they have arrived.
 """
@@ -11,12 +9,12 @@ Invariant: a buffer whose bytes are on their way to a tier is given back when th
 from __future__ import annotations
 
 from collections import deque
-from typing import NamedTuple, Protocol, final
+from typing import NamedTuple, final
 
 import torch
 from torch import Tensor
 
-from deepspeed.tiers import InMemory, Rest, Transfer
+from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.errors import TierError
 from deepspeed.zero.pool import FlatBuffer, FlatPool
 
@@ -40,55 +38,6 @@ def norm_of(values: Tensor) -> Tensor:
     return torch.hypot(norm_of(rows), rest)
 
 
-class Delivery(Protocol):
-    """Where reduced gradients [S] (or [W*S]) rest."""
-
-    failure: TierError | None
-    """Gradients that could not be moved to their rest; told at the step, on every rank."""
-
-    @property
-    def rest(self) -> Rest:
-        """The bytes at rest."""
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes at rest apart from the reduction's own memory."""
-
-    def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
-        """Start bringing `values` to rest; `buffer`, in which they may lie, goes back to its pool when they are there."""
-
-    def wait(self) -> None:
-        """Have everything at rest."""
-
-    def forget(self) -> None:
-        """Begin a new step."""
-
-
-@final
-class Resident:
-    """They stay where they are."""
-
-    nbytes = 0
-
-    def __init__(self, values: Tensor) -> None:
-        self.failure: TierError | None = None
-        self._rest = InMemory(values)
-
-    @property
-    def rest(self) -> Rest:
-        """See Delivery."""
-        return self._rest
-
-    def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
-        """See Delivery. They are there already."""
-
-    def wait(self) -> None:
-        """See Delivery."""
-
-    def forget(self) -> None:
-        """See Delivery."""
-
-
 class _Storing(NamedTuple):
     """A store that is under way: what is read until then, and the buffer it lies in, if that is borrowed."""
 
@@ -103,6 +52,7 @@ class Moved:
 
     def __init__(self, rest: Rest, pool: FlatPool) -> None:
         self.failure: TierError | None = None
+        """Gradients that could not be moved to their rest; told at the step, on every rank."""
         self.norm: Tensor | None = None
         """2-norm of what was put last, fp32."""
         self._rest, self._pool = rest, pool
@@ -110,16 +60,16 @@ class Moved:
 
     @property
     def rest(self) -> Rest:
-        """See Delivery."""
+        """The bytes at rest."""
         return self._rest
 
     @property
     def nbytes(self) -> int:
-        """See Delivery."""
+        """How many there are."""
         return self._rest.numel * self._rest.dtype.itemsize
 
     def put(self, values: Tensor, buffer: FlatBuffer | None = None) -> None:
-        """See Delivery."""
+        """Start bringing `values` to rest; `buffer`, in which they may lie, goes back to its pool when they are there."""
         self.norm = norm_of(values)
         self._storing.append(_Storing(values, self._rest.start_store(0, values), buffer))
         self._pool.note_storing(self._finish_oldest)
@@ -138,7 +88,7 @@ class Moved:
             into.zero_()
 
     def wait(self) -> None:
-        """See Delivery."""
+        """Have everything at rest."""
         while self._storing:
             self._finish_oldest()
 
@@ -154,6 +104,6 @@ class Moved:
             self._pool.give_back(storing.buffer)
 
     def forget(self) -> None:
-        """See Delivery."""
+        """Begin a new step."""
         self.wait()
         self.norm = self.failure = None

@@ -9,6 +9,8 @@ are other rows and not other code. Where gradients live is one of three classes 
     SlicedGradients   flat [W*S] is borrowed for one reduction; the result [S] stays and adds up            stages 2, 3
     TieredGradients   the same, but the result moves to its rest on a tier and is added to there            stages 2, 3
 
+Memory is taken when it is first asked for, in the first backward: while a model is built, cut and handed over there is none.
+
 Invariants. Reductions add up in their destination, so several backward passes in one step are the normal case. Between
 `start_reduce` and `finish_reduce` the flat buffer belongs to the wire; finishing is in the order of starting.
 
@@ -29,11 +31,11 @@ from torch import Tensor
 
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.feedback import ErrorFeedback
-from deepspeed.tiers import Rest, Transfer
+from deepspeed.tiers import InMemory, Rest, Transfer
 from deepspeed.utils.errors import TierError
 from deepspeed.zero.arrivals import Arrivals
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.delivery import Delivery, Moved, Resident, norm_of
+from deepspeed.zero.delivery import Moved, norm_of
 from deepspeed.zero.pool import FlatBuffer, FlatPool
 
 
@@ -97,8 +99,10 @@ class Gradients(Protocol):
     arrivals: Arrivals
     is_reduced: bool
     """Whether there are reduced gradients of this step."""
-    result: Tensor
-    """[S], or [W*S] where O is replicated: reduced gradients; without elements where they rest on a tier."""
+
+    @property
+    def result(self) -> Tensor:
+        """[S], or [W*S] where O is replicated: reduced gradients; without elements where they rest on a tier."""
 
     @property
     def has_local(self) -> bool:
@@ -125,7 +129,7 @@ class Gradients(Protocol):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of gradients at rest between micro-batches, on whatever tier."""
+        """Bytes of gradients at rest between micro-batches, on whatever tier; in memory from the first backward on."""
 
     def lay_down(self) -> None:
         """Move what arrived into the flat buffer, adding to what is there; missing gradients are zeros."""
@@ -210,14 +214,34 @@ class WholeGradients:
         self.bucket, self.reduction, self.dtype = bucket, reduction, dtype
         self.arrivals = Arrivals(len(bucket.params))
         self.is_reduced = self.has_local = False
-        self._flat = torch.zeros(bucket.layout.padded_numel, dtype=dtype, device=bucket.full.device)
-        self._views = bucket.split(self._flat)
-        self.local_views: Sequence[Tensor] = bucket.split_numbers(self._flat)
         self._delivers_shard = delivers_shard
         self._is_shown = (not delivers_shard or reduction.num_ranks == 1) and rest is None and not bucket.is_sharded
-        self.result = bucket.own_slice(self._flat) if delivers_shard else self._flat
-        self._delivery: Delivery = Resident(self.result) if rest is None else Moved(rest, pool)
+        self._moved = None if rest is None else Moved(rest, pool)
         self._carry: Tensor | None = None
+
+    @functools.cached_property
+    def _flat(self) -> Tensor:
+        """[W*S], from the first gradients on: a model is made and cut without them."""
+        bucket = self.bucket
+        return torch.zeros(bucket.layout.padded_numel, dtype=self.dtype, device=bucket.full.device)
+
+    @functools.cached_property
+    def _views(self) -> Sequence[Tensor]:
+        return self.bucket.split(self._flat)
+
+    @functools.cached_property
+    def local_views(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self.bucket.split_numbers(self._flat)
+
+    @functools.cached_property
+    def result(self) -> Tensor:
+        """See Gradients."""
+        return self.bucket.own_slice(self._flat) if self._delivers_shard else self._flat
+
+    @functools.cached_property
+    def _resident(self) -> Rest:
+        return InMemory(self.result)
 
     @property
     def shown(self) -> Sequence[Tensor]:
@@ -227,12 +251,13 @@ class WholeGradients:
     @property
     def failure(self) -> TierError | None:
         """See Gradients."""
-        return self._delivery.failure
+        return self._moved.failure if self._moved is not None else None
 
     @property
     def nbytes(self) -> int:
         """See Gradients."""
-        return self._flat.nbytes + self._delivery.nbytes
+        moved = self._moved.nbytes if self._moved is not None else 0
+        return moved + (self._flat.nbytes if "_flat" in vars(self) else 0)
 
     def sums(self) -> Sequence[Tensor]:
         """See Gradients."""
@@ -291,8 +316,8 @@ class WholeGradients:
             self.is_reduced = True
         if self.reduction.when is not When.NEVER:
             self.reduction.average_replicas(self.result)
-        self._delivery.put(self.result)
-        self._delivery.wait()
+        if self._moved is not None:
+            self.replace(self.result)
 
     def take_missed_flag(self) -> Tensor | None:
         """See Gradients. It travels in the padding's last element, which is zero again after it."""
@@ -308,7 +333,7 @@ class WholeGradients:
 
     def rest(self) -> Rest:
         """See Gradients."""
-        return self._delivery.rest
+        return self._moved.rest if self._moved is not None else self._resident
 
     def values(self) -> Tensor:
         """See Gradients. The reduction's memory still has them."""
@@ -316,12 +341,14 @@ class WholeGradients:
 
     def replace(self, values: Tensor) -> None:
         """See Gradients."""
-        self._delivery.put(values)
-        self._delivery.wait()
+        if self._moved is not None:
+            self._moved.put(values)
+            self._moved.wait()
 
     def drop(self) -> None:
         """See Gradients."""
-        self._delivery.forget()
+        if self._moved is not None:
+            self._moved.forget()
         self.arrivals.forget()
         self.arrivals.end_step()
         self.is_reduced = self.has_local = False
@@ -373,11 +400,18 @@ class SlicedGradients:
         self.bucket, self.reduction, self.dtype = bucket, reduction, dtype
         self.arrivals = Arrivals(len(bucket.params))
         self.is_reduced = False
-        self.result = torch.zeros(bucket.layout.shard_numel, dtype=dtype, device=bucket.full.device)
-        self._delivery = Resident(self.result)
         self._pool = pool
         self._loan = _Loan(bucket, dtype, pool)
         self._on_wire: deque[FlatBuffer] = deque()
+
+    @functools.cached_property
+    def result(self) -> Tensor:
+        """See Gradients. [S], from the first reduction on."""
+        return torch.zeros(self.bucket.layout.shard_numel, dtype=self.dtype, device=self.bucket.full.device)
+
+    @functools.cached_property
+    def _resident(self) -> Rest:
+        return InMemory(self.result)
 
     @property
     def has_local(self) -> bool:
@@ -387,7 +421,7 @@ class SlicedGradients:
     @property
     def nbytes(self) -> int:
         """See Gradients."""
-        return self.result.nbytes
+        return self.result.nbytes if "result" in vars(self) else 0
 
     def sums(self) -> Sequence[Tensor]:
         """See Gradients."""
@@ -432,7 +466,7 @@ class SlicedGradients:
 
     def rest(self) -> Rest:
         """See Gradients."""
-        return self._delivery.rest
+        return self._resident
 
     def values(self) -> Tensor:
         """See Gradients."""
