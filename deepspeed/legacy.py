@@ -371,7 +371,7 @@ PATHS: dict[str, dict[str, str]] = {
     ),
     "deepspeed.compile.passes.prefetch": _later("DeepCompile", "schedule_prefetch"),
     "deepspeed.compile.passes.selective_gather": _later("DeepCompile", "selective_gather"),
-    "deepspeed.compile.passes.sp_compile": _later("DeepCompile", "prepare_autosp_inputs"),
+    "deepspeed.compile.passes.sp_compile": invert({f"{_SP}.marked": "prepare_autosp_inputs AutoSPInputs"}),
     "deepspeed.compile.passes.zero3_compile": _later("DeepCompile", "add_z3_gather_release"),
     "deepspeed.io": _later("internal", "FastFileWriter FastFileWriterConfig MockFileWriter PyFileWriter"),
     "deepspeed.tools": {},

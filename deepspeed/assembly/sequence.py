@@ -15,7 +15,7 @@ from deepspeed.config import Config
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.groups import _get_sequence_parallel_group
 from deepspeed.parallel.sequence.forward import forward_of
-from deepspeed.parallel.sequence.hf import prepare_forward
+from deepspeed.parallel.sequence.hf import prepare_forward, split_model
 from deepspeed.parallel.sequence.loss import SequenceLoss
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -65,4 +65,6 @@ def make_sequence_loss(config: Config, mesh: Mesh, model: nn.Module) -> Sequence
     if mesh.size("sequence") < torch.distributed.get_world_size():
         mesh.group("sequence", "script")  # by all ranks, before one of them asks for it
     prepare_forward(model)
+    if config.compile.splits_sequences:
+        split_model(model, _get_sequence_parallel_group())
     return SequenceLoss(_get_sequence_parallel_group(), config.sequence_parallel_loss, forward_of(model))

@@ -53,7 +53,7 @@ NOT_YET: tuple[tuple[str, Callable[[Any], bool], str], ...] = (
     ("tensor_parallel.injection_policy_tuple", _is_given, "layers named by their ends; partition_config names them"),
     ("tensor_parallel.replace_with_kernel_inject", bool, "kernels for inference in training"),
     ("expert_parallel.comm_backend", _is_deepep, "DeepEP"),
-    ("compile.deepcompile", bool, "DeepCompile"),
+    ("compile.deepcompile", bool, 'DeepCompile, except for "passes": ["autosp"] alone'),
     ("hybrid_engine.enabled", bool, "the hybrid engine"),
     ("data_efficiency.enabled", bool, "data efficiency"),
     ("curriculum_learning.enabled", bool, "curriculum learning"),
@@ -375,6 +375,7 @@ def check_available(config: Root) -> None:
         f"{path} = {show(value)} is not available yet: {feature}."
         for path, is_asked, feature in NOT_YET
         if is_asked(value := value_at(config, path))
+        and not (path == "compile.deepcompile" and config.compile.splits_sequences)
     ]
     if missing:
         keys = "these keys" if len(missing) > 1 else "this key"

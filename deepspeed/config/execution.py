@@ -55,6 +55,11 @@ class CompileConfig(Section):
     autoep_non_moe: bool = False
     """With `expert_parallel`: compile the parts without experts."""
 
+    @property
+    def splits_sequences(self) -> bool:
+        """Whether all that is asked for is that sequences are split, which needs no compiler here."""
+        return self.deepcompile and self.passes == ("autosp",)
+
 
 class HybridEngineConfig(Section):
     """`hybrid_engine`: one model that trains and generates by turns, for RLHF."""

@@ -471,6 +471,11 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             raise NotAvailableError(
                 "engine.compile(schedule=..., compiled_autograd_enabled=True) is not available yet."
             )
+        if self._config.compile.splits_sequences:
+            warn_once(
+                'compile.passes = ["autosp"]: sequences are split without a compiler, and the model is not compiled.'
+            )
+            return
         self._widening.detach()
         compile_model(self.module, self._zero.hooks, **{"backend": backend, **(compile_kwargs or {})})
         self._is_compiled = True

@@ -39,6 +39,14 @@ def test_asking_for_what_is_not_built_yet_names_the_key(path: str, value: Any) -
     assert "is not available yet: " in str(caught.value)
 
 
+def test_splitting_sequences_is_the_one_pass_that_needs_no_compiler() -> None:
+    check_available(load_config({"compile": {"deepcompile": True, "passes": ["autosp"]}}))
+    with pytest.raises(
+        NotAvailableError, match="compile.deepcompile = true is not available yet: DeepCompile, except for"
+    ):
+        check_available(load_config({"compile": {"deepcompile": True, "passes": ["autosp", "z1"]}}))
+
+
 @pytest.mark.parametrize(
     ("written", "path"),
     [

@@ -5,6 +5,7 @@ exchange.py         the all-to-all between parts of the sequence and parts of th
 attention.py        `DistributedAttention` over any local attention
 documents.py        who may see whom in whole sequences: packed samples, padding
 inputs.py           what ranks tell each other of a forward's inputs
+marked.py           `prepare_autosp_inputs`: whole sequences, of which a forward takes the rank's part
 forward.py          the hook around a model's forward that has them do so
 core.py             an attention function of Transformers over whole sequences
 block.py            attention of a block of queries to a block of keys, to be joined with others

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from deepspeed.parallel.sequence.inputs import SequenceInputs, gather_inputs, shifted, with_targets
+from deepspeed.parallel.sequence.marked import own_parts
 from deepspeed.utils.logging import warn_once
 
 _ON_MODEL, _ON_IDS = "_sequence_forward", "_sequence_inputs"
@@ -57,6 +58,7 @@ class SequenceForward:
         self.is_running = False
         self.window: int | None = None
         """The smallest sliding window that a mask of this forward was asked for."""
+        self._has_compared = False
         self._handles: list[Any] = []
         self._model: Callable[[], nn.Module | None] = lambda: None
 
@@ -92,6 +94,11 @@ class SequenceForward:
                 )
             return None
         named = _by_name(model, args, kwargs)
+        parts = own_parts(named, self.settings.group, compares=not self._has_compared)
+        if parts is not None:
+            self._has_compared = True
+            args, kwargs = _replaced(list(named)[: len(args)], parts, args, kwargs)
+            named = {**named, **parts}
         position_ids, mask, labels = named.get("position_ids"), named.get("attention_mask"), named.get("labels")
         targets = named.get("shift_labels")
         problem = ""
@@ -162,6 +169,13 @@ def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) ->
         if parameter.kind in (parameter.POSITIONAL_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     ]
     return {**dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _replaced(
+    positional: list[str], parts: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    args = tuple(parts.get(name, value) for name, value in zip(positional, args, strict=True))
+    return args, {**kwargs, **{name: part for name, part in parts.items() if name not in positional}}
 
 
 def _without_mask(

@@ -248,6 +248,15 @@ def register_group(model: Any, core: str | None, group: Any) -> SequenceForward:
     return attention.forward
 
 
+def split_model(model: nn.Module, group: Any) -> None:
+    """Have a model of Transformers attend over sequences spread over a group that is there already, unless it does so by its
+    script. Raises DeepSpeedConfigError."""
+    if forward_of(model) is None:
+        attention = _install(_registration(model, None, dist.get_world_size(group), None, False, group))
+        attention.forward = SequenceForward(attention.registration)
+        attention.forward.attach(model)
+
+
 def _registration(
     model: Any, core: str | None, size: int, seq_length: int | None, disable_in_eval: bool, group: Any = None
 ) -> Registration:
