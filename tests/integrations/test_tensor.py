@@ -88,6 +88,23 @@ def test_layers_are_shared_beside_data_parallel_ranks(
 
 
 @pytest.mark.matrix
+def test_a_last_batch_that_is_not_full_weighs_less_in_the_trainers_evaluation_and_in_nothing_else(
+    model: str, tmp_path: Path
+) -> None:
+    """Batches of 4 on two readers: 12 samples are a full round and one whose second reader begins again. Accelerate gathers a value
+    per sample from all four ranks, and keeps as many of the last round as there are samples in it: the first rank's. The samples
+    of full rounds count for each of the two ranks that share layers, the others once."""
+    found = run_job(jobs.train, model, str(tmp_path / "cut"), ds_config(1, **jobs.AUTOTP), world_size=4)["eval"]
+    plain = {
+        count: run_job(jobs.train, model, str(tmp_path / str(count)), None, num_evaluated=count)["eval"]
+        for count in (8, 12)
+    }
+    full, last = plain[8], (12 * plain[12] - 8 * plain[8]) / 4
+    assert found == pytest.approx((2 * 8 * full + 4 * last) / 20, rel=2e-6)
+    assert abs(found - plain[12]) > 10 * abs(found - (2 * 8 * full + 4 * last) / 20)
+
+
+@pytest.mark.matrix
 @pytest.mark.compat("Transformers Trainer", "`tensor_parallel.autotp_size`: resume a checkpoint of 1 or 2 with 1 or 2")
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize(("before", "after"), [(2, 2), (2, 1), (1, 2)])
