@@ -4,7 +4,7 @@
 
 A grid of real configurations of a small model (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
 in one set of ranks: each point a few steps, in rounds that take turns, the fastest step of the slowest rank counts. Then the
-model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave.
+model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave, with what rounds differ by as their noise.
 Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
 """
 
@@ -174,8 +174,8 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     for metric in ("throughput", "latency"):
         tuner = ModelBasedTuner(fits, prior_parts(info, fits), metric, most_micros=10**9)
         while (chosen := tuner.next()) is not None:
-            s = seconds[chosen.name]
-            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": [s] * 3}))  # fmt: skip
+            s, rounds = seconds[chosen.name], [min(steps) for steps in told["times"][chosen.name]]
+            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": rounds}))  # fmt: skip
 
         def value(c: Candidate, metric: str = metric) -> float:
             return c.train_batch / seconds[c.name] if metric == "throughput" else 1 / seconds[c.name]

@@ -1,10 +1,12 @@
 """Eight layouts of the same training step: `deepspeed plan`'s order beside the clock's, and its bubbles beside those of stages that sleep.
 
     python benchmarks/layouts.py [--ranks 4] [--width 256] [--layers 8] [--seq 64] [--samples 8] [--rounds 3] [--json FILE]
+    python benchmarks/layouts.py --unit_ms 40 [--ranks 8]      stages that sleep, at two numbers of micro-batches
 
 A small Llama, the same number of samples per step in every layout. The cluster that the planner is given is this machine, measured by all
 ranks at once: products, copies, messages. Layouts take turns; the fastest step of the slowest rank counts. More ranks than cores
-share them, as the measured rates do.
+share them, as the measured rates do. So bubbles hardly show there: with `--unit_ms` the layers of a pipeline sleep instead of computing, one
+unit forward and two backward, in the same engine, and the share of the step in which stages neither sleep nor are late to wake is the bubble.
 """
 
 from __future__ import annotations
@@ -104,11 +106,82 @@ def stepper(args: argparse.Namespace, at: Layout) -> tuple[Any, Callable[[], obj
     return engine, step
 
 
+class _Asleep(torch.autograd.Function):
+    """Sleeps forward, and twice as long backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, unit_s: float) -> torch.Tensor:
+        ctx.unit_s = unit_s
+        time.sleep(unit_s)
+        return x * 1
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        time.sleep(2 * ctx.unit_s)
+        return grads[0], torch.zeros(1), None
+
+
+class Sleeper(torch.nn.Module):
+    """A layer of a pipeline whose stages need no processor."""
+
+    def __init__(self, unit_s: float) -> None:
+        super().__init__()
+        self.unit_s, self.weight = unit_s, torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return _Asleep.apply(x, self.weight, self.unit_s)
+
+
+def sleeping_layouts(ranks: int) -> list[Layout]:
+    """Every number of stages that divides the ranks, with as many micro-batches as stages and four times as many."""
+    stages = [pp for pp in (2, 4, 8) if ranks % pp == 0]
+    return [Layout(pp=pp, dp=ranks // pp, accumulation=n * pp) for pp in stages for n in (1, 4)]
+
+
+def sleep(args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of the lists of actions of each layout, the earliest start to the latest end. Collective."""
+    from deepspeed.pipe import PipelineModule
+    from deepspeed.runtime.pipe.topology import PipeDataParallelTopology
+
+    times: dict[str, list[float]] = {}
+    for at in sleeping_layouts(dist.get_world_size()) * args.rounds:
+        layers = [Sleeper(args.unit_ms / 1e3) for _ in range(at.pp)]
+        topology = PipeDataParallelTopology(num_pp=at.pp, num_dp=at.dp)
+        net = PipelineModule(layers, topology=topology, loss_fn=lambda out, _: out.sum(), partition_method="uniform")
+        engine = deepspeed.initialize(model=net, config=config_of(at))[0]
+        for _ in range(2):
+            engine.train_batch(iter([(torch.zeros(1, 1, requires_grad=True), torch.zeros(1))] * at.accumulation))
+            done = engine.actions_done
+            ends = torch.tensor([-done[0].start_s, done[-1].end_s], dtype=torch.float64)
+            dist.all_reduce(ends, op=dist.ReduceOp.MAX)
+            times.setdefault(at.name, []).append(float(ends.sum()))
+        engine.destroy()
+    return times
+
+
+def report_sleep(args: argparse.Namespace, times: dict[str, list[float]]) -> None:
+    """The planner's simulated bubble of each layout beside the one that was seen."""
+    unit_s = args.unit_ms / 1e3
+    print(f"\n{args.ranks} ranks, stages that sleep {args.unit_ms} ms forward and twice as long backward\n")
+    print("| layout | bubble, planned | seen | step, planned, ms | seen, ms |\n|---|--:|--:|--:|--:|")
+    for at in sleeping_layouts(args.ranks):
+        costs = {"forward_s": unit_s, "backward_s": 2 * unit_s, "compute_s": 3 * unit_s * at.accumulation, "hop_s": 0.0}
+        made = Plan(layout=at, memory={}, host_nbytes=0, traffic={}, bubble_s=0.0, exposed_s=0.0, update_s=0.0, **costs)
+        plan, seen_s = simulated(made), min(times[at.name])
+        bubble = 1 - plan.compute_s / seen_s
+        print(f"| {at.name} | {plan.bubble:.1%} | {bubble:.1%} | {1e3 * plan.step_s:.0f} | {1e3 * seen_s:.0f} |")
+
+
 def work(args: argparse.Namespace) -> None:
     """One rank."""
     from deepspeed.profiling.rates import measure_rates
 
     deepspeed.init_distributed("gloo")
+    if args.unit_ms:
+        slept = sleep(args)
+        if dist.get_rank() == 0:
+            Path(args.worker).write_text(json.dumps({"times": slept}))
+        return
     rates = [measure_rates(torch.float32).as_json() for _ in range(2)]
     times: dict[str, list[float]] = {}
     for _ in range(args.rounds):
@@ -145,6 +218,9 @@ def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
 
 def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     """A table, the slowest last."""
+    if args.unit_ms:
+        report_sleep(args, told["times"])
+        return
     seconds = {name: min(times) for name, times in told["times"].items()}
     plans = predicted(args, told["rates"])
     first = min(plans, key=lambda plan: plan.step_s).layout.name
@@ -163,6 +239,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, choices=OF_RANKS, default=4)
     for name, size in (("width", 256), ("layers", 8), ("seq", 64), ("samples", 8), ("rounds", 3)):
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--unit_ms", type=int, default=0, help="layers that sleep so long, in place of a Llama")
     measure_and_report(parser, __file__, work, report)
 
 
