@@ -2,7 +2,7 @@
 
 Every change of a table is tried on the cost model and on predicted memory, one at a time and, where a change makes room, with a
 larger micro-batch; what does not fit is left out. What is found is ranked by the gain in samples per second. Rates are a
-cluster's (`--cluster`), or measured here, with as many ranks as are asked for taken for this process's speed.
+cluster's (`--cluster`), or measured here by as many ranks as are asked for.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from deepspeed.config import Config, load_config, read_config
@@ -22,8 +23,10 @@ from deepspeed.memory.scaling import BatchEstimator
 from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.cost import Choice, Parts, Work, step_parts
+from deepspeed.planner.machine import machine_rates
+from deepspeed.planner.shown import seconds
 from deepspeed.profiling.counter import Phase
-from deepspeed.profiling.rates import Rates, measure_rates
+from deepspeed.profiling.rates import Rates
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.policy import Tier
 
@@ -206,7 +209,7 @@ def as_text(found: Diagnosis) -> str:
     )
     room = f" of {found.room_nbytes / GIB:.2f} GiB" if found.room_nbytes else ""
     lines = [
-        f"A step is predicted to take {1e3 * found.parts.total:.1f} ms ({found.samples_s:.3g} samples/s): {shares}.",
+        f"A step is predicted to take {seconds(found.parts.total)} ({found.samples_s:.3g} samples/s): {shares}.",
         f"A rank needs {found.nbytes / GIB:.2f} GiB{room}.",
         *found.notes,
     ]
@@ -250,6 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _disk(config: Config) -> Path | None:
+    """Where states or parameters are offloaded to a disk."""
+    sections = config.zero_optimization.offload_optimizer, config.zero_optimization.offload_param
+    paths = [s.nvme_path for s in sections if s is not None and s.device == "nvme" and s.nvme_path]
+    return Path(paths[0]) if paths else None
+
+
 def run(args: argparse.Namespace) -> Diagnosis:
     """The diagnosis that the arguments ask for."""
     config = read_config(args.config)
@@ -258,7 +268,10 @@ def run(args: argparse.Namespace) -> Diagnosis:
     model, batch = build(args.model, micro, args.seq)
     cluster: Cluster | None = read_cluster(args.cluster) if args.cluster else None
     room = args.device_memory * GIB if args.device_memory else cluster.device.memory_gb * 1e9 if cluster else None
-    rates = cluster.rates() if cluster else measure_rates(load_config(config).precision_dtype)
+    if args.ranks < 1:
+        raise DeepSpeedError(f"--ranks {args.ranks} is too few.\n  Give at least 1.")
+    read = load_config(with_values(config, {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro}))
+    rates = cluster.rates() if cluster else machine_rates(read.precision_dtype, args.ranks, _disk(read))
     return diagnose(
         model,
         config,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
-from deepspeed.planner import largest, shown
+from deepspeed.planner import largest, machine, shown
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
+from deepspeed.planner.machine import machine_rates
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
 from deepspeed.profiling.counter import Phase
 from deepspeed.utils.errors import DeepSpeedError
@@ -210,6 +212,25 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert runner.main(["max-model", str(llama), "-c", ds, "-s", "64", "-m", str(6 / 1024), "--device", "cpu"]) == 0
     assert int(capsys.readouterr().out.split("num_hidden_layers: ")[1].split()[0]) > 4
+
+
+def test_rates_of_several_ranks_are_measured_by_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    alone, both = machine_rates(torch.float32, 1), machine_rates(torch.float32, 2)
+    assert alone.wire_nbytes_s == 0
+    assert both.wire_nbytes_s > 1e6
+    assert both.wire_latency_s > 0
+    assert both.matmul_flops > 0
+
+
+def test_ranks_that_cannot_be_started_to_measure_name_the_cure(monkeypatch: pytest.MonkeyPatch) -> None:
+    ended = subprocess.CompletedProcess([], 3, "", "no device 7")
+    monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: ended)
+    with pytest.raises(DeepSpeedError, match="8 ranks could not be started") as caught:
+        machine_rates(torch.float32, 8)
+    assert "no device 7" in str(caught.value)
+    assert "--cluster FILE" in str(caught.value)
 
 
 def test_messages_hide_behind_backward_as_far_as_the_links_let_them() -> None:
