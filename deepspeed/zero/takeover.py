@@ -84,23 +84,29 @@ class Takeover:
 
     @property
     def has_left_gradients(self) -> bool:
-        """Whether parameters that do not train yet have gradients: a backward ran, though nobody took one over."""
-        return any(param.grad is not None for param in self.facts.flags.params)
+        """Whether parameters that do not train yet have gradients, those that groups were given since among them: a backward ran,
+        though nobody took one over. Asked only where none arrived."""
+        if any(param.grad is not None for param in self.facts.flags.params):
+            return True
+        runs = {id(run) for members in self._optimizer.runs.by_group() for run in members}
+        listed = (tensor for group in self._optimizer.param_groups for tensor in group["params"])
+        return any(tensor.grad is not None for tensor in listed if id(tensor) not in runs)
 
     @torch.no_grad()
     def begin_step(self) -> None:
         """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
         reducer = self._optimizer.reducer
         is_assigned = bool(reducer.look_for_assigned())
-        is_changed = self.facts.have_changed() or reducer.has_stood_in or is_assigned
+        is_changed, is_settled = self.facts.have_changed() or reducer.has_stood_in or is_assigned, False
         if self.facts.is_long_look:
             self._compare_settings()
         if self._may_overlap and not self.facts.is_long_look:
             self._told = self._mesh.start_agree("average", int(is_changed or self._is_late))
         elif not self._rides:
             self._settle_if(is_changed or self._is_late)
-            if self.facts.is_long_look and self._steps_whole:
-                self._compare_bytes()
+            is_settled = True
+        if self.facts.is_long_look:
+            self._compare_bytes(is_changed and not is_settled)
         broken = self.facts.prints.are_broken()
         self.news = broken.any() if broken is not None and not is_changed else is_changed and self._rides
         self._ask_seals()
@@ -160,8 +166,7 @@ class Takeover:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
         self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
-        if self._steps_whole:
-            self._compare_bytes()
+        self._compare_bytes()
         self._ask_seals()
         self.follow_written()
         self.end_step()
@@ -379,11 +384,15 @@ class Takeover:
             )
             self._built.builder.those_with(by_name[name]).broadcast(by_name[name].detach())
 
-    def _compare_bytes(self) -> None:
-        """Where every rank steps the whole, all bytes are the same on all, or somebody wrote a few alone that no sample had.
-        A warning: who is right nobody knows, and devices of different kinds may round differently. Collective."""
+    def _compare_bytes(self, will_compare: bool = False) -> None:
+        """All bytes are the same on all ranks, or somebody wrote a few alone that no sample had. A warning: who is right nobody
+        knows, and devices of different kinds may round differently. Collective.
+
+        will_compare: this rank's changes are not taken over yet, which compares values by itself.
+        """
         prints = self.facts.prints
-        if len({digest for (digest,) in self._mesh.agree("average", prints.digest())}) == 1:
+        told = self._mesh.agree("average", prints.digest(), int(will_compare))
+        if len({digest for digest, _ in told}) == 1 or any(will for _, will in told):
             return
         params = [
             (name, param) for bucket in prints.buckets for name, param in zip(bucket.names, bucket.params, strict=True)
@@ -395,7 +404,7 @@ class Takeover:
                 name = params[differing[0]][0]
                 warn_once(
                     f"{name} is not the same on rank {rank} as on rank {self._ranks[0]} (ZeRO stage {self._stage}), and "
-                    f"{len(differing) - 1} more: ranks train different weights.\n"
+                    f"{len(differing) - 1} more: ranks train different weights{'' if self._steps_whole else ' in this step'}.\n"
                     "  Some ranks wrote it alone, a few elements through `.data` perhaps: write the same values on every rank, or "
                     "broadcast them to all."
                 )
