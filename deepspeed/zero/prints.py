@@ -8,8 +8,8 @@ parameter (`zero.takeover`). Settings are digested once in so many steps.
     every whole bucket    up to SAMPLES words of 8 bytes, evenly over its length, after each step the next ones: bulk
                           writes show at once, any write into a bucket of that size or less too, and a write of a few
                           elements that is made again and again when its turn has come
-    the same, all bytes   once in so many steps, where every rank steps the whole: what one of them has written alone
-                          stays there then (`digest`)
+    the same, all bytes   once in so many steps (`digest`): where every rank steps the whole, what one of them has written
+                          alone stays there; elsewhere what it writes again in every step is seen then
 
 Invariant: nothing is changed here, and no host waits for a device but in `written` and `digest`.
 """

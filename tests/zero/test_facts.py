@@ -424,6 +424,80 @@ def test_a_single_element_written_through_data_on_one_rank_alone_is_told_where_r
     run_ranks(2, write_few)
 
 
+def write_unsampled(side: Any, values: slice, value: float) -> int:
+    """Write one of these elements of the weight past every sample; which."""
+    prints, flat = side.engine.zero_optimizer.takeover.facts.prints, side.module.weight.data.view(-1)
+    for i in range(*values.indices(flat.numel())):
+        before = float(flat[i])
+        flat[i] = value
+        if not prints.written():
+            return i
+        flat[i] = before
+    raise AssertionError("every element is sampled")
+
+
+def write_few_again_and_again(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    with two_sides(rank, world_size, stage, dtype, make_model=lambda: Wide()) as (_, side):
+        told: list[str] = []
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(takeover, "warn_once", told.append)
+            for seed in range(TREE_EVERY):
+                side.backward(seed)
+                if rank == 1:
+                    write_unsampled(side, slice(None), 1.0)
+                side.step()
+        (line,) = told
+        assert f"weight is not the same on rank 1 as on rank 0 (ZeRO stage {stage})" in line and "in this step" in line
+
+
+class Wide(nn.Module):
+    """A weight of more words than a sample has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(3 * 2**9, 6 * 2**4) * 0.01)
+
+    def forward(self, x: Any, y: Any) -> Any:
+        """A loss with small gradients everywhere."""
+        return (self.weight.float().sum() * 1e-6 * x.float().sum()).square() + 0.0 * y.float().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_element_that_one_rank_alone_writes_in_every_step_is_told_where_ranks_step_slices(
+    stage: int, dtype: torch.dtype
+) -> None:
+    run_ranks(2, write_few_again_and_again, stage, dtype)
+
+
+def write_few_once(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    """Rank 1 writes one of the first elements, which rank 0 steps, and one of the last, which are its own."""
+    with two_sides(rank, world_size, stage, dtype, make_model=lambda: Wide()) as (_, side):
+        flat = side.module.weight.data.view(-1)
+        before = flat.clone()
+        places = [0, 0]
+        side.backward(0)
+        if rank == 1:
+            places = [write_unsampled(side, slice(0, 99), 8.0), write_unsampled(side, slice(-99, None), 8.0)]
+        side.step()
+        told = [places]
+        torch.distributed.broadcast_object_list(told, src=1)
+        of_the_other, own = told[0]
+        assert float(flat[of_the_other]) == pytest.approx(float(before[of_the_other]), abs=1e-2)  # lasted one step
+        assert float(flat[own]) == pytest.approx(8.0, abs=0.1)  # every rank has it now
+        everyone = [torch.empty_like(flat) for _ in range(world_size)]
+        torch.distributed.all_gather(everyone, flat.clone())
+        assert torch.equal(everyone[0], everyone[1])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_few_elements_that_one_rank_alone_writes_are_the_owners_after_the_next_step(
+    stage: int, dtype: torch.dtype
+) -> None:
+    run_ranks(2, write_few_once, stage, dtype)
+
+
 def swap(side: Any) -> None:
     weight = side.module.layers[1].weight
     with side.writing([weight]):
