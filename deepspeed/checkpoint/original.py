@@ -28,6 +28,7 @@ from deepspeed.checkpoint.container import dtype_key
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.manifest import Extent, ParameterInfo, StoredTensor, coverage_problem
 from deepspeed.checkpoint.mapped import Mapped
+from deepspeed.checkpoint.original_autoep import LAYERS, plain_names
 from deepspeed.checkpoint.original_experts import EXPERT_FILE, Experts, names_of_groups
 from deepspeed.checkpoint.original_stages import Stages, is_pipeline, read_stages
 from deepspeed.checkpoint.source import Wanted
@@ -69,7 +70,7 @@ _SETTINGS_LEFT_OUT = {
 _INTERNAL = set(
     "module buffer_names optimizer param_shapes frozen_param_shapes shared_params frozen_param_fragments lr_scheduler "
     "data_sampler random_ltd sparse_tensor_module_names skipped_steps global_steps global_samples dp_world_size "
-    "mp_world_size checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
+    "mp_world_size ds_autoep_layers checkpoint_parallel_dimensions ds_config ds_version universal_checkpoint_info".split()
 )
 _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.pt")
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
@@ -152,6 +153,9 @@ class Original:
             )
         self.tied = dict(model.get("shared_params") or {})
         self._experts = Experts(self.folder, model, read_torch_file)
+        if model.get(LAYERS):
+            self._open_autoep()
+            return
         told = [{name: tuple(shape) for name, shape in group.items()} for group in model.get("param_shapes") or []]
         shapes = [self._experts.of_all_ranks(group) for group in told]
         self._trained = {name for group in shapes for name in group} if told else None
@@ -167,6 +171,17 @@ class Original:
         if states:
             self._scaler = optimizers[0].get("loss_scaler")
         self._finish(shapes)
+
+    def _open_autoep(self) -> None:
+        """A model whose experts AutoEP had spread: its weights, as the plain model's."""
+        self._model = {**self._model, "module": plain_names(self._model), "param_shapes": None}
+        self.tied = {name: source for name, source in self.tied.items() if {name, source} <= set(self._model["module"])}
+        self._trained = None
+        warn_once(
+            f"{self.folder} was written by the original's AutoEP: weights are loaded, in the precision of its model; the optimizer begins anew."
+        )
+        self._read_module(0)
+        self._finish([])
 
     def _open_stages(self, found: Stages) -> None:
         """A pipeline's, whose optimizers have names at ZeRO stage 1 alone; at stage 0 its weights are read."""

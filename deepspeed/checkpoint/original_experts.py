@@ -21,6 +21,7 @@ from typing import Any
 
 from torch import Tensor
 
+from deepspeed.checkpoint.original_autoep import LAYERS, fused_experts
 from deepspeed.utils.errors import CheckpointError
 
 EXPERT_FILE = re.compile(r"layer_(\d+)_expert_(\d+)_mp_rank_00_model_states\.pt")
@@ -42,8 +43,11 @@ class Experts:
             match = EXPERT_FILE.fullmatch(path.name)
             if match:
                 found[int(match[1]), int(match[2])] = path
-        for key in sorted(found):
-            self.tensors |= read(found[key])
+        if model.get(LAYERS):
+            self.tensors = fused_experts(folder, model, read)
+        else:
+            for key in sorted(found):
+                self.tensors |= read(found[key])
         self._whole = _counts(self.tensors)
         self._world_size = int(model["dp_world_size"])
         self._is_data_first = bool((model.get("ds_config") or {}).get("use_data_before_expert_parallelism"))
@@ -53,11 +57,6 @@ class Experts:
     def _check(self, model: Mapping[str, Any], local: dict[str, int], num_files: int) -> None:
         self.size = 1
         """Ranks that shared the experts."""
-        if model.get("ds_autoep_layers"):
-            raise CheckpointError(
-                f"{self._folder} was written by the original's AutoEP, which cannot be imported.\n"
-                "  Export whole weights with the software that wrote it, and start from those."
-            )
         if not self._whole:
             return
         sizes = {self._whole[prefix] // num for prefix, num in local.items() if prefix in self._whole} or {num_files}
