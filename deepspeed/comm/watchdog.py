@@ -138,11 +138,12 @@ class Watchdog:
         self._thread.start()
 
     def stop(self) -> None:
-        """End. The second thread may still be in a question to the store."""
+        """End. The second thread may still be in a question to a store that is silent: an answer while the interpreter
+        shuts down would abort the process, so a slow one is waited for."""
         self._ended.set()
         self._has_look.set()
         self._thread.join(1.0)
-        self._asker.join(1.0)
+        self._asker.join(MIN_SILENCE_S)
 
     def _run(self) -> None:
         while not self._ended.wait(self._after_s / LOOKS):

@@ -82,6 +82,23 @@ def test_a_report_tells_silence_and_disagreement() -> None:
     assert both.endswith("all ranks wait: they call different collectives, or a message between two of them is lost")
 
 
+def test_a_slow_answer_of_the_store_is_waited_for_at_the_end() -> None:
+    """A thread that comes back from native code while the interpreter shuts down aborts the process."""
+    asked = threading.Event()
+
+    class _Slow:
+        def check(self, keys: list[str]) -> bool:
+            asked.set()
+            time.sleep(2)
+            return False
+
+    dog = Watchdog(_Slow, 1, 2, timeout_s=60, report_after_s=0.06)
+    dog.start()
+    assert asked.wait(20)
+    dog.stop()
+    assert not dog._asker.is_alive() and not dog._thread.is_alive()
+
+
 def test_a_place_outside_of_collectives_has_no_operation() -> None:
     frame = sys._current_frames()[threading.get_ident()]
     place = place_of(frame)
