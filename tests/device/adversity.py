@@ -23,7 +23,7 @@ from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.exchange import Exchange, Pending
 from tests.device import sim
 from tests.device.cases import config_of, tier_section
-from tests.device.features import FEATURES
+from tests.device.features import FEATURES, NUM_RANKS
 from tests.device.scenes import SCENES
 from tests.engine.runs import Run, train
 from tests.harness import run_ranks
@@ -45,13 +45,20 @@ CASES: dict[str, tuple[str, int, str, str, dict[str, Any]]] = {
 }
 """By name: device, stage, tier of the optimizer, tier of parameters, other keys of `zero_optimization`."""
 
-SPLIT = {f"{name}, stage {stages[-1]}": (run, stages[-1]) for name, (run, stages) in FEATURES.items()}
+SPLIT = {
+    f"{name}, stage {stages[-1]}": (run, stages[-1], NUM_RANKS.get(name, 2)) for name, (run, stages) in FEATURES.items()
+}
 """Models that are split, and bytes that are compressed, on the simulated device."""
 
 
 def device_of(case: str) -> str:
     """Where a case or a scene runs."""
     return CASES[case][0] if case in CASES else sim.NAME
+
+
+def ranks_of(case: str) -> int:
+    """How many ranks a case or a scene has."""
+    return SPLIT[case][2] if case in SPLIT else 2
 
 
 class LateExchange:
@@ -157,7 +164,7 @@ def _run(rank: int, world_size: int, case: str, folder: str) -> Run:
     if case in SCENES:
         return Run(weights=SCENES[case]())
     if case in SPLIT:
-        run, stage = SPLIT[case]
+        run, stage, _ = SPLIT[case]
         losses, weights = run(rank, world_size, stage)
         return Run(losses=losses, weights=weights)
     _, stage, optimizer, param, zero = CASES[case]
@@ -174,7 +181,9 @@ def differences(run: Run, expected: Run) -> list[str]:
 def check_case(case: str, seeds: list[int]) -> None:
     """Raise AssertionError where a seed gives other numbers than time in order."""
     timeout = 60 + 20 * len(seeds)
-    expected, *runs = run_ranks(2, run_late, case, [None, *seeds], device=device_of(case), timeout=timeout)[0]
+    expected, *runs = run_ranks(
+        ranks_of(case), run_late, case, [None, *seeds], device=device_of(case), timeout=timeout
+    )[0]
     wrong = {seed: found for seed, run in zip(seeds, runs, strict=True) if (found := differences(run, expected))}
     assert wrong == {}, f"{case}: other numbers under seeds {wrong}"
 

@@ -13,10 +13,12 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deepspeed
+from deepspeed.accelerator import get_accelerator
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
+from tests import models
 from tests.device.cases import config_of
-from tests.engine.runs import engine_of, train
+from tests.engine.runs import engine_of, on_device, train
 from tests.inference.families import build, prompts
 from tests.parallel.expert.models import batches as expert_batches
 from tests.parallel.expert.models import set_values
@@ -114,7 +116,7 @@ def experts(rank: int, world_size: int, stage: int) -> Found:
 
 
 def _compressed(rank: int, world_size: int, stage: int, **more: Any) -> Found:
-    run = train(rank, world_size, "gpt_tied", _settings(stage, **more))
+    run = train(rank, world_size, "gpt_tied", _settings(stage, **more), samples=3 * world_size)
     return run.losses, run.weights
 
 
@@ -129,6 +131,61 @@ def quantized(rank: int, world_size: int, stage: int) -> Found:
     return _compressed(rank, world_size, stage, zero={"zero_quantized_weights": True, "zero_quantized_gradients": True})
 
 
+def one_bit_lamb(rank: int, world_size: int, stage: int) -> Found:
+    """1-bit LAMB that freezes after two steps."""
+    kind = {"type": "OneBitLamb", "params": {"lr": 1e-3, "freeze_step": 2}}
+    return _compressed(rank, world_size, stage, optimizer=kind)
+
+
+def zero_one(rank: int, world_size: int, stage: int) -> Found:
+    """0/1 Adam: a step of full averages, one of signs, one on its own."""
+    local = {"var_freeze_step": 1, "var_update_scaler": 1, "local_step_scaler": 1, "local_step_clipper": 2}
+    return _compressed(rank, world_size, stage, optimizer={"type": "ZeroOneAdam", "params": {"lr": 1e-3, **local}})
+
+
+def with_feedback(rank: int, world_size: int, stage: int) -> Found:
+    """Gradients in int4 whose errors are kept for the next step (LoCo)."""
+    loco = {"zero_quantized_gradients": True, "zeropp_loco_param": {"err_beta": 0.8, "reset_T": 16}}
+    return _compressed(rank, world_size, stage, zero=loco)
+
+
+def secondary(rank: int, world_size: int, stage: int) -> Found:
+    """hpZ: two pairs of ranks, each with a copy of all weights; in int8 on the wire."""
+    zero = {"zero_hpz_partition_size": 2, "stage3_max_reuse_distance": 0, "zero_quantized_weights": True}
+    return _compressed(rank, world_size, stage, zero=zero)
+
+
+def replicas(rank: int, world_size: int, stage: int) -> Found:
+    """MiCS: two pairs of ranks, each with all shards."""
+    return _compressed(rank, world_size, stage, zero={"mics_shard_size": 2}, clip=0.5)
+
+
+def put_away(rank: int, world_size: int, stage: int) -> Found:
+    """Masters and states, and at stage 3 parameters, that are on the cpu between steps."""
+    losses = []
+    with engine_of(models.build("gpt_tied"), _settings(stage, clip=0.5)) as engine:
+        steps = models.make_batches(engine.module, num_steps=STEPS, accumulation=1, samples=3 * world_size)
+        for (whole,) in steps:
+            share = on_device(models.rank_share(whole, rank, world_size), engine.device)
+            loss = models.total_loss(engine(*share))
+            engine.backward(loss)
+            engine.step()
+            engine.offload_states(non_blocking=True)
+            losses.append(loss.item())
+        engine.reload_states()
+        return losses, _weights(engine)
+
+
+def shared_step(rank: int, world_size: int, stage: int) -> Found:
+    """An offloaded step of which the device has half."""
+    offload = {"offload_optimizer": {"device": "cpu", "ratio": 0.5}, "sub_group_size": 1 << 11}
+    adamw = config_of(stage)["optimizer"]
+    return _compressed(rank, world_size, stage, zero=offload, optimizer=adamw, clip=0.5)
+
+
+NUM_RANKS = {"secondary": 4, "replicas": 4}
+"""Of those that need more than two."""
+
 FEATURES: dict[str, tuple[Callable[[int, int, int], Found], tuple[int, ...]]] = {
     "tensor": (tensor, (0, 1, 2, 3)),
     "sequence": (sequence, (0, 1, 2, 3)),
@@ -137,9 +194,29 @@ FEATURES: dict[str, tuple[Callable[[int, int, int], Found], tuple[int, ...]]] = 
     "taken_back": (taken_back, (0, 2)),
     "experts": (experts, (0, 1, 2, 3)),
     "one_bit": (one_bit, (0, 1)),
+    "one_bit_lamb": (one_bit_lamb, (0, 1)),
+    "zero_one": (zero_one, (0, 1)),
     "quantized": (quantized, (3,)),
+    "with_feedback": (with_feedback, (2, 3)),
+    "secondary": (secondary, (3,)),
+    "replicas": (replicas, (1, 2, 3)),
+    "put_away": (put_away, (1, 2, 3)),
+    "shared_step": (shared_step, (3,)),
 }
 """Name: the run, and the stages it goes with. `make test-device` runs all of them."""
+
+
+def streamed(rank: int, world_size: int, tier: str, folder: str) -> dict[str, Tensor]:
+    """Logits and words of an engine whose weights are on a tier, or sharded over the ranks ("none")."""
+    rest = {"device": tier, "pin_memory": True, **({"nvme_path": folder, "max_in_cpu": 0} if tier == "nvme" else {})}
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **({"offload_param": rest} if tier != "none" else {})}
+    with sdpa_kernel(SDPBackend.MATH):
+        engine = deepspeed.init_inference(build("llama"), dtype="fp32", zero=zero)
+        inputs = _moved(prompts("left"), torch.device(get_accelerator().current_device_name()))
+        logits = engine(**inputs).logits
+        words = engine.generate(**inputs, max_new_tokens=6, do_sample=False)
+        engine.destroy()
+    return {"logits": logits.detach().cpu(), "words": words.cpu()}
 
 
 def generated(rank: int, world_size: int, dtype: str) -> dict[str, Tensor]:

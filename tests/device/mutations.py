@@ -21,7 +21,7 @@ import torch
 from deepspeed.comm.exchange import Pending
 from deepspeed.comm.local import NOTHING
 from deepspeed.tiers import nvme, rest
-from tests.device.adversity import CASES, SPLIT, device_of, differences, run_late
+from tests.device.adversity import CASES, SPLIT, device_of, differences, ranks_of, run_late
 from tests.device.group import SimWork
 from tests.device.scenes import SCENES
 from tests.harness import RanksFailedError, close_pools, run_ranks
@@ -135,7 +135,7 @@ def noticed(case: str, site: Site, expected: Any, timeout_s: int = 30) -> str:
     That ranks are late proves nothing on a busy machine: they get three times as long, and then it is told as what it is.
     """
     try:
-        run = run_ranks(2, run_without, case, site, device=device_of(case), timeout=timeout_s)[0]
+        run = run_ranks(ranks_of(case), run_without, case, site, device=device_of(case), timeout=timeout_s)[0]
     except RanksFailedError as error:
         told = [e for e in error.rank_exceptions.values() if not isinstance(e, TimeoutError)]
         if told:
@@ -150,8 +150,8 @@ def search(cases: Sequence[str]) -> tuple[dict[Site, str], set[Site]]:
     missed: set[Site] = set()
     for case in cases:
         device = device_of(case)
-        expected = run_ranks(2, run_late, case, [None], device=device, timeout=120)[0][0]
-        sites = set().union(*run_ranks(2, sites_of, case, device=device, timeout=120))
+        expected = run_ranks(ranks_of(case), run_late, case, [None], device=device, timeout=120)[0][0]
+        sites = set().union(*run_ranks(ranks_of(case), sites_of, case, device=device, timeout=120))
         for site in sorted(site for site in sites - found.keys() if site.caller != IN_TESTS):
             if told := noticed(case, site, expected):
                 found[site] = told

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.device.adversity import CASES, SPLIT, check_case, device_of, run_late
+from tests.device.adversity import CASES, SPLIT, check_case, device_of, ranks_of, run_late
 from tests.device.mutations import Site, noticed
 from tests.device.scenes import SCENES
 from tests.harness import run_ranks
@@ -28,7 +28,7 @@ def test_late_and_reordered_work_gives_the_same_numbers(case: str) -> None:
 @functools.lru_cache(maxsize=None)
 def in_order(case: str) -> Any:
     """The numbers of time in order."""
-    return run_ranks(2, run_late, case, [None], device=device_of(case))[0][0]
+    return run_ranks(ranks_of(case), run_late, case, [None], device=device_of(case))[0][0]
 
 
 @pytest.mark.parametrize(
