@@ -35,6 +35,7 @@ import io
 import multiprocessing
 import os
 import pickle
+import random
 import re
 import signal
 import socket
@@ -151,10 +152,14 @@ def close_pools() -> None:
 
 
 def free_port() -> int:
-    """A TCP port of this machine that nobody uses now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A TCP port of this machine that nobody uses now, and that no connection is given before somebody binds it: below the
+    range in which the kernel looks for one, where gloo of other tests takes dozens."""
+    low = int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text().split()[0])
+    while True:
+        port = random.SystemRandom().randrange(low // 2, low)
+        with socket.socket() as probe, contextlib.suppress(OSError):
+            probe.bind(("", port))
+            return port
 
 
 def changed_environment(before: Mapping[str, str]) -> list[str]:
