@@ -216,7 +216,7 @@ class ZeroConfig(Section):
     sub_group_size: Size = 1_000_000_000
     """Elements stepped together, and moved together to and from a tier."""
     stage3_prefetch_bucket_size: Size = 50_000_000
-    """Elements gathered ahead of use."""
+    """Elements gathered ahead of use, whatever their dtype, as everywhere in this section: in bf16 half the bytes of fp32."""
     stage3_param_persistence_threshold: Size = 100_000
     """Parameters with fewer elements stay full: gathering them costs more than it saves."""
     stage3_model_persistence_threshold: Size = sys.maxsize
