@@ -47,7 +47,7 @@ from deepspeed.autotuning.space import (
     candidates,
     listed,
 )
-from deepspeed.autotuning.tuners import TUNERS, ModelBasedTuner, Tuner
+from deepspeed.autotuning.tuners import TUNERS, Tuner
 from deepspeed.config import check_available, load_config, read_config
 from deepspeed.config.dotted import get_at, with_values
 from deepspeed.config.tuning import AutotuningConfig
@@ -235,7 +235,7 @@ class Autotuner:
             self.why_ended = self._reason_to_end(len(self.outcomes), without_gain)
             candidate = None if self.why_ended else tuner.next()
             if candidate is None:
-                self.why_ended = self.why_ended or self._why_tuner_ended(tuner)
+                self.why_ended = self.why_ended or tuner.why_ended()
                 return
             best = self.best()[1]
             outcome = self._try(candidate, tuner)
@@ -253,11 +253,6 @@ class Autotuner:
         if without_gain >= self.section.tuner_early_stopping:
             return f"{without_gain} trials in a row were no better (tuner_early_stopping)"
         return ""
-
-    def _why_tuner_ended(self, tuner: Tuner) -> str:
-        if isinstance(tuner, ModelBasedTuner) and tuner.open_candidates():
-            return "little more is to be gained, and little is in doubt, by prediction"
-        return "nothing is left to try"
 
     def _try(self, candidate: Candidate, tuner: Tuner) -> Outcome:
         """One trial; one more where something outside killed it."""

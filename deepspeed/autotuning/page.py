@@ -91,7 +91,7 @@ def _why_not_tried(search: Found, candidate: Candidate, predicted: tuple[float, 
     high = predicted[0] if search.section.metric == "latency" else predicted[2]
     if best is not None and not is_better(search.section.metric, high, best):
         return "not tried: predicted to be slower"
-    return "not tried: little more to gain"
+    return f"not tried: {search.why_ended}" if search.why_ended else "not tried yet"
 
 
 def _predicted(search: Found, candidate: Candidate) -> tuple[float, float, float] | None:

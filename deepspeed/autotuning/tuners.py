@@ -106,6 +106,10 @@ class Tuner(abc.ABC):
             and tried[candidate.rest] < self._most_micros
         ]
 
+    def why_ended(self) -> str:
+        """Why it names no other candidate."""
+        return "nothing is left to try"
+
     def value(self, candidate: Candidate, prediction: Prediction) -> float:
         """The logarithm of a predicted metric, of which more is better."""
         if self.metric == "latency":
@@ -161,8 +165,8 @@ class ModelBasedTuner(Tuner):
         return found
 
     def _choose(self, open_ones: list[Candidate]) -> Candidate | None:
-        num_measured = sum(done.is_measured for done in self.outcomes.values())
-        if num_measured >= max(FEW, int(MOST * len(self.candidates))):
+        num_measured = self._num_measured()
+        if num_measured >= self.num_at_most:
             return None
         gains = self.gains()
         likeliest = max(open_ones, key=lambda candidate: gains[candidate.name])
@@ -170,6 +174,22 @@ class ModelBasedTuner(Tuner):
         if num_measured >= MIN_TRIALS and gains[likeliest.name] < MIN_GAIN:
             return doubtful if self._doubt(doubtful) > SURE_STD else None
         return doubtful if num_measured % 2 and self._doubt(doubtful) > SURE_STD else likeliest
+
+    @property
+    def num_at_most(self) -> int:
+        """How many are measured at most."""
+        return max(FEW, int(MOST * len(self.candidates)))
+
+    def why_ended(self) -> str:
+        """Why it names no other candidate."""
+        if not self.open_candidates():
+            return super().why_ended()
+        if self._num_measured() >= self.num_at_most:
+            return f"{self.num_at_most} of {len(self.candidates)} were measured, which is enough to predict the others"
+        return "little more is to be gained, and little is in doubt, by prediction"
+
+    def _num_measured(self) -> int:
+        return sum(done.is_measured for done in self.outcomes.values())
 
     def _doubt(self, candidate: Candidate) -> float:
         return self.predictions[candidate.name].std

@@ -131,6 +131,8 @@ def test_once_little_is_to_be_gained_trials_go_where_the_doubt_is() -> None:
         doubts.append(max(tuner.predictions[c.name].std for c in tuner.open_candidates()))
     assert len(doubts) == int(MOST * len(found)) or doubts[-1] <= SURE_STD
     assert doubts[-1] < 0.25 * doubts[0]
+    is_full = len(doubts) == int(MOST * len(found))
+    assert (f"{len(doubts)} of {len(found)} were measured" in tuner.why_ended()) == is_full
 
 
 def test_after_running_out_of_memory_nothing_larger_of_the_kind_is_tried() -> None:
