@@ -34,7 +34,6 @@ from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
 from deepspeed.comm.exchange import Pending
 from deepspeed.config import Config
 from deepspeed.engine.accumulation import Accumulation
-from deepspeed.engine.data import DeepSpeedDataLoader
 from deepspeed.engine.schedules import LEARNING_RATE, Schedules
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import CheckpointError, DeepSpeedError, NotAvailableError
@@ -104,7 +103,7 @@ class CheckpointedRun(Protocol):
     watch: BackwardWatch
     accumulation: Accumulation
     zero_optimizer: ZeroOptimizer | None
-    training_dataloader: DeepSpeedDataLoader | None
+    training_dataloader: Any  # a script's own may be anything that gives batches
     global_steps: int
     global_samples: int
     skipped_steps: int
@@ -430,9 +429,15 @@ def _shared_state(engine: CheckpointedRun, client_state: dict[str, Any]) -> dict
     return state
 
 
-def _own_state(engine: CheckpointedRun, loader: DeepSpeedDataLoader | None) -> dict[str, Any]:
+def _own_state(engine: CheckpointedRun, loader: Any) -> dict[str, Any]:
     """What is this rank's alone."""
-    own: dict[str, Any] = {"loader": loader.state_dict()} if loader is not None else {}
+    own: dict[str, Any] = {}
+    if hasattr(loader, "state_dict"):
+        own["loader"] = loader.state_dict()
+    elif loader is not None:
+        warn_once(
+            f"save_checkpoint: a {type(loader).__name__} has no state_dict(), so where its data stands is not saved."
+        )
     if errors := feedback_state(engine._reducer.gradients):
         own["feedback"] = errors
     reduction = engine.zero_optimizer.own_reduction if engine.zero_optimizer is not None else None
@@ -561,7 +566,7 @@ def _load_rest(
     for prefix, module in engine.module.named_modules():
         if called(prefix) in extras and type(module).set_extra_state is not nn.Module.set_extra_state:
             module.set_extra_state(extras[called(prefix)])
-    if engine.training_dataloader is not None and "loader" in own:
+    if hasattr(engine.training_dataloader, "load_state_dict") and "loader" in own:
         engine.training_dataloader.load_state_dict(own["loader"])
     same_ranks = _layout_of(about) == _layout(engine.mesh)
     if has_optimizer and engine.zero_optimizer.own_reduction is not None:

@@ -443,7 +443,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
             try:
                 return getattr(module, name)
             except AttributeError:
-                later = f": it comes with {LATER[name]}, which is not available yet" if name in LATER else ""
+                later = f": it comes with {LATER[name]}" if name in LATER else ""
                 raise AttributeError(
                     f"neither {type(self).__name__} nor {type(module).__name__} has {name!r}{later}"
                 ) from None

@@ -17,6 +17,7 @@ Invariant: gradients leave a rank once per batch, after its last weight gradient
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -30,10 +31,12 @@ from deepspeed.engine import pipeline_trace
 from deepspeed.engine.build import Parts, Watching
 from deepspeed.engine.data import DeepSpeedDataLoader, RepeatingLoader
 from deepspeed.engine.engine import DeepSpeedEngine
+from deepspeed.engine.facts import RunFacts
 from deepspeed.engine.pipeline_batch import take
 from deepspeed.engine.pipeline_instructions import Instructed
 from deepspeed.engine.pipeline_late import LateBatches, settles_first
 from deepspeed.engine.pipeline_lists import Lists
+from deepspeed.engine.pipeline_places import Places
 from deepspeed.engine.pipeline_work import StageWork
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.pipeline.actions import Actions
@@ -45,13 +48,14 @@ from deepspeed.parallel.pipeline.schedules import inference
 from deepspeed.parallel.pipeline.tied import Tie, sum_over_owners
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 from deepspeed.utils.schedule import Progress
+from deepspeed.zero.param import full_numel
 
 _NO_LOSSES = PipelineModule.get_additional_losses
 _ONLY = "Only train_batch() is accessible in pipeline mode."
 
 
 @settles_first
-class PipelineEngine(Instructed, DeepSpeedEngine):
+class PipelineEngine(Instructed, Places, DeepSpeedEngine):
     """A PipelineModule under ZeRO. Every method that trains or evaluates is collective over the job."""
 
     module: PipelineModule
@@ -79,7 +83,7 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         self._choose_checkpointing()
         if self.training_dataloader is not None:
             self.set_dataloader(self.training_dataloader)
-        self._lists.of(self.gradient_accumulation_steps())  # refuses now what cannot run
+        self._lists.agree(self.gradient_accumulation_steps(), self.mesh)  # refuses now what cannot run
         if self._config.pipeline.post_validation:
             self._late = LateBatches(self)
 
@@ -90,6 +94,16 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         self._work = StageWork(model, parts, self._device)
         self._executor = Executor(mesh.rank("pipeline"), self._mail, self._work)
         self._lists = Lists(self._config.pipeline, model)
+        self._num_of_all_stages = self._count_all_stages()
+
+    def _run_facts(self) -> RunFacts:
+        return dataclasses.replace(super()._run_facts(), num_parameters=self._num_of_all_stages)
+
+    def _count_all_stages(self) -> int:
+        """Elements of all stages' parameters, tied ones once. Collective over the pipeline."""
+        tied = [p for p in self.module.parameters() if getattr(p, "ds_pipe_replicated", False)]
+        own = self.num_parameters() - sum(map(full_numel, tied))
+        return int(sum(self.mesh.gather_objects("pipeline", own)))
 
     def _choose_checkpointing(self) -> None:
         section = self._config.pipeline
@@ -321,13 +335,17 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
 
         reduce_output: "avg" for the mean over micro-batches and data-parallel ranks; None for the list, on the last stage.
         bcast_loss: whether other stages get it too, else None. return_logits: (loss, the last micro-batch's outputs, None but
-        on the last stage). Raises NotImplementedError for another `reduce_output`.
+        on the last stage). Raises NotImplementedError for another `reduce_output`, PipelineError for no micro-batches.
         """
         if reduce_output not in ("avg", None):
             raise NotAvailableError(f'eval_batch(reduce_output={reduce_output!r}): use "avg" or None.')
+        num_micro = self.gradient_accumulation_steps() if num_micro_batches is None else num_micro_batches
+        if num_micro < 1:
+            raise PipelineError(
+                f"eval_batch(num_micro_batches={num_micro}): use 1 or more, or leave it out for a step's {self.micro_batches}."
+            )
         nn_module: torch.nn.Module = self.module
         nn_module.eval()
-        num_micro = num_micro_batches or self.gradient_accumulation_steps()
         batch = take(self.mesh, data_iter, num_micro, self.batch_fn, is_needed=self._reads_data)
         self.watch.end()
         self._conductor.reload_states()
@@ -368,23 +386,6 @@ class PipelineEngine(Instructed, DeepSpeedEngine):
         return super().deepspeed_io(dataset, *args, **{"route": "pipeline", **kwargs})
 
     # What is asked. ------------------------------------------------------------------------------------------------
-
-    def is_first_stage(self) -> bool:
-        """Whether this rank has the first stage."""
-        return 0 in self.module.own_stages
-
-    def is_last_stage(self) -> bool:
-        """Whether this rank has the last stage, which makes the loss."""
-        return len(self.module.rank_of) - 1 in self.module.own_stages
-
-    def get_pipeline_parallel_rank(self) -> int:
-        """This rank's place in the pipeline."""
-        return self.stage_id
-
-    @property
-    def is_pipe_parallel(self) -> bool:
-        """Whether there is more than one stage."""
-        return self.num_stages > 1
 
     def set_has_attention_mask(self, value: bool) -> None:
         """Any value may be a mask here."""

@@ -69,6 +69,10 @@ def _pull(data: Iterator[Any] | None, num: int, batch_fn: Callable[[Any], Any] |
             "the first and the last stage need a data iterator.\n  Pass one to train_batch or eval_batch, or training_data to "
             "deepspeed.initialize."
         )
+    if not isinstance(data, Iterator):
+        raise PipelineError(
+            f"a {type(data).__name__} is no iterator.\n  Pass iter(loader), or give set_dataloader the loader."
+        )
     batch = Batch([], [])
     for micro in range(num):
         try:

@@ -15,12 +15,12 @@ to, so their handlers do nothing but may be replaced; any other instruction is i
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, ClassVar
 
 from deepspeed.parallel.pipeline import instructions as said
 from deepspeed.parallel.pipeline.actions import Action, Actions, Op
-from deepspeed.parallel.pipeline.check import require_valid
+from deepspeed.parallel.pipeline.check import require_training, require_valid
 from deepspeed.parallel.pipeline.executor import Executor
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.slots import PipeSchedule, TrainSchedule
@@ -45,7 +45,13 @@ class Instructed:
         kind = self.train_schedule
         if kind is None and self._INSTRUCTION_MAP is not HANDLERS:
             kind = TrainSchedule
-        return None if kind is None else kind(num_micro, self.module.num_stages, self.module.stage_id)
+        if kind is None:
+            return None
+        if not (isinstance(kind, type) and issubclass(kind, PipeSchedule)):
+            raise PipelineError(
+                f"{type(self).__name__}.train_schedule is {kind!r}, not a class derived from deepspeed.runtime.pipe.schedule.PipeSchedule."
+            )
+        return kind(num_micro, self.module.num_stages, self.module.stage_id)
 
     def _exec_schedule(self, pipe_schedule: PipeSchedule) -> None:
         """Carry out a schedule's instructions. Raises PipelineError for one that has no handler."""
@@ -53,11 +59,12 @@ class Instructed:
         make = functools.partial(type(pipe_schedule), pipe_schedule.micro_batches, stages)
         actions = actions_of([make(rank) for rank in range(stages)], self.module.rank_of)
         require_valid(actions)
+        require_training(actions)
         self._executor.run(actions, functools.partial(self._go_through, pipe_schedule))
 
     def _go_through(self, pipe_schedule: PipeSchedule, do: Callable[[Action], None]) -> None:
         self._do, self._pending = do, {}
-        for commands in pipe_schedule:
+        for commands in _steps(pipe_schedule):
             for command in commands:
                 handler = self._INSTRUCTION_MAP.get(type(command))
                 if handler is None:
@@ -98,6 +105,24 @@ HANDLERS: dict[type[said.PipeInstruction], Handler] = {
 Instructed._INSTRUCTION_MAP = HANDLERS
 
 
+def _steps(schedule: PipeSchedule) -> Iterator[list[said.PipeInstruction]]:
+    """A schedule's slots. Raises PipelineError for what are none."""
+    name, steps = type(schedule).__name__, schedule.steps()
+    if not isinstance(steps, Iterable):
+        raise PipelineError(f"{name}.steps() returns a {type(steps).__name__}.\n  Have it yield lists of instructions.")
+    for commands in steps:
+        wrong = (
+            commands
+            if not isinstance(commands, (list, tuple))
+            else next((command for command in commands if not isinstance(command, said.PipeInstruction)), None)
+        )
+        if wrong is not None:
+            raise PipelineError(
+                f"{name}.steps() yields {wrong!r}: each step is a list of instructions, [ForwardPass(buffer_id), ...]."
+            )
+        yield list(commands)
+
+
 def actions_of(schedules: list[PipeSchedule], rank_of: tuple[int, ...]) -> Actions:
     """The list that the schedules of all ranks describe by their forward and backward passes."""
     lists = []
@@ -105,7 +130,7 @@ def actions_of(schedules: list[PipeSchedule], rank_of: tuple[int, ...]) -> Actio
         stages = [stage for stage, owner in enumerate(rank_of) if owner == rank]
         counted: dict[tuple[int, Op], int] = {}
         row = []
-        for commands in schedule:
+        for commands in _steps(schedule):
             for command in commands:
                 op = next((op for kind, op in _OPS.items() if isinstance(command, kind)), None)
                 if op is not None:

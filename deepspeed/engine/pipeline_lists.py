@@ -14,13 +14,13 @@ from pathlib import Path
 from deepspeed.config.parallelism import PipelineConfig
 from deepspeed.mesh import Mesh
 from deepspeed.parallel.pipeline.actions import Actions, Op, in_halves, read_csv
-from deepspeed.parallel.pipeline.check import Costs, peak_alive, require_valid, simulate
+from deepspeed.parallel.pipeline.check import Costs, peak_alive, require_training, require_valid, simulate
 from deepspeed.parallel.pipeline.executor import Executor
 from deepspeed.parallel.pipeline.generate import generate
 from deepspeed.parallel.pipeline.mail import Mail
 from deepspeed.parallel.pipeline.module import PipelineModule
 from deepspeed.parallel.pipeline.schedules import NAMED
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import log_dist
 
 GENERATED = "generated"
@@ -48,6 +48,26 @@ class Lists:
             else:
                 return in_halves(make_actions("auto", self._module, num_micro))
         return self._made[num_micro]
+
+    def agree(self, num_micro: int, mesh: Mesh) -> None:
+        """Have the list, or one error on all ranks, where one has none, or another than the first: files of several nodes may differ.
+        Collective over the job."""
+        failure, told = None, ""
+        try:
+            told = self.of(num_micro).to_csv()
+        except (DeepSpeedError, OSError) as error:
+            failure = error
+        everyone = mesh.gather_objects("job", (told, None if failure is None else str(failure)))
+        if failure is not None:
+            raise failure
+        for rank, (theirs, words) in enumerate(everyone):
+            if words is not None:
+                raise DeepSpeedConfigError(f"rank {rank}: {words}")
+            if theirs != everyone[0][0]:
+                raise DeepSpeedConfigError(
+                    f'pipeline.schedule = "{self._section.schedule}": rank {rank} has another list of actions than rank 0.\n'
+                    "  Give all ranks the same schedule; a file has to be the same on all nodes."
+                )
 
     @property
     def measures(self) -> bool:
@@ -92,6 +112,16 @@ def _seconds(executor: Executor, stage: int, op: Op) -> float:
     return found[len(found) // 2] if found else 0.0
 
 
+def _read(path: Path, name: str) -> Actions:
+    try:
+        actions = read_csv(path.read_text("utf-8-sig"), name)
+        require_valid(actions)
+        require_training(actions)
+    except (DeepSpeedError, UnicodeDecodeError) as error:
+        raise DeepSpeedConfigError(f'pipeline.schedule = "{name}": {error}') from None
+    return actions
+
+
 def make_actions(schedule: str, module: PipelineModule, num_micro: int) -> Actions:
     """The list of a name or a CSV file, for a module's ranks and stages. Raises DeepSpeedConfigError where it does not fit."""
     ranks, chunks = module.num_stages, module.num_chunks
@@ -101,8 +131,7 @@ def make_actions(schedule: str, module: PipelineModule, num_micro: int) -> Actio
         takes_chunks = schedule in ("interleaved", "zb-h1") and module.placement == "loop" and chunks > 1
         actions = NAMED[schedule](ranks, num_micro, **({"num_chunks": chunks} if takes_chunks else {}))
     elif Path(schedule).is_file():
-        actions = read_csv(Path(schedule).read_text(), schedule)
-        require_valid(actions)
+        actions = _read(Path(schedule), schedule)
     else:
         raise DeepSpeedConfigError(
             f'pipeline.schedule = "{schedule}" is neither a file nor one of {", ".join(["auto", GENERATED, *NAMED])}.'

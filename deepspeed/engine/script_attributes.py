@@ -1,7 +1,7 @@
 """What scripts written for the original read of its engine beside the configuration: a mixin, and a table.
 
-`ScriptAttributes` has what has a meaning here. `LATER` has what belongs to a feature of a later version: `hasattr` says
-no, as an engine without the feature does in the original, and whoever asks by name is told the feature.
+`ScriptAttributes` has what has a meaning here. `LATER` has what belongs to another engine or to a feature of a later version: `hasattr`
+says no, as an engine without the feature does in the original, and whoever asks by name is told the feature.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.errors import TrainingStateError
 
 _BY_FEATURE = {
-    "pipeline parallelism": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
+    "a deepspeed.PipelineModule, whose engine has it": "train_batch eval_batch grid set_batch_fn is_pipe_parallel is_model_parallel is_data_parallel "
     "is_first_stage is_last_stage micro_batches num_stages stage_id next_stage prev_stage reset_activation_shape "
     "set_has_attention_mask set_dataloader set_dataiterator fwd_outputs pipe_buffers pipe_recv_buf first_output_send "
     "num_pipe_buffers _exec_reduce_tied_grads _next_batch",
-    "data efficiency": "random_ltd_scheduler set_data_post_process_func curriculum_scheduler_legacy "
+    "data efficiency, which is not available yet": "random_ltd_scheduler set_data_post_process_func curriculum_scheduler_legacy "
     "curriculum_scheduler_difficulty",
-    "progressive layer dropping": "progressive_layer_drop get_pld_theta",
-    "inference": "generate profile_model_time model_times cuda_graph_created",
-    "the hybrid engine": "fuse_lora_weight unfuse_lora_weight",
+    "progressive layer dropping, which is not available yet": "progressive_layer_drop get_pld_theta",
+    "deepspeed.init_inference": "generate profile_model_time model_times cuda_graph_created",
+    "the hybrid engine, which is not available yet": "fuse_lora_weight unfuse_lora_weight",
 }
 LATER: dict[str, str] = {name: feature for feature, names in _BY_FEATURE.items() for name in names.split()}
 """Attribute: the feature it comes with."""

@@ -20,9 +20,13 @@ def answers(rank: int, world_size: int) -> dict[str, Any]:
             if not name.startswith("__"):
                 getattr(engine, name)
         with pytest.raises(
-            AttributeError, match="train_batch.*it comes with pipeline parallelism, which is not available"
+            AttributeError, match="'train_batch': it comes with a deepspeed.PipelineModule, whose engine"
         ):
             engine.train_batch  # noqa: B018
+        with pytest.raises(
+            AttributeError, match="'get_pld_theta': it comes with progressive .*, which is not available"
+        ):
+            engine.get_pld_theta  # noqa: B018
         return {
             "group": dist.get_process_group_ranks(engine.dp_process_group),
             "gathered": [value.item() for value in engine.all_gather_scalar(torch.tensor(float(rank)))],

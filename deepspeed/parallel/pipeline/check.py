@@ -100,7 +100,7 @@ def require_valid(actions: Actions) -> None:
             _check_place(actions, rank, action)
             so_far = done.get((action.stage, action.micro), "")
             if action.op.value in so_far or not so_far.endswith(_NEEDS_BEFORE[action.op]):
-                raise _invalid(rank, action, f"comes after {so_far!r} of this micro-batch")
+                raise _invalid(rank, action, _why_not(action, so_far))
             done[action.stage, action.micro] = so_far + action.op.value
         for stage in actions.stages_of(rank):
             for micro in range(actions.num_micro):
@@ -114,6 +114,26 @@ def require_valid(actions: Actions) -> None:
 
 
 _NEEDS_BEFORE = {Op.FORWARD: "", Op.BACKWARD: "F", Op.INPUT: "F", Op.WEIGHT: "I"}
+
+
+def _why_not(action: Action, so_far: str) -> str:
+    """`so_far`: the ops of the micro-batch at the stage before this one that is out of place."""
+    before, needed = so_far[-1:], _NEEDS_BEFORE[action.op]
+    if action.op.value in so_far:
+        return "is there twice"
+    if needed and needed not in so_far and before != "B":
+        name = Action(action.stage, Op(needed), action.micro)
+        return f"comes before {name}, or {name} is missing"
+    return f"comes after {Action(action.stage, Op(before), action.micro)}: a backward is B alone, or I and later W"
+
+
+def require_training(actions: Actions) -> None:
+    """Raise DeepSpeedError for lists of forwards alone, which would train nothing."""
+    if all(action.op is Op.FORWARD for row in actions.lists for action in row):
+        raise DeepSpeedError(
+            f"{actions.name or 'the list'} has forwards alone: nothing would be trained.\n"
+            "  Write a backward (B, or I and W) of each micro-batch at each stage, or call eval_batch."
+        )
 
 
 def _check_place(actions: Actions, rank: int, action: Action) -> None:

@@ -17,6 +17,7 @@ from deepspeed.monitor.run_record import read_records
 from deepspeed.parallel.pipeline.instructions import BackwardPass, ForwardPass, PipeInstruction
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.module import DualPipeVModule, PipelineModule
+from deepspeed.parallel.pipeline.schedules import one_f_one_b, zb_h1
 from deepspeed.parallel.pipeline.slots import PipeSchedule
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.harness import run_ranks
@@ -194,6 +195,89 @@ def test_a_dual_pipe_module_gets_its_own_engine() -> None:
         assert torch.equal(value, expected["weights"][name])
 
 
+class NoBackward(PipeSchedule):
+    def steps(self) -> Any:
+        for micro in range(self.micro_batches):
+            yield [ForwardPass(micro)]
+
+
+class NoSteps(PipeSchedule):
+    def steps(self) -> Any:
+        return None
+
+
+class Words(PipeSchedule):
+    def steps(self) -> Any:
+        yield ["forward"]
+
+
+def _wrong_schedules(rank: int, world: int, folder: str) -> None:
+    wrong: list[tuple[Any, str]] = [
+        (NoBackward, "NoBackward has forwards alone: nothing would be trained"),
+        (NoSteps, r"NoSteps.steps\(\) returns a NoneType"),
+        (Words, r"Words.steps\(\) yields 'forward': each step is a list of instructions"),
+        (dict, "train_schedule is <class 'dict'>, not a class derived from"),
+    ]
+    module = _cut()
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
+    engine = Counting(model=module, config=config_of(0), optimizer=optimizer)
+    for kind, words in wrong:
+        Counting.train_schedule = kind
+        with pytest.raises((PipelineError, ValueError), match=words):
+            engine.train_batch(batches(4))
+    Counting.train_schedule = None
+    assert engine.train_batch(batches(4)).isfinite()
+    assert (engine.prev_stage, engine.next_stage) == (rank - 1, rank + 1)
+    assert (engine.is_pipe_parallel, engine.is_data_parallel, engine.is_model_parallel) == (True, False, False)
+    with pytest.raises(PipelineError, match=r"num_micro_batches=0\): use 1 or more"):
+        engine.eval_batch(batches(4), num_micro_batches=0)
+    with pytest.raises(PipelineError, match=r"a list is no iterator.\n  Pass iter\(loader\)"):
+        engine.train_batch(list(batches(4)))  # type: ignore[arg-type]
+    engine.set_dataloader(list(batches(4)))  # keeps no state
+    engine.train_batch()
+    engine.save_checkpoint(folder)
+    assert engine.load_checkpoint(folder)[0]
+    engine.destroy()
+
+
+def test_schedules_that_are_none_are_refused_by_words_and_the_next_batch_trains(tmp_path: Path) -> None:
+    run_ranks(2, _wrong_schedules, str(tmp_path))
+
+
+def _files(rank: int, world: int, folder: str) -> list[float]:
+    def losses(name: str) -> float:
+        engine = start(_cut(), config_of(0, schedule=f"{folder}/{name}"))
+        loss = engine.train_batch(batches(4)).item()
+        engine.destroy()
+        return loss
+
+    wrong = {
+        "missing.csv": r"(?s)missing.csv\": pipeline rank 1: 1W2 comes before 1I2, or 1I2 is missing",
+        "forwards.csv": r"forwards.csv has forwards alone",
+        "semicolons.csv": "rank 0, cell 1: '0F0;0F1.* is not a pipeline action",
+        "latin.csv": "can't decode byte",
+        f"own{rank}.csv": "rank 1 has another list of actions than rank 0",
+        "one.csv" if rank == 1 else "nowhere.csv": 'nowhere.csv" is neither a file nor one of auto',
+    }
+    for name, words in wrong.items():
+        with pytest.raises(DeepSpeedConfigError, match=words):
+            losses(name)
+    return [losses(name) for name in ("one.csv", "mark.csv")]
+
+
+def test_a_file_is_carried_out_or_refused_by_name_rank_and_micro_batch_on_all_ranks(tmp_path: Path) -> None:
+    text = zb_h1(2, 4).to_csv()
+    for name, wrong in (
+        ("one.csv", text), ("mark.csv", "\ufeff" + text.replace(",", " , ")), ("missing.csv", text.replace("1I2,", "")),
+        ("forwards.csv", "0F0,0F1,0F2,0F3\n1F0,1F1,1F2,1F3\n"), ("semicolons.csv", text.replace(",", ";")),
+        ("own0.csv", text), ("own1.csv", one_f_one_b(2, 4).to_csv()),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(wrong)
+    (tmp_path / "latin.csv").write_bytes(b"0F0,\xe9")
+    for found in run_ranks(2, _files, str(tmp_path)):
+        assert found == [train_plain(mlp(), steps=1)["losses"][0]] * 2
+
+
 # The report. ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +290,7 @@ def _reported(rank: int, world: int, folder: str) -> None:
 def test_the_report_draws_the_batch_that_ran_beside_its_plan(tmp_path: Path) -> None:
     run_ranks(2, _reported, str(tmp_path))
     (record,) = read_records(tmp_path)
+    assert record.start["params"] == sum(p.numel() for layer in mlp() for p in layer.parameters())  # of both stages
     told = record.pipeline
     assert told is not None and (told["step"], told["name"]) == (2, "zb-h1")
     assert [[action[0] for action in row] for row in told["measured"]] == [
