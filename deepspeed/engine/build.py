@@ -351,7 +351,8 @@ def _wrap_optimizer(
         scale=scale,
         clip=config.gradient_clipping,
         # What is not finite makes a whole group of a quantized message so.
-        skip_non_finite=(config.bf16.enabled and config.bf16.check_grad_overflow)
+        skip_non_finite=config.fp16.enabled  # with a constant loss scale too
+        or (config.bf16.enabled and config.bf16.check_grad_overflow)
         or config.zero_optimization.zero_quantized_gradients
         or config.zero_optimization.zero_quantized_weights
         or config.zero_optimization.zero_quantized_nontrainable_weights,
