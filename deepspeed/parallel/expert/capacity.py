@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from numbers import Integral, Real
+from typing import Any
 
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -75,3 +76,9 @@ def rows_on_the_wire(num_experts: int, k: int, ep_size: int) -> tuple[float, flo
     local = num_experts // ep_size
     untouched = math.comb(num_experts - local, k) / math.comb(num_experts, k)
     return (ep_size - 1) * (1 - untouched), k * (ep_size - 1) / ep_size
+
+
+def check_width(hidden_size: Any) -> None:
+    """Raise DeepSpeedError where that is no width of tokens."""
+    if not isinstance(hidden_size, Integral) or hidden_size < 1:
+        raise DeepSpeedError(f"hidden_size = {hidden_size!r} is no width of tokens.\n  Give an integer of at least 1.")

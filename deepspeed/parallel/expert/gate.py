@@ -14,14 +14,13 @@ After GShard (arXiv:2006.16668) and Switch (arXiv:2101.03961), with the public c
 
 from __future__ import annotations
 
-from numbers import Integral
 from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deepspeed.parallel.expert.capacity import capacity_of, check_factors, check_k, check_minimum
+from deepspeed.parallel.expert.capacity import capacity_of, check_factors, check_k, check_minimum, check_width
 from deepspeed.utils.errors import DeepSpeedError
 
 NOISE_POLICIES = (None, "None", "Jitter", "RSample")
@@ -275,10 +274,7 @@ class TopKGate(nn.Module):
             check_factors(capacity_factor=capacity_factor, eval_capacity_factor=eval_capacity_factor)
             check_minimum(min_capacity)
         check_k(k, num_experts)
-        if not isinstance(model_dim, Integral) or model_dim < 1:
-            raise DeepSpeedError(
-                f"hidden_size = {model_dim!r} is no width of tokens.\n  Give an integer of at least 1."
-            )
+        check_width(model_dim)
         self.wg = Router(model_dim, num_experts, bias=False)
         self.ep_group = ep_group
         self.model_dim, self.k = model_dim, k
