@@ -52,57 +52,16 @@ DS_INLINE Planes planes_of(const int8_t* x, bool is_whole) {
     return {twice(load_xmm(x)), twice(load_xmm(x + 16)), twice(load_xmm(x + 32)), twice(load_xmm(x + 48))};
 }
 
-// What comes after whole groups: exact sums as floats, both scales.
-DS_INLINE __m512 scaled(__m512i low, __m512i high, __m512 scale) {
-    return _mm512_mul_ps(_mm512_cvtepi32_ps(_mm512_add_epi32(low, _mm512_slli_epi32(high, 8))), scale);
-}
-
-// Two groups of 64 of a row in the halves of a register, as many as there are twos of groups; returns how many groups that is.
-DS_INLINE size_t twos_of_groups(const IntegerRows& rows, const Integers& x, int first, __m512* sums) {
-    const uint8_t* const* const w = rows.values + first;
-    const float* const* const s = rows.scales + first;
-    const int8_t* planes_at = reinterpret_cast<const int8_t*>(x.values);
-    const __m512i halves = _mm512_inserti64x4(_mm512_setzero_si512(), _mm256_set1_epi32(1), 1);
-    const auto two = [&](const float* at) __attribute__((always_inline)) {
-        const __m128 both = _mm_castsi128_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
-        return _mm512_permutexvar_ps(halves, _mm512_zextps128_ps512(both));
-    };
-    size_t g = 0;
-    for (; g + 2 <= x.num_groups; g += 2, planes_at += 256) {
-        for (int k = 0; k < 2 * kPairs; ++k) prefetch_scale(s[k], g);
-        const auto plane = [&](int p) __attribute__((always_inline)) {
-            return beside(load_ymm(planes_at + 32 * p), load_ymm(planes_at + 128 + 32 * p));
-        };
-        const Planes planes{plane(0), plane(1), plane(2), plane(3)};
-        const __m512i start = _mm512_maskz_expandloadu_epi32(0x0101, x.starts + g);
-        const __m512 scale = two(x.scales + g);
-        for (int p = 0; p < kPairs; ++p) {
-            __m512 found[2];
-            for (int j = 0; j < 2; ++j) {
-                const uint8_t* at = w[2 * p + j] + 32 * g;
-                __builtin_prefetch(at + kAhead);
-                __m512i low = start, high = _mm512_setzero_si512();
-                add_int4(_mm512_loadu_si512(at), planes, low, high);
-                found[j] = scaled(low, high, _mm512_mul_ps(two(s[2 * p + j] + g), scale));
-            }
-            sums[p] = _mm512_add_ps(sums[p], _mm512_shuffle_f32x4(found[0], found[1], 0x44));
-            sums[p] = _mm512_add_ps(sums[p], _mm512_shuffle_f32x4(found[0], found[1], 0xee));
-        }
-    }
-    return g;
-}
-
 // Rows [first, first + 2 kPairs): as sum_rows of products.inl.
 template <size_t Size>
 DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& beside_them, int first, Floats8* lanes) {
     const size_t size = Size ? Size : beside_them.group_size;
     const uint8_t* const* const w = rows.values + first;
     const float* const* const s = rows.scales + first;
+    const int8_t* x = reinterpret_cast<const int8_t*>(beside_them.values);
     __m512 sums[kPairs] = {};
-    size_t g = Size == 64 ? twos_of_groups(rows, beside_them, first, sums) : 0;
-    size_t at = g * (size / 2);
-    const int8_t* x = reinterpret_cast<const int8_t*>(beside_them.values) + 4 * at;
-    for (; g < beside_them.num_groups; ++g) {
+    size_t at = 0;
+    for (size_t g = 0; g < beside_them.num_groups; ++g) {
         for (int k = 0; k < 2 * kPairs; ++k) prefetch_scale(s[k], g);
         const __m512i start = _mm512_maskz_set1_epi32(0x0101, beside_them.starts[g]);
         const __m512 scale = _mm512_set1_ps(beside_them.scales[g]);
@@ -120,8 +79,9 @@ DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& beside_them, i
             x += is_whole ? 128 : 64;
         }
         for (int p = 0; p < kPairs; ++p) {
+            const __m512i exact = _mm512_add_epi32(low[p], _mm512_slli_epi32(high[p], 8));
             const __m512 own = _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[2 * p][g]), 0xff00, _mm_load_ss(&s[2 * p + 1][g]));
-            sums[p] = _mm512_add_ps(sums[p], scaled(low[p], high[p], _mm512_mul_ps(own, scale)));
+            sums[p] = _mm512_add_ps(sums[p], _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(own, scale)));
         }
         at += size / 2;
     }
