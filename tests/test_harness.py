@@ -145,10 +145,10 @@ def test_every_call_starts_with_one_thread_and_the_same_seed() -> None:
 
 def test_an_error_on_one_rank_ends_the_others_waiting_in_a_collective() -> None:
     run_ranks(2, _process_id)
-    start = time.perf_counter()
+    limit = harness.Limit([], 10.0)
     with pytest.raises(RanksFailedError, match="rank 1: KeyError") as caught:
         run_ranks(2, _fail_on_last_rank_while_others_wait)
-    assert time.perf_counter() - start < 45, "not the 60 s that a call may take"
+    assert limit.left_s() > 0, "the others were waited for"
     assert isinstance(caught.value.rank_exceptions[1], KeyError)
     assert "raise KeyError" in str(caught.value)
     assert "_fail_on_last_rank_while_others_wait" in str(caught.value).split("rank 0 was still running")[1]
