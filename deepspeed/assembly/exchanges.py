@@ -17,10 +17,10 @@ from deepspeed.mesh import Mesh
 from deepspeed.utils.launch_env import discover
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.wire import Wire
+from deepspeed.zero.gather_exchanges import GatherExchanges
 
 
-def make_wire(config: Config) -> Wire:
+def make_gather_exchanges(config: Config) -> GatherExchanges:
     """How parameters are gathered."""
     zero = config.zero_optimization
     if zero.zeropp_loco_param is not None and not zero.zero_quantized_gradients:
@@ -36,8 +36,8 @@ def make_wire(config: Config) -> Wire:
             "are whole on every rank, so there is nothing to keep copies of."
         )
     if zero.stage < 3:
-        return Wire()
-    return Wire(
+        return GatherExchanges()
+    return GatherExchanges(
         quantizes_weights=zero.zero_quantized_weights,
         keeps_copy=zero.zero_hpz_partition_size > 1,
         quantizes_frozen=zero.zero_quantized_nontrainable_weights,

@@ -1,7 +1,7 @@
 """Gathers and reductions that carry int8 and int4 instead of the buffer's own dtype (ZeRO++'s qwZ and qgZ).
 
 `QuantizedGather` wraps another exchange, `QuantizedReduction` is one for gradients; gathers
-are chosen in `zero/wire.py`, reductions in `assembly/exchanges.py`.
+are chosen in `zero/gather_exchanges.py`, reductions in `assembly/exchanges.py`.
 A tensor travels as one message, by `comm.code`: scales of its groups, then their integers.
 
     all-gather       int8: every rank's slice, quantised by its owner, dequantised by all. The owner too computes with what the

@@ -25,7 +25,7 @@ from torch import nn
 from deepspeed import comm
 from deepspeed.accelerator import get_accelerator
 from deepspeed.assembly import assemble
-from deepspeed.assembly.exchanges import make_wire
+from deepspeed.assembly.exchanges import make_gather_exchanges
 from deepspeed.assembly.sequence import make_sequence_loss
 from deepspeed.comm.choose import SHARED_MEMORY, Sharing, sharing_of
 from deepspeed.config import Config
@@ -247,8 +247,8 @@ def _build_zero(
     placing = make_placing(config, policy, given.device)
     assemble.open_disks(config, mesh, placing, model, basic)
     states = earlier_states.take(basic, model)
-    limits, wire = assemble.make_limits(config), make_wire(config)
-    built = build(model, assemble.group_indices(basic), placing, mesh, limits, wire, aliases)
+    limits, gathers = assemble.make_limits(config), make_gather_exchanges(config)
+    built = build(model, assemble.group_indices(basic), placing, mesh, limits, gathers, aliases)
     undo.callback(built.close)
     hooks = _make_hooks(given, built, mesh, watch) if built.sharded else None
     if hooks is not None:

@@ -10,7 +10,7 @@
     arrivals   what autograd has given             delivery   where reduced gradients rest
     pool       borrowed flat buffers               optimizer  norm, update, publish
     norm       one norm over every rank            shown      gradients shown as `param.grad`
-    wire       fewer bytes in a step's gathers
+    gather_exchanges   by which exchange: plain, int8, a copy near by
     feedback   errors of quantised reductions, saved
     local_norm one where ranks keep their own      own_reduction   what 1-bit optimizers may ask
     sharding   what LAMB and Muon may ask          access     whole values for users

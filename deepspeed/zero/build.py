@@ -24,12 +24,12 @@ from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.aliases import Alias
 from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.gather_exchanges import GatherExchanges
 from deepspeed.zero.loads import LoadQueue
 from deepspeed.zero.master import Master
 from deepspeed.zero.param import Slot, ZeroParameter, real_dtype, slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import BucketPlan, Limits, Named, chunks_by_size, plan_bucket, plan_model
-from deepspeed.zero.wire import Wire
 
 _DROPPED_NBYTES = 16 << 20
 """After how many bytes of buckets that were filled and dropped the allocator is asked to give memory back."""
@@ -57,7 +57,7 @@ def build(
     placing: Placing,
     mesh: Mesh,
     limits: Limits,
-    wire: Wire | None = None,
+    gathers: GatherExchanges | None = None,
     aliases: Sequence[Alias] = (),
 ) -> Built:
     """Lay the parameters of `module` into buckets. `group_of` gives each optimized parameter its group; `aliases` are buffers
@@ -74,7 +74,7 @@ def build(
                 "  Load or initialise the model first (module.to_empty(device=...)), or build it under deepspeed.zero.Init()."
             )
     _check_dtypes(named, group_of, placing)
-    builder = Builder(group_of, placing, mesh, limits, wire or Wire())
+    builder = Builder(group_of, placing, mesh, limits, gathers or GatherExchanges())
     plan = plan_model(module, group_of, placing, limits, mesh.size("shard"), mesh.size("expert_shard"))
     made = [builder.execute(planned) for planned in plan.buckets]
     builder.built.users = {user: [made[i] for i in used] for user, used in plan.users.items()}
@@ -118,7 +118,7 @@ class Builder:
         placing: Placing,
         mesh: Mesh,
         limits: Limits,
-        wire: Wire,
+        gathers: GatherExchanges,
     ) -> None:
         self.built = Built()
         self.built.builder = self
@@ -134,9 +134,9 @@ class Builder:
             for role in self._sizes
             for purpose in ("reduce", "gather")
         }
-        self._wire = wire
-        self._near = mesh.exchange("near", "gather", device) if wire.keeps_copy and mesh.size("near") > 1 else None
-        self._relay = mesh.shared("relay", lambda: _relay(mesh, device)) if wire.quantizes_weights else None
+        self._gathers = gathers
+        self._near = mesh.exchange("near", "gather", device) if gathers.keeps_copy and mesh.size("near") > 1 else None
+        self._relay = mesh.shared("relay", lambda: _relay(mesh, device)) if gathers.quantizes_weights else None
         self.everyone = mesh.exchange("average", "build", device)
         has_spread = mesh.size("experts") > 1
         self._with_same_experts = mesh.exchange("expert_shard", "build", device) if has_spread else self.everyone
@@ -194,7 +194,7 @@ class Builder:
         if not plan.is_sharded:
             return None
         dtype = self._policy.parameters.dtype
-        if self._wire.quantizes_frozen and not plan.trains and dtype.itemsize < 8:
+        if self._gathers.quantizes_frozen and not plan.trains and dtype.itemsize < 8:
             return Int8Rest(plan.layout.shard_numel, dtype, self._device)
         return self.placing.params(plan.places.params, plan.layout.shard_numel)
 
@@ -204,7 +204,7 @@ class Builder:
             return self._exchange[plan.over, "reduce"], None
         # Experts are shared by other ranks, which are not near and far.
         near, relay = (self._near, self._relay) if plan.over == "shard" else (None, None)
-        return self._wire.exchanges(self._exchange[plan.over, "gather"], near, relay)
+        return self._gathers.exchanges(self._exchange[plan.over, "gather"], near, relay)
 
     def _fill(self, bucket: Bucket, sources: Sequence[Slot | None]) -> Tensor | None:
         """Write the full values; returns them in the master dtype where that is wider than the parameters'."""

@@ -20,7 +20,7 @@ from deepspeed.comm.secondary import SecondaryExchange
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Wire:
+class GatherExchanges:
     """See the module's text."""
 
     quantizes_weights: bool = False
