@@ -59,7 +59,6 @@ from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.graphed import GraphedUpdate, why_not
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
 from deepspeed.zero.join import Joining
-from deepspeed.zero.offload import make_placing
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.overlaps import overlap_of
 from deepspeed.zero.param import slot_of
@@ -68,6 +67,7 @@ from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.takeover import Takeover
+from deepspeed.zero.tiers_from_config import make_placing
 
 SAME_CONFIGURATION = "Give every rank the same configuration."
 

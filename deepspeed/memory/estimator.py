@@ -38,10 +38,10 @@ from deepspeed.optim import build_optimizer
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.parallel.expert.listed import Block
 from deepspeed.utils.errors import DeepSpeedError
-from deepspeed.zero.offload import make_placing
 from deepspeed.zero.param import full_shape, slot_of
 from deepspeed.zero.plan import ModelPlan, plan_model
 from deepspeed.zero.policy import Tier
+from deepspeed.zero.tiers_from_config import make_placing
 
 _OBJECTS: Any = {"tensor_parallel": {"mpu", "tp_group"}}
 """What the section `tensor_parallel` may have from Python, and what no prediction asks for."""

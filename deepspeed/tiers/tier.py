@@ -1,6 +1,6 @@
 """The three places where bytes can rest between uses: their names.
 
-Which bytes go where is a placing (`zero/placing.py`, from the configuration by `zero/offload.py`); how a place keeps, loads and
+Which bytes go where is a placing (`zero/placing.py`, from the configuration by `zero/tiers_from_config.py`); how a place keeps, loads and
 stores them is a class in `tiers/rest.py`.
 """
 

@@ -20,7 +20,7 @@
     join       parameters that begin to train later           saved    weights that autograd saved
     runs       what the wrapped optimizer steps    update     steps it
     blame      gradients that are not finite       rounds     in which order buckets leave (pure)
-    placing    which bytes rest on which tier      offload    from the configuration to that
+    placing    which bytes rest on which tier      tiers_from_config   from offload sections to that
     stream     the step of what rests on a tier    shards     what lies where, for checkpoints
     away       states put away between steps       parameter_offload   hooks, as libraries handle them
     generation many forwards on parameters gathered once

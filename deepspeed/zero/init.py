@@ -33,10 +33,10 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket, num_views
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.offload import make_placing, open_on_all_ranks, param_tier
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import policy_of_stage
+from deepspeed.zero.tiers_from_config import make_placing, open_on_all_ranks, param_tier
 
 
 class Init:

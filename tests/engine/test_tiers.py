@@ -16,7 +16,7 @@ from deepspeed.comm.exchange import Pending
 from deepspeed.ops.adam import DeepSpeedCPUAdam
 from deepspeed.tiers.swap_folder import SwapFolder
 from deepspeed.utils.errors import TierError, TrainingStateError
-from deepspeed.zero import offload
+from deepspeed.zero import tiers_from_config
 from tests.engine.runs import EPS, LR, engine_of, make_config, train, whole_weights
 from tests.engine.test_equals_plain_pytorch import SAMPLES, assert_equals, oracle
 from tests.harness import run_ranks
@@ -252,12 +252,12 @@ def open_no_disk_of_rank_1(rank: int, world_size: int, path: str) -> str:
     torch.distributed.barrier()
     config = make_config(3, micro=1, zero=offloaded(3, "nvme", "nvme", here))
     if rank == 1:
-        offload.SwapFolder = lambda path, rank: SwapFolder(Path(path).parent / "file", rank)
+        tiers_from_config.SwapFolder = lambda path, rank: SwapFolder(Path(path).parent / "file", rank)
     try:
         with pytest.raises(TierError) as caught, engine_of(build("mlp"), config):
             pass
     finally:
-        offload.SwapFolder = SwapFolder
+        tiers_from_config.SwapFolder = SwapFolder
     return str(caught.value)
 
 
