@@ -463,7 +463,7 @@ PATHS: dict[str, dict[str, str]] = {
         **invert({"deepspeed.memory.model_states": _ESTIMATORS.format(3)}),
     },
     "deepspeed.runtime.zero.parameter_offload": {
-        "DeepSpeedZeRoOffload": "deepspeed.zero.parameter_offload:ParameterOffload",
+        "DeepSpeedZeRoOffload": "deepspeed.zero.hook_switch:ParameterOffload",
         "is_zero_param": _TOOLS,
     },
     "deepspeed.runtime.zero.tiling": invert({"deepspeed.zero.tiled": "TiledLinear TiledLinearReturnBias"}),

@@ -57,12 +57,12 @@ from deepspeed.zero.away import PutAway
 from deepspeed.zero.build import Built, build
 from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.graphed import GraphedUpdate, why_not
+from deepspeed.zero.hook_switch import EXTERNALS, ParameterOffload
 from deepspeed.zero.hooks import BackwardWatch, ModuleHooks
 from deepspeed.zero.join import Joining
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.overlaps import overlap_of
 from deepspeed.zero.param import slot_of
-from deepspeed.zero.parameter_offload import EXTERNALS, ParameterOffload
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer

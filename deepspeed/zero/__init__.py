@@ -22,7 +22,7 @@
     blame      gradients that are not finite       rounds     in which order buckets leave (pure)
     placing    which bytes rest on which tier      tiers_from_config   from offload sections to that
     stream     the step of what rests on a tier    shards     what lies where, for checkpoints
-    away       states put away between steps       parameter_offload   hooks, as libraries handle them
+    away       states put away between steps       hook_switch   hooks off and on, as libraries handle them
     generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
     last_hook  takes gradients after the script's own hooks    in_flight reductions under way

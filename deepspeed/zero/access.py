@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.bucket import Bucket, num_views
+from deepspeed.zero.hook_switch import EXTERNALS
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
-from deepspeed.zero.parameter_offload import EXTERNALS
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import Master, ZeroOptimizer

@@ -15,7 +15,7 @@ from torch import nn
 
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.access import GatheredParameters
-from deepspeed.zero.parameter_offload import ParameterOffload
+from deepspeed.zero.hook_switch import ParameterOffload
 
 
 @contextlib.contextmanager

@@ -30,11 +30,11 @@ from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import leave_local
 from deepspeed.zero.graphed import GraphedUpdate
+from deepspeed.zero.hook_switch import ParameterOffload
 from deepspeed.zero.local_norm import LocalNorm
 from deepspeed.zero.master import Master
 from deepspeed.zero.norm import GradientNorm, Measured
 from deepspeed.zero.own_reduction import ZeroReduction, check_placements
-from deepspeed.zero.parameter_offload import ParameterOffload
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
