@@ -13,7 +13,7 @@
     gather_exchanges   by which exchange: plain, int8, a copy near by
     feedback   errors of quantised reductions, saved
     local_norm one where ranks keep their own      own_reduction   what 1-bit optimizers may ask
-    sharding   what LAMB and Muon may ask          access     whole values for users
+    whole_parameters   what LAMB and Muon may ask          access     whole values for users
     init       models built sharded                leaves     modules that are not opened
     tiled      linear layers in tiles              modes      out of the caller's modes
     facts      what a script may change            takeover   acts on what it did change

@@ -31,9 +31,9 @@ from deepspeed.zero.master import Master, read
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.run_states import RunStates
-from deepspeed.zero.sharding import RunSharding
 from deepspeed.zero.stream import TileStream
 from deepspeed.zero.untested import check_untested
+from deepspeed.zero.whole_parameters import RunSharding
 
 
 class Members(list[Tensor]):
