@@ -34,10 +34,10 @@ from deepspeed.comm.exchange import Pending
 from deepspeed.optim.first_states import alike
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import log_dist, logger
+from deepspeed.zero.checkpoint_flats import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
 from deepspeed.zero.master import Master
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import stored_shape
-from deepspeed.zero.shards import OPTIM, PARAM, Flat, StateSpec, group_names, renew_states, weights
 
 KEPT_SETTINGS = ("exp_avg_mask",)
 """Settings of a parameter group that stay as the script gave them."""

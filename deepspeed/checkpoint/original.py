@@ -35,7 +35,7 @@ from deepspeed.checkpoint.source import Wanted
 from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.utils.logging import warn_once
-from deepspeed.zero.shards import OPTIM, PARAM
+from deepspeed.zero.checkpoint_flats import OPTIM, PARAM
 
 
 class Inert:

@@ -28,7 +28,7 @@ from torch import Tensor
 from deepspeed.checkpoint.boxes import Box, num_common
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.subject import Subject
-from deepspeed.zero.shards import Flat, weights
+from deepspeed.zero.checkpoint_flats import Flat, weights
 
 CHUNK = 1 << 22
 """Elements digested at a time."""

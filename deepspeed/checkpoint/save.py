@@ -42,7 +42,7 @@ from deepspeed.checkpoint.subject import BUFFER, VALUE, Share, Subject, shares, 
 from deepspeed.checkpoint.values import encode
 from deepspeed.checkpoint.writer import FileRecord, FileWriter, Reads, record_of
 from deepspeed.utils.errors import CheckpointError
-from deepspeed.zero.shards import PARAM, group_names, run_values
+from deepspeed.zero.checkpoint_flats import PARAM, group_names, run_values
 
 
 @dataclass(frozen=True, kw_only=True)

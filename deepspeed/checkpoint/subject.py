@@ -24,9 +24,9 @@ from deepspeed.checkpoint.writer import Reads
 from deepspeed.mesh import Mesh, marks
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.build import Built
+from deepspeed.zero.checkpoint_flats import Flat, states, weights
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import real_dtype, stored_shape
-from deepspeed.zero.shards import Flat, states, weights
 
 BUFFER, VALUE = "buffer", "value"
 SMALL_NUMEL = 1 << 16

@@ -29,7 +29,7 @@ from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.checkpoint.writer import Reads, write_tensors
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import CheckpointError, NotAvailableError
-from deepspeed.zero.shards import PARAM
+from deepspeed.zero.checkpoint_flats import PARAM
 
 AHEAD_NBYTES = 32 << 20
 """Bytes of a tensor read at once."""

@@ -1,7 +1,7 @@
 """States of an optimizer that stepped, or loaded a state dict, before `deepspeed.initialize`: they go on in what ZeRO steps.
 
 Called by `engine.build` around the wrapping of the optimizer: `take` before it, while parameters are plain and already this
-rank's parts of layers, `give` after it. The way of values into runs is that of a loaded checkpoint (`zero.shards`).
+rank's parts of layers, `give` after it. The way of values into runs is that of a loaded checkpoint (`zero.checkpoint_flats`).
 
 Invariant: a parameter's states go on or, where they are not one number for each of its elements or a number for all, begin anew,
 with a warning that names it.
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero.checkpoint_flats import OPTIM, StateSpec, renew_states
 from deepspeed.zero.optimizer import ZeroOptimizer
 from deepspeed.zero.param import full_shape
-from deepspeed.zero.shards import OPTIM, StateSpec, renew_states
 
 
 @dataclass(frozen=True)

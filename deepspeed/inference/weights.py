@@ -33,7 +33,7 @@ from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.subject import BUFFER
 from deepspeed.inference.room import PIECE, copy_out, new_tensor
 from deepspeed.utils.errors import CheckpointError
-from deepspeed.zero.shards import PARAM
+from deepspeed.zero.checkpoint_flats import PARAM
 
 _is_advised = hasattr(os, "posix_fadvise")
 

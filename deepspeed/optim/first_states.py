@@ -1,6 +1,6 @@
 """States that a class of optimizers makes when it is constructed, for parameters that no step has seen yet.
 
-Asked by `zero.shards` where a checkpoint has no state for a run, and by `checkpoint.load`, which tries a class on one element.
+Asked by `zero.checkpoint_flats` where a checkpoint has no state for a run, and by `checkpoint.load`, which tries a class on one element.
 
 Most classes make a state in the first step that finds none. torch 2.6's Adagrad, and classes that are written after it,
 make it in their constructor and take it for granted in every step: a state that is cleared there has to be made again.

@@ -21,7 +21,7 @@
     runs       what the wrapped optimizer steps    update     steps it
     blame      gradients that are not finite       rounds     in which order buckets leave (pure)
     placing    which bytes rest on which tier      tiers_from_config   from offload sections to that
-    stream     the step of what rests on a tier    shards     what lies where, for checkpoints
+    stream     the step of what rests on a tier    checkpoint_flats   what lies where, for checkpoints
     away       states put away between steps       hook_switch   hooks off and on, as libraries handle them
     generation many forwards on parameters gathered once
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces

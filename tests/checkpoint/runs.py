@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.zero.shards import states
+from deepspeed.zero.checkpoint_flats import states
 from tests.engine.runs import engine_of, make_config, whole_weights
 from tests.models import Batch, build, make_batches, rank_share, to_dtype, total_loss
 
