@@ -295,7 +295,7 @@ PATHS: dict[str, dict[str, str]] = {
     },
     "deepspeed.inference.quantization": {},
     "deepspeed.inference.quantization.quantization": {
-        "_init_group_wise_weight_quantization": "deepspeed.zero.quantized:init_group_wise_weight_quantization"
+        "_init_group_wise_weight_quantization": "deepspeed.zero.quantized_weights:init_group_wise_weight_quantization"
     },
     "deepspeed.inference.quantization.utils": invert({"deepspeed.inference.group_wise": "Quantizer DeQuantizer"}),
     "deepspeed.inference.v2": {},

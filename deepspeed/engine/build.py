@@ -50,7 +50,7 @@ from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import warn_once
 from deepspeed.utils.timer import NoopTimer, SynchronizedWallClockTimer
-from deepspeed.zero import quantized
+from deepspeed.zero import quantized_weights
 from deepspeed.zero.access import trainers
 from deepspeed.zero.aliases import aliases_of
 from deepspeed.zero.away import PutAway
@@ -297,9 +297,9 @@ def _quantize(given: Given, policy: ZeroPolicy) -> None:
         if given.model_parameters is not None or given.config.optimizer is not None:
             held = [*held, *assemble.parameter_groups(given.model, given.model_parameters)]
         trained = [param for group in held for param in group["params"]]
-        quantized.quantize(given.model, given.config, given.user_config, trained)
-    if policy.parameters.is_sharded and quantized.pack(given.model, policy.parameters.dtype):
-        quantized.check_moves_bits(given.config)
+        quantized_weights.quantize(given.model, given.config, given.user_config, trained)
+    if policy.parameters.is_sharded and quantized_weights.pack(given.model, policy.parameters.dtype):
+        quantized_weights.check_moves_bits(given.config)
 
 
 def _basic_optimizer(given: Given, gone: experts.Gone) -> torch.optim.Optimizer | None:

@@ -20,7 +20,7 @@ from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.initialize import initialize
 from deepspeed.utils.allocator import map_large_blocks
 from deepspeed.zero.init import Init
-from deepspeed.zero.quantized import shard
+from deepspeed.zero.quantized_weights import shard
 
 _SECTION = {torch.float16: "fp16", torch.bfloat16: "bf16"}
 

@@ -27,7 +27,7 @@
     veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
     last_hook  takes gradients after the script's own hooks    in_flight reductions under way
     prints     what one rank alone wrote           aliases    buffers that are views of parameters
-    quantized  integers sharded as parameters are  unused     parameters without gradients on any rank
+    quantized_weights   integers sharded as parameters are  unused     parameters without gradients on any rank
     late       a step before its norm is known, taken back exactly
     overlaps   parameters that share memory        untested   optimizers refused on flat pieces
     graphed    the update as a recorded graph
