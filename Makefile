@@ -59,7 +59,7 @@ test-soak: $(INSTALLED)
 # Fewer bytes on the wire: every 1-bit optimizer, quantized exchange and resumed run against a simulation in one process.
 test-wire: $(INSTALLED)
 	DS_TEST_LONG=1 $(BIN)/python -m pytest tests/engine/test_onebit.py tests/engine/test_onebit_divided.py tests/engine/test_quantized.py \
-	    tests/comm/test_quantized.py tests/comm/test_shared.py tests/comm/test_exchange.py \
+	    tests/comm/test_quantized_exchanges.py tests/comm/test_shared.py tests/comm/test_exchange.py \
 	    tests/comm/test_coalesced.py tests/comm/test_sparse.py tests/comm/test_secondary.py tests/kernels $(PYTEST_ARGS)
 
 # Sequences in parts: 2, 3 and 4 ranks at every stage, packed and padded, odd lengths, batches of three, against one process.

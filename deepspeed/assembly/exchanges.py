@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.feedback import ErrorFeedback
-from deepspeed.comm.quantized import Hops, QuantizedReduction
+from deepspeed.comm.quantized_exchanges import Hops, QuantizedReduction
 from deepspeed.comm.sparse import SparseReduction
 from deepspeed.config import Config
 from deepspeed.mesh import Mesh

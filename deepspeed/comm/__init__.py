@@ -12,7 +12,7 @@
     scratch.py       what messages are received into, kept for the next
     sparse.py        an all-reduce of what is not zero        sparse_tensor.py   rows of a matrix, for scripts
     coalesced.py  backend.py      the original's coalesced collectives and compressed backends
-    quantized.py     gathers in int8 and reductions in int4 (qwZ, qgZ)        relay.py   gathers in two hops
+    quantized_exchanges.py   gathers in int8 and reductions in int4 (qwZ, qgZ)        relay.py   gathers in two hops
     code.py  feedback.py     their messages; what those left out (LoCo)
     onebit.py        an all-reduce in one bit per element, with error feedback
     choose.py        which of them a group is given        trial.py   which is faster here

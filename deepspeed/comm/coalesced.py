@@ -5,7 +5,7 @@ For scripts and libraries that call them by the original's names; ZeRO itself mo
     rank r's part of a tensor of n elements   [r c, min((r + 1) c, n)), c = ceil(n / ranks): the last ones shorter, or empty
 
 Invariant: every rank calls with tensors of the same sizes in the same order. The source of the names, and of what is not
-quantised, is the public contract of the original; of the arithmetic `comm.quantized`.
+quantised, is the public contract of the original; of the arithmetic `comm.quantized_exchanges`.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.feedback import ErrorFeedback
-from deepspeed.comm.quantized import Hops, QuantizedReduction
+from deepspeed.comm.quantized_exchanges import Hops, QuantizedReduction
 from deepspeed.utils.errors import DeepSpeedError
 
 

@@ -1,6 +1,6 @@
 """A tensor as one message of uint8: integers of few bits, and a scale for each group of them.
 
-Written and read by the quantized exchanges (`comm.quantized`) and what they keep (`comm.feedback`); the arithmetic is `kernels`'.
+Written and read by the quantized exchanges (`comm.quantized_exchanges`) and what they keep (`comm.feedback`); the arithmetic is `kernels`'.
 
     | scale of group 0, 1, ...  fp32 | integers of group 0, 1, ... |      the last group may be smaller
 

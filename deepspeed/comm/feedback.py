@@ -1,6 +1,6 @@
 """What quantisation left out of one buffer's messages, given back to the next ones (LoCo).
 
-Kept by `comm.quantized` for each message of a bucket's reductions; saved with each rank's own state (`engine.checkpoints`).
+Kept by `comm.quantized_exchanges` for each message of a bucket's reductions; saved with each rank's own state (`engine.checkpoints`).
 
 Invariant: what a resumed run loads is all that the next message depends on, so it has the bits of an uninterrupted one.
 After LoCo (arXiv:2407.04480), algorithm 1.

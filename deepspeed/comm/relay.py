@@ -1,7 +1,7 @@
 """All-gathers in two hops, so that each slice crosses the slow link between nodes once for a node, not once for each rank.
 
 Made by `zero.build` for quantised gathers where nodes are known; `zero.gather_exchanges` puts it under a `QuantizedGather`. Ranks are
-far x near, those of a node consecutive, as in `comm.quantized`.
+far x near, those of a node consecutive, as in `comm.quantized_exchanges`.
 
     far      rank l of a node has its slice gathered with those of the ranks with number l on all nodes
     near     the ranks of a node gather what each of them has now: every slice of every node

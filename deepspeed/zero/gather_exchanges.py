@@ -14,7 +14,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from deepspeed.comm.exchange import Exchange
-from deepspeed.comm.quantized import QuantizedGather
+from deepspeed.comm.quantized_exchanges import QuantizedGather
 from deepspeed.comm.relay import Relay, RelayedExchange
 from deepspeed.comm.secondary import SecondaryExchange
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
 from deepspeed.comm.feedback import ErrorFeedback
-from deepspeed.comm.quantized import Hops, QuantizedGather, QuantizedReduction
+from deepspeed.comm.quantized_exchanges import Hops, QuantizedGather, QuantizedReduction
 from deepspeed.comm.relay import Relay, RelayedExchange
 from deepspeed.utils.waits import COMMUNICATION
 from tests.comm.between_nodes import counted_between_nodes
