@@ -6,7 +6,7 @@ Used by `deepspeed.zero` (the nvme tier), by `deepspeed.ops.aio` (the handle peo
 |---|---|
 | `tier.py` | the three tiers |
 | `rest.py` | flat bytes at rest, in memory or on disk, with one way to move them |
-| `quantized.py` | flat bytes that rest as int8 |
+| `int8_rest.py` | flat bytes that rest as int8 |
 | `pieces.py` | how a transfer is cut for direct I/O: pure arithmetic |
 | `block_file.py` | an open file: direct where the file system allows it, buffered beside |
 | `request.py` | a transfer's request, its outcome, and what a queue is |

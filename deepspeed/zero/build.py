@@ -19,7 +19,7 @@ from deepspeed.mesh import Mesh, marks
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import Rest
 from deepspeed.tiers.buffers import give_memory_back
-from deepspeed.tiers.quantized import Int8Rest
+from deepspeed.tiers.int8_rest import Int8Rest
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.aliases import Alias
