@@ -31,7 +31,7 @@ from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.parts import part_of
-from deepspeed.memory.quantized import quantized_notes
+from deepspeed.memory.quantized_notes import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
 from deepspeed.optim import build_optimizer
