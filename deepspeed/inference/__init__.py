@@ -4,7 +4,7 @@ config.py       what `init_inference` is told, typed and strict
 initialize.py   the doors: init_inference, default_inference_config
 engine.py       InferenceEngine: forward, generate, timing, compiling
 prepare.py      a module cast, and placed on its device
-quantized.py    what int8 and the section `quant` mean for a model
+quantize_layers.py   what int8 and the section `quant` mean for a model
 policy.py       a user's injection_policy, checked against the model
 policies.py     the original's layer policies by name
 injection.py    the original's calls beneath init_inference: replace_transformer_layer, AutoTP

@@ -27,7 +27,7 @@ from deepspeed.inference.fused import fuse, unfuse
 from deepspeed.inference.limits import check_length
 from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
-from deepspeed.inference.quantized import quantize
+from deepspeed.inference.quantize_layers import quantize
 from deepspeed.inference.save import check_can_save, save
 from deepspeed.inference.streamed import Streamed
 from deepspeed.inference.times import ForwardTimes

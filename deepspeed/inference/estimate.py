@@ -28,7 +28,7 @@ from deepspeed.config.parallelism import ExpertParallelConfig
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.initialize import read_inference_config
 from deepspeed.inference.prepare import cast, own_dtype
-from deepspeed.inference.quantized import quantize
+from deepspeed.inference.quantize_layers import quantize
 from deepspeed.inference.tensor import Ranks, cut, decide
 from deepspeed.kernels.native_products import MAX_ROWS
 from deepspeed.memory.cli import build, gib

@@ -1,6 +1,6 @@
 """Quantized layers of which each rank holds a part: what `parallel.tensor.layers` are, with weights of 8 or 4 bits.
 
-Made by `quantized` through the table of `quant.replace`, from layers that were cut already.
+Made by `quantize_layers` through the table of `quant.replace`, from layers that were cut already.
 """
 
 from __future__ import annotations
