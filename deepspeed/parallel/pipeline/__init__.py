@@ -18,7 +18,7 @@
     executor.py     carries a list out
     mail.py         values on their way between ranks
     form.py         what a hop carries, in few bytes
-    weights.py      weight gradients later
+    late_weight_gradients.py   weight gradients later
     slots.py        the contract's schedules, for scripts
     instructions.py what they are made of
 

@@ -25,11 +25,11 @@ from torch import Tensor
 
 from deepspeed.parallel.pipeline.actions import Action, Actions, Op
 from deepspeed.parallel.pipeline.form import unpack
+from deepspeed.parallel.pipeline.late_weight_gradients import Later, Queue
 from deepspeed.parallel.pipeline.layers import PipelineError
 from deepspeed.parallel.pipeline.mail import Mail
 from deepspeed.parallel.pipeline.routes import Key
 from deepspeed.parallel.pipeline.saved import Saved
-from deepspeed.parallel.pipeline.weights import Later, Queue
 from deepspeed.utils.errors import DeepSpeedError
 
 _NOTHING = contextlib.nullcontext()
