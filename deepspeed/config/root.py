@@ -16,7 +16,6 @@ from typing import Annotated, Any, ClassVar, Literal
 import torch
 from pydantic import BeforeValidator, Field, PrivateAttr
 
-from deepspeed.config.availability import exclusions
 from deepspeed.config.base import (
     AUTO,
     FloatDtype,
@@ -61,6 +60,7 @@ from deepspeed.config.precision import (
     MsAmpConfig,
     TorchAutocastConfig,
 )
+from deepspeed.config.refused_or_ignored import exclusions
 from deepspeed.config.storage import (
     ActivationCheckpointingConfig,
     AioConfig,

@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.config import Config, load_config, read_config
-from deepspeed.config.availability import given_without_effect
 from deepspeed.config.dotted import with_values
+from deepspeed.config.refused_or_ignored import given_without_effect
 from deepspeed.memory.cli import build
 from deepspeed.memory.scaling import BatchEstimator
 from deepspeed.memory.trace import own_memory

@@ -10,8 +10,15 @@ from typing import Any
 import pytest
 
 from deepspeed.config import Config, check_available, load_config
-from deepspeed.config.availability import NO_EFFECT, NOT_YET, SETTINGS_OF, TOGETHER, as_markdown, given_without_effect
 from deepspeed.config.base import Section
+from deepspeed.config.refused_or_ignored import (
+    NO_EFFECT,
+    NOT_YET,
+    SETTINGS_OF,
+    TOGETHER,
+    as_markdown,
+    given_without_effect,
+)
 from deepspeed.config.schema import all_paths, field_of, inner_section
 from tests.config.keys import KEYS, nest
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from deepspeed.config import DeepSpeedConfigError, check_available, load_config
-from deepspeed.config.availability import given_without_effect
+from deepspeed.config.refused_or_ignored import given_without_effect
 from deepspeed.utils.errors import NotAvailableError
 
 FILES = Path(__file__).parent / "public"

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 
 from deepspeed.config import Config, check_available, load_config
-from deepspeed.config.availability import NOT_YET
+from deepspeed.config.refused_or_ignored import NOT_YET
 from deepspeed.config.schema import all_paths
 from deepspeed.utils.errors import NotAvailableError
 from tests.config.keys import KEYS, nest

@@ -423,7 +423,7 @@ def as_markdown() -> str:
 
 
 _INTRODUCTION = """\
-Printed by `python -m deepspeed.config.tables` from the tables in `deepspeed/config/availability.py`; a test compares.
+Printed by `python -m deepspeed.config.tables` from the tables in `deepspeed/config/refused_or_ignored.py`; a test compares.
 
 A key that resembles a valid one is an error that names the valid one. Any other unknown key at the top level, a key in
 the wrong section and a key that only older versions knew is one warning. Keys that begin with `_` or `#` are comments."""
