@@ -4,7 +4,7 @@ Called once by `deepspeed.initialize` (and by `zero.Init`, `init_inference` and 
 gets the section it needs, never a dict. Joins the sections of this folder and holds what concerns several of them.
 
 Invariant: a `Config` that exists is consistent with itself. What depends on the machine (world size, which features
-this version has) is checked by `Config.batch_sizes` and `availability.check_available`.
+this version has) is checked by `Config.batch_sizes` and `refused_or_ignored.check_available`.
 """
 
 from __future__ import annotations
