@@ -16,7 +16,7 @@ from deepspeed.autotuning.progress import UNITS, shown
 from deepspeed.autotuning.resources import is_better, value_of
 from deepspeed.autotuning.space import Candidate
 from deepspeed.memory.html import size
-from deepspeed.planner.shown import count
+from deepspeed.utils.figures import count
 
 _STYLE = """
 :root{--paper:#fbfbfd;--card:#fff;--ink:#1d2333;--soft:#667085;--line:#e4e7ee;--track:#f1f3f8;--good:#2b8a3e;--goodbg:#ebfbee;

@@ -6,7 +6,7 @@ cluster.py       what there is, from JSON                                       
 layouts.py       every layout, and what each needs, sends and takes                (pure)
 search.py        the ranked ones, their pipelines simulated                        (pure)
 traffic.py       ZeRO's bytes of a step, exactly: the engine's plan played
-cli.py           `deepspeed plan`; page.py its page; shown.py figures for people
+cli.py           `deepspeed plan`; page.py its page
 doctor.py        `deepspeed doctor`; machine.py the rates of this machine's ranks
 largest.py       `deepspeed max-batch`; largest_model.py `deepspeed max-model`
 """

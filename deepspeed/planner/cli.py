@@ -20,9 +20,9 @@ from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate
 from deepspeed.planner.page import write_page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
-from deepspeed.planner.shown import count, many, nbytes, seconds
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.figures import count, many, nbytes, seconds
 
 
 def parser() -> argparse.ArgumentParser:

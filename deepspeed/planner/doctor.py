@@ -24,10 +24,10 @@ from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.cost import Choice, Parts, Work, step_parts
 from deepspeed.planner.machine import machine_rates
-from deepspeed.planner.shown import seconds
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.rates import Rates
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.figures import seconds
 from deepspeed.zero.policy import Tier
 
 GIB = 2**30

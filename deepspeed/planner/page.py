@@ -15,7 +15,7 @@ from deepspeed.parallel.pipeline.check import Timeline
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.layouts import Plan
 from deepspeed.planner.search import Answer, timeline_of
-from deepspeed.planner.shown import count, many, nbytes, seconds
+from deepspeed.utils.figures import count, many, nbytes, seconds
 
 COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
 MAX_NODES = 16

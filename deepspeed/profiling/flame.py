@@ -10,8 +10,8 @@ import html
 import json
 from importlib import resources
 
-from deepspeed.profiling.text import number, seconds
 from deepspeed.profiling.tree import Profile
+from deepspeed.utils.figures import number, seconds
 
 
 def flame_chart(profile: Profile) -> str:

@@ -22,6 +22,7 @@ from deepspeed.profiling.flame import flame_chart
 from deepspeed.profiling.tree import Profile
 from deepspeed.profiling.watch import ModuleWatch
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.figures import number, seconds
 
 
 class FlopsProfiler:
@@ -85,19 +86,19 @@ class FlopsProfiler:
 
     def get_total_flops(self, as_string: bool = False) -> Any:
         """Operations of forward."""
-        return text.number(self.profile.root.flops, "FLOPs") if as_string else self.profile.root.flops
+        return number(self.profile.root.flops, "FLOPs") if as_string else self.profile.root.flops
 
     def get_total_macs(self, as_string: bool = False) -> Any:
         """Multiply-adds of forward."""
-        return text.number(self.profile.root.macs, "MACs") if as_string else self.profile.root.macs
+        return number(self.profile.root.macs, "MACs") if as_string else self.profile.root.macs
 
     def get_total_duration(self, as_string: bool = False) -> Any:
         """Seconds of forward."""
-        return text.seconds(self.profile.root.forward_s) if as_string else self.profile.root.forward_s
+        return seconds(self.profile.root.forward_s) if as_string else self.profile.root.forward_s
 
     def get_total_params(self, as_string: bool = False) -> Any:
         """Elements of all parameters, each once."""
-        return text.number(self.profile.root.all_params) if as_string else self.profile.root.all_params
+        return number(self.profile.root.all_params) if as_string else self.profile.root.all_params
 
     def print_model_profile(
         self,
@@ -176,7 +177,7 @@ def get_model_profile(
     profiler.end_profile()
     if not as_string:
         return numbers
-    return text.number(numbers[0], "FLOPs"), text.number(numbers[1], "MACs"), text.number(numbers[2])
+    return number(numbers[0], "FLOPs"), number(numbers[1], "MACs"), number(numbers[2])
 
 
 def _call_of(

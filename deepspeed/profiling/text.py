@@ -6,22 +6,9 @@ from collections.abc import Callable
 
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.tree import ModuleProfile, Profile
+from deepspeed.utils.figures import number, seconds
 
 RULE = "-" * 100
-
-
-def number(value: float, unit: str = "", digits: int = 4) -> str:
-    """4.09e9, "MACs" -> "4.09 GMACs"."""
-    for prefix in ("", "K", "M", "G", "T"):
-        if abs(value) < 999.95:
-            return f"{value:.{digits}g} {prefix}{unit}".rstrip()
-        value /= 1000
-    return f"{value:.{digits}g} P{unit}"
-
-
-def seconds(value: float) -> str:
-    """0.0123 -> "12.3 ms"."""
-    return f"{value:.3g} s" if value >= 1 else f"{value * 1e3:.3g} ms" if value >= 1e-3 else f"{value * 1e6:.3g} us"
 
 
 def summary(profile: Profile) -> str:

@@ -16,12 +16,13 @@ from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
-from deepspeed.planner import largest, machine, shown
+from deepspeed.planner import largest, machine
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
 from deepspeed.planner.machine import machine_rates
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
 from deepspeed.profiling.counter import Phase
+from deepspeed.utils import figures
 from deepspeed.utils.errors import DeepSpeedError
 
 CLUSTER: dict[str, Any] = {
@@ -145,10 +146,10 @@ def test_a_layout_of_ones_own_that_does_not_fit_says_so() -> None:
 
 
 def test_figures_are_in_units_that_show_them() -> None:
-    assert [shown.count(n) for n in (70.55e9, 3_670_016, 512)] == ["70.55B", "3.67M", "512"]
-    assert [shown.nbytes(n) for n in (40.4e9, 6.03e6, 12)] == ["40.4 GB", "6.0 MB", "12 B"]
-    assert [shown.seconds(n) for n in (5.71, 0.0852, 12e-6)] == ["5.71 s", "85.2 ms", "12.0 us"]
-    assert [shown.many(n, "node") for n in (1, 4096)] == ["1 node", "4,096 nodes"]
+    assert [figures.count(n) for n in (70.55e9, 3_670_016, 512)] == ["70.55B", "3.67M", "512"]
+    assert [figures.nbytes(n) for n in (40.4e9, 6.03e6, 12)] == ["40.4 GB", "6.0 MB", "12 B"]
+    assert [figures.seconds(n) for n in (5.71, 0.0852, 12e-6)] == ["5.71 s", "85.2 ms", "12.0 us"]
+    assert [figures.many(n, "node") for n in (1, 4096)] == ["1 node", "4,096 nodes"]
 
 
 def test_states_go_to_the_hosts_where_nothing_fits_without() -> None:

@@ -17,7 +17,6 @@ from torch import Tensor, nn
 import deepspeed
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.profiler import FlopsProfiler, get_model_profile
-from deepspeed.profiling.text import number, seconds
 from deepspeed.profiling.tree import ModuleProfile
 from tests.monitor.test_report import BROWSER, FLAGS
 from tests.profiling.test_counter import FORWARD, SCORES, B, C, L, Recomputed, T, V, gpt, tokens
@@ -264,10 +263,3 @@ def test_without_a_backward_the_step_is_estimated() -> None:
     model(x)
     profiler.stop_profile()
     assert profiler.profile.step_flops == 4 * FORWARD
-
-
-def test_units() -> None:
-    assert [number(n, "FLOPs") for n in (0, 999, 1000, 4.09e9, 5e16)] == [
-        "0 FLOPs", "999 FLOPs", "1 KFLOPs", "4.09 GFLOPs", "50 PFLOPs",
-    ]  # fmt: skip
-    assert [seconds(s) for s in (2.5, 0.0123, 0.000004)] == ["2.5 s", "12.3 ms", "4 us"]
