@@ -238,7 +238,7 @@ def open_disks(
     config: Config, mesh: Mesh, placing: Placing, model: nn.Module, optimizer: torch.optim.Optimizer | None
 ) -> None:
     """Open the nvme tier before anything is built, and see that the model fits it. Collective. Raises TierError."""
-    if Tier.NVME not in (placing.policy.parameters.tier, placing.policy.optimizer.tier):
+    if not (placing.policy.parameters.tier.is_on_disk or placing.policy.optimizer.tier.is_on_disk):
         return
     ranks = mesh.size("shard")
     numel, trained = (sum(full_numel(p) for p in model.parameters() if p.requires_grad or every) for every in (1, 0))

@@ -175,8 +175,8 @@ def _row(option: Option, result: Survey, top: float) -> str:
     parts.append((ROUNDING, ROUNDING_COLOR, found.allowance_nbytes))
     bar = "".join(f'<i style="width:{100 * n / top:.3f}%;background:{color}"></i>' for _, color, n in parts)
     figures = [(kind, color, size(n)) for kind, color, n in parts]
-    for tier in (Tier.CPU, Tier.NVME):
-        if found.on(tier):
+    for tier in Tier:
+        if tier is not Tier.DEVICE and found.on(tier):
             figures.append((f"on {tier.value}", "var(--soft)", size(found.on(tier))))
     data = html.escape(json.dumps([f"{option.label}: {size(found.peak_nbytes)}, peak in {found.phase}", figures]))
     is_limited = room is not None or result.limits.host_nbytes is not None

@@ -521,13 +521,11 @@ class Replay:
         largest = max(min(self._master_numel(bucket), tile) for bucket in buckets)
         num_tiles = sum(-(-self._master_numel(bucket) // tile) for bucket in buckets)
         per_element = 0.0
-        if any(bucket.places.optimizer is Tier.NVME for bucket in buckets):
+        if any(bucket.places.optimizer.is_on_disk for bucket in buckets):
             per_element += (
                 policy.optimizer.dtype.itemsize + policy.gradients.dtype.itemsize + max(settings.state_nbytes)
             )
-        if any(
-            not b.places.is_alias and (b.places.params is Tier.NVME or not settings.placing.is_host) for b in buckets
-        ):
+        if any(not b.places.is_alias and (b.places.params.is_on_disk or not settings.placing.is_host) for b in buckets):
             per_element += policy.parameters.dtype.itemsize
         buffers = int(per_element * largest)
         ledger.add(STREAMING, buffers, host, min(NUM_SETS, num_tiles))

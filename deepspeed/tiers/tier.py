@@ -18,3 +18,9 @@ class Tier(enum.Enum):
     """In main memory, pinned where the device copies from there."""
     NVME = "nvme"
     """In files on a local disk."""
+
+    @property
+    def is_on_disk(self) -> bool:
+        """Whether bytes here are files: nobody sees them without a read, and a read or a write may fail on one rank alone. What else
+        follows from that is asked by this name; a tier of another kind of files needs no more than its line here."""
+        return self is Tier.NVME

@@ -22,15 +22,20 @@ def number(value: float, unit: str = "", digits: int = 4) -> str:
 def count(value: float) -> str:
     """Parameters, say: 70.55B, 3.41M."""
     for unit, letter in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if round(value / unit, 2) >= 1:
+        if _reaches(value, unit, 2):
             return f"{value / unit:,.2f}{letter}"
     return f"{value:g}"
+
+
+def _reaches(value: float, unit: float, digits: int) -> bool:
+    """Whether a value is to be shown in `unit`: also one that would round to a thousand of the unit before. The first has no digits."""
+    return round(value / unit * 1e3, digits if unit > 1e3 else 0) >= 1000
 
 
 def nbytes(value: float, digits: int = 1) -> str:
     """Bytes: 40.4 GB, 3.2 MB."""
     for unit, name in ((1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
-        if round(value / unit, digits) >= 1:
+        if _reaches(value, unit, digits):
             return f"{value / unit:,.{digits}f} {name}"
     return f"{value:.0f} B"
 

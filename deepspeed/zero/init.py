@@ -88,7 +88,7 @@ class Init:
         group = data_parallel_group or sequence_data_parallel_group
         self._mesh = data_parallel_mesh(mpu if group is None else None, group=group)
         weakref.finalize(self, self._mesh.release).atexit = False
-        if self._placing.policy.parameters.tier is Tier.NVME and self._placing.param_path is not None:
+        if self._placing.policy.parameters.tier.is_on_disk and self._placing.param_path is not None:
             open_on_all_ranks(
                 load_config(given) if given is not None else Config(), self._mesh, {self._placing.param_path: 0}
             )
@@ -228,7 +228,7 @@ def _make_placing(
     config = load_config(given) if given is not None else Config()
     tier = Tier(remote_device) if remote_device in ("cpu", "nvme") else param_tier(config)
     placing = make_placing(config, policy_of_stage(3, param_dtype=dtype, param_tier=tier), device)
-    if tier is Tier.NVME and placing.param_path is None:
+    if tier.is_on_disk and placing.param_path is None:
         raise ValueError(
             'zero.Init(remote_device="nvme") needs to know where.\n'
             '  Give a configuration with "offload_param": {"device": "nvme", "nvme_path": ...}.'

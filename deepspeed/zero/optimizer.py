@@ -24,7 +24,6 @@ from torch import Tensor
 from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
-from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
 from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
@@ -311,7 +310,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def _agree_on_failure(self, failure: TierError | None) -> None:
         """Raise TierError on every rank if bytes could not be moved on one. Collective where there is an nvme tier."""
-        if not any(master.tier is Tier.NVME for master in self.masters):
+        if not any(master.tier.is_on_disk for master in self.masters):
             return
         # The texts travel only where there is one.
         if not any(has_failed for (has_failed,) in self.mesh.agree("job", int(failure is not None))):
@@ -351,7 +350,7 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def state_dict(self) -> dict[str, Any]:
         """This rank's part: base state, masters, loss scale. Tensors are not copied."""
-        if any(master.tier is Tier.NVME for master in self.masters):
+        if any(master.tier.is_on_disk for master in self.masters):
             raise NotAvailableError(
                 "the optimizer's state rests on the nvme tier and does not fit a dictionary of tensors.\n"
                 "  Use engine.save_checkpoint(folder), which streams it."

@@ -64,13 +64,13 @@ class Placing:
         same_dtype = trains and self.policy.parameters.dtype == self.policy.optimizer.dtype
         if not self.is_host:
             return Places(params=params, optimizer=optimizer, is_alias=same_dtype and params is optimizer)
-        if same_dtype and params is Tier.NVME and optimizer is not Tier.NVME:
+        if same_dtype and params.is_on_disk and not optimizer.is_on_disk:
             params = Tier.CPU
         return Places(params=params, optimizer=optimizer, is_alias=same_dtype)
 
     def _param_tier(self, numel: int) -> Tier:
         tier = self.policy.parameters.tier
-        if tier is Tier.NVME and self._in_cpu_numel + numel <= self.max_in_cpu_numel:
+        if tier.is_on_disk and self._in_cpu_numel + numel <= self.max_in_cpu_numel:
             self._in_cpu_numel += numel
             return Tier.CPU
         return tier
@@ -86,7 +86,7 @@ class Placing:
 
     def is_apart(self, tier: Tier) -> bool:
         """Whether bytes on this tier have to be moved to be used on the device."""
-        return tier is Tier.NVME or (tier is Tier.CPU and not self.is_host)
+        return tier.is_on_disk or (tier is Tier.CPU and not self.is_host)
 
     def params(self, tier: Tier, numel: int) -> Rest | None:
         """A rest for a bucket's parameters; None where they rest in the device's memory."""
@@ -100,12 +100,12 @@ class Placing:
 
     def buffer(self, numel: int, dtype: torch.dtype) -> torch.Tensor:
         """Working memory [numel] for a tile, from the nvme store where there is one: aligned as its disk likes it."""
-        if self.policy.optimizer.tier is Tier.NVME and self.store is not None and self.optimizer_path is not None:
+        if self.policy.optimizer.tier.is_on_disk and self.store is not None and self.optimizer_path is not None:
             return self.store(self.optimizer_path).buffer(numel * dtype.itemsize).view(dtype)
         return torch.empty(numel, dtype=dtype, pin_memory=self.pins_optimizer and not self.is_host)
 
     def _make(self, tier: Tier, kind: str, numel: int, dtype: torch.dtype, path: Path | None, pins: bool) -> Rest:
-        if tier is Tier.NVME:
+        if tier.is_on_disk:
             assert path is not None, "the configuration asks for nvme_path"
             assert self.store is not None, "whoever asks for nvme gives a store"
             return OnDisk(self.store(path), kind, numel, dtype)

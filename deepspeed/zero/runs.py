@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import Needs, needs_of
-from deepspeed.tiers import Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
@@ -170,7 +169,7 @@ class Runs:
     def refuse_tiers(self) -> None:
         """Optimizers that ask for more than elements cannot stream tile by tile from a disk."""
         needs = needs_of(self.optimizer)
-        if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and any(m.tier is Tier.NVME for m in self.masters):
+        if needs in (Needs.PARAMETER_NORMS, Needs.WHOLE_MATRICES) and any(m.tier.is_on_disk for m in self.masters):
             raise DeepSpeedConfigError(
                 f"{type(self.optimizer).__name__} needs {needs.value}, but on the nvme tier a step sees one tile at a time.\n"
                 '  Use "offload_optimizer": {"device": "cpu"}, or an element-wise optimizer such as Adam.'

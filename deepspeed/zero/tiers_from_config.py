@@ -80,13 +80,9 @@ def bytes_on_disk(placing: Placing, numel: int, trained: int, states: Iterable[t
     param, optimizer = policy.parameters, policy.optimizer
     needed: dict[Path, int] = {}
     is_alias = param.dtype == optimizer.dtype
-    if (
-        param.tier is Tier.NVME
-        and placing.param_path is not None
-        and not (is_alias and optimizer.tier is not Tier.NVME)
-    ):
+    if param.tier.is_on_disk and placing.param_path is not None and not (is_alias and not optimizer.tier.is_on_disk):
         needed[placing.param_path] = max(0, numel - placing.max_in_cpu_numel) * param.dtype.itemsize
-    if optimizer.tier is Tier.NVME and placing.optimizer_path is not None:
+    if optimizer.tier.is_on_disk and placing.optimizer_path is not None:
         of_each = sum(dtype.itemsize for dtype in states) + policy.gradients.dtype.itemsize
         of_each += 0 if is_alias else optimizer.dtype.itemsize
         nbytes = int(trained * placing.ratio) * of_each

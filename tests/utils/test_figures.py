@@ -37,7 +37,7 @@ def test_counts_of_a_unit_never_have_an_exponent(value: float, shown: str) -> No
 
 def test_parameters_and_bytes_round_into_the_next_unit() -> None:
     assert [count(n) for n in (7, 999, 999_999, 3_410_000, 70.55e9)] == ["7", "999", "1.00M", "3.41M", "70.55B"]
-    assert [nbytes(n) for n in (7, 999, 999_960, 3_200_000, 40.4e9)] == ["7 B", "1.0 kB", "1.0 MB", "3.2 MB", "40.4 GB"]
+    assert [nbytes(n) for n in (7, 999, 999_960, 3_200_000, 40.4e9)] == ["7 B", "999 B", "1.0 MB", "3.2 MB", "40.4 GB"]
     assert nbytes(40.44e9, 0) == "40 GB"
 
 
