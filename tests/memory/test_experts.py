@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from deepspeed.comm.choose import SHARED_MEMORY, Sharing
 from deepspeed.comm.exchange import Pending
 from deepspeed.memory.estimator import Estimator
 from deepspeed.memory.measure import measure_peak
@@ -110,7 +112,9 @@ def batch(what: str) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def measured(rank: int, world_size: int, what: str, num_experts: int, k: int, ep: int, stage: int) -> int:
+def measured(
+    rank: int, world_size: int, what: str, num_experts: int, k: int, ep: int, stage: int, sharing: Sharing
+) -> int:
     def run() -> None:
         model, config = make(what, num_experts, k, ep, stage)
         with engine_of(model, config) as engine:
@@ -120,37 +124,38 @@ def measured(rank: int, world_size: int, what: str, num_experts: int, k: int, ep
                 del out
                 engine.step()
 
-    with patch.object(Pending, "is_done", False):
+    with patch.object(Pending, "is_done", False), patch.dict(os.environ, {SHARED_MEMORY: sharing.value}):
         found = measure_peak(run).allocated_nbytes
     gc.collect()
     return found
 
 
 @pytest.mark.parametrize(
-    ("what", "num_experts", "k", "ep", "ranks", "stage"),
+    ("what", "num_experts", "k", "ep", "ranks", "stage", "sharing"),
     [
-        ("layers", 4, 1, 1, 1, 0),
-        ("layers", 8, 3, 1, 1, 2),
-        ("layers", 8, 2, 2, 2, 0),
-        ("layers", 8, 2, 2, 2, 2),
-        ("layers", 8, 2, 2, 2, 3),
-        ("lists", 8, 2, 1, 1, 0),
-        ("lists", 8, 2, 2, 2, 0),
-        ("lists", 8, 2, 2, 2, 2),
-        ("lists", 8, 2, 2, 2, 3),
-        ("mixtral", 8, 2, 1, 1, 0),
-        ("mixtral", 8, 2, 2, 2, 0),
-        ("mixtral", 8, 2, 2, 2, 2),
-        ("mixtral", 8, 2, 2, 2, 3),
+        ("layers", 4, 1, 1, 1, 0, Sharing.NEVER),
+        ("layers", 8, 3, 1, 1, 2, Sharing.NEVER),
+        ("layers", 8, 2, 2, 2, 0, Sharing.NEVER),
+        ("layers", 8, 2, 2, 2, 2, Sharing.NEVER),
+        ("layers", 8, 2, 2, 2, 3, Sharing.ALWAYS),
+        ("lists", 8, 2, 1, 1, 0, Sharing.NEVER),
+        ("lists", 8, 2, 2, 2, 0, Sharing.NEVER),
+        ("lists", 8, 2, 2, 2, 2, Sharing.ALWAYS),
+        ("lists", 8, 2, 2, 2, 3, Sharing.NEVER),
+        ("mixtral", 8, 2, 1, 1, 0, Sharing.NEVER),
+        ("mixtral", 8, 2, 2, 2, 0, Sharing.NEVER),
+        ("mixtral", 8, 2, 2, 2, 0, Sharing.ALWAYS),
+        ("mixtral", 8, 2, 2, 2, 2, Sharing.NEVER),
+        ("mixtral", 8, 2, 2, 2, 3, Sharing.NEVER),
     ],
 )
 def test_the_predicted_peak_with_experts_is_within_5_percent_of_the_measured_one(
-    what: str, num_experts: int, k: int, ep: int, ranks: int, stage: int
+    what: str, num_experts: int, k: int, ep: int, ranks: int, stage: int, sharing: Sharing
 ) -> None:
     model, config = make(what, num_experts, k, ep, stage)
     with small_units():
         predicted = Estimator(model, batch(what), device_type="cpu").estimate(config, world_size=ranks).peak_nbytes
-    found = max(run_ranks(ranks, measured, what, num_experts, k, ep, stage))
+    found = max(run_ranks(ranks, measured, what, num_experts, k, ep, stage, sharing))
     assert predicted == pytest.approx(found, rel=0.05)
 
 
