@@ -1,6 +1,6 @@
 """How far a reader walks: calls, functions, files and depth inside of the package during one training step.
 
-    python benchmarks/walk.py [--stages 2 3] [--ranks 2] [--step 4]
+    python benchmarks/walk.py [--stages 2 3] [--ranks 2] [--step 6]
 
 A profile hook over a real step on gloo ranks, in bf16: two blocks of two Linear, and a head; three buckets at stage 3.
 Depth counts frames of the package alone. What widens products on CPUs (`precision.widen`) is left out: other devices do
@@ -120,7 +120,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3])
     parser.add_argument("--ranks", type=int, default=2)
-    parser.add_argument("--step", type=int, default=4, help="which step is watched (default: 4)")
+    parser.add_argument("--step", type=int, default=6, help="which step is watched (default: 6)")
     args = parser.parse_args()
     print("                  calls  functions  files  depth")
     for stage in args.stages:

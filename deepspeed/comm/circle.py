@@ -17,14 +17,22 @@ of Hensgen, Finkel and Manber (1988).
 from __future__ import annotations
 
 import itertools
+import time
 from collections import deque
-from collections.abc import Callable, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, TypeVar, final
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from deepspeed.utils.waits import COMMUNICATION
+
+T = TypeVar("T")
+
+NUM_TELL_ALL = 4
+"""Up to so many ranks tell each other everything at once: no more bytes than the extremes would be, and exact."""
 
 NUM_TAGS = 2**20
 """Tags are used again after so many calls; none is then still on its way."""
@@ -58,6 +66,66 @@ class Ring(Protocol):
 
     def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
         """Begin to gather all ranks' int64; what is returned waits, and gives them in rank order. Collective."""
+
+
+@final
+class Agreement:
+    """How the ranks of one group agree on integers that usually are the same everywhere, again and again; waits are counted.
+
+    `rings[dims]` is the group's ring; `make` has it made where it is not there, at first use.
+    """
+
+    def __init__(
+        self, num_ranks: int, rings: Mapping[tuple[str, ...], Ring], dims: tuple[str, ...], make: Callable[[], Ring]
+    ) -> None:
+        self._num_ranks = num_ranks
+        self._rings, self._dims, self._make = rings, dims, make
+
+    def __call__(self, *values: int) -> list[tuple[int, ...]]:
+        """Tell every rank some int64; theirs in rank order. Collective, and waits on the host.
+
+        If they are the same everywhere, that takes one small all-reduce; if not, a gather more.
+        """
+        return self.start(*values)()
+
+    def start(self, *values: int) -> Callable[[], list[tuple[int, ...]]]:
+        """Begin it; what is returned waits for the others. Every rank begins, and ends, them in one order."""
+        num_ranks = self._num_ranks
+        if num_ranks == 1:
+            return lambda: [values]
+        ring = self._rings.get(self._dims) or self._make()
+        if num_ranks <= NUM_TELL_ALL:
+            return _counted(ring.start_gather(values), bytes_of_gather(num_ranks, len(values)))
+        # ~ turns the order round without an overflow, so the largest of ~v is ~ of the smallest v.
+        words = (*values, *(~value for value in values))
+        wait = _counted(ring.start_largest(words), bytes_of_largest(num_ranks, len(words)))
+
+        def answers() -> list[tuple[int, ...]]:
+            found = wait()
+            largest, smallest = found[: len(values)], tuple(~value for value in found[len(values) :])
+            return [largest] * num_ranks if largest == smallest else self.gather(*values)
+
+        return answers
+
+    def gather(self, *values: int) -> list[tuple[int, ...]]:
+        """The same, for what usually differs from rank to rank."""
+        if self._num_ranks == 1:
+            return [values]
+        ring = self._rings.get(self._dims) or self._make()
+        return _counted(ring.start_gather(values), bytes_of_gather(self._num_ranks, len(values)))()
+
+
+def _counted(wait: Callable[[], T], nbytes: int) -> Callable[[], T]:
+    """`wait`, whose time is one of the step's waits."""
+
+    def counted() -> T:
+        start_s = time.perf_counter()
+        found = wait()
+        COMMUNICATION.host_s += time.perf_counter() - start_s
+        COMMUNICATION.nbytes["zero.agree"] += nbytes
+        return found
+
+    return counted
 
 
 class Circle:

@@ -93,7 +93,8 @@ class ObservedExchange:
         start_s = time.perf_counter()
         finish()
         waited_s = time.perf_counter() - start_s
-        COMMUNICATION.add(waited_s, op, nbytes)
+        COMMUNICATION.host_s += waited_s
+        COMMUNICATION.nbytes[op] += nbytes
         if flow is not None and recorder is not None:
             flow.waits.add(waited_s)
             recorder.tell(op, nbytes, waited_s * 1e3, "zero")

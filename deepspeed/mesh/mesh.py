@@ -15,6 +15,7 @@ Note [Groups outlive engines]
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -24,18 +25,14 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.comm.choose import make_ring, sharing_of
-from deepspeed.comm.circle import Ring, bytes_of_gather, bytes_of_largest
+from deepspeed.comm.circle import Agreement, Ring
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.observe import make_observed
 from deepspeed.mesh.shape import MeshShape, Over
-from deepspeed.utils.waits import COMMUNICATION
 
 ProcessGroup = Any
 T = TypeVar("T")
-
-NUM_TELL_ALL = 4
-"""Up to so many ranks tell each other everything at once: no more bytes than the extremes would be, and exact."""
 
 
 @dataclass
@@ -53,7 +50,7 @@ class Mesh:
     _groups: dict[tuple[tuple[str, ...], str], ProcessGroup] = field(default_factory=dict)
     _circles: dict[tuple[str, ...], Ring] = field(default_factory=dict)
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
-    _dims: dict[Over, tuple[str, ...]] = field(default_factory=dict)
+    _agreements: dict[Over, Agreement] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)
 
     def ranks(self, over: Over) -> tuple[int, ...]:
@@ -96,55 +93,37 @@ class Mesh:
         group = self.group(over, purpose)
         return LocalExchange(None) if group is None else make_observed(group, device)
 
+    def agreement(self, over: Over) -> Agreement:
+        """How the ranks of the group agree on integers, for whoever does it again and again."""
+        found = self._agreements.get(over)
+        if found is None:
+            make = functools.partial(self._circle, over)
+            found = Agreement(self.size(over), self._circles, self.shape.dims(over), make)
+            self._agreements[over] = found
+        return found
+
     def agree(self, over: Over, *values: int) -> list[tuple[int, ...]]:
         """Tell every rank of the group some int64; theirs in rank order. Collective, and waits on the host.
 
         For what usually is the same everywhere: if it is, that takes one small all-reduce; if not, a gather more.
         """
-        return self.start_agree(over, *values)()
+        return self.agreement(over)(*values)
 
     def start_agree(self, over: Over, *values: int) -> Callable[[], list[tuple[int, ...]]]:
         """Begin `agree`; what is returned waits for the others. Every rank begins, and ends, them in one order."""
-        num_ranks = self.size(over)
-        if num_ranks == 1:
-            return lambda: [values]
-        circle = self._circle(over)
-        if num_ranks <= NUM_TELL_ALL:
-            return self._waiting(circle.start_gather(values), bytes_of_gather(num_ranks, len(values)))
-        # ~ turns the order round without an overflow, so the largest of ~v is ~ of the smallest v.
-        words = (*values, *(~value for value in values))
-        wait = self._waiting(circle.start_largest(words), bytes_of_largest(num_ranks, len(words)))
-
-        def answers() -> list[tuple[int, ...]]:
-            found = wait()
-            largest, smallest = found[: len(values)], tuple(~value for value in found[len(values) :])
-            return [largest] * num_ranks if largest == smallest else self.gather_ints(over, *values)
-
-        return answers
+        return self.agreement(over).start(*values)
 
     def gather_ints(self, over: Over, *values: int) -> list[tuple[int, ...]]:
         """As `agree`, for what usually differs from rank to rank."""
-        num_ranks = self.size(over)
-        if num_ranks == 1:
-            return [values]
-        return self._waiting(self._circle(over).start_gather(values), bytes_of_gather(num_ranks, len(values)))()
+        return self.agreement(over).gather(*values)
 
     def _circle(self, over: Over) -> Ring:
-        dims = self._dims.get(over)
-        if dims is None:
-            dims = self._dims[over] = self.shape.dims(over)
+        dims = self.shape.dims(over)
         if dims not in self._circles:
             group = self.group(over, "control", "gloo")
             assert group is not None, "a rank alone has nobody to ask"
             self._circles[dims] = make_ring(group, sharing=sharing_of(os.environ))
         return self._circles[dims]
-
-    def _waiting(self, wait: Callable[[], T], nbytes: int) -> Callable[[], T]:
-        def counted() -> T:
-            with COMMUNICATION.during("zero.agree", nbytes):
-                return wait()
-
-        return counted
 
     def gather_objects(self, over: Over, value: Any) -> list[Any]:
         """Tell every rank of the group a small picklable value; theirs in rank order. Collective."""

@@ -26,6 +26,7 @@ GROUP_NUMEL = 256
 class Int8Rest:
     """A flat tensor [numel] of `dtype`, kept in int8 on `device`. Begins as zeros."""
 
+    tensor: Tensor | None = None
     device: torch.device | None = None
 
     def __init__(self, numel: int, dtype: torch.dtype, device: torch.device) -> None:

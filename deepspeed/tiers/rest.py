@@ -49,6 +49,10 @@ class Rest(Protocol):
     dtype: torch.dtype
 
     @property
+    def tensor(self) -> Tensor | None:
+        """All elements, where they are in memory and no copy of them is ever under way; None elsewhere."""
+
+    @property
     def device(self) -> torch.device | None:
         """Where `view` sees the elements; None where it sees none."""
 
@@ -176,6 +180,8 @@ class InMemory:
 class OnHost:
     """Main memory beside a device; see Note [Copies beside a device]."""
 
+    tensor: Tensor | None = None
+
     def __init__(self, tensor: Tensor, copies: CopyStream) -> None:
         self.numel = tensor.numel()
         self.dtype = tensor.dtype
@@ -232,6 +238,8 @@ def _copied(source: Tensor, target: Tensor) -> Transfer:
 @final
 class OnDisk:
     """A key of the nvme store, of its own; `kind` says in errors what the bytes are."""
+
+    tensor: Tensor | None = None
 
     def __init__(self, store: NvmeStore, kind: str, numel: int, dtype: torch.dtype) -> None:
         self.store = store

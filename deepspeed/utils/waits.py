@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import time
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator
 from typing import Any
 
@@ -26,17 +26,18 @@ class Waits:
     def __init__(self) -> None:
         self.times_device = False
         """Whether device events are to be recorded, because somebody reads them."""
-        self.nbytes: dict[str, int] = {}
+        self.nbytes: defaultdict[str, int] = defaultdict(int)
         """Message bytes by operation."""
-        self._host_s = 0.0
+        self.host_s = 0.0
+        """Seconds that the host waited. Who waits at every message adds to these two in place, others by `add` or `during`."""
         self._device_s = 0.0
         self._open: deque[tuple[Any, Any]] = deque()
 
     def add(self, seconds: float, op: str = "", nbytes: int = 0) -> None:
         """This process waited `seconds` for `op`, which moved `nbytes`."""
-        self._host_s += seconds
+        self.host_s += seconds
         if nbytes:
-            self.nbytes[op] = self.nbytes.get(op, 0) + nbytes
+            self.nbytes[op] += nbytes
 
     def add_events(self, begin: Any, end: Any) -> None:
         """The device's stream stood still between two timed events."""
@@ -57,7 +58,7 @@ class Waits:
     def seconds(self) -> float:
         """All that was waited so far; waits for the device to pass the events that are open."""
         self._resolve(len(self._open))
-        return self._host_s + self._device_s
+        return self.host_s + self._device_s
 
     def _resolve(self, count: int) -> None:
         for _ in range(count):

@@ -89,10 +89,8 @@ class Bucket(FlatSpace):
         rest: Rest | None = None,
         loads: LoadQueue | None = None,
     ) -> None:
-        super().__init__(params, names, shapes, layout, exchange.rank)
+        super().__init__(params, names, shapes, layout, exchange.rank, over)
         self.index = index
-        self.over: Role = over
-        """The ranks that share it; `exchange` is between them."""
         self.dtype = dtype
         self.exchange = exchange
         self.gathers = gathers or exchange
@@ -119,7 +117,10 @@ class Bucket(FlatSpace):
         self.rest: Rest = rest or InMemory(own if self.keeps_storage else torch.zeros_like(own))
         """Where this rank's slice is between uses."""
         self.loads = loads or LoadQueue()
-        self._filling = Filling(self.rest, self.loads, exchange)
+        self._gathering: Pending | Filling | None = None
+        """The all-gather that fills `full`, until it was waited for."""
+        self._by = exchange
+        """By what `full` was filled last."""
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
             param._zero_slot = Slot(self, i)  # type: ignore[attr-defined]
@@ -249,7 +250,7 @@ class Bucket(FlatSpace):
 
     def start_unshard(self) -> None:
         """Start the all-gather of the exact parameters; a no-op if those are here. Collective: every rank, same order."""
-        if self.state is BucketState.SHARDED or self._filling.by is not self.exchange:
+        if self.state is BucketState.SHARDED or self._by is not self.exchange:
             self.regather(self.exchange)
 
     def regather(self, by: Exchange | None = None) -> None:
@@ -259,18 +260,27 @@ class Bucket(FlatSpace):
             raise TrainingStateError(
                 f"{self.names[0]} and others were put away by engine.offload_states.\n  Call engine.reload_states() first."
             )
-        if self._filling.full is not None:
+        if self._gathering is not None:
             self.finish_unshard()
         if not self.keeps_storage:
             refill_storage(self.full)
-            self._filling.start(self.full, self.own_slice(self.full), by or self.gathers)
+            exchange = self._by = by or self.gathers
+            slices = self.rest.tensor
+            if not exchange.needs_shard:
+                self._gathering = exchange.start_all_gather(self.full)
+            elif slices is not None and slices.device == self.full.device and not self.loads.fillings:
+                # As nearly always: nothing to wait for, and nobody to wait behind.
+                self._gathering = exchange.start_all_gather(self.full, slices)
+            else:
+                self._gathering = self.loads.start(self.rest, self.full, self.own_slice(self.full), exchange)
         if self.state is BucketState.SHARDED:
             self.state = BucketState.GATHERING
 
     def finish_unshard(self) -> None:
         """Wait for the all-gather and make the parameters usable."""
-        if self._filling.full is not None:
-            self._filling.wait()
+        gathering, self._gathering = self._gathering, None
+        if gathering is not None:
+            gathering.wait()
         if self.state is BucketState.GATHERING:
             self._set_class(ZeroParameter)
             for param, view in zip(self.params, self.views, strict=True):
@@ -329,7 +339,7 @@ class Bucket(FlatSpace):
         """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
         if not self.is_sharded or self.state is BucketState.SHARDED:
             return
-        if self.state is BucketState.GATHERING or self._filling.full is not None:
+        if self.state is BucketState.GATHERING or self._gathering is not None:
             self.finish_unshard()
         self._set_class(ZeroParameter)
         for param, view in zip(self.params, self.views, strict=True):

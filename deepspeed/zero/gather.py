@@ -22,7 +22,7 @@ A bucket is resharded when another one is requested and nothing holds it, unless
 `max_reuse_distance` elements and no more than `max_live` elements are unsharded. The next use is read from the
 recorded order of the phase, and for a forward, of the backward that follows.
 
-Invariant: everything collective in here is launched from `_launch` and `_agree`, whose order is the same on all ranks.
+Invariant: everything collective in here is launched from `_launch` and `_answer`, whose order is the same on all ranks.
 
 After ZeRO-3 / ZeRO-Infinity (arXiv:2104.07857), section 5.1.3 and 6.2. Different: no trace to invalidate.
 """
@@ -32,7 +32,7 @@ from __future__ import annotations
 import enum
 import itertools
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, NamedTuple, Protocol, TypeVar
 
@@ -170,7 +170,7 @@ class Gatherer(Generic[B]):
         self.num_deviations = 0
         """How often a request was not what the plan expected, for the step summary."""
         self.num_agreements = 0
-        self._agree_on = agree
+        self._agree = agree
         self._loads = buckets[0].loads if buckets else LoadQueue()
         self._is_alone = not buckets or buckets[0].exchange.world_size == 1
         self._prefetch_numel = prefetch_numel
@@ -269,7 +269,7 @@ class Gatherer(Generic[B]):
             if self._loads.fillings:
                 self._loads.settle()
             digest = FAILED if self._loads.failure else zlib.crc32(repr(phase.needed).encode())
-            digests = self._answer_until_all_end(digest)
+            digests = [theirs for _, theirs in self._answer(END, digest)]
             if FAILED in digests:
                 self._phase = None
                 self._loads.raise_failure()
@@ -318,8 +318,7 @@ class Gatherer(Generic[B]):
                 return
             phase.is_lost = True
             self._finish_plan(phase)
-        while bucket.state is BucketState.SHARDED:
-            self._serve(self._agree(bucket.index, 0))
+        self._answer(bucket.index)
 
     def _finish_plan(self, phase: Phase) -> None:
         plan = phase.record.plan or []
@@ -342,24 +341,19 @@ class Gatherer(Generic[B]):
             self._fresh.discard(bucket.index)
             bucket.reshard()
 
-    def _agree(self, wish: int, digest: int) -> Sequence[tuple[int, ...]]:
-        self.num_agreements += 1
-        # A rank that waits for a gather which is queued here cannot answer.
-        if self._loads.fillings:
-            self._loads.settle()
-        return self._agree_on(wish, digest)
-
-    def _serve(self, answers: Iterable[tuple[int, ...]]) -> None:
-        """Gather what any rank wants; a bucket that was gathered for another rank is dropped when it is stale."""
-        for index in sorted({wish for wish, _ in answers} - {END}):
-            self._launch(self.buckets[index])
-
-    def _answer_until_all_end(self, digest: int) -> list[int]:
+    def _answer(self, wish: int, digest: int = 0) -> Sequence[tuple[int, ...]]:
+        """Tell the others a wish and gather what any rank wants, once; a rank at its END does so until all are at theirs. A bucket
+        that was gathered for another rank is dropped when it is stale. The last answers."""
         while True:
-            answers = self._agree(END, digest)
-            if all(wish == END for wish, _ in answers):
-                return [other for _, other in answers]
-            self._serve(answers)
+            self.num_agreements += 1
+            if self._loads.fillings:  # a rank that waits for a gather which is queued here cannot answer
+                self._loads.settle()
+            answers = self._agree(wish, digest)
+            wanted = sorted({theirs for theirs, _ in answers} - {END})
+            for index in wanted:
+                self._launch(self.buckets[index])
+            if wish != END or not wanted:
+                return answers
 
     def _prefetch(self) -> None:
         phase = self._phase

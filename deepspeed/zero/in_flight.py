@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, final
 
-import torch
-
 from deepspeed.comm.exchange import Pending
 from deepspeed.zero.gradients import Gradients
 
@@ -49,13 +47,16 @@ class ReductionsInFlight:
         """Whether a reduction of these is on the wire."""
         return any(other.gradients is gradients for other in self._queue)
 
-    def start(self, gradients: Gradients) -> None:
-        """Start to reduce what was laid down."""
-        nbytes = gradients.bucket.layout.padded_numel * gradients.dtype.itemsize
-        while self._queue and (self._queue[0].pending.is_done or not self._has_room(nbytes)):
-            self._end_oldest()
-        with torch.profiler.record_function("zero.reduce"):
-            self._queue.append(InFlight(gradients, gradients.start_reduce(), nbytes))
+    def make_room(self, gradients: Gradients) -> None:
+        """A reduction of these is about to start: end those that are done, and the oldest ones if it would not fit."""
+        if self._queue:
+            nbytes = _nbytes_of(gradients)
+            while self._queue and (self._queue[0].pending.is_done or not self._has_room(nbytes)):
+                self._end_oldest()
+
+    def add(self, gradients: Gradients, pending: Pending) -> None:
+        """It has started."""
+        self._queue.append(InFlight(gradients, pending, _nbytes_of(gradients)))
 
     @property
     def nbytes(self) -> int:
@@ -66,8 +67,8 @@ class ReductionsInFlight:
         return len(self._queue) < self.limit.reductions and self.nbytes + nbytes <= self.limit.nbytes
 
     def end(self, gradients: Gradients) -> None:
-        """Have a flat buffer that stays off the wire before it is written again."""
-        while gradients.is_whole and self.has(gradients):
+        """Have a flat buffer that stays (`is_whole`) off the wire before it is written again."""
+        while self.has(gradients):
             self._end_oldest()
 
     def end_all(self) -> None:
@@ -79,3 +80,7 @@ class ReductionsInFlight:
         gradients, pending, _ = self._queue.popleft()
         pending.wait()
         gradients.finish_reduce()
+
+
+def _nbytes_of(gradients: Gradients) -> int:
+    return gradients.bucket.layout.padded_numel * gradients.dtype.itemsize

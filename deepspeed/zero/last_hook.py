@@ -28,8 +28,8 @@ class Taker(Protocol):
     def begin_bucket(self) -> None:
         """The first gradient of a bucket is about to be counted."""
 
-    def complete(self, gradients: Gradients) -> None:
-        """A gradient of every parameter of the bucket was counted."""
+    def fill(self, gradients: Gradients) -> None:
+        """A bucket has all of its gradients."""
 
     def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
         """The same, but other hooks are yet to run."""
@@ -62,8 +62,8 @@ class LastHook:
                 taker.begin_bucket()
             arrivals.waiting[index] = gradient
             arrivals.num_here += 1
-            if arrivals.num_here == arrivals.num_params:
-                taker.complete(self._gradients)
+            if arrivals.num_here == arrivals.num_params and not arrivals.awaits_parts(self._gradients.bucket.params):
+                taker.fill(self._gradients)
             return
         self._hooks[self._number] = self._hooks.pop(self._number)
         self._taker.take_early(self._gradients, self._index, param)

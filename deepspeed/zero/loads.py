@@ -1,6 +1,7 @@
-"""How a bucket's full buffer is filled: this rank's slice is brought there, then all ranks' are gathered.
+"""Slices that have to be brought to a bucket's full buffer before all ranks' are gathered: from a disk, from beside a device.
 
-Each sharded bucket has a `Filling`, which `zero.bucket` starts and waits for; all buckets of an engine share a `LoadQueue`.
+`zero.bucket` starts a gather itself where its slice is in memory; else it asks the `LoadQueue` that all buckets of an engine share
+for a `Filling`, and waits for that as for any gather.
 
 Note [Loads keep the order of launches]
     An all-gather needs every rank's slice, and a slice on the nvme tier has to be read first. Reads end when they end,
@@ -32,11 +33,14 @@ class LoadQueue:
         self.failure: TierError | None = None
         """The first load that failed here. Its gather goes on, with NaN, so that no rank waits for this one."""
 
-    def add(self, filling: Filling) -> None:
-        """Queue one up; its gather starts at once where nothing has to be waited for."""
+    def start(self, rest: Rest, full: Tensor, own: Tensor, exchange: Exchange) -> Filling:
+        """Begin to fill `full` [world_size * S] from `rest` [S] on each rank; `own` is this rank's slice of it. Its gather starts
+        at once where nothing has to be waited for. Collective: every rank, same order."""
+        filling = Filling(self, rest, full, own, exchange)
         self.fillings.append(filling)
         while self.fillings and self.fillings[0].is_loaded:
             self._start_first()
+        return filling
 
     def settle(self, until: Filling | None = None) -> None:
         """Start the gathers of all in the queue, or of those up to `until`, waiting for their loads."""
@@ -58,33 +62,14 @@ class LoadQueue:
 
 @final
 class Filling:
-    """Fills a buffer [world_size * S] from `rest` [S] on each rank."""
+    """One buffer that is being filled; to whom waits, a gather like others."""
 
-    def __init__(self, rest: Rest, queue: LoadQueue, by: Exchange) -> None:
-        self._rest, self._queue = rest, queue
-        self.by = by
-        """By what the buffer was filled last."""
-        self.full: Tensor | None = None
-        """What is being filled, until `wait`; None: there is nothing to wait for."""
-        self._own: Tensor | None = None
-        self._load: Transfer | None = None
-        self._source: Tensor | None = None
-        self._pending: Pending | None = None
-
-    def start(self, full: Tensor, own: Tensor, exchange: Exchange) -> None:
-        """Begin to fill `full`, of which `own` is this rank's slice. Collective: every rank, same order."""
-        self.full, self._own, self.by = full, own, exchange
-        if not exchange.needs_shard:
-            self._pending = exchange.start_all_gather(full)
-            return
-        is_here = self._rest.device == full.device
-        self._source = self._rest.view(0, own.numel()) if is_here else None
-        if self._source is not None and not self._queue.fillings:  # nothing to wait for, and nobody to wait behind
-            self._pending = exchange.start_all_gather(full, self._source)
-            self._source = None
-            return
-        self._load = None if self._source is not None else self._rest.start_load(0, own)
-        self._queue.add(self)
+    def __init__(self, queue: LoadQueue, rest: Rest, full: Tensor, own: Tensor, exchange: Exchange) -> None:
+        self._queue, self._full, self._own, self._exchange = queue, full, own, exchange
+        is_here = rest.device == full.device
+        self._source = rest.view(0, own.numel()) if is_here else None
+        self._load: Transfer | None = None if self._source is not None else rest.start_load(0, own)
+        self._gathering: Pending | None = None
 
     @property
     def is_loaded(self) -> bool:
@@ -93,8 +78,6 @@ class Filling:
 
     def gather(self) -> None:
         """Wait for this rank's slice and start the all-gather. Raises TierError, having started it all the same."""
-        assert self.full is not None, "queued by `start`"
-        assert self._own is not None, "set with it"
         load, self._load = self._load, None
         source, self._source = self._source, None
         try:
@@ -104,11 +87,10 @@ class Filling:
             self._own.fill_(torch.nan)
             raise
         finally:
-            self._pending = self.by.start_all_gather(self.full, source)
+            self._gathering = self._exchange.start_all_gather(self._full, source)
 
     def wait(self) -> None:
-        """Have the buffer filled, if it was started."""
+        """Have the buffer filled."""
         self._queue.settle(until=self)
-        if self._pending is not None:
-            self._pending.wait()
-        self.full = self._own = self._pending = None
+        assert self._gathering is not None, "started by `settle`, or before it"
+        self._gathering.wait()

@@ -124,13 +124,9 @@ class Reducer:
             return
         if not gradients.arrivals.num_here:
             self.begin_bucket()
-        if gradients.arrivals.take(index, gradient):
-            self.complete(gradients)
-
-    def complete(self, gradients: Gradients) -> None:
-        """See LastHook. Some may have arrived in part."""
-        if not gradients.arrivals.awaits_parts(gradients.bucket.params):
-            self._fill(gradients)
+        arrivals = gradients.arrivals
+        if arrivals.take(index, gradient) and not arrivals.awaits_parts(gradients.bucket.params):
+            self.fill(gradients)
 
     def begin_bucket(self) -> None:
         """See LastHook."""
@@ -167,9 +163,10 @@ class Reducer:
         gradients.arrivals.used.add(index)
         param.grad = torch.zeros_like(param)
 
-    def _fill(self, gradients: Gradients) -> None:
-        """A bucket has all of its gradients."""
-        self._in_flight.end(gradients)
+    def fill(self, gradients: Gradients) -> None:
+        """See LastHook."""
+        if gradients.is_whole:
+            self._in_flight.end(gradients)
         if self._num_holds:
             gradients.lay_down()
             self._held[gradients] = None
@@ -209,7 +206,7 @@ class Reducer:
             held = [] if self._num_holds else list(self._held)
             self._held = self._held if self._num_holds else {}
         for gradients in held:
-            self._fill(gradients)
+            self.fill(gradients)
 
     def held_sum(self, param: nn.Parameter) -> torch.Tensor | None:
         """While a backward is held open, after `flush`: the sum of a parameter's gradients so far, in place. None: there is
@@ -241,12 +238,16 @@ class Reducer:
         self.is_flushed = False
 
     def _launch(self, gradients: Gradients) -> None:
-        self._in_flight.end(gradients)
+        if gradients.is_whole:
+            self._in_flight.end(gradients)
         if gradients.arrivals.has_any or not gradients.has_local:
             gradients.lay_down()
         if gradients.reduction.when is When.NEVER:
             return
-        self._in_flight.start(gradients)
+        self._in_flight.make_room(gradients)
+        with torch.profiler.record_function("zero.reduce"):
+            pending = gradients.start_reduce()
+        self._in_flight.add(gradients, pending)
 
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective; while a backward is
@@ -271,7 +272,8 @@ class Reducer:
         """Lay down what arrived; it stays on the rank."""
         for gradients in self.order:
             if gradients.arrivals.has_any:
-                self._in_flight.end(gradients)
+                if gradients.is_whole:
+                    self._in_flight.end(gradients)
                 gradients.lay_down()
 
     def finish(self) -> None:
@@ -307,8 +309,9 @@ class Reducer:
 
     def veil(self) -> None:
         """Tell a script that looks at `param.grad` before the step, where ranks have slices."""
-        if self.saw_backward and self._should_reduce():
-            self.shown.veil(self.gradients)
+        veil = self.shown.veil
+        if veil.is_due and self.saw_backward and self._should_reduce():
+            veil.lower([gradients.bucket for gradients in self.gradients])
 
     def hide(self) -> None:
         """Take back what is shown, as the script left it, before autograd could add to it."""
@@ -336,6 +339,8 @@ class Reducer:
         self._assigned = None
         self._in_flight.end_all()
         self.shown.close()
+        if self.saw_backward:
+            self.shown.veil.end_step()
         self._look()
         self.left_out = []
         for gradients in self.gradients:

@@ -85,7 +85,8 @@ class ShownGradients:
         self.shows_any = False
         """Asked for every gradient that arrives."""
         self._shown: list[_Shown] = []
-        self._veil = Veil()
+        self.veil = Veil()
+        """For buckets that show nothing, until `close`."""
 
     def show(self, buckets: Sequence[Gradients]) -> None:
         """Show what is whole on this rank; what is shown already stays as the script left it."""
@@ -100,10 +101,6 @@ class ShownGradients:
                 give_grads(params, faces)
                 self._shown.append(_Shown(position, gradients, list(params), views, faces))
         self.shows_any = bool(self._shown)
-
-    def veil(self, buckets: Sequence[Gradients]) -> None:
-        """These show nothing, until `close`: tell a script that looks."""
-        self._veil.lower([gradients.bucket for gradients in buckets])
 
     def assigned(self, buckets: Sequence[Gradients]) -> list[Assigned]:
         """What the script has assigned to `param.grad` of parameters that are shown nothing."""
@@ -143,7 +140,7 @@ class ShownGradients:
     def close(self) -> None:
         """Take everything back; the step is over."""
         self._take_back()
-        self._veil.lift()
+        self.veil.lift()
 
     def _take_back(self) -> None:
         for shown in self._shown:

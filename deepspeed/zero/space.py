@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from deepspeed.mesh.shape import Role
 from deepspeed.zero.aliases import Alias
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.param import slot_of
@@ -31,6 +32,7 @@ class FlatSpace:
         shapes: Sequence[torch.Size],
         layout: BucketLayout,
         rank: int,
+        over: Role = "shard",
     ) -> None:
         self.params = list(params)
         self.names = list(names)
@@ -42,6 +44,8 @@ class FlatSpace:
         """Parameters that have left the model, or moved to another bucket, since this one was made."""
         self.aliases: list[Alias] = []
         """Buffers of the model that are views of parameters here; only where the whole space is always here."""
+        self.over: Role = over
+        """The ranks that cut it into slices."""
         self._rank = rank
 
     def split(self, flat: Tensor) -> list[Tensor]:

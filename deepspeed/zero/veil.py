@@ -42,6 +42,8 @@ class Veil:
     """Over the parameters of some buckets."""
 
     def __init__(self) -> None:
+        self.is_due = True
+        """Whether it is to be lowered in this step."""
         self._buckets: list[Bucket] = []
         self._num_steps = 0
         self._has_told = False
@@ -49,9 +51,6 @@ class Veil:
     def lower(self, buckets: Sequence[Bucket]) -> None:
         """From now on reading the gradients of these tells the script, once, what it does not see."""
         if self._buckets or self._has_told:
-            return
-        self._num_steps += 1
-        if self._num_steps > ALWAYS_UNTIL and self._num_steps % THEN_EVERY:
             return
         self._buckets = list(buckets)
         for bucket in self._buckets:
@@ -66,6 +65,12 @@ class Veil:
             if not bucket.is_sharded:
                 _change_classes(bucket, {veiled: plain for plain, veiled in _VEILED})
         self._buckets = []
+
+    def end_step(self) -> None:
+        """A step is over that gradients were seen in."""
+        self._num_steps += 1
+        now = self._num_steps + 1
+        self.is_due = not self._has_told and (now <= ALWAYS_UNTIL or now % THEN_EVERY == 0)
 
     def _tell(self, name: str) -> None:
         self._has_told = True

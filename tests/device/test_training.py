@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from deepspeed.assembly import assemble
+from deepspeed.comm.exchange import Pending
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.in_flight import ReductionsInFlight
 from tests.device.cases import TIERS, config_of, tier_section
@@ -60,13 +61,13 @@ def held_back(
 ) -> tuple[Run, list[tuple[int, int]]]:
     """`train`, and after each start the bytes on the wire and those of the one that was started, where `most` may be."""
     seen: list[tuple[int, int]] = []
-    start = ReductionsInFlight.start
+    add = ReductionsInFlight.add
 
-    def watched(wire: ReductionsInFlight, gradients: Gradients) -> None:
-        start(wire, gradients)
+    def watched(wire: ReductionsInFlight, gradients: Gradients, pending: Pending) -> None:
+        add(wire, gradients, pending)
         seen.append((wire.nbytes, gradients.bucket.layout.padded_numel * gradients.dtype.itemsize))
 
-    with patch.object(assemble, "MAX_NBYTES_IN_FLIGHT", most), patch.object(ReductionsInFlight, "start", watched):
+    with patch.object(assemble, "MAX_NBYTES_IN_FLIGHT", most), patch.object(ReductionsInFlight, "add", watched):
         return train(rank, world_size, *arguments, **options), seen
 
 

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 import deepspeed
+from deepspeed.comm.circle import NUM_TELL_ALL
 from deepspeed.mesh import alike_everywhere, data_parallel_mesh
-from deepspeed.mesh.mesh import NUM_TELL_ALL
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import engine_of, make_config
 from tests.harness import free_port, run_alone, run_ranks
