@@ -1,37 +1,74 @@
 """ZeRO as one mechanism: a table of placements (`policy`), buckets, and four verbs on them.
 
-    policy     the table                           layout     interval arithmetic (pure)
-    cut        which parameters share a bucket     plan       the buckets of a model (pure)
-    build      plan -> buckets                     master     what the optimizer updates
-    space      which parameters lie where          loads      how a bucket is filled
-    bucket     a space whose memory comes and goes param      what a sharded parameter answers
-    gather     unshard / reshard, in step          hooks      where modules and graphs drive it
-    reduce     gradients on their way: when        gradients  how: whole, sliced or on a tier
-    arrivals   what autograd has given             delivery   where reduced gradients rest
-    pool       borrowed flat buffers               optimizer  norm, update, publish
-    norm       one norm over every rank            shown      gradients shown as `param.grad`
-    gather_exchanges   by which exchange: plain, int8, a copy near by
-    feedback   errors of quantised reductions, saved
-    local_norm one where ranks keep their own      own_reduction   what 1-bit optimizers may ask
-    whole_parameters   what LAMB and Muon may ask          access     whole values for users
-    init       models built sharded                leaves     modules that are not opened
-    tiled      linear layers in tiles              modes      out of the caller's modes
-    facts      what a script may change            takeover   acts on what it did change
-    join       parameters that begin to train later           saved    weights that autograd saved
-    runs       what the wrapped optimizer steps    update     steps it
-    blame      gradients that are not finite       rounds     in which order buckets leave (pure)
-    placing    which bytes rest on which tier      tiers_from_config   from offload sections to that
-    stream     the step of what rests on a tier    checkpoint_flats   what lies where, for checkpoints
-    away       states put away between steps       hook_switch   hooks off and on, as libraries handle them
-    generation many forwards on parameters gathered once
-    veil       a look at gradients that are slices            tensor_factories   names that Transformers replaces
-    last_hook  takes gradients after the script's own hooks    in_flight reductions under way
-    prints     what one rank alone wrote           aliases    buffers that are views of parameters
-    quantized_weights   integers sharded as parameters are  unused     parameters without gradients on any rank
-    late       a step before its norm is known, taken back exactly
-    overlaps   parameters that share memory        untested   optimizers refused on flat pieces
-    graphed    the update as a recorded graph
-    run_states an optimizer's states, by parameter rows       sparse gradients for SparseAdam
+Planned, pure
+    policy             the table of placements
+    layout             which elements belong to which parameter and which rank
+    cut                which parameters share a bucket
+    plan               the buckets of a model, as a list; which ranks share each
+    rounds             in which order buckets leave the rank
+Built from that
+    build              plan -> buckets
+    space              which parameters lie where in a flat buffer
+    bucket             a space whose memory comes and goes
+    master             what the optimizer updates
+    gather_exchanges   by which exchange parameters are gathered: plain, int8, a copy near by
+    aliases            buffers of the model that are views of parameters
+    overlaps           parameters that share memory
+    quantized_weights  integers sharded as parameters are
+Unshard, reshard
+    hooks              where modules and graphs drive it
+    gather             in step with the other ranks
+    loads              slices that are read before they are gathered
+    param              what a sharded parameter answers
+    saved              weights that autograd saved
+    leaves             modules that are not opened
+    modes              out of the caller's modes
+Reduce
+    last_hook          takes gradients from autograd, after the script's own hooks
+    arrivals           what autograd has given, until a bucket has all
+    reduce             when a bucket leaves the rank
+    in_flight          reductions under way
+    reduction          how a bucket is averaged, as a row: over whom, by what, in which dtype
+    gradients          what is asked of a bucket's gradients; where they live is one of
+    whole_gradients    ... in a buffer of the bucket's own: stages 0 and 1
+    sliced_gradients   ... as slices, in memory or on a tier: stages 2 and 3
+    pool               borrowed flat buffers
+    delivery           reduced gradients on their way to a tier
+    feedback           errors of quantised reductions, saved
+    shown              gradients shown as `param.grad`
+    veil               a look at gradients that are slices
+Update, publish
+    optimizer          norm, decision, update, publication
+    norm               one norm over every rank; the overflow
+    local_norm         the same where ranks keep their own gradients
+    runs               what the wrapped optimizer steps
+    update             steps it
+    stream             steps what rests on a tier
+    graphed            the update as a recorded graph
+    late               a step before its norm is known, taken back exactly
+    unused             parameters without gradients on any rank
+    blame              gradients that are not finite
+    rows               sparse gradients for SparseAdam
+    untested           optimizers refused on flat pieces
+    whole_parameters   what LAMB and Muon may ask of whole parameters
+    own_reduction      what 1-bit optimizers may ask
+    run_states         an optimizer's states, by parameter
+On tiers
+    placing            which bytes rest on which tier
+    tiers_from_config  from offload sections to that
+    away               states put away between steps
+What a script does
+    init               models built sharded
+    tensor_factories   two names that Transformers replaces meanwhile
+    access             whole values for users
+    facts              what a script may change
+    prints             what one rank alone wrote
+    takeover           acts on what it did change
+    join               parameters that begin to train later
+    checkpoint_flats   what lies where, for checkpoints
+    hook_switch        hooks off and on, as libraries handle them
+    generation         many forwards on parameters gathered once
+    tiled              linear layers in tiles
 
 What users reach as `deepspeed.zero.<name>` is in the table below.
 """

@@ -1,6 +1,6 @@
 """What autograd has given for one bucket: the gradients that wait to be laid down, and who had one in this step.
 
-Filled by the reducer's hooks, one `take` per parameter; emptied by `zero.gradients`, which lays it into a flat buffer. Pure
+Filled by the reducer's hooks, one `take` per parameter; emptied by a bucket's `zero.gradients`, which lays it into a flat buffer. Pure
 bookkeeping: nothing here knows of ranks or placements.
 
 Invariant: a gradient is owned by exactly one place, autograd's tensor here or the flat buffer there, never by both.

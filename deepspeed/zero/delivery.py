@@ -1,6 +1,6 @@
 """Reduced gradients of a bucket that rest on a tier, between their reduction and the step that reads them.
 
-Owned by `zero.gradients`, one per bucket; read by the step. They are stored while backward goes on; their norm is taken on the way.
+Owned by a bucket's `zero.gradients`; read by the step. They are stored while backward goes on; their norm is taken on the way.
 Where gradients rest in the device's memory they stay where the reduction left them, and there is nothing to do.
 
 Invariant: a buffer whose bytes are on their way to a tier is given back when they have arrived.

@@ -1,6 +1,6 @@
 """Flat buffers lent to reductions and taken back.
 
-Made by the engine, one per reducer; borrowed from by `zero.gradients` where gradients rest sharded, so that a bucket has a
+Made by the engine, one per reducer; borrowed from by `zero.sliced_gradients` where gradients rest sharded, so that a bucket has a
 flat buffer only from its last gradient until its reduction ended. A few are kept (`comm.scratch.Shelf`), so that memory is
 not mapped anew, together with the views that buckets have of them.
 

@@ -27,10 +27,11 @@ from torch import nn
 
 from deepspeed.utils.errors import TierError, TrainingStateError
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.gradients import Gradients, When
+from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.in_flight import Limit, ReductionsInFlight
 from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.reduction import When
 from deepspeed.zero.rounds import Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
 
