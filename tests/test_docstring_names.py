@@ -188,6 +188,7 @@ def test_the_index_of_a_folder_lists_every_file(folder: str) -> None:
     text = ast.get_docstring(ast.parse((PACKAGE / folder / "__init__.py").read_text()), clean=False) or ""
     files = {path.stem for path in (PACKAGE / folder).glob("*.py")} - {"__init__"}
     if not files & set(re.findall(r"^[ |`]*(\w+)", text, re.M)):
+        assert len(files) < 4, "a folder of so many files has an index"
         pytest.skip("no index: its text says what the folder is for")
     indexed = " ".join(re.findall(r"^[ |].*", text, re.M))
     missing = {name for name in files if not re.search(rf"\b{name}\b", indexed) and f"{name}.py" not in text}

@@ -1,4 +1,33 @@
-"""Checkpoints: tensors and JSON, published whole, loaded anywhere. See docs/checkpoint-format.md."""
+"""Checkpoints: tensors and JSON, published whole, loaded anywhere. See docs/checkpoint-format.md.
+
+What is saved
+    subject         a model under ZeRO, as named flats, and what this rank writes of it
+    names           of files, and of what ranks hold
+    owners          who writes what several model-parallel ranks hold
+    boxes           any layout from any other: pieces of whole tensors (pure)
+    values          Python values as JSON
+    rng             random states
+Saving
+    save            the whole of it; background: while training goes on
+    writer          one file; staging: through bounded memory; digest: of its blocks
+    aside           where a save is written until it is whole, and how it takes the target's place
+    ranks           all ranks succeed or all raise
+    files           that survive a crash
+    container       the safetensors layout
+    manifest        every file and tensor, with digests
+Loading
+    find            from a folder and a tag to an open checkpoint
+    source          what one must answer, whoever wrote it; store: ours
+    load            into this run's own flats
+    reader          blocks, checked; mapped: files in memory
+    original        what the original wrote; original_stages, original_tensor, original_experts, original_autoep: with parallelism
+As plain weights
+    export          from a live engine
+    zero_to_fp32    from a checkpoint
+    hf_layout       as Hugging Face lays them out
+    ds_to_universal, compat     names that scripts of the original call
+    __main__        the command: inspect, verify, diff
+"""
 
 from deepspeed.utils.lazy import invert as _invert
 from deepspeed.utils.lazy import lazy_exports as _lazy_exports

@@ -1,4 +1,19 @@
-"""The lowest layer: errors, logging, dtypes, timers, and the face `deepspeed.utils` that scripts import from."""
+"""The lowest layer: errors, logging, dtypes, timers, and the face `deepspeed.utils` that scripts import from.
+
+    errors, logging        what is raised, what is written
+    dtypes, figures        names of dtypes; counts, bytes and seconds for people
+    launch_env, ports      what the program that started this process said; TCP ports
+    lazy, compiler         names imported at first use; torch's compiler unloaded until it is needed
+    waits, timer, nvtx     where a step waits; timers; spans
+    schedule               what changes as a run goes on
+    nested, values         attributes by dotted path; whether a tensor has values
+    allocator              what is done with memory that was freed
+    saved_hooks            the saved-tensor hooks that are on top
+    on_device              `deepspeed.OnDevice`
+    compatible_ops         native operations that a script may count on
+
+Imports nothing of the package but itself.
+"""
 
 from deepspeed.utils.lazy import invert as _invert
 from deepspeed.utils.lazy import lazy_exports as _lazy_exports
