@@ -132,6 +132,20 @@ def _params_inside(module: nn.Module, buckets: Iterable[Bucket]) -> dict[Bucket,
     return {bucket: params for bucket, params in inside.items() if 0 < len(params) < len(bucket.params)}
 
 
+def _of_several(root: nn.Module) -> set[Bucket]:
+    """The buckets of parameters that several modules have."""
+    seen: set[nn.Parameter] = set()
+    found: set[Bucket] = set()
+    for module in root.modules():
+        for param in module._parameters.values():
+            slot = None if param is None else slot_of(param)
+            if param in seen and slot is not None:
+                found.add(slot.bucket)
+            elif param is not None:
+                seen.add(param)
+    return found
+
+
 class ModuleHook(functools.partial[None]):
     """A hook that stays behind: a module that is copied or pickled takes one along that does nothing."""
 
@@ -161,6 +175,8 @@ class ModuleHooks:
         self._held: dict[Bucket, set[Frame | None]] = {}
         """Buckets that this backward has requested and not released, with the calls that still need them: one bucket may
         serve modules whose backward passes overlap, such as the projections of an attention."""
+        self._shared: set[Bucket] = set()
+        """Buckets with a parameter that several modules use: see `bucket_completed`."""
         self._kept: set[Bucket] = set()
         """Buckets that stay unsharded until the step."""
         self._makes_graph = False
@@ -183,6 +199,7 @@ class ModuleHooks:
         self._detach_from_modules()
         for module in self.users:
             self._attach_to(module)
+        self._shared |= _of_several(self.root)
 
     def _detach_from_modules(self) -> None:
         for handle in self.handles:
@@ -209,10 +226,13 @@ class ModuleHooks:
             self._attach_to(module)
         if bucket not in self.users[module]:
             self.users[module].append(bucket)
+            self._shared.add(bucket)
 
     def divide(self, old: Bucket, new: Bucket) -> None:
         """Some parameters of `old` are in `new` now: whoever uses the one uses the other too."""
         self.gatherer.add(new)
+        if old in self._shared:
+            self._shared.add(new)
         new.use_around = functools.partial(self.use_around, new)
         for module, buckets in self.users.items():
             if old in buckets:
@@ -397,8 +417,10 @@ class ModuleHooks:
                 self.gatherer.drop(bucket)
 
     def bucket_completed(self, bucket: Bucket) -> None:
-        """All gradients of a bucket have been computed: its parameters are not needed any more."""
-        self._let_go([bucket])
+        """All gradients of a bucket have been computed: its parameters are not needed any more. Unless a tile of a tied head gave
+        its own in a backward of its own, and the embedding's, for which autograd asks the parameter's shape, is to come."""
+        if bucket not in self._shared:
+            self._let_go([bucket])
 
     def _begin_backward(self) -> None:
         self._makes_graph = torch.is_grad_enabled()
