@@ -1,7 +1,7 @@
 """Counts and times collectives, per operation and message size; off unless configured.
 
-While there is a recorder, two things reach it. `collectives.run` hands it every collective that is called through
-`deepspeed.comm`; it is waited for on the spot and timed. ZeRO's own traffic stays asynchronous: `comm.observe` counts it
+While there is a recorder, three things reach it. `collectives.run` hands it every collective that is called through
+`deepspeed.comm`, `watched` what layers and sequences that lie in parts send; these are waited for on the spot and timed. ZeRO's own traffic stays asynchronous: `comm.observe` counts it
 in `Flow`s, with the time it was waited for, and how long it takes by itself. Without a recorder nothing here runs.
 
     records[op][message bytes] = latencies in ms
@@ -14,8 +14,9 @@ all-gather, a reduce-scatter or an all-to-all is the full buffer over all ranks.
 
 from __future__ import annotations
 
+import contextlib
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.utils.logging import logger
-from deepspeed.utils.waits import Waits
+from deepspeed.utils.waits import COMMUNICATION, Waits
 
 _BUS_FACTORS: dict[str, Callable[[int], float]] = {
     "all_reduce": lambda n: 2 * (n - 1) / n,
@@ -62,6 +63,8 @@ class Recorder:
     debug: bool = False
     records: dict[str, dict[int, list[float]]] = field(default_factory=dict)
     flows: dict[tuple[str, int, str], Flow] = field(default_factory=dict)
+    num_ranks: dict[str, int] = field(default_factory=dict)
+    """By operation, over how many ranks it went, where those are not all."""
 
     def wants(self, log_name: str, prof: bool) -> bool:
         """Whether this operation is recorded: all are, or it is listed, or the call asks for it."""
@@ -69,17 +72,23 @@ class Recorder:
 
     def timed(self, call: Callable[[], Any], log_name: str, nbytes: int, caller: str) -> Any:
         """Run a collective to its end, note how long it took, and return what it returned."""
+        with self.timing(log_name, nbytes, caller):
+            handle = call()
+            if handle is not None and not isinstance(handle, int):  # recv returns a rank
+                handle.wait()
+        return handle
+
+    @contextlib.contextmanager
+    def timing(self, log_name: str, nbytes: int, caller: str) -> Iterator[None]:
+        """Note how long what is inside took, with what the device had to do for it."""
         synchronize = get_accelerator().synchronize
         synchronize()
         start_s = time.perf_counter()
-        handle = call()
-        if handle is not None and not isinstance(handle, int):  # recv returns a rank
-            handle.wait()
+        yield
         synchronize()
         latency_ms = (time.perf_counter() - start_s) * 1e3
         self.records.setdefault(log_name, {}).setdefault(nbytes, []).append(latency_ms)
         self.tell(log_name, nbytes, latency_ms, caller)
-        return handle
 
     def flow(self, op: str, nbytes: int, dim: str, make_call: Callable[[], Callable[[], None]]) -> Flow:
         """The flow of an asynchronous operation, made at its first use."""
@@ -106,7 +115,8 @@ class Recorder:
         for op, sizes in self.records.items():
             for nbytes, latencies in sorted(sizes.items()):
                 total_ms = sum(latencies)
-                found.setdefault(op, {})[nbytes] = _line(op, nbytes, len(latencies), total_ms, total_ms, world_size)
+                ranks = self.num_ranks.get(op, world_size)
+                found.setdefault(op, {})[nbytes] = _line(op, nbytes, len(latencies), total_ms, total_ms, ranks)
         for op, nbytes in sorted({key[:2] for key, flow in self.flows.items() if flow.count}):
             same = [flow for key, flow in self.flows.items() if key[:2] == (op, nbytes) and flow.count]
             waited_ms = sum(flow.waits.seconds for flow in same) * 1e3
@@ -123,6 +133,22 @@ class Current:
     """Holds the recorder while there is one."""
 
     recorder: Recorder | None = None
+
+
+@contextlib.contextmanager
+def watched(op: str, nbytes: int, num_ranks: int) -> Iterator[None]:
+    """Count what is inside as a wait for `op`, a message over `num_ranks` ranks; time it where something records.
+
+    Of what began before, only the rest that is waited for is seen.
+    """
+    recorder = Current.recorder
+    with COMMUNICATION.during(op, nbytes):
+        if recorder is None or not recorder.wants(op, False):
+            yield
+            return
+        recorder.num_ranks[op] = num_ranks
+        with recorder.timing(op, nbytes, "layers"):
+            yield
 
 
 def _line(op: str, nbytes: int, count: int, total_ms: float, waited_ms: float, world_size: int) -> dict[str, Any]:

@@ -65,7 +65,8 @@ class StepReport(Observer):
         self._peak: float | None = None
         self._memory: dict[str, int] = {}
         self._memory_read_s = 0.0
-        self._num_ranks = 0
+        self._sharing: tuple[int, int] | None = None
+        """Ranks that see other samples; ranks that see other tokens."""
         COMMUNICATION.times_device = OFFLOAD.times_device = True
 
     def begins(self, phase: str, value: Any) -> None:
@@ -126,7 +127,9 @@ class StepReport(Observer):
 
     def _numbers(self, facts: StepFacts, experts: dict[str, float] | None) -> StepNumbers:
         now_s = time.perf_counter()
-        ranks = self._num_ranks = self._num_ranks or self._mesh.size("average")
+        if self._sharing is None:
+            self._sharing = self._mesh.size("batch"), self._mesh.size("average")
+        batch_ranks, token_ranks = self._sharing
         work = self._work
         return StepNumbers(
             step=facts.progress.global_steps,
@@ -137,8 +140,8 @@ class StepReport(Observer):
             grad_norm=facts.grad_norm,
             loss_scale=facts.loss_scale,
             skipped=facts.progress.skipped_steps,
-            step_samples=work.num_forwards * facts.micro_batch_size * ranks,
-            step_tokens=work.tokens * ranks if work.tokens is not None else None,
+            step_samples=work.num_forwards * facts.micro_batch_size * batch_ranks,
+            step_tokens=work.tokens * token_ranks if work.tokens is not None else None,
             flops=work.flops(),
             peak_flops=self._peak,
             memory=self._read_memory(now_s),

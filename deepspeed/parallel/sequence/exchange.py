@@ -24,9 +24,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.comm import all_to_all_single
+from deepspeed.comm.recorder import watched
 from deepspeed.parallel.sequence.heads import Heads, Range
-from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 
@@ -180,14 +179,13 @@ def _exchange(sent: list[list[Tensor]], into: list[list[Tensor]], group: Group) 
             offset += piece.numel()
     incoming = first.new_empty(sum(in_sizes))
     nbytes = first.element_size()  # bytes travel in every dtype; gloo refuses some
-    with COMMUNICATION.during("sequence.all_to_all", outgoing.nbytes):
-        all_to_all_single(
+    with watched("sequence.all_to_all", outgoing.nbytes, len(sent)):
+        dist.all_to_all_single(
             incoming.view(torch.uint8),
             outgoing.view(torch.uint8),
             output_split_sizes=[size * nbytes for size in in_sizes],
             input_split_sizes=[size * nbytes for size in out_sizes],
             group=group,
-            log_name="sequence.all_to_all",
         )
     received: list[list[Tensor]] = []
     offset = 0

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from deepspeed.comm.collective import all_gather_single
+from deepspeed.comm.recorder import watched
 from deepspeed.parallel.sequence.documents import Documents, documents_of
 from deepspeed.utils.errors import DeepSpeedError
-from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 IGNORED = -100
@@ -131,7 +131,7 @@ def _gather(group: Group, values: Tensor, numel: int) -> Tensor:
     """[ranks, numel] of every rank's values."""
     num_ranks = dist.get_world_size(group)
     found = values.new_empty(num_ranks * numel)
-    with COMMUNICATION.during("sequence.inputs", found.nbytes):
+    with watched("sequence.inputs", found.nbytes, num_ranks):
         all_gather_single(found, values.reshape(-1), group=group)
     return found.view(num_ranks, numel)
 

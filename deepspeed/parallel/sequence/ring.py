@@ -25,10 +25,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.recorder import watched
 from deepspeed.parallel.sequence import block
 from deepspeed.parallel.sequence.documents import Documents
 from deepspeed.parallel.sequence.heads import Heads, Range, deal, share_heads
-from deepspeed.utils.waits import COMMUNICATION
 
 Group = Any
 
@@ -194,12 +194,13 @@ def _split(tensor: Tensor, ranges: Sequence[Range]) -> list[Tensor]:
 class _Moving:
     """Tensors on their way round the ring."""
 
-    def __init__(self, works: list[Any], sent: list[Tensor], received: list[Tensor]) -> None:
+    def __init__(self, works: list[Any], sent: list[Tensor], received: list[Tensor], num_ranks: int) -> None:
         self._works, self._sent, self._received = works, sent, received  # what is sent stays until it has left
+        self._num_ranks = num_ranks
 
     def wait(self) -> list[Tensor]:
         """What the neighbour had."""
-        with COMMUNICATION.during("sequence.ring", sum(tensor.nbytes for tensor in self._sent)):
+        with watched("sequence.ring", sum(tensor.nbytes for tensor in self._sent), self._num_ranks):
             for work in self._works:
                 work.wait()
         return self._received
@@ -214,4 +215,4 @@ def _send_on(tensors: list[Tensor], plan: RingPlan, group: Group, length: int) -
         received.append(incoming)
         operations.append(dist.P2POp(dist.isend, tensor, group=group, group_peer=to))
         operations.append(dist.P2POp(dist.irecv, incoming, group=group, group_peer=source))
-    return _Moving(dist.batch_isend_irecv(operations), tensors, received)
+    return _Moving(dist.batch_isend_irecv(operations), tensors, received, plan.num_steps)

@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from deepspeed.utils.waits import COMMUNICATION
+from deepspeed.comm.recorder import watched
 
 Context = Any
 
@@ -87,7 +87,7 @@ class TensorGroup:
     def sum_(self, x: Tensor) -> Tensor:
         """`x` summed over the ranks, in place; x is contiguous."""
         if self.size > 1:
-            with COMMUNICATION.during("tensor.all_reduce", x.nbytes):
+            with watched("tensor.all_reduce", x.nbytes, self.size):
                 self.start_sum(x).wait()
         return x
 
@@ -95,7 +95,8 @@ class TensorGroup:
         """The largest of the ranks' values, in place."""
         if self.size > 1:
             self.count(2 * x.nbytes)
-            dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+            with watched("tensor.all_reduce", x.nbytes, self.size):
+                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
         return x
 
     def joined(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -104,7 +105,7 @@ class TensorGroup:
         padded = x.contiguous() if x.shape[-1] == longest else torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
         parts = [torch.empty_like(padded) for _ in lengths]
         self.count(padded.nbytes * self.size)
-        with COMMUNICATION.during("tensor.all_gather", padded.nbytes):
+        with watched("tensor.all_gather", padded.nbytes, self.size):
             self._all_gather(parts, padded)
         return torch.cat([part.narrow(-1, 0, length) for part, length in zip(parts, lengths, strict=True)], dim=-1)
 
@@ -116,7 +117,7 @@ class TensorGroup:
         """All ranks' `x`, of equal shapes, end to end in `dim`."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         self.count(x.nbytes * self.size)
-        with COMMUNICATION.during("tensor.all_gather", x.nbytes):
+        with watched("tensor.all_gather", x.nbytes, self.size):
             self._all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=dim)
 
@@ -125,7 +126,7 @@ class TensorGroup:
         parts = [part.contiguous() for part in x.chunk(self.size, dim=dim)]
         own = torch.empty_like(parts[self.rank])
         self.count(x.nbytes)
-        with COMMUNICATION.during("tensor.reduce_scatter", x.nbytes):
+        with watched("tensor.reduce_scatter", x.nbytes, self.size):
             self._reduce_scatter(own, parts)
         return own
 
@@ -208,7 +209,7 @@ class ColumnOverlapped(torch.autograd.Function):
         rows = grad.reshape(-1, grad.shape[-1])
         grad_weight = rows.t() @ x.reshape(-1, x.shape[-1]) if wants_weight else None
         grad_bias = rows.sum(0) if ctx.has_bias and wants_bias else None
-        if waiting is not None:
-            with COMMUNICATION.during("tensor.all_reduce", 0):
+        if grad_x is not None and waiting is not None:
+            with watched("tensor.all_reduce", grad_x.nbytes, ctx.ranks.size):
                 waiting.wait()
         return grad_x, grad_weight, grad_bias, None
