@@ -176,7 +176,7 @@ class ModuleHooks:
         """Buckets that this backward has requested and not released, with the calls that still need them: one bucket may
         serve modules whose backward passes overlap, such as the projections of an attention."""
         self._shared: set[Bucket] = set()
-        """Buckets with a parameter that several modules use: see `bucket_completed`."""
+        """Buckets with a parameter that several modules have: see `bucket_completed`."""
         self._kept: set[Bucket] = set()
         """Buckets that stay unsharded until the step."""
         self._makes_graph = False
@@ -226,7 +226,6 @@ class ModuleHooks:
             self._attach_to(module)
         if bucket not in self.users[module]:
             self.users[module].append(bucket)
-            self._shared.add(bucket)
 
     def divide(self, old: Bucket, new: Bucket) -> None:
         """Some parameters of `old` are in `new` now: whoever uses the one uses the other too."""
