@@ -41,30 +41,32 @@ class ReductionsInFlight:
 
     def __init__(self, limit: Limit) -> None:
         self.limit = limit
-        self._queue: deque[InFlight] = deque()
+        self.queue: deque[InFlight] = deque()
+        """In the order in which they were started."""
 
     def has(self, gradients: Gradients) -> bool:
         """Whether a reduction of these is on the wire."""
-        return any(other.gradients is gradients for other in self._queue)
+        return any(other.gradients is gradients for other in self.queue)
 
     def make_room(self, gradients: Gradients) -> None:
-        """A reduction of these is about to start: end those that are done, and the oldest ones if it would not fit."""
-        if self._queue:
-            nbytes = _nbytes_of(gradients)
-            while self._queue and (self._queue[0].pending.is_done or not self._has_room(nbytes)):
-                self._end_oldest()
+        """A reduction of these is about to start while others are on the wire: end those that are done, and the oldest ones if
+        it would not fit."""
+        nbytes = gradients.bucket.layout.padded_numel * gradients.dtype.itemsize
+        while self.queue and (self.queue[0].pending.is_done or not self._has_room(nbytes)):
+            self._end_oldest()
 
     def add(self, gradients: Gradients, pending: Pending) -> None:
         """It has started."""
-        self._queue.append(InFlight(gradients, pending, _nbytes_of(gradients)))
+        nbytes = gradients.bucket.layout.padded_numel * gradients.dtype.itemsize
+        self.queue.append(InFlight(gradients, pending, nbytes))
 
     @property
     def nbytes(self) -> int:
         """Of the flat buffers of what is on the wire."""
-        return sum(other.nbytes for other in self._queue)
+        return sum(other.nbytes for other in self.queue)
 
     def _has_room(self, nbytes: int) -> bool:
-        return len(self._queue) < self.limit.reductions and self.nbytes + nbytes <= self.limit.nbytes
+        return len(self.queue) < self.limit.reductions and self.nbytes + nbytes <= self.limit.nbytes
 
     def end(self, gradients: Gradients) -> None:
         """Have a flat buffer that stays (`is_whole`) off the wire before it is written again."""
@@ -73,14 +75,10 @@ class ReductionsInFlight:
 
     def end_all(self) -> None:
         """Have nothing on the wire."""
-        while self._queue:
+        while self.queue:
             self._end_oldest()
 
     def _end_oldest(self) -> None:
-        gradients, pending, _ = self._queue.popleft()
+        gradients, pending, _ = self.queue.popleft()
         pending.wait()
         gradients.finish_reduce()
-
-
-def _nbytes_of(gradients: Gradients) -> int:
-    return gradients.bucket.layout.padded_numel * gradients.dtype.itemsize

@@ -166,7 +166,7 @@ class Reducer:
 
     def fill(self, gradients: Gradients) -> None:
         """See LastHook."""
-        if gradients.is_whole:
+        if gradients.is_whole and self._in_flight.queue:
             self._in_flight.end(gradients)
         if self._num_holds:
             gradients.lay_down()
@@ -239,13 +239,14 @@ class Reducer:
         self.is_flushed = False
 
     def _launch(self, gradients: Gradients) -> None:
-        if gradients.is_whole:
+        if gradients.is_whole and self._in_flight.queue:
             self._in_flight.end(gradients)
         if gradients.arrivals.has_any or not gradients.has_local:
             gradients.lay_down()
         if gradients.reduction.when is When.NEVER:
             return
-        self._in_flight.make_room(gradients)
+        if self._in_flight.queue:
+            self._in_flight.make_room(gradients)
         with torch.profiler.record_function("zero.reduce"):
             pending = gradients.start_reduce()
         self._in_flight.add(gradients, pending)
