@@ -4,7 +4,8 @@
 
 One thread; every measurement in every round, the best of the rounds, in the thread's own processor time, so that other work on
 the machine takes little away. A share is bytes of weight (scales too) or cache per second over the fastest read of plain memory
-(`read_bandwidth`) in the same rounds. Beside them torch: its product in that dtype, or of the dequantized weight; its
+(`read_bandwidth`) in the same rounds. Weights lie as an engine leaves them after its first `generate`, in pages of 2 MiB where Linux gives
+them, caches as `generate` makes them; the memory that is read beside them lies in such pages too, the faster way. Beside them torch: its product in that dtype, or of the dequantized weight; its
 `scaled_dot_product_attention`.
 """
 
@@ -24,6 +25,7 @@ import torch.nn.functional as F
 from deepspeed.kernels import native, native_products
 from deepspeed.kernels.native_attention import decode_attention
 from deepspeed.kernels.native_quantize import dequantize, quantize
+from deepspeed.kernels.pages import gather_in_large_pages
 
 WIDTH = 2048
 DIM = 128
@@ -51,9 +53,11 @@ def product(bits: int, nbytes: int) -> Case:
     x = torch.randn(1, WIDTH)
     if bits >= 16:
         weight = torch.empty(num_rows, WIDTH, dtype=torch.float32 if bits == 32 else torch.bfloat16).normal_()
+        gather_in_large_pages([weight])
         return Case(f"product, {'fp32' if bits == 32 else 'bf16'}", weight.nbytes, lambda: native_products.product(x, weight, None),
                     lambda: F.linear(x.to(weight.dtype), weight))  # fmt: skip
     packed = quantize(torch.empty(num_rows, WIDTH).normal_(), 64, bits)
+    gather_in_large_pages([packed.values, packed.scales])
     total = packed.values.nbytes + packed.scales.nbytes
     return Case(f"product, int{bits}", total, lambda: native_products.quantized_product(x, packed, bits, num_rows, None),
                 lambda: F.linear(x, dequantize(packed, bits).view(num_rows, WIDTH)))  # fmt: skip
@@ -71,6 +75,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
         shape = cache[0].shape
         arguments = {"keys": k.values.view(shape), "values": v.values.view(shape),
                      "key_scales": k.scales.view(shape[:3]), "value_scales": v.scales.view(shape[:3])}  # fmt: skip
+        gather_in_large_pages(arguments.values())
         total = sum(t.nbytes for t in arguments.values())
 
         def torchs() -> object:
@@ -79,6 +84,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
 
         return Case(name, total, lambda: decode_attention(query, scale=DIM**-0.5, **arguments), torchs)
     keys, values = (one.to(dtype) for one in cache)
+    gather_in_large_pages([keys, values])
     low = query.to(dtype)
     return Case(name, keys.nbytes + values.nbytes, lambda: decode_attention(low, keys, values, scale=DIM**-0.5),
                 lambda: F.scaled_dot_product_attention(low.unsqueeze(2), keys, values, enable_gqa=True))  # fmt: skip
@@ -103,6 +109,7 @@ def main() -> None:
     for dtype in (torch.bfloat16, torch.int8):
         makers += [lambda dtype=dtype, heads=heads: attention(dtype, heads, args.mib << 20) for heads in (1, 4, 8)]  # type: ignore[misc]
     words = torch.ones(args.mib << 17, dtype=torch.int64)
+    gather_in_large_pages([words])
     rows, fastest = [], 0.0
     for make in makers:
         case = make()

@@ -6,6 +6,7 @@
 // threads nor on the instruction set. After arXiv:2205.14135 (sums by parts).
 
 #include <cmath>
+#include <cstring>
 #include <vector>
 
 #include "isa.h"
@@ -17,6 +18,8 @@ namespace {
 
 constexpr int kBytes = 4;  // int8 with a scale per position, beside the values of Precision
 
+constexpr int64_t kAskedBytes = 8192;
+
 // What loops over positions are called for: the last ones count for nothing.
 size_t padded_of(size_t n) { return (n + 15) / 16 * 16; }
 
@@ -25,6 +28,18 @@ struct Cache {
     const float* scales;  // of int8
     int64_t of_batch, of_head, of_row;              // strides in elements
     int64_t scale_of_batch, scale_of_head, scale_of_row;
+};
+
+// Queries beside integers: 15 bits, and a scale for each head.
+struct Words {
+    std::vector<int16_t> queries;
+    std::vector<float> factors;
+
+    void fill(const AttentionLoops& loops, const float* from, int64_t heads, int64_t dim) {
+        queries.resize(heads * dim);
+        factors.resize(heads);
+        for (int64_t h = 0; h < heads; ++h) factors[h] = loops.to_words(from + h * dim, dim, queries.data() + h * dim);
+    }
 };
 
 struct Attention {
@@ -37,6 +52,7 @@ struct Attention {
     int64_t bias_of_batch, bias_of_head, bias_of_row;
     float* out;  // [batch, heads, dim]
     int64_t num_shared, heads, dim, num_chunks;  // heads: those that share one of the cache's `num_shared`
+    const Words& words;
     float *tops, *sums, *parts;  // of every chunk: [batch, num_shared, num_chunks, heads (, dim)]
 
     int64_t nbytes() const { return dtype == kFloat32 ? 4 : dtype == kBFloat16 ? 2 : 1; }
@@ -49,6 +65,8 @@ struct Attention {
 
     void gather_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n, float* to) const;
     void score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const;
+    void ask_for_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n) const;
+    void ask_for_values(int64_t b, int64_t shared, int64_t first, size_t n) const;
     void mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const;
     void chunk(int64_t index) const;
     void combine(int64_t index) const;
@@ -56,7 +74,10 @@ struct Attention {
 
 // The scales of n positions side by side, zeros up to a multiple of 16.
 void Attention::gather_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n, float* to) const {
-    for (size_t i = 0; i < n; ++i) to[i] = *scale(cache, b, shared, first + static_cast<int64_t>(i));
+    if (cache.scale_of_row == 1)
+        std::memcpy(to, scale(cache, b, shared, first), n * sizeof *to);
+    else
+        for (size_t i = 0; i < n; ++i) to[i] = *scale(cache, b, shared, first + static_cast<int64_t>(i));
     for (size_t i = n; i % 16; ++i) to[i] = 0;
 }
 
@@ -66,16 +87,14 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
     if (dtype != kBytes) {
         loops.score[dtype - kFloat32](at, keys.of_row, n, dim, mine, heads, scores);
     } else {
-        static thread_local std::vector<int16_t> words;
         static thread_local std::vector<int32_t> sums;
-        static thread_local std::vector<float> factors;
         float scales[kChunk];
-        words.resize(heads * dim);
         sums.resize(heads * kChunk);
-        factors.resize(heads);
-        for (int64_t h = 0; h < heads; ++h) factors[h] = loops.to_words(mine + h * dim, dim, words.data() + h * dim);
+        const int64_t head0 = (b * num_shared + shared) * heads;
+        const float* const factors = words.factors.data() + head0;
         gather_scales(keys, b, shared, first, n, scales);
-        loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.data(), heads, sums.data());
+        ask_for_scales(values, b, shared, first, n);
+        loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.queries.data() + head0 * dim, heads, sums.data());
         for (int64_t h = 0; h < heads; ++h)
             loops.scale_sums(sums.data() + h * kChunk, scales, factors[h], padded_of(n), scores + h * kChunk);
     }
@@ -86,27 +105,43 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
     }
 }
 
+// They are wanted all at once: read by themselves they would be waited for.
+void Attention::ask_for_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n) const {
+    if (cache.scale_of_row != 1) return;
+    for (size_t i = 0; i < n; i += 16) __builtin_prefetch(scale(cache, b, shared, first) + i);
+}
+
+// What mix begins with: it comes while weights are made of scores.
+void Attention::ask_for_values(int64_t b, int64_t shared, int64_t first, size_t n) const {
+    const int64_t in_row = dim * nbytes(), all = static_cast<int64_t>(n), some = kAskedBytes / in_row;
+    for (int64_t i = 0; i < (some < all ? some : all); ++i) {
+        const char* at = row(values, b, shared, first + i);
+        for (int64_t byte = 0; byte < in_row; byte += 64) __builtin_prefetch(at + byte);
+    }
+}
+
 void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const {
     const char* at = row(values, b, shared, first);
     if (dtype != kBytes) {
         loops.mix[dtype - kFloat32](at, values.of_row, n, dim, weights, heads, part);
         return;
     }
-    static thread_local std::vector<int16_t> words;
+    static thread_local std::vector<int16_t> rounded;
     static thread_local std::vector<int32_t> sums;
     static thread_local std::vector<float> factors;
     float scales[kChunk];
-    words.resize(heads * kChunk);
+    rounded.resize(heads * kChunk);
     sums.assign(heads * dim, 0);
     factors.resize(heads);
     const size_t padded = padded_of(n);
     gather_scales(values, b, shared, first, n, scales);
+    if (first + kChunk < ranges[2 * b + 1]) ask_for_scales(keys, b, shared, first + kChunk, n);
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = weights + h * kChunk;
         loops.times(mine, scales, padded);
-        factors[h] = loops.to_words(mine, padded, words.data() + h * kChunk);
+        factors[h] = loops.to_words(mine, padded, rounded.data() + h * kChunk);
     }
-    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, words.data(), heads, sums.data());
+    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.data(), heads, sums.data());
     for (int64_t h = 0; h < heads; ++h)
         for (int64_t d = 0; d < dim; ++d) part[h * dim + d] = static_cast<float>(sums[h * dim + d]) * factors[h];
 }
@@ -122,6 +157,7 @@ void Attention::chunk(int64_t index) const {
     held.resize(heads * kChunk);
     float* const scores = held.data();
     score(b, shared, start, n, scores);
+    ask_for_values(b, shared, start, n);
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = scores + h * kChunk;
         for (size_t i = n; i < padded; ++i) mine[i] = -INFINITY;
@@ -131,6 +167,7 @@ void Attention::chunk(int64_t index) const {
             continue;
         }
         loops.exponentials(mine, padded, top[h]);
+        if (dtype == kBFloat16) loops.shorten(mine, padded);
         sum[h] = loops.total(mine, padded);
     }
     for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
@@ -181,13 +218,19 @@ DS_API void ds_decode_attention(float* queries, const void* keys, const void* va
     }
     const int64_t num_chunks = (longest + kChunk - 1) / kChunk, num_parts = batch * num_shared * num_chunks;
     static thread_local std::vector<float> held;
+    static thread_local Words words;
     held.resize(num_parts * heads * (dim + 2));
+    if (dtype == kBytes) words.fill(current_kernels().attention, queries, batch * num_shared * heads, dim);
     float* const parts = held.data();
     float *const tops = parts + num_parts * heads * dim, *const sums = tops + num_parts * heads;
     Attention attention{current_kernels().attention, dtype, queries, cache(keys, key_scales, strides, strides + 6),
                         cache(values, value_scales, strides + 3, strides + 9), ranges, bias, strides[12], strides[13], strides[14],
-                        out, num_shared, heads, dim, num_chunks, tops, sums, parts};
-    if (dtype == kBFloat16) attention.loops.gather(queries, static_cast<size_t>(batch * num_shared * heads * dim));
+                        out, num_shared, heads, dim, num_chunks, words, tops, sums, parts};
+    if (dtype == kBFloat16) {
+        const size_t numel = static_cast<size_t>(batch * num_shared * heads * dim);
+        attention.loops.gather(queries, numel);
+        attention.loops.shorten(queries, numel);
+    }
     parallel_for(num_parts, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->chunk(i); }, &attention);
     parallel_for(batch * num_shared, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->combine(i); }, &attention);
 }

@@ -3,7 +3,9 @@
 // A chunk of the cache meets all heads that share it, so that it is read from memory once: `Heads` queries by `Rows` positions
 // at a time, eight sums under way. Floats are summed in 8 lanes (keys) or one position after the other (values), integers
 // exactly: the same bits on every instruction set, in every tile. bfloat16 is read two elements a word, the even ones by a
-// shift and the odd ones by a mask: queries lie in that order, and `spread` takes it back from what comes out.
+// shift and the odd ones by a mask: queries lie in that order, and `spread` takes it back from what comes out. What meets
+// bfloat16, which has 8 bits, is rounded to 16: each product is exact in a float's 24, so that an instruction which multiplies and
+// adds with one rounding gives what two instructions give.
 
 #ifdef DS_HAS_AVX512
 
@@ -14,6 +16,12 @@ struct ReadBFloats {
         const __m512i order = _mm512_mask_add_epi32(even, 0xff00, even, _mm512_set1_epi32(0x02020000));
         const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
         return (Sixteen)_mm512_shuffle_epi8(_mm512_broadcast_i64x4(read), order);
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
+        sum = (Sixteen)_mm512_fmadd_ps((__m512)a, _mm512_loadu_ps(b), (__m512)sum);
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) {
+        sum = (Sixteen)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(by), (__m512)sum);
     }
 };
 
@@ -48,7 +56,7 @@ static inline __attribute__((always_inline)) void score_tile(const typename Read
             const Sixteen key = Read::read(keys + static_cast<int64_t>(r) * stride + d);
             for (size_t h = 0; h < Heads; ++h) {
                 const size_t at = h * rows + r;
-                sums[at % 4 * 4 + at / 4] += product(key, queries + h * dim + d);
+                Read::add(sums[at % 4 * 4 + at / 4], key, queries + h * dim + d);
             }
         }
     sum_tile(sums, found);
@@ -62,6 +70,20 @@ struct ReadBFloats {
         const Words8 both = *reinterpret_cast<const Words8*>(at);
         return {(Floats8)(both << 16), (Floats8)(both & 0xffff0000u)};
     }
+#ifdef DS_HAS_AVX2
+    static inline __attribute__((always_inline)) Floats8 fused(const Floats8& a, __m256 b, const Floats8& sum) {
+        return (Floats8)_mm256_fmadd_ps((__m256)a, b, (__m256)sum);
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
+        sum = {fused(a.low, _mm256_loadu_ps(b), sum.low), fused(a.high, _mm256_loadu_ps(b + 8), sum.high)};
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) {
+        sum = {fused(a.low, _mm256_set1_ps(by), sum.low), fused(a.high, _mm256_set1_ps(by), sum.high)};
+    }
+#else
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) { sum += product(a, b); }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) { sum += a * by; }
+#endif
 };
 
 constexpr size_t kTile = 8;
@@ -78,7 +100,7 @@ static inline __attribute__((always_inline)) void score_tile(const typename Read
         for (size_t d = 0; d < dim; d += 16)
             for (size_t r = 0; r < together; ++r) {
                 const Sixteen key = Read::read(keys + static_cast<int64_t>(first + r) * stride + d);
-                for (size_t h = 0; h < Heads; ++h) under_way[h * together + r] += product(key, queries + h * dim + d);
+                for (size_t h = 0; h < Heads; ++h) Read::add(under_way[h * together + r], key, queries + h * dim + d);
             }
         for (size_t h = 0; h < Heads; ++h)
             for (size_t r = 0; r < together; ++r) fold(under_way[h * together + r], &sums[h * rows + first + r]);
@@ -98,7 +120,7 @@ static inline __attribute__((always_inline)) Sixteen load_sixteen(const float* a
 template <class Read>
 static void score_one(const typename Read::Element* key, size_t dim, const float* query, float* score) {
     Sixteen sum = {};
-    for (size_t d = 0; d < dim; d += 16) sum += product(Read::read(key + d), query + d);
+    for (size_t d = 0; d < dim; d += 16) Read::add(sum, Read::read(key + d), query + d);
     Floats8 sums[8] = {};
     fold(sum, sums);
     float found[8];
@@ -155,7 +177,7 @@ static inline __attribute__((always_inline)) void mix_blocks(const typename Read
         for (size_t v = 0; v < Blocks; ++v) value[v] = Read::read(here + 16 * v);
         for (size_t h = 0; h < Heads; ++h) {
             const float weight = weights[h * kChunk + r];
-            for (size_t v = 0; v < Blocks; ++v) sums[h][v] += value[v] * weight;
+            for (size_t v = 0; v < Blocks; ++v) Read::add(sums[h][v], value[v], weight);
         }
     }
     for (size_t h = 0; h < Heads; ++h)
@@ -193,6 +215,16 @@ static void gather(float* x, size_t n) {
         float whole[16];
         std::memcpy(whole, x + i, sizeof whole);
         for (size_t j = 0; j < 8; ++j) x[i + j] = whole[2 * j], x[i + 8 + j] = whole[2 * j + 1];
+    }
+}
+
+// x [n] rounded to 16 bits, to even; a multiple of 16. What is not finite stays so.
+static void shorten(float* x, size_t n) {
+    for (size_t i = 0; i < n; i += kWidth) {
+        const Words bits = *reinterpret_cast<const Words*>(x + i);
+        const Words nearest = (bits + 0x7fu + (bits >> 8 & 1u)) & 0xffffff00u;
+        const Ints is_finite = (Ints)(bits & 0x7f800000u) < 0x7f800000;
+        *reinterpret_cast<Words*>(x + i) = (nearest & (Words)is_finite) | (bits & ~(Words)is_finite);
     }
 }
 
@@ -359,6 +391,16 @@ static void exponentials(float* x, size_t n, float top) {
 
 // The largest of x [n], n a multiple of 16; NaN where one is. Four at a time: each waits for the one before it.
 static float largest(const float* x, size_t n) {
+#ifdef DS_HAS_AVX512
+    __m512 top = _mm512_loadu_ps(x), other = top;
+    __mmask16 is_nan = 0;
+    for (size_t i = 0; i < n; i += 16) {
+        const __m512 here = _mm512_loadu_ps(x + i);
+        is_nan |= _mm512_cmp_ps_mask(here, here, _CMP_UNORD_Q);
+        (i / 16 % 2 ? other : top) = _mm512_max_ps(i / 16 % 2 ? other : top, here);
+    }
+    return is_nan ? NAN : _mm512_reduce_max_ps(_mm512_max_ps(top, other));
+#else
     Floats most[4];
     for (Floats& one : most) one = *reinterpret_cast<const Floats*>(x);
     const auto take = [&](Floats& one, size_t i) __attribute__((always_inline)) {
@@ -375,6 +417,7 @@ static float largest(const float* x, size_t n) {
     float found = each[0];
     for (const float one : each) found = one > found || one != one ? one : found;
     return found;
+#endif
 }
 
 // The sum of x [n] in 8 lanes, n a multiple of 8.
@@ -395,7 +438,7 @@ static void times(float* x, const float* by, size_t n) {
     for (size_t i = 0; i < n; i += kWidth) *reinterpret_cast<Floats*>(x + i) *= *reinterpret_cast<const Floats*>(by + i);
 }
 
-// x [n] as int16 with one scale, the largest magnitude at 32767; NaN where x is not finite. n is a multiple of 16.
+// x [n] as int16 with one scale, the largest magnitude at 32639 (both bytes of it fit, whatever the sign); NaN where x is not finite. n is a multiple of 16.
 static float to_words(const float* x, size_t n, int16_t* to) {
     Ints most[4] = {};  // magnitudes are ordered as their bits are
     const auto take = [&](Ints& one, size_t i) __attribute__((always_inline)) {
@@ -411,13 +454,13 @@ static float to_words(const float* x, size_t n, int16_t* to) {
     for (const int32_t one : each) bits = one > bits ? one : bits;
     const float top = float_of(static_cast<uint32_t>(bits));
     const bool is_finite = top <= 3.0e38f;
-    const float scale = is_finite ? top / 32767.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
+    const float scale = is_finite ? top / 32639.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (size_t i = 0; i < n; i += kWidth) {
         const Floats value = is_finite ? *reinterpret_cast<const Floats*>(x + i) * inverse : Floats{};
         const Ints sign = (Ints)value & static_cast<int32_t>(0x80000000u);
         Ints q = __builtin_convertvector(value + (Floats)(sign | 0x3f000000), Ints);
-        const Ints over = q > 32767, under = q < -32767;
-        q = (q & ~(over | under)) | (over & 32767) | (under & -32767);
+        const Ints over = q > 32639, under = q < -32639;
+        q = (q & ~(over | under)) | (over & 32639) | (under & -32639);
         *reinterpret_cast<Shorts*>(to + i) = __builtin_convertvector(q, Shorts);
     }
     return scale;

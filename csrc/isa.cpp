@@ -20,7 +20,7 @@ const std::vector<Isa>& usable() {
         std::vector<Isa> isas;
 #if defined(__x86_64__)
         __builtin_cpu_init();
-        const bool has_avx2 = __builtin_cpu_supports("avx2");  // every processor with AVX2 has F16C
+        const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every processor with AVX2 has F16C
         if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
             static const Kernels vnni = vnni_kernels();

@@ -77,6 +77,7 @@ struct AttentionLoops {
                       int32_t* out);
     void (*gather)(float* x, size_t n);
     void (*spread)(float* x, size_t n);
+    void (*shorten)(float* x, size_t n);
 };
 
 struct Kernels {

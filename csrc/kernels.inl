@@ -204,5 +204,5 @@ static constexpr Kernels kTable = {
      take_signs, add_signs},
     {dot_fp32, dot_bf16, {dot_int8, dot_int4}, {arrange_int8, arrange_int4}, read_words},
     {{score<ReadFloats>, score<ReadBFloats>}, score_bytes, exponentials, largest, total, scale_sums, times, to_words,
-     {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather, spread},
+     {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather, spread, shorten},
 };

@@ -1,4 +1,4 @@
-// The loops for AVX2 and F16C. Only what stands between the pragmas may use those instructions.
+// The loops for AVX2, FMA and F16C. Only what stands between the pragmas may use those instructions.
 
 #if defined(__x86_64__)
 
@@ -10,10 +10,10 @@
 #include <cstring>
 
 #ifdef __clang__
-#pragma clang attribute push(__attribute__((target("avx2,f16c"))), apply_to = function)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,f16c")
+#pragma GCC target("avx2,fma,f16c")
 #endif
 
 namespace {

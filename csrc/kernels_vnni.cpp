@@ -9,6 +9,7 @@
 #include <immintrin.h>
 
 #include <cstring>
+#include <vector>
 
 #ifdef __clang__
 #pragma clang attribute push(__attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512vnni"))), apply_to = function)
@@ -104,6 +105,8 @@ void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
 
 // ---- attention over a cache of int8
 
+constexpr size_t kRowsAhead = 64;  // rows ahead the cache is asked for
+
 // 32 elements as words, or the 16 that a row ends with.
 DS_INLINE __m512i words_of(const int8_t* at, bool is_whole) { return _mm512_cvtepi8_epi16(is_whole ? load_ymm(at) : load_xmm(at)); }
 DS_INLINE __m512i load_words(const int16_t* at, bool is_whole) {
@@ -141,16 +144,99 @@ DS_INLINE void score_tile(const int8_t* keys, int64_t stride, size_t dim, const 
     for (int h = 0; h < Heads; ++h) std::memcpy(sums + h * kChunk, found + h * rows, rows * sizeof *sums);
 }
 
-template <int Heads>
-static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, bool asks) {
-    constexpr size_t rows = 16 / Heads;
-    size_t r = 0;
-    for (; r + rows <= n; r += rows) {
-        const int8_t* here = keys + static_cast<int64_t>(r) * stride;
-        if (asks)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
-        score_tile<Heads>(here, stride, dim, queries, sums + r);
+// 16 rows of 64 bytes (`in_row` of them; the rest counts as 0) so that every other register of `to` holds 4 neighbours of every row, 128 added. A
+// lane is a row then, and no head's sums have to be added up across lanes.
+DS_INLINE void turn_rows(const int8_t* keys, int64_t stride, size_t in_row, __m512i* to) {
+    const __mmask64 mask = in_row >= 64 ? ~0ull : (1ull << in_row) - 1;
+    __m512i v[16], w[16];
+    for (int r = 0; r < 16; ++r) v[r] = _mm512_maskz_loadu_epi8(mask, keys + r * stride);
+    for (int r = 0; r < 16; r += 2) {
+        w[r] = _mm512_unpacklo_epi32(v[r], v[r + 1]);
+        w[r + 1] = _mm512_unpackhi_epi32(v[r], v[r + 1]);
     }
+    for (int r = 0; r < 16; r += 4)
+        for (int j = 0; j < 2; ++j) {
+            v[r + 2 * j] = _mm512_unpacklo_epi64(w[r + j], w[r + 2 + j]);
+            v[r + 2 * j + 1] = _mm512_unpackhi_epi64(w[r + j], w[r + 2 + j]);
+        }
+    for (int j = 0; j < 4; ++j) {
+        w[j] = _mm512_shuffle_i64x2(v[j], v[4 + j], 0x88), w[4 + j] = _mm512_shuffle_i64x2(v[j], v[4 + j], 0xdd);
+        w[8 + j] = _mm512_shuffle_i64x2(v[8 + j], v[12 + j], 0x88), w[12 + j] = _mm512_shuffle_i64x2(v[8 + j], v[12 + j], 0xdd);
+    }
+    const __m512i added = _mm512_set1_epi8(static_cast<char>(0x80));
+    for (int j = 0; j < 8; ++j) {
+        const int at = j % 4 + j / 4 * 4;
+        to[2 * at] = _mm512_xor_si512(_mm512_shuffle_i64x2(w[j], w[8 + j], 0x88), added);
+        to[2 * (8 + at)] = _mm512_xor_si512(_mm512_shuffle_i64x2(w[j], w[8 + j], 0xdd), added);
+    }
+}
+
+constexpr size_t kMostWords = 128;  // of 4 bytes in a row: 512 elements
+
+// Queries as bytes, x = 256 high + low: of each four neighbours a word of low ones and a word of high ones, those of all heads side by
+// side; zeros past a row's end. `starts` takes back the 128 that is added to keys.
+template <int Heads>
+struct Halves {
+    int32_t words[kMostWords][Heads][2];
+    int32_t starts[Heads];
+
+    void fill(const int16_t* queries, size_t dim) {
+        std::memset(words, 0, (dim + 63) / 64 * 16 * sizeof words[0]);
+        for (int h = 0; h < Heads; ++h) {
+            __m256i sum = _mm256_setzero_si256();
+            for (size_t d = 0; d < dim; d += 16) {
+                const __m256i x = load_ymm(queries + h * dim + d);
+                const __m128i low = _mm256_cvtepi16_epi8(x);
+                const __m128i high = _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_sub_epi16(x, _mm256_cvtepi8_epi16(low)), 8));
+                alignas(16) int64_t pairs[4];
+                _mm_store_si128(reinterpret_cast<__m128i*>(pairs), _mm_unpacklo_epi32(low, high));
+                _mm_store_si128(reinterpret_cast<__m128i*>(pairs + 2), _mm_unpackhi_epi32(low, high));
+                for (size_t i = 0; i < 4; ++i) std::memcpy(words[d / 4 + i][h], &pairs[i], sizeof pairs[i]);
+                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_set1_epi16(-128)));
+            }
+            starts[h] = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum));
+        }
+    }
+};
+
+// Rows to come, asked for a line at a time.
+struct Coming {
+    const int8_t* row;
+    int64_t stride;
+    size_t dim, at;
+
+    inline __attribute__((always_inline)) void next() {
+        __builtin_prefetch(row + at);
+        at += 64;
+        if (at >= dim) at = 0, row += stride;
+    }
+};
+
+// Sums of 32 turned rows with `Heads` queries: a word of queries that is read serves two registers of rows.
+template <int Heads>
+DS_INLINE void score_turned(const __m512i (*rows)[2], size_t words, const Halves<Heads>& queries, int32_t* sums, Coming& coming, int lines) {
+    __m512i low[Heads][2], high[Heads][2];
+    for (int h = 0; h < Heads; ++h)
+        for (int i = 0; i < 2; ++i) low[h][i] = _mm512_set1_epi32(queries.starts[h]), high[h][i] = _mm512_setzero_si512();
+    for (size_t w = 0; w < words; ++w) {
+        for (int i = 0; i < lines; ++i) coming.next();
+        const __m512i first = rows[w][0], second = rows[w][1];
+        for (int h = 0; h < Heads; ++h) {
+            const __m512i query_low = _mm512_set1_epi32(queries.words[w][h][0]), query_high = _mm512_set1_epi32(queries.words[w][h][1]);
+            low[h][0] = _mm512_dpbusd_epi32(low[h][0], first, query_low);
+            low[h][1] = _mm512_dpbusd_epi32(low[h][1], second, query_low);
+            high[h][0] = _mm512_dpbusd_epi32(high[h][0], first, query_high);
+            high[h][1] = _mm512_dpbusd_epi32(high[h][1], second, query_high);
+        }
+    }
+    for (int h = 0; h < Heads; ++h)
+        for (int i = 0; i < 2; ++i)
+            _mm512_storeu_si512(sums + h * kChunk + 16 * i, _mm512_add_epi32(low[h][i], _mm512_slli_epi32(high[h][i], 8)));
+}
+
+// Rows [r, n), fewer than are worked on together.
+template <int Heads>
+static void score_rest(const int8_t* keys, int64_t stride, size_t r, size_t n, size_t dim, const int16_t* queries, int32_t* sums) {
     for (; r < n; ++r)
         for (int h = 0; h < Heads; ++h) {
             int32_t sum = 0;
@@ -159,15 +245,47 @@ static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim
         }
 }
 
+template <int Heads>
+static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, bool asks) {
+    constexpr size_t rows = 16 / Heads;
+    size_t r = 0;
+    for (; r + rows <= n; r += rows) {
+        const int8_t* here = keys + static_cast<int64_t>(r) * stride;
+        if (asks)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kRowsAhead + j) * stride, dim);
+        score_tile<Heads>(here, stride, dim, queries, sums + r);
+    }
+    score_rest<Heads>(keys, stride, r, n, dim, queries, sums);
+}
+
+// As score_heads, of a multiple of four heads, enough to make turning the rows worth while.
+static void score_fours(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
+    static thread_local std::vector<Halves<4>> halves;
+    __m512i turned[kMostWords][2];
+    halves.resize(heads / 4);
+    for (size_t i = 0; i < heads / 4; ++i) halves[i].fill(queries + 4 * i * dim, dim);
+    size_t r = 0;
+    for (; r + 32 <= n; r += 32) {
+        const int8_t* here = keys + static_cast<int64_t>(r) * stride;
+        Coming coming{here + static_cast<int64_t>(kRowsAhead) * stride, stride, dim, 0};
+        for (size_t d = 0; d < dim; d += 64)
+            for (int i = 0; i < 2; ++i) turn_rows(here + 16 * i * stride + d, stride, dim - d, &turned[d / 4][i]);
+        for (size_t i = 0; i < heads / 4; ++i)
+            score_turned<4>(turned, (dim + 3) / 4, halves[i], sums + 4 * i * kChunk + r, coming, heads == 4 ? 2 : i < 2 ? 1 : 0);
+    }
+    for (size_t i = 0; i < heads; i += 4) score_rest<4>(keys, stride, r, n, dim, queries + i * dim, sums + i * kChunk);
+}
+
 void score_bytes(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
-    for (size_t at = 0; at < n; at += kTileRows) {
+    const size_t h = heads / 4 * 4;
+    if (h > 0) score_fours(keys, stride, n, dim, queries, h, sums);
+    for (size_t at = 0; at < n && h < heads; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const int8_t* here = keys + static_cast<int64_t>(at) * stride;
-        const auto score_some = [&](auto scores, size_t h) { scores(here, stride, rows, dim, queries + h * dim, sums + h * kChunk + at, h == 0); };
-        size_t h = 0;
-        for (; h + 4 <= heads; h += 4) score_some(score_heads<4>, h);
-        for (; h + 2 <= heads; h += 2) score_some(score_heads<2>, h);
-        for (; h < heads; ++h) score_some(score_heads<1>, h);
+        const auto score_some = [&](auto scores, size_t i) { scores(here, stride, rows, dim, queries + i * dim, sums + i * kChunk + at, i == 0); };
+        size_t i = h;
+        for (; i + 2 <= heads; i += 2) score_some(score_heads<2>, i);
+        for (; i < heads; ++i) score_some(score_heads<1>, i);
     }
 }
 
@@ -185,7 +303,7 @@ DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t d
     for (size_t r = 0; r < n; r += 2) {
         const int8_t* at = values + static_cast<int64_t>(r) * stride;
         if (asks)
-            for (size_t j = 0; j < 2; ++j) prefetch_row(at + static_cast<int64_t>(kTileRows + j) * stride, dim);
+            for (size_t j = 0; j < 2; ++j) prefetch_row(at + static_cast<int64_t>(kRowsAhead + j) * stride, dim);
         const __m512i first = words_of(at, Whole), second = r + 1 < n ? words_of(at + stride, Whole) : _mm512_setzero_si512();
         const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
         for (int h = 0; h < Heads; ++h) {

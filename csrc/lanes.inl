@@ -46,6 +46,10 @@ using Sixteen = Floats;
 struct ReadFloats {
     using Element = float;
     static inline __attribute__((always_inline)) Sixteen read(const float* at) { return *reinterpret_cast<const Floats*>(at); }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
+        sum += a * *reinterpret_cast<const Floats*>(b);
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) { sum += a * by; }
 };
 
 static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {
@@ -72,6 +76,10 @@ struct ReadFloats {
     static inline __attribute__((always_inline)) Sixteen read(const float* at) {
         return {*reinterpret_cast<const Floats8*>(at), *reinterpret_cast<const Floats8*>(at + 8)};
     }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
+        sum += {a.low * *reinterpret_cast<const Floats8*>(b), a.high * *reinterpret_cast<const Floats8*>(b + 8)};
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) { sum += a * by; }
 };
 
 static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, const float* b) {

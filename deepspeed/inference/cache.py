@@ -16,8 +16,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
+from deepspeed.kernels.pages import in_large_pages
+
 STEP = 256
 """Positions that a buffer grows by at least; it grows by half where that is more."""
+
+
+_LARGE_HEAD = 4 << 20
+"""Bytes of a head's positions from which on large pages are asked for: below, room to grow would be held as if it were written."""
+
+
+def new_buffer(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
+    """[batch, heads, capacity, ...] unwritten, after a part [batch, heads, positions, ...]."""
+    made = part.new_empty(*part.shape[:2], capacity, *part.shape[3:], dtype=dtype)
+    return in_large_pages(made) if made.stride(1) * made.itemsize >= _LARGE_HEAD else made
 
 
 class GrowingLayer(DynamicLayer):
@@ -57,7 +69,7 @@ class GrowingLayer(DynamicLayer):
         is_ours = own is not None and held[0].data_ptr() == own[0].data_ptr() and held[0].shape[0] == own[0].shape[0]
         if own is None or not is_ours or own[0].shape[-2] < length + more:
             capacity = length + more + max(STEP, (length + more) // 2)
-            made = [part.new_empty(*part.shape[:2], capacity, part.shape[3]) for part in held]
+            made = [new_buffer(part, capacity, part.dtype) for part in held]
             for new, part in zip(made, held, strict=True):
                 new[:, :, :length] = part
             own = self.buffers = made[0], made[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -31,6 +32,7 @@ from deepspeed.inference.quantize_layers import quantize
 from deepspeed.inference.save import check_can_save, save
 from deepspeed.inference.streamed import Streamed
 from deepspeed.inference.times import ForwardTimes
+from deepspeed.kernels.pages import gather_in_large_pages
 from deepspeed.quant.replace import Around
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
@@ -59,6 +61,7 @@ class InferenceEngine(nn.Module):
         self._times: ForwardTimes | None = None
         self._is_compiled = False
         self._streamed: list[Streamed] = []
+        self._has_generated = False
         _check(modules, config)
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
@@ -161,6 +164,7 @@ class InferenceEngine(nn.Module):
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`, with prompt and answer checked against `max_out_tokens` first.
 
+        The first call asks for large pages for weights in main memory (`kernels.pages`): each is read for every token.
         Raises TooManyTokensError (a RuntimeError), naming both numbers, before any work.
         """
         generate = getattr(self.module, "generate", None)
@@ -170,6 +174,11 @@ class InferenceEngine(nn.Module):
         reset = getattr(self.module, "reset_cache", None)
         if callable(reset):
             reset()
+        if not (self._has_generated or self._streamed):
+            gather_in_large_pages(
+                t for m in _modules_of(self.module) for t in itertools.chain(m.parameters(), m.buffers())
+            )
+        self._has_generated = True
         if self._ranks is not None:
             self._ranks.same_draws()
         if self._experts is not None:

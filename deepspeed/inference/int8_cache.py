@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from deepspeed.inference.cache import STEP
+from deepspeed.inference.cache import STEP, new_buffer
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
 from deepspeed.utils.logging import warn_once
@@ -137,13 +137,13 @@ class Int8Layer(DynamicLayer):
 
 def _room_for(keys: Tensor, values: Tensor) -> _Parts:
     capacity = keys.shape[2] + STEP
-    made = [part.new_empty(*part.shape[:2], capacity, part.shape[3], dtype=torch.int8) for part in (keys, values)]
-    scales = [part.new_empty(*part.shape[:2], capacity, dtype=torch.float32) for part in (keys, values)]
+    made = [new_buffer(part, capacity, torch.int8) for part in (keys, values)]
+    scales = [new_buffer(part[..., 0], capacity, torch.float32) for part in (keys, values)]
     return made[0], made[1], scales[0], scales[1]
 
 
 def _grown(part: Tensor, length: int, capacity: int) -> Tensor:
-    made = part.new_empty(*part.shape[:2], capacity, *part.shape[3:])
+    made = new_buffer(part, capacity, part.dtype)
     made[:, :, :length] = part[:, :, :length]
     return made
 

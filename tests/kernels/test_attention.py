@@ -17,7 +17,10 @@ from deepspeed.utils.errors import DeepSpeedError
 
 needs_library = pytest.mark.skipif(native.library() is None, reason="the compiled loops are not built")
 DTYPES = [torch.float32, torch.bfloat16, torch.int8]
-SHAPES = [(1, 4, 4, 1, 16), (2, 8, 2, 31, 64), (1, 7, 1, 600, 80), (1, 12, 4, 1025, 128), (3, 6, 3, 513, 48)]
+SHAPES = [
+    (1, 4, 4, 1, 16), (2, 8, 2, 31, 64), (1, 7, 1, 600, 80), (1, 12, 4, 1025, 128), (3, 6, 3, 513, 48),
+    (1, 16, 2, 577, 128), (1, 13, 1, 95, 512), (2, 24, 2, 33, 112),
+]  # fmt: skip
 """batch, heads, shared, positions, dim"""
 
 
@@ -103,6 +106,24 @@ def test_what_is_not_finite_shows(dtype: torch.dtype) -> None:
     arguments["keys"][0, 1, 7, 3] = torch.nan
     found = native_attention.decode_attention(**arguments)
     assert found[0, :2].isfinite().all() and found[0, 2:].isnan().all()
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_values_that_stretch_a_format_give_one_answer_on_all_instruction_sets(dtype: torch.dtype) -> None:
+    """Products that must be exact to be alike: of the largest and of tiny magnitudes, and of integers at both ends."""
+    arguments = case((1, 8, 1, 70, 128), torch.float32)
+    ends = (
+        torch.tensor([1.0, -1.0, 1 + 2.0**-7, 2.0**-90, 0.0, -(2.0**60)]).repeat(1494)[: 70 * 128].view(1, 1, 70, 128)
+    )
+    arguments["query"] = torch.tensor([2.0**-70, 1 + 2.0**-15, -3.0, 0.0]).repeat(256).view(1, 8, 128)
+    if dtype is torch.int8:
+        scales = torch.full((1, 1, 70), 2.0**-9)
+        worst = (ends.sign() * 127).to(torch.int8)
+        arguments |= {"keys": worst, "values": worst, "key_scales": scales, "value_scales": scales}
+    else:
+        arguments |= {"keys": ends.to(dtype), "values": ends.to(dtype)}
+    assert on_all(**arguments).isfinite().all()
 
 
 def test_what_the_loops_do_not_take_goes_to_the_reference() -> None:
