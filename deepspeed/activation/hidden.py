@@ -63,7 +63,10 @@ class _HiddenStates:
             assert isinstance(held, Tensor), "packed as it was"
             return held
         if held.done is not None:
-            held.done.synchronize()
+            if self._pins:  # the copy back is queued after the copy out: the host does not wait
+                held.done.wait(torch.get_device_module(held.device).current_stream())
+            else:  # pageable memory is read by the host, when the copy is asked for
+                held.done.synchronize()
             held.source = None
         return held.copy.to(held.device, non_blocking=True)
 

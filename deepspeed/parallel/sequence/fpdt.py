@@ -15,6 +15,7 @@ Tensors are [sequence, batch, ...], as in Megatron-LM. After FPDT (arXiv:2408.16
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -28,6 +29,8 @@ from deepspeed.parallel.sequence.cross_entropy import TokenLosses, _JoinedSequen
 from deepspeed.parallel.sequence.exchange import layout_of, qkv_ranges, to_heads, to_sequence
 from deepspeed.parallel.sequence.heads import share_heads
 from deepspeed.parallel.sequence.tiled import Concatenated, tile_bounds, tiled
+from deepspeed.tiers import CopyStream
+from deepspeed.tiers.rest import Ordered
 from deepspeed.utils.errors import DeepSpeedError
 
 Group = Any
@@ -121,36 +124,64 @@ class FPDT_LogitsLoss:  # noqa: N801 - the public name
 
 
 class _Resting:
-    """Keys or values of a piece: where they are computed, or in main memory until they are asked for."""
+    """Keys or values of a piece: where they are computed, or in pinned main memory until they are asked for.
 
-    def __init__(self, tensor: Tensor, offloads: bool) -> None:
-        self._device = tensor.device
-        self._held = tensor.to("cpu") if offloads and tensor.device.type != "cpu" else tensor
+    Copies are queued on `copies`, one after the other, and the current stream waits for those that come back: the host waits for none.
+    """
+
+    def __init__(self, tensor: Tensor, copies: CopyStream | None) -> None:
+        self._copies = copies
+        self._coming: tuple[Tensor, Any] | None = None
+        self.dtype = tensor.dtype
+        self._held = tensor
+        if copies is not None:
+            self._held = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+            copies.copy(self._held, tensor)
+
+    def start(self) -> None:
+        """Begin to bring the tensor back."""
+        if self._copies is not None and self._coming is None:
+            into = torch.empty_like(self._held, device=self._copies.device)
+            self._coming = into, self._copies.copy(into, self._held)
 
     def get(self) -> Tensor:
         """The tensor, where it was."""
-        return self._held.to(self._device)
+        self.start()
+        if self._coming is None:
+            return self._held
+        (tensor, event), self._coming = self._coming, None
+        Ordered(event).wait()
+        return tensor
+
+
+def _in_turn(pieces: Sequence[tuple[_Resting, ...]]) -> Iterator[tuple[Tensor, ...]]:
+    """The tensors of each piece, on their way while those of the piece before are used."""
+    for here, after in zip(pieces, (*pieces[1:], ()), strict=True):
+        found = tuple(each.get() for each in here)
+        for each in after:
+            each.start()
+        yield found
 
 
 class _ByPieces(torch.autograd.Function):
     """Causal attention of whole sequences whose queries, keys and values come piece by piece: [pieces][b, h, s_i, d]."""
 
     @staticmethod
-    def forward(ctx: Any, num: int, offloads: bool, scale: float, *pieces: Tensor) -> tuple[Tensor, ...]:
-        queries, keys, values = ([_Resting(t, offloads) for t in pieces[i::3]] for i in range(3))
+    def forward(ctx: Any, num: int, copies: CopyStream | None, scale: float, *pieces: Tensor) -> tuple[Tensor, ...]:
+        queries, keys, values = ([_Resting(t, copies) for t in pieces[i::3]] for i in range(3))
         outputs, sums = [], []
         ctx.lengths = [t.shape[2] for t in pieces[0::3]]
         for i in range(num):
             joined, query = block.Joined(), queries[i].get()
-            for j in range(i + 1):
-                mask = _mask(ctx.lengths, i, j, query.device)
-                joined.add(*block.forward(query, keys[j].get(), values[j].get(), scale, mask))
+            seen = list(zip(keys[: i + 1], values[: i + 1], strict=True))
+            for j, (key, value) in enumerate(_in_turn(seen)):
+                joined.add(*block.forward(query, key, value, scale, _mask(ctx.lengths, i, j, query.device)))
             assert joined.output is not None, "a piece sees itself"
             assert joined.lse is not None, "a piece sees itself"
             outputs.append(joined.output.to(query.dtype))
             sums.append(joined.lse)
-        ctx.held, ctx.num, ctx.scale, ctx.offloads = (queries, keys, values), num, scale, offloads
-        ctx.outputs, ctx.sums = [_Resting(t, offloads) for t in outputs], sums
+        ctx.held, ctx.num, ctx.scale = (queries, keys, values), num, scale
+        ctx.outputs, ctx.sums = [_Resting(t, copies) for t in outputs], sums
         return tuple(outputs)
 
     @staticmethod
@@ -159,16 +190,16 @@ class _ByPieces(torch.autograd.Function):
         totals: list[list[Tensor | None]] = [[None] * ctx.num for _ in range(3)]
         for j in range(ctx.num):
             key, value = keys[j].get(), values[j].get()
-            for i in range(j, ctx.num):
-                query = queries[i].get()
+            seen = list(zip(queries[j:], ctx.outputs[j:], strict=True))
+            for i, (query, output) in enumerate(_in_turn(seen), start=j):
                 mask = _mask(ctx.lengths, i, j, query.device)
-                found = block.backward(grads[i], query, key, value, ctx.outputs[i].get(), ctx.sums[i], ctx.scale, mask)
+                found = block.backward(grads[i], query, key, value, output, ctx.sums[i], ctx.scale, mask)
                 for total, n, grad in zip(totals, (i, j, j), found, strict=True):
                     before = total[n]
                     total[n] = grad.float() if before is None else before.add_(grad)
         flat = [total[i] for i in range(ctx.num) for total in totals]
         kinds = [each[i] for i in range(ctx.num) for each in (queries, keys, values)]
-        return None, None, None, *(t if t is None else t.to(k.get().dtype) for t, k in zip(flat, kinds, strict=True))
+        return None, None, None, *(t if t is None else t.to(k.dtype) for t, k in zip(flat, kinds, strict=True))
 
 
 def _mask(lengths: list[int], i: int, j: int, device: torch.device) -> block.Mask:
@@ -246,7 +277,9 @@ class FPDT_Attention(nn.Module):  # noqa: N801 - the public name
                 moved = (*(apply_rotary_pos_emb(t, cos, sin) for t in moved[:2]), moved[2])
             seen += layout.own_length
             pieces += [t.permute(1, 2, 0, 3) for t in moved]
-        outputs = _ByPieces.apply(len(chunks), self.enable_offloading, self.head_dim**-0.5, *pieces)
+        device = layernorm_output.device
+        copies = CopyStream(device) if self.enable_offloading and device.type != "cpu" else None
+        outputs = _ByPieces.apply(len(chunks), copies, self.head_dim**-0.5, *pieces)
         bias = None if self.return_bias else self.qkv_dense_bias
         done = []
         for chunk, output in zip(chunks, outputs, strict=True):
