@@ -191,13 +191,15 @@ def check_case(case: str, seeds: list[int]) -> None:
 def main() -> None:
     """Every case under every seed, some seeds at a time."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=200)
+    parser.add_argument("--first", type=int, default=0, help="the first seed, for runs in portions")
+    parser.add_argument("--seeds", type=int, default=200, help="how many")
     parser.add_argument("--cases", nargs="*", default=[*SCENES, *CASES, *SPLIT])
     args = parser.parse_args()
     for case in args.cases:
-        for first in range(0, args.seeds, 20):
-            check_case(case, list(range(first, min(first + 20, args.seeds))))
-        print(f"{case}: {args.seeds} seeds, no difference", flush=True)
+        last = args.first + args.seeds
+        for first in range(args.first, last, 20):
+            check_case(case, list(range(first, min(first + 20, last))))
+        print(f"{case}: seeds {args.first} to {last - 1}, no difference", flush=True)
 
 
 if __name__ == "__main__":

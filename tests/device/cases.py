@@ -5,6 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
+
+import deepspeed
 from tests.engine.runs import EPS, LR, make_config
 
 TIERS = [
@@ -18,6 +22,13 @@ TIERS = [
     (3, "nvme", "nvme"),
 ]
 """(stage, tier of masters and states, tier of parameters)."""
+
+
+Found = tuple[list[float], dict[str, Tensor]]
+"""Losses, and weights by name."""
+STEPS = 3
+"""Of runs of features."""
+SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
 
 
 def config_of(stage: int, *, accumulation: int = 2, clip: float = 0.0, **extra: Any) -> dict[str, Any]:
@@ -37,3 +48,20 @@ def tier_section(optimizer: str, param: str, path: Path) -> dict[str, Any]:
     if param != "none":
         zero["offload_param"]["max_in_cpu"] = 0
     return zero
+
+
+def settings(stage: int, **more: Any) -> dict[str, Any]:
+    """As `config_of`, with SGD and one micro-batch a step."""
+    return config_of(stage, accumulation=1, **{"optimizer": SGD, **more}) | {"optimizer": more.get("optimizer", SGD)}
+
+
+def masters(engine: Any) -> dict[str, Tensor]:
+    """What this rank holds of each parameter's master."""
+    full = deepspeed.utils.safe_get_full_fp32_param
+    trained = [(name, param) for name, param in engine.module.named_parameters() if param.requires_grad]
+    return {name: full(param).cpu().clone() for name, param in trained}
+
+
+def moved(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """The inputs, where the engine computes."""
+    return {name: tensor.to(device) for name, tensor in inputs.items()}

@@ -13,37 +13,15 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import deepspeed
-from deepspeed.accelerator import get_accelerator
-from deepspeed.runtime.sequence_parallel import parallel_state_sp
-from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from tests import models
-from tests.device.cases import config_of
+from tests.device import cases, sequences
+from tests.device.cases import Found, config_of, masters, moved, settings
 from tests.engine.runs import engine_of, on_device, train
-from tests.inference.families import build, prompts
 from tests.parallel.expert.models import batches as expert_batches
 from tests.parallel.expert.models import set_values
 from tests.parallel.expert.runs import ours, whole_names
 from tests.parallel.pipeline import models as layers
-from tests.parallel.sequence import runs as sequences
 from tests.parallel.tensor.models import batch, small
-
-Found = tuple[list[float], dict[str, Tensor]]
-STEPS = 3
-SGD = {"type": "SGD", "params": {"lr": 0.1, "momentum": 0.9}}
-
-
-def _settings(stage: int, **more: Any) -> dict[str, Any]:
-    return config_of(stage, accumulation=1, **{"optimizer": SGD, **more}) | {"optimizer": more.get("optimizer", SGD)}
-
-
-def _weights(engine: Any) -> dict[str, Tensor]:
-    """What this rank holds of each parameter's master."""
-    full = deepspeed.utils.safe_get_full_fp32_param
-    return {name: full(param).cpu().clone() for name, param in engine.module.named_parameters()}
-
-
-def _moved(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 # The CPU has a fused attention of its own, whose last bits are others than the device's.
@@ -51,34 +29,13 @@ def _moved(inputs: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]
 def tensor(rank: int, world_size: int, stage: int) -> Found:
     """A Llama of which two ranks have half each."""
     losses = []
-    with engine_of(small("llama"), _settings(stage, tensor_parallel={"autotp_size": 2}, clip=0.5)) as engine:
-        for step in range(STEPS):
-            loss = engine(**_moved(batch(2, seed=step), engine.device)).loss
+    with engine_of(small("llama"), settings(stage, tensor_parallel={"autotp_size": 2}, clip=0.5)) as engine:
+        for step in range(cases.STEPS):
+            loss = engine(**moved(batch(2, seed=step), engine.device)).loss
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        return losses, _weights(engine)
-
-
-@sdpa_kernel(SDPBackend.MATH)
-def sequence(rank: int, world_size: int, stage: int) -> Found:
-    """A Llama of which both ranks see half of every sequence."""
-    model = sequences.tiny_model()
-    mpu = UlyssesSPAttentionHF.register_with_transformers(model, "sdpa", 2, micro_batch_size=1)
-    losses = []
-    try:
-        with engine_of(model, _settings(stage) | {"train_micro_batch_size_per_gpu": 1}, mpu=mpu) as engine:
-            for step in range(STEPS):
-                part = sequences.cut(sequences.batch_of("packed", seed=step), rank, 2)
-                group = parallel_state_sp.get_sequence_parallel_group()
-                loss = sequences.own_loss(engine, _moved(part, engine.device), "gathered", group)
-                engine.backward(loss)
-                engine.step()
-                losses.append(loss.item())
-            return losses, _weights(engine)
-    finally:
-        UlyssesSPAttentionHF.unregister()
-        parallel_state_sp.destroy_sequence_parallel()
+        return losses, masters(engine)
 
 
 def pipeline(rank: int, world_size: int, stage: int, schedule: str = "1f1b", clip: float = 0.5, **more: Any) -> Found:
@@ -106,17 +63,17 @@ def experts(rank: int, world_size: int, stage: int) -> Found:
     model = ours(2, 2, False)
     set_values(model, whole_names(model, 2, rank))
     losses = []
-    with engine_of(model, _settings(stage, clip=0.5)) as engine:
-        for step in expert_batches(STEPS, world_size):
+    with engine_of(model, settings(stage, clip=0.5)) as engine:
+        for step in expert_batches(cases.STEPS, world_size):
             loss = engine(*(part.to(engine.device) for part in step[rank]))
             engine.backward(loss)
             engine.step()
             losses.append(loss.item())
-        return losses, _weights(engine)
+        return losses, masters(engine)
 
 
 def _compressed(rank: int, world_size: int, stage: int, **more: Any) -> Found:
-    run = train(rank, world_size, "gpt_tied", _settings(stage, **more), samples=3 * world_size)
+    run = train(rank, world_size, "gpt_tied", settings(stage, **more), samples=3 * world_size)
     return run.losses, run.weights
 
 
@@ -163,8 +120,8 @@ def replicas(rank: int, world_size: int, stage: int) -> Found:
 def put_away(rank: int, world_size: int, stage: int) -> Found:
     """Masters and states, and at stage 3 parameters, that are on the cpu between steps."""
     losses = []
-    with engine_of(models.build("gpt_tied"), _settings(stage, clip=0.5)) as engine:
-        steps = models.make_batches(engine.module, num_steps=STEPS, accumulation=1, samples=3 * world_size)
+    with engine_of(models.build("gpt_tied"), settings(stage, clip=0.5)) as engine:
+        steps = models.make_batches(engine.module, num_steps=cases.STEPS, accumulation=1, samples=3 * world_size)
         for (whole,) in steps:
             share = on_device(models.rank_share(whole, rank, world_size), engine.device)
             loss = models.total_loss(engine(*share))
@@ -173,7 +130,7 @@ def put_away(rank: int, world_size: int, stage: int) -> Found:
             engine.offload_states(non_blocking=True)
             losses.append(loss.item())
         engine.reload_states()
-        return losses, _weights(engine)
+        return losses, masters(engine)
 
 
 def shared_step(rank: int, world_size: int, stage: int) -> Found:
@@ -183,12 +140,55 @@ def shared_step(rank: int, world_size: int, stage: int) -> Found:
     return _compressed(rank, world_size, stage, zero=offload, optimizer=adamw, clip=0.5)
 
 
+class Words(nn.Module):
+    """A table whose gradient has the rows that were read."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.table = nn.Embedding(30, 8, sparse=True, padding_idx=7)
+        self.head = nn.Linear(8, 4)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return nn.functional.mse_loss(self.head(self.table(x).mean(1)), y)
+
+
+def sparse(rank: int, world_size: int, stage: int) -> Found:
+    """Gradients of a table that travel as rows at stage 0; ranks have other numbers of rows."""
+    losses = []
+    with engine_of(Words(), settings(stage, clip=0.5, sparse_gradients=True)) as engine:
+        for step in range(cases.STEPS):
+            make = torch.Generator().manual_seed(10 * step + rank)
+            x, y = torch.randint(0, 30, (3, 5 + rank), generator=make), torch.randn(3, 4, generator=make)
+            loss = engine(x.to(engine.device), y.to(engine.device))
+            engine.backward(loss)
+            engine.step()
+            losses.append(loss.item())
+        return losses, masters(engine)
+
+
+def autocast(rank: int, world_size: int, stage: int) -> Found:
+    """Products in bf16 under torch's autocast, of fp32 weights."""
+    return _compressed(rank, world_size, stage, torch_autocast={"enabled": True, "dtype": "bfloat16"})
+
+
+def frozen_in_codes(rank: int, world_size: int, stage: int) -> Found:
+    """Parameters that do not train rest in int8."""
+    zero = {"zero_quantized_nontrainable_weights": True, "stage3_param_persistence_threshold": 0}
+    run = train(rank, world_size, "frozen", settings(stage, zero=zero), samples=3 * world_size)
+    return run.losses, run.weights
+
+
 NUM_RANKS = {"secondary": 4, "replicas": 4}
 """Of those that need more than two."""
 
 FEATURES: dict[str, tuple[Callable[[int, int, int], Found], tuple[int, ...]]] = {
     "tensor": (tensor, (0, 1, 2, 3)),
-    "sequence": (sequence, (0, 1, 2, 3)),
+    "sequence": (sequences.sequence, (0, 1, 2, 3)),
+    "ring": (sequences.ring, (0, 1, 2, 3)),
+    "tiles": (sequences.tiles, (0, 1, 2, 3)),
+    "chunks": (sequences.chunks, (0, 1, 2, 3)),
+    "hidden_away": (sequences.hidden_away, (0, 1, 2, 3)),
     "pipeline": (pipeline, (0, 1, 2, 3)),
     "zero_bubble": (zero_bubble, (1, 3)),
     "taken_back": (taken_back, (0, 2)),
@@ -202,28 +202,8 @@ FEATURES: dict[str, tuple[Callable[[int, int, int], Found], tuple[int, ...]]] = 
     "replicas": (replicas, (1, 2, 3)),
     "put_away": (put_away, (1, 2, 3)),
     "shared_step": (shared_step, (3,)),
+    "sparse": (sparse, (0, 1)),
+    "autocast": (autocast, (0, 1, 2, 3)),
+    "frozen_in_codes": (frozen_in_codes, (1, 2, 3)),
 }
 """Name: the run, and the stages it goes with. `make test-device` runs all of them."""
-
-
-def streamed(rank: int, world_size: int, tier: str, folder: str) -> dict[str, Tensor]:
-    """Logits and words of an engine whose weights are on a tier, or sharded over the ranks ("none")."""
-    rest = {"device": tier, "pin_memory": True, **({"nvme_path": folder, "max_in_cpu": 0} if tier == "nvme" else {})}
-    zero = {"stage": 3, "stage3_param_persistence_threshold": 0, **({"offload_param": rest} if tier != "none" else {})}
-    with sdpa_kernel(SDPBackend.MATH):
-        engine = deepspeed.init_inference(build("llama"), dtype="fp32", zero=zero)
-        inputs = _moved(prompts("left"), torch.device(get_accelerator().current_device_name()))
-        logits = engine(**inputs).logits
-        words = engine.generate(**inputs, max_new_tokens=6, do_sample=False)
-        engine.destroy()
-    return {"logits": logits.detach().cpu(), "words": words.cpu()}
-
-
-def generated(rank: int, world_size: int, dtype: str) -> dict[str, Tensor]:
-    """Logits and words of an inference engine; weights in a code for `dtype` int8."""
-    with sdpa_kernel(SDPBackend.MATH):
-        engine = deepspeed.init_inference(build("llama"), dtype=dtype)
-        inputs = _moved(prompts("left"), next(engine.parameters()).device)
-        logits = engine(**inputs).logits
-        words = engine.generate(**inputs, max_new_tokens=6, do_sample=False)
-    return {"logits": logits.detach().cpu(), "words": words.cpu()}

@@ -1,7 +1,9 @@
 """Waits that are taken away, one at a time: does adversarial time notice each of them?
 
-A *site* is a kind of wait and the function that calls it, found by watching a run (`sites_of`). `without(site)` is a context in which the
-waits of that site do nothing. What they would have finished is finished at the end, so that no rank waits for another for ever.
+A *site* is a kind of wait and the function that calls it, found by watching a run (`sites_of`). Kinds are the package's own objects'
+methods (KINDS), and what it asks of the device itself: streams that wait, memory recorded on streams, events and streams that the host
+waits for (`sim.WAITS`). `without(site)` is a context in which the waits of that site do nothing. What they would have finished is
+finished at the end, so that no rank waits for another for ever.
 
 `python -m tests.device.mutations [CASE ...]` takes away every site of the scenes and the training cases, and exits with 1 where one is
 noticed in none of them and is not one of REDUNDANT. A site that was noticed is not tried again in later cases.
@@ -21,6 +23,7 @@ import torch
 from deepspeed.comm.exchange import Pending
 from deepspeed.comm.local import NOTHING
 from deepspeed.tiers import nvme, rest
+from tests.device import sim
 from tests.device.adversity import CASES, SPLIT, device_of, differences, ranks_of, run_late
 from tests.device.group import SimWork
 from tests.device.scenes import SCENES
@@ -56,6 +59,14 @@ KINDS: dict[str, tuple[type, str]] = {
 }
 """Methods that wait."""
 
+NO_SITE = (
+    "/tests/device/mutations.py",
+    "/tests/device/sim.py",
+    "/torch/accelerator/__init__.py",
+    "/deepspeed/accelerator/",
+)
+"""Files between who waits and the device."""
+
 
 def _caller() -> str:
     """The function of the package that waits: wrappers of the watched exchange are passed over."""
@@ -68,10 +79,31 @@ def _caller() -> str:
     return IN_TESTS
 
 
+def _caller_of_device() -> str:
+    """The function of the package that asks the device itself; what torch and the simulated collectives ask is not taken away."""
+    frame: Any = sys._getframe(1)
+    while frame is not None and any(part in frame.f_code.co_filename for part in NO_SITE):
+        frame = frame.f_back
+    if frame is None or OURS not in frame.f_code.co_filename or "/tests/" in frame.f_code.co_filename:
+        return IN_TESTS
+    return f"{frame.f_code.co_filename.rpartition(OURS)[2]}:{frame.f_code.co_name}"
+
+
+def _is_on_device() -> bool:
+    return bool(torch._C._get_privateuse1_backend_name() == sim.NAME)
+
+
 @contextlib.contextmanager
 def watching(found: set[Site]) -> Iterator[None]:
     """Notes the sites at which something is waited for."""
+
+    def note(kind: str) -> bool:
+        found.add(Site(kind, _caller_of_device()))
+        return False
+
     with contextlib.ExitStack() as undo:
+        if _is_on_device():
+            undo.enter_context(sim.skipping(note))
         for kind, (owner, name) in KINDS.items():
             original = getattr(owner, name)
 
@@ -97,6 +129,10 @@ def _later(waited_for: Any, wait: Callable[[], Any]) -> Callable[[], Any]:
 @contextlib.contextmanager
 def without(site: Site) -> Iterator[None]:
     """In the block nothing is waited for at the site."""
+    if site.kind in sim.WAITS:
+        with sim.skipping(lambda kind: kind == site.kind and _caller_of_device() == site.caller):
+            yield
+        return
     owner, name = KINDS[site.kind]
     original = getattr(owner, name)
     skipped: list[Callable[[], Any]] = []

@@ -30,8 +30,8 @@ from deepspeed.kernels.reference import signs
 from deepspeed.kernels.table import pick
 from deepspeed.optim import FusedAdam, FusedLamb, FusedLion
 from tests.device import sim
+from tests.device.answers import generated
 from tests.device.cases import config_of, tier_section
-from tests.device.features import generated
 from tests.device.test_training import LOW, assert_same_bits, resume
 from tests.engine.runs import Run, train
 from tests.engine.test_equals_plain_pytorch import adamw

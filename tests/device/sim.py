@@ -15,7 +15,7 @@ import ctypes
 import functools
 import traceback
 import types
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -214,6 +214,25 @@ class Waits:
 
 
 _Listener = ctypes.CFUNCTYPE(None, ctypes.c_char_p)
+_Skipper = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_char_p)
+
+WAITS = ("stream.wait", "record_stream", "event.synchronize", "stream.synchronize", "device.synchronize")
+"""What a program says so that one piece of work comes after another, or memory outlives it."""
+
+
+@contextlib.contextmanager
+def skipping(is_skipped: Callable[[str], bool]) -> Iterator[None]:
+    """In the block the waits of `WAITS` do nothing where `is_skipped` says so, which is called with the kind of each."""
+
+    @_Skipper
+    def ask(kind: bytes) -> int:
+        return int(is_skipped(kind.decode()))
+
+    native().sim_skip(ask)
+    try:
+        yield
+    finally:
+        native().sim_skip(_Skipper())
 
 
 @contextlib.contextmanager

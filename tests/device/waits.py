@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from tests.device import features, sim
+from tests.device import cases, features, sim
 from tests.device.cases import config_of, tier_section
 from tests.engine.runs import engine_of, on_device
 from tests.harness import run_ranks
@@ -57,7 +57,7 @@ def count_on_ranks(stage: int, optimizer: str = "none", param: str = "none", **e
 
 
 def _count_run(rank: int, world_size: int, name: str, stage: int, num_steps: int) -> collections.Counter[str]:
-    with mock.patch.object(features, "STEPS", num_steps), sim.watched() as seen:
+    with mock.patch.object(cases, "STEPS", num_steps), sim.watched() as seen:
         features.FEATURES[name][0](rank, world_size, stage)
     ours = [site for site in seen.sites if not site.endswith("in the caller")]
     return collections.Counter(site.partition(":")[0] for site in ours)

@@ -11,6 +11,16 @@
 #include <ATen/autocast_mode.h>
 #include <ATen/detail/PrivateUse1HooksInterface.h>
 #include <ATen/native/Resize.h>
+#include <ATen/ops/_indices_native.h>
+#include <ATen/ops/_nnz_native.h>
+#include <ATen/ops/_sparse_coo_tensor_with_dims_and_tensors_native.h>
+#include <ATen/ops/_values_native.h>
+#include <ATen/ops/clone_native.h>
+#include <ATen/ops/dense_dim_native.h>
+#include <ATen/ops/indices_native.h>
+#include <ATen/ops/is_coalesced_native.h>
+#include <ATen/ops/sparse_dim_native.h>
+#include <ATen/ops/values_native.h>
 #include <c10/core/CachingDeviceAllocator.h>
 #include <c10/core/impl/DeviceGuardImplInterface.h>
 #include <torch/library.h>
@@ -85,19 +95,23 @@ struct Guard final : c10::impl::DeviceGuardImplInterface {
     state(*event) = runtime().record(number_of(stream));
   }
   void block(void* event, const c10::Stream& stream) const override {
-    if (event != nullptr) runtime().block_on(state(event), number_of(stream));
+    if (event == nullptr || state(event).stream == number_of(stream) || runtime().is_skipped("stream.wait")) return;
+    runtime().block_on(state(event), number_of(stream));
   }
   bool queryEvent(void* event) const override { return event == nullptr || runtime().is_done(state(event)); }
   void destroyEvent(void* event, const DeviceIndex) const noexcept override { delete static_cast<sim::EventState*>(event); }
   void synchronizeEvent(void* event) const override {
-    if (event != nullptr) runtime().sync(state(event).stream, state(event).place, state(event).clock, "event.synchronize");
+    if (event == nullptr || runtime().is_skipped("event.synchronize")) return;
+    runtime().sync(state(event).stream, state(event).place, state(event).clock, "event.synchronize");
   }
   double elapsedTime(void*, void*, const DeviceIndex) const override { return 0.01; }
   bool queryStream(const c10::Stream& stream) const override { return runtime().is_done(runtime().record(number_of(stream))); }
   void synchronizeStream(const c10::Stream& stream) const override {
-    runtime().sync_stream(number_of(stream), "stream.synchronize");
+    if (!runtime().is_skipped("stream.synchronize")) runtime().sync_stream(number_of(stream), "stream.synchronize");
   }
-  void synchronizeDevice(const DeviceIndex device) const override { runtime().sync_device(device, "device.synchronize"); }
+  void synchronizeDevice(const DeviceIndex device) const override {
+    if (!runtime().is_skipped("device.synchronize")) runtime().sync_device(device, "device.synchronize");
+  }
   void recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const override;
 };
 
@@ -126,7 +140,8 @@ std::shared_ptr<Block> block_of(const c10::DataPtr& data) {
 }
 
 void Guard::recordDataPtrOnStream(const c10::DataPtr& data, const c10::Stream& stream) const {
-  if (auto block = block_of(data)) runtime().record_on(block, number_of(stream));
+  auto block = block_of(data);
+  if (block && !runtime().is_skipped("record_stream")) runtime().record_on(block, number_of(stream));
 }
 
 struct Allocator final : c10::DeviceAllocator {
@@ -713,7 +728,7 @@ at::Scalar local_scalar(const Tensor& self) {
 }
 
 void record_stream(Tensor& self, c10::Stream stream) {
-  if (auto block = block_of(self.storage().data_ptr())) runtime().record_on(block, number_of(stream));
+  Guard().recordDataPtrOnStream(self.storage().data_ptr(), stream);
 }
 
 // The CPU's own attention, so that sums are made in the same order.
@@ -780,6 +795,27 @@ TORCH_LIBRARY_IMPL(aten, PrivateUse1, m) {
   m.impl("record_stream", record_stream);
 }
 
+// Sparse gradients of tables: rows by their numbers, added up in their order, as the CPU does it.
+Tensor to_dense(const Tensor& self, std::optional<at::ScalarType> dtype, std::optional<bool>) {
+  TORCH_CHECK(self.sparse_dim() == 1, "sim: only rows of a table are made dense");
+  Tensor dense = at::zeros(self.sizes(), self._values().options().dtype(dtype.value_or(self.scalar_type())));
+  return dense.index_add_(0, self._indices()[0], self._values().to(dense.scalar_type()));
+}
+
+TORCH_LIBRARY_IMPL(aten, SparsePrivateUse1, m) {
+  m.impl("_sparse_coo_tensor_with_dims_and_tensors", at::native::new_with_dims_and_tensor_sparse_symint);
+  m.impl("sparse_dim", at::native::sparse_dim_sparse);
+  m.impl("dense_dim", at::native::dense_dim_sparse);
+  m.impl("_nnz", at::native::_nnz_sparse);
+  m.impl("is_coalesced", at::native::is_coalesced_sparse);
+  m.impl("_indices", at::native::_indices_sparse);
+  m.impl("_values", at::native::_values_sparse);
+  m.impl("indices", at::native::indices_sparse);
+  m.impl("values", at::native::values_sparse);
+  m.impl("clone", at::native::clone_sparse);
+  m.impl("_to_dense", to_dense);
+}
+
 // Operators that torch would make of others for a device without a kernel (a sum into new memory and a copy back for `add_`, one
 // call per tensor for `_foreach_add_`) are one piece of work on real devices, and here.
 void register_kernels() {
@@ -807,6 +843,22 @@ TORCH_LIBRARY_IMPL(aten, AutogradPrivateUse1, m) { m.impl("_has_compatible_shall
 
 TORCH_LIBRARY_IMPL(_, AutocastPrivateUse1, m) { m.fallback(torch::CppFunction::makeFallthrough()); }
 
+// Autocast's choices are the CPU's, whose bits results are compared with: what is not a product or a loss keeps its dtype.
+TORCH_LIBRARY_IMPL(aten, AutocastPrivateUse1, m) {
+  KERNEL_PRIVATEUSEONE(linear, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(matmul, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(mm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(bmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(addmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(baddbmm, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(scaled_dot_product_attention, lower_precision_fp)
+  KERNEL_PRIVATEUSEONE(mse_loss, fp32)
+  KERNEL_PRIVATEUSEONE(cross_entropy_loss, fp32)
+  KERNEL_PRIVATEUSEONE(nll_loss, fp32)
+  KERNEL_PRIVATEUSEONE(cat, promote)
+  KERNEL_PRIVATEUSEONE(stack, promote)
+}
+
 }  // namespace
 
 // ------------------------------------------------------------------------------------------------------- for Python's ctypes
@@ -823,6 +875,7 @@ void sim_install() {
 
 void sim_reset(int64_t seed) { runtime().reset(seed); }
 void sim_listen(sim::Runtime::Listener listener) { runtime().listener = listener; }
+void sim_skip(sim::Runtime::Skipper skipper) { runtime().skipper = skipper; }
 int64_t sim_counter(int which) {
   auto& c = runtime().counters;
   const int64_t all[] = {c.host_syncs, c.launches, c.deferred, c.races};

@@ -101,6 +101,10 @@ class Runtime {
   // Called with its reason at each host synchronisation; may be null.
   using Listener = void (*)(const char*);
   Listener listener = nullptr;
+  // Called with the kind of each wait that a program asks for; where it gives 1 the wait does nothing. May be null.
+  using Skipper = int (*)(const char*);
+  Skipper skipper = nullptr;
+  bool is_skipped(const char* kind) const { return skipper != nullptr && skipper(kind) != 0; }
   Counters counters;
   DeviceMemory memory[kDevices];
 
