@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 
+from tests.device.test_training import IS_WHOLE
 from tests.device.waits import count_feature, count_on_ranks
 
 NORM = "copy_ to the host in zero/norm.py"
@@ -35,3 +36,14 @@ LAYERS = "copy_ to the host in parallel/expert/dispatch.py"
 )
 def test_split_models_wait_for_the_norm_and_for_each_exchange_of_counts(feature: str, expected: dict[str, int]) -> None:
     assert count_feature(feature, 3) == expected
+
+
+TILES = "copy_ to the host in parallel/sequence/logits_loss.py"
+
+
+@pytest.mark.skipif(not IS_WHOLE, reason="make test-device counts these too")
+@pytest.mark.parametrize(
+    ("feature", "expected"), [("chunks", {NORM: 1}), ("hidden_away", {NORM: 1}), ("tiles", {NORM: 1, TILES: 1})]
+)
+def test_what_rests_in_main_memory_waits_for_the_norm_alone(feature: str, expected: dict[str, int]) -> None:
+    assert count_feature(feature, 1) == expected
