@@ -9,26 +9,31 @@ at the counter, then sleeps on it. Posting never waits for room: a message that 
 Memory has no name (memfd): the others open it once, by process and number, and the kernel takes it back when the last of them
 has ended, however it ended. It does not count against /dev/shm.
 
+Each rank closes its own when what it was made for ends, whenever that is there: nobody waits, and who waits for it is told.
+
 Invariant: every rank posts messages of the same sizes in the same order, so a message's number says which it is.
 """
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import gc
 import mmap
 import os
 import select
 import time
+import weakref
 from collections import deque
 from collections.abc import Sequence
-from typing import ClassVar, NamedTuple, final
+from typing import ClassVar, NamedTuple, Protocol, final
 
 import torch
 from torch import Tensor
 
 from deepspeed.comm.counters import words
-from deepspeed.utils.errors import RankMismatchError
+from deepspeed.utils.errors import RankMismatchError, TrainingStateError
 
 NUM_MESSAGES = 1024
 """How many can be on a board at once."""
@@ -52,6 +57,13 @@ class Address(NamedTuple):
 
     pid: int
     fd: int
+
+
+class Unread(Protocol):
+    """A message of every rank that this one has not read yet."""
+
+    def keep(self) -> None:
+        """Take all of them off the boards, and acknowledge; waits for them."""
 
 
 class _Message(NamedTuple):
@@ -79,6 +91,9 @@ class Board:
         self.rank, self.world_size = rank, world_size
         self._sides: list[_Side] = []
         self._live: deque[_Message] = deque()
+        self._unread: dict[int, weakref.ref[Unread]] = {}
+        """Numbers that this rank has posted and not acknowledged."""
+        self.is_closed = False
         self._watched: dict[int, int] = {}
         """Other ranks' processes: by number, something that can be read once they have ended."""
         self._fd: int | None = None
@@ -91,6 +106,8 @@ class Board:
         self._room_nbytes = ROOM_NBYTES if room_nbytes is None else room_nbytes
         self._share = self._room_nbytes / ROOM_NBYTES
         self._spin_us = SPIN_US if len(os.sched_getaffinity(0)) >= num_busy else 0
+        if Board.num_open >= MAX_BOARDS:
+            gc.collect()  # an engine that was dropped, and not destroyed, has its boards until then
         if Board.num_open >= MAX_BOARDS:
             raise OSError(
                 errno.ENOMEM, f"this process has boards of {MAX_BOARDS} groups already, {ROOM_NBYTES >> 20} MiB each"
@@ -118,26 +135,51 @@ class Board:
             os.close(self._fd)
             self._fd = None
 
-    def __del__(self) -> None:
-        if self._fd is None and not self._sides:  # it has found no memory
+    def close(self) -> None:
+        """Give the memory back, on this rank alone. The others read what it has posted, and are told where they wait for more; what it
+        has not read it will never read. Twice is once."""
+        if self.is_closed or (self._fd is None and not self._sides):  # it has found no memory
             return
         if os.getpid() != self._pid:  # a forked child, such as a data loader's worker: the board is its parent's
             return
         type(self).num_open -= self._share
         self.seal()
+        for number in list(self._unread):
+            self.acknowledge(number)
         end = time.monotonic() + LINGER_S
-        while any(message.fd is not None for message in self._live) and time.monotonic() < end:
+        while self._is_awaited() and time.monotonic() < end:
             time.sleep(1e-3)  # what lies beside the board goes with this process
             self._forget()
+        self.is_closed = True
         for fd in (*self._watched.values(), *(message.fd for message in self._live if message.fd is not None)):
             os.close(fd)
         if self._sides:
             self._words.ds_shared_store(self._sides[self.rank].base + LINE, 1)
+        for side in self._sides:
+            side.close()
+        self._watched.clear()
+        self._live.clear()
 
-    def post(self, message: Tensor) -> int:
-        """Copy a flat tensor onto the board; its number. Waits only where `NUM_MESSAGES` lie there."""
+    def _is_awaited(self) -> bool:
+        """Whether something lies beside this board, and a rank that may read it still runs."""
+        beside = any(message.fd is not None for message in self._live)
+        return beside and any(not self._has_ended(rank) for rank in self._watched)
+
+    def __del__(self) -> None:
+        if self.__dict__.get("_pid") is not None:
+            self.close()
+
+    def post(self, message: Tensor, reader: Unread) -> int:
+        """Copy a flat tensor onto the board; its number, which `reader` acknowledges. Readers of messages that are `NUM_MESSAGES`
+        older are asked to `keep` them, on every rank, so that there is a place for this one; the slowest rank is waited for."""
+        self._require_open()
         number, own = self._num_posted, self._sides[self.rank]
         self._forget()
+        if self._unread and next(iter(self._unread)) <= number - NUM_MESSAGES:
+            for old in [old for old in self._unread if old < number - NUM_MESSAGES // 2]:
+                waiting = self._unread[old]()
+                if waiting is not None:
+                    waiting.keep()
         if len(self._live) == NUM_MESSAGES:
             self._wait_for_acks(self._live[0].number)
         message = message.contiguous()
@@ -153,18 +195,22 @@ class Board:
             self._live.append(_Message(number, 0, 0, fd))
         own.set_place(number % NUM_MESSAGES, place)
         self._num_posted += 1
+        self._unread[number] = weakref.ref(reader)
         self._words.ds_shared_put(own.base, self._num_posted & 0xFFFFFFFF, target, message.data_ptr(), nbytes)
         return number
 
     def has(self, number: int, rank: int) -> bool:
-        """Whether a rank's message is there."""
-        return bool(self._words.ds_shared_have_reached(self._sides[rank].base, 1, -1, (number + 1) & 0xFFFFFFFF))
+        """Whether a rank's message is there, or nobody can wait for it any more."""
+        return self.is_closed or bool(
+            self._words.ds_shared_have_reached(self._sides[rank].base, 1, -1, (number + 1) & 0xFFFFFFFF)
+        )
 
     def read(self, number: int, rank: int, nbytes: int, timeout_s: float) -> Tensor:
         """Another rank's message [nbytes] of uint8, where it lies, until `acknowledge`. Waits for it.
 
-        Raises RankMismatchError where that rank has ended, or after `timeout_s`.
+        Raises RankMismatchError where that rank has ended, or after `timeout_s`; TrainingStateError where this board is closed.
         """
+        self._require_open()
         side = self._sides[rank]
         place = self._wait_for(number, rank, timeout_s)
         if place >= 0:
@@ -179,6 +225,7 @@ class Board:
     def sum_into(self, out: Tensor, own: Tensor, first: int, number: int, divide_by: float, timeout_s: float) -> bool:
         """`out` [n] = the sum of every rank's elements [first, first + n) of a message, in rank order, / divide_by; this rank's is
         `own`. fp32, without gaps. False, with nothing done, where one lies beside its board. Waits for them; see `read`."""
+        self._require_open()
         at = first * own.itemsize
         addresses = []
         for rank, side in enumerate(self._sides):
@@ -203,8 +250,9 @@ class Board:
 
     def acknowledge(self, number: int) -> None:
         """This rank has read all others' messages of this number, or never will."""
-        if os.getpid() != self._pid:
+        if self.is_closed or os.getpid() != self._pid:
             return
+        self._unread.pop(number, None)
         at = self._acks_at + 4 * (number % NUM_MESSAGES * self.world_size + self.rank)
         for rank, side in enumerate(self._sides):
             if rank != self.rank:
@@ -247,8 +295,7 @@ class Board:
 
     def _check(self, rank: int, waited_s: float, timeout_s: float) -> None:
         """Raise RankMismatchError if a rank has ended, or has let go of its board, or has been waited for too long."""
-        side = self._sides[rank]
-        has_ended = bool(select.select([self._watched[rank]], [], [], 0)[0])
+        side, has_ended = self._sides[rank], self._has_ended(rank)
         if has_ended or self._words.ds_shared_have_reached(side.base + LINE, 1, -1, 1):
             what = f"its process {side.pid} has ended" if has_ended else "it has let go of the group"
             raise RankMismatchError(
@@ -260,6 +307,16 @@ class Board:
                 f"[rank {self.rank} of {self.world_size} that share memory] rank {rank} has not sent its part for {timeout_s:.0f} s.\n"
                 "  Look at what it does (py-spy dump --pid "
                 f"{side.pid}), or give init_distributed a longer timeout."
+            )
+
+    def _has_ended(self, rank: int) -> bool:
+        return bool(select.select([self._watched[rank]], [], [], 0)[0])
+
+    def _require_open(self) -> None:
+        if self.is_closed:
+            raise TrainingStateError(
+                f"[rank {self.rank} of {self.world_size} that share memory] the engine or group of this exchange has ended.\n"
+                "  Wait for what is under way before engine.destroy() or destroy_process_group()."
             )
 
 
@@ -274,6 +331,12 @@ class _Side:
         """Its address in this process."""
         self._room_at = room_at
         self.room_at = self.base + room_at
+
+    def close(self) -> None:
+        """Unmap it, on this rank."""
+        self._places.release()
+        with contextlib.suppress(BufferError):  # somebody looks at it still; it goes with the last who does
+            self._memory.close()
 
     def message(self, place: int, nbytes: int) -> Tensor:
         """[nbytes] of uint8 that lie in its room. No tensor is kept, so that a board is no storage of an engine's."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Mapping
+from contextlib import ExitStack
 from enum import Enum
 
 import torch
@@ -37,10 +39,21 @@ class Sharing(Enum):
     """Where a trial says so, when a process's first exchange of so many ranks is made. What holds without the variable."""
 
 
-def make_exchange(group: ProcessGroup | None, device: torch.device, *, sharing: Sharing = Sharing.NEVER) -> Exchange:
+_worlds: weakref.WeakKeyDictionary[Board, ProcessGroup] = weakref.WeakKeyDictionary()
+"""The default process group under which each board of this process was made."""
+
+
+def make_exchange(
+    group: ProcessGroup | None,
+    device: torch.device,
+    *,
+    sharing: Sharing = Sharing.NEVER,
+    until: ExitStack | None = None,
+) -> Exchange:
     """The fastest exchange for buffers on `device`. None means all ranks, or this one where nothing is initialised.
 
-    Collective where `sharing` is not NEVER.
+    Memory that it shares with other ranks is given back with `until`, or else when the exchange is collected, or when another is
+    made after the default process group has ended. Collective where `sharing` is not NEVER.
     """
     if group is None and not (dist.is_available() and dist.is_initialized()):
         return LocalExchange(None)
@@ -50,7 +63,7 @@ def make_exchange(group: ProcessGroup | None, device: torch.device, *, sharing: 
         return LocalExchange(group)
     if device.type == "cpu" and _backend_for(group, "cpu") == "gloo":
         direct = DirectExchange(group)
-        return direct if sharing is Sharing.NEVER else _shared(direct, group, sharing) or direct
+        return direct if sharing is Sharing.NEVER else _shared(direct, group, sharing, until=until) or direct
     return CollectiveExchange(group)
 
 
@@ -84,7 +97,11 @@ def sharing_of(environ: Mapping[str, str]) -> Sharing:
 
 
 def _shared(
-    direct: DirectExchange, group: ProcessGroup, sharing: Sharing, room_nbytes: int | None = None
+    direct: DirectExchange,
+    group: ProcessGroup,
+    sharing: Sharing,
+    room_nbytes: int | None = None,
+    until: ExitStack | None = None,
 ) -> SharedExchange | None:
     """The exchange by shared memory; None where the ranks of a group have none, told once, or gloo is faster. Collective over them."""
     if group.size() > MAX_SHARED_RANKS:
@@ -92,6 +109,7 @@ def _shared(
     known = verdicts().get(group.size(), Verdict.NONE)
     found = {Sharing.NEVER: Verdict.GLOO, Sharing.ALWAYS: Verdict.SHARED, Sharing.IF_FASTER: known}[sharing]
     words, board, why = host_words(), None, "the compiled library is missing, or this is not Linux"
+    give_back_ended()
     if words is not None and found is not Verdict.GLOO:
         try:
             board = Board(group.rank(), group.size(), dist.get_world_size(), room_nbytes)
@@ -116,8 +134,24 @@ def _shared(
         warn_once(f"small messages between CPU ranks go through gloo, not shared memory: {why}.")
         return None
     board.seal()
+    world = dist.group.WORLD
+    assert world is not None, "a group is made under a default group"
+    _worlds[board] = world
+    if until is not None:
+        until.callback(board.close)
     shared = SharedExchange(direct, board, _timeout_s(group))
-    return shared if Verdict.NONE not in all_found or _is_faster(shared, group) else None
+    if Verdict.NONE in all_found and not _is_faster(shared, group):
+        board.close()
+        return None
+    return shared
+
+
+def give_back_ended() -> None:
+    """Close the boards of groups that ended with their default process group."""
+    world = dist.group.WORLD if dist.is_initialized() else None
+    for board, theirs in list(_worlds.items()):
+        if theirs is not world:
+            board.close()
 
 
 def _is_faster(shared: SharedExchange, group: ProcessGroup) -> bool:

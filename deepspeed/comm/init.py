@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import log, watchdog
+from deepspeed.comm.choose import give_back_ended
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.logging import log_dist, warn_once
@@ -132,6 +133,7 @@ def destroy_process_group(group: ProcessGroup | None = None) -> None:
     if group is None or group is dist.group.WORLD:
         watchdog.unwatch()
     dist.destroy_process_group(group)
+    give_back_ended()
 
 
 def new_group(ranks: Sequence[int] | None = None, **kwargs: Any) -> ProcessGroup:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable, Iterable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, cast, final
@@ -36,10 +37,10 @@ NUM_RUNS = 3
 """Runs of `measure_alone` of which the fastest counts; one more comes before."""
 
 
-def make_observed(group: ProcessGroup | None, device: torch.device) -> Exchange:
+def make_observed(group: ProcessGroup | None, device: torch.device, until: ExitStack | None = None) -> Exchange:
     """`make_exchange`, watched where there is more than one rank; through shared memory as the environment asks for it.
     Collective over the group."""
-    inner = make_exchange(group, device, sharing=sharing_of(os.environ))
+    inner = make_exchange(group, device, sharing=sharing_of(os.environ), until=until)
     return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
 
 

@@ -6,8 +6,9 @@ has no message of its own here. The arithmetic is `DirectExchange.add_up` in eit
     started   the own slice, or the whole buffer, is copied onto the rank's board (`comm.board`) and counted
     waited    the others' are read there, added up or copied into place, and acknowledged
 
-Invariant: the bits of `DirectExchange`. Starting never waits for another rank, and any number may be in flight, waited for
-in any order or never: what is forgotten is acknowledged all the same.
+Invariant: the bits of `DirectExchange`. Any number may be in flight, waited for in any order or never: what is forgotten is
+acknowledged all the same. Starting waits for other ranks only where 1024 are, until they have started as many.
+An exchange whose board is closed goes on by `DirectExchange`: what moves bytes for the engine after its end is rare, and is the same on all ranks.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ RING_NBYTES = 1 << 18
 class _Posted:
     """One message of every rank: this rank's is on its board."""
 
+    _kept: list[Tensor] | None
+    """Every rank's, once they were taken off the boards."""
+
     def __init__(self, board: Board, message: Tensor, timeout_s: float) -> None:
         self._board, self._nbytes, self._timeout_s = board, message.nbytes, timeout_s
         self._dtype = message.dtype
-        self._is_read = True
-        self._number = board.post(message)
+        self._is_read, self._kept = True, None
+        self._number = board.post(message, self)
         self._is_read = False
 
     def is_completed(self) -> bool:
@@ -47,6 +51,8 @@ class _Posted:
     def messages(self, own: Tensor) -> list[Tensor]:
         """Every rank's, this rank's being `own`; to be read before `done`. Waits for them."""
         board = self._board
+        if self._kept is not None:
+            return [own if rank == board.rank else kept for rank, kept in enumerate(self._kept)]
         return [
             own
             if rank == board.rank
@@ -56,9 +62,14 @@ class _Posted:
 
     def sum_into(self, out: Tensor, own: Tensor, first: int, divide_by: float) -> bool:
         """See `Board.sum_into`; False, too, where elements are not fp32."""
-        if not own.dtype == out.dtype == torch.float32 or not out.is_contiguous():
+        if self._kept is not None or not own.dtype == out.dtype == torch.float32 or not out.is_contiguous():
             return False
         return self._board.sum_into(out, own, first, self._number, divide_by, self._timeout_s)
+
+    def keep(self) -> None:
+        """See `board.Unread`."""
+        self._kept = [message.clone() for message in self.messages(torch.empty(0, dtype=self._dtype))]
+        self.done()
 
     def done(self) -> None:
         """The others' room may be used again."""
@@ -72,7 +83,7 @@ class _Posted:
 
 @final
 class SharedExchange:
-    """See the module's text. `board` is open on all ranks of `direct`'s group."""
+    """See the module's text. `board` is open on all ranks of `direct`'s group, until each closes it."""
 
     needs_shard = True
 
@@ -86,7 +97,7 @@ class SharedExchange:
 
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
-        if full.nbytes > MAX_NBYTES:
+        if self._is_direct(full):
             return self._direct.start_all_gather(full, shard)
         slices = slices_of(full, self.world_size)
         own = slices[self.rank]
@@ -105,7 +116,7 @@ class SharedExchange:
 
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
-        if full.nbytes > MAX_NBYTES:
+        if self._is_direct(full):
             return self._direct.start_reduce_scatter(full, out, divide_by=divide_by, accumulate=accumulate)
 
         posted = self._posted(full)
@@ -120,7 +131,7 @@ class SharedExchange:
 
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
-        if full.nbytes > MAX_NBYTES:
+        if self._is_direct(full):
             return self._direct.start_all_reduce(full, divide_by)
         posted = self._posted(full)
 
@@ -134,6 +145,9 @@ class SharedExchange:
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
         self._direct.broadcast(full, source)
+
+    def _is_direct(self, full: Tensor) -> bool:
+        return full.nbytes > MAX_NBYTES or self._board.is_closed
 
     def _posted(self, own: Tensor) -> _Posted:
         return _Posted(self._board, own, self._timeout_s)

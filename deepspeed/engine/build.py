@@ -150,7 +150,8 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     accumulation = Accumulation(batch.accumulation, config.managed_gradient_accumulation)
     recomputation = Recomputation(model, config, mesh, given.device)
     undo.callback(recomputation.detach)
-    zero = _build_zero(given, mesh, accumulation, gone, undo)
+    with mesh.opening(undo):
+        zero = _build_zero(given, mesh, accumulation, gone, undo)
     sequence_loss = make_sequence_loss(config, mesh, model)
     if sequence_loss is not None:
         zero.scale_guard.on_plain.append(sequence_loss.check_plain)

@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, TypeVar
 
@@ -52,6 +53,8 @@ class Mesh:
     _ranks: dict[Over, tuple[int, ...]] = field(default_factory=dict)
     _agreements: dict[Over, Agreement] = field(default_factory=dict)
     _shared: dict[str, Any] = field(default_factory=dict)
+    _until: ExitStack | None = None
+    """With what the exchanges that are opened now give back their memory."""
 
     def ranks(self, over: Over) -> tuple[int, ...]:
         """Global ranks of this rank's group."""
@@ -85,13 +88,25 @@ class Mesh:
 
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """What belongs to the groups rather than to one engine (the order of their messages, say): made at first use."""
-        found: T = self._shared[name] if name in self._shared else self._shared.setdefault(name, make())
+        if name not in self._shared:
+            with self.opening(None):
+                self._shared[name] = make()
+        found: T = self._shared[name]
         return found
+
+    @contextmanager
+    def opening(self, until: ExitStack | None) -> Iterator[None]:
+        """Memory of exchanges that are opened inside is given back when `until` is closed, on each rank for itself."""
+        before, self._until = self._until, until
+        try:
+            yield
+        finally:
+            self._until = before
 
     def exchange(self, over: Over, purpose: str, device: torch.device) -> Exchange:
         """The way flat buffers on `device` move between the ranks. Collective over the job at first use."""
         group = self.group(over, purpose)
-        return LocalExchange(None) if group is None else make_observed(group, device)
+        return LocalExchange(None) if group is None else make_observed(group, device, self._until)
 
     def agreement(self, over: Over) -> Agreement:
         """How the ranks of the group agree on integers, for whoever does it again and again."""
@@ -146,6 +161,8 @@ def open_mesh(shape: MeshShape, given: dict[tuple[str, ...], ProcessGroup] | Non
     mesh = _meshes.pop(shape, None)
     if mesh is None or mesh.world is not _world():
         mesh = _new_mesh(shape)
+    for other in [other for other, theirs in _meshes.items() if theirs.world is not mesh.world]:
+        del _meshes[other]
     mesh.given = given or mesh.given
     mesh.num_users += 1
     _meshes[shape] = mesh

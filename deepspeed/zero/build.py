@@ -6,6 +6,7 @@ at most one bucket is whole at a time beyond what the policy keeps.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass, field
 
@@ -129,13 +130,13 @@ class Builder:
         self._loads = LoadQueue()
         self._nbytes_dropped = 0
         device = placing.device
-        self._exchange = {
-            (role, purpose): mesh.exchange(role, purpose, device)
-            for role in self._sizes
-            for purpose in ("reduce", "gather")
-        }
+        self._exchange = {(role, "reduce"): mesh.exchange(role, "reduce", device) for role in self._sizes}
         self._gathers = gathers
-        self._near = mesh.exchange("near", "gather", device) if gathers.keeps_copy and mesh.size("near") > 1 else None
+        # Sharded parameters are gathered after their engine's end, too.
+        with mesh.opening(None) if self._policy.parameters.is_sharded else contextlib.nullcontext():
+            self._exchange.update({(role, "gather"): mesh.exchange(role, "gather", device) for role in self._sizes})
+            has_near = gathers.keeps_copy and mesh.size("near") > 1
+            self._near = mesh.exchange("near", "gather", device) if has_near else None
         self._relay = mesh.shared("relay", lambda: _relay(mesh, device)) if gathers.quantizes_weights else None
         self.everyone = mesh.exchange("average", "build", device)
         has_spread = mesh.size("experts") > 1

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import random
 import signal
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +25,7 @@ from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.shared import MAX_NBYTES, SharedExchange
 from deepspeed.comm.trial import Times, Verdict, verdicts
 from deepspeed.launcher.failure import Failure
-from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
+from deepspeed.utils.errors import DeepSpeedError, RankMismatchError, TrainingStateError
 from tests.engine.runs import LONG, Run, make_config, train
 from tests.harness import close_pools, run_ranks
 from tests.models import build
@@ -105,6 +109,28 @@ def test_messages_that_nobody_waits_for_do_not_fill_the_board() -> None:
     run_ranks(2, forgotten)
 
 
+def crowded(rank: int, world_size: int) -> None:
+    num = 300
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(board_module, "NUM_MESSAGES", 64)
+        _crowd(shared_exchange(), rank, num)
+
+
+def _crowd(exchange: SharedExchange, rank: int, num: int) -> None:
+    buffers = [torch.full((3,), float(i * (rank + 1))) for i in range(num)]
+    started = [exchange.start_all_reduce(buffer) for buffer in buffers]
+    slices = [torch.full((2,), float(rank)) for _ in range(3)]
+    started += [exchange.start_all_gather(full) for full in slices]
+    for pending in started[::-1]:
+        pending.wait()
+    assert [buffer.tolist() for buffer in buffers] == [[3.0 * i] * 3 for i in range(num)]
+    assert [full.tolist() for full in slices] == [[0.0, 1.0]] * 3
+
+
+def test_more_messages_than_a_board_has_places_may_be_under_way() -> None:
+    run_ranks(2, crowded)
+
+
 def of_groups(rank: int, world_size: int) -> None:
     """Groups of other sizes, one after the other and side by side."""
     everyone, pairs = shared_exchange(), [dist.new_group([0, 1]), dist.new_group([1, 2])]
@@ -168,6 +194,10 @@ def end(rank: int, world_size: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     with pytest.raises(RankMismatchError, match=r"rank 1 will send no more: its process \d+ has ended") as raised:
         exchange.start_all_reduce(torch.ones(4)).wait()
+    exchange._board.close()  # which waits for nobody who has ended
+    maps = Path("/proc/self/maps").read_text()
+    assert "memfd:deepspeed" not in maps
+    assert "/dev/shm" not in maps, "memory without a name leaves no file"
     words = f"RankMismatchError: {raised.value}"
     assert Failure(who="rank 0", host="h", code=1, words=words).is_consequence, "or the launcher would blame this rank"
 
@@ -236,6 +266,7 @@ def limited(rank: int, world_size: int) -> tuple[list[str], list[str]]:
     """What is chosen for three groups where a process may have two boards, of which one rank has one already."""
     said: list[str] = []
     verdicts()[2] = Verdict.SHARED
+    gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "warn_once", said.append)
         patch.setattr(board_module, "MAX_BOARDS", board_module.Board.num_open + 2 + rank)
@@ -252,6 +283,117 @@ def test_a_process_has_so_many_boards_and_a_group_more_goes_through_gloo_on_all_
     assert kinds == of_other == ["SharedExchange", "SharedExchange", "DirectExchange", "SharedExchange"]
     assert "no memory to share ([Errno 12] this process has boards of" in said[0]
     assert "some have no memory to share" in said_there[0]
+
+
+def closed(rank: int, world_size: int) -> None:
+    """One rank's end comes when the other has read nothing yet, and has something under way."""
+    before, mapped = board_module.Board.num_open, num_mapped()
+    with ExitStack() as until:
+        exchange = make_exchange(None, CPU, sharing=choose.Sharing.ALWAYS, until=until)
+        assert isinstance(exchange, SharedExchange)
+        fulls = [
+            torch.full((board_module.ROOM_NBYTES // 32,), float(rank)) for _ in range(12)
+        ]  # more than there is room for
+        pending = [exchange.start_all_reduce(full) for full in fulls]
+        dist.barrier()
+        for each in pending:
+            each.wait()
+        if rank == 0:
+            never = exchange.start_all_reduce(torch.ones(4))
+    assert all(full.eq(1).all() for full in fulls)
+    assert (board_module.Board.num_open, num_mapped()) == (before, mapped), "memory is held after the end"
+    if rank == 0:
+        with pytest.raises(TrainingStateError, match="the engine or group of this exchange has ended"):
+            never.wait()
+    dist.barrier()
+    full = torch.full((4,), float(rank))
+    exchange.start_all_reduce(full).wait()
+    assert full.tolist() == [1.0] * 4, "what comes later goes by gloo"
+
+
+def num_mapped() -> int:
+    return Path("/proc/self/maps").read_text().count("memfd:deepspeed")
+
+
+def test_memory_is_given_back_with_what_it_was_made_for_although_something_is_under_way() -> None:
+    run_ranks(2, closed)
+
+
+@contextmanager
+def uncollected() -> Iterator[None]:
+    """Nothing is collected on its own, so that only what asks for it is seen."""
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.enable()
+        gc.collect()
+
+
+def in_a_row(rank: int, world_size: int, stage: int, how: str) -> tuple[int, float, list[str]]:
+    """How many of 40 engines exchange by shared memory; the most boards there were; what was said."""
+    said: list[str] = []
+    kept: list[Any] = []
+    num_shared, most = 0, 0.0
+    with pytest.MonkeyPatch.context() as patch, uncollected():
+        patch.setenv(choose.SHARED_MEMORY, "1")
+        patch.setattr(choose, "warn_once", said.append)
+        for _ in range(40):
+            model = torch.nn.Linear(4, 4)
+            engine, *_ = deepspeed.initialize(model=model, config=make_config(stage, micro=2))
+            engine.backward(engine(torch.ones(2, 4)).sum())
+            engine.step()
+            num_shared += isinstance(engine._built.builder.everyone.inner, SharedExchange)
+            most = max(most, board_module.Board.num_open)
+            if how == "kept":
+                engine.destroy()
+                kept.append(engine)
+            elif how == "cycle":
+                box = [engine]
+                box.append(box)  # type: ignore[arg-type]
+                del box
+            del engine, model
+    return num_shared, most, said
+
+
+@pytest.mark.parametrize(
+    ("stage", "how"), [(2, "kept"), (2, "cycle"), (3, "cycle"), pytest.param(3, "drop", marks=LONG)]
+)
+def test_forty_engines_in_a_row_all_have_boards(stage: int, how: str) -> None:
+    for num_shared, most, said in run_ranks(2, in_a_row, stage, how):
+        assert num_shared == 40, said
+        assert not said
+        assert most < board_module.MAX_BOARDS + 1, "the last may have been a larger one than was left room for"
+
+
+def restarted(rank: int, folder: Path) -> None:
+    """Engines are kept, and the default process group ends under each."""
+    os.environ.update(RANK=str(rank), WORLD_SIZE="2", **{choose.SHARED_MEMORY: "1"})
+    kept = []
+    for i in range(6):
+        dist.init_process_group("gloo", init_method=f"file://{folder}/{i}", rank=rank, world_size=2)
+        engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 4), config=make_config(2, micro=2))
+        engine.backward(engine(torch.ones(2, 4)).sum())
+        engine.step()
+        assert isinstance(engine._built.builder.everyone.inner, SharedExchange), i
+        kept.append(engine)
+        dist.barrier()
+        (deepspeed.comm if i % 2 else dist).destroy_process_group()
+    assert board_module.Board.num_open == 0, "the last was ended by deepspeed.comm"
+    assert "memfd:deepspeed" not in Path("/proc/self/maps").read_text()
+
+
+def test_boards_end_with_the_default_process_group_whoever_ends_it(tmp_path: Path) -> None:
+    import multiprocessing
+
+    context = multiprocessing.get_context("spawn")
+    ranks = [context.Process(target=restarted, args=(rank, tmp_path), daemon=True) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    for process in ranks:
+        process.join()
+    assert [process.exitcode for process in ranks] == [0, 0]
 
 
 def asked_of_one(rank: int, world_size: int) -> None:
