@@ -1,8 +1,8 @@
 """Seconds of a model's own forward and backward on this machine, from copies of it with few blocks.
 
-Called by the autotuner's first run, in all its ranks at once, since ranks of a machine slow each other down. What the engine holds
+Called by the autotuner's first run and by `deepspeed doctor`, in all ranks at once, since ranks of a machine slow each other down. What the engine holds
 may be in parts, at other places, or larger than there is room for a second of; so copies are clocked that have the model's structure,
-its buffers and its first blocks, and parameters made up here. A stack's step is affine in its blocks (as `shape` has it) and in its
+its first blocks, its buffers where they have values, and everything else made up here. A stack's step is affine in its blocks (as `shape` has it) and in its
 samples: four kinds of short runs give the whole model's. They take turns, so that what else a machine does for a second meets all four.
 
 Invariant: the model, its gradients, and what is random in the process stay as they were, and no collective is called.
@@ -138,7 +138,7 @@ def _line(seconds: list[float]) -> tuple[float, float]:
 
 
 def _made(shape: nn.Module, model: nn.Module, dtype: torch.dtype) -> nn.Module:
-    """A copy on the device: buffers of the model, parameters of small numbers."""
+    """A copy on the device: the model's buffers, parameters of small numbers."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     device = torch.device(get_accelerator().current_device_name())
@@ -149,7 +149,7 @@ def _made(shape: nn.Module, model: nn.Module, dtype: torch.dtype) -> nn.Module:
         for key, param in list(module.named_parameters(recurse=False, remove_duplicate=False)):
             setattr(module, key, filled[param])
         for key in [key for key, buffer in module._buffers.items() if buffer is not None]:
-            module._buffers[key] = values[f"{name}.{key}".lstrip(".")].detach().clone()
+            module._buffers[key] = _held(values[f"{name}.{key}".lstrip(".")], device)
     if device.type == "cpu" and needs_wide_matmul(dtype):
         Widening(made.modules())
     return made
@@ -161,12 +161,24 @@ def _filled(param: nn.Parameter, device: torch.device) -> nn.Parameter:
     return nn.Parameter(value, requires_grad=param.requires_grad)
 
 
+def _held(buffer: Tensor, device: torch.device) -> Tensor:
+    """A buffer's values; on meta, which has none, some that no index and no root minds."""
+    if not buffer.is_meta:
+        return buffer.detach().clone()
+    return (
+        torch.ones_like(buffer, device=device)
+        if buffer.is_floating_point()
+        else torch.zeros_like(buffer, device=device)
+    )
+
+
 def _with_samples(batch: Any, samples: int, many: int, dtype: torch.dtype) -> Any:
     """A batch of the first sample, `many` times."""
     lowers = dtype in (torch.bfloat16, torch.float16)
+    device = torch.device(get_accelerator().current_device_name())
 
     def like(tensor: Tensor) -> Tensor:
-        tensor = tensor.detach()
+        tensor = torch.zeros_like(tensor, device=device) if tensor.is_meta else tensor.detach()
         if tensor.dim() and tensor.shape[0] == samples:
             tensor = tensor[:1].repeat(many, *[1] * (tensor.dim() - 1))
         return tensor.to(dtype) if lowers and tensor.dtype == torch.float32 else tensor

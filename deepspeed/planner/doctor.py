@@ -2,7 +2,8 @@
 
 Every change of a table is tried on the cost model and on predicted memory, one at a time and, where a change makes room, with a
 larger micro-batch; what does not fit is left out. What is found is ranked by the gain in samples per second. Rates are a
-cluster's (`--cluster`), or measured here by as many ranks as are asked for.
+cluster's (`--cluster`), or measured here by as many ranks as are asked for, which also clock the model's own forward and backward.
+`--html` makes a page of it (`doctor_page`).
 """
 
 from __future__ import annotations
@@ -15,15 +16,18 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.config import Config, load_config, read_config
 from deepspeed.config.dotted import with_values
 from deepspeed.config.refused_or_ignored import given_without_effect
 from deepspeed.memory.cli import build
+from deepspeed.memory.clocked import SAMPLES
 from deepspeed.memory.scaling import BatchEstimator
 from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.cost import Choice, Parts, Work, step_parts
-from deepspeed.planner.machine import machine_rates
+from deepspeed.planner.doctor_page import write_page
+from deepspeed.planner.machine import Asked, Measured, measure
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.rates import Rates
 from deepspeed.utils.errors import DeepSpeedError
@@ -120,16 +124,22 @@ class Diagnosis:
     room_nbytes: int | None
     findings: Sequence[Finding]
     notes: Sequence[str]
+    is_clocked: bool = False
+    """Whether forward and backward are the model's own seconds here, rather than operations over rates."""
 
 
 def diagnose(
-    model: Any, config: Any, batch: Any, *, micro: int, ranks: int, rates: Rates, room: int | None, device_type: str
+    estimator: BatchEstimator,
+    given: dict[str, Any],
+    work: Work,
+    *,
+    micro: int,
+    ranks: int,
+    rates: Rates,
+    room: int | None,
 ) -> Diagnosis:
-    """Try every change. `batch`: of `micro` samples. `room`: bytes of a rank's device; None: any."""
-    given = with_values(read_config(config), {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro})
+    """Try every change of a configuration with `micro` samples, whose step is `work`. `room`: bytes of a rank's device; None: any."""
     read = load_config(given)
-    estimator = BatchEstimator(model, batch, micro, device_type=device_type)
-    work = _work(estimator, given, device_type)
     own = choice_of(read, micro, ranks)
     parts = step_parts(rates, work, own)
     speed = ranks * own.micro * own.accumulation / parts.total
@@ -152,7 +162,8 @@ def diagnose(
     needed = _needed(estimator, given, micro, ranks) or 0
     ranked = sorted((f for f in findings.values() if f.gain > MIN_GAIN), key=lambda f: -f.gain)
     notes = [f"{path} has no effect here" for path in given_without_effect(read)]
-    return Diagnosis(parts, speed, needed, room is None or needed <= room, room, ranked, notes)
+    fits = room is None or needed <= room
+    return Diagnosis(parts, speed, needed, fits, room, ranked, notes, is_clocked=work.clocked is not None)
 
 
 def _needed(estimator: BatchEstimator, config: dict[str, Any], micro: int, ranks: int) -> int | None:
@@ -210,6 +221,9 @@ def as_text(found: Diagnosis) -> str:
     room = f" of {found.room_nbytes / GIB:.2f} GiB" if found.room_nbytes else ""
     lines = [
         f"A step is predicted to take {seconds(found.parts.total)} ({found.samples_s:.3g} samples/s): {shares}.",
+        "The model's forward and backward were clocked here."
+        if found.is_clocked
+        else "They are operations over rates; the model was not clocked.",
         f"A rank needs {found.nbytes / GIB:.2f} GiB{room}.",
         *found.notes,
     ]
@@ -237,7 +251,10 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("-n", "--ranks", type=int, default=1, help="data-parallel ranks (%(default)s)")
     made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
     made.add_argument("--cluster", metavar="FILE", help="its rates and memory; default: this machine's, measured")
-    made.add_argument("--device", default="cuda", help="what ranks compute on: cuda, cpu, ... (%(default)s)")
+    made.add_argument(
+        "--device", help="what ranks compute on: cuda, cpu, ... (cuda with --cluster, else this machine's)"
+    )
+    made.add_argument("--html", type=Path, help="write a page with the step drawn, and every change")
     made.add_argument("-m", "--device-memory", type=float, metavar="GIB", help="memory of a device")
     return made
 
@@ -246,7 +263,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """The command; returns the exit code."""
     args = parser().parse_args(arguments)
     try:
-        print(as_text(run(args)))
+        found = run(args)
+        if args.html:  # before anything is printed: whoever reads may stop
+            write_page(found, args.model, args.config, args.ranks, args.html)
+            print(f"page: {args.html}", file=sys.stderr)
+        print(as_text(found))
+    except OSError as error:
+        print(
+            f"deepspeed doctor: {error.filename}: {error.strerror}.\n  Name a file that can be written after --html.",
+            file=sys.stderr,
+        )
+        return 2
     except DeepSpeedError as error:
         print(f"deepspeed doctor: {error}", file=sys.stderr)
         return 2
@@ -270,15 +297,27 @@ def run(args: argparse.Namespace) -> Diagnosis:
     room = args.device_memory * GIB if args.device_memory else cluster.device.memory_gb * 1e9 if cluster else None
     if args.ranks < 1:
         raise DeepSpeedError(f"--ranks {args.ranks} is too few.\n  Give at least 1.")
-    read = load_config(with_values(config, {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro}))
-    rates = cluster.rates() if cluster else machine_rates(read.precision_dtype, args.ranks, _disk(read))
-    return diagnose(
-        model,
-        config,
-        batch,
-        micro=micro,
-        ranks=args.ranks,
-        rates=rates,
-        room=int(room) if room else None,
-        device_type=args.device,
-    )
+    given = with_values(config, {"train_batch_size": None, "train_micro_batch_size_per_gpu": micro})
+    read = load_config(given)
+    here = get_accelerator().device_name()
+    device = args.device or ("cuda" if cluster else here)
+    estimator = BatchEstimator(model, batch, micro, device_type=device)
+    work = _work(estimator, given, device)
+    if cluster:
+        measured = Measured(cluster.rates())
+    else:
+        computes = device.partition(":")[0] == here and not read.torch_autocast.enabled
+        asked = Asked(args.model, micro, args.seq) if computes and _has_room(work, args.ranks) else None
+        measured = measure(read.precision_dtype, args.ranks, _disk(read), asked)
+    if measured.why:
+        print(f"deepspeed doctor: the model could not be clocked ({measured.why}).", file=sys.stderr)
+    work = replace(work, clocked=measured.clocked)
+    room = int(room) if room else None
+    return diagnose(estimator, given, work, micro=micro, ranks=args.ranks, rates=measured.rates, room=room)
+
+
+def _has_room(work: Work, ranks: int) -> bool:
+    """Whether every rank can clock copies here: their parameters, gradients, and what is kept of a few samples, at most the whole model's."""
+    needed = 3 * work.num_params * work.param_itemsize + max(SAMPLES) * work.activation_nbytes
+    accelerator = get_accelerator()
+    return needed * (ranks if accelerator.device_name() == "cpu" else 1) < accelerator.available_memory() / 2

@@ -1,6 +1,6 @@
 """A plan as one page: the layout of the cluster, the step as it is simulated, where memory and time go, and the runners-up.
 
-Called by `deepspeed plan --html`. One file without references to others and without scripts; drawings are SVG.
+Called by `deepspeed plan --html`; `doctor_page` borrows its style. One file without references to others and without scripts; drawings are SVG.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from deepspeed.utils.figures import count, many, nbytes, seconds
 COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
 MAX_NODES = 16
 """Rows of the drawings: more would not be seen."""
-_STYLE = """
+STYLE = """
 :root{--paper:#fbfbfd;--card:#fff;--ink:#1d2333;--soft:#667085;--line:#e4e7ee;--track:#f1f3f8}
 @media(prefers-color-scheme:dark){:root{--paper:#12151d;--card:#1a1f2b;--ink:#e7eaf2;--soft:#98a2b8;--line:#2b3242;--track:#232a39}}
 *{box-sizing:border-box}body{margin:0;background:var(--paper);color:var(--ink);
@@ -63,7 +63,7 @@ def page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int) -> str:
     name = html.escape(shape.name)
     return (
         '<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
-        f"<title>Plan for {name}</title><style>{_STYLE}</style><main><h1>Plan for {name}</h1>"
+        f"<title>Plan for {name}</title><style>{STYLE}</style><main><h1>Plan for {name}</h1>"
         f'<p class="lead">{count(shape.num_params)} parameters in {many(shape.num_blocks, "block")} on {many(cluster.num_devices, "device")}; '
         f"{many(answer.num_layouts, 'layout')} compared, within the memory of a device: {answer.num_fitting:,}.</p>"
         f'<div class="tiles">{top}</div>{_cluster(cluster, best)}{_step(best)}{_bars(best, cluster)}{_table(cluster, answer.plans, seq)}</main></html>'
@@ -144,7 +144,7 @@ def _gantt(timeline: Timeline) -> str:
 
 def _bars(best: Plan, cluster: Cluster) -> str:
     room = cluster.device.memory_gb * GB
-    memory = _bar(best.memory, room, nbytes)
+    memory = bar(best.memory, room, nbytes)
     times = {
         "compute, with traffic inside of layers": best.compute_s,
         "bubble": best.bubble_s,
@@ -152,15 +152,16 @@ def _bars(best: Plan, cluster: Cluster) -> str:
         "update": best.update_s,
     }
     traffic = {key: value for key, value in best.traffic.items() if value}
-    sent = _bar(traffic, sum(traffic.values()) or 1.0, lambda value: nbytes(value, 2))
+    sent = bar(traffic, sum(traffic.values()) or 1.0, lambda value: nbytes(value, 2))
     return (
         f'<div class="card"><h2>Memory of the fullest device</h2>{memory}</div>'
-        f'<div class="card"><h2>Time of a step</h2>{_bar(times, best.step_s, seconds)}</div>'
+        f'<div class="card"><h2>Time of a step</h2>{bar(times, best.step_s, seconds)}</div>'
         f'<div class="card"><h2>What a rank sends in a step</h2>{sent}</div>'
     )
 
 
-def _bar(parts: Mapping[str, float], whole: float, tell: Callable[[float], str]) -> str:
+def bar(parts: Mapping[str, float], whole: float, tell: Callable[[float], str]) -> str:
+    """A bar of parts of a whole, and its legend, each part as `tell` says it."""
     bars, legend = "", ""
     for color, (key, value) in zip(COLORS, ((k, v) for k, v in parts.items() if v), strict=False):
         bars += f'<i style="width:{100 * value / whole:.2f}%;background:{color}" title="{html.escape(key)}"></i>'

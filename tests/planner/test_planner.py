@@ -19,11 +19,12 @@ from deepspeed.parallel.pipeline.schedules import NAMED
 from deepspeed.planner import largest, machine
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
-from deepspeed.planner.machine import machine_rates
+from deepspeed.planner.machine import Asked, measure
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
 from deepspeed.profiling.counter import Phase
 from deepspeed.utils import figures
 from deepspeed.utils.errors import DeepSpeedError
+from tests.planner.test_doctor import write_model
 
 CLUSTER: dict[str, Any] = {
     "nodes": 512,
@@ -215,10 +216,15 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert int(capsys.readouterr().out.split("num_hidden_layers: ")[1].split()[0]) > 4
 
 
-def test_rates_of_several_ranks_are_measured_by_several_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rates_and_a_model_s_seconds_are_measured_by_several_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    alone, both = machine_rates(torch.float32, 1), machine_rates(torch.float32, 2)
+    found = measure(torch.float32, 2, model=Asked(write_model(tmp_path, 0.01), 2, 8))
+    alone, both = measure(torch.float32, 1).rates, found.rates
+    assert found.clocked is not None, found.why
+    assert found.clocked.forward_sample_s > 0.005, "10 ms a sample, which its few operations do not tell"
     assert alone.wire_nbytes_s == 0
     assert both.wire_nbytes_s > 1e6
     assert both.wire_latency_s > 0
@@ -229,7 +235,7 @@ def test_ranks_that_cannot_be_started_to_measure_name_the_cure(monkeypatch: pyte
     ended = subprocess.CompletedProcess([], 3, "", "no device 7")
     monkeypatch.setattr(machine.subprocess, "run", lambda *_, **__: ended)
     with pytest.raises(DeepSpeedError, match="8 ranks could not be started") as caught:
-        machine_rates(torch.float32, 8)
+        measure(torch.float32, 8)
     assert "no device 7" in str(caught.value)
     assert "--cluster FILE" in str(caught.value)
 
