@@ -15,6 +15,7 @@ and algorithm 2.1; Bell and Cathey, The Iterated Kalman Filter Update as a Gauss
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,15 +24,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from deepspeed.autotuning.space import Candidate
+from deepspeed.config import load_config
+from deepspeed.config.dotted import leaves
 
 CONSTANT_STD = 1.5
 """Of the logarithm: the cost model may be wrong by a factor of four everywhere."""
 PART_STD = 0.6
 """And in each part by a factor of two beside the others."""
-OWN_STD = 0.2
+OWN_STD = 0.05
 """By so much along each feature by itself, whatever the parts."""
-TREND_STD = 0.05
-"""And per unit of a feature, so that an error that grows goes on growing."""
 JOINT_STD = 0.05
 """And by so much for what features do together."""
 NOISE_STD = 0.02
@@ -57,7 +58,14 @@ class Measurement:
 def features(candidate: Candidate, keys: Sequence[str] = ()) -> list[float]:
     """Columns of a candidate: at a distance of 1 two values are related, from 2 on hardly. `keys`: the other keys, in order."""
     columns = [math.log2(candidate.micro) / 1.5, math.log2(candidate.accumulation) / 1.5, 1.5 * candidate.stage]
-    return columns + [_column(candidate.values.get(key)) for key in keys]
+    defaults = _defaults()
+    return columns + [_column(candidate.values.get(key, defaults.get(key))) for key in keys]
+
+
+@functools.cache
+def _defaults() -> dict[str, Any]:
+    """What holds where a candidate does not say: one that says so is no other configuration."""
+    return dict(leaves(load_config({}).model_dump()))
 
 
 _WORDS = {"selective": 0.7, "full": 2.0, "cpu": 2.0, "nvme": 4.0}
@@ -108,7 +116,7 @@ class Surrogate:
     def _doubt(self, shares: np.ndarray) -> np.ndarray:
         """The variance of each before anything is measured."""
         own = CONSTANT_STD**2 + JOINT_STD**2 + self._x.shape[1] * OWN_STD**2
-        return own + TREND_STD**2 * (self._x**2).sum(1) + PART_STD**2 * (shares**2).sum(1)
+        return own + PART_STD**2 * (shares**2).sum(1)
 
     def _as_predictions(self, mean: np.ndarray, variance: np.ndarray) -> dict[str, Prediction]:
         rows = zip(self._names, np.exp(mean), np.sqrt(variance), strict=True)
@@ -118,7 +126,7 @@ class Surrogate:
 def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     squares = (a[:, None, :] - b[None, :, :]) ** 2
     alone = OWN_STD**2 * np.exp(-0.5 * squares).sum(-1)
-    return CONSTANT_STD**2 + alone + TREND_STD**2 * (a @ b.T) + JOINT_STD**2 * np.exp(-0.5 * squares.sum(-1))
+    return CONSTANT_STD**2 + alone + JOINT_STD**2 * np.exp(-0.5 * squares.sum(-1))
 
 
 def expected_gain(log_value: float, std: float, log_best: float) -> float:
