@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 
 def measure_and_report(
@@ -35,6 +36,9 @@ def measure_and_report(
     args = parser.parse_args()
     if args.worker:
         work(args)
+        if dist.is_initialized():  # or the first rank's end takes the store from those that still talk to it
+            dist.barrier()
+            dist.destroy_process_group()
         return
     result = args.json or Path(tempfile.mkdtemp()) / "measured.json"
     if not result.is_file():
