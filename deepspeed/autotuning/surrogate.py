@@ -31,8 +31,21 @@ CONSTANT_STD = 1.5
 """Of the logarithm: the cost model may be wrong by a factor of four everywhere."""
 PART_STD = 0.6
 """And in each part by a factor of two beside the others."""
-OWN_STD = 0.05
-"""By so much along each feature by itself, whatever the parts."""
+
+
+class Smooth(NamedTuple):
+    """How wrong the model may be besides its parts, as standard deviations of the logarithm."""
+
+    own: float
+    """Along each feature by itself, whatever the parts."""
+    trend: float
+    """Per unit of a feature, so that an error that grows goes on growing."""
+
+
+EXPLAINED, OTHER = Smooth(0.05, 0.0), Smooth(0.2, 0.05)
+"""A machine that the parts explain, and one that they do not."""
+CERTAINTY = 3.0
+"""The first holds where what was measured is twenty times (a logarithm of 3) as likely under it: who takes it too early looks too little around."""
 JOINT_STD = 0.05
 """And by so much for what features do together."""
 NOISE_STD = 0.02
@@ -79,6 +92,14 @@ def _column(value: Any) -> float:
     return _WORDS.get(str(value), 0.0)
 
 
+class _Fit(NamedTuple):
+    """Logarithms [candidates], their variance, and the log-likelihood of what was measured, less a constant."""
+
+    mean: np.ndarray
+    variance: np.ndarray
+    evidence: float
+
+
 class Surrogate:
     """Predictions for some candidates from a prior, seconds by part of a step, and measurements so far."""
 
@@ -98,7 +119,13 @@ class Surrogate:
         found = [measured[self._names[i]] for i in known]
         errors = np.log([m.step_s for m in found])
         noise = np.diag([max(m.noise, NOISE_STD / 2) ** 2 for m in found])
-        smooth = _kernel(self._x, self._x[known])
+        explained, other = (self._fit(known, errors, noise, kind) for kind in (EXPLAINED, OTHER))
+        best = explained if explained.evidence > other.evidence + CERTAINTY else other
+        return self._as_predictions(best.mean, best.variance)
+
+    def _fit(self, known: list[int], errors: np.ndarray, noise: np.ndarray, kind: Smooth) -> _Fit:
+        """To logarithms of seconds, of the candidates with these numbers; `noise` [known, known] is their variance."""
+        smooth = _kernel(self._x, self._x[known], kind)
         factors = np.zeros(self._parts.shape[1])  # their logarithms
         for _ in range(NUM_ROUNDS):
             costs = self._parts * np.exp(factors)
@@ -110,22 +137,23 @@ class Surrogate:
             weights = np.linalg.solve(within.T, np.linalg.solve(within, errors - mean[known]))
             factors = PART_STD**2 * shares[known].T @ weights
         spread = np.linalg.solve(within, across.T)
-        variance = np.maximum(self._doubt(shares) - (spread**2).sum(0), 1e-8)
-        return self._as_predictions(mean + across @ weights, variance)
+        variance = np.maximum(self._doubt(shares, kind) - (spread**2).sum(0), 1e-8)
+        evidence = -0.5 * (errors - mean[known]) @ weights - np.log(np.diag(within)).sum()
+        return _Fit(mean + across @ weights, variance, float(evidence))
 
-    def _doubt(self, shares: np.ndarray) -> np.ndarray:
+    def _doubt(self, shares: np.ndarray, kind: Smooth) -> np.ndarray:
         """The variance of each before anything is measured."""
-        own = CONSTANT_STD**2 + JOINT_STD**2 + self._x.shape[1] * OWN_STD**2
-        return own + PART_STD**2 * (shares**2).sum(1)
+        own = CONSTANT_STD**2 + JOINT_STD**2 + self._x.shape[1] * kind.own**2
+        return own + kind.trend**2 * (self._x**2).sum(1) + PART_STD**2 * (shares**2).sum(1)
 
     def _as_predictions(self, mean: np.ndarray, variance: np.ndarray) -> dict[str, Prediction]:
         rows = zip(self._names, np.exp(mean), np.sqrt(variance), strict=True)
         return {name: Prediction(float(step_s), float(std)) for name, step_s, std in rows}
 
 
-def _kernel(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+def _kernel(a: np.ndarray, b: np.ndarray, kind: Smooth) -> np.ndarray:
     squares = (a[:, None, :] - b[None, :, :]) ** 2
-    alone = OWN_STD**2 * np.exp(-0.5 * squares).sum(-1)
+    alone = kind.own**2 * np.exp(-0.5 * squares).sum(-1) + kind.trend**2 * (a @ b.T)
     return CONSTANT_STD**2 + alone + JOINT_STD**2 * np.exp(-0.5 * squares.sum(-1))
 
 
