@@ -25,7 +25,8 @@ from deepspeed.memory.clocked import SAMPLES
 from deepspeed.memory.scaling import BatchEstimator
 from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
-from deepspeed.planner.cost import Choice, Parts, Work, step_parts
+from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.planner.diagnosis import Diagnosis, Finding
 from deepspeed.planner.doctor_page import write_page
 from deepspeed.planner.machine import Asked, Measured, measure
 from deepspeed.profiling.counter import Phase
@@ -100,32 +101,6 @@ CHANGES: tuple[Change, ...] = (
     ),
     Change("the configuration as it is", {}, lambda choice: choice, lambda config, choice: True),
 )
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A change that fits, and what it gains."""
-
-    what: str
-    values: dict[str, Any]
-    gain: float
-    """Samples per second over the present ones, less one."""
-    nbytes: int
-
-
-@dataclass(frozen=True)
-class Diagnosis:
-    """What a step is made of, and what to change."""
-
-    parts: Parts
-    samples_s: float
-    nbytes: int
-    fits: bool
-    room_nbytes: int | None
-    findings: Sequence[Finding]
-    notes: Sequence[str]
-    is_clocked: bool = False
-    """Whether forward and backward are the model's own seconds here, rather than operations over rates."""
 
 
 def diagnose(

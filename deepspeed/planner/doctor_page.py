@@ -8,13 +8,10 @@ from __future__ import annotations
 import html
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from deepspeed.planner.diagnosis import Diagnosis, Finding
 from deepspeed.planner.page import STYLE, bar
 from deepspeed.planner.shown import many, nbytes, seconds
-
-if TYPE_CHECKING:
-    from deepspeed.planner.doctor import Diagnosis, Finding
 
 NAMES = {
     "compute": "forward and backward of the samples",

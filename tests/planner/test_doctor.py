@@ -12,7 +12,7 @@ import pytest
 
 from deepspeed.planner import doctor
 from deepspeed.planner.cost import Parts
-from deepspeed.planner.doctor import Diagnosis, Finding
+from deepspeed.planner.diagnosis import Diagnosis, Finding
 from deepspeed.planner.doctor_page import page
 from tests.monitor.test_report import BROWSER, FLAGS
 
