@@ -8,6 +8,5 @@ search.py        the ranked ones, their pipelines simulated                     
 traffic.py       ZeRO's bytes of a step, exactly: the engine's plan played
 cli.py           `deepspeed plan`; page.py its page
 doctor.py        `deepspeed doctor`; diagnosis.py what it finds; doctor_page.py its page; machine.py what ranks of this machine measure
-doctor.py        `deepspeed doctor`; diagnosis.py what it finds; doctor_page.py its page; machine.py what ranks of this machine measure
 largest.py       `deepspeed max-batch`; largest_model.py `deepspeed max-model`
 """

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from deepspeed.planner.diagnosis import Diagnosis, Finding
 from deepspeed.planner.page import STYLE, bar
-from deepspeed.planner.shown import many, nbytes, seconds
+from deepspeed.utils.figures import many, nbytes, seconds
 
 NAMES = {
     "compute": "forward and backward of the samples",
