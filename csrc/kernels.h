@@ -80,6 +80,23 @@ struct AttentionLoops {
     void (*shorten)(float* x, size_t n);
 };
 
+// Experts with gated MLPs, up [2 * inner, width] and down [width, inner]; see experts.inl. `before` [padded tokens, 2 * inner] and
+// `scratch` have as many floats as `room` and `scratch` say; of_up, of_down and of_tokens may be null.
+struct ExpertCall {
+    const float *tokens, *gradient;
+    float *out, *of_tokens;
+    size_t width, inner;
+};
+
+struct ExpertLoops {
+    size_t (*room)(size_t count);
+    size_t (*scratch)(size_t width, size_t inner);
+    void (*forward)(const ExpertCall& call, const float* up, const float* down, const int64_t* at, const float* factors, size_t count,
+                    float* before, float* scratch);
+    void (*backward)(const ExpertCall& call, const float* up, const float* down, const int64_t* at, const float* factors, size_t count,
+                     const float* before, float* of_factors, float* of_up, float* of_down, float* scratch);
+};
+
 struct Kernels {
     void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
     void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
@@ -91,6 +108,7 @@ struct Kernels {
     QuantizeLoops quantize;
     ProductLoops products;
     AttentionLoops attention;
+    ExpertLoops experts;
 };
 
 extern const Kernels kPortableKernels;

@@ -190,6 +190,7 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
 #include "quantize.inl"
 #include "products.inl"
 #include "attention.inl"
+#include "experts.inl"
 
 static constexpr Kernels kTable = {
     {widen_bf16, widen_fp16},
@@ -205,4 +206,5 @@ static constexpr Kernels kTable = {
     {dot_fp32, dot_bf16, {dot_int8, dot_int4}, {arrange_int8, arrange_int4}, read_words},
     {{score<ReadFloats>, score<ReadBFloats>}, score_bytes, exponentials, largest, total, scale_sums, times, to_words,
      {mix<ReadFloats>, mix<ReadBFloats>}, mix_bytes, gather, spread, shorten},
+    {padded, experts_scratch, expert_forward, expert_backward},
 };

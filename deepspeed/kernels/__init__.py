@@ -9,8 +9,10 @@
     native_decode.py         its step of one token through all layers of a decoder
     grouped.py               rows in groups, each times a matrix of its own, by two ways that a trial chooses from
     expert_mlp.py            two products per expert with an activation between, one expert after the other in the cache
+    native_experts.py        the same with a gated MLP on one thread, compiled
     onednn.py                products of fp32 matrices by oneDNN where torch's BLAS is slower: experts'
     pages.py                 large results in pages of 2 MiB
+    reused_memory.py         memory of large results that is used again, once nothing is in it
     reference/               plain torch: the fallback everywhere and the oracle of the tests
     triton/                  the same in Triton, for GPUs; one pass over memory, few launches
 

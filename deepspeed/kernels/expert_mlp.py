@@ -8,7 +8,7 @@ behind the activation is computed again, and a weight's gradient needs no result
 
     d weight = g . (inner W) = (g W^T) . inner        for a row's gradient g
 
-Where oneDNN multiplies faster, an expert's rows are filled up with zeros to a number that it has a kernel for (`onednn.room`).
+On one thread in fp32, with the usual activation, all of that is compiled (`native_experts`). Elsewhere, where oneDNN multiplies faster, an expert's rows are filled up with zeros to a number that it has a kernel for (`onednn.room`).
 
 Invariant: the same sums as apart, to rounding, in an order that depends on nothing else.
 """
@@ -22,7 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from deepspeed.kernels import onednn
+from deepspeed.kernels import native_experts, onednn
 from deepspeed.kernels.pages import in_large_pages
 
 
@@ -234,5 +234,7 @@ def expert_mlp(
     tokens [s, width]; at [n] the token of each row, sorted by expert, `counts[e]` rows for expert e; weights [n, 1]; up
     [experts, width, a], down [experts, b, out], matrices that lie transposed handed in so. All of one dtype.
     """
+    if isinstance(activation, GatedSilu) and native_experts.takes(tokens, weights, up, down):
+        return native_experts.experts(tokens, at, weights, counts, up, down)
     result: Tensor = ExpertMlp.apply(tokens, weights, up, down, at, list(counts), activation)
     return result

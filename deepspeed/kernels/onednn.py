@@ -62,7 +62,7 @@ def is_faster() -> bool:
 
 def takes(num_rows: int, *tensors: Tensor) -> bool:
     """Whether to multiply `num_rows` rows by matrices [..., k, n] like these here: wide enough, plain, fp32, in main memory."""
-    if not all(_is_plain(tensor) for tensor in tensors) or torch.are_deterministic_algorithms_enabled():
+    if not all(is_plain(tensor) for tensor in tensors) or torch.are_deterministic_algorithms_enabled():
         return False
     smallest = min(tensor.shape[-1] * tensor.shape[-2] for tensor in tensors)
     return num_rows * smallest >= MIN_NUMEL and _get_current_fake_mode() is None and is_faster()
@@ -74,7 +74,8 @@ def _get_current_fake_mode() -> Any:
     return mode if isinstance(mode, torch._subclasses.FakeTensorMode) else None
 
 
-def _is_plain(tensor: Tensor) -> bool:
+def is_plain(tensor: Tensor) -> bool:
+    """Whether it has fp32 values of its own in main memory: not fake, sharded or traced."""
     is_own = type(tensor) is Tensor or type(tensor).__torch_function__ is torch._C._disabled_torch_function_impl
     return is_own and tensor.dtype is torch.float32 and tensor.device.type == "cpu" and tensor.layout is torch.strided
 
@@ -127,7 +128,7 @@ class LinearByOneDNN(TorchFunctionMode):
 
 def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     given = (input, weight) if bias is None else (input, weight, bias)
-    if input.dim() != 2 or weight.dim() != 2 or not all(_is_plain(tensor) for tensor in given):
+    if input.dim() != 2 or weight.dim() != 2 or not all(is_plain(tensor) for tensor in given):
         return functional.linear(input, weight, bias)
     if not takes(len(input), weight) or torch.is_autocast_enabled("cpu"):
         return functional.linear(input, weight, bias)
@@ -138,7 +139,7 @@ def _linear(input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor
 def may_help(rows: Tensor) -> bool:
     """Whether layers that get such rows may be put in the mode: eager, and nothing else watches torch's functions."""
     return (
-        _is_plain(rows)
+        is_plain(rows)
         and not torch.compiler.is_compiling()
         and torch._C._len_torch_function_stack() == 0
         and not torch._C._are_functorch_transforms_active()

@@ -173,6 +173,17 @@ def _twice_product(left: Any, right: Any, *_: Any, **__: Any) -> int:
     return 2 * _product(left, right)
 
 
+def _experts(_tokens: Any, at: Any, _weights: Any, _counts: Any, up: Any, down: Any, *_: Any, **__: Any) -> int:
+    """Each of `at`'s rows meets one matrix of each kind."""
+    return 2 * int(at.numel()) * int(up[0].numel() + down[0].numel())
+
+
+def _experts_backward(_gradient: Any, *given: Any, **__: Any) -> int:
+    """A product of each kind for the rows and one for the matrix, as far as they are needed."""
+    at, up, down, (of_tokens, of_up, of_down) = given[1], given[4], given[5], given[7]
+    return 2 * int(at.numel()) * int(up[0].numel() * (of_tokens + of_up) + down[0].numel() * (1 + of_down))
+
+
 _OURS: dict[Any, Callable[..., int]] = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
@@ -202,10 +213,12 @@ _TORCH_KNOWS = ("conv", "attention")
 
 _OTHERS: dict[str, Callable[..., int]] = {
     "mkldnn::_linear_pointwise": _times_rows,
+    "deepspeed::experts": _experts,
+    "deepspeed::experts_backward": _experts_backward,
     "transformers::grouped_mm_fallback": _grouped_product,
     "transformers::grouped_mm_fallback_backward": _twice_product,
 }
-"""Operations that other packages register, by name: what is inside of them is not seen."""
+"""Operations that are registered with torch, by name: what is inside of them is not seen."""
 
 for _name in (
     "flash_attention",
