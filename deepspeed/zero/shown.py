@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,11 @@ class _Shown(NamedTuple):
         view, face = self.views[number], self.faces[number]
         if face is not view:
             view.copy_(torch.where(view.to(face.dtype) == face, view, face))
+
+
+def _is_given(gradient: Tensor | None, shown: _Shown, number: int) -> TypeGuard[Tensor]:
+    """Whether the script put a tensor in place of what parameter `number` was shown."""
+    return gradient is not None and gradient is not shown.faces[number]
 
 
 class Assigned(NamedTuple):
@@ -117,10 +122,11 @@ class ShownGradients:
     def adopt(self) -> list[tuple[int, int]]:
         """Take over what the script put in place of views; they stay shown. (bucket, parameter) without a gradient now."""
         missing = []
-        for shown in self._shown:
-            if shown.is_untouched:
-                continue
-            for number, gradient in enumerate(grads_of(shown.params)):
+        touched = [(shown, grads_of(shown.params)) for shown in self._shown if not shown.is_untouched]
+        # Copies, before any view is written: what the script put there may be views itself, exchanged or transposed.
+        given = [[g.clone() if _is_given(g, shown, i) else g for i, g in enumerate(found)] for shown, found in touched]
+        for (shown, _), found in zip(touched, given, strict=True):
+            for number, gradient in enumerate(found):
                 if gradient is None:
                     shown.views[number].zero_()  # adds nothing to the norm
                     missing.append((shown.position, number))

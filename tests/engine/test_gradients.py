@@ -310,3 +310,42 @@ def changed_accumulation(rank: int, world_size: int, stage: int) -> list[Any]:
 @pytest.mark.parametrize("stage", [0, 2])
 def test_another_number_of_micro_batches_holds_from_the_next_step_on(stage: int) -> None:
     assert run_ranks(2, changed_accumulation, stage) == [[[4, 7, 10, 12, 14], 5, 14]] * 2
+
+
+def _exchange(model: nn.Module) -> None:
+    model[0].weight.grad, model[2].weight.grad = model[2].weight.grad, model[0].weight.grad
+
+
+def _transpose(model: nn.Module) -> None:
+    model[0].weight.grad = model[0].weight.grad.t()
+
+
+def _give_away(model: nn.Module) -> None:
+    model[2].weight.grad, model[0].weight.grad = model[0].weight.grad, None
+
+
+def moves_gradients(rank: int, world_size: int, edit: Callable[[nn.Module], None]) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 8), nn.Tanh(), nn.Linear(8, 8))
+    plain = copy.deepcopy(model)
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    config = {"train_micro_batch_size_per_gpu": 2, "optimizer": {"type": "SGD", "params": {"lr": 0.1}}}
+    engine, *_ = deepspeed.initialize(model=model, config={**config, "gradient_clipping": 0.0})
+    for i in range(3):
+        x = torch.randn(2, 8, generator=torch.Generator().manual_seed(i))
+        (plain(x) - 1).pow(2).mean().backward()
+        engine.backward((engine(x) - 1).pow(2).mean())
+        edit(plain)
+        edit(engine.module)
+        optimizer.step()
+        optimizer.zero_grad()
+        engine.step()
+    for here, there in zip(engine.module.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(here, there)
+    engine.destroy()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("edit", [_exchange, _transpose, _give_away])
+def test_gradients_may_be_exchanged_and_transposed(edit: Callable[[nn.Module], None], world_size: int) -> None:
+    run_ranks(world_size, moves_gradients, edit)
