@@ -34,6 +34,8 @@ def norm_of(values: Tensor) -> Tensor:
         return torch.linalg.vector_norm(values, 2, dtype=dtype)
     flat = values.reshape(-1)
     rows = torch.linalg.vector_norm(flat[: num_rows * ROW].view(num_rows, ROW), 2, dim=1, dtype=dtype)
+    if num_rows * ROW == flat.numel():
+        return norm_of(rows)
     rest = torch.linalg.vector_norm(flat[num_rows * ROW :], 2, dtype=dtype)
     return torch.hypot(norm_of(rows), rest)
 

@@ -112,13 +112,18 @@ class GradientNorm:
         if news is not False:
             missed = missed + CHANGED * news
         norms = [self._norm_of(i) for i in range(len(self._gradients))]
-        total = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
+        total = self._together(norms)
         both = torch.stack([total, missed])
         work = None
         if group is not None:
             both[0].square_()
             work = torch.distributed.all_reduce(both, group=group, async_op=True)
         return Asked(total, missed, both, work)
+
+    def _together(self, norms: list[Tensor]) -> Tensor:
+        if len(norms) == 1:
+            return norms[0]
+        return torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros((), device=self._device)
 
     def finish(self, asked: Asked) -> Measured:
         """Wait for the answer."""

@@ -14,7 +14,6 @@ import copy
 import enum
 import itertools
 import sys
-from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -90,8 +89,9 @@ def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
 
 
 def give_grads(params: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
-    """Set `param.grad` of each."""
-    deque(map(_GRAD.__set__, params, gradients), maxlen=0)
+    """Set `param.grad` of each: once per step of all of them, where a plain loop is the fastest way."""
+    for param, gradient in zip(params, gradients, strict=False):
+        param.grad = gradient
 
 
 class HiddenGradient(Tensor):
