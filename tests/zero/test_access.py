@@ -422,7 +422,73 @@ def penalised(rank: int, world_size: int, stage: int) -> None:
         deepspeed.zero.unregister_external_parameter(model.outer, model.inner.weight)
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2])
 def test_parameters_registered_after_initialize_are_whole_around_the_module(stage: int, world_size: int) -> None:
     run_ranks(world_size, penalised, stage)
+
+
+class Borrower(nn.Module):
+    """Multiplies by a weight of another module that it is not told of when it is built, as AdaLoRA's penalty does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.own = nn.Parameter(torch.full((8, 8), 0.1))
+        self.lent: list[nn.Parameter] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for weight in self.lent:
+            x = torch.tanh(x @ self.own + nn.functional.linear(x, weight))
+        return x
+
+
+def _borrowing() -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Module()
+    model.first, model.second, model.borrower = nn.Linear(8, 8), nn.Linear(8, 8), Borrower()
+    model.forward = lambda x: model.borrower(model.second(model.first(x))).pow(2).mean()  # type: ignore[method-assign]
+    return model
+
+
+def lends(rank: int, world_size: int, stage: int, dtype: torch.dtype) -> None:
+    """Two weights are registered, one between the steps; one is written inside of a gather for the borrower; one is taken back."""
+    model, plain = _borrowing(), _borrowing()
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1)
+    zero = {"stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
+    config = make_config(stage, micro=4, optimizer={"type": "SGD", "params": {"lr": 0.1}}, zero=zero)
+    config |= {"bf16": {"enabled": dtype is torch.bfloat16}}
+    with small_units(), engine_of(model, config) as engine:
+        for i in range(6):
+            if i in (0, 2):
+                layer = "first" if i else "second"
+                engine.module.borrower.lent.append(getattr(engine.module, layer).weight)
+                plain.borrower.lent.append(getattr(plain, layer).weight)
+                deepspeed.zero.register_external_parameter(engine.module.borrower, engine.module.borrower.lent[-1])
+            if i == 3:
+                lent = engine.module.borrower.lent
+                with deepspeed.zero.GatheredParameters(lent, modifier_rank=0, fwd_module=engine.module.borrower):
+                    if rank == 0 or stage < 3:
+                        for weight in lent:
+                            weight.data.mul_(0.5)
+                for weight in plain.borrower.lent:
+                    weight.data.mul_(0.5)
+            if i == 5:
+                deepspeed.zero.unregister_external_parameter(engine.module.borrower, engine.module.borrower.lent.pop())
+                plain.borrower.lent.pop()
+            x = torch.randn(4, 8, generator=torch.Generator().manual_seed(i))
+            plain(x).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.backward(engine(x.to(dtype)))
+            engine.step()
+        tolerance = {"atol": 2e-2, "rtol": 2e-2} if dtype is torch.bfloat16 else {}
+        for name, value in whole_values(engine.module).items():
+            wanted = plain.get_parameter(name).detach().to(value.dtype)
+            torch.testing.assert_close(value, wanted, **tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_weights_lent_between_steps_train_as_in_plain_pytorch(stage: int, world_size: int, dtype: torch.dtype) -> None:
+    run_ranks(world_size, lends, stage, dtype)
