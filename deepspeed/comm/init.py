@@ -14,6 +14,10 @@ from datetime import timedelta
 from typing import Any
 
 import torch.distributed as dist
+
+# Its default arguments are the group that is there at its import, which torch.compile makes. A group held so outlives
+# destroy_process_group, and gloo's threads abort a process that ends while they let go of its last message.
+import torch.distributed.nn.functional  # noqa: F401
 from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 

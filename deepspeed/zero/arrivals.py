@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor, nn
@@ -27,17 +27,7 @@ _is_sparse = attrgetter("is_sparse")
 class Arrivals:
     """The gradients of one bucket's parameters since they were last laid down."""
 
-    __slots__ = (
-        "_all",
-        "_attributes",
-        "_num_attributes",
-        "_parts",
-        "num_here",
-        "num_params",
-        "rows",
-        "used",
-        "waiting",
-    )
+    __slots__ = ("_all", "_parts", "num_here", "num_params", "rows", "used", "waiting")
 
     def __init__(self, num_params: int) -> None:
         self.num_params = num_params
@@ -46,9 +36,6 @@ class Arrivals:
         self.num_here = 0
         """Of how many parameters a gradient waits to be laid down."""
         self._all = frozenset(range(num_params))
-        self._attributes: list[dict[str, Any]] = []
-        self._num_attributes = -1
-        """Of all parameters, when none of them said READY."""
         self._parts: set[int] = set()
         """Parameters of whose gradients more is to come; known where all have arrived."""
         self.used: set[int] = set()
@@ -92,15 +79,8 @@ class Arrivals:
 
     def awaits_parts(self, params: Sequence[nn.Parameter]) -> bool:
         """All have arrived: whether some arrived in part (`ds_grad_is_ready` is False), and are complete with one to come."""
-        if len(self._attributes) != len(params):
-            self._attributes = list(map(vars, params))
-        # What is set is one more: names are not looked up in each step, which reads a quarter of the memory.
-        num_attributes = sum(map(len, self._attributes))
-        if num_attributes != self._num_attributes:
-            says = any(map(contains, self._attributes, repeat(READY)))
-            self._num_attributes = -1 if says else num_attributes
-            if says:
-                self._parts.update(i for i, own in enumerate(self._attributes) if not own.get(READY, True))
+        if any(map(contains, map(vars, params), repeat(READY))):  # of many parameters usually none
+            self._parts.update(i for i, param in enumerate(params) if not param.__dict__.get(READY, True))
         return bool(self._parts)
 
     def end_step(self) -> None:
@@ -112,7 +92,7 @@ class Arrivals:
         """Write what waits into the parameters' views, or add it. Unless it adds, what did not arrive becomes zero."""
         is_complete = self.num_here == self.num_params  # as nearly always
         here = self._all if is_complete else [i for i, t in enumerate(self.waiting) if t is not None]
-        gradients = self._dense_ones([tensor for tensor in self.waiting if tensor is not None])
+        gradients = self._dense_ones()
         targets = list(views) if is_complete else [views[i] for i in here]
         if gradients and adds:
             torch._foreach_add_(targets, gradients)
@@ -123,7 +103,8 @@ class Arrivals:
         self.used.update(here)
         self.forget()
 
-    def _dense_ones(self, gradients: list[Tensor]) -> list[Tensor]:
+    def _dense_ones(self) -> list[Tensor]:
+        gradients = [tensor for tensor in self.waiting if tensor is not None]
         if not any(map(_is_sparse, gradients)):
             return gradients
         self._note_rows((i, tensor) for i, tensor in enumerate(self.waiting) if tensor is not None)

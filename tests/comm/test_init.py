@@ -94,6 +94,27 @@ def _by_arguments(port: int) -> int:
     return world_size
 
 
+THREADS_LEFT = """
+import os, sys
+import torch.distributed as dist
+from deepspeed import comm
+comm.init_distributed("gloo")
+assert "torch._dynamo" not in sys.modules
+import torch._dynamo
+dist.destroy_process_group()
+tasks = f"/proc/{os.getpid()}/task"
+print([name for name in (open(f"{tasks}/{task}/comm").read().strip() for task in os.listdir(tasks)) if "gloo" in name])
+"""
+
+
+def test_no_thread_of_a_destroyed_group_is_left_to_abort_the_end_of_the_process() -> None:
+    environ = {name: value for name, value in os.environ.items() if name not in FIVE}
+    command = [sys.executable, "-c", THREADS_LEFT]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=environ)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines()[-1] == "[]"
+
+
 def test_arguments_win_over_the_environment() -> None:
     assert run_alone(_by_arguments, free_port()) == 1
 

@@ -107,7 +107,7 @@ def test_a_notebook_next_to_tensorboards_runs_finds_its_folder_as_it_was(asked: 
         "train_micro_batch_size_per_gpu": 2,
         "steps_per_print": 2,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "zero_optimization": {"stage": len(asked)},
+        "zero_optimization": {"stage": min(len(asked), 3)},
         **asked,
     }
     done = subprocess.run(

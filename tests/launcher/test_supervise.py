@@ -51,7 +51,7 @@ def _until(condition: Callable[[], bool], seconds: float = 10.0) -> bool:
 
 def _pids(folder: Path, count: int) -> list[int]:
     """The ids that `count` processes wrote into files of the folder."""
-    assert _until(lambda: sum(bool(f.read_text().endswith("\n")) for f in folder.glob("*.pid")) == count)
+    assert _until(lambda: sum(bool(f.read_text().endswith("\n")) for f in folder.glob("*.pid")) == count, 60.0)
     return [int(file.read_text()) for file in folder.glob("*.pid")]
 
 
