@@ -149,20 +149,15 @@ class DirectExchange:
     def add_up(self, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:
         """Sum `parts` in order, divide, and write or add into `out`, which may be one of them."""
         dtype = torch.float32 if parts[0].dtype in NARROW else parts[0].dtype
-        total = self._total(dtype, min(out.numel(), BLOCK_NUMEL))
+        if dtype not in self._totals:
+            self._totals[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
+        total = self._totals[dtype]
         if out.numel() <= BLOCK_NUMEL:
             _add_up_block(total[: out.numel()], parts, out, divide_by, accumulate)
             return
         blocks = zip(out.split(BLOCK_NUMEL), *(part.split(BLOCK_NUMEL) for part in parts), strict=True)
         for target, *pieces in blocks:
             _add_up_block(total[: target.numel()], pieces, target, divide_by, accumulate)
-
-    def _total(self, dtype: torch.dtype, numel: int) -> Tensor:
-        """What blocks of so many elements are summed in; kept for the next."""
-        total = self._totals.get(dtype)
-        if total is None or total.numel() < numel:
-            total = self._totals[dtype] = torch.empty(numel, dtype=dtype)
-        return total
 
 
 def _add_up_block(total: Tensor, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:

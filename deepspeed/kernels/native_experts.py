@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn import functional
 
 from deepspeed.kernels import native, onednn
@@ -27,6 +28,8 @@ MULTIPLE = 16
 
 def takes(tokens: Tensor, weights: Tensor, up: Tensor, down: Tensor) -> bool:
     """Whether `experts` computes these: plain fp32 in main memory, [experts, out, in] in one piece, and one thread to do it."""
+    if isinstance(tokens, FakeTensor):  # counts have no values there, on which what is kept for the backward depends
+        return False
     if torch.get_num_threads() != 1 or not all(map(onednn.is_plain, (tokens, weights, up, down))):
         return False
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():

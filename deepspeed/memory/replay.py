@@ -245,15 +245,7 @@ class Reductions:
         self._unmapped = set(self.order)
         """Whose gradients have had no memory of their own yet: they get it in the first backward."""
         if settings.sends_directly and settings.shard_size > 1:
-            largest = max(map(self._summed_numel, self.order), default=0)
-            ledger.add(COMMUNICATION, min(largest, BLOCK_NUMEL) * 4)
-
-    def _summed_numel(self, bucket: SizedBucket) -> int:
-        """How many elements this rank adds up of a bucket's messages, by `comm.direct`."""
-        layout = bucket.layout
-        if self._is_sharded(bucket) or (layout.world_size > 2 and layout.padded_numel > ONE_PHASE_NUMEL):
-            return layout.shard_numel
-        return layout.padded_numel
+            ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
 
     @property
     def order(self) -> list[SizedBucket]:

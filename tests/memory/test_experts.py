@@ -112,9 +112,9 @@ def batch(what: str) -> dict[str, Tensor]:
     return {"input_ids": tokens, "labels": tokens.clone()}
 
 
-def measured(
-    rank: int, world_size: int, what: str, num_experts: int, k: int, ep: int, stage: int, sharing: Sharing
-) -> int:
+def measured(rank: int, world_size: int, what: str, num_experts: int, k: int, ep: int, stage: int) -> int:
+    """The peak over gloo, as predicted: with shared memory, which a trial by the clock chooses, small models take up to 1 MiB less."""
+
     def run() -> None:
         model, config = make(what, num_experts, k, ep, stage)
         with engine_of(model, config) as engine:
@@ -124,38 +124,37 @@ def measured(
                 del out
                 engine.step()
 
-    with patch.object(Pending, "is_done", False), patch.dict(os.environ, {SHARED_MEMORY: sharing.value}):
+    with patch.object(Pending, "is_done", False), patch.dict(os.environ, {SHARED_MEMORY: Sharing.NEVER.value}):
         found = measure_peak(run).allocated_nbytes
     gc.collect()
     return found
 
 
 @pytest.mark.parametrize(
-    ("what", "num_experts", "k", "ep", "ranks", "stage", "sharing"),
+    ("what", "num_experts", "k", "ep", "ranks", "stage"),
     [
-        ("layers", 4, 1, 1, 1, 0, Sharing.NEVER),
-        ("layers", 8, 3, 1, 1, 2, Sharing.NEVER),
-        ("layers", 8, 2, 2, 2, 0, Sharing.NEVER),
-        ("layers", 8, 2, 2, 2, 2, Sharing.NEVER),
-        ("layers", 8, 2, 2, 2, 3, Sharing.ALWAYS),
-        ("lists", 8, 2, 1, 1, 0, Sharing.NEVER),
-        ("lists", 8, 2, 2, 2, 0, Sharing.NEVER),
-        ("lists", 8, 2, 2, 2, 2, Sharing.ALWAYS),
-        ("lists", 8, 2, 2, 2, 3, Sharing.NEVER),
-        ("mixtral", 8, 2, 1, 1, 0, Sharing.NEVER),
-        ("mixtral", 8, 2, 2, 2, 0, Sharing.NEVER),
-        ("mixtral", 8, 2, 2, 2, 0, Sharing.ALWAYS),
-        ("mixtral", 8, 2, 2, 2, 2, Sharing.NEVER),
-        ("mixtral", 8, 2, 2, 2, 3, Sharing.NEVER),
+        ("layers", 4, 1, 1, 1, 0),
+        ("layers", 8, 3, 1, 1, 2),
+        ("layers", 8, 2, 2, 2, 0),
+        ("layers", 8, 2, 2, 2, 2),
+        ("layers", 8, 2, 2, 2, 3),
+        ("lists", 8, 2, 1, 1, 0),
+        ("lists", 8, 2, 2, 2, 0),
+        ("lists", 8, 2, 2, 2, 2),
+        ("lists", 8, 2, 2, 2, 3),
+        ("mixtral", 8, 2, 1, 1, 0),
+        ("mixtral", 8, 2, 2, 2, 0),
+        ("mixtral", 8, 2, 2, 2, 2),
+        ("mixtral", 8, 2, 2, 2, 3),
     ],
 )
 def test_the_predicted_peak_with_experts_is_within_5_percent_of_the_measured_one(
-    what: str, num_experts: int, k: int, ep: int, ranks: int, stage: int, sharing: Sharing
+    what: str, num_experts: int, k: int, ep: int, ranks: int, stage: int
 ) -> None:
     model, config = make(what, num_experts, k, ep, stage)
     with small_units():
         predicted = Estimator(model, batch(what), device_type="cpu").estimate(config, world_size=ranks).peak_nbytes
-    found = max(run_ranks(ranks, measured, what, num_experts, k, ep, stage, sharing))
+    found = max(run_ranks(ranks, measured, what, num_experts, k, ep, stage))
     assert predicted == pytest.approx(found, rel=0.05)
 
 
