@@ -13,7 +13,7 @@ _COMMON: dict[str, Any] = {
     "vocab_size": VOCAB,
     "hidden_size": HIDDEN,
     "intermediate_size": 24,
-    "moe_intermediate_size": 8,
+    "moe_intermediate_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "num_key_value_heads": 2,
@@ -29,20 +29,20 @@ _DEEPSEEK = {
     "qk_nope_head_dim": 4, "v_head_dim": 8, "first_k_dense_replace": 1, "n_group": 2, "topk_group": 1, "head_dim": 4,
 }  # fmt: skip
 FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
-    "mixtral": ("Mixtral", {**_COMMON, "num_local_experts": 4, "intermediate_size": 8}),
+    "mixtral": ("Mixtral", {**_COMMON, "num_local_experts": 4, "intermediate_size": 16}),
     "qwen2_moe": ("Qwen2Moe", {**_COMMON, "num_experts": 4, "shared_expert_intermediate_size": 8, "decoder_sparse_step": 1}),
     "qwen3_moe": ("Qwen3Moe", {**_COMMON, "num_experts": 4, "decoder_sparse_step": 1, "norm_topk_prob": True}),
     "deepseek_v2": ("DeepseekV2", {**_DEEPSEEK, "topk_method": "group_limited_greedy"}),
     "deepseek_v3": ("DeepseekV3", {**_DEEPSEEK, "routed_scaling_factor": 2.5}),
-    "minimax": ("MiniMax", {**_COMMON, "num_local_experts": 4, "intermediate_size": 8, "block_size": 4}),
+    "minimax": ("MiniMax", {**_COMMON, "num_local_experts": 4, "intermediate_size": 16, "block_size": 4}),
     "minimax_m3": (
         "MiniMaxM3VL",
         {
-            **_COMMON, "num_local_experts": 4, "intermediate_size": 8, "dense_intermediate_size": 24, "shared_intermediate_size": 8,
+            **_COMMON, "num_local_experts": 4, "intermediate_size": 16, "dense_intermediate_size": 24, "shared_intermediate_size": 8,
             "rotary_dim": 4, "layer_types": ["full_attention"] * 2, "mlp_layer_types": ["sparse"] * 2,
         },
     ),
-    "gpt_oss": ("GptOss", {**_COMMON, "num_local_experts": 4, "intermediate_size": 8, "layer_types": ["full_attention"] * 2}),
+    "gpt_oss": ("GptOss", {**_COMMON, "num_local_experts": 4, "intermediate_size": 16, "layer_types": ["full_attention"] * 2}),
     "qwen3_5_moe": (
         "Qwen3_5Moe",
         {
