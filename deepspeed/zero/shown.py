@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import repeat
 from operator import is_
-from typing import NamedTuple, TypeGuard
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,9 +51,9 @@ class _Shown(NamedTuple):
             view.copy_(torch.where(view.to(face.dtype) == face, view, face))
 
 
-def _is_given(gradient: Tensor | None, shown: _Shown, number: int) -> TypeGuard[Tensor]:
-    """Whether the script put a tensor in place of what parameter `number` was shown."""
-    return gradient is not None and gradient is not shown.faces[number]
+def _home(tensor: Tensor) -> int | None:
+    """Where the memory lies that a dense tensor is a view of."""
+    return tensor.untyped_storage().data_ptr() if tensor.layout is torch.strided else None
 
 
 class Assigned(NamedTuple):
@@ -123,9 +123,18 @@ class ShownGradients:
         """Take over what the script put in place of views; they stay shown. (bucket, parameter) without a gradient now."""
         missing = []
         touched = [(shown, grads_of(shown.params)) for shown in self._shown if not shown.is_untouched]
-        # Copies, before any view is written: what the script put there may be views itself, exchanged or transposed.
-        given = [[g.clone() if _is_given(g, shown, i) else g for i, g in enumerate(found)] for shown, found in touched]
-        for (shown, _), found in zip(touched, given, strict=True):
+        given = {
+            (shown.position, number): gradient
+            for shown, found in touched
+            for number, gradient in enumerate(found)
+            if gradient is not None and gradient is not shown.faces[number]
+        }
+        if (
+            given
+        ):  # what the script put there may be views itself, exchanged or transposed: copied before any is written
+            homes = {_home(view) for shown, _ in touched for view in shown.views}
+            given = {at: gradient.clone() if _home(gradient) in homes else gradient for at, gradient in given.items()}
+        for shown, found in touched:
             for number, gradient in enumerate(found):
                 if gradient is None:
                     shown.views[number].zero_()  # adds nothing to the norm
@@ -133,7 +142,7 @@ class ShownGradients:
                 elif gradient is shown.faces[number]:
                     shown.take_edits(number)
                 else:
-                    shown.views[number].copy_(gradient)
+                    shown.views[number].copy_(given[shown.position, number])
         return missing
 
     def hide(self) -> None:
