@@ -18,6 +18,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from deepspeed.activation.hidden import get_checkpoint_hidden_states_offloading_ctx_manager
 from deepspeed.parallel.sequence import block
+from deepspeed.parallel.sequence.inputs import IGNORED
 from deepspeed.runtime.sequence_parallel import parallel_state_sp
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF
 from deepspeed.sequence.fpdt_layer import FPDT_Attention
@@ -65,13 +66,14 @@ def ring(rank: int, world_size: int, stage: int) -> Found:
 
 
 def tiles(rank: int, world_size: int, stage: int) -> Found:
-    """An MLP and logits with their loss, a few tokens at a time."""
+    """An MLP and logits with their loss, a few tokens at a time; in one step a tile has no target, in another none has one."""
     torch.manual_seed(7)
     losses = []
     with engine_of(Tiled(is_tiled=True), settings(stage, clip=0.5) | {"train_micro_batch_size_per_gpu": 1}) as engine:
         for step in range(cases.STEPS):
             make = torch.Generator().manual_seed(10 * rank + step)
             x, y = torch.randn(1, 7, 6, generator=make), torch.randint(9, (1, 7), generator=make)
+            y[:, [slice(0), slice(2, 6), slice(None)][step % 3]] = IGNORED
             loss = engine(x.to(engine.device), y.to(engine.device))
             engine.backward(loss)
             engine.step()

@@ -31,6 +31,8 @@ READY = "ds_grad_is_ready"
 
 Run = Callable[[int, Tensor], Any]
 """(number of the tile, tile of x) -> output of the tile."""
+Weight = float | Tensor
+"""What a tile's loss is multiplied by: a number, or a scalar of the device [] where the host would have to wait for it."""
 
 
 class Moment(NamedTuple):
@@ -186,17 +188,21 @@ class Concatenated(NamedTuple):
 class Summed(NamedTuple):
     """Scalars, each times its weight, added up."""
 
-    weights: Sequence[float]
+    weights: Sequence[Weight]
 
     def join(self, outputs: Iterable[Tensor]) -> Tensor:
         """The whole output. A tile of no weight counts for nothing, whatever it is."""
-        outputs = list(outputs)
-        parts = [out * w for out, w in zip(outputs, self.weights, strict=True) if w]
-        return torch.stack(parts).sum() if parts else torch.zeros_like(outputs[0])
+        return torch.stack([_share(out, weight) for out, weight in zip(outputs, self.weights, strict=True)]).sum()
 
     def of_tile(self, grad: Tensor, index: int, output: Tensor) -> Tensor:
         """A tile's share of the gradient."""
         return (grad * self.weights[index]).to(output.dtype)
+
+
+def _share(output: Tensor, weight: Weight) -> Tensor:
+    if isinstance(weight, Tensor):
+        return torch.where(weight == 0, 0.0, output * weight).to(output.dtype)
+    return output * weight if weight else torch.zeros_like(output)
 
 
 class TiledMLP:

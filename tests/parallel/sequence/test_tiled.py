@@ -81,6 +81,30 @@ def test_a_tiled_loss_equals_the_whole_one_with_its_outer_factor(shards: int, wi
         torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-7)
 
 
+def masked_mean(module: Any, x: Tensor, y: Tensor, mask: Tensor) -> Tensor:
+    """As scripts write it: 0 / 0 where nothing counts."""
+    each = F.cross_entropy(module(x).flatten(0, 1), y.flatten().clamp(min=0), reduction="none")
+    return (each * mask.flatten()).sum() / mask.float().sum()
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.bfloat16])
+def test_tiles_without_targets_harm_neither_loss_nor_gradients_and_masks_are_counted_exactly(
+    dtype: torch.dtype,
+) -> None:
+    y = torch.randint(9, (1, 900), generator=torch.Generator().manual_seed(2))
+    mask = torch.arange(900) >= 301  # 599 targets, which bf16 would count as 600
+    found = []
+    for tiles in (3, 1):
+        torch.manual_seed(3)
+        module = nn.Linear(6, 9)
+        x = torch.randn(1, 900, 6, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        loss = TiledFusedLogitsLoss.apply(masked_mean, module, x, y, mask[None].to(dtype), tiles)
+        loss.backward()
+        found.append([loss.detach(), x.grad, module.weight.grad, module.bias.grad])
+    for tiled, whole in zip(*found, strict=True):
+        torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-7)
+
+
 def test_sums_add_up_and_a_loss_without_targets_is_zero() -> None:
     module, x = nn.Linear(6, 9), torch.randn(1, 6, 6, requires_grad=True)
     y = torch.randint(9, (1, 6))
@@ -90,11 +114,13 @@ def test_sums_add_up_and_a_loss_without_targets_is_zero() -> None:
 
     loss = TiledFusedLogitsLoss.apply(summed, module, x, y, None, 4, None, "sum")
     torch.testing.assert_close(loss, summed(module, x, y))
+    module.zero_grad()
     none = TiledFusedLogitsLoss.apply(loss_fn, module, x, torch.full_like(y, -100), None, 4)
     none.backward()
     assert float(none.detach()) == 0.0
     assert x.grad is not None
     assert not x.grad.any()
+    assert [param.grad is not None and not param.grad.any() for param in module.parameters()] == [True, True]
 
 
 def test_the_general_function_cuts_what_it_is_told_and_passes_the_rest() -> None:
