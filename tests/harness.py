@@ -222,6 +222,20 @@ class Limit:
         return stood_ready_s("self") + sum(stood_ready_s(worker.process.pid) for worker in self._workers)
 
 
+_ended: list[Any] = []
+
+
+def end_group(group: Any) -> None:
+    """End a process group of this test's.
+
+    torch before 2.8 (its pull request 154976) lets go of a group under the GIL and waits for gloo's threads, of which one may want
+    the GIL to let go of the last message. There the object is kept until the process ends.
+    """
+    dist.destroy_process_group(group)
+    if tuple(int(part) for part in torch.__version__.split(".")[:2]) < (2, 8):
+        _ended.append(group)
+
+
 def stood_ready_s(pid: int | str | None) -> float:
     """How long a process's main thread has waited for a core; 0 for a dead process, and where the kernel does not say."""
     try:

@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.comm.circle import Circle, bytes_of_gather, bytes_of_largest, distances
-from tests.harness import run_ranks
+from tests.harness import end_group, run_ranks
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def around(rank: int, world_size: int) -> Any:
     first = circle.start_largest([rank])  # begun first, ended last
     second = circle.start_gather([rank])()
     overlapping = first(), second
-    dist.destroy_process_group(group)
+    end_group(group)
     return largest, gathered, sent_for_largest, sent_for_gather, overlapping
 
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.comm.coalesced_collectives import (
 from deepspeed.runtime.comm.compressed import CompressedBackend
 from deepspeed.runtime.comm.nccl import NcclBackend
 from deepspeed.utils.errors import DeepSpeedError
-from tests.harness import run_ranks
+from tests.harness import end_group, run_ranks
 from tests.optim.onebit_oracle import Compression
 
 SHAPES = [(7, 7), (3,), (0,), (1,), (16, 12)]
@@ -76,7 +76,7 @@ def quantized(rank: int, world_size: int) -> list[list[Tensor]]:
             call()
     for group in groups.values():
         if isinstance(group, dist.ProcessGroup):
-            dist.destroy_process_group(group)
+            end_group(group)
     return found
 
 

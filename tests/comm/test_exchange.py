@@ -15,7 +15,7 @@ from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, slices_of
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.shared import SharedExchange
-from tests.harness import close_pools, run_ranks
+from tests.harness import close_pools, end_group, run_ranks
 
 CPU = torch.device("cpu")
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
@@ -225,7 +225,7 @@ def _subgroup(rank: int, world_size: int) -> None:
     full.fill_(float(rank))
     exchange.broadcast(full)
     assert full[0] == (0 if rank < 2 else 2)
-    dist.destroy_process_group(exchange.group)
+    end_group(exchange.group)
 
 
 def test_a_subgroup_exchanges_among_its_own_ranks() -> None:

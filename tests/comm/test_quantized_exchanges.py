@@ -15,7 +15,7 @@ from deepspeed.comm.relay import Relay, RelayedExchange
 from deepspeed.utils.waits import COMMUNICATION
 from tests.comm.between_nodes import counted_between_nodes
 from tests.engine.runs import LONG
-from tests.harness import run_ranks
+from tests.harness import end_group, run_ranks
 
 CPU = torch.device("cpu")
 
@@ -97,7 +97,7 @@ def gathered_in_hops(rank: int, world_size: int, num_near: int) -> tuple[bool, d
             exchange.start_all_gather(torch.zeros(world_size * 600), values(rank, 600)).wait()
         sent[kind] = sum(nbytes)
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return all(torch.equal(*pair) for pair in fulls.values()), sent
 
 
@@ -142,7 +142,7 @@ def reduced(rank: int, world_size: int, num_near: int, numel: int, beta: float |
     far_nbytes = 4 * num_far * GRADIENTS.nbytes(numel) if num_far > 1 else 0  # of which one slice is the rank's own
     assert COMMUNICATION.nbytes.get("zero.quantized_far", 0) - before == far_nbytes
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return outs
 
 

@@ -27,7 +27,7 @@ from deepspeed.comm.trial import Times, Verdict, verdicts
 from deepspeed.launcher.failure import Failure
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError, TrainingStateError
 from tests.engine.runs import LONG, Run, make_config, train
-from tests.harness import close_pools, run_ranks
+from tests.harness import close_pools, end_group, run_ranks
 from tests.models import build
 
 CPU = torch.device("cpu")
@@ -147,7 +147,7 @@ def of_groups(rank: int, world_size: int) -> None:
             exchange.start_all_reduce(pair).wait()
             assert pair.tolist() == ([1.0] * 4 if first else [3.0] * 4)
     for group in pairs:
-        dist.destroy_process_group(group)
+        end_group(group)
 
 
 def test_groups_of_several_sizes_have_boards_of_their_own() -> None:

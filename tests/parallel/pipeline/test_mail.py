@@ -19,7 +19,7 @@ from deepspeed.parallel.pipeline.mail import Mail, Post
 from deepspeed.parallel.pipeline.postbox import MOST_GUESSES, MOST_PACKED
 from deepspeed.parallel.pipeline.routes import Key, Way, routes_of
 from deepspeed.parallel.pipeline.schedules import gpipe, interleaved, one_f_one_b, zb_h2, zb_v
-from tests.harness import run_ranks
+from tests.harness import end_group, run_ranks
 from tests.parallel.pipeline.models import LONG
 
 WIDTHS = (3, 3, 5, 3, 7, 7, 9, 9, 2, 3, 5, 5, 5, 4, 4, 3)
@@ -67,7 +67,7 @@ def _exchange(rank: int, world: int) -> dict[str, Any]:
             mail.settle()
     dist.barrier()
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return {"kept": max(num_kept), "control": mail.control_bytes_sent, "sent": mail.bytes_sent}
 
 
@@ -99,7 +99,7 @@ def _count_messages(rank: int, world: int) -> list[int]:
         post.outbox(way).settle()
     dist.barrier()
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return found
 
 
@@ -129,7 +129,7 @@ def _failing(rank: int, world: int) -> list[str]:
         mail.drain(logs)
     dist.barrier()
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return found
 
 
@@ -222,7 +222,7 @@ def _at_random(rank: int, world: int, seeds: list[int]) -> int:
             mail = Mail(post)  # the next engine's
     dist.barrier()
     for group in made:
-        dist.destroy_process_group(group)
+        end_group(group)
     return num_failed
 
 
