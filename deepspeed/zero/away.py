@@ -70,10 +70,7 @@ class PutAway:
                 '  Use device "cpu"; for training from a disk set zero_optimization.offload_optimizer.'
             )
         kinds = {OffloadStateTypeEnum(kind) for kind in include} if include is not None else set(OffloadStateTypeEnum)
-        with torch.no_grad():
-            for kind in kinds:
-                for tensor in self._tensors(kind):
-                    self._put(tensor, pin_memory, non_blocking)
+        self._put(self._at_their_place(kinds), pin_memory, non_blocking)
         if OffloadStateTypeEnum.contiguous_grad_buffer in kinds:
             self._optimizer.reducer.pool.clear()
         if OffloadStateTypeEnum.lp_params in kinds:
@@ -92,17 +89,30 @@ class PutAway:
             bucket.set_away(False)
         self._optimizer.runs.is_away = False
 
-    def _put(self, tensor: Tensor, pin_memory: bool, non_blocking: bool) -> None:
-        storage = tensor.untyped_storage()
-        if not storage.nbytes() or tensor.device != self._optimizer._device:
-            return  # away already, an alias of something that is, or at rest on a tier
-        pins = pin_memory and tensor.device.type != "cpu"
-        copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pins)
-        copy.untyped_storage().copy_(storage, non_blocking)
+    def _at_their_place(self, kinds: Iterable[OffloadStateTypeEnum]) -> list[torch.UntypedStorage]:
+        """The storages of these kinds, each once: neither away already, nor at rest on a tier."""
+        found = {}
+        for kind in kinds:
+            for tensor in self._tensors(kind):
+                storage = tensor.untyped_storage()
+                if storage.nbytes() and tensor.device == self._optimizer._device:
+                    found[storage.data_ptr()] = storage
+        return list(found.values())
+
+    @torch.no_grad()
+    def _put(self, storages: Sequence[torch.UntypedStorage], pin_memory: bool, non_blocking: bool) -> None:
+        pins = pin_memory and self._optimizer._device.type != "cpu"
+        copies = []
+        for storage in storages:
+            copy = torch.empty(storage.nbytes(), dtype=torch.uint8, pin_memory=pins)
+            copy.untyped_storage().copy_(storage, non_blocking)
+            copies.append((storage, copy))
         if non_blocking and pins:
+            # Once for all of them: the script may have called in a stream of its own, which no freed memory waits for.
             torch.accelerator.current_stream().synchronize()
-        self.copies.append((storage, copy))
-        storage.resize_(0)
+        for storage in storages:
+            storage.resize_(0)
+        self.copies += copies
 
     def _tensors(self, kind: OffloadStateTypeEnum) -> list[Tensor]:
         optimizer = self._optimizer

@@ -94,10 +94,28 @@ def mastered_again() -> dict[str, Tensor]:
             return {"weight": model.weight.detach().clone().cpu()}
 
 
+def lent_away() -> dict[str, Tensor]:
+    """States that a script puts away in a stream of its own, and whose memory the default stream gets at once."""
+    torch.manual_seed(0)
+    model = nn.Linear(8, 8)
+    device = torch.get_device_module(get_accelerator().device_name())
+    with engine_of(model, config_of(2, accumulation=1)) as engine:
+        engine.backward(engine(torch.ones(3, 8, device=engine.device)).sum())
+        engine.step()
+        device.synchronize()
+        with device.stream(device.Stream()):
+            engine.offload_states(non_blocking=True)
+        engine.reload_states()
+        whole = deepspeed.utils.safe_get_full_fp32_param(model.weight)
+        assert whole is not None
+        return {"weight": whole.detach().clone().cpu()}
+
+
 SCENES: dict[str, Callable[[], dict[str, Tensor]]] = {
     "scene: a buffer that is lent again": lent_again,
     "scene: a parameter that is written again": written_again,
     "scene: masters that are read at once": read_at_once,
     "scene: a weight that is written at once": written_at_once,
     "scene: a master that is written again": mastered_again,
+    "scene: states that are put away in another stream": lent_away,
 }

@@ -377,10 +377,10 @@ class Call {
     for (const auto& returned : schema_.returns())
       if (returned.alias_info() == nullptr || !returned.alias_info()->isWrite()) makes_new = true;
     bool asks_host = has_sync_ || (kDataDependent.count(name_) && !knows_size()) || returns_host_value();
-    int number = current_number(device_);
+    int number = stream_ = current_number(device_);
     auto arguments = std::make_shared<torch::jit::Stack>(std::move(converted_));
     auto op = op_;
-    runtime().launch(number, name_, touches_, [op, arguments] {
+    place_ = runtime().launch(number, name_, touches_, [op, arguments] {
       Below below;
       op.callBoxed(arguments.get());
     }, makes_new);
@@ -501,7 +501,12 @@ class Call {
   Tensor give(const Tensor& result) {
     if (!result.defined()) return result;
     Tensor source = aliases_.source_of(result);
-    if (!source.defined()) return adopt(result, device_);
+    if (!source.defined()) {
+      Tensor made = adopt(result, device_);
+      auto block = block_of(made.storage().data_ptr());
+      if (block && place_ > 0) runtime().made(block, stream_, place_, name_);
+      return made;
+    }
     return on_storage(result, c10::Storage(source.storage()));
   }
 
@@ -554,6 +559,8 @@ class Call {
   const char* name_;
   size_t first_;
   DeviceIndex device_ = -1;
+  int stream_ = 0;
+  int64_t place_ = 0;  // of the work; 0: a view, which is none
   bool has_sync_ = false;
   Tensor resized_;
   Aliases aliases_;

@@ -191,8 +191,8 @@ class Runtime {
 
   // -- work
 
-  // Queue work. It runs now where it must (`is_now`), where there is no seed, or where chance says so.
-  void launch(int stream, const char* op, const std::vector<Touch>& touches, std::function<void()> work, bool is_now,
+  // Queue work. It runs now where it must (`is_now`), where there is no seed, or where chance says so. Its place in the stream.
+  int64_t launch(int stream, const char* op, const std::vector<Touch>& touches, std::function<void()> work, bool is_now,
               bool is_collective = false, std::function<bool()> is_ready = nullptr) {
     int64_t place;
     bool is_run = is_now;
@@ -212,6 +212,13 @@ class Runtime {
     }
     if (is_run) run(stream, place, false);
     if (seed_ >= 0) stir();
+    return place;
+  }
+
+  // A new block is what the work at that place has written.
+  void made(const std::shared_ptr<Block>& block, int stream, int64_t place, const char* op) {
+    std::lock_guard<std::mutex> lock(data_);
+    block->accesses.push_back(Access{stream, place, 0, static_cast<int64_t>(block->nbytes), true, op});
   }
 
   EventState record(int stream) {
