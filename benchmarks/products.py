@@ -4,9 +4,9 @@
 
 One thread; every measurement in every round, the best of the rounds, in the thread's own processor time, so that other work on
 the machine takes little away. A share is bytes of weight (scales too) or cache per second over the fastest read of plain memory
-(`read_bandwidth`) in the same rounds. Weights lie as an engine leaves them after its first `generate`, in pages of 2 MiB where Linux gives
-them, caches as `generate` makes them; the memory that is read beside them lies in such pages too, the faster way. Beside them torch: its product in that dtype, or of the dequantized weight; its
-`scaled_dot_product_attention`.
+in the case's own rounds (`native_products.read_seconds`). Weights, caches and the memory that is read beside them lie in pages of
+2 MiB where Linux gives them, the faster way, in which an engine has its weights after its first `generate`. Beside them torch: its product
+in that dtype, or of the dequantized weight; its `scaled_dot_product_attention`.
 """
 
 from __future__ import annotations
@@ -25,10 +25,17 @@ import torch.nn.functional as F
 from deepspeed.kernels import native, native_products
 from deepspeed.kernels.native_attention import decode_attention
 from deepspeed.kernels.native_quantize import dequantize, quantize
-from deepspeed.kernels.pages import gather_in_large_pages
+from deepspeed.kernels.pages import gather_in_large_pages, in_large_pages
 
 WIDTH = 2048
 DIM = 128
+
+
+def laid(tensor: torch.Tensor) -> torch.Tensor:
+    """A copy in large pages from the first write on, and what is left without one gathered."""
+    copy = in_large_pages(torch.empty_like(tensor)).copy_(tensor)
+    gather_in_large_pages([copy])
+    return copy
 
 
 class Case:
@@ -52,12 +59,11 @@ def product(bits: int, nbytes: int) -> Case:
     num_rows = nbytes * 8 // bits // WIDTH
     x = torch.randn(1, WIDTH)
     if bits >= 16:
-        weight = torch.empty(num_rows, WIDTH, dtype=torch.float32 if bits == 32 else torch.bfloat16).normal_()
-        gather_in_large_pages([weight])
+        weight = laid(torch.empty(num_rows, WIDTH, dtype=torch.float32 if bits == 32 else torch.bfloat16).normal_())
         return Case(f"product, {'fp32' if bits == 32 else 'bf16'}", weight.nbytes, lambda: native_products.product(x, weight, None),
                     lambda: F.linear(x.to(weight.dtype), weight))  # fmt: skip
     packed = quantize(torch.empty(num_rows, WIDTH).normal_(), 64, bits)
-    gather_in_large_pages([packed.values, packed.scales])
+    packed = packed._replace(values=laid(packed.values), scales=laid(packed.scales))
     total = packed.values.nbytes + packed.scales.nbytes
     return Case(f"product, int{bits}", total, lambda: native_products.quantized_product(x, packed, bits, num_rows, None),
                 lambda: F.linear(x, dequantize(packed, bits).view(num_rows, WIDTH)))  # fmt: skip
@@ -75,7 +81,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
         shape = cache[0].shape
         arguments = {"keys": k.values.view(shape), "values": v.values.view(shape),
                      "key_scales": k.scales.view(shape[:3]), "value_scales": v.scales.view(shape[:3])}  # fmt: skip
-        gather_in_large_pages(arguments.values())
+        arguments = {one: laid(tensor) for one, tensor in arguments.items()}
         total = sum(t.nbytes for t in arguments.values())
 
         def torchs() -> object:
@@ -83,8 +89,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
             return F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True)
 
         return Case(name, total, lambda: decode_attention(query, scale=DIM**-0.5, **arguments), torchs)
-    keys, values = (one.to(dtype) for one in cache)
-    gather_in_large_pages([keys, values])
+    keys, values = (laid(one.to(dtype)) for one in cache)
     low = query.to(dtype)
     return Case(name, keys.nbytes + values.nbytes, lambda: decode_attention(low, keys, values, scale=DIM**-0.5),
                 lambda: F.scaled_dot_product_attention(low.unsqueeze(2), keys, values, enable_gqa=True))  # fmt: skip
@@ -108,19 +113,19 @@ def main() -> None:
     makers: list[Callable[[], Case]] = [lambda bits=bits: product(bits, args.mib << 20) for bits in (32, 16, 8, 4)]  # type: ignore[misc]
     for dtype in (torch.bfloat16, torch.int8):
         makers += [lambda dtype=dtype, heads=heads: attention(dtype, heads, args.mib << 20) for heads in (1, 4, 8)]  # type: ignore[misc]
-    words = torch.ones(args.mib << 17, dtype=torch.int64)
-    gather_in_large_pages([words])
-    rows, fastest = [], 0.0
+    words = laid(torch.ones(args.mib << 17, dtype=torch.int64))
+    print(f"{args.mib} MiB each, {args.rounds} rounds\n")
+    print("| | GB/s | read beside it: GB/s | share | torch: GB/s | share |\n|---|--:|--:|--:|--:|--:|")
     for make in makers:
-        case = make()
+        case, fastest = make(), 0.0
         for i in range(args.rounds):
             case.measure(i)
             fastest = max(fastest, words.nbytes / native_products.read_seconds(words))
-        rows.append((case.name, [case.nbytes / seconds for seconds in case.best]))
-    print(f"read bandwidth of one core {fastest / 1e9:.2f} GB/s; {args.mib} MiB each\n")
-    print("| | GB/s | share of the bandwidth | torch: GB/s | share |\n|---|--:|--:|--:|--:|")
-    for name, (ours, theirs) in rows:
-        print(f"| {name} | {ours / 1e9:.2f} | {ours / fastest:.0%} | {theirs / 1e9:.2f} | {theirs / fastest:.0%} |")
+        ours, theirs = (case.nbytes / seconds for seconds in case.best)
+        print(
+            f"| {case.name} | {ours / 1e9:.2f} | {fastest / 1e9:.2f} | {ours / fastest:.0%} | {theirs / 1e9:.2f} | {theirs / fastest:.0%} |",
+            flush=True,
+        )
 
 
 if __name__ == "__main__":
