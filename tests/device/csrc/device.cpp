@@ -296,6 +296,14 @@ std::pair<int64_t, int64_t> extent(const Tensor& tensor) {
   return {first * unit, (last + 1) * unit};
 }
 
+// Whether a tensor's bytes are there: memory that was given up may be seen, but not read or written.
+bool is_there(const Tensor& tensor) { return extent(tensor).second <= static_cast<int64_t>(tensor.storage().nbytes()); }
+
+void check_there(const char* op, const Tensor& tensor) {
+  TORCH_CHECK(is_there(tensor), "sim error: ", op, " of a tensor of shape ", tensor.sizes(), " whose memory was given up: its storage has ",
+              tensor.storage().nbytes(), " bytes");
+}
+
 void touch(std::vector<Touch>& touches, const Tensor& tensor, bool is_write) {
   auto block = block_of(tensor.storage().data_ptr());
   auto [begin, end] = extent(tensor);
@@ -373,6 +381,7 @@ class Call {
   void run() {
     for (size_t i = 0; i < schema_.arguments().size(); i++) convert(i);
     if (is_metadata_only()) return make_views();
+    for (const Tensor& tensor : used_) check_there(name_, tensor);
     bool makes_new = has_sync_ || resized_.defined();
     for (const auto& returned : schema_.returns())
       if (returned.alias_info() == nullptr || !returned.alias_info()->isWrite()) makes_new = true;
@@ -425,6 +434,7 @@ class Call {
     if (!tensor.defined()) return tensor;
     if (is_sim(tensor)) {
       touch(touches_, tensor, is_write);
+      used_.push_back(tensor);
       return aliases_.of(tensor);
     }
     if (tensor.device().type() == c10::kCPU && is_index) {
@@ -565,6 +575,7 @@ class Call {
   Tensor resized_;
   Aliases aliases_;
   std::vector<Touch> touches_;
+  std::vector<Tensor> used_;
   torch::jit::Stack converted_;
 };
 
@@ -659,17 +670,19 @@ void copy_bytes(const Tensor& to, const Tensor& from, bool non_blocking) {
   Aliases aliases;
   std::vector<Touch> touches;
   DeviceIndex device = is_sim(to) ? to.device().index() : from.device().index();
+  bool is_inside = is_sim(to) && is_sim(from);
+  const char* name = is_inside ? "copy_" : is_sim(to) ? "copy_ from the host" : "copy_ to the host";
+  for (const Tensor& tensor : {to, from})
+    if (is_sim(tensor)) check_there(name, tensor);
   if (is_sim(from)) touch(touches, from, false);
   if (is_sim(to)) touch(touches, to, true);
   Tensor target = view_as_cpu(aliases, to), source = view_as_cpu(aliases, from);
   int number = current_number(device);
-  bool is_inside = is_sim(to) && is_sim(from);
   const Tensor& host = is_sim(to) ? from : to;
   bool is_waited = !is_inside && !(non_blocking && is_pinned(host));
   bool is_tracked = !is_inside && !is_waited;
   if (is_tracked && !is_sim(to) && runtime().is_deferring() && !HostUses::get().has(host)) poison(host);
   if (is_tracked) HostUses::get().add(host);
-  const char* name = is_inside ? "copy_" : is_sim(to) ? "copy_ from the host" : "copy_ to the host";
   runtime().launch(number, name, touches, [target, source, host, is_tracked] {
     Below below;
     const_cast<Tensor&>(target).copy_(source);
