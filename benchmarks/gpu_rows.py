@@ -207,6 +207,23 @@ def codec_rates(numel: int) -> dict[str, float]:
     return found
 
 
+def product_rates(numel: int) -> dict[str, float]:
+    """GB/s of the weight as it rests, for one row; without a kernel the weight is made whole first."""
+    from deepspeed.quant.linear import QuantizedLinear, QuantizedWeight
+    from deepspeed.quant.spec import Spec
+
+    found = {}
+    weight = torch.randn(numel // 1024, 1024, device=device(), dtype=torch.bfloat16)
+    x = torch.randn(1, 1024, device=device(), dtype=torch.bfloat16)
+    with torch.no_grad():
+        for num_bits in (8, 4):
+            layer = QuantizedLinear(QuantizedWeight(weight, Spec(num_bits=num_bits)), None)
+            parts = [part for part in layer.quantized.parts if part is not None]
+            nbytes = sum(part.nbytes for part in parts)
+            found[f"product int{num_bits}"] = nbytes / seconds(lambda: layer(x), STEPS) / 1e9  # noqa: B023
+    return found
+
+
 def kernels(size: str, _: str) -> dict[str, Any]:
     """What the device copies and multiplies, then every kernel, in GB/s."""
     numel = 1 << (20 if size == "tiny" else 28)
@@ -219,7 +236,7 @@ def kernels(size: str, _: str) -> dict[str, Any]:
     return {
         "copy_gb_per_s": copied,
         "matrix_tflops": multiplied,
-        "gb_per_s": {**optimizer_rates(numel), **codec_rates(numel)},
+        "gb_per_s": {**optimizer_rates(numel), **codec_rates(numel), **product_rates(numel)},
     }
 
 

@@ -58,6 +58,10 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "torch": Implementation("reference.signs", "add_signs"),
     },
     "grouped_product": {"triton": Implementation("triton.grouped", "grouped_product")},
+    "quantized_product": {
+        "triton": Implementation("triton.products", "quantized_product"),
+        "native": Implementation("native_products", "quantized_product"),
+    },
     "decode_attention": {
         "triton": Implementation("triton.attention", "decode_attention"),
         "native": Implementation("native_attention", "decode_attention"),

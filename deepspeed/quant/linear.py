@@ -1,9 +1,10 @@
 """A weight of 8 or 4 bits, and the layers that use one: what `nn.Linear` and `nn.Embedding` are, in less memory.
 
-Made by `replace`. Few rows (one token after the other) are multiplied by compiled loops that read the weight as it rests
-(`kernels.native_products`); for many, and wherever the loops do not reach, the weight is made whole for the product and given back.
+Made by `replace`. Few rows (one token after the other) are multiplied by what reads the weight as it rests: compiled loops
+(`kernels.native_products`), on GPUs a Triton kernel. For many, and wherever these do not reach, the weight is made whole for the
+product and given back.
 
-Invariant: a layer's answer is that of the dequantized weight, within the rounding of its inputs to 15 bits.
+Invariant: a layer's answer is that of the dequantized weight, on CPUs within the rounding of its inputs to 15 bits.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from deepspeed.kernels.table import pick
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.values import has_values
 
 _PIECE_NUMEL = 1 << 18
 
@@ -184,14 +186,22 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
-        num_rows = x.numel() // self.in_features
-        needs_gradient = torch.is_grad_enabled() and x.requires_grad
-        is_few = 0 < num_rows <= native_products.MAX_ROWS and x.device.type == "cpu"
-        if self.is_compiled and is_few and not needs_gradient:
-            weight = self.quantized
+        y = None if torch.is_grad_enabled() and x.requires_grad else self._of_few_rows(x)
+        return F.linear(x, self.quantized.whole(x.dtype), self.bias) if y is None else y
+
+    def _of_few_rows(self, x: Tensor) -> Tensor | None:
+        """The answer from the weight as it rests; None where it has to be made whole."""
+        weight, kind = self.quantized, x.device.type
+        if kind != "cpu":
+            product = pick("quantized_product", kind)
+            if product is None or not has_values(x) or torch.is_autocast_enabled(kind):
+                return None
+            found: Tensor | None = product(x, weight.parts, weight.spec.num_bits, weight.rows, self.bias)
+            return found
+        if self.is_compiled and 0 < x.numel() // self.in_features <= native_products.MAX_ROWS:
             y = native_products.quantized_product(x, weight.parts, weight.spec.num_bits, weight.rows, self.bias)
             return y.to(x.dtype)
-        return F.linear(x, self.quantized.whole(x.dtype), self.bias)
+        return None
 
     def extra_repr(self) -> str:
         """As `nn.Linear`, and how it is quantized."""

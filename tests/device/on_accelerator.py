@@ -29,6 +29,8 @@ from deepspeed.kernels.reference import quantize as formats
 from deepspeed.kernels.reference import signs
 from deepspeed.kernels.table import pick
 from deepspeed.optim import FusedAdam, FusedLamb, FusedLion
+from deepspeed.quant.linear import QuantizedLinear, QuantizedWeight
+from deepspeed.quant.spec import Spec
 from tests.device import sim
 from tests.device.answers import generated
 from tests.device.cases import config_of, tier_section
@@ -101,6 +103,21 @@ def codecs() -> None:
         torch.testing.assert_close(errors[0].cpu(), errors[1], rtol=1e-6, atol=1e-6)
 
 
+def products() -> None:
+    """One row and many meet a weight of 8 or 4 bits as they meet the dequantized one."""
+    device = torch.device(get_accelerator().current_device_name())
+    for num_bits, symmetric in ((8, True), (4, True), (8, False), (4, False)):
+        values = torch.Generator().manual_seed(num_bits)
+        spec = Spec(num_bits=num_bits, group_size=64, symmetric=symmetric)
+        held = QuantizedWeight(torch.randn(250, 192, generator=values), spec)
+        layer = QuantizedLinear(held, torch.randn(250, generator=values)).to(device)
+        for rows in (1, 7, 16, 40):
+            x = torch.randn(rows, 192, generator=values)
+            expected = torch.nn.functional.linear(x, layer.weight.cpu(), layer.bias.cpu())
+            with torch.no_grad():
+                torch.testing.assert_close(layer(x.to(device)).cpu(), expected, rtol=1e-4, atol=1e-3)
+
+
 def _stepped(make: Callable[[Any], Any], device: torch.device) -> list[Tensor]:
     make_values = torch.Generator().manual_seed(1)
     params = [torch.nn.Parameter(torch.randn(numel, generator=make_values).to(device)) for numel in NUMEL]
@@ -140,6 +157,7 @@ def checks() -> Iterator[tuple[str, Callable[[], None]]]:
         yield f"recomputation, stage {stage}", functools.partial(recomputed, stage)
         yield f"checkpoints, stage {stage}", functools.partial(resumed, stage)
     yield "kernels: codecs", codecs
+    yield "kernels: products", products
     yield "kernels: optimizers", optimizers
     for dtype in ("fp32", "int8", "int4"):
         yield f"generation, {dtype}", functools.partial(words, dtype)

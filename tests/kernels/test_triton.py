@@ -267,6 +267,34 @@ def test_attention_over_a_cache_equals_the_reference(dtype: torch.dtype) -> None
     run_alone(_attention_equals_the_reference, dtype)
 
 
+def _products_equal_the_dequantized_weight(dtype: torch.dtype) -> None:
+    _interpret()
+    from deepspeed.kernels.triton.products import MAX_ROWS, quantized_product
+
+    tolerance = {FP32: 1e-5, BF16: 2e-2, FP16: 3e-3}[dtype]
+    for rows, columns, width, group in ((1, 7, 64, 64), (3, 33, 90, 18), (MAX_ROWS, 64, 192, 32), (2, 1, 2, 2)):
+        x = torch.randn(rows + 1, 1, width).to(dtype)[1:]
+        weight, bias = torch.randn(columns * width) / width**0.5, torch.randn(columns).to(dtype)
+        for num_bits, symmetric in ((8, True), (8, False), (4, True), (4, False)):
+            held = reference.quantize(weight, group, num_bits, symmetric=symmetric)
+            whole = reference.dequantize(held, num_bits, dtype).view(columns, width)
+            for added in (None, bias):
+                found = quantized_product(x, held, num_bits, columns, added)
+                assert found is not None
+                assert found.dtype is dtype
+                expected = torch.nn.functional.linear(
+                    x.double(), whole.double(), added if added is None else added.double()
+                )
+                torch.testing.assert_close(found.double(), expected, rtol=tolerance, atol=tolerance)
+    assert quantized_product(torch.randn(MAX_ROWS + 1, width).to(dtype), held, num_bits, columns, None) is None
+    assert quantized_product(torch.randn(1, width, dtype=torch.float64), held, num_bits, columns, None) is None
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16, FP16])
+def test_products_with_integers_equal_those_of_the_dequantized_weight(dtype: torch.dtype) -> None:
+    run_alone(_products_equal_the_dequantized_weight, dtype)
+
+
 def _refuses() -> None:
     _interpret()
     from deepspeed.kernels.triton.adam import TritonAdam
@@ -322,6 +350,10 @@ ATTENTION = {
     **dict.fromkeys(("query", "out"), "*bf16"), **dict.fromkeys(_SIZES.split(), "i32"), "ranges": "*i64",
     **dict.fromkeys(("key_scales", "value_scales", "bias", "tops", "sums", "parts"), "*fp32"),
 }  # fmt: skip
+QUANTIZED = {
+    **dict.fromkeys(("x", "bias", "out"), "*bf16"), **dict.fromkeys(("scales", "minima"), "*fp32"),
+    **dict.fromkeys(("num_rows", "num_columns", "width", "group_size"), "i32"),
+}  # fmt: skip
 SIGNS = {"x": "*fp32", "error": "*fp32", "into": "*fp32", "bits": "*u8", "scale": "*fp32", "sums": "*fp64"}
 
 
@@ -349,7 +381,7 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
     import triton.language as tl
     from triton.backends.compiler import GPUTarget
 
-    from deepspeed.kernels.triton import adam, attention, grouped, lamb, lion, quantize, signs
+    from deepspeed.kernels.triton import adam, attention, grouped, lamb, lion, products, quantize, signs
 
     target = GPUTarget(backend, arch, warp)
     types = {"param_type": tl.float32, "grad_type": tl.bfloat16, "state_type": tl.float32, "low_type": tl.bfloat16}
@@ -363,6 +395,10 @@ def _compile_all(backend: str, arch: Any, warp: int) -> None:
         form = {"num_bits": num_bits, "symmetric": symmetric, "half_block": 64}
         _compile(quantize.quantize_kernel, form, target)
         _compile(quantize.dequantize_kernel, {**form, "out_type": tl.float32}, target)
+        tiles = {"padded_rows": 16, "tile": 32, "pairs": 32, "kind": tl.bfloat16, "widens": False, "has_bias": True}
+        held = {**QUANTIZED, "values": "*i8" if num_bits == 8 else "*u8"}
+        form = {"num_bits": num_bits, "symmetric": symmetric, **tiles}
+        _compile(products.product_kernel, form, target, held)
     _compile(signs.add_and_square_kernel, {"block": 4096}, target, SIGNS)
     _compile(signs.take_signs_kernel, {"num_bytes": 512}, target, SIGNS)
     _compile(signs.add_signs_kernel, {"block": 4096}, target, SIGNS)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from deepspeed.kernels import native, native_products
+from deepspeed.quant import linear
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.spec import Spec, fitting_group
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
@@ -115,3 +117,28 @@ def test_a_quantized_weight_cannot_be_cast_by_mistake() -> None:
     layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec()), None)
     with pytest.raises(DeepSpeedError, match="cannot be cast to bf16"):
         layer.to(torch.bfloat16)
+
+
+def test_on_a_device_with_a_kernel_few_rows_meet_the_weight_as_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def product(
+        x: torch.Tensor, weight: Any, num_bits: int, rows: int, bias: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        asked.append((tuple(x.shape), num_bits, rows, weight.values.device.type, bias is not None))
+        return x.new_empty(*x.shape[:-1], rows) if len(x) < 3 else None
+
+    found = linear.pick
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: is_cast)  # torch knows none of "meta"
+    is_cast = False
+    monkeypatch.setattr(
+        linear, "pick", lambda name, kind: product if name == "quantized_product" else found(name, kind)
+    )
+    layer = QuantizedLinear(QuantizedWeight(weight_of(5, 64), Spec(num_bits=4)), torch.zeros(5)).to("meta")
+    for rows in (1, 3):
+        assert layer(torch.empty(rows, 64, device="meta")).shape == (rows, 5)
+    assert asked == [((1, 64), 4, 5, "meta", True), ((3, 64), 4, 5, "meta", True)]
+    layer(torch.empty(1, 64, device="meta", requires_grad=True))
+    is_cast = True
+    layer(torch.empty(1, 64, device="meta"))
+    assert len(asked) == 2, "a gradient needs the weight whole, and autocast has a dtype of its own"

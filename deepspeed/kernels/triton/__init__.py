@@ -3,6 +3,7 @@
     lists.py       many tensors as one launch: a table of addresses, cut into chunks
     adam.py  lamb.py  lion.py        one pass over parameters, gradients and states of any mix of dtypes
     quantize.py    group-wise int8 and int4, both ways
+    products.py    few rows times a weight of 8 or 4 bits
     signs.py       one bit per element with error feedback
 
 Products and sums are not fused (`enable_fp_fusion=False`): these kernels wait for memory, and numbers stay those of torch.

@@ -17,6 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from deepspeed.kernels.triton.lists import widens
+
 ROWS, INNER = 64, 32
 """Of a tile: rows of a group, and how much of a sum is read at a time."""
 COLUMNS = 64
@@ -114,7 +116,7 @@ def multiply(rows: Tensor, weight: Tensor, counts: Sequence[int]) -> Tensor:
         table = torch.tensor(tiles, dtype=torch.int64, device=rows.device)
         multiply_kernel[grid](
             rows, weight, out, table, weight.shape[1], weight.shape[2], *rows.stride(), *weight.stride(), ROWS, COLUMNS, INNER,
-            _widens(rows),
+            widens(rows),
         )  # fmt: skip
     return out
 
@@ -129,14 +131,9 @@ def of_weights(rows: Tensor, gradient: Tensor, counts: Sequence[int], out: Tenso
     if out.numel():
         weight_kernel[grid](
             rows, gradient, out, table, out.shape[1], out.shape[2], *rows.stride(), *gradient.stride(), *out.stride(),
-            ROWS, COLUMNS, INNER, _widens(rows),
+            ROWS, COLUMNS, INNER, widens(rows),
         )  # fmt: skip
     return out
-
-
-def _widens(rows: Tensor) -> bool:
-    """Whether factors become fp32 before they meet: Triton's interpreter multiplies bf16 as if it were integers."""
-    return bool(triton.knobs.runtime.interpret) and rows.dtype == torch.bfloat16
 
 
 class Grouped(torch.autograd.Function):

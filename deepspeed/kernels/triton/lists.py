@@ -49,6 +49,12 @@ def narrow(x, to: tl.constexpr):
     return out
 
 
+def widens(rows: Tensor) -> bool:
+    """Whether factors become fp32 before they meet: Triton's interpreter multiplies bf16 as if it were integers."""
+    # Triton before 3.4, torch 2.6's and 2.7's, has no `knobs` to ask; the interpreter's functions are of another class.
+    return not isinstance(narrow, triton.JITFunction) and rows.dtype == torch.bfloat16
+
+
 class Table(NamedTuple):
     """See the module's text."""
 
