@@ -1,12 +1,20 @@
-"""docker/ without Docker: what a Dockerfile copies is here, what it starts from is pinned, and what runs in it needs no compiler."""
+"""docker/ without Docker: what a Dockerfile copies is here, what it starts from is pinned, and what runs in it needs no compiler.
+
+Where a daemon answers the long tests build the CPU image and run it.
+"""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
+import subprocess
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
+
+from tests.engine.runs import LONG
 
 ROOT = Path(__file__).parents[1]
 FILES = sorted((ROOT / "docker").glob("Dockerfile.*"))
@@ -92,3 +100,18 @@ def test_the_cpu_image_that_runs_has_no_compiler() -> None:
 @pytest.mark.parametrize("name", [".git", ".venv"])
 def test_what_no_image_needs_is_left_out(name: str) -> None:
     assert name in (ROOT / ".dockerignore").read_text().split()
+
+
+@LONG
+def test_the_cpu_image_is_built_and_reports_what_it_has() -> None:
+    docker = shutil.which("docker")
+    if docker is None or subprocess.run([docker, "info"], capture_output=True, timeout=60).returncode:
+        pytest.skip("no Docker, or none of its daemons answers")
+    tag = f"deepspeed-cpu-test:{os.getpid()}"
+    build = [docker, "build", "-f", str(ROOT / "docker" / "Dockerfile.cpu"), "-t", tag, str(ROOT)]
+    subprocess.run(build, check=True, timeout=1800)
+    try:
+        shown = subprocess.run([docker, "run", "--rm", tag], check=True, capture_output=True, text=True, timeout=300)
+        assert re.search(r"accelerator \.+ cpu", shown.stdout)
+    finally:
+        subprocess.run([docker, "image", "rm", "-f", tag], check=False, timeout=300)
