@@ -111,6 +111,12 @@ class HiddenGradient(Tensor):
     def grad(self, gradient: Tensor | None) -> None:
         if gradient is None and grads_of([self]) == [None]:
             self._tell()
+        if gradient is not None and isinstance(self, ShardedParameter):
+            raise ShardError(
+                refusal(self, "param.grad = ...").partition("\n")[0]
+                + "\n  Call deepspeed.utils.safe_set_full_grad(param, gradient) "
+                "on every rank, or assign inside of `with deepspeed.zero.GatheredParameters([param]):`."
+            )
         with torch._C.DisableTorchFunctionSubclass():
             _GRAD.__set__(self, gradient)
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.utils import safe_get_full_fp32_param
-from deepspeed.utils.errors import TrainingStateError
+from deepspeed.utils.errors import ShardError, TrainingStateError
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 
@@ -172,6 +172,35 @@ def test_gradients_that_ranks_assign_differently_are_refused_by_name_on_each(sta
     for words in run_ranks(2, assigned_differently, stage):
         assert "0.weight was given a gradient of (6, 6)" in words
         assert f"ZeRO stage {stage}" in words
+
+
+def assigned_outside(rank: int, world_size: int, offload: dict[str, Any]) -> list[str]:
+    """What a sharded parameter says to a gradient of its full shape; and that training goes on after it."""
+    made, words = model(), []
+    config = make_config(3, micro=4, optimizer={"type": "SGD", "params": {"lr": 1.0}})
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, **offload}
+    with engine_of(made, config) as engine:
+        for _ in range(2):
+            engine.backward(engine(torch.ones(4, 6)).square().mean())
+            with pytest.raises(ShardError) as caught:
+                made[0].weight.grad = torch.ones(6, 6)
+            words.append(str(caught.value))
+            deepspeed.utils.safe_set_full_grad(made[0].weight, torch.ones(6, 6))
+            before = masters(made)["0.weight"].clone()
+            engine.step()
+            torch.testing.assert_close(before - masters(made)["0.weight"], torch.ones(6, 6))
+    return words
+
+
+@pytest.mark.parametrize("offload", [{}, {"offload_param": {"device": "cpu"}, "offload_optimizer": {"device": "cpu"}}])
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_a_gradient_given_to_a_sharded_parameter_is_refused_with_the_call_that_does_it(
+    world_size: int, offload: dict[str, Any]
+) -> None:
+    for rank, words in enumerate(run_ranks(world_size, assigned_outside, offload)):
+        for told in words:
+            assert f"[rank {rank}]: 0.weight is sharded and cannot be used in 'param.grad = ...'" in told
+            assert "safe_set_full_grad(param, gradient)" in told
 
 
 def hooked(rank: int, world_size: int, stage: int, when: str) -> list[Any]:
