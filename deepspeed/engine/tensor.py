@@ -149,7 +149,7 @@ def cut_model(model: nn.Module, mesh: Mesh, config: Config, size: int, optimizer
 def _cut(model: nn.Module, mesh: Mesh, config: Config, optimizer: Any) -> None:
     ranks = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), mesh.size("tensor"))
     chosen, drawn = _drawn(model, mesh, ranks, layer_wishes(config, is_part=mesh.size("pipeline") > 1))
-    carry_out(model, ranks, drawn, make_plain)
+    carry_out(model, ranks, drawn, make_plain, fills=True)
     if isinstance(optimizer, torch.optim.Optimizer):
         cut_states(optimizer.state, ranks, drawn)
     log_dist(

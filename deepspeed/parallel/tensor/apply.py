@@ -28,6 +28,7 @@ from deepspeed.parallel.tensor import cuts, surround
 from deepspeed.parallel.tensor.blocks import divide_blocks
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
 from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.from_meta import fill, is_on_meta
 from deepspeed.parallel.tensor.head import find_head, replace_loss
 from deepspeed.parallel.tensor.heads import Heads, heads_of, narrow, own_bias
 from deepspeed.parallel.tensor.layers import (
@@ -109,15 +110,28 @@ def draw(model: nn.Module, ranks: TensorGroup, wishes: Wishes, chosen: Chosen | 
     return chosen, _Plan(model, ranks, wishes, chosen.decisions).draw()
 
 
-def carry_out(model: nn.Module, ranks: TensorGroup, drawn: Drawn, open_param: Callable[[nn.Parameter], None]) -> None:
-    """Cut `model` over `ranks`. `open_param` makes a parameter a plain one with all its values. Collective over `ranks`."""
-    for param in dict.fromkeys(model.parameters()):
+def carry_out(
+    model: nn.Module,
+    ranks: TensorGroup,
+    drawn: Drawn,
+    open_param: Callable[[nn.Parameter], None],
+    fills: bool = False,
+) -> None:
+    """Cut `model` over `ranks`. `open_param` makes a parameter a plain one with all its values; `fills` gives values to a model
+    on meta, which stays there otherwise. Collective over `ranks`."""
+
+    def finish(param: nn.Parameter) -> None:
+        open_param(param)
         if (cut := drawn.cuts.get(param)) is not None:
-            open_param(param)
             _cut(param, cut, ranks)
         else:
-            open_param(param)
             _share(param.data, ranks)
+
+    if fills and is_on_meta(model):
+        fill(model, finish)
+    else:
+        for param in dict.fromkeys(model.parameters()):
+            finish(param)
     for buffer in dict.fromkeys(model.buffers()):
         _share(buffer, ranks)
     for do in drawn.turns:

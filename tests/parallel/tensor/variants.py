@@ -294,13 +294,22 @@ def encoders(rank: int, world: int, name: str) -> None:
     step_equals_plain(make, batch(2), config(world, 1))
 
 
+class _Scale(nn.Module):
+    """Values that only a constructor makes."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(width))
+
+
 def without_values(rank: int, world: int) -> None:
-    """A model on meta is refused with the way out on every rank, and goes that way: `tp_model_init` under `zero.Init`."""
+    """A model on meta that cannot get values is refused with the way out on every rank, and goes that way: `zero.Init`."""
     asked = config(world, 3)
     with torch.device("meta"):
         empty = small("llama")
+        vars(empty.model)["_modules"]["norm"] = _Scale(32)
     deepspeed.tp_model_init(empty, tp_size=world, dtype=torch.float32)
-    with pytest.raises(DeepSpeedConfigError, match=r"no values \(it is on the meta device\)\.\n.*zero\.Init\(\)"):
+    with pytest.raises(DeepSpeedConfigError, match=r"model\.norm\.scale has no values \(it is on .*\n.*zero\.Init\(\)"):
         deepspeed.initialize(model=empty, config=asked)
     loss, grads, norm = plain_step(small("llama"), batch(2))
     with deepspeed.zero.Init(config_dict_or_path=asked):
