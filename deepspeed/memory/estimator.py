@@ -30,7 +30,7 @@ from deepspeed.config import Config, load_config
 from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_experts
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
-from deepspeed.memory.parts import part_of
+from deepspeed.memory.parts import exchanged, part_of
 from deepspeed.memory.quantized_notes import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
@@ -213,17 +213,18 @@ class Estimator:
         key = config.precision_dtype, config.data_types.buffer_dtype, low, chosen, parts, section, spread
         if key not in self._traces:
             args, kwargs = part_of((self.args, self.kwargs), parts) if parts > 1 else (self.args, self.kwargs)
-            self._traces[key] = trace_step(
-                self._model,
-                args,
-                kwargs,
-                dtype=config.precision_dtype,
-                device_type=self.device_type,
-                autocast=low,
-                plan=list(chosen) if isinstance(chosen, tuple) else chosen,
-                prepare=functools.partial(_prepare, config, learned(self._model, config)),
-                loss_of=self._loss_of,
-            )
+            with exchanged(parts):
+                self._traces[key] = trace_step(
+                    self._model,
+                    args,
+                    kwargs,
+                    dtype=config.precision_dtype,
+                    device_type=self.device_type,
+                    autocast=low,
+                    plan=list(chosen) if isinstance(chosen, tuple) else chosen,
+                    prepare=functools.partial(_prepare, config, learned(self._model, config)),
+                    loss_of=self._loss_of,
+                )
         return self._traces[key]
 
     def _make_optimizer(self, model: nn.Module, config: Config) -> tuple[torch.optim.Optimizer, list[str]]:

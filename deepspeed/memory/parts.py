@@ -6,6 +6,9 @@ tokens with a part of the heads, which takes as much memory as all heads over a 
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -34,3 +37,29 @@ def part_of(batch: Any, num_ranks: int) -> Any:
         return torch.empty(shape, dtype=tensor.dtype, device="meta", requires_grad=tensor.requires_grad)
 
     return tree_map_only(Tensor, cut, batch)
+
+
+@contextmanager
+def exchanged(num_ranks: int) -> Iterator[None]:
+    """ "sdpa" of Transformers keeps meanwhile what it keeps on ranks that share sequences: no mask of [tokens, tokens] and no copies of
+    keys for each query head, since it is causal by a flag there; its output and the part of it that came back are two tensors."""
+    transformers: Any = sys.modules.get("transformers.masking_utils")
+    if num_ranks == 1 or transformers is None:
+        yield
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    masks = transformers.ALL_MASK_ATTENTION_FUNCTIONS
+    mask, attend = masks["sdpa"], ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def attend_and_send(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        output, weights = attend(*args, **kwargs)
+        return output.clone(), weights
+
+    masks.register("sdpa", lambda *args, **kwargs: None)
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", attend_and_send)
+    try:
+        yield
+    finally:
+        masks.register("sdpa", mask)
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
