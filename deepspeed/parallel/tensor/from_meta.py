@@ -8,7 +8,7 @@ Called by `apply.carry_out` for the engine. Values are drawn by the modules' own
     fill        memory before its first writer's turn, cut and given up after its last one's
 
 Invariant: the modules draw the same numbers in the same order as on a model that is whole, so that parts are those of
-`model.to_empty(device="cpu")` initialised with the same seed, whatever the number of ranks. The first rank's numbers hold.
+one that is given memory whole and initialised with the same seed, whatever the number of ranks. The first rank's numbers hold.
 """
 
 from __future__ import annotations

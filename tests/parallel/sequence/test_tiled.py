@@ -193,3 +193,51 @@ def test_under_zero_tiled_equals_whole(stage: int) -> None:
         assert tiled_loss == pytest.approx(loss, rel=1e-6)
         for a, b in zip(tiled, whole, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-7)
+
+
+class Tied(nn.Module):
+    """A head with its embedding's weight, which the script's own tiled function uses: by calling it, or the weight alone."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.words, self.mlp, self.head = nn.Embedding(9, 6), mlp(), nn.Linear(6, 9, bias=False)
+        self.head.weight = self.words.weight
+
+    def loss(self, x: Tensor, y: Tensor) -> Tensor:
+        """Of some tokens."""
+        logits = self.head(x) if self.way != "weight" else F.linear(x, self.head.weight)
+        return F.cross_entropy(logits.flatten(0, 1), y.flatten(), reduction="sum")
+
+    def forward(self, ids: Tensor) -> Tensor:
+        x = self.mlp(self.words(ids))
+        if self.way == "whole":
+            return self.loss(x, ids)
+        cut = {"x": x, "y": ids}
+        params = [self.head.weight]
+        return sequence_tiled_compute(self.loss, ids.shape[1], 3, cut, {}, "x", params, output_reduction="sum")
+
+
+def train_tied(rank: int, world: int, stage: int) -> list[tuple[float, list[Tensor]]]:
+    """Loss and reduced gradients, whole and tiled in two ways."""
+    found = []
+    for way in ("whole", "called", "weight"):
+        torch.manual_seed(7)
+        engine, *_ = deepspeed.initialize(model=Tied(way), config=config_of(stage))
+        for step in range(2):
+            loss = engine(torch.randint(9, (1, 7), generator=torch.Generator().manual_seed(10 * rank + step)))
+            engine.backward(loss)
+            grads = [safe_get_full_grad(p).clone() for p in engine.module.parameters() if p.requires_grad]
+            engine.step()
+        found.append((float(loss.detach()), grads))
+        engine.destroy()
+    return found
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_tied_weight_that_only_the_script_s_tiles_use_equals_whole(stage: int) -> None:
+    for (loss, whole), *others in run_ranks(2, train_tied, stage):
+        for tiled_loss, tiled in others:
+            assert tiled_loss == pytest.approx(loss, rel=1e-6)
+            for a, b in zip(tiled, whole, strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)

@@ -189,18 +189,26 @@ def peaks_of_building(rank: int, world_size: int) -> tuple[float, float]:
     return peaks
 
 
-def compare_adapters(rank: int, world_size: int) -> None:
+QKV_AND_ROWS = ("q_proj", "v_proj", "o_proj", "down_proj")
+
+
+def compare_adapters(
+    rank: int,
+    world_size: int,
+    stage: int = 2,
+    targets: tuple[str, ...] = QKV_AND_ROWS,
+    changes: dict[str, Any] | None = None,
+) -> None:
+    """LoRA on columns and rows: loss, gradients and norm of one step."""
     import peft
 
     def adapted() -> nn.Module:
         torch.manual_seed(0)
-        asked = peft.LoraConfig(
-            r=4, target_modules=["q_proj", "v_proj", "o_proj", "down_proj"], init_lora_weights=False, lora_dropout=0.0
-        )
-        return peft.get_peft_model(small("llama"), asked)
+        asked = peft.LoraConfig(r=4, target_modules=list(targets), init_lora_weights=False, lora_dropout=0.0)
+        return peft.get_peft_model(small("llama", **(changes or {})), asked)
 
     loss, grads, norm = plain_step(adapted(), batch(2))
-    engine, *_ = deepspeed.initialize(model=adapted(), config=config(2, 2))
+    engine, *_ = deepspeed.initialize(model=adapted(), config=config(world_size, stage))
     own = engine(**batch(2)).loss
     engine.backward(own)
     for name, param in engine.module.named_parameters():

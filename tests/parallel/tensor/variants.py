@@ -13,7 +13,7 @@ import deepspeed
 from deepspeed.mesh import marks
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.parallel.tensor.models import batch, small
-from tests.parallel.tensor.runs import config, error, part, plain_step
+from tests.parallel.tensor.runs import compare_adapters, config, error, part, plain_step
 
 Make = Callable[[], nn.Module]
 
@@ -99,29 +99,8 @@ def items_in_batch(rank: int, world: int, stage: int) -> None:
 
 def adapters(rank: int, world: int, stage: int) -> None:
     """LoRA on columns and rows whose sizes do not divide."""
-    import peft
-
-    def make() -> nn.Module:
-        torch.manual_seed(0)
-        asked = peft.LoraConfig(
-            r=4,
-            target_modules=["q_proj", "k_proj", "o_proj", "gate_proj", "down_proj"],
-            init_lora_weights=False,
-            lora_dropout=0.0,
-        )
-        return peft.get_peft_model(small("llama", **UNEVEN), asked)
-
-    loss, grads, norm = plain_step(make(), batch(2))
-    engine, *_ = deepspeed.initialize(model=make(), config=config(world, stage))
-    own = engine(**batch(2)).loss
-    engine.backward(own)
-    for name, param in engine.module.named_parameters():
-        if name in grads:
-            assert error(deepspeed.utils.safe_get_full_grad(param), part(grads[name], param)) < 1e-5, name
-    engine.step()
-    assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
-    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
-    engine.destroy()
+    targets = ("q_proj", "k_proj", "o_proj", "gate_proj", "down_proj")
+    compare_adapters(rank, world, stage, targets, UNEVEN)
 
 
 def family(rank: int, world: int, stage: int, name: str, changes: dict[str, Any]) -> None:
