@@ -45,6 +45,7 @@ from deepspeed.autotuning.space import (
     Candidate,
     Question,
     candidates,
+    check_values,
     listed,
 )
 from deepspeed.autotuning.tuners import TUNERS, Tuner
@@ -67,6 +68,7 @@ class Autotuner:
         script = find_script(args.user_script, args.user_args)
         self.config = read_config(script.config)
         self.section = _section(self.config, script.config)
+        check_values(self.config)
         mappings = self.section.arg_mappings or (TRAINER if script.uses_trainer else {})
         self.rm = ResourceManager(
             args,

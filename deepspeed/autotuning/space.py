@@ -76,6 +76,10 @@ KNOBS = (
 """Searched where the key is "auto", or not given and `fast` is false."""
 
 
+MOST_COMBINATIONS = 256
+"""That are looked at to find one that a value goes with."""
+
+
 @dataclass(frozen=True)
 class Candidate:
     """One configuration: what differs from the user's."""
@@ -158,8 +162,61 @@ def listed(config: Mapping[str, Any]) -> dict[str, list[Any]]:
     return found
 
 
+def check_values(config: Mapping[str, Any]) -> None:
+    """Each value that would be tried is one that its key takes, and all other keys are right: told before anything runs, not by a trial.
+
+    A value is right that is right beside some values of the other lists. Batch sizes are looked at one by one, since they need not go
+    together. Raises DeepSpeedConfigError with `load_config`'s words, and DeepSpeedError for a list of nothing.
+    """
+    _check_empty(config)
+    bare = {key: value for key, value in config.items() if key not in (MICRO, ACCUMULATION, TRAIN, "autotuning")}
+    if get_at(bare, STAGE) == "all":
+        bare = with_values(bare, {STAGE: "auto"})
+    own = listed(bare)
+    own = {path: ["auto" if value == "all" else value for value in values] for path, values in own.items()}
+    _check_some(bare, own)
+    for path, values in own.items():
+        for value in values:
+            _check_some(bare, {**own, path: [value]})
+    for key in (MICRO, ACCUMULATION, TRAIN):
+        given = config.get(key)
+        for size in given if isinstance(given, list) else [given]:
+            if given is not None:
+                load_config({key: size})
+
+
+def _check_some(config: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> None:
+    """Some combination is right, of the first that there are; else what is wrong with the first of them."""
+    error: DeepSpeedConfigError | None = None
+    for chosen in itertools.islice(itertools.product(*lists.values()), MOST_COMBINATIONS):
+        try:
+            load_config(with_values(config, dict(zip(lists, chosen, strict=True))))
+        except DeepSpeedConfigError as wrong:
+            error = error or wrong
+        else:
+            return
+    if error is not None:
+        raise error
+
+
+def _check_empty(config: Mapping[str, Any]) -> None:
+    for path, value in leaves({key: value for key, value in config.items() if key != "autotuning"}):
+        if value == [] and not _takes_lists(path):
+            raise DeepSpeedError(
+                f"autotuning: {path} = [] lists no value to try.\n  List some, or leave the key out to have them chosen."
+            )
+
+
+def _takes_lists(path: str) -> bool:
+    try:
+        load_config(with_values({}, {path: []}))
+    except DeepSpeedConfigError:
+        return False
+    return True
+
+
 def _first(path: str, values: list[Any]) -> Any:
-    return 0 if path == STAGE and "all" in values else values[0]
+    return 0 if path == STAGE and values[0] in ("all", "auto") else values[0]
 
 
 @dataclass(frozen=True)
@@ -211,7 +268,7 @@ def _stages(config: Mapping[str, Any], own: Mapping[str, list[Any]]) -> list[int
     given = own.get(STAGE, get_at(config, STAGE, "auto"))
     if isinstance(config.get("zero_optimization"), bool):
         given = int(config["zero_optimization"])
-    if given in ("auto", "all") or (isinstance(given, list) and "all" in given):
+    if given in ("auto", "all") or (isinstance(given, list) and ("all" in given or "auto" in given)):
         return [0, 1, 2, 3]
     return [int(stage) for stage in given] if isinstance(given, list) else [int(given)]
 

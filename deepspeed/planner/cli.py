@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import sys
 from collections.abc import Sequence
@@ -77,6 +78,8 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
     for name, value in (("--batch", args.batch), ("--seq", args.seq), ("--top", args.top)):
         if value is not None and value < 1:
             raise DeepSpeedError(f"{name} {value} is too small.\n  Give at least 1.")
+    if args.tokens is not None and not 0 < args.tokens < math.inf:
+        raise DeepSpeedError(f"--tokens {args.tokens:g} is no number of tokens.\n  Give one above 0, as 1e12.")
     try:
         dtype = parse_dtype(args.dtype)
     except ValueError as error:

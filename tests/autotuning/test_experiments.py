@@ -199,6 +199,13 @@ def test_an_unknown_metric_lists_those_there_are(tmp_path: Path) -> None:
     assert '"throughput", "latency"' in str(caught.value)
 
 
+def test_a_wrong_value_in_a_list_is_told_before_anything_runs(tmp_path: Path) -> None:
+    log = tmp_path / "trials.log"
+    with pytest.raises(DeepSpeedError, match="train_micro_batch_size_per_gpu = -1 is too small"):
+        tune(config_file(tmp_path, train_micro_batch_size_per_gpu=[2, -1]), "--log", str(log))
+    assert not log.exists()
+
+
 def test_a_section_that_is_switched_off_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DeepSpeedError, match="autotuning.enabled = false, and --autotuning was asked for"):
         tune(config_file(tmp_path, {"enabled": False}))

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deepspeed.autotuning.space import Question, candidates, listed
+from deepspeed.autotuning.space import Question, candidates, check_values, listed
 from deepspeed.config import load_config
 from deepspeed.config.dotted import get_at, with_values
 from deepspeed.utils.errors import DeepSpeedError
@@ -47,6 +47,38 @@ def test_lists_are_the_users_own_space_unless_the_key_takes_a_list() -> None:
     found = names(config)
     assert len(found) == 4 * 2 * 2
     assert found[0] == "z0_gas1_tmbspg2_rb1e6"
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        ({"train_micro_batch_size_per_gpu": [2, -1]}, "train_micro_batch_size_per_gpu = -1 is too small"),
+        ({"gradient_accumulation_steps": 0}, "gradient_accumulation_steps = 0 is too small"),
+        ({"train_micro_batch_size_per_gpu": []}, r"train_micro_batch_size_per_gpu = \[\] lists no value to try"),
+        ({"zero_optimization": {"stage": [1, 7]}}, "zero_optimization.stage = 7 is too large"),
+        ({"zero_optimization": {"stage": [1], "reduce_bucket_size": [10**6, "big"]}}, 'reduce_bucket_size = "big"'),
+        ({"zero_optimisation": {"stage": 1}}, "Did you mean zero_optimization?"),
+        ({"zero_optimization": {"stage": [1, 2], "offload_optimizer": {"device": ["cpu", "dsk"]}}}, '"dsk"'),
+    ],
+)
+def test_what_is_wrong_in_a_space_is_told_by_its_key_and_value(config: dict[str, Any], words: str) -> None:
+    with pytest.raises(DeepSpeedError, match=words):
+        check_values(config)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"zero_optimization": {"stage": "all"}},
+        {"zero_optimization": {"stage": [1, "auto"]}, "train_micro_batch_size_per_gpu": "auto"},
+        {"zero_optimization": {"stage": [0, 3], "zero_quantized_weights": [False, True]}},
+        {"train_micro_batch_size_per_gpu": [1, 2], "gradient_accumulation_steps": [1, 3], "train_batch_size": [8, 12]},
+        {"optimizer": {"type": "Adam", "params": {"betas": [0.9, 0.95], "lr": "auto"}}, "bf16": {"enabled": "auto"}},
+    ],
+)
+def test_a_space_whose_values_go_with_some_of_each_other_is_right(config: dict[str, Any]) -> None:
+    check_values(config)
+    assert names(config, max_train_micro_batch_size_per_gpu=2)
 
 
 def test_slow_searches_add_keys_where_they_have_an_effect() -> None:

@@ -197,6 +197,9 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "pp2 dp2 zero1 2x4" in said_text and "within the memory of a device: 1" in said_text
     assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "dp3 zero1 2x4"]) == 2
     assert "pp x dp x sp x tp = 3, and the cluster has 4 devices" in capsys.readouterr().err
+    for tokens in ("-1", "0", "nan", "inf"):
+        assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--tokens", tokens]) == 2
+        assert f"--tokens {tokens} is no number of tokens" in capsys.readouterr().err
 
     ds = str(llama / "ds.json")
     assert (
