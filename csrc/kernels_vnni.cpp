@@ -298,12 +298,11 @@ DS_INLINE __m512i pair_of(const int16_t* weights) {
 // 32 elements of out (16 where Whole is false) += the values of two positions at a time. The sums of four neighbours lie together
 // as unpacking leaves them, and are put in order at the end.
 template <int Heads, bool Whole>
-DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
+DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, Coming& coming, int lines) {
     __m512i sums[Heads][2] = {};
     for (size_t r = 0; r < n; r += 2) {
         const int8_t* at = values + static_cast<int64_t>(r) * stride;
-        if (asks)
-            for (size_t j = 0; j < 2; ++j) prefetch_row(at + static_cast<int64_t>(kRowsAhead + j) * stride, dim);
+        for (int i = 0; i < lines; ++i) coming.next();
         const __m512i first = words_of(at, Whole), second = r + 1 < n ? words_of(at + stride, Whole) : _mm512_setzero_si512();
         const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
         for (int h = 0; h < Heads; ++h) {
@@ -325,9 +324,11 @@ DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t d
 
 template <int Heads>
 static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
+    Coming coming{values + static_cast<int64_t>(kRowsAhead) * stride, stride, dim, 0};
+    const int lines = !asks ? 0 : dim % 64 ? 2 : 1;  // one for each 32 elements of two rows reaches all lines of whole ones
     size_t d = 0;
-    for (; d + 32 <= dim; d += 32) mix_tile<Heads, true>(values + d, stride, n, dim, weights, out + d, asks && d == 0);
-    if (d < dim) mix_tile<Heads, false>(values + d, stride, n, dim, weights, out + d, asks && d == 0);
+    for (; d + 32 <= dim; d += 32) mix_tile<Heads, true>(values + d, stride, n, dim, weights, out + d, coming, lines);
+    if (d < dim) mix_tile<Heads, false>(values + d, stride, n, dim, weights, out + d, coming, lines);
 }
 
 void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
