@@ -7,6 +7,7 @@ outputs of the model (`BackwardWatch`). Nothing of the user's is replaced; `deta
     post-forward   release them; hook the outputs          (closes the phase it opened)
     output hook    request the buckets before their backward (opens the backward phase)
     saved weight   the same, for a backward that reaches a module by another way than its outputs (see `zero.saved`)
+    gradient       the same, for parameters whose gradient may need no saved weight: those that only meet inputs, and own modules'
     input hook     frozen buckets: their backward is over
     bucket full    trainable buckets: their backward is over (from the reducer)
     end of backward   release what is left, close the phase
@@ -39,7 +40,7 @@ from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
 from deepspeed.zero.modes import AS_IT_IS, plain_modes
-from deepspeed.zero.param import slot_of
+from deepspeed.zero.param import Slot, slot_of
 from deepspeed.zero.saved import Memory, SavedWeights
 
 Handle = torch.utils.hooks.RemovableHandle
@@ -51,6 +52,11 @@ _transform = torch._C._functorch.peek_interpreter_stack
 def _plain() -> AbstractContextManager[None]:
     """`plain_modes`, which is not entered where there is nothing to leave: at nearly every module."""
     return plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
+
+
+def _differentiates(args: tuple[Any, ...]) -> bool:
+    """Whether one of the arguments is a tensor that requires a gradient, as nearly always the first is."""
+    return any(isinstance(value, Tensor) and value.requires_grad for value in args)
 
 
 def tensors_in(value: Any) -> list[Tensor]:
@@ -182,6 +188,9 @@ class ModuleHooks:
         self._makes_graph = False
         """Whether the running backward has `create_graph=True`."""
         self._saved = SavedWeights(self._read_saved, self._mark_unseen)
+        self._first: set[nn.Module] = set()
+        """Modules that were called with nothing to differentiate: see `_ask_at_gradients`."""
+        self._asking: dict[nn.Parameter, Handle] = {}
         self.handles: list[Handle] = []
         self.attach()
 
@@ -199,12 +208,28 @@ class ModuleHooks:
         self._detach_from_modules()
         for module in self.users:
             self._attach_to(module)
+        for module in self.root.modules():
+            if not type(module).__module__.startswith("torch.nn"):
+                self._ask_at_gradients(module.parameters(recurse=False))
         self._shared |= _of_several(self.root)
 
     def _detach_from_modules(self) -> None:
-        for handle in self.handles:
+        for handle in (*self.handles, *self._asking.values()):
             handle.remove()
         self.handles.clear()
+        self._asking.clear()
+        self._first.clear()
+
+    def _ask_at_gradients(self, params: Iterable[nn.Parameter]) -> None:
+        """Have parameters unsharded when their gradient arrives, whatever led there. Autograd saves a weight for the gradient of
+        what it meets, not for its own: of a first layer, and of what is only added, nothing would ask."""
+        for param in params:
+            slot = slot_of(param)
+            if slot is not None and slot.bucket.is_sharded and param.requires_grad and param not in self._asking:
+                self._asking[param] = param.register_hook(functools.partial(self._before_gradient, slot))
+
+    def _before_gradient(self, slot: Slot, gradient: Tensor) -> None:
+        self._read_saved(slot.bucket)
 
     def detach(self) -> None:
         """Take every hook away; parameters stay as they are."""
@@ -233,6 +258,10 @@ class ModuleHooks:
         if old in self._shared:
             self._shared.add(new)
         new.use_around = functools.partial(self.use_around, new)
+        asking = [param for param in new.params if param in self._asking]
+        for param in asking:
+            self._asking.pop(param).remove()
+        self._ask_at_gradients(asking)
         for module, buckets in self.users.items():
             if old in buckets:
                 self.users[module] = [bucket for bucket in buckets if bucket is not old or old.params] + [new]
@@ -273,6 +302,8 @@ class ModuleHooks:
             for bucket in frame.buckets:
                 self.gatherer.request(bucket, frame.own.get(bucket))
         if torch.is_grad_enabled():
+            if frame.buckets and module not in self._first and not _differentiates(args):
+                self._see_first(module, (args, kwargs))
             self._watch_frozen(frame, (args, kwargs))
             frame.outer = self._saved.enter(frame.buckets)
 
@@ -337,6 +368,11 @@ class ModuleHooks:
         for tensor in tensors_in(output):
             if tensor.requires_grad:
                 tensor.register_hook(before_backward)
+
+    def _see_first(self, module: nn.Module, inputs: Any) -> None:
+        if not any(tensor.requires_grad for tensor in tensors_in(inputs)):
+            self._first.add(module)
+            self._ask_at_gradients(module.parameters())
 
     def _watch_frozen(self, frame: Frame, inputs: Any) -> None:
         with torch._C.DisableTorchFunctionSubclass():  # sharded ones would ask themselves what may be asked

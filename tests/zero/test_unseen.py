@@ -26,12 +26,23 @@ class Answer:
         self.value = value
 
 
+class Shift(nn.Module):
+    """Autograd saves nothing of what is only added."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by = nn.Parameter(torch.randn(2, WIDTH))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + (self.by + self.by).sum(0)
+
+
 class Net(nn.Module):
     """Blocks in a container, a convolution and a norm, whose weights autograd saves as they are, and a head."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(3)])
+        self.blocks = nn.Sequential(*[nn.Sequential(nn.Linear(WIDTH, WIDTH), Shift(), nn.Tanh()) for _ in range(3)])
         self.conv = nn.Conv1d(1, 2, 3, padding=1)
         self.norm = nn.LayerNorm(WIDTH)
         self.head = nn.Linear(WIDTH, WIDTH)
@@ -89,9 +100,9 @@ def inner(model: Any) -> Net:
     return model.module if isinstance(model, deepspeed.DeepSpeedEngine) else model
 
 
-def by_hook(model: Any, x: Tensor) -> Tensor:
+def by_hook(model: Any, x: Tensor, name: str = "blocks.1.0") -> Tensor:
     found: list[Tensor] = []
-    handle = inner(model).blocks[1][0].register_forward_hook(lambda module, args, output: found.append(output))
+    handle = inner(model).get_submodule(name).register_forward_hook(lambda module, args, output: found.append(output))
     model(x)
     handle.remove()
     return mean_square(found[0])
@@ -147,6 +158,8 @@ LOSSES: dict[str, LossOf] = {
     "both": both,
     "attribute alone": attribute_alone,
     "feature by hook": by_hook,
+    "first feature by hook": lambda m, x: by_hook(m, x, "blocks.0.0"),
+    "sum by hook": lambda m, x: by_hook(m, x, "blocks.1.1"),
     "hidden state": two_forwards,
     "penalty": penalty,
     "hessian": hessian_vector,
