@@ -99,6 +99,7 @@ def perplexity(model: Any, text: torch.Tensor, make_cache: Any = lambda model: N
 
 
 @pytest.mark.skipif(not os.environ.get("DS_TEST_LONG"), reason="trains a model; make test-inference")
+@pytest.mark.timeout(600)
 def test_perplexity_stays_within_what_was_promised() -> None:
     pages = sorted((Path(__file__).parents[2] / "docs").glob("*.md"))
     text = torch.tensor([min(byte, 127) for page in pages for byte in page.read_bytes()])
