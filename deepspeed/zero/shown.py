@@ -129,9 +129,8 @@ class ShownGradients:
             for number, gradient in enumerate(found)
             if gradient is not None and gradient is not shown.faces[number]
         }
-        if (
-            given
-        ):  # what the script put there may be views itself, exchanged or transposed: copied before any is written
+        if given:
+            # What the script put there may be views itself, exchanged or transposed: copied before any is written.
             homes = {_home(view) for shown, _ in touched for view in shown.views}
             given = {at: gradient.clone() if _home(gradient) in homes else gradient for at, gradient in given.items()}
         for shown, found in touched:
