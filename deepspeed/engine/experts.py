@@ -112,7 +112,9 @@ def spread(model: nn.Module, mesh: Mesh, config: Config) -> Gone:
         layer.wall_clock_breakdown = layer.gate.wall_clock_breakdown = config.wall_clock_breakdown
     for module, names in attach.attach(model, mesh):
         name_children(module, names)
-    return _spread_found(model, mesh, config.expert_parallel) if config.expert_parallel.enabled else Gone()
+    gone = _spread_found(model, mesh, config.expert_parallel) if config.expert_parallel.enabled else Gone()
+    attach.refuse_folders(model, mesh.size("experts"))
+    return gone
 
 
 def _spread_found(model: nn.Module, mesh: Mesh, settings: ExpertParallelConfig) -> Gone:

@@ -6,6 +6,7 @@ here is accepted and named in one warning (`without_effect`).
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -26,10 +27,11 @@ __getattr__, _ = lazy_exports(
 
 
 def _dtype(value: Any) -> torch.dtype:
-    dtype = parse_dtype(getattr(value, "value", value))
-    if dtype not in (torch.float16, torch.float32, torch.bfloat16, torch.int8):
-        raise ValueError(f"{value!r} is no dtype to run a model in. Use fp32, fp16, bf16, or int8 for its weights.")
-    return dtype
+    with contextlib.suppress(ValueError):
+        dtype = parse_dtype(getattr(value, "value", value))
+        if dtype in (torch.float16, torch.float32, torch.bfloat16, torch.int8):
+            return dtype
+    raise ValueError(f"{value!r} is no dtype to run a model in. Use fp32, fp16, bf16, or int8 or int4 for its weights.")
 
 
 class DeepSpeedTPConfig(Section):

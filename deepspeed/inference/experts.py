@@ -57,6 +57,7 @@ class ExpertRanks:
         for layer in native.values():
             _keep_own(layer, self.mesh)
         attach.attach(module, self.mesh)
+        attach.refuse_folders(module, size)
 
     def in_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a generation in which no rank ends before the others."""

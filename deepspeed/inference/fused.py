@@ -10,13 +10,15 @@ one line says why.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.kernels import native_decode, native_products
-from deepspeed.kernels.native_decode import Layer, Layers, Weight
+from deepspeed.kernels.native_decode import Layer, Layers, LayersOverCache, Weight
 from deepspeed.quant.linear import QuantizedLinear
 from deepspeed.utils.logging import warn_once
 
@@ -34,6 +36,7 @@ class FusedForward:
     def __init__(self, inner: Any, layers: Layers) -> None:
         self._inner = inner
         self._layers = layers
+        self._caches: WeakKeyDictionary[Any, LayersOverCache] = WeakKeyDictionary()
         self._plain = type(inner).forward.__get__(inner)
         self._watched = [_Watched(module) for layer in inner.layers for module in layer.modules()]
         self.num_fused = 0
@@ -86,13 +89,21 @@ class FusedForward:
         batch = x.shape[0]
         if cos.shape[0] != batch:
             cos, sin = cos.expand(batch, -1).contiguous(), sin.expand(batch, -1).contiguous()
-        self._layers.step(x, cos, sin, ranges, [layer.room(1) for layer in held], position)
+        self._over(held).step(x, cos, sin, ranges, position)
         for layer in held:
             layer.grow_to(position + 1)
         self.num_fused += 1
         from transformers.modeling_outputs import BaseModelOutputWithPast
 
         return BaseModelOutputWithPast(last_hidden_state=self._inner.norm(x.unsqueeze(1)), cache=cache)
+
+    def _over(self, held: Sequence[Any]) -> LayersOverCache:
+        """The layers over a cache's buffers; made once for as long as those stay, as several caches may be under way."""
+        buffers = [layer.room(1) for layer in held]
+        found = self._caches.get(held[0])
+        if found is None or not found.are_over(buffers):
+            found = self._caches[held[0]] = self._layers.over(buffers)
+        return found
 
 
 class _Watched:

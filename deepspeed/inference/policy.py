@@ -41,9 +41,10 @@ def row_names(model: nn.Module, policy: Mapping[Any, Any]) -> list[str]:
                 if name == suffix or name.endswith(f".{suffix}")
             ]
             if not matches:
+                inside = [name for name, inner in layers[0][1].named_modules() if name and not list(inner.children())]
                 raise DeepSpeedConfigError(
                     f"injection_policy[{layer_class.__name__}] names {suffix!r}, which matches nothing in such a layer.\n"
-                    f"  It has {', '.join(name for name, inner in layers[0][1].named_modules() if not list(inner.children()))}."
+                    f"  It has {', '.join(inside) or 'no layers inside: use the class of the layers around it'}."
                 )
             found += matches
     return list(dict.fromkeys(found))

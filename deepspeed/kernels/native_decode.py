@@ -1,9 +1,9 @@
 """One new token of each sequence through all layers of a decoder, compiled: one call for a token, whatever the number of layers.
 
-Used by `inference.fused`, which describes a model's layers once (`Layers`) and calls `step` for each token. Products read weights as they
+Used by `inference.fused`, which describes a model's layers once (`Layers`), puts them over each cache and calls `step` for each token. Products read weights as they
 rest, in fp32, bf16, int8 or int4 (`native_products`), attention reads the cache in place (`native_attention`).
 
-Invariant: `Layers` holds the tensors whose addresses it gave away.
+Invariant: `Layers` and `LayersOverCache` hold the tensors whose addresses they gave away, and a step writes to its own cache alone.
 """
 
 from __future__ import annotations
@@ -40,6 +40,12 @@ class _Shape(ctypes.Structure):
         *((name, _Int) for name in "num_layers hidden heads shared dim capacity batch num_threads".split()),
         ("eps", ctypes.c_double),
     ]
+
+
+Cache = tuple[Tensor, ...]
+"""A layer's buffers."""
+
+_CACHED = ("keys", "values", "key_scales", "value_scales")
 
 
 @dataclass(frozen=True)
@@ -80,7 +86,7 @@ class Layer:
 
 
 class Layers:
-    """A decoder's layers, ready to be stepped."""
+    """A decoder's layers, ready to be stepped; of one decoder any number of caches, and of threads, at a time."""
 
     def __init__(self, layers: Sequence[Layer], *, heads: int, shared: int, dim: int, eps: float) -> None:
         self._held = list(layers)
@@ -92,44 +98,43 @@ class Layers:
                 setattr(struct, name, getattr(layer, name).struct())
         hidden = layers[0].before_attention.numel()
         self._shape = _Shape(len(layers), hidden, heads, shared, dim, 0, 0, 1, eps)
-        self._caches: list[tuple[Tensor, ...]] = []
 
-    def step(
-        self,
-        x: Tensor,
-        cos: Tensor,
-        sin: Tensor,
-        ranges: Tensor,
-        caches: Sequence[tuple[Tensor, ...]],
-        position: int,
-    ) -> None:
-        """x [batch, hidden] becomes what the last layer gives, in place; keys and values are written to `position` of the caches.
+    def over(self, caches: Sequence[Cache]) -> LayersOverCache:
+        """These layers over one cache: of each layer keys and values [batch, shared, capacity, dim], and for int8 the scales of both
+        [batch, shared, capacity]; all else fp32, all contiguous."""
+        structs = type(self._structs).from_buffer_copy(self._structs)
+        for struct, cache in zip(structs, caches, strict=True):
+            for name, part in zip(_CACHED, cache, strict=False):
+                setattr(struct, name, _address(part))
+        shape = _Shape.from_buffer_copy(self._shape)
+        shape.batch, shape.capacity = caches[0][0].shape[0], caches[0][0].shape[2]
+        return LayersOverCache(self, tuple(caches), structs, shape)
 
-        cos, sin [batch, dim]; ranges [batch, 2] int64: the first position a sequence sees, and position + 1. caches: of each layer
-        keys and values [batch, shared, capacity, dim], and for int8 the scales of both [batch, shared, capacity]. All fp32 (but ranges)
+
+@dataclass(frozen=True)
+class LayersOverCache:
+    """Layers with the buffers of one cache."""
+
+    layers: Layers
+    caches: tuple[Cache, ...]
+    structs: ctypes.Array[_Layer]
+    shape: _Shape
+
+    def are_over(self, caches: Sequence[Cache]) -> bool:
+        """Whether these are the buffers."""
+        return all(new[0] is old[0] for new, old in zip(caches, self.caches, strict=True))
+
+    def step(self, x: Tensor, cos: Tensor, sin: Tensor, ranges: Tensor, position: int) -> None:
+        """x [batch, hidden] becomes what the last layer gives, in place; keys and values are written to `position` of the cache.
+
+        cos, sin [batch, dim]; ranges [batch, 2] int64: the first position a sequence sees, and position + 1. All fp32 (but ranges)
         and contiguous.
         """
-        shape = self._shape
-        if len(caches) != len(self._caches) or any(
-            new[0] is not old[0] for new, old in zip(caches, self._caches, strict=True)
-        ):
-            for struct, cache in zip(self._structs, caches, strict=True):
-                for name, part in zip(
-                    ("keys", "values", "key_scales", "value_scales"), (*cache, None, None), strict=False
-                ):
-                    setattr(struct, name, _address(part))
-            self._caches = list(caches)
-            shape.capacity = caches[0][0].shape[2]
-        shape.batch, shape.num_threads = x.shape[0], torch.get_num_threads()
+        self.shape.num_threads = torch.get_num_threads()
         library = native.library()
         assert library is not None, "is_there() says whether there is a library"
-        library.ds_decode_layers(
-            self._structs, ctypes.byref(shape), *(_Address(t.data_ptr()) for t in (x, cos, sin, ranges)), _Int(position)
-        )
-
-    def forget(self) -> None:
-        """Hold no cache any more."""
-        self._caches = []
+        given = (_Address(t.data_ptr()) for t in (x, cos, sin, ranges))
+        library.ds_decode_layers(self.structs, ctypes.byref(self.shape), *given, _Int(position))
 
 
 def is_there() -> bool:

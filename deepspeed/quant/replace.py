@@ -19,6 +19,7 @@ from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, Quantize
 from deepspeed.quant.spec import Spec, fitting_group
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
+from deepspeed.utils.save_pretrained import refuse_save_pretrained
 
 Places = dict[int, list[tuple[nn.Module, str, nn.Module]]]
 """By the identity of a weight: parent, name and layer of each layer that has it."""
@@ -77,6 +78,7 @@ def quantize_model(
         )
     if left:
         log_dist(f"{len(left)} layers of {type(model).__name__} stay as they are: {', '.join(left[:8])}", ranks=[0])
+    _refuse_folders(model)
     return count
 
 
@@ -108,7 +110,17 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
         )
     for sites, spec in chosen:
         _replace(sites, spec, _MAKE, around)
+    _refuse_folders(model)
     return len(chosen)
+
+
+def _refuse_folders(model: nn.Module) -> None:
+    refuse_save_pretrained(
+        model,
+        lambda layer: isinstance(layer, QuantizedWeight),
+        "with quantized weights would write their integers",
+        "Save the model before it is quantized, or give init_inference(save_mp_checkpoint_path=...), whose folder it reads.",
+    )
 
 
 def _checked(name: str, shape: tuple[int, ...], given: QuantizationSpecConfig) -> Spec:

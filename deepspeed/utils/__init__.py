@@ -8,6 +8,7 @@
     schedule               what changes as a run goes on
     nested, values         attributes by dotted path; whether a tensor has values
     allocator              what is done with memory that was freed
+    save_pretrained        Hugging Face's, refused where a folder would hold a part
     saved_hooks            the saved-tensor hooks that are on top
     on_device              `deepspeed.OnDevice`
     compatible_ops         native operations that a script may count on

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -50,6 +53,29 @@ def test_families_say_the_same_words_token_by_token(family: str) -> None:
         assert torch.equal(ours.sequences, theirs.sequences)
         torch.testing.assert_close(torch.stack(ours.logits), torch.stack(theirs.logits), rtol=1e-5, atol=1e-5)
     assert num_fused(engine) == 22
+
+
+@pytest.mark.parametrize("cache", ["model", "int8"])
+def test_threads_that_generate_at_once_say_what_each_says_alone(cache: str) -> None:
+    engine = deepspeed.init_inference(build("llama", **SIZES), dtype="fp32", kv_cache={"dtype": cache})
+    asked = [torch.arange(3, 6 + length).unsqueeze(0) for length in range(4)]
+    options = {"max_new_tokens": 24, "do_sample": False}
+    alone = [engine.generate(ids, **options) for ids in asked]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        for _ in range(3):
+            together = threads.map(lambda ids: engine.generate(ids, **options), asked)
+            assert all(torch.equal(a, b) for a, b in zip(alone, together, strict=True))
+    assert num_fused(engine) > 0
+
+
+def test_a_cache_that_is_gone_is_not_held() -> None:
+    engine, _ = pair("llama")
+    out = engine.generate(**prompts("alone"), max_new_tokens=4, do_sample=False, return_dict_in_generate=True)
+    (held,) = engine.module.model.__dict__["forward"]._caches.values()
+    buffers = weakref.ref(held.caches[0][0])
+    del held, out
+    gc.collect()
+    assert buffers() is None
 
 
 @pytest.mark.parametrize("dtype", ["int8", "int4"])

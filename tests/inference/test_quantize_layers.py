@@ -15,7 +15,7 @@ import deepspeed
 from deepspeed.inference.int8_cache import new_cache
 from deepspeed.inference.quantization.quantization import _init_group_wise_weight_quantization
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from tests.inference.families import FAMILIES, build, prompts
 from tests.inference.test_engine import logits_of
 
@@ -125,3 +125,16 @@ def test_perplexity_stays_within_what_was_promised() -> None:
     worse["cache"] = perplexity(model, held, new_cache) / plain - 1
     print(f"perplexity {plain:.3f}, {', '.join(f'{name} {rise:+.3%}' for name, rise in worse.items())}")
     assert max(worse["int8"], worse["cache"]) <= 0.005 and worse["int4"] <= 0.03
+
+
+@pytest.mark.parametrize("how", ["init_inference", "by name"])
+def test_integers_are_not_written_as_the_models_folder(how: str, tmp_path: Path) -> None:
+    model = build("llama")
+    if how == "init_inference":
+        deepspeed.init_inference(model, dtype="int8")
+    else:
+        spec = {"num_bits": 8, "group_size": 16, "group_dim": 1, "symmetric": False}
+        _init_group_wise_weight_quantization(model, {"weight_quantization": {"post_init_quant": {"up_proj": spec}}})
+    with pytest.raises(DeepSpeedError, match="with quantized weights would write their integers"):
+        copy.deepcopy(model).save_pretrained(tmp_path)
+    assert not list(tmp_path.iterdir())

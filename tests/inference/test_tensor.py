@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import nn
 
 import deepspeed
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from tests.harness import run_ranks
 from tests.inference.families import FAMILIES, build, prompts
 from tests.inference.test_engine import logits_of
@@ -105,6 +105,8 @@ def refused(rank: int, world_size: int) -> None:
     engine = deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 2})
     with pytest.raises(DeepSpeedConfigError, match="is cut over ranks already"):
         deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 2})
+    with pytest.raises(DeepSpeedError, match="cut over 2 ranks would write this rank's part"):
+        engine.save_pretrained("not_made")
     with pytest.raises(AssertionError, match="Data inconsistency within the TP group"):
         engine(torch.tensor([[rank + 2, 3]]))
 

@@ -21,6 +21,7 @@ from deepspeed.parallel.expert.gate import Noise
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.save_pretrained import refuse_save_pretrained
 
 FIRST_FUSED = 1 << 20
 """Numbers of layers whose experts are matrices begin here ..."""
@@ -75,6 +76,17 @@ def attach(model: nn.Module, mesh: Mesh) -> list[Named]:
                 marks.mark_expert(param, made)
                 param.allreduce, param.group_name = False, layer.ep_group_name  # type: ignore[attr-defined]
     return named
+
+
+def refuse_folders(model: nn.Module, size: int) -> None:
+    """Let no rank write its own experts as if they were all."""
+    refuse_save_pretrained(
+        model,
+        lambda layer: any(marks.of(param).is_expert for param in layer.parameters(recurse=False)),
+        f"whose experts are spread over {size} ranks would write those of this rank",
+        "Write the whole model: engine.save_16bit_model(folder), or engine.save_checkpoint and zero_to_fp32; "
+        "in inference, before init_inference.",
+    )
 
 
 def connect(place: ExpertPlace, mesh: Mesh, number: int) -> None:

@@ -44,6 +44,7 @@ from deepspeed.parallel.tensor.layers import (
 from deepspeed.parallel.tensor.rules import FUSED_NAMES, Action
 from deepspeed.parallel.tensor.whole import carry
 from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.save_pretrained import refuse_save_pretrained
 
 _DIM = ROLES["tensor"][0]
 PARSED = "ds_autotp_parsed"
@@ -137,6 +138,13 @@ def carry_out(
     for do in drawn.turns:
         do()
     model.__dict__[PARSED] = True
+    refuse_save_pretrained(
+        model,
+        lambda layer: any(marks.of(param).cuts for param in layer.parameters(recurse=False)),
+        f"whose layers are cut over {ranks.size} ranks would write this rank's part",
+        "Write the whole model: engine.save_16bit_model(folder), or engine.save_checkpoint and zero_to_fp32; "
+        "for inference init_inference(save_mp_checkpoint_path=...).",
+    )
 
 
 def _share(values: Tensor, ranks: TensorGroup) -> None:

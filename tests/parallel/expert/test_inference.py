@@ -10,6 +10,7 @@ from torch import nn
 
 import deepspeed
 from deepspeed.moe.layer import MoE
+from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import run_ranks
 from tests.parallel.expert.hf import build
 from tests.parallel.expert.models import NUM_EXPERTS, WIDTH, FeedForward, set_values
@@ -51,6 +52,8 @@ def answers(rank: int, world_size: int) -> dict[str, Any]:
     found["experts"] = engine.module.model.layers[0].mlp.experts.down_proj.shape[0]
     found["spread logits"] = engine(input_ids=ids).logits
     found["spread words"] = engine.generate(ids, **settings)
+    with pytest.raises(DeepSpeedError, match="spread over 2 ranks would write those of this rank"):
+        engine.save_pretrained("not_made")
     engine.destroy()
     x = torch.randn(11, WIDTH, generator=torch.Generator().manual_seed(rank))
     with torch.no_grad():

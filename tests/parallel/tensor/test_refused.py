@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import deepspeed
 from deepspeed.parallel.tensor import requested
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from tests.harness import run_ranks
 from tests.parallel.tensor.families import FAMILIES
 from tests.parallel.tensor.models import small
@@ -184,6 +186,23 @@ class Fused(torch.nn.Module):
         self.blocks = torch.nn.ModuleList(
             [torch.nn.ModuleDict({"Wqkv": torch.nn.Linear(8, 24), "out_proj": torch.nn.Linear(8, 8)})]
         )
+
+
+def refuse_folder(rank: int, world_size: int, folder: str) -> None:
+    """A folder of one rank's parts is refused; one of weights that are handed in is written."""
+    model = small("llama")
+    engine, *_ = deepspeed.initialize(model=model, config=config(2))
+    with pytest.raises(DeepSpeedError, match="cut over 2 ranks would write this rank's part"):
+        engine.module.save_pretrained(folder)
+    whole = small("llama")
+    engine.module.save_pretrained(folder, is_main_process=rank == 0, state_dict=whole.state_dict())
+    dist.barrier()
+    read = type(model).from_pretrained(folder).state_dict()
+    assert all(torch.equal(read[name], value) for name, value in whole.state_dict().items())
+
+
+def test_a_rank_does_not_write_its_part_as_the_model(tmp_path: Path) -> None:
+    run_ranks(2, refuse_folder, str(tmp_path))
 
 
 def refuse_fused(rank: int, world_size: int) -> None:
