@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm import log, watchdog
+from deepspeed.comm import interrupts, log, watchdog
 from deepspeed.comm.choose import give_back_ended
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
@@ -89,6 +89,12 @@ def init_distributed(
     if env is not None and init_method is None and world_size > 1:
         timeout_s = (timeout or default_timeout()).total_seconds()
         watchdog.watch(env.master_addr, env.master_port, rank, world_size, timeout_s)
+    if env is not None and init_method is None:
+        is_alone = world_size == 1
+        open_store = (
+            None if is_alone else watchdog.opens_store(env.master_addr, env.master_port, "deepspeed_interrupts")
+        )
+        interrupts.heed(open_store, rank, world_size)
 
 
 def _launch_env(rank: int, world_size: int, port: int, other_launchers: bool) -> LaunchEnv:
@@ -135,6 +141,7 @@ def is_initialized() -> bool:
 def destroy_process_group(group: ProcessGroup | None = None) -> None:
     """End a group, or all of them."""
     if group is None or group is dist.group.WORLD:
+        interrupts.disregard()
         watchdog.unwatch()
     dist.destroy_process_group(group)
     give_back_ended()

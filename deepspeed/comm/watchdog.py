@@ -283,15 +283,22 @@ class _Running:
     current: Watchdog | None = None
 
 
-def watch(master_addr: str, master_port: int, rank: int, world_size: int, timeout_s: float) -> None:
-    """Start this process's watchdog; the store is the one at which the ranks met."""
+def opens_store(master_addr: str, master_port: int, prefix: str) -> Callable[[], Any]:
+    """What opens a connection of its own to the store at which the ranks met."""
 
     def open_store() -> Any:
         import torch.distributed as dist
 
         store = dist.TCPStore(master_addr, master_port, is_master=False, wait_for_workers=False)
-        return dist.PrefixStore(f"deepspeed_watchdog/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+        return dist.PrefixStore(f"{prefix}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
+    return open_store
+
+
+def watch(master_addr: str, master_port: int, rank: int, world_size: int, timeout_s: float) -> None:
+    """Start this process's watchdog; the store is the one at which the ranks met."""
+
+    open_store = opens_store(master_addr, master_port, "deepspeed_watchdog")
     unwatch()
     # A thread that is inside native code while the interpreter shuts down aborts the process: "terminate called".
     atexit.unregister(unwatch)

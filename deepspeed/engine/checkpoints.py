@@ -32,6 +32,7 @@ from deepspeed.checkpoint.staging import BLOCK, FEW, Staging
 from deepspeed.checkpoint.subject import Subject
 from deepspeed.checkpoint.zero_to_fp32 import state_dict_of
 from deepspeed.comm.exchange import Pending
+from deepspeed.comm.interrupts import HELD
 from deepspeed.config import Config
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.schedules import LEARNING_RATE, Schedules
@@ -155,47 +156,9 @@ class CheckpointMethods:
         Returns True. Raises CheckpointError on every rank if any rank could not write its part; then the checkpoints that
         were there are untouched. Raises ValueError without `save_dir`.
         """
-        engine = self
-        begun = time.perf_counter()
-        checkpoints: Checkpoints = engine._checkpoints
-        checkpoints.background.wait()
-        waited = time.perf_counter() - begun
-        engine.watch.end()
-        if engine._reducer.saw_backward:
-            warn_once("save_checkpoint between the micro-batches of a step: the gradients so far are not saved.")
-        ranks = Ranks(engine.mesh)
-        _check_arguments(ranks, save_dir, client_state)
-        engine._take_over_edits()
-        tag = _agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}")
-
-        def make_request() -> SaveRequest:
-            loader = engine.training_dataloader
-            return SaveRequest(
-                folder=Path(save_dir).absolute(),  # written later, where the script may have gone elsewhere
-                tag=tag,
-                about=_about(engine),
-                shared=_shared_state(engine, dict(client_state or {})),
-                own=_own_state(engine, loader),
-                save_latest=save_latest,
-                exclude_frozen=exclude_frozen_parameters,
-                keep_last_n=checkpoints.keep_last_n,
-                is_node_local=engine._config.checkpoint.use_node_local_storage,
-            )
-
-        request = ranks.together(f"save_checkpoint({str(save_dir)!r}, tag={tag!r})", make_request)
-        hosts = ranks.all(socket.gethostname())
-        num_near = hosts.count(socket.gethostname())
-        save = Save(_subject(engine), request, ranks, lambda nbytes: checkpoints.staging_for(nbytes, num_near))
-        save.fill()
-        times = checkpoints.times = SaveTimes(waited_ms=waited * 1e3, nbytes=save.nbytes)
-        if checkpoints.is_async:
-            times.blocked_ms = (time.perf_counter() - begun) * 1e3
-            checkpoints.background.start(save, times, begun)
-        else:
-            save.commit()
-            times.blocked_ms = times.total_ms = (time.perf_counter() - begun) * 1e3
-        log_dist(f"checkpoint {request.tag}: training was blocked for {times.blocked_ms:.0f} ms", [0])
-        return True
+        with HELD:
+            HELD.before_save()
+            return _save(self, save_dir, tag, dict(client_state or {}), save_latest, exclude_frozen_parameters)
 
     def wait_for_checkpoint(self: CheckpointedRun) -> SaveTimes:
         """Wait until the last asynchronous save is durable; what it cost. Raises its error on every rank."""
@@ -386,6 +349,57 @@ def _cure(folder: Path) -> str:
         return f"It is a checkpoint itself: load_checkpoint({str(folder.parent)!r}, tag={folder.name!r})."
     tags = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST}"))
     return f"Give tag=..., one of {', '.join(tags[-8:])}." if tags else "There is no checkpoint in it."
+
+
+def _save(
+    engine: CheckpointedRun,
+    save_dir: str,
+    tag: str | None,
+    client_state: dict[str, Any],
+    save_latest: bool,
+    exclude_frozen: bool,
+) -> bool:
+    """See `save_checkpoint`."""
+    begun = time.perf_counter()
+    checkpoints: Checkpoints = engine._checkpoints
+    checkpoints.background.wait()
+    waited = time.perf_counter() - begun
+    engine.watch.end()
+    if engine._reducer.saw_backward:
+        warn_once("save_checkpoint between the micro-batches of a step: the gradients so far are not saved.")
+    ranks = Ranks(engine.mesh)
+    _check_arguments(ranks, save_dir, client_state)
+    engine._take_over_edits()
+    tag = _agree_on_tag(engine, ranks, str(tag) if tag is not None else f"global_step{engine.global_steps}")
+
+    def make_request() -> SaveRequest:
+        loader = engine.training_dataloader
+        return SaveRequest(
+            folder=Path(save_dir).absolute(),  # written later, where the script may have gone elsewhere
+            tag=tag,
+            about=_about(engine),
+            shared=_shared_state(engine, client_state),
+            own=_own_state(engine, loader),
+            save_latest=save_latest,
+            exclude_frozen=exclude_frozen,
+            keep_last_n=checkpoints.keep_last_n,
+            is_node_local=engine._config.checkpoint.use_node_local_storage,
+        )
+
+    request = ranks.together(f"save_checkpoint({str(save_dir)!r}, tag={tag!r})", make_request)
+    hosts = ranks.all(socket.gethostname())
+    num_near = hosts.count(socket.gethostname())
+    save = Save(_subject(engine), request, ranks, lambda nbytes: checkpoints.staging_for(nbytes, num_near))
+    save.fill()
+    times = checkpoints.times = SaveTimes(waited_ms=waited * 1e3, nbytes=save.nbytes)
+    if checkpoints.is_async:
+        times.blocked_ms = (time.perf_counter() - begun) * 1e3
+        checkpoints.background.start(save, times, begun)
+    else:
+        save.commit()
+        times.blocked_ms = times.total_ms = (time.perf_counter() - begun) * 1e3
+    log_dist(f"checkpoint {request.tag}: training was blocked for {times.blocked_ms:.0f} ms", [0])
+    return True
 
 
 def _agree_on_tag(engine: CheckpointedRun, ranks: Ranks, tag: str) -> str:

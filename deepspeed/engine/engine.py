@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.assembly import assemble
+from deepspeed.comm.interrupts import HELD
 from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine.backward import expose
 from deepspeed.engine.build import Given, Parts, Watching, build_parts, build_watching, own_device
@@ -149,6 +150,9 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
                 "this engine was destroyed, or its model given to a newer engine.\n"
                 "  Use the newer one, or make one with deepspeed.initialize."
             )
+        if self._gatherer is not None and not torch.is_grad_enabled():
+            with HELD:  # evaluation at stage 3 is collective as a step is
+                return self._conductor.forward(self.module, inputs, kwargs)
         return self._conductor.forward(self.module, inputs, kwargs)
 
     def scale(self, loss: Tensor) -> Tensor:
@@ -173,9 +177,10 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
 
         Raises TrainingStateError before any backward, and inside `no_sync`.
         """
-        self._conductor.check_step()
-        self._was_step_applied = False
-        self._conductor.end_micro_batch(lambda: self._step_at_boundary(lr_kwargs or {}))
+        with HELD:
+            self._conductor.check_step()
+            self._was_step_applied = False
+            self._conductor.end_micro_batch(lambda: self._step_at_boundary(lr_kwargs or {}))
 
     def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
         self._schedules.learning_rate.take(lr_kwargs, self.train_batch_size())  # before the weights change

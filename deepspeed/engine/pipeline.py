@@ -26,6 +26,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.activation import checkpoint, non_reentrant_checkpoint
+from deepspeed.comm.interrupts import HELD
 from deepspeed.config import load_config
 from deepspeed.engine import pipeline_trace
 from deepspeed.engine.build import Parts, Watching
@@ -147,8 +148,12 @@ class PipelineEngine(Instructed, Places, DeepSpeedEngine):
         if data_iter is not None:
             self._data_iterator = data_iter
         self.module.train()
-        if self._late is not None and not self._lists.measures:
-            return self._train_late(self._late)
+        with HELD:
+            if self._late is not None and not self._lists.measures:
+                return self._train_late(self._late)
+            return self._train_now()
+
+    def _train_now(self) -> Tensor:
         num_micro = self.accumulation.num_micro_batches
         batch = take(self.mesh, self._data_iterator, num_micro, self.batch_fn, is_needed=self._reads_data)
         self.watch.end()

@@ -32,6 +32,7 @@ from deepspeed.launcher.outlet import open_standard_streams
 from deepspeed.launcher.supervise import GRACE_S, Supervisor
 from deepspeed.launcher.variables import shown
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.launch_env import GRACE_VARIABLE
 
 logger = logging.getLogger("DeepSpeed.launcher")
 LOG_LEVELS = ("debug", "info", "warning", "error", "critical")
@@ -52,6 +53,7 @@ def run_here(job: Job, *, link: Link | None = None, grace_s: float = GRACE_S, te
     for name in sorted(name for name in os.environ if name.startswith("NCCL")):
         logger.info("%s", shown(name, os.environ[name]))
     environ = {name: value for name, value in os.environ.items() if name != TOKEN_VARIABLE}
+    environ[GRACE_VARIABLE] = f"{grace_s:g}"
     started = workers(job, environ, numa=numa)
     for worker in started:
         logger.debug("%s: %s", worker.name, worker.command)

@@ -140,6 +140,8 @@ class Supervisor:
         self._deadline_s = float("inf")
         self._blame = Blame()
         self._signals: list[int] = []
+        self._late: list[str] = []
+        """Who had not ended when the grace after SIGINT was over."""
         self._stopped_by: tuple[str, int] | None = None
         self._selector = selectors.DefaultSelector()
         self._stderr = Outlet(2)
@@ -173,7 +175,10 @@ class Supervisor:
         elif self._link is None:
             text = self._blame.summary()
             if self._signals and not text:
-                text = f"\n---- stopped by {signal.Signals(self._signals[0]).name}; all ranks were ended ----\n"
+                late = f"{', '.join(self._late)} had not ended {self._grace_s:g} s later (--grace_period); " * bool(
+                    self._late
+                )
+                text = f"\n---- stopped by {signal.Signals(self._signals[0]).name}; {late}all ranks were ended ----\n"
         else:
             text = ""
         sys.stdout.flush()
@@ -222,6 +227,7 @@ class Supervisor:
         if len(self._signals) > 1 or (self._state is State.STOPPING and time.monotonic() >= self._deadline_s):
             self._kill_all()
         elif self._state is State.INTERRUPTED and time.monotonic() >= self._deadline_s:
+            self._late = [process.worker.name for process in self._processes if process.popen.returncode is None]
             self._send_all(State.STOPPING, signal.SIGTERM)
 
     def _wait_s(self) -> float | None:

@@ -26,6 +26,8 @@ from deepspeed.utils.ports import free_port, is_free
 
 LOCALHOST = "127.0.0.1"
 DEFAULT_PORT = 29500
+GRACE_VARIABLE = "DS_GRACE_S"
+"""Our launcher tells ranks in it how many seconds after SIGINT it sends SIGTERM."""
 TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
