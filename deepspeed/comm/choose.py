@@ -49,8 +49,11 @@ def make_exchange(
     *,
     sharing: Sharing = Sharing.NEVER,
     until: ExitStack | None = None,
+    is_watched: bool = False,
 ) -> Exchange:
     """The fastest exchange for buffers on `device`. None means all ranks, or this one where nothing is initialised.
+
+    is_watched: its verbs are a training step's, and counted and recorded as such (`comm.exchange.verb`).
 
     Memory that it shares with other ranks is given back with `until`, or else when the exchange is collected, or when another is
     made after the default process group has ended. Collective where `sharing` is not NEVER.
@@ -61,10 +64,14 @@ def make_exchange(
     assert group is not None, "torch.distributed is initialised, so it has a default group"
     if group.size() == 1:
         return LocalExchange(group)
-    if device.type == "cpu" and _backend_for(group, "cpu") == "gloo":
+    made: DirectExchange | SharedExchange | CollectiveExchange
+    if device.type != "cpu" or _backend_for(group, "cpu") != "gloo":
+        made = CollectiveExchange(group)
+    else:
         direct = DirectExchange(group)
-        return direct if sharing is Sharing.NEVER else _shared(direct, group, sharing, until=until) or direct
-    return CollectiveExchange(group)
+        made = direct if sharing is Sharing.NEVER else _shared(direct, group, sharing, until=until) or direct
+    made.is_watched = is_watched
+    return made
 
 
 def make_ring(group: ProcessGroup, *, sharing: Sharing = Sharing.NEVER) -> Ring:

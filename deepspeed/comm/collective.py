@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.exchange import Pending, deliver, slices_of
+from deepspeed.comm.exchange import Pending, deliver, slices_of, verb
+from deepspeed.utils.waits import COMMUNICATION
 
 # torch 2.13 renames two collectives and warns at every call of the old names.
 all_gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
@@ -25,6 +26,8 @@ class CollectiveExchange:
     """The collectives of torch.distributed, asynchronous; sums are made in the buffer's dtype by the backend."""
 
     needs_shard = True
+    is_watched = False
+    """See `comm.exchange.verb`."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self.group: ProcessGroup | None = group
@@ -34,6 +37,7 @@ class CollectiveExchange:
     def invalidate(self) -> None:
         """See Exchange. Nothing is kept."""
 
+    @verb
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
         own = slices_of(full, self.world_size)[self.rank]
@@ -44,6 +48,7 @@ class CollectiveExchange:
         work = all_gather_single(full, shard, group=self.group, async_op=True)
         return Pending(partial(self._finish, work, None, full, 1, False))
 
+    @verb
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
         needs_copy = accumulate or out.dtype != full.dtype
@@ -51,6 +56,7 @@ class CollectiveExchange:
         work = reduce_scatter_single(mine, full, group=self.group, async_op=True)
         return Pending(partial(self._finish, work, mine, out, divide_by, accumulate, full), work)
 
+    @verb
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
         work = dist.all_reduce(full, group=self.group, async_op=True)
@@ -58,7 +64,8 @@ class CollectiveExchange:
 
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
-        dist.broadcast(full, group=self.group, group_src=source)
+        with COMMUNICATION.during("zero.broadcast", full.nbytes):
+            dist.broadcast(full, group=self.group, group_src=source)
 
     def _finish(
         self, work: Any, value: Tensor | None, out: Tensor, divide_by: float, accumulate: bool, *kept: Tensor

@@ -20,8 +20,9 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.exchange import Pending, deliver, slices_of
+from deepspeed.comm.exchange import Pending, deliver, slices_of, verb
 from deepspeed.comm.scratch import Scratch
+from deepspeed.utils.waits import COMMUNICATION
 
 TAG = 0xD5
 """Tag of our messages, so that a user's own send and recv on the same group do not mix with them."""
@@ -55,6 +56,8 @@ class DirectExchange:
     """
 
     needs_shard = True
+    is_watched = False
+    """See `comm.exchange.verb`."""
 
     def __init__(self, group: ProcessGroup) -> None:
         self._group = group
@@ -70,6 +73,7 @@ class DirectExchange:
     def invalidate(self) -> None:
         """See Exchange. Nothing is kept."""
 
+    @verb
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
         slices = slices_of(full, self.world_size)
@@ -77,6 +81,7 @@ class DirectExchange:
             slices[self.rank].copy_(shard)
         return Pending(partial(self._wait, self._launch([slices[self.rank]] * self.world_size, slices)))
 
+    @verb
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
         received = self.scratch.take(full)
@@ -89,6 +94,7 @@ class DirectExchange:
 
         return Pending(finish, work)
 
+    @verb
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
         if self.world_size == 2 or full.numel() <= ONE_PHASE_NUMEL:
@@ -114,7 +120,9 @@ class DirectExchange:
     def broadcast(self, full: Tensor, source: int = 0) -> None:
         """See Exchange."""
         # Gloo knows no complex numbers before torch 2.7.
-        dist.broadcast(torch.view_as_real(full) if full.is_complex() else full, group=self._group, group_src=source)
+        whole = torch.view_as_real(full) if full.is_complex() else full
+        with COMMUNICATION.during("zero.broadcast", full.nbytes):
+            dist.broadcast(whole, group=self._group, group_src=source)
 
     def _launch_sum(self, to_rank: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> Pending:
         """Send to_rank[peer] to every peer; their buffers for this rank and to_rank[rank], added up, go to `out`."""

@@ -8,28 +8,38 @@ and `shared`, and `choose` picks one. `mesh` makes an exchange per process group
     reduce_scatter   full of every rank       ->  sum over ranks / divide_by, own slice, into `out`
     all_reduce       full of every rank       ->  sum over ranks / divide_by, in place
 
+Between ranks each verb is a `verb`: how long it is waited for and what it moves is counted there, for the progress line, and
+told to `observe` while somebody records it. One function does that for all verbs of all implementations.
+
 Invariant: every rank starts the same verbs in the same order; any number may be in flight, waited for in any order.
 """
 
 from __future__ import annotations
 
+import functools
+import time
 from collections.abc import Callable
 from functools import partial
-from typing import Any, Protocol, final
+from typing import Any, Protocol, TypeVar, cast, final
 
 from torch import Tensor
 from torch.distributed import ProcessGroup
+
+from deepspeed.comm import observe
+from deepspeed.comm.recorder import Current
+from deepspeed.utils.waits import COMMUNICATION
 
 
 @final
 class Pending:
     """Communication in flight. It keeps the tensors alive until `wait`, after which the result is in place."""
 
-    __slots__ = ("_finish", "_work")
+    __slots__ = ("_finish", "_nbytes", "_op", "_work")
 
     def __init__(self, finish: Callable[[], None] | None = None, work: Any = None) -> None:
         self._finish = finish
         self._work = work
+        self._op, self._nbytes = "", 0
 
     @property
     def is_done(self) -> bool:
@@ -49,11 +59,44 @@ class Pending:
         """The same, taking this one's place: its wait, if there is something to wait for, is `around(finish)`."""
         return self if self._finish is None else Pending(partial(around, self._finish), self._work)
 
+    def counted(self, op: str, nbytes: int) -> Pending:
+        """The same one; its wait is one of the step's."""
+        self._op, self._nbytes = op, nbytes
+        return self
+
     def wait(self) -> None:
         """Finish; on an accelerator, order the current stream after it. A second call does nothing."""
         finish, self._finish = self._finish, None
-        if finish is not None:
+        if finish is None:
+            return
+        if not self._op:
             finish()
+            return
+        start_s = time.perf_counter()
+        finish()
+        COMMUNICATION.host_s += time.perf_counter() - start_s
+        COMMUNICATION.nbytes[self._op] += self._nbytes
+
+
+Verb = TypeVar("Verb", bound=Callable[..., Pending])
+
+
+def verb(start: Verb) -> Verb:
+    """A method `start_...` of an exchange between ranks, counted and recorded where the exchange `is_watched`."""
+    op = f"zero.{start.__name__.removeprefix('start_')}"
+
+    @functools.wraps(start)
+    def started(self: Any, full: Tensor, *args: Any, **kwargs: Any) -> Pending:
+        if not self.is_watched:
+            return start(self, full, *args, **kwargs)
+        nbytes = full.nbytes  # before: a verb may give the storage away
+        pending = start(self, full, *args, **kwargs)
+        if Current.recorder is None and not COMMUNICATION.times_device:
+            return pending.counted(op, nbytes)
+        alone = partial(start, self)
+        return pending.within(observe.wait_of(op, nbytes, self.group, alone, (full, *args), kwargs))
+
+    return cast(Verb, started)
 
 
 class Exchange(Protocol):

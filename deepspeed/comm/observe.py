@@ -1,8 +1,8 @@
-"""An exchange that is watched: how often each verb ran, how many bytes it moved, how long it was waited for.
+"""ZeRO's verbs as somebody watches them: how often each ran, how many bytes it moved, how long it was waited for.
 
-`mesh` wraps every exchange between ranks; `zero` does not know. Always on are two readings of the clock per verb, for
-the progress line. While a recorder is configured (`deepspeed.comm.configure`, section `comms_logger`) it also gets a
-`Flow` per verb and message size.
+Asked by `comm.exchange.verb`, through which every verb between ranks goes, while a recorder is configured
+(`deepspeed.comm.configure`, section `comms_logger`), which gets a `Flow` per verb and message size, or while waits of a device are
+read by its events. Else two readings of the clock per verb are all, and nothing here runs.
 
 Watching does not change what is watched: verbs stay asynchronous, and what is measured is the time a rank stood still
 in `wait`. How long a verb takes by itself can therefore not be seen in training; `measure_alone` runs each recorded one
@@ -13,13 +13,11 @@ Invariant: a rank launches and waits for the same things in the same order, watc
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast, final
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -28,82 +26,62 @@ from torch.distributed import ProcessGroup
 from torch.utils._pytree import tree_map_only
 
 from deepspeed.accelerator import get_accelerator
-from deepspeed.comm.choose import make_exchange, sharing_of
-from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.comm.recorder import Current, Flow, Recorder
 from deepspeed.utils.waits import COMMUNICATION
 
 NUM_RUNS = 3
 """Runs of `measure_alone` of which the fastest counts; one more comes before."""
 
-
-def make_observed(group: ProcessGroup | None, device: torch.device, until: ExitStack | None = None) -> Exchange:
-    """`make_exchange`, watched where there is more than one rank; through shared memory as the environment asks for it.
-    Collective over the group."""
-    inner = make_exchange(group, device, sharing=sharing_of(os.environ), until=until)
-    return cast(Exchange, ObservedExchange(inner, device)) if inner.world_size > 1 else inner
+Finish = Callable[[], None]
 
 
-@final
-class ObservedExchange:
-    """An exchange whose verbs, `start_...`, are each watched; whatever verbs it has. Everything else is passed on."""
+def wait_of(
+    op: str,
+    nbytes: int,
+    group: ProcessGroup | None,
+    verb: Callable[..., Any],
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+) -> Callable[[Finish], None]:
+    """How a verb that was started just now with these arguments is waited for: called with what finishes it."""
+    recorder, flow = Current.recorder, None
+    device = args[0].device
+    if recorder is not None and recorder.wants(op, False):
+        alike = tree_map_only(Tensor, _Like.of, (args, kwargs))
+        dim = str(getattr(group, "group_desc", ""))
+        flow = recorder.flow(op, nbytes, dim, partial(_alone, verb, alike, device))
+        flow.count += 1
+    if device.type != "cpu" and COMMUNICATION.times_device:
+        return partial(_by_events, op, nbytes, flow)
+    return partial(_by_the_clock, op, nbytes, flow, recorder)
 
-    def __init__(self, inner: Exchange, device: torch.device) -> None:
-        self.inner = inner
-        self._device = device
-        self._dim = str(getattr(inner.group, "group_desc", ""))
-        self._event = None if device.type == "cpu" else get_accelerator().Event
-        for name in dir(inner):
-            if name.startswith("start_"):
-                op = f"zero.{name.removeprefix('start_')}"
-                setattr(self, name, partial(self._watch, op, getattr(inner, name)))
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.inner, name)
+def _by_events(op: str, nbytes: int, flow: Flow | None, finish: Finish) -> None:
+    event = get_accelerator().Event
+    begin, end = event(enable_timing=True), event(enable_timing=True)
+    begin.record()
+    finish()
+    end.record()
+    COMMUNICATION.add_events(begin, end)
+    COMMUNICATION.add(0.0, op, nbytes)
+    if flow is not None:
+        flow.waits.add_events(begin, end)
 
-    def broadcast(self, full: Tensor, source: int = 0) -> None:
-        """See Exchange. It waits, so the whole call is the wait."""
-        with COMMUNICATION.during("zero.broadcast", full.nbytes):
-            self.inner.broadcast(full, source)
 
-    def _watch(self, op: str, verb: Callable[..., Pending], full: Tensor, *args: Any, **kwargs: Any) -> Pending:
-        """Start a verb on `full` and have its wait timed."""
-        nbytes = full.nbytes  # before: a verb may give the storage away
-        pending = verb(full, *args, **kwargs)
-        recorder, flow = Current.recorder, None
-        if recorder is not None and recorder.wants(op, False):
-            call = (full, *args), kwargs
-            alike = tree_map_only(Tensor, _Like.of, call)
-            flow = recorder.flow(op, nbytes, self._dim, partial(self._alone, verb, alike))
-            flow.count += 1
-        return pending.within(partial(self._timed, op, nbytes, flow, recorder))
+def _by_the_clock(op: str, nbytes: int, flow: Flow | None, recorder: Recorder | None, finish: Finish) -> None:
+    start_s = time.perf_counter()
+    finish()
+    waited_s = time.perf_counter() - start_s
+    COMMUNICATION.add(waited_s, op, nbytes)
+    if flow is not None and recorder is not None:
+        flow.waits.add(waited_s)
+        recorder.tell(op, nbytes, waited_s * 1e3, "zero")
 
-    def _timed(
-        self, op: str, nbytes: int, flow: Flow | None, recorder: Recorder | None, finish: Callable[[], None]
-    ) -> None:
-        if self._event is not None and COMMUNICATION.times_device:
-            begin, end = self._event(enable_timing=True), self._event(enable_timing=True)
-            begin.record()
-            finish()
-            end.record()
-            COMMUNICATION.add_events(begin, end)
-            COMMUNICATION.add(0.0, op, nbytes)
-            if flow is not None:
-                flow.waits.add_events(begin, end)
-            return
-        start_s = time.perf_counter()
-        finish()
-        waited_s = time.perf_counter() - start_s
-        COMMUNICATION.host_s += waited_s
-        COMMUNICATION.nbytes[op] += nbytes
-        if flow is not None and recorder is not None:
-            flow.waits.add(waited_s)
-            recorder.tell(op, nbytes, waited_s * 1e3, "zero")
 
-    def _alone(self, verb: Callable[..., Pending], alike: Any) -> Callable[[], None]:
-        """A call of one verb on scratch memory like what it was called on."""
-        args, kwargs = tree_map_only(_Like, lambda like: like.zeros(self._device), alike)
-        return lambda: verb(*args, **kwargs).wait()
+def _alone(verb: Callable[..., Any], alike: Any, device: torch.device) -> Finish:
+    """A call of one verb on scratch memory like what it was called on."""
+    args, kwargs = tree_map_only(_Like, lambda like: like.zeros(device), alike)
+    return lambda: verb(*args, **kwargs).wait()
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,7 +22,7 @@ from torch.distributed import ProcessGroup
 
 from deepspeed.comm.board import Board
 from deepspeed.comm.direct import DirectExchange
-from deepspeed.comm.exchange import Pending, slices_of
+from deepspeed.comm.exchange import Pending, slices_of, verb
 
 MAX_NBYTES = 1 << 18
 """The largest buffer that goes this way."""
@@ -86,6 +86,8 @@ class SharedExchange:
     """See the module's text. `board` is open on all ranks of `direct`'s group, until each closes it."""
 
     needs_shard = True
+    is_watched = False
+    """See `comm.exchange.verb`."""
 
     def __init__(self, direct: DirectExchange, board: Board, timeout_s: float) -> None:
         self._direct, self._board, self._timeout_s = direct, board, timeout_s
@@ -95,6 +97,7 @@ class SharedExchange:
     def invalidate(self) -> None:
         """See Exchange. Nothing is kept."""
 
+    @verb
     def start_all_gather(self, full: Tensor, shard: Tensor | None = None) -> Pending:
         """See Exchange."""
         if self._is_direct(full):
@@ -114,6 +117,7 @@ class SharedExchange:
 
         return Pending(finish, posted)
 
+    @verb
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange."""
         if self._is_direct(full):
@@ -129,6 +133,7 @@ class SharedExchange:
 
         return Pending(finish, posted)
 
+    @verb
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
         if self._is_direct(full):

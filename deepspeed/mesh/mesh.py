@@ -25,11 +25,10 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.choose import make_ring, sharing_of
+from deepspeed.comm.choose import make_exchange, make_ring, sharing_of
 from deepspeed.comm.circle import Agreement, Ring
 from deepspeed.comm.exchange import Exchange
 from deepspeed.comm.local import LocalExchange
-from deepspeed.comm.observe import make_observed
 from deepspeed.mesh.shape import MeshShape, Over
 
 ProcessGroup = Any
@@ -106,7 +105,9 @@ class Mesh:
     def exchange(self, over: Over, purpose: str, device: torch.device) -> Exchange:
         """The way flat buffers on `device` move between the ranks. Collective over the job at first use."""
         group = self.group(over, purpose)
-        return LocalExchange(None) if group is None else make_observed(group, device, self._until)
+        if group is None:
+            return LocalExchange(None)
+        return make_exchange(group, device, sharing=sharing_of(os.environ), until=self._until, is_watched=True)
 
     def agreement(self, over: Over) -> Agreement:
         """How the ranks of the group agree on integers, for whoever does it again and again."""

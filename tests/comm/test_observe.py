@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from deepspeed import comm
-from deepspeed.comm.exchange import Pending
-from deepspeed.comm.observe import ObservedExchange, hidden_share, make_observed, measure_alone
+from deepspeed.comm.choose import make_exchange
+from deepspeed.comm.exchange import Pending, verb
+from deepspeed.comm.observe import hidden_share, measure_alone
 from deepspeed.comm.recorder import Current, Flow, Recorder
 from deepspeed.utils.waits import COMMUNICATION, Waits
 from deepspeed.zero.layout import ALIGNMENT
@@ -79,18 +80,19 @@ def test_without_reuse_stage_3_gathers_in_forward_and_again_in_backward_but_for_
 class SlowExchange:
     """An all-gather that ends `seconds` after its start."""
 
-    group, rank, world_size = None, 0, 2
+    group, rank, world_size, is_watched = None, 0, 2, True
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
 
+    @verb
     def start_all_gather(self, full: torch.Tensor, shard: torch.Tensor | None = None) -> Pending:
         end_s = time.monotonic() + self.seconds
         return Pending(lambda: time.sleep(max(0.0, end_s - time.monotonic())))
 
 
 def test_what_runs_beside_computation_is_hidden_and_what_is_waited_for_is_not() -> None:
-    exchange: Any = ObservedExchange(SlowExchange(0.1), torch.device("cpu"))  # type: ignore[arg-type]
+    exchange = SlowExchange(0.1)
     full = torch.zeros(8)
     recorder = Current.recorder = Recorder()
     try:
@@ -120,7 +122,7 @@ def test_nothing_is_hidden_of_what_was_never_measured() -> None:
 def measured_alone(rank: int, world_size: int) -> dict[str, Any]:
     comm.configure(enabled=True)
     try:
-        exchange = make_observed(dist.group.WORLD, torch.device("cpu"))
+        exchange = make_exchange(dist.group.WORLD, torch.device("cpu"), is_watched=True)
         full, out = torch.ones(4000), torch.zeros(2000)
         exchange.start_all_gather(full).wait()
         exchange.start_reduce_scatter(full, out, accumulate=False).wait()

@@ -344,7 +344,7 @@ def in_a_row(rank: int, world_size: int, stage: int, how: str) -> tuple[int, flo
             engine, *_ = deepspeed.initialize(model=model, config=make_config(stage, micro=2))
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
-            num_shared += isinstance(engine._built.builder.everyone.inner, SharedExchange)
+            num_shared += isinstance(engine._built.builder.everyone, SharedExchange)
             most = max(most, board_module.Board.num_open)
             if how == "kept":
                 engine.destroy()
@@ -376,7 +376,7 @@ def restarted(rank: int, folder: Path) -> None:
         engine, *_ = deepspeed.initialize(model=torch.nn.Linear(4, 4), config=make_config(2, micro=2))
         engine.backward(engine(torch.ones(2, 4)).sum())
         engine.step()
-        assert isinstance(engine._built.builder.everyone.inner, SharedExchange), i
+        assert isinstance(engine._built.builder.everyone, SharedExchange), i
         kept.append(engine)
         dist.barrier()
         (deepspeed.comm if i % 2 else dist).destroy_process_group()
