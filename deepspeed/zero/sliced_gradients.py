@@ -11,6 +11,7 @@ Invariant: a borrowed buffer belongs to the wire from `start_reduce` to `finish_
 from __future__ import annotations
 
 import functools
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Sequence
 from typing import NamedTuple, final
@@ -28,54 +29,78 @@ from deepspeed.zero.pool import FlatBuffer, FlatPool
 from deepspeed.zero.reduction import Reduction
 
 
-class _Loan:
-    """The flat buffer that a bucket borrows from the pool, from its first gradients to their reduction."""
-
-    def __init__(self, bucket: Bucket, dtype: torch.dtype, pool: FlatPool) -> None:
-        self._bucket, self._dtype, self._pool = bucket, dtype, pool
-        self.buffer: FlatBuffer | None = None
-
-    def lay_down(self, arrivals: Arrivals) -> None:
-        """Lay arrivals into the buffer, borrowing it first."""
-        adds = self.buffer is not None
-        if self.buffer is None:
-            layout = self._bucket.layout
-            self.buffer = self._pool.take(layout.padded_numel, self._dtype, self._bucket.full.device)
-            self.buffer.flat[layout.numel :].zero_()
-        arrivals.lay_into(self.buffer.views_of(self._bucket), adds)
-
-    def sums(self) -> Sequence[Tensor]:
-        """See Gradients."""
-        return self.buffer.views_of(self._bucket) if self.buffer is not None else ()
-
-    def hand_over(self) -> FlatBuffer:
-        """The buffer, which belongs to a reduction now; the next backward takes another."""
-        buffer, self.buffer = self.buffer, None
-        assert buffer is not None, "nothing was laid down"
-        return buffer
-
-    def give_back(self) -> None:
-        """End the loan, if there is one."""
-        if self.buffer is not None:
-            self._pool.give_back(self.hand_over())
-
-
-@final
-class SlicedGradients:
-    """Each backward's are scattered into this rank's slice, where they add up."""
+class _Scattered(ABC):
+    """What both are: gradients in a flat buffer that the bucket borrows from the pool, from the first of them to their reduction."""
 
     is_whole = False
     shown: Sequence[Tensor] = ()
     local_views: Sequence[Tensor] = ()
-    failure: TierError | None = None
 
     def __init__(self, bucket: Bucket, reduction: Reduction, dtype: torch.dtype, pool: FlatPool) -> None:
         self.bucket, self.reduction, self.dtype = bucket, reduction, dtype
         self.arrivals = Arrivals(len(bucket.params))
         self.is_reduced = False
-        self._goes_as_it_is = reduction.predivide == 1.0 and reduction.wire_dtype in (None, dtype)
         self._pool = pool
-        self._loan = _Loan(bucket, dtype, pool)
+        self._buffer: FlatBuffer | None = None
+
+    @property
+    def has_local(self) -> bool:
+        """See Gradients."""
+        return self._buffer is not None
+
+    def sums(self) -> Sequence[Tensor]:
+        """See Gradients."""
+        return self._buffer.views_of(self.bucket) if self._buffer is not None else ()
+
+    def lay_down(self) -> None:
+        """See Gradients."""
+        buffer, adds = self._buffer, self._buffer is not None
+        if buffer is None:
+            layout = self.bucket.layout
+            buffer = self._buffer = self._pool.take(layout.padded_numel, self.dtype, self.bucket.full.device)
+            buffer.flat[layout.numel :].zero_()
+        self.arrivals.lay_into(buffer.views_of(self.bucket), adds)
+
+    def _hand_over(self) -> FlatBuffer:
+        """The buffer, which belongs to a reduction now; the next backward takes another."""
+        buffer, self._buffer = self._buffer, None
+        assert buffer is not None, "nothing was laid down"
+        return buffer
+
+    def keep_local(self) -> None:
+        """See Gradients."""
+        raise AssertionError("each backward's are reduced: nothing stays this rank's own")
+
+    def take_missed_flag(self) -> Tensor | None:
+        """See Gradients. It travels with the norm."""
+        return None
+
+    @abstractmethod
+    def start_reduce(self) -> Pending:
+        """See Gradients."""
+
+    @abstractmethod
+    def finish_reduce(self) -> None:
+        """See Gradients."""
+
+    def drop(self) -> None:
+        """See Gradients."""
+        self.arrivals.forget()
+        self.arrivals.end_step()
+        if self._buffer is not None:
+            self._pool.give_back(self._hand_over())
+        self.is_reduced = False
+
+
+@final
+class SlicedGradients(_Scattered):
+    """Each backward's are scattered into this rank's slice, where they add up."""
+
+    failure: TierError | None = None
+
+    def __init__(self, bucket: Bucket, reduction: Reduction, dtype: torch.dtype, pool: FlatPool) -> None:
+        super().__init__(bucket, reduction, dtype, pool)
+        self._goes_as_it_is = reduction.predivide == 1.0 and reduction.wire_dtype in (None, dtype)
         self._on_wire: deque[FlatBuffer] = deque()
 
     @functools.cached_property
@@ -88,26 +113,13 @@ class SlicedGradients:
         return InMemory(self.result)
 
     @property
-    def has_local(self) -> bool:
-        """See Gradients."""
-        return self._loan.buffer is not None
-
-    @property
     def nbytes(self) -> int:
         """See Gradients."""
         return self.result.nbytes if "result" in vars(self) else 0
 
-    def sums(self) -> Sequence[Tensor]:
-        """See Gradients."""
-        return self._loan.sums()
-
-    def lay_down(self) -> None:
-        """See Gradients."""
-        self._loan.lay_down(self.arrivals)
-
     def start_reduce(self) -> Pending:
         """See Gradients."""
-        buffer = self._loan.hand_over()
+        buffer = self._hand_over()
         wire = buffer.flat if self._goes_as_it_is else self.reduction.to_wire(buffer.flat)
         self._on_wire.append(buffer)
         accumulate, self.is_reduced = self.is_reduced, True
@@ -119,20 +131,12 @@ class SlicedGradients:
         """See Gradients."""
         self._pool.give_back(self._on_wire.popleft())
 
-    def keep_local(self) -> None:
-        """See Gradients."""
-        raise AssertionError("a slice holds reduced gradients only")
-
     def settle(self) -> None:
         """See Gradients."""
         if not self.is_reduced:
             self.result.zero_()
             self.is_reduced = True
         self.reduction.average_replicas(self.result)
-
-    def take_missed_flag(self) -> Tensor | None:
-        """See Gradients."""
-        return None
 
     def norm(self) -> Tensor:
         """See Gradients."""
@@ -149,13 +153,6 @@ class SlicedGradients:
     def replace(self, values: Tensor) -> None:
         """See Gradients. They were changed in place."""
 
-    def drop(self) -> None:
-        """See Gradients."""
-        self._loan.give_back()
-        self.arrivals.forget()
-        self.arrivals.end_step()
-        self.is_reduced = False
-
 
 class _Landing(NamedTuple):
     """A reduction on the wire: the borrowed buffer it reads, and where its result goes (the buffer's own slice, or memory of
@@ -166,26 +163,14 @@ class _Landing(NamedTuple):
 
 
 @final
-class TieredGradients:
+class TieredGradients(_Scattered):
     """Each backward's are scattered, and this rank's slice moves to its rest as it arrives, while backward goes on."""
 
-    is_whole = False
-    shown: Sequence[Tensor] = ()
-    local_views: Sequence[Tensor] = ()
-
     def __init__(self, bucket: Bucket, reduction: Reduction, dtype: torch.dtype, pool: FlatPool, rest: Rest) -> None:
-        self.bucket, self.reduction, self.dtype = bucket, reduction, dtype
-        self.arrivals = Arrivals(len(bucket.params))
-        self.is_reduced = False
+        super().__init__(bucket, reduction, dtype, pool)
         self.result = torch.empty(0, dtype=dtype, device=bucket.full.device)
         self._moved = Moved(rest, pool)
-        self._loan = _Loan(bucket, dtype, pool)
         self._on_wire: deque[_Landing] = deque()
-
-    @property
-    def has_local(self) -> bool:
-        """See Gradients."""
-        return self._loan.buffer is not None
 
     @property
     def failure(self) -> TierError | None:
@@ -197,17 +182,9 @@ class TieredGradients:
         """See Gradients."""
         return self._moved.nbytes
 
-    def sums(self) -> Sequence[Tensor]:
-        """See Gradients."""
-        return self._loan.sums()
-
-    def lay_down(self) -> None:
-        """See Gradients."""
-        self._loan.lay_down(self.arrivals)
-
     def start_reduce(self) -> Pending:
         """See Gradients."""
-        buffer = self._loan.hand_over()
+        buffer = self._hand_over()
         wire = self.reduction.to_wire(buffer.flat)
         adds, self.is_reduced = self.is_reduced, True
         into, load = self._own_memory() if adds else (self.bucket.own_slice(buffer.flat), None)
@@ -234,10 +211,6 @@ class TieredGradients:
         landing = self._on_wire.popleft()
         self._moved.put(landing.into, landing.buffer)
 
-    def keep_local(self) -> None:
-        """See Gradients."""
-        raise AssertionError("what rests on a tier holds reduced gradients only")
-
     def settle(self) -> None:
         """See Gradients."""
         if not self.is_reduced:
@@ -248,10 +221,6 @@ class TieredGradients:
             self.reduction.average_replicas(values)
             self.replace(values)
         self._moved.wait()
-
-    def take_missed_flag(self) -> Tensor | None:
-        """See Gradients."""
-        return None
 
     def norm(self) -> Tensor:
         """See Gradients. Taken when they were last put to rest."""
@@ -276,7 +245,4 @@ class TieredGradients:
     def drop(self) -> None:
         """See Gradients."""
         self._moved.forget()
-        self.arrivals.forget()
-        self.arrivals.end_step()
-        self._loan.give_back()
-        self.is_reduced = False
+        super().drop()
