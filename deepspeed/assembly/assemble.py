@@ -32,15 +32,15 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.cut import LEAF_MARK
 from deepspeed.zero.gradients import Gradients, gradients_of_bucket
-from deepspeed.zero.in_flight import UNLIMITED, Limit
 from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.param import full_numel, real_dtype
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
-from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_NBYTES_IN_FLIGHT, FlatPool
+from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.reduction import Reduction, When
+from deepspeed.zero.rounds import MAX_IN_FLIGHT, MAX_NBYTES_IN_FLIGHT, UNLIMITED, Limit
 from deepspeed.zero.tiers_from_config import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")

@@ -10,7 +10,7 @@ decided by the real `zero.gather.Gatherer`; reductions, the update and publicati
     step          gradients in the master dtype; moments exist from the first step on
 
 How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
-predicted (`zero.pool.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
+predicted (`zero.rounds.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
 With one at a time (`EngineSettings.max_in_flight`) the replay gives what a network that is never waited for comes to.
 
 Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from deepspeed.comm.direct import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.comm.exchange import Pending
 from deepspeed.comm.scratch import NUM_KEPT, Shelf
 from deepspeed.memory.ledger import (
     ACTIVATIONS,
@@ -49,8 +50,8 @@ from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import ModelPlan
 from deepspeed.zero.policy import Tier, ZeroPolicy
-from deepspeed.zero.pool import MAX_IN_FLIGHT, MAX_KEPT, MAX_STORING
-from deepspeed.zero.rounds import Rounds
+from deepspeed.zero.pool import MAX_KEPT, MAX_STORING
+from deepspeed.zero.rounds import MAX_IN_FLIGHT, UNLIMITED, InFlight, Limit, Rounds
 from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
@@ -228,15 +229,14 @@ class Reductions:
         }
         self._missing = {bucket: len(bucket.params) for bucket in self.order}
         self._arrived: Counter[SizedBucket] = Counter()
-        self._in_flight: deque[Callable[[], None]] = deque()
         self._flats = Pool(ledger, BUCKETS, MAX_KEPT)
         self._scratch = Pool(ledger, COMMUNICATION, NUM_KEPT)
         self._lent: dict[SizedBucket, int] = {}
         self._storing: deque[Callable[[], None]] = deque()
         likely = LIKELY_IN_FLIGHT_DIRECTLY if settings.sends_directly else LIKELY_IN_FLIGHT
-        self._max_in_flight = settings.max_in_flight or (likely if policy.parameters.is_sharded else MAX_IN_FLIGHT)
-        if settings.shard_size == 1:
-            self._max_in_flight = 1
+        most = settings.max_in_flight or (likely if policy.parameters.is_sharded else MAX_IN_FLIGHT)
+        limit = Limit(1 if settings.shard_size == 1 else most, UNLIMITED.nbytes)
+        self._in_flight: InFlight[SizedBucket] = InFlight(limit, lambda bucket: None)
         self.reduces_now = self.is_first = True
         """Whether this micro-batch is the last, and whether it is the first, of its step."""
         for bucket in self.order:
@@ -309,7 +309,7 @@ class Reductions:
     def _launch(self, bucket: SizedBucket) -> None:
         if self._missing[bucket] < len(bucket.params) or self._is_sharded(bucket):
             self._lay_down(bucket)
-        self._settle(self._max_in_flight - 1)
+        self._in_flight.make_room(self._flat_nbytes(bucket))
         layout, settings = bucket.layout, self._settings
         wire = settings.wire_dtype.itemsize
         numel = layout.padded_numel
@@ -338,7 +338,7 @@ class Reductions:
         if layout.world_size == 1 < settings.shard_size:  # experts that no other rank has: nothing is sent
             finish()
         else:
-            self._in_flight.append(finish)
+            self._in_flight.add(bucket, Pending(finish), self._flat_nbytes(bucket))
 
     def _end_stores(self, num_left: int = 0) -> None:
         while len(self._storing) > num_left:
@@ -356,10 +356,6 @@ class Reductions:
         whole = size == 2 or numel <= ONE_PHASE_NUMEL
         return [numel * itemsize if whole else -(-numel // size) * itemsize] * (size - 1)
 
-    def _settle(self, num_left: int = 0) -> None:
-        while len(self._in_flight) > num_left:
-            self._in_flight.popleft()()
-
     def flush(self) -> None:
         """The end of a round: launch what is left."""
         if not any(map(self._is_sharded, self.order)) and not self.reduces_now:
@@ -375,7 +371,7 @@ class Reductions:
     def finish(self) -> None:
         """Deliver everything; the next round is in the order in which buckets filled."""
         self.flush()
-        self._settle()
+        self._in_flight.end_all()
         self._end_stores()
         self._rounds.set_order(self._rounds.completion_order())
 

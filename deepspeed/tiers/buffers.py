@@ -41,7 +41,7 @@ def aligned_buffer(nbytes: int, *, is_locked: bool = False, is_huge: bool = True
 
 
 def resizable_buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """Zeros [numel] on the CPU in a storage of their own, which may be resized to nothing and back, see `refill_storage`.
+    """Zeros [numel] on the CPU in a storage of their own, which may be resized to nothing and back.
 
     torch's allocator does not align to pages, but places all large blocks alike: after resizing, the tensor is at a page
     boundary again. Where it is not, direct I/O copies.
@@ -51,11 +51,9 @@ def resizable_buffer(numel: int, dtype: torch.dtype) -> Tensor:
     return storage.narrow(0, -storage.data_ptr() % PAGE // unit, numel)
 
 
-def refill_storage(tensor: Tensor) -> None:
-    """Give a tensor's storage, which was resized to nothing, memory for the tensor again; what is in it is undefined."""
-    storage = tensor.untyped_storage()
-    storage.resize_(int(tensor.storage_offset()) * tensor.itemsize + tensor.nbytes)
-    if tensor.device.type == "cpu" and tensor.nbytes >= HUGE_PAGE and _MADV_HUGEPAGE is not None:
+def ask_for_huge_pages(tensor: Tensor) -> None:
+    """Have new memory of a tensor on the CPU come in huge pages; of one of HUGE_PAGE bytes or more."""
+    if _MADV_HUGEPAGE is not None:
         begin, end = -(-tensor.data_ptr() // PAGE) * PAGE, (tensor.data_ptr() + tensor.nbytes) // PAGE * PAGE
         _libc.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), _MADV_HUGEPAGE)
 

@@ -5,7 +5,7 @@ Planned, pure
     layout             which elements belong to which parameter and which rank
     cut                which parameters share a bucket
     plan               the buckets of a model, as a list; which ranks share each
-    rounds             in which order buckets leave the rank
+    rounds             in which order buckets leave the rank, and how many at once
 Built from that
     build              plan -> buckets
     space              which parameters lie where in a flat buffer
@@ -24,10 +24,8 @@ Unshard, reshard
     leaves             modules that are not opened
     modes              out of the caller's modes
 Reduce
-    last_hook          takes gradients from autograd, after the script's own hooks
-    arrivals           what autograd has given, until a bucket has all
+    arrivals           takes gradients from autograd, after the script's own hooks; keeps them until a bucket has all
     reduce             when a bucket leaves the rank
-    in_flight          reductions under way
     reduction          how a bucket is averaged, as a row: over whom, by what, in which dtype
     gradients          what is asked of a bucket's gradients; where they live is one of
     whole_gradients    ... in a buffer of the bucket's own: stages 0 and 1

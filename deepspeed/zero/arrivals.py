@@ -1,17 +1,22 @@
-"""What autograd has given for one bucket: the gradients that wait to be laid down, and who had one in this step.
+"""What autograd has given for one bucket: taken by a hook per parameter, kept until it is laid down.
 
-Filled by the reducer's hooks, one `take` per parameter; emptied by a bucket's `zero.gradients`, which lays it into a flat buffer. Pure
-bookkeeping: nothing here knows of ranks or placements.
+The hooks (`LastHook`) are made by the reducer, one per trained parameter, and fill the bucket's `Arrivals`; a bucket's
+`zero.gradients` lays them into a flat buffer. Nothing here knows of ranks or placements.
+
+A hook takes the gradient away: one that came later would see None where plain PyTorch shows it a gradient, and what it edits
+would be lost. So ours runs after the script's own, whenever those were registered. Torch calls hooks in the order of their
+dictionary, from a list made before the first of them: a hook that finds others behind it moves itself to the end, and is
+*early* this once.
 
 Invariant: a gradient is owned by exactly one place, autograd's tensor here or the flat buffer there, never by both.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import repeat
 from operator import attrgetter, contains
-from typing import final
+from typing import Any, Protocol, TypeVar, final
 
 import torch
 from torch import Tensor, nn
@@ -32,7 +37,7 @@ class Arrivals:
     def __init__(self, num_params: int) -> None:
         self.num_params = num_params
         self.waiting: list[Tensor | None] = [None] * num_params
-        """By parameter, what waits. `zero.last_hook` fills it in place, and counts, where `take` would do no more than that."""
+        """By parameter, what waits. `LastHook` fills it in place, and counts, where `take` would do no more than that."""
         self.num_here = 0
         """Of how many parameters a gradient waits to be laid down."""
         self._all = frozenset(range(num_params))
@@ -124,3 +129,95 @@ class Arrivals:
 
 def _dense(gradient: Tensor) -> Tensor:
     return gradient.to_dense() if gradient.is_sparse else gradient
+
+
+class HasParameters(Protocol):
+    """A bucket."""
+
+    @property
+    def params(self) -> Sequence[nn.Parameter]:
+        """Its parameters."""
+        ...
+
+
+class HasArrivals(Protocol):
+    """A bucket's gradients (`zero.gradients.Gradients`)."""
+
+    arrivals: Arrivals
+
+    @property
+    def bucket(self) -> HasParameters:
+        """Whose they are."""
+        ...
+
+
+G = TypeVar("G", bound=HasArrivals)
+G_contra = TypeVar("G_contra", bound=HasArrivals, contravariant=True)
+
+
+class Taker(Protocol[G_contra]):
+    """Who takes gradients: the reducer."""
+
+    is_plain: bool
+    """Whether nothing but counting is to be done when a gradient arrives."""
+
+    def take(self, gradients: G_contra, index: int, param: nn.Parameter) -> None:
+        """`param`, number `index` of its bucket, has its gradient, and every other hook has seen it."""
+
+    def begin_bucket(self) -> None:
+        """The first gradient of a bucket is about to be counted."""
+
+    def fill(self, gradients: G_contra) -> None:
+        """A bucket has all of its gradients."""
+
+    def take_early(self, gradients: G_contra, index: int, param: nn.Parameter) -> None:
+        """The same, but other hooks are yet to run."""
+
+
+@final
+class LastHook:
+    """Tells `taker` of parameter number `index` of a bucket, after the other post-accumulate hooks of the parameter."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, taker: Taker[G], gradients: G, index: int, param: nn.Parameter) -> None:
+        self._handle = param.register_post_accumulate_grad_hook(_nothing)
+        hooks: dict[int, Any] = param._post_accumulate_grad_hooks
+        hooks[self._handle.id] = _hook(taker, gradients, index, hooks, self._handle.id)
+
+    def remove(self) -> None:
+        """Take it off the parameter."""
+        self._handle.remove()
+
+
+def _nothing(param: Tensor) -> None:
+    """Keeps a place among the hooks until its number is known."""
+
+
+def _hook(
+    taker: Taker[G], gradients: G, index: int, hooks: dict[int, Any], number: int
+) -> Callable[[nn.Parameter], None]:
+    """The hook itself: a plain function with what it needs around it, which takes a fifth less than an object with attributes."""
+    arrivals = gradients.arrivals
+
+    def hook(param: nn.Parameter) -> None:
+        """Once per parameter, between autograd's nodes: the usual case without another call, which is half of its time."""
+        if len(hooks) != 1 and next(reversed(hooks)) != number:
+            hooks[number] = hooks.pop(number)
+            taker.take_early(gradients, index, param)
+            return
+        if not taker.is_plain or arrivals.waiting[index] is not None:
+            taker.take(gradients, index, param)
+            return
+        gradient = param.grad
+        if gradient is None:  # autograd calls the hook for a function that gave this parameter nothing, too
+            return
+        param.grad = None
+        if not arrivals.num_here:
+            taker.begin_bucket()
+        arrivals.waiting[index] = gradient
+        arrivals.num_here += 1
+        if arrivals.num_here == arrivals.num_params and not arrivals.awaits_parts(gradients.bucket.params):
+            taker.fill(gradients)
+
+    return hook

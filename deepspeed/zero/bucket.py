@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import InMemory, Rest
-from deepspeed.tiers.buffers import refill_storage, resizable_buffer
+from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, resizable_buffer
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import Filling, LoadQueue
@@ -263,7 +263,7 @@ class Bucket(FlatSpace):
         if self._gathering is not None:
             self.finish_unshard()
         if not self.keeps_storage:
-            refill_storage(self.full)
+            _refill(self.full)
             exchange = self._by = by or self.gathers
             slices = self.rest.tensor
             if not exchange.needs_shard:
@@ -386,3 +386,10 @@ def _make_full(numel: int, dtype: torch.dtype, device: torch.device, is_read: bo
     if is_read and device.type == "cpu":
         return resizable_buffer(numel, dtype)
     return torch.zeros(numel, dtype=dtype, device=device)
+
+
+def _refill(full: Tensor) -> None:
+    """Give `full`, whose storage was resized to nothing, memory again; what is in it is undefined."""
+    full.untyped_storage().resize_(int(full.storage_offset()) * full.itemsize + full.nbytes)
+    if full.nbytes >= HUGE_PAGE and full.device.type == "cpu":
+        ask_for_huge_pages(full)

@@ -18,12 +18,6 @@ from torch import Tensor
 from deepspeed.comm.scratch import Shelf
 from deepspeed.zero.bucket import Bucket
 
-MAX_IN_FLIGHT = 4
-"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory."""
-
-MAX_NBYTES_IN_FLIGHT = 512 << 20
-"""Bytes on the wire at once where waiting keeps the stream back and not the host: a large model's buckets are modules, of any size."""
-
 MAX_KEPT = 1
 """What is kept of buffers that came back, in buffers of the largest size: malloc recycles the others as well, and not only for
 us. With 1, 2 and 4 a step of two ranks takes the same CPU time (GPT of 24M, fp32, stages 1 to 3)."""

@@ -20,19 +20,19 @@ After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's Dis
 from __future__ import annotations
 
 import contextlib
+import operator
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import nn
 
 from deepspeed.utils.errors import TierError, TrainingStateError
+from deepspeed.zero.arrivals import LastHook
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.in_flight import Limit, ReductionsInFlight
-from deepspeed.zero.last_hook import LastHook
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.reduction import When
-from deepspeed.zero.rounds import Rounds
+from deepspeed.zero.rounds import InFlight, Limit, Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
 
 
@@ -83,7 +83,7 @@ class Reducer:
         """See LastHook: no gradient came early, none are shown, and the backward is not held open."""
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
-        self._in_flight = ReductionsInFlight(in_flight)
+        self._in_flight: InFlight[Gradients] = InFlight(in_flight, operator.methodcaller("finish_reduce"))
         self.add(gradients)
 
     def add(self, gradients: Sequence[Gradients]) -> None:
@@ -245,11 +245,12 @@ class Reducer:
             gradients.lay_down()
         if gradients.reduction.when is When.NEVER:
             return
+        nbytes = gradients.bucket.layout.padded_numel * gradients.dtype.itemsize
         if self._in_flight.queue:
-            self._in_flight.make_room(gradients)
+            self._in_flight.make_room(nbytes)
         with torch.profiler.record_function("zero.reduce"):
             pending = gradients.start_reduce()
-        self._in_flight.add(gradients, pending)
+        self._in_flight.add(gradients, pending, nbytes)
 
     def flush(self) -> None:
         """End the round: launch what is left, in order, where gradients have to leave the rank. Collective; while a backward is

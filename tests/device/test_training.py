@@ -14,7 +14,7 @@ import torch
 from deepspeed.assembly import assemble
 from deepspeed.comm.exchange import Pending
 from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.in_flight import ReductionsInFlight
+from deepspeed.zero.rounds import InFlight
 from tests.device.cases import TIERS, config_of, tier_section
 from tests.engine.runs import Run, engine_of, on_device, train, whole_weights
 from tests.engine.test_equals_plain_pytorch import native_products
@@ -61,13 +61,13 @@ def held_back(
 ) -> tuple[Run, list[tuple[int, int]]]:
     """`train`, and after each start the bytes on the wire and those of the one that was started, where `most` may be."""
     seen: list[tuple[int, int]] = []
-    add = ReductionsInFlight.add
+    add = InFlight.add
 
-    def watched(wire: ReductionsInFlight, gradients: Gradients, pending: Pending) -> None:
-        add(wire, gradients, pending)
+    def watched(wire: InFlight[Gradients], gradients: Gradients, pending: Pending, nbytes: int) -> None:
+        add(wire, gradients, pending, nbytes)
         seen.append((wire.nbytes, gradients.bucket.layout.padded_numel * gradients.dtype.itemsize))
 
-    with patch.object(assemble, "MAX_NBYTES_IN_FLIGHT", most), patch.object(ReductionsInFlight, "add", watched):
+    with patch.object(assemble, "MAX_NBYTES_IN_FLIGHT", most), patch.object(InFlight, "add", watched):
         return train(rank, world_size, *arguments, **options), seen
 
 

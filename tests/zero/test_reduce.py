@@ -18,11 +18,11 @@ from deepspeed.comm.exchange import Pending, deliver
 from deepspeed.zero.arrivals import READY
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import Gradients, gradients_of_bucket
-from deepspeed.zero.in_flight import Limit
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.pool import FlatPool
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.reduction import Reduction, When
+from deepspeed.zero.rounds import Limit
 
 NAMES = "abc"
 NUMEL = 3
