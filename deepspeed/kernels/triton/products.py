@@ -16,6 +16,7 @@ from torch import Tensor
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.triton import lists
 from deepspeed.kernels.triton.lists import DTYPES, narrow
+from deepspeed.kernels.triton.quantize import halves
 
 MAX_ROWS = 16
 """Rows of x, the fewest of a tile that GPUs multiply at once."""
@@ -71,12 +72,8 @@ def product_kernel(
             left, right = left.to(tl.float32), right.to(tl.float32)
         mask = is_column & is_pair[:, None]
         if num_bits == 4:
-            packed = tl.load(values + column[None, :] * (width // 2) + pair[:, None], mask=mask, other=0).to(tl.int32)
-            even = packed & 15
-            odd = (packed >> 4) & 15
-            if symmetric:
-                even -= 8
-                odd -= 8
+            at = values + column[None, :] * (width // 2) + pair[:, None]
+            even, odd = halves(tl.load(at, mask=mask, other=0), symmetric)
         else:
             at = values + column[None, :] * width + 2 * pair[:, None]
             even = tl.load(at, mask=mask, other=0).to(tl.int32)

@@ -80,6 +80,18 @@ def quantize_kernel(
 
 
 @triton.jit
+def halves(packed, symmetric: tl.constexpr):
+    """The two integers of 4 bits in each byte: the one at the even place, the one at the odd."""
+    packed = packed.to(tl.int32)
+    even = packed & 15
+    odd = (packed >> 4) & 15
+    if symmetric:
+        even -= 8
+        odd -= 8
+    return even, odd
+
+
+@triton.jit
 def dequantize_kernel(
     values,  # [num_groups, bytes per group]
     scales,  # [num_groups] fp32
@@ -97,12 +109,7 @@ def dequantize_kernel(
     has_even = 2 * pair < group_size
     has_odd = 2 * pair + 1 < group_size
     if num_bits == 4:
-        packed = tl.load(values + group * (group_size // 2) + pair, mask=has_odd, other=0).to(tl.int32)
-        even = packed & 15
-        odd = (packed >> 4) & 15
-        if symmetric:
-            even -= 8
-            odd -= 8
+        even, odd = halves(tl.load(values + group * (group_size // 2) + pair, mask=has_odd, other=0), symmetric)
     else:
         at = values + group * group_size + 2 * pair
         even = tl.load(at, mask=has_even, other=0).to(tl.int32)

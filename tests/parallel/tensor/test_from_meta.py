@@ -20,7 +20,7 @@ from tests.harness import run_ranks
 from tests.parallel.tensor.families import FAMILIES
 from tests.parallel.tensor.models import LONG, batch, small
 from tests.parallel.tensor.runs import config, plain_step
-from tests.parallel.tensor.variants import check
+from tests.parallel.tensor.variants import check, equals_plain
 
 transformers = pytest.importorskip("transformers")
 
@@ -145,17 +145,10 @@ def test_a_model_that_has_some_values_is_refused_on_every_rank() -> None:
 
 def trains(rank: int, world: int, stage: int, family: str, changes: dict[str, Any]) -> None:
     """A step of parts equals one of the whole; ranks need not have one seed."""
-    loss, grads, norm = plain_step(whole(family, **changes), batch(2))
+    plain, inputs = whole(family, **changes), batch(2)
     model = deepspeed.tp_model_init(on_meta(family, **changes), tp_size=world, dtype=torch.float32)
     torch.manual_seed(7 + rank)
-    engine, *_ = deepspeed.initialize(model=model, config=config(world, stage))
-    own = engine(**batch(2)).loss
-    engine.backward(own)
-    check(engine, grads)
-    engine.step()
-    assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
-    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
-    engine.destroy()
+    equals_plain(model, plain, inputs, config(world, stage))
 
 
 @pytest.mark.parametrize(

@@ -30,8 +30,13 @@ def check(engine: Any, grads: dict[str, Tensor], tolerance: float = 1e-5) -> Non
 
 def step_equals_plain(make: Make, inputs: dict[str, Tensor], asked: dict[str, Any]) -> None:
     """Loss, gradients and norm of one step."""
-    loss, grads, norm = plain_step(make(), inputs)
-    engine, *_ = deepspeed.initialize(model=make(), config=asked)
+    equals_plain(make(), make(), inputs, asked)
+
+
+def equals_plain(model: nn.Module, plain: nn.Module, inputs: dict[str, Tensor], asked: dict[str, Any]) -> None:
+    """A step of an engine of `model` beside one of `plain` in plain PyTorch: loss, gradients and norm."""
+    loss, grads, norm = plain_step(plain, inputs)
+    engine, *_ = deepspeed.initialize(model=model, config=asked)
     own = engine(**inputs).loss
     engine.backward(own)
     check(engine, grads)
@@ -290,14 +295,7 @@ def without_values(rank: int, world: int) -> None:
     deepspeed.tp_model_init(empty, tp_size=world, dtype=torch.float32)
     with pytest.raises(DeepSpeedConfigError, match=r"model\.norm\.scale has no values \(it is on .*\n.*zero\.Init\(\)"):
         deepspeed.initialize(model=empty, config=asked)
-    loss, grads, norm = plain_step(small("llama"), batch(2))
+    plain = small("llama")
     with deepspeed.zero.Init(config_dict_or_path=asked):
         model = deepspeed.tp_model_init(small("llama"), tp_size=world, dtype=torch.float32)
-    engine, *_ = deepspeed.initialize(model=model, config=asked)
-    own = engine(**batch(2)).loss
-    engine.backward(own)
-    check(engine, grads)
-    engine.step()
-    assert float(own.detach()) == pytest.approx(loss, rel=1e-6)
-    assert engine.get_global_grad_norm() == pytest.approx(norm, rel=1e-6)
-    engine.destroy()
+    equals_plain(model, plain, batch(2), asked)
