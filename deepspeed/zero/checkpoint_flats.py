@@ -210,9 +210,8 @@ def states(optimizer: ZeroOptimizer, mesh: Mesh) -> Iterator[Flat]:
         replicas = _replicas(mesh, owner.is_sharded, owner.bucket.over)
         for key in run.state_kinds(optimizer):
             if run.segment is not None:
-                assert optimizer.runs.stream is not None
                 yield _flat_of_rest(
-                    OPTIM + key, optimizer.runs.stream.states[run.master][key], run.start, run.spans, replicas
+                    OPTIM + key, optimizer.runs.tiles.states[run.master][key], run.start, run.spans, replicas
                 )
             else:
                 # States keep the optimizer's memory format; a run or a bucket's view is always contiguous.
@@ -307,8 +306,7 @@ def renew_states(
             keeps = master.weights.dtype == master_dtype_of[name] or not stored.is_floating_point
             key, dtype = kind.removeprefix(OPTIM), stored if keeps else master.weights.dtype
             if run.segment is not None:
-                assert optimizer.runs.stream is not None
-                rest = optimizer.runs.stream.adopt_state(run.master, run.segment, key, dtype)
+                rest = optimizer.runs.tiles.adopt_state(run.master, run.segment, key, dtype)
                 flats.append(_flat_of_rest(kind, rest, run.start, held, replicas))
             else:
                 like = run.tensor.detach()
@@ -328,8 +326,7 @@ def _make_first_state(optimizer: ZeroOptimizer, run: _Run) -> None:
         if run.segment is None or not isinstance(value, Tensor) or value.shape != tensor.shape:
             optimizer.state[run.tensor][key] = value
             continue
-        assert optimizer.runs.stream is not None
-        rest = optimizer.runs.stream.adopt_state(run.master, run.segment, key, value.dtype)
+        rest = optimizer.runs.tiles.adopt_state(run.master, run.segment, key, value.dtype)
         rest.start_store(run.start, value).wait()
 
 
@@ -360,7 +357,7 @@ def _cut_runs(optimizer: ZeroOptimizer, spec_of: Mapping[str, StateSpec]) -> Non
                     wanted.append(RunSpan(run.group, span.at, span.at + span.numel))
                 previous = signature
         for span_ in wanted:
-            if optimizer.runs.stream is not None and optimizer.runs.is_streamed(master):
-                optimizer.runs.stream.isolate(index, span_.start, span_.stop)
+            if optimizer.runs.is_streamed(master):
+                optimizer.runs.tiles.isolate(index, span_.start, span_.stop)
             else:
                 optimizer.runs.isolate(index, span_.start, span_.stop)

@@ -179,6 +179,12 @@ class Runs:
         """Whether a master's runs are stepped tile by tile."""
         return self.stream is not None and master.is_streamed
 
+    @property
+    def tiles(self) -> TileStream:
+        """The stream of a master that `is_streamed`."""
+        assert self.stream is not None, "masters that rest on a tier are stepped by a stream"
+        return self.stream
+
     def isolate(self, index: int, start: int, stop: int) -> int:
         """Have the elements [start, stop) of a shard be a run of their own; returns its position."""
         master, steppable = self.masters[index], self.steppable[index]
@@ -222,8 +228,7 @@ class Runs:
     def state_kinds(self, index: int) -> list[str]:
         """Names of the states that are as long as the masters of one bucket: "exp_avg", ...; none before the first step."""
         if self.is_streamed(self.masters[index]):
-            assert self.stream is not None
-            return list(self.stream.states[index])
+            return list(self.tiles.states[index])
         found: dict[str, None] = {}
         for _, tensor in self.steppable[index]:
             state = self.optimizer.state.get(tensor, {})
@@ -240,8 +245,7 @@ class Runs:
     def has_state(self, index: int, kind: str, position: int) -> bool:
         """Whether element `position` of a master's shard has a state of this kind."""
         if self.is_streamed(self.masters[index]):
-            assert self.stream is not None
-            return any(s.start <= position < s.stop and kind in s.states for s in self.stream.segments(index))
+            return any(s.start <= position < s.stop and kind in s.states for s in self.tiles.segments(index))
         try:
             self._state_around(index, kind, position)
         except KeyError:
@@ -256,8 +260,7 @@ class Runs:
         if kind == "master":
             return read(master.weights, start, stop)
         if self.is_streamed(master):
-            assert self.stream is not None
-            return read(self.stream.states[index][kind], start, stop)
+            return read(self.tiles.states[index][kind], start, stop)
         span_start, value = self._state_around(index, kind, start)
         return value.view(-1)[start - span_start : stop - span_start]
 
@@ -266,8 +269,7 @@ class Runs:
         master = self.masters[index]
         rest = master.weights if kind == "master" else None
         if rest is None and self.is_streamed(master):
-            assert self.stream is not None
-            rest = self.stream.states[index][kind]
+            rest = self.tiles.states[index][kind]
         if rest is not None:
             rest.start_store(start, values.to(rest.dtype).contiguous()).wait()
         else:

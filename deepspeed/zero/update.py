@@ -58,13 +58,12 @@ class Update:
 
     def _cut_out(self, index: int, param: int) -> list[Segment]:
         """The segments of one parameter, made segments of their own."""
-        assert self._runs.stream is not None
         master = self._runs.masters[index]
         return [
             segment
             for piece in master.layout.pieces(master.rank)
             if piece.param == param
-            for segment in self._runs.stream.isolate(index, piece.in_shard, piece.in_shard + piece.numel)
+            for segment in self._runs.tiles.isolate(index, piece.in_shard, piece.in_shard + piece.numel)
         ]
 
     def _step_segments(
