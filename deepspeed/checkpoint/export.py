@@ -226,7 +226,7 @@ class _Walk:
 
     def _drop(self) -> None:
         if self._bucket is not None:
-            self._bucket.let_go()
+            self._bucket.unhold()
             if self._bucket.holders == 0:
                 self._bucket.reshard()
             self._bucket = None

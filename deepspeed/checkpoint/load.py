@@ -157,7 +157,7 @@ def load_weights(subject: Subject, source: Source, names: Names, is_rounded: boo
     for i, flat in enumerate(flats):
         wants = list(_wanted(flat, names))
         if i < len(subject.built.masters):  # those are first
-            wants = _when_filled(wants, partial(_settle_master, subject.built.masters[i], is_rounded))
+            wants = _when_filled(wants, partial(_publish_master, subject.built.masters[i], is_rounded))
         wanted += wants
     buffers = subject.buffers()
     wanted += [
@@ -180,7 +180,7 @@ def publish(subject: Subject) -> list[Pending]:
     return [pending for pending in waiting if pending is not None]
 
 
-def _settle_master(master: Master, is_rounded: bool) -> None:
+def _publish_master(master: Master, is_rounded: bool) -> None:
     master.to_params()
     if is_rounded:
         master.from_params()

@@ -209,7 +209,7 @@ class CheckpointMethods:
         used = set().union(*ranks.all(names.used)) if engine.mesh.size("whole") > 1 else names.used
         is_strict = load_module_strict and custom_load_fn is None
         ranks.together(what, lambda: check_names(names, source, used, is_strict))
-        _settle(engine)
+        _clear_for_load(engine)
         _load_values(engine, ranks, what, subject, opened, has_optimizer, custom_load_fn)
         is_same = _layout(engine.mesh) == _layout_of(source.about)
         if not load_module_only:
@@ -536,7 +536,7 @@ def _load_values(
             pending.wait()
 
 
-def _settle(engine: CheckpointedRun) -> None:
+def _clear_for_load(engine: CheckpointedRun) -> None:
     """Before memory is overwritten: no open backward, no gradients, no unsharded copies."""
     engine.watch.end()
     engine.zero_grad()

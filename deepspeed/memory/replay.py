@@ -170,7 +170,7 @@ class Gathers:
 
     def leave_input(self, module: int) -> None:
         """Its backward is over, as far as frozen parameters are concerned."""
-        self._let_go([bucket for bucket in self._users.get(module, ()) if not bucket.requires_grad])
+        self._unhold([bucket for bucket in self._users.get(module, ()) if not bucket.requires_grad])
 
     def begin_backward(self) -> None:
         """The first gradient."""
@@ -181,12 +181,12 @@ class Gathers:
 
     def complete(self, bucket: SizedBucket) -> None:
         """All gradients of a bucket are there."""
-        self._let_go([bucket])
+        self._unhold([bucket])
 
     def end_backward(self) -> None:
         """Autograd is done."""
         self._in_backward = False
-        self._let_go(list(self._held))
+        self._unhold(list(self._held))
         self._gatherer.end()
 
     def before_update(self) -> None:
@@ -199,7 +199,7 @@ class Gathers:
                 self._held[bucket] = None
                 self._gatherer.request(bucket)
 
-    def _let_go(self, buckets: list[SizedBucket]) -> None:
+    def _unhold(self, buckets: list[SizedBucket]) -> None:
         for bucket in buckets:
             if bucket in self._held:
                 del self._held[bucket]

@@ -47,7 +47,7 @@ class SizedBucket:
         """See Bucket."""
         self.holders += 1
 
-    def let_go(self, params: Sequence[nn.Parameter] | None = None) -> None:
+    def unhold(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """See Bucket."""
         self.holders -= 1
 

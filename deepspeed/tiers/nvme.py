@@ -95,25 +95,25 @@ class Transfer:
         self._tensor: Tensor | None = tensor
         self._parts: list[_Part] = []
         self._error: TierError | None = None
-        self._is_settled = False
+        self._has_ended = False
 
     @property
     def is_done(self) -> bool:
         """Whether `wait` would return, or raise, at once."""
-        return self._is_settled or all(part.ticket.is_done for part in self._parts)
+        return self._has_ended or all(part.ticket.is_done for part in self._parts)
 
     def wait(self) -> None:
         """Return when the bytes are there; raise TierError, naming rank, file, offset and cure, if they cannot be.
 
         Again is nothing, or the same error.
         """
-        self._settle()
+        self._await_outcome()
         if self._error is not None:
             raise self._error
 
-    def _settle(self) -> None:
+    def _await_outcome(self) -> None:
         """Wait for the outcome and keep it."""
-        if self._is_settled:
+        if self._has_ended:
             return
         begun = time.monotonic()
         try:
@@ -133,7 +133,7 @@ class Transfer:
                     part.request.checksums[:] = FAILED
             elif part.target is not None and part.source is not None:
                 part.target.copy_(part.source)
-        self._is_settled, self._tensor, self._parts = True, None, []
+        self._has_ended, self._tensor, self._parts = True, None, []
         self._store.forget(self)
 
     def _what(self) -> str:
@@ -239,7 +239,7 @@ class NvmeStore:
             return
         for transfer in [*self._in_flight]:
             if transfer._key == key:
-                transfer._settle()
+                transfer._await_outcome()
         extent = self._extents.pop(key, None)
         if extent is not None and extent.nbytes:
             self._free.append((extent.start, -(-extent.nbytes // CHECKED) * CHECKED))
@@ -279,7 +279,7 @@ class NvmeStore:
     def close(self) -> None:
         """Wait for what is under way, remove the files and give the folder's locks back. Again is nothing."""
         for transfer in [*self._in_flight]:
-            transfer._settle()
+            transfer._await_outcome()
         if self._finalizer.alive:
             RESTING["nvme"] = RESTING.get("nvme", 0) - self._reserved
         self._finalizer()
@@ -303,7 +303,7 @@ class NvmeStore:
         self.folder.check()
         for other in [*self._in_flight]:
             if other._conflicts(key, offset, end, is_write):
-                other._settle()
+                other._await_outcome()
         transfer = Transfer(self, key, offset, end, is_write, tensor)
         if not tensor.nbytes:
             return transfer

@@ -93,7 +93,7 @@ class GatheredParameters:
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
         for bucket, num_before in zip(self._buckets, self._num_views, strict=True):
-            bucket.let_go()
+            bucket.unhold()
             if bucket.holders == 0:
                 if num_views(bucket) > num_before:
                     bucket.leave_full()

@@ -309,7 +309,7 @@ class Bucket(FlatSpace):
                 for param in params:
                     param.__class__ = ZeroParameter
 
-    def let_go(self, params: Sequence[nn.Parameter] | None = None) -> None:
+    def unhold(self, params: Sequence[nn.Parameter] | None = None) -> None:
         """One user less. Without any, values may still be here for the next one, but a use of them is noticed."""
         self.holders -= 1
         if params is None:

@@ -135,7 +135,7 @@ class Gatherable(Protocol):
     def hold(self, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Keep it unsharded."""
 
-    def let_go(self, params: Sequence[torch.nn.Parameter] | None = None) -> None:
+    def unhold(self, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """One holder less."""
 
     def regather(self) -> None:
@@ -245,7 +245,7 @@ class Gatherer(Generic[B]):
 
     def release(self, bucket: B, params: Sequence[torch.nn.Parameter] | None = None) -> None:
         """Let go of a bucket; it is resharded when another one is requested."""
-        bucket.let_go(params)
+        bucket.unhold(params)
         if bucket.holders == 0 and bucket.is_sharded:
             self._stale[bucket.index] = bucket
 
@@ -267,7 +267,7 @@ class Gatherer(Generic[B]):
             phase.record.plan = phase.needed
         else:
             if self._loads.fillings:
-                self._loads.settle()
+                self._loads.start_until()
             digest = FAILED if self._loads.failure else zlib.crc32(repr(phase.needed).encode())
             digests = [theirs for _, theirs in self._answer(END, digest)]
             if FAILED in digests:
@@ -347,7 +347,7 @@ class Gatherer(Generic[B]):
         while True:
             self.num_agreements += 1
             if self._loads.fillings:  # a rank that waits for a gather which is queued here cannot answer
-                self._loads.settle()
+                self._loads.start_until()
             answers = self._agree(wish, digest)
             wanted = sorted({theirs for theirs, _ in answers} - {END})
             for index in wanted:

@@ -89,7 +89,7 @@ class Gradients(Protocol):
     def keep_local(self) -> None:
         """Take this rank's own sum for the result, unreduced."""
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """At the boundary: average with the replicas, and have the gradients complete and at rest. Collective."""
 
     def take_missed_flag(self) -> Tensor | None:
@@ -100,7 +100,7 @@ class Gradients(Protocol):
         """2-norm of this step's reduced gradients on this rank, fp32."""
 
     def rest(self) -> Rest:
-        """Where this step's reduced gradients are, after `settle`."""
+        """Where this step's reduced gradients are, after `complete`."""
 
     def values(self) -> Tensor:
         """This step's reduced gradients: the bytes themselves, or a copy on the device where they rest on a tier."""

@@ -344,7 +344,7 @@ class ModuleHooks:
         kept = [bucket for bucket in frame.buckets if bucket.full.untyped_storage()._cdata in storages]
         for bucket in kept:
             bucket.hold()
-            bucket.let_go(frame.own.pop(bucket, None))
+            bucket.unhold(frame.own.pop(bucket, None))
             if self._frames:
                 self._use_in(self._frames[-1], bucket)
             else:
@@ -387,7 +387,7 @@ class ModuleHooks:
             waits_for.discard(i)
             if not waits_for:
                 waits_for.update(range(count))
-                self._let_go(frozen, frame)
+                self._unhold(frozen, frame)
 
         for i, tensor in enumerate(tensors):
             tensor.register_hook(functools.partial(seen, i))
@@ -440,7 +440,7 @@ class ModuleHooks:
                 self.gatherer.request(bucket)
             self._held[bucket].add(frame)
 
-    def _let_go(self, buckets: Iterable[Bucket], frame: Frame | None = None) -> None:
+    def _unhold(self, buckets: Iterable[Bucket], frame: Frame | None = None) -> None:
         """The backward of one call (or of all) needs the buckets no more; a graph that it made does."""
         for bucket in () if self._makes_graph else buckets:
             calls = self._held.get(bucket, set())
@@ -455,7 +455,7 @@ class ModuleHooks:
         """All gradients of a bucket have been computed: its parameters are not needed any more. Unless a tile of a tied head gave
         its own in a backward of its own, and the embedding's, for which autograd asks the parameter's shape, is to come."""
         if bucket not in self._shared:
-            self._let_go([bucket])
+            self._unhold([bucket])
 
     def _begin_backward(self) -> None:
         self._makes_graph = torch.is_grad_enabled()
@@ -466,7 +466,7 @@ class ModuleHooks:
         if self._makes_graph:
             self._keep(self._held)
             self._makes_graph = False
-        self._let_go(list(self._held))
+        self._unhold(list(self._held))
         if not self._frames:
             self.gatherer.end()
 

@@ -119,7 +119,7 @@ class Init:
             return
         self._suspend()
         if kind is None:
-            self._settle()
+            self._reshard_touched()
             for module in self._seen:
                 self.shard(module)
         self._seen.clear()
@@ -141,7 +141,7 @@ class Init:
         self._seen[module] = None
 
     def _saw_child(self, parent: nn.Module, name: str, child: nn.Module | None) -> None:
-        self._settle()
+        self._reshard_touched()
         if child is not None:
             for module in child.modules():
                 self.shard(module)  # one that was copied has registered nothing
@@ -194,13 +194,13 @@ class Init:
         return self._placing.params(self._placing.decide(numel, is_sharded=True, trains=False).params, numel)
 
     def _touch(self, bucket: Bucket, func: Callable[..., Any]) -> bool:
-        self._settle(only_unused=True)
+        self._reshard_touched(only_unused=True)
         bucket.unshard()
         self._touched.setdefault(bucket, num_views(bucket))
         return True
 
     @torch.no_grad()
-    def _settle(self, only_unused: bool = False) -> None:
+    def _reshard_touched(self, only_unused: bool = False) -> None:
         """Reshard what initialisation code touched, with the first rank's values; or of that, what it let go of."""
         for bucket, num_own_views in list(self._touched.items()):
             is_viewed = num_views(bucket) > num_own_views

@@ -42,7 +42,7 @@ class LoadQueue:
             self._start_first()
         return filling
 
-    def settle(self, until: Filling | None = None) -> None:
+    def start_until(self, until: Filling | None = None) -> None:
         """Start the gathers of all in the queue, or of those up to `until`, waiting for their loads."""
         while self.fillings and (until is None or until in self.fillings):
             self._start_first()
@@ -91,6 +91,6 @@ class Filling:
 
     def wait(self) -> None:
         """Have the buffer filled."""
-        self._queue.settle(until=self)
-        assert self._gathering is not None, "started by `settle`, or before it"
+        self._queue.start_until(self)
+        assert self._gathering is not None, "started by `start_until`, or before it"
         self._gathering.wait()

@@ -483,7 +483,7 @@ class _Sharded(Tensor):
             return func(*args, **kwargs)
         finally:
             for bucket in held:
-                bucket.let_go()
+                bucket.unhold()
 
 
 class ShardedParameter(_Sharded, HiddenGradient, ZeroParameter):
@@ -521,7 +521,7 @@ class ShardedParameter(_Sharded, HiddenGradient, ZeroParameter):
         try:
             made = ZeroParameter.__deepcopy__(self, memo)
         finally:
-            bucket.let_go()
+            bucket.unhold()
         if _adopters:
             _adopters[-1](made, bucket.names[slot.index])
         return made

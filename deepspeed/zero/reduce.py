@@ -294,7 +294,7 @@ class Reducer:
                 self._launch(gradients)
         self._in_flight.end_all()
         for gradients in self.order:
-            gradients.settle()
+            gradients.complete()
         for assigned in self.assigned():
             assigned.take()
 

@@ -131,7 +131,7 @@ class SlicedGradients(_Scattered):
         """See Gradients."""
         self._pool.give_back(self._on_wire.popleft())
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """See Gradients."""
         if not self.is_reduced:
             self.result.zero_()
@@ -211,7 +211,7 @@ class TieredGradients(_Scattered):
         landing = self._on_wire.popleft()
         self._moved.put(landing.into, landing.buffer)
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """See Gradients."""
         if not self.is_reduced:
             self.is_reduced = True
@@ -224,7 +224,7 @@ class TieredGradients(_Scattered):
 
     def norm(self) -> Tensor:
         """See Gradients. Taken when they were last put to rest."""
-        assert self._moved.norm is not None, "asked after `settle`"
+        assert self._moved.norm is not None, "asked after `complete`"
         return self._moved.norm
 
     def rest(self) -> Rest:

@@ -139,7 +139,7 @@ class WholeGradients:
         """See Gradients."""
         self.is_reduced, self.has_local = True, False
 
-    def settle(self) -> None:
+    def complete(self) -> None:
         """See Gradients."""
         if not self.is_reduced:
             self.result.zero_()

@@ -42,7 +42,7 @@ class FakeBucket:
     def hold(self, params: object = None) -> None:
         self.holders += 1
 
-    def let_go(self, params: object = None) -> None:
+    def unhold(self, params: object = None) -> None:
         self.holders -= 1
 
     def regather(self) -> None:

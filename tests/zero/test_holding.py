@@ -87,7 +87,7 @@ def test_layers_of_one_bucket_may_use_each_others_weights(world_size: int) -> No
         assert found == pytest.approx(expected, rel=1e-6)
 
 
-def hold_and_let_go(rank: int, world_size: int) -> list[list[bool]]:
+def hold_and_unhold(rank: int, world_size: int) -> list[list[bool]]:
     """After each act, which of the bucket's first two parameters may be used freely."""
     model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
     with large_units(model, make_config(3, micro=2, zero=ALL_SHARDED)):
@@ -97,12 +97,12 @@ def hold_and_let_go(rank: int, world_size: int) -> list[list[bool]]:
         acts: list[Any] = [
             lambda: bucket.hold([one]),
             lambda: bucket.hold([other]),
-            lambda: bucket.let_go([one]),
+            lambda: bucket.unhold([one]),
             lambda: bucket.hold(),
-            lambda: bucket.let_go([other]),
+            lambda: bucket.unhold([other]),
             lambda: bucket.hold([one]),
-            lambda: bucket.let_go(),
-            lambda: bucket.let_go([one]),
+            lambda: bucket.unhold(),
+            lambda: bucket.unhold([one]),
         ]
         bucket.start_unshard()
         bucket.finish_unshard()
@@ -118,4 +118,4 @@ def hold_and_let_go(rank: int, world_size: int) -> list[list[bool]]:
 def test_what_is_held_is_what_somebody_holds() -> None:
     y, n = True, False
     expected = [[y, n], [y, y], [n, y], [y, y], [y, y], [y, y], [y, n], [n, n]]
-    assert run_ranks(2, hold_and_let_go) == [expected] * 2
+    assert run_ranks(2, hold_and_unhold) == [expected] * 2
