@@ -20,7 +20,7 @@ from deepspeed.optim.lion import DeepSpeedCPULion, FusedLion
 from deepspeed.optim.muon import Muon, MuonWithAuxAdam, split_for_muon
 from deepspeed.optim.schedules import build_scheduler
 from deepspeed.optim.sgd import DeepSpeedCPUSGD
-from deepspeed.optim.traits import FusedRun, Needs, Piece, Sharding, StepsFused, needs_of
+from deepspeed.optim.traits import FusedRun, Needs, RunPiece, Sharding, StepsFused, needs_of
 
 __all__ = [
     "DeepSpeedCPUAdagrad",
@@ -34,7 +34,7 @@ __all__ = [
     "Muon",
     "MuonWithAuxAdam",
     "Needs",
-    "Piece",
+    "RunPiece",
     "Sharding",
     "StepsFused",
     "build_optimizer",

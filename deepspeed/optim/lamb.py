@@ -24,7 +24,7 @@ from deepspeed.kernels.native_optimizers import Lows
 from deepspeed.optim import kernels
 from deepspeed.optim.adam import ADAM_STATE, AdamBatch, adam_batches
 from deepspeed.optim.cpu import by_group, check_run, complete_state
-from deepspeed.optim.traits import FusedRun, Needs, Piece, ShardableOptimizer, Sharding, StepsFused, loss_of
+from deepspeed.optim.traits import FusedRun, Needs, RunPiece, ShardableOptimizer, Sharding, StepsFused, loss_of
 from deepspeed.utils.errors import DeepSpeedError
 
 
@@ -164,7 +164,7 @@ class FusedLamb(ShardableOptimizer, StepsFused):
         )
 
 
-def _cut(low: Tensor | None, piece: Piece) -> Tensor | None:
+def _cut(low: Tensor | None, piece: RunPiece) -> Tensor | None:
     return None if low is None else piece.of_run(low)
 
 

@@ -47,7 +47,7 @@ class Needs(enum.Enum):
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class RunPiece:
     """The interval [run_start, run_stop) of a run, which holds elements from `param_start` on of a flattened parameter.
 
     `index` names the parameter, the same on every rank, unique over the model; `shape` is the whole parameter's.
@@ -72,9 +72,9 @@ class Sharding(Protocol):
     """Where the pieces of parameters lie in an optimizer's runs, and what other ranks hold of them."""
 
     num_params: int
-    """Parameters of the model; every `Piece.index` is below it."""
+    """Parameters of the model; every `RunPiece.index` is below it."""
 
-    def pieces(self, run: Tensor) -> Sequence[Piece]:
+    def pieces(self, run: Tensor) -> Sequence[RunPiece]:
         """The pieces in a run, in order."""
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
@@ -194,9 +194,9 @@ class WholeParameters:
         self._index = {id(tensor): i for i, tensor in enumerate(tensors)}
         self.num_params = len(self._index)
 
-    def pieces(self, run: Tensor) -> Sequence[Piece]:
+    def pieces(self, run: Tensor) -> Sequence[RunPiece]:
         """The parameter itself."""
-        return (Piece(self._index[id(run)], run.shape, 0, run.numel(), 0),)
+        return (RunPiece(self._index[id(run)], run.shape, 0, run.numel(), 0),)
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
         """`values`: there is one shard."""

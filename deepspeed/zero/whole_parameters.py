@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from deepspeed.mesh import Mesh
-from deepspeed.optim.traits import Piece
+from deepspeed.optim.traits import RunPiece
 from deepspeed.zero.master import Master
 
 
@@ -49,13 +49,13 @@ class RunSharding:
         self._copies = apart[0][1].bucket.exchange if apart else None
         """Between the ranks with the same experts."""
 
-    def pieces(self, run: Tensor) -> Sequence[Piece]:
+    def pieces(self, run: Tensor) -> Sequence[RunPiece]:
         """The pieces of parameters in a run, in order; `index` is unique over the model."""
         i, j = self._place[id(run)]
         master = self._masters[i]
         span = master.spans[j]
         return [
-            Piece(
+            RunPiece(
                 index=self._first_id[i] + piece.param,
                 shape=master.bucket.shape_of_numbers(piece.param),
                 run_start=piece.in_shard - span.start,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deepspeed.optim.traits import Piece
+from deepspeed.optim.traits import RunPiece
 
 
 class Meeting:
@@ -40,9 +40,9 @@ class ThreadSharding:
     rank: int
     meeting: Meeting
     num_params: int
-    places: dict[int, list[Piece]] = field(default_factory=dict)
+    places: dict[int, list[RunPiece]] = field(default_factory=dict)
 
-    def pieces(self, run: Tensor) -> Sequence[Piece]:
+    def pieces(self, run: Tensor) -> Sequence[RunPiece]:
         return self.places[id(run)]
 
     def sum_over_shards(self, values: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Run:
 
     start: int
     tensor: nn.Parameter
-    pieces: list[Piece]
+    pieces: list[RunPiece]
 
     @property
     def span(self) -> slice:
@@ -80,7 +80,7 @@ def run_of_group(flat: Tensor, shapes: Sequence[torch.Size], members: Sequence[i
     if first >= stop:
         return None
     bounds = [(i, max(first, starts[i]), min(stop, starts[i + 1])) for i in members]
-    pieces = [Piece(i, shapes[i], a - first, b - first, a - starts[i]) for i, a, b in bounds if a < b]
+    pieces = [RunPiece(i, shapes[i], a - first, b - first, a - starts[i]) for i, a, b in bounds if a < b]
     return Run(first, nn.Parameter(flat[first:stop].clone()), pieces)
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepspeed.optim import FusedAdam, FusedLamb, FusedLion, MuonWithAuxAdam, Needs, Piece, needs_of
+from deepspeed.optim import FusedAdam, FusedLamb, FusedLion, MuonWithAuxAdam, Needs, RunPiece, needs_of
 from deepspeed.optim.traits import WholeParameters
 from deepspeed.utils.errors import NotAvailableError
 from tests.optim.steps import parameters
@@ -38,7 +38,7 @@ def test_our_optimizers_declare_what_they_need() -> None:
 
 
 def test_a_piece_finds_its_elements_in_the_run_and_in_the_parameter() -> None:
-    piece = Piece(index=0, shape=torch.Size([2, 3]), run_start=1, run_stop=3, param_start=4)
+    piece = RunPiece(index=0, shape=torch.Size([2, 3]), run_start=1, run_stop=3, param_start=4)
     assert piece.of_run(torch.arange(5)).tolist() == [1, 2]
     assert piece.of_param(torch.arange(6).view(2, 3)).tolist() == [4, 5]
 
@@ -46,7 +46,7 @@ def test_a_piece_finds_its_elements_in_the_run_and_in_the_parameter() -> None:
 def test_a_whole_parameter_is_one_piece_in_its_shape() -> None:
     first, second = parameters([(2, 3), (4,)])
     (piece,) = WholeParameters([first, second]).pieces(second)
-    assert piece == Piece(1, second.shape, 0, 4, 0)
+    assert piece == RunPiece(1, second.shape, 0, 4, 0)
     assert piece.of_run(second) is second
 
 
