@@ -4,7 +4,7 @@
     mesh     the process groups of a shape                    door     a user's mpu becomes a shape
     groups   `deepspeed.utils.groups`                         script   groups that a script made by name
 
-No dim's name is spelled outside of this folder and `zero.policy`.
+Which of these ranks share a bucket is a role that `zero.plan` gives it. No dim's name is spelled outside of this folder and `zero.policy`.
 """
 
 from deepspeed.mesh.door import data_parallel_mesh

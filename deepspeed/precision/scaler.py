@@ -1,6 +1,7 @@
 """Loss scales for fp16: a constant one, and one that finds the largest that does not overflow.
 
-Owned by the optimizer wrapper; pure arithmetic, no tensors. After Mixed Precision Training (arXiv:1710.03740),
+Owned by the optimizer wrapper, which decides from the norm (`zero.norm`) whether a step overflowed and is skipped, and tells the
+scale; pure arithmetic, no tensors. After Mixed Precision Training (arXiv:1710.03740),
 section 3.2; the hysteresis is DeepSpeed's (see config keys `fp16.*`).
 """
 
