@@ -120,7 +120,7 @@ class CopyStream:
             self._stream = accelerator.Stream(device=self.device)
         self._stream.wait_stream(accelerator.current_stream(self.device.index))
         with accelerator.stream(self._stream):
-            target.copy_(source, non_blocking=True)
+            target.copy_(source, non_blocking=True)  # of memory that is not pinned, the host waits in here
             event = accelerator.Event()
             event.record(self._stream)
         for tensor in (target, source):

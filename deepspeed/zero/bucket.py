@@ -341,7 +341,7 @@ class Bucket(FlatSpace):
             return
         if self.state is BucketState.GATHERING or self._gathering is not None:
             self.finish_unshard()
-        self._set_class(ZeroParameter)
+        self._set_class(ZeroParameter)  # the sharded class refuses `.data`
         for param, view in zip(self.params, self.views, strict=True):
             param.data = self._empty_like(view)
         self._set_class(ShardedParameter)

@@ -232,7 +232,7 @@ class Gatherer(Generic[B]):
                 self._drop_stale(phase, bucket)
             if bucket.state is BucketState.SHARDED:
                 self._obtain(phase, bucket)
-            if bucket.index in self._fresh:
+            if bucket.index in self._fresh:  # a gather that nobody asked for is not part of the next plan
                 self._fresh.discard(bucket.index)
                 phase.needed.append(bucket.index)
         elif bucket.state is BucketState.SHARDED:
