@@ -86,15 +86,17 @@ def init_distributed(
         timeout=timeout or default_timeout(),
         **_known_to_torch(kwargs),
     )
-    if env is not None and init_method is None and world_size > 1:
-        timeout_s = (timeout or default_timeout()).total_seconds()
-        watchdog.watch(env.master_addr, env.master_port, rank, world_size, timeout_s)
     if env is not None and init_method is None:
-        is_alone = world_size == 1
-        open_store = (
-            None if is_alone else watchdog.opens_store(env.master_addr, env.master_port, "deepspeed_interrupts")
-        )
-        interrupts.heed(open_store, rank, world_size)
+        _stand_by(env, rank, world_size, timeout or default_timeout())
+
+
+def _stand_by(env: LaunchEnv, rank: int, world_size: int, timeout: timedelta) -> None:
+    """Watch over the job from here on: collectives that wait, and Ctrl-C."""
+    open_store = None
+    if world_size > 1:
+        watchdog.watch(env.master_addr, env.master_port, rank, world_size, timeout.total_seconds())
+        open_store = watchdog.opens_store(env.master_addr, env.master_port, "deepspeed_interrupts")
+    interrupts.heed(open_store, rank, world_size)
 
 
 def _launch_env(rank: int, world_size: int, port: int, other_launchers: bool) -> LaunchEnv:

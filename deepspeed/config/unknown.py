@@ -95,6 +95,8 @@ MEANS: dict[str, str] = {
     "memory_efficient_linear": "linear layers need no replacement here",
     "checkpoint.tag_validation_enabled": "use checkpoint.tag_validation",
     "flops_profiler.step": "use flops_profiler.profile_step",
+    "mem_chunk": "chunks of memory are PatrickStar's; zero_optimization.offload_param and offload_optimizer say where bytes rest",
+    "eigenvalue.model_name": "eigenvalue.layer_name says where the layers are in the model, whatever its name",
     "quantize_training.quantize_eigenvalue": "use quantize_training.eigenvalue.enabled",
 }
 """Keys of older versions, of other programs and of common mistakes, by full path: where their meaning lives."""

@@ -94,3 +94,9 @@ def test_the_users_dict_is_left_alone() -> None:
 
 def test_no_key_of_the_table_is_a_configuration_key() -> None:
     assert set(MEANS) & set(all_paths(Config, aliases=True)) == set()
+
+
+def test_a_key_of_another_program_is_told_where_its_meaning_lives(warned: Any) -> None:
+    load_config({"mem_chunk": {"default_chunk_size": 1}, "eigenvalue": {"model_name": "bert"}})
+    assert "zero_optimization.offload_param and offload_optimizer" in warned.messages[0]
+    assert "eigenvalue.layer_name" in warned.messages[1]
