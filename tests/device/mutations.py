@@ -69,7 +69,7 @@ NO_SITE = (
 
 
 def _caller() -> str:
-    """The function of the package that waits: wrappers of the watched exchange are passed over."""
+    """The function of the package that waits: what times a wait is passed over."""
     frame = sys._getframe(2)
     while frame.f_back is not None:
         path = frame.f_code.co_filename
