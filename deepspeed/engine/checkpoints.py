@@ -158,7 +158,7 @@ class CheckpointMethods:
         """
         with HELD:
             HELD.before_save()
-            return _save(self, save_dir, tag, dict(client_state or {}), save_latest, exclude_frozen_parameters)
+            return _save(self, save_dir, tag, client_state, save_latest, exclude_frozen_parameters)
 
     def wait_for_checkpoint(self: CheckpointedRun) -> SaveTimes:
         """Wait until the last asynchronous save is durable; what it cost. Raises its error on every rank."""
@@ -355,7 +355,7 @@ def _save(
     engine: CheckpointedRun,
     save_dir: str,
     tag: str | None,
-    client_state: dict[str, Any],
+    client_state: dict[str, Any] | None,
     save_latest: bool,
     exclude_frozen: bool,
 ) -> bool:
@@ -378,7 +378,7 @@ def _save(
             folder=Path(save_dir).absolute(),  # written later, where the script may have gone elsewhere
             tag=tag,
             about=_about(engine),
-            shared=_shared_state(engine, client_state),
+            shared=_shared_state(engine, dict(client_state or {})),
             own=_own_state(engine, loader),
             save_latest=save_latest,
             exclude_frozen=exclude_frozen,
