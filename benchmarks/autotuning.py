@@ -1,9 +1,9 @@
 """The autotuner's choice beside the best of an exhaustive grid, its predictions beside measured steps; layouts by prediction and by clock.
 
-    python benchmarks/autotuning.py [--ranks 2] [--model llama|gpt2|bert] [--width 128] [--layers 4] [--rounds 2] [--json FILE]
+    python benchmarks/autotuning.py [--ranks 2] [--model llama|gpt2|bert] [--width 128] [--layers 4] [--rounds 8] [--json FILE]
 
 A grid of real configurations of a small model (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
-in one set of ranks: each point a few steps, in rounds that take turns, the fastest step of the slowest rank counts. Then the
+in one set of ranks: a few points at a time, step by step in turns, in rounds; the fastest step of the slowest rank counts. Then the
 model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave, with what rounds differ by as their noise.
 Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
 """
@@ -34,7 +34,9 @@ from deepspeed.autotuning.tuners import ModelBasedTuner  # noqa: E402
 from deepspeed.config import load_config  # noqa: E402
 
 OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
-NUM_WARM, NUM_STEPS = 2, 4
+NUM_WARM, NUM_TURNS = 2, 2
+AT_ONCE = 4
+"""Points whose engines are there together: a process has shared memory for a few."""
 RECOMPUTE = {"activation_checkpointing": {"recompute": ["none", "full"]}}
 SPACES: tuple[dict[str, Any], ...] = (
     {"train_micro_batch_size_per_gpu": [1, 2, 4, 8], **RECOMPUTE},
@@ -122,30 +124,50 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
         return {}
     info = json.loads((folder / "info.json").read_text())
 
-    info["rates"] = {
-        k: (min(v, rates[k]) if k.endswith("latency_s") else max(v, rates[k])) for k, v in info["rates"].items()
-    }
+    for name, again in rates.items():
+        if name.endswith("latency_s") or name == "launch_s":
+            info["rates"][name] = min(info["rates"][name], again)
+        elif not name.endswith("message_s"):
+            info["rates"][name] = max(info["rates"][name], again)
     return info
 
 
 CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
-def seconds_of(args: argparse.Namespace, config: dict[str, Any], micro: int) -> list[float]:
-    """Of each measured step, of the slowest rank. Collective."""
-    engine = deepspeed.initialize(model=make_model(args), config=config)[0]
-    tokens = torch.randint(64, (micro, args.seq), generator=torch.Generator().manual_seed(1))
-    found, clock = [], CLOCKS[args.clock]
-    for step in range(NUM_WARM + NUM_STEPS):
+class _Point:
+    """A configuration's engine. Points take turns step by step, so that what disturbs a machine meets several."""
+
+    def __init__(self, args: argparse.Namespace, candidate: Candidate, config: dict[str, Any]) -> None:
+        self.name = candidate.name
+        self.engine = deepspeed.initialize(model=make_model(args), config=config)[0]
+        generator = torch.Generator().manual_seed(1)
+        self._tokens = torch.randint(64, (candidate.micro, args.seq), generator=generator)
+        self._clock = CLOCKS[args.clock]
+
+    def step_s(self) -> float:
+        """Of this step, of the slowest rank. Collective."""
         dist.barrier()
-        start_s = clock()
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
-        slowest = torch.tensor(clock() - start_s)
+        start_s = self._clock()
+        self.engine.backward(self.engine(input_ids=self._tokens, labels=self._tokens).loss)
+        self.engine.step()
+        slowest = torch.tensor(self._clock() - start_s)
         dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-        if step >= NUM_WARM:
-            found.append(float(slowest))
-    engine.destroy()
+        return float(slowest)
+
+
+def measured(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]]]) -> dict[str, list[float]]:
+    """Seconds of the steps of a few points, by name. Collective."""
+    engines = [_Point(args, candidate, config) for candidate, config in points]
+    found: dict[str, list[float]] = {point.name: [] for point in engines}
+    for turn in range(NUM_WARM + NUM_TURNS):
+        for point in engines:
+            point.step_s()  # caches are the point's before it counts
+            seconds = point.step_s()
+            if turn >= NUM_WARM:
+                found[point.name].append(seconds)
+    for point in engines:
+        point.engine.destroy()
     return found
 
 
@@ -155,11 +177,19 @@ def work(args: argparse.Namespace) -> None:
     points = grid(dist.get_world_size(), args.model)
     info = facts(args, points)
     times: dict[str, list[list[float]]] = {candidate.name: [] for candidate, _ in points}
-    for _ in range(args.rounds):
-        for candidate, config in points:
-            times[candidate.name].append(seconds_of(args, config, candidate.micro))
+    num_sets = -(-len(points) // AT_ONCE)
+    for turn in range(args.rounds):
+        shifted = points[turn:] + points[:turn]
+        for i in range(num_sets):
+            for name, steps in measured(args, shifted[i::num_sets]).items():
+                times[name].append(steps)
     if dist.get_rank() == 0:
         Path(args.worker).write_text(json.dumps({"info": info, "times": times}))
+
+
+def _halves(rounds: list[list[float]]) -> list[float]:
+    """The fastest step of every other round, and of the rest."""
+    return [min(min(steps) for steps in part) for part in (rounds[::2], rounds[1::2] or rounds)]
 
 
 def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
@@ -167,15 +197,16 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     points = [candidate for candidate, _ in grid(args.ranks, args.model)]
     info = told["info"]
     seconds = {name: min(min(steps) for steps in rounds) for name, rounds in told["times"].items()}
-    spreads = [max(map(min, rounds)) / min(map(min, rounds)) - 1 for rounds in told["times"].values()]
+    halves = {name: _halves(rounds) for name, rounds in told["times"].items()}
+    spreads = [max(pair) / min(pair) - 1 for pair in halves.values()]
     fits = [c for c in points if info["memory"].get(c.name, {}).get("fits")]
-    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of two rounds differ by "
+    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of every other round and of the rest differ by "
           f"{100 * sorted(spreads)[len(spreads) // 2]:.0f} % (median), {100 * max(spreads):.0f} % (most)")  # fmt: skip
     for metric in ("throughput", "latency"):
         tuner = ModelBasedTuner(fits, prior_parts(info, fits), metric, most_micros=10**9)
         while (chosen := tuner.next()) is not None:
-            s, rounds = seconds[chosen.name], [min(steps) for steps in told["times"][chosen.name]]
-            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": rounds}))  # fmt: skip
+            s, pair = seconds[chosen.name], halves[chosen.name]
+            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": pair}))  # fmt: skip
 
         def value(c: Candidate, metric: str = metric) -> float:
             return c.train_batch / seconds[c.name] if metric == "throughput" else 1 / seconds[c.name]
@@ -228,7 +259,7 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=8)
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, where others use the machine"
     )

@@ -412,9 +412,17 @@ def _is_host() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
+INTERRUPTED = 130
+"""Exit code of a program that Ctrl-C ended, as shells have it."""
+
+
 def main(args: argparse.Namespace, active_resources: Mapping[str, Sequence[int]]) -> int:
     """`deepspeed --autotuning tune|run`; the exit code."""
     tuner = Autotuner(args, active_resources)
-    tuner.tune()
+    try:
+        tuner.tune()
+    except KeyboardInterrupt:
+        print("\nautotuning: stopped. What was tried is kept: start the same command again to go on.", file=sys.stderr)
+        return INTERRUPTED
     tuner.print_tuning_results()
     return tuner.run_after_tuning() if args.autotuning == "run" else 0

@@ -20,6 +20,7 @@ from deepspeed.autotuning.space import (
     Candidate,
 )
 from deepspeed.memory.clocked import Clocked
+from deepspeed.memory.messages import Messages
 from deepspeed.memory.shape import ModelShape
 from deepspeed.planner.cost import Choice, Work
 from deepspeed.planner.divided import divided_parts
@@ -45,8 +46,8 @@ def work_of(info: Mapping[str, Any]) -> Work:
     )
 
 
-def choice_of(candidate: Candidate) -> Choice:
-    """A candidate as the cost model knows it."""
+def choice_of(candidate: Candidate, messages: Mapping[str, Sequence[int]] | None = None) -> Choice:
+    """A candidate as the cost model knows it. `messages`: (calls, bytes) of a step by operation, where they were counted."""
     values = candidate.values
 
     def number(key: str, default: int) -> int:
@@ -58,6 +59,7 @@ def choice_of(candidate: Candidate) -> Choice:
         micro=candidate.micro,
         accumulation=candidate.accumulation,
         ranks=candidate.data_parallel * candidate.degrees.get(DIVIDING[SEQUENCE], 1),
+        messages=None if messages is None else {op: Messages(*sent) for op, sent in messages.items()},
         recompute=str(values.get(RECOMPUTE, "none")),
         states_on=str(values.get(OFFLOAD, "device")).replace("none", "device"),  # type: ignore[arg-type]
         bucket_numel=min(number(BUCKET, 8 << 20), 8 << 20),
@@ -86,7 +88,11 @@ def prior_parts(
     """Seconds of each part of the step of each candidate, by name. `schedule`: of pipelines."""
     rates, work = Rates(**info["rates"]), work_of(info)
     shape = ModelShape(**info["shape"]) if info.get("shape") else None
-    return {
-        candidate.name: divided_parts(rates, work, choice_of(candidate), shape, layout_of(candidate), schedule).costs()
-        for candidate in candidates
-    }
+    found = {}
+    for candidate in candidates:
+        layout = layout_of(candidate)
+        sent = (
+            info.get("memory", {}).get(candidate.name, {}).get("messages") if layout.pp == 1 else None
+        )  # of all blocks
+        found[candidate.name] = divided_parts(rates, work, choice_of(candidate, sent), shape, layout, schedule).costs()
+    return found

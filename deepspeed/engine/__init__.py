@@ -29,7 +29,7 @@ Watching
     step_trace          the keys `monitor.trace_...`
     expert_load         how evenly experts are used
     at_rest             bytes by kind; out_of_memory: what to say when there are not enough
-    probe, trial        runs of the autotuner, seen from inside
+    probe, trial        runs of the autotuner, seen from inside; message_costs: what a message costs here besides its bytes
 Pipelines
     pipeline            the engine of a model that is cut in depth
     pipeline_batch      a batch, taken before anything is computed

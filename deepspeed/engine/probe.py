@@ -28,6 +28,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.activation.blocks import find_blocks
 from deepspeed.config import Config
 from deepspeed.config.dotted import with_values
+from deepspeed.engine.message_costs import message_costs
 from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.step_work import input_numels
 from deepspeed.engine.trial import write_whole
@@ -70,10 +71,12 @@ class Probe(Observer):
             return
         offload = self._config.zero_optimization.offload_optimizer
         rates = measure_rates(computing_dtype(self._config), offload.nvme_path if offload else None)
+        costs = message_costs() if get_accelerator().device_name() == "cpu" else {}
         limit = self._limit()
         found: dict[str, Any] = {}
         if current_rank() == 0:
-            found = {**self._facts(limit), "input_numels": input_numels(value), "rates": rates.as_json()}
+            found = {**self._facts(limit), "input_numels": input_numels(value)}
+            found["rates"] = {**rates.as_json(), **costs}
             found |= self._predictions(value, limit)
         found |= self._clocked(value, self._may_clock(found, limit))
         if current_rank() == 0:
@@ -202,7 +205,13 @@ class Probe(Observer):
                 too_large[rest] = micro
             yield (
                 candidate["name"],
-                {"fits": needed <= limit, "nbytes": needed, "phase": found.phase, "by_kind": found.by_kind},
+                {
+                    "fits": needed <= limit,
+                    "nbytes": needed,
+                    "phase": found.phase,
+                    "by_kind": found.by_kind,
+                    "messages": found.messages,
+                },
             )
 
 

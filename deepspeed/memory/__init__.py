@@ -3,7 +3,7 @@
     trace     a training step of a model on fake tensors: what happens to memory, and where the engine acts
     sizes     the buckets of the plan (`zero.plan`), without memory
     replay    an engine played to the trace, on a ledger
-    ledger    bytes by kind and tier, and their peak
+    ledger    bytes by kind and tier, and their peak        messages  what ZeRO sends in a step
     estimator one configuration          options  all of them, and the smallest change that fits
     scaling   any size of the micro-batch, from two traces
     shape     a model as a stack of like blocks, from two small traces        clocked  its own seconds here, from short copies

@@ -30,6 +30,7 @@ from deepspeed.config import Config, load_config
 from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_experts
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
+from deepspeed.memory.messages import CountingReplay, Messages
 from deepspeed.memory.parts import exchanged, part_of
 from deepspeed.memory.quantized_notes import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
@@ -61,6 +62,8 @@ class Estimate:
     fast_network: Ledger
     """The same with one reduction on the wire at a time: each is done before the next begins."""
     num_params: int
+    messages: Mapping[str, Messages]
+    """What the rank's ZeRO sends in a step, by operation."""
     notes: Sequence[str] = ()
 
     @property
@@ -141,18 +144,19 @@ class Estimator:
         config = config if isinstance(config, Config) else load_config(config)
         made = self.engine(config, world_size=world_size, plan=plan)
 
-        def play(settings: EngineSettings) -> Ledger:
-            return Replay(made.trace, made.plan, settings).run()
-
+        played = CountingReplay(made.trace, made.plan, made.settings)
+        ledger = played.run()
+        one_at_a_time = dataclasses.replace(made.settings, max_in_flight=1)
         recompute = config.activation_checkpointing.recompute if plan is None else _name_of(plan)
         return Estimate(
             world_size=world_size,
             stage=config.zero_optimization.stage,
             dtype=made.settings.policy.parameters.dtype,
             recompute=recompute,
-            ledger=(played := play(made.settings)),
-            fast_network=play(dataclasses.replace(made.settings, max_in_flight=1)) if bounds else played,
+            ledger=ledger,
+            fast_network=Replay(made.trace, made.plan, one_at_a_time).run() if bounds else ledger,
             num_params=sum(param.numel() for param in made.trace.params),
+            messages=played.messages(),
             notes=made.notes,
         )
 

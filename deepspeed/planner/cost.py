@@ -17,10 +17,12 @@ Sources: bytes of each stage from ZeRO (arXiv:1910.02054, section 7); overlap as
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepspeed.memory.clocked import Clocked
+from deepspeed.memory.messages import ALL_REDUCE, GATHER, SCATTER, Messages
 from deepspeed.profiling.rates import Rates
 
 Tier = Literal["device", "cpu", "nvme"]
@@ -74,6 +76,8 @@ class Choice:
     recompute: str = "none"
     states_on: Tier = "device"
     params_on: Tier = "device"
+    messages: Mapping[str, Messages] | None = None
+    """What ZeRO sends in a step by operation, as the estimator counted it; None: estimated from sizes."""
     bucket_numel: int = 8 << 20
     reuse_numel: int = 10**9
     prefetch_numel: int = 50_000_000
@@ -182,7 +186,9 @@ def _clocked(rates: Rates, work: Work, choice: Choice, again: float) -> _Busy:
 def _wire(rates: Rates, nbytes: float, calls: float, ranks: int) -> float:
     if ranks == 1:
         return 0.0
-    return nbytes * (ranks - 1) / ranks / max(rates.wire_nbytes_s, 1.0) + calls * rates.wire_latency_s
+    return nbytes * (ranks - 1) / ranks / max(rates.wire_nbytes_s, 1.0) + calls * (
+        rates.message_s or rates.wire_latency_s
+    )
 
 
 def _calls(work: Work, choice: Choice) -> float:
@@ -190,27 +196,43 @@ def _calls(work: Work, choice: Choice) -> float:
     return max(1.0, work.num_params / max(1, choice.bucket_numel))
 
 
+def _sent(rates: Rates, choice: Choice, *ops: str) -> float:
+    """Of messages that were counted."""
+    assert choice.messages is not None, "asked where they were counted"
+    found = 0.0
+    for op in ops:
+        if sent := choice.messages.get(op):
+            moved = sent.nbytes * (2 if op == ALL_REDUCE else 1) * (choice.ranks - 1) / choice.ranks
+            each = (rates.sum_message_s if op == ALL_REDUCE else 0.0) or rates.message_s or rates.wire_latency_s
+            found += moved / max(rates.wire_nbytes_s, 1.0) + sent.calls * each
+    return found
+
+
 def _gather(rates: Rates, work: Work, choice: Choice) -> float:
     if choice.stage == 0:
         return 0.0
     nbytes = work.num_params * (1.03 if choice.quantized_weights and choice.stage == 3 else work.param_itemsize)
-    if choice.stage < 3:
-        return _wire(rates, nbytes, _calls(work, choice), choice.ranks)
     per_micro = 1 if work.num_params <= choice.reuse_numel else 2
-    calls = max(_calls(work, choice), work.num_modules / 8)
-    gathered = choice.accumulation * per_micro * _wire(rates, nbytes, calls, choice.ranks)
-    away = 0.0
-    if choice.params_on != "device":
-        rate = rates.disk_read_nbytes_s if choice.params_on == "nvme" else rates.host_nbytes_s
-        away = choice.accumulation * per_micro * nbytes / choice.ranks / (rate or rates.copy_nbytes_s)
-    return gathered + away
+    if choice.messages is not None and not choice.quantized_weights:
+        gathered = _sent(rates, choice, GATHER)
+    elif choice.stage < 3:
+        gathered = _wire(rates, nbytes, _calls(work, choice), choice.ranks)
+    else:
+        calls = max(_calls(work, choice), work.num_modules / 8)
+        gathered = choice.accumulation * per_micro * _wire(rates, nbytes, calls, choice.ranks)
+    if choice.stage < 3 or choice.params_on == "device":
+        return gathered
+    rate = rates.disk_read_nbytes_s if choice.params_on == "nvme" else rates.host_nbytes_s
+    return gathered + choice.accumulation * per_micro * nbytes / choice.ranks / (rate or rates.copy_nbytes_s)
 
 
 def _reduce(rates: Rates, work: Work, choice: Choice) -> float:
+    copies = choice.accumulation * 3 * work.num_params * work.param_itemsize / rates.copy_nbytes_s
+    if choice.messages is not None and not choice.quantized_gradients:
+        return _sent(rates, choice, SCATTER, ALL_REDUCE) + copies
     itemsize = 0.53 if choice.quantized_gradients else work.param_itemsize
     nbytes = work.num_params * itemsize * (2 if choice.stage == 0 else 1)
     times = choice.accumulation if choice.stage >= 2 else 1
-    copies = choice.accumulation * 3 * work.num_params * work.param_itemsize / rates.copy_nbytes_s
     return times * _wire(rates, nbytes, _calls(work, choice), choice.ranks) + copies
 
 

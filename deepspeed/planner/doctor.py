@@ -22,6 +22,7 @@ from deepspeed.config.dotted import with_values
 from deepspeed.config.refused_or_ignored import given_without_effect
 from deepspeed.memory.cli import build
 from deepspeed.memory.clocked import SAMPLES
+from deepspeed.memory.estimator import Estimate
 from deepspeed.memory.scaling import BatchEstimator
 from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
@@ -115,7 +116,8 @@ def diagnose(
 ) -> Diagnosis:
     """Try every change of a configuration with `micro` samples, whose step is `work`. `room`: bytes of a rank's device; None: any."""
     read = load_config(given)
-    own = choice_of(read, micro, ranks)
+    base = _estimated(estimator, given, micro, ranks)
+    own = replace(choice_of(read, micro, ranks), messages=base.messages if base else None)
     parts = step_parts(rates, work, own)
     speed = ranks * own.micro * own.accumulation / parts.total
     findings: dict[str, Finding] = {}
@@ -123,29 +125,32 @@ def diagnose(
         if not change.applies(read, own):
             continue
         for size in (micro, 2 * micro, 4 * micro, 8 * micro):
-            choice = replace(change.apply(own), micro=size)
             values = dict(change.values) | ({"train_micro_batch_size_per_gpu": size} if size != micro else {})
             if not values:
                 continue
-            nbytes = _needed(estimator, with_values(given, values), size, ranks)
-            if nbytes is None or (room is not None and nbytes > room):
+            found = _estimated(estimator, with_values(given, values), size, ranks)
+            if found is None or (room is not None and _needed(found) > room):
                 break
+            choice = replace(change.apply(own), micro=size, messages=found.messages if base else None)
             gain = ranks * size * own.accumulation / step_parts(rates, work, choice).total / speed - 1
             what = change.what + (f", micro-batch {size}" if size != micro else "")
             if change.what not in findings or gain > findings[change.what].gain + 0.02:
-                findings[change.what] = Finding(what, values, gain, nbytes)
-    needed = _needed(estimator, given, micro, ranks) or 0
+                findings[change.what] = Finding(what, values, gain, _needed(found))
+    needed = _needed(base) if base else 0
     ranked = sorted((f for f in findings.values() if f.gain > MIN_GAIN), key=lambda f: -f.gain)
     notes = [f"{path} has no effect here" for path in given_without_effect(read)]
     fits = room is None or needed <= room
     return Diagnosis(parts, speed, needed, fits, room, ranked, notes, is_clocked=work.clocked is not None)
 
 
-def _needed(estimator: BatchEstimator, config: dict[str, Any], micro: int, ranks: int) -> int | None:
+def _estimated(estimator: BatchEstimator, config: dict[str, Any], micro: int, ranks: int) -> Estimate | None:
     try:
-        found = estimator.estimate(config, micro=micro, world_size=ranks, bounds=False)
+        return estimator.estimate(config, micro=micro, world_size=ranks, bounds=False)
     except DeepSpeedError:
         return None
+
+
+def _needed(found: Estimate) -> int:
     return found.on(Tier.DEVICE) + found.allowance_nbytes
 
 

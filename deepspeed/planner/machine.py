@@ -20,6 +20,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from deepspeed.accelerator import get_accelerator
+from deepspeed.engine.message_costs import message_costs
 from deepspeed.memory.cli import build
 from deepspeed.memory.clocked import Clocked, clocked
 from deepspeed.profiling.rates import Rates, measure_rates
@@ -105,6 +107,8 @@ def main() -> None:
     init_distributed()
     dtype = getattr(torch, args.dtype)
     rates = measure_rates(dtype, args.folder)
+    if get_accelerator().device_name() == "cpu":
+        rates = dataclasses.replace(rates, **message_costs())
     dist.barrier()  # all begin at once
     mine = _clock(Asked(args.model[0], *map(int, args.model[1:])), dtype) if args.model else (None, "")
     everyone: list[tuple[Clocked | None, str]] = [mine] * dist.get_world_size()

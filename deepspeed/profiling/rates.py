@@ -52,6 +52,10 @@ class Rates:
     """Bytes per second that a rank sends in an all-reduce of torch.distributed, counted as a ring's; 0: as `wire_nbytes_s`."""
     sum_latency_s: float = 0.0
     """Of an all-reduce with nothing in it; 0: as `wire_latency_s`."""
+    message_s: float = 0.0
+    """Of one more reduce-scatter or all-gather of a step under ZeRO, whatever its bytes (`engine.message_costs`); 0: as `wire_latency_s`."""
+    sum_message_s: float = 0.0
+    """Of one more all-reduce of a step's gradients; 0: as `message_s`."""
     launch_s: float = 0.0
     """Of a small module's forward and backward, which is all overhead; 0: not measured."""
     host_nbytes_s: float = 0.0

@@ -100,24 +100,27 @@ def test_each_metric_has_its_own_best_and_run_trains_with_it(
     assert best["train_micro_batch_size_per_gpu"] == 8
 
 
-def test_a_search_that_was_killed_goes_on_where_it_stopped(tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+def test_a_search_that_was_ended_goes_on_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "trials.log"
     config = config_file(tmp_path, {"tuner_type": "gridsearch", "trial_timeout": 600}, zero_optimization={"stage": [1, 2]},
                          train_micro_batch_size_per_gpu=[2, 4])  # fmt: skip
     hanging = ["--log", str(log), "--hang", "z2_gas1_tmbspg2"]
     flags = ["--num_gpus", "1", "--autotuning", "tune", "-q", str(PRETENDER), *hanging, "--deepspeed_config", config]
-    first = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *flags], stdout=subprocess.DEVNULL)
+    first = subprocess.Popen([sys.executable, "-m", "deepspeed.launcher.runner", *flags], stdout=subprocess.DEVNULL,
+                             stderr=subprocess.PIPE, text=True)  # fmt: skip
     try:
         until_s = time.monotonic() + 60
         while "z2_gas1_tmbspg2" not in (log.read_text() if log.is_file() else "") and time.monotonic() < until_s:
             time.sleep(0.05)
     finally:
-        first.send_signal(signal.SIGKILL)
-        first.wait()
+        first.send_signal(number)
+        said = first.communicate(timeout=60)[1]
+    assert number is signal.SIGKILL or (first.returncode == 130 and "start the same command again" in said), said
     until_s = time.monotonic() + 10
     while alive(log) and time.monotonic() < until_s:
         time.sleep(0.05)
-    assert not alive(log), "a killed tuner takes its trial along"
+    assert not alive(log), "a tuner that is ended takes its trial along"
     before = log.read_text().split()
     assert before.count("z1_gas1_tmbspg2") == 1
     (tmp_path / "go").touch()

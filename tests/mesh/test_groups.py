@@ -41,7 +41,9 @@ def test_sizes_that_do_not_fit_are_named() -> None:
 
 
 def end_groups() -> None:
-    """Take this process's script groups away, as ending the default group would."""
+    """Take this process's script groups away, as ending the default group would; when all ranks have made theirs, since what is not
+    connected yet is connected to nobody once the others have gone."""
+    dist.barrier()
     made: ScriptGroups = groups._made
     for name in made.names():
         found = made.find(name)

@@ -1,0 +1,58 @@
+"""What messages cost: their count from the plan, their price from two small engines here."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from deepspeed.engine.message_costs import message_costs
+from deepspeed.memory.messages import Messages
+from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.profiling.rates import Rates
+from tests.harness import run_ranks
+
+WORK = Work(num_params=1000, flops=6000.0, forward_flops=2000.0, activation_nbytes=0.0, is_host=True)
+RATES = Rates(
+    matmul_flops=1e9, copy_nbytes_s=1e9, wire_nbytes_s=1e6, wire_latency_s=1.0, message_s=2.0, sum_message_s=3.0
+)
+
+
+def priced(rank: int, world_size: int) -> dict[str, float]:
+    model = nn.Linear(2, 2)
+    before = torch.get_rng_state()
+    found = message_costs()
+    assert torch.equal(before, torch.get_rng_state()) and model.weight.grad is None
+    return found
+
+
+def test_ranks_agree_on_what_a_message_costs() -> None:
+    first, second = run_ranks(2, priced)
+    assert first == second and set(first) == {"sum_message_s", "message_s"}
+    assert all(math.isfinite(cost) and 0 <= cost < 1 for cost in first.values())
+
+
+@pytest.mark.parametrize(
+    ("sent", "gather", "reduce"),
+    [
+        ({"zero.all_reduce": Messages(3, 2_000_000)}, 0.0, 2.0 + 9.0),
+        ({"zero.reduce_scatter": Messages(4, 2_000_000), "zero.all_gather": Messages(8, 4_000_000)}, 2 + 16.0, 1 + 8.0),
+        ({}, 0.0, 0.0),
+    ],
+)
+def test_counted_messages_cost_their_bytes_and_their_number(
+    sent: dict[str, Messages], gather: float, reduce: float
+) -> None:
+    parts = step_parts(RATES, WORK, Choice(stage=1, micro=1, ranks=2, messages=sent))
+    copies = 3 * 4 * WORK.num_params / RATES.copy_nbytes_s
+    assert (parts.gather, parts.reduce) == (pytest.approx(gather), pytest.approx(reduce + copies))
+
+
+def test_where_no_price_was_measured_a_message_costs_the_latency() -> None:
+    sent = {"zero.reduce_scatter": Messages(4, 0)}
+    rates = replace(RATES, message_s=0.0, sum_message_s=0.0)
+    copies = 3 * 4 * WORK.num_params / RATES.copy_nbytes_s
+    assert step_parts(rates, WORK, Choice(stage=1, micro=1, ranks=2, messages=sent)).reduce == pytest.approx(4 + copies)
