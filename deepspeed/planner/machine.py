@@ -22,6 +22,7 @@ import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.engine.message_costs import message_costs
+from deepspeed.launcher.supervise import die_with_parent
 from deepspeed.memory.cli import build
 from deepspeed.memory.clocked import Clocked, clocked
 from deepspeed.profiling.rates import Rates, measure_rates
@@ -68,7 +69,14 @@ def measure(dtype: torch.dtype, ranks: int, folder: Path | None = None, model: A
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={ranks}", "--no_local_rank"]
         command = [*launcher, "--module", "deepspeed.planner.machine", *given]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=TIMEOUT_S)
+            done = subprocess.run(
+                command,
+                capture_output=True,
+                text=True,
+                check=False,
+                timeout=TIMEOUT_S,
+                preexec_fn=die_with_parent(),
+            )
         except subprocess.TimeoutExpired:
             raise DeepSpeedError(
                 f"{ranks} ranks on this machine did not measure it within {TIMEOUT_S} s.\n"
