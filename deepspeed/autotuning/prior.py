@@ -91,8 +91,9 @@ def prior_parts(
     found = {}
     for candidate in candidates:
         layout = layout_of(candidate)
-        sent = (
-            info.get("memory", {}).get(candidate.name, {}).get("messages") if layout.pp == 1 else None
-        )  # of all blocks
-        found[candidate.name] = divided_parts(rates, work, choice_of(candidate, sent), shape, layout, schedule).costs()
+        # What the estimator played has all blocks: it is a rank's own where no pipeline divides them.
+        played = info.get("memory", {}).get(candidate.name, {}) if layout.pp == 1 else {}
+        flops = played["flops"] / candidate.micro if layout.tp > 1 and played.get("flops") else None
+        choice = choice_of(candidate, played.get("messages"))
+        found[candidate.name] = divided_parts(rates, work, choice, shape, layout, schedule, flops=flops).costs()
     return found

@@ -211,6 +211,7 @@ class Probe(Observer):
                     "phase": found.phase,
                     "by_kind": found.by_kind,
                     "messages": found.messages,
+                    "flops": found.flops,
                 },
             )
 

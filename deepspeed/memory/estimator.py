@@ -62,6 +62,8 @@ class Estimate:
     fast_network: Ledger
     """The same with one reduction on the wire at a time: each is done before the next begins."""
     num_params: int
+    flops: int
+    """Of the rank's micro-batch, forward and backward, without recomputation."""
     messages: Mapping[str, Messages]
     """What the rank's ZeRO sends in a step, by operation."""
     notes: Sequence[str] = ()
@@ -156,6 +158,7 @@ class Estimator:
             ledger=ledger,
             fast_network=Replay(made.trace, made.plan, one_at_a_time).run() if bounds else ledger,
             num_params=sum(param.numel() for param in made.trace.params),
+            flops=made.trace.flops.model,
             messages=played.messages(),
             notes=made.notes,
         )

@@ -21,10 +21,28 @@ from deepspeed.profiling.rates import Rates
 
 
 def divided_parts(
-    rates: Rates, work: Work, choice: Choice, shape: ModelShape | None, layout: Layout, schedule: str = "1f1b"
+    rates: Rates,
+    work: Work,
+    choice: Choice,
+    shape: ModelShape | None,
+    layout: Layout,
+    schedule: str = "1f1b",
+    *,
+    flops: float | None = None,
 ) -> Parts:
-    """A step of a layout. `work`: of the whole model; `choice`: its ranks are those that ZeRO shards over. Without a shape all is divided evenly."""
+    """A step of a layout. `work`: of the whole model; `choice`: its ranks are those that ZeRO shards over. Without a shape all is divided evenly.
+
+    flops: a rank's own of a sample, where its part was traced: a head that its ranks do not cut is whole on each.
+    """
     local = _local(work, shape, layout)
+    if flops is not None:
+        share = flops / max(work.flops, 1.0)
+        local = replace(
+            local,
+            flops=flops,
+            forward_flops=work.forward_flops * share,
+            clocked=work.clocked and work.clocked.scaled(1 / layout.pp, share),
+        )
     parts = step_parts(rates, local, choice)
     inside = _inside_s(rates, shape, layout)
     return replace(parts, inside=inside, bubble=_bubble_s(rates, parts.busy + inside, shape, layout, schedule))

@@ -41,6 +41,14 @@ def test_a_layout_that_divides_nothing_is_a_data_parallel_step() -> None:
         assert parts(layout) == parts(layout, None) == step_parts(RATES, WORK, choice)
 
 
+def test_a_rank_that_was_traced_computes_what_was_traced() -> None:
+    layout = Layout(micro=8, tp=2)
+    choice = Choice(stage=0, micro=8)
+    halves, more = (divided_parts(RATES, WORK, choice, SHAPE, layout, flops=share * WORK.flops) for share in (0.5, 0.6))
+    assert halves == parts(layout)
+    assert more.compute > halves.compute and more.inside == halves.inside
+
+
 def test_ranks_that_share_layers_compute_and_update_less_and_send_what_their_layers_need() -> None:
     one, two = parts(Layout(micro=8)), parts(Layout(micro=8, tp=2))
     assert one.busy / 2 < two.busy < 0.75 * one.busy
