@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,8 +178,8 @@ def _make_schedules(given: Given, zero: Zero) -> Schedules:
     return Schedules(LearningRate(scheduler))
 
 
-def build_watching(given: Given, parts: Parts, undo: contextlib.ExitStack) -> Watching:
-    """Monitors, timers and observers that the configuration asks for. Collective."""
+def build_watching(given: Given, parts: Parts, undo: contextlib.ExitStack, make_engine: Callable[..., Any]) -> Watching:
+    """Monitors, timers and observers that the configuration asks for; `make_engine`: see `Watched`. Collective."""
     config, zero = given.config, parts.zero
     if config.comms_logger.enabled:
         comm.configure(config)
@@ -199,6 +200,7 @@ def build_watching(given: Given, parts: Parts, undo: contextlib.ExitStack) -> Wa
             timers,
             (parts.micro_batch_size, parts.accumulation.num_micro_batches),
             given.user_config,
+            make_engine,
         ),
     )
     for observer in observers:

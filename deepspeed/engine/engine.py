@@ -98,7 +98,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
         )
         with plain_modes(), contextlib.ExitStack() as undo:
             parts = build_parts(given, undo)
-            self._take(model, parts, build_watching(given, parts, undo))
+            self._take(model, parts, build_watching(given, parts, undo, DeepSpeedEngine))
             if parts.mesh.size("tensor") > 1 and PARSED in model.__dict__:
                 self.mpu = groups
             self.collate_fn = collate_fn

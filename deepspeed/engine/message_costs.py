@@ -15,7 +15,7 @@ Invariant: collective over all ranks; no engine is left, and what is random goes
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -43,18 +43,19 @@ class _Stack(nn.Module):
         return self.layers(x).square().mean()
 
 
-def message_costs() -> dict[str, float]:
-    """Fields of `profiling.Rates` by name; none where one rank is alone. Collective over all ranks."""
+def message_costs(make_engine: Callable[..., Any]) -> dict[str, float]:
+    """Fields of `profiling.Rates` by name; none where one rank is alone. Collective over all ranks.
+
+    make_engine: of `model` and `config` by name, a DeepSpeedEngine.
+    """
     if not dist.is_initialized() or dist.get_world_size() == 1:
         return {}
     with torch.random.fork_rng():
-        return {"sum_message_s": _each({"stage": 0}), "message_s": _each({"stage": 1})}
+        return {"sum_message_s": _each(make_engine, {"stage": 0}), "message_s": _each(make_engine, {"stage": 1})}
 
 
-def _each(section: Mapping[str, Any]) -> float:
+def _each(make_engine: Callable[..., Any], section: Mapping[str, Any]) -> float:
     """Of a message: the difference of two steps over that of their messages."""
-    from deepspeed.engine.initialize import initialize  # which makes engines, which are observed
-
     x = torch.ones(SAMPLES, WIDTH)
     configs = [
         {"train_micro_batch_size_per_gpu": SAMPLES, "optimizer": {"type": "AdamW"}, "zero_optimization": zero}
@@ -63,7 +64,7 @@ def _each(section: Mapping[str, Any]) -> float:
     estimator = Estimator(_Stack(), x)
     sent = [estimator.estimate(config, world_size=dist.get_world_size(), bounds=False).messages for config in configs]
     many, few = (sum(op.calls for op in ops.values()) for ops in sent)
-    engines = [initialize(model=_Stack(), config=config)[0] for config in configs]
+    engines = [make_engine(model=_Stack(), config=config) for config in configs]
     times = _fastest(engines, x)
     for engine in engines:
         engine.destroy()

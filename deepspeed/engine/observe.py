@@ -6,6 +6,7 @@ Called by the engine as it is built. Without anything to watch there are no obse
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,8 @@ class Watched:
     sizes: tuple[int, int]
     """Samples per rank and micro-batch, micro-batches per step."""
     user_config: dict[str, Any]
+    make_engine: Callable[..., Any]
+    """Another engine, of `model` and `config` by name."""
 
 
 def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> list[Observer]:
@@ -76,7 +79,7 @@ def make_observers(config: Config, monitor: MonitorMaster, watched: Watched) -> 
             "autotuning.enabled = true has no effect in training: `deepspeed --autotuning tune SCRIPT ...` reads the section."
         )
     if is_probe:
-        made.append(Probe(config, watched.user_config, watched.model, watched.mesh, watched.sizes))
+        made.append(Probe(config, watched.user_config, watched.model, watched.mesh, watched.sizes, watched.make_engine))
     if reports or is_trial or config.flops_profiler.enabled or config.wall_clock_breakdown:
         clocks = PhaseClocks(watched.watch, watched.timers)
         made.append(clocks)

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, final
 
 import psutil
@@ -55,12 +55,20 @@ class Probe(Observer):
     """Says what it sees at the first forward, and ends the run."""
 
     def __init__(
-        self, config: Config, user_config: dict[str, Any], model: nn.Module, mesh: Mesh, sizes: tuple[int, int]
+        self,
+        config: Config,
+        user_config: dict[str, Any],
+        model: nn.Module,
+        mesh: Mesh,
+        sizes: tuple[int, int],
+        make_engine: Callable[..., Any],
     ) -> None:
-        """user_config: as the script gave it. sizes: samples per rank and micro-batch, and micro-batches per step."""
+        """user_config: as the script gave it. sizes: samples per rank and micro-batch, and micro-batches per step. make_engine: of
+        `model` and `config` by name, a DeepSpeedEngine."""
         assert config.autotuning.model_info_path is not None, "made where a file is named"
         self._base = {key: value for key, value in user_config.items() if key != "autotuning"}
         self._config, self._model, self._mesh, self._sizes = config, model, mesh, sizes
+        self._make_engine = make_engine
         self._path = config.autotuning.model_info_path.absolute()
         if current_rank() == 0:
             write_whole(self._path.with_name(f"{self._path.name}.progress"), {"step": 0, "time": time.time()})
@@ -71,7 +79,7 @@ class Probe(Observer):
             return
         offload = self._config.zero_optimization.offload_optimizer
         rates = measure_rates(computing_dtype(self._config), offload.nvme_path if offload else None)
-        costs = message_costs() if get_accelerator().device_name() == "cpu" else {}
+        costs = message_costs(self._make_engine) if get_accelerator().device_name() == "cpu" else {}
         limit = self._limit()
         found: dict[str, Any] = {}
         if current_rank() == 0:

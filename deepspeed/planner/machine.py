@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.message_costs import message_costs
 from deepspeed.launcher.supervise import die_with_parent
 from deepspeed.memory.cli import build
@@ -116,7 +117,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     rates = measure_rates(dtype, args.folder)
     if get_accelerator().device_name() == "cpu":
-        rates = dataclasses.replace(rates, **message_costs())
+        rates = dataclasses.replace(rates, **message_costs(DeepSpeedEngine))
     dist.barrier()  # all begin at once
     mine = _clock(Asked(args.model[0], *map(int, args.model[1:])), dtype) if args.model else (None, "")
     everyone: list[tuple[Clocked | None, str]] = [mine] * dist.get_world_size()

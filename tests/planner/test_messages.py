@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.message_costs import message_costs
 from deepspeed.memory.messages import Messages
 from deepspeed.planner.cost import Choice, Work, step_parts
@@ -24,7 +25,7 @@ RATES = Rates(
 def priced(rank: int, world_size: int) -> dict[str, float]:
     model = nn.Linear(2, 2)
     before = torch.get_rng_state()
-    found = message_costs()
+    found = message_costs(DeepSpeedEngine)
     assert torch.equal(before, torch.get_rng_state()) and model.weight.grad is None
     return found
 
