@@ -35,17 +35,55 @@ struct Words {
     std::vector<int16_t> queries;
     std::vector<float> factors;
 
-    void fill(const AttentionLoops& loops, const float* from, int64_t heads, int64_t dim) {
+    void fill(const AttentionLoops& loops, const float* from, int64_t heads, int64_t dim, float factor) {
         queries.resize(heads * dim);
         factors.resize(heads);
-        for (int64_t h = 0; h < heads; ++h) factors[h] = loops.to_words(from + h * dim, dim, queries.data() + h * dim);
+        for (int64_t h = 0; h < heads; ++h) factors[h] = factor * loops.to_words(from + h * dim, dim, queries.data() + h * dim);
+    }
+};
+
+// Queries beside bfloat16: as they are where they are bfloat16 themselves and an instruction takes them, else in 16 bits and in the
+// order that the loops want.
+struct Shorts {
+    std::vector<uint16_t> whole;
+    std::vector<float> gathered;
+    bool are_whole;
+
+    void fill(const AttentionLoops& loops, const float* from, int64_t heads, int64_t dim) {
+        const int64_t numel = heads * dim, padded = (dim + 31) / 32 * 32;
+        whole.resize(numel);
+        uint32_t rest = 0;
+        for (int64_t i = 0; i < numel; ++i) {
+            uint32_t bits;
+            std::memcpy(&bits, from + i, sizeof bits);
+            whole[i] = static_cast<uint16_t>(bits >> 16);
+            rest |= bits;
+        }
+        are_whole = loops.score_short && (rest & 0xffff) == 0;
+        if (are_whole) return;
+        gathered.resize(heads * padded);
+        for (int64_t h = 0; h < heads; ++h) loops.gather(from + h * dim, dim, gathered.data() + h * padded);
+        loops.shorten(gathered.data(), heads * padded);
+    }
+};
+
+// Weights beside values of int8: 15 bits, and a scale for each head.
+struct Rounded {
+    std::vector<int16_t> weights;
+    std::vector<int32_t> sums;  // of a chunk's values
+    std::vector<float> factors;
+
+    void fit(int64_t heads) {
+        weights.resize(heads * kChunk);
+        factors.resize(heads);
     }
 };
 
 struct Attention {
     const AttentionLoops& loops;
     int dtype;
-    const float* queries;  // [batch, heads, dim], scaled
+    const float* queries;  // [batch, heads, dim]
+    float factor;          // of scores
     Cache keys, values;
     const int64_t* ranges;  // [batch, 2]: the first position and the one after the last
     const float* bias;      // added to scores; strides of batch, head and position in elements
@@ -53,6 +91,7 @@ struct Attention {
     float* out;  // [batch, heads, dim]
     int64_t num_shared, heads, dim, num_chunks;  // heads: those that share one of the cache's `num_shared`
     const Words& words;
+    const Shorts& shorts;
     float *tops, *sums, *parts;  // of every chunk: [batch, num_shared, num_chunks, heads (, dim)]
 
     int64_t nbytes() const { return dtype == kFloat32 ? 4 : dtype == kBFloat16 ? 2 : 1; }
@@ -67,7 +106,8 @@ struct Attention {
     void score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const;
     void ask_for_scales(const Cache& cache, int64_t b, int64_t shared, int64_t first, size_t n) const;
     void ask_for_values(int64_t b, int64_t shared, int64_t first, size_t n) const;
-    void mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const;
+    void weigh(int64_t b, int64_t shared, int64_t first, size_t n, float* scores, Rounded& rounded, float* top, float* sum) const;
+    void mix(int64_t b, int64_t shared, int64_t first, size_t n, const float* weights, Rounded& rounded, float* part) const;
     void chunk(int64_t index) const;
     void combine(int64_t index) const;
 };
@@ -82,15 +122,18 @@ void Attention::gather_scales(const Cache& cache, int64_t b, int64_t shared, int
 }
 
 void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float* scores) const {
-    const float* mine = queries + (b * num_shared + shared) * heads * dim;
     const char* at = row(keys, b, shared, first);
-    if (dtype != kBytes) {
-        loops.score[dtype - kFloat32](at, keys.of_row, n, dim, mine, heads, scores);
+    const int64_t head0 = (b * num_shared + shared) * heads;
+    if (dtype == kFloat32) {
+        loops.score[0](at, keys.of_row, n, dim, queries + head0 * dim, heads, factor, scores);
+    } else if (dtype == kBFloat16 && shorts.are_whole) {
+        loops.score_short(reinterpret_cast<const uint16_t*>(at), keys.of_row, n, dim, shorts.whole.data() + head0 * dim, heads, factor, scores);
+    } else if (dtype == kBFloat16) {
+        loops.score[1](at, keys.of_row, n, dim, shorts.gathered.data() + head0 * ((dim + 31) / 32 * 32), heads, factor, scores);
     } else {
         static thread_local std::vector<int32_t> sums;
         float scales[kChunk];
         sums.resize(heads * kChunk);
-        const int64_t head0 = (b * num_shared + shared) * heads;
         const float* const factors = words.factors.data() + head0;
         gather_scales(keys, b, shared, first, n, scales);
         ask_for_scales(values, b, shared, first, n);
@@ -120,58 +163,55 @@ void Attention::ask_for_values(int64_t b, int64_t shared, int64_t first, size_t 
     }
 }
 
-void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, float* weights, float* part) const {
-    const char* at = row(values, b, shared, first);
-    if (dtype != kBytes) {
-        loops.mix[dtype - kFloat32](at, values.of_row, n, dim, weights, heads, part);
-        return;
-    }
-    static thread_local std::vector<int16_t> rounded;
-    static thread_local std::vector<int32_t> sums;
-    static thread_local std::vector<float> factors;
-    float scales[kChunk];
-    rounded.resize(heads * kChunk);
-    sums.assign(heads * dim, 0);
-    factors.resize(heads);
+// Scores become weights; those of int8 are multiplied with the scales of their values, and rounded.
+void Attention::weigh(int64_t b, int64_t shared, int64_t first, size_t n, float* scores, Rounded& rounded, float* top, float* sum) const {
     const size_t padded = padded_of(n);
-    gather_scales(values, b, shared, first, n, scales);
-    if (first + kChunk < ranges[2 * b + 1]) ask_for_scales(keys, b, shared, first + kChunk, n);
-    for (int64_t h = 0; h < heads; ++h) {
-        float* mine = weights + h * kChunk;
-        loops.times(mine, scales, padded);
-        factors[h] = loops.to_words(mine, padded, rounded.data() + h * kChunk);
+    float scales[kChunk];
+    if (dtype == kBytes) {
+        rounded.fit(heads);
+        gather_scales(values, b, shared, first, n, scales);
+        if (first + kChunk < ranges[2 * b + 1]) ask_for_scales(keys, b, shared, first + kChunk, n);
     }
-    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.data(), heads, sums.data());
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < dim; ++d) part[h * dim + d] = static_cast<float>(sums[h * dim + d]) * factors[h];
-}
-
-void Attention::chunk(int64_t index) const {
-    static thread_local std::vector<float> held;
-    const int64_t shared = index / num_chunks % num_shared, b = index / num_chunks / num_shared;
-    const int64_t start = ranges[2 * b] + index % num_chunks * kChunk, stop = ranges[2 * b + 1];
-    float *top = tops + index * heads, *sum = sums + index * heads, *part = parts + index * heads * dim;
-    for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, sum[h] = 0;
-    if (start >= stop) return;
-    const size_t n = static_cast<size_t>(stop - start < kChunk ? stop - start : kChunk), padded = padded_of(n);
-    held.resize(heads * kChunk);
-    float* const scores = held.data();
-    score(b, shared, start, n, scores);
-    ask_for_values(b, shared, start, n);
     for (int64_t h = 0; h < heads; ++h) {
         float* mine = scores + h * kChunk;
         for (size_t i = n; i < padded; ++i) mine[i] = -INFINITY;
         top[h] = loops.largest(mine, padded);
-        if (top[h] == -INFINITY) {
-            for (size_t i = 0; i < padded; ++i) mine[i] = 0;
-            continue;
-        }
-        loops.exponentials(mine, padded, top[h]);
-        if (dtype == kBFloat16) loops.shorten(mine, padded);
-        sum[h] = loops.total(mine, padded);
+        const float distance = top[h] == -INFINITY ? 0 : top[h];  // nothing seen: all weights are 0
+        if (dtype == kBytes)
+            rounded.factors[h] = loops.weigh_words(mine, scales, padded, distance, rounded.weights.data() + h * kChunk, &sum[h]);
+        else
+            sum[h] = loops.weigh[dtype - kFloat32](mine, padded, distance);
     }
+}
+
+void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, const float* weights, Rounded& rounded, float* part) const {
+    const char* at = row(values, b, shared, first);
     for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
-    mix(b, shared, start, n, scores, part);
+    if (dtype != kBytes) {
+        loops.mix[dtype - kFloat32](at, values.of_row, n, dim, weights, heads, part);
+        return;
+    }
+    rounded.sums.assign(heads * dim, 0);
+    const int32_t* sums = rounded.sums.data();
+    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.weights.data(), heads, rounded.sums.data());
+    for (int64_t h = 0; h < heads; ++h)
+        for (int64_t d = 0; d < dim; ++d) part[h * dim + d] = static_cast<float>(sums[h * dim + d]) * rounded.factors[h];
+}
+
+void Attention::chunk(int64_t index) const {
+    static thread_local std::vector<float> scores;
+    static thread_local Rounded rounded;
+    const int64_t shared = index / num_chunks % num_shared, b = index / num_chunks / num_shared;
+    const int64_t start = ranges[2 * b] + index % num_chunks * kChunk, stop = ranges[2 * b + 1];
+    float *top = tops + index * heads, *sum = sums + index * heads;
+    for (int64_t h = 0; h < heads; ++h) top[h] = -INFINITY, sum[h] = 0;
+    if (start >= stop) return;
+    const size_t n = static_cast<size_t>(stop - start < kChunk ? stop - start : kChunk);
+    scores.resize(heads * kChunk);
+    score(b, shared, start, n, scores.data());
+    ask_for_values(b, shared, start, n);
+    weigh(b, shared, start, n, scores.data(), rounded, top, sum);
+    mix(b, shared, start, n, scores.data(), rounded, parts + index * heads * dim);
 }
 
 void Attention::combine(int64_t index) const {
@@ -188,7 +228,7 @@ void Attention::combine(int64_t index) const {
         for (int64_t c = chunk0; c < chunk0 + num_chunks; ++c) {
             if (tops[c * heads + h] == -INFINITY) continue;
             float weight[16] = {tops[c * heads + h]};
-            loops.exponentials(weight, 16, top);
+            loops.weigh[0](weight, 16, top);
             total += weight[0] * sums[c * heads + h];
             const float* part = parts + (c * heads + h) * dim;
             for (int64_t d = 0; d < dim; ++d) to[d] += weight[0] * part[d];
@@ -200,11 +240,11 @@ void Attention::combine(int64_t index) const {
 
 }  // namespace
 
-// out [batch, num_shared * heads, dim] = softmax(queries keys^T + bias) values, over positions [ranges[b][0], ranges[b][1]) of a
-// cache [batch, num_shared, positions, dim]. `queries` [batch, num_shared * heads, dim] are scaled, and changed here. dtype: a
+// out [batch, num_shared * heads, dim] = softmax(factor queries keys^T + bias) values, over positions [ranges[b][0], ranges[b][1]) of a
+// cache [batch, num_shared, positions, dim]. `queries` [batch, num_shared * heads, dim]. dtype: a
 // Precision (not fp16), or 4 for int8 with `key_scales` and `value_scales` per position. dim is a multiple of 16, at most 512.
 // strides: of batch, head and position for keys, values, their scales and the bias, 15 in all. Where all scores are -inf, out is 0.
-DS_API void ds_decode_attention(float* queries, const void* keys, const void* values, const float* key_scales,
+DS_API void ds_decode_attention(const float* queries, float factor, const void* keys, const void* values, const float* key_scales,
                                 const float* value_scales, const float* bias, const int64_t* ranges, const int64_t* strides,
                                 float* out, int dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
                                 int num_threads) {
@@ -220,17 +260,14 @@ DS_API void ds_decode_attention(float* queries, const void* keys, const void* va
     static thread_local std::vector<float> held;
     static thread_local Words words;
     held.resize(num_parts * heads * (dim + 2));
-    if (dtype == kBytes) words.fill(current_kernels().attention, queries, batch * num_shared * heads, dim);
+    static thread_local Shorts shorts;
+    if (dtype == kBytes) words.fill(current_kernels().attention, queries, batch * num_shared * heads, dim, factor);
+    if (dtype == kBFloat16) shorts.fill(current_kernels().attention, queries, batch * num_shared * heads, dim);
     float* const parts = held.data();
     float *const tops = parts + num_parts * heads * dim, *const sums = tops + num_parts * heads;
-    Attention attention{current_kernels().attention, dtype, queries, cache(keys, key_scales, strides, strides + 6),
+    Attention attention{current_kernels().attention, dtype, queries, factor, cache(keys, key_scales, strides, strides + 6),
                         cache(values, value_scales, strides + 3, strides + 9), ranges, bias, strides[12], strides[13], strides[14],
-                        out, num_shared, heads, dim, num_chunks, words, tops, sums, parts};
-    if (dtype == kBFloat16) {
-        const size_t numel = static_cast<size_t>(batch * num_shared * heads * dim);
-        attention.loops.gather(queries, numel);
-        attention.loops.shorten(queries, numel);
-    }
+                        out, num_shared, heads, dim, num_chunks, words, shorts, tops, sums, parts};
     parallel_for(num_parts, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->chunk(i); }, &attention);
     parallel_for(batch * num_shared, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->combine(i); }, &attention);
 }

@@ -3,22 +3,47 @@
 // A chunk of the cache meets all heads that share it, so that it is read from memory once: `Heads` queries by `Rows` positions
 // at a time, eight sums under way. Floats are summed in 8 lanes (keys) or one position after the other (values), integers
 // exactly: the same bits on every instruction set, in every tile. bfloat16 is read two elements a word, the even ones by a
-// shift and the odd ones by a mask: queries lie in that order, and `spread` takes it back from what comes out. What meets
+// shift and the odd ones by a mask: queries lie in that order (`gather`), and `spread` takes it back from what comes out. What meets
 // bfloat16, which has 8 bits, is rounded to 16: each product is exact in a float's 24, so that an instruction which multiplies and
 // adds with one rounding gives what two instructions give.
+
+// What a query takes in a row: whole pieces.
+template <class Read>
+static inline size_t padded_of(size_t dim) {
+    return (dim + Read::kPiece - 1) / Read::kPiece * Read::kPiece;
+}
+
+template <class Read, class Take>
+static inline __attribute__((always_inline)) void for_pieces(size_t dim, Take take) {
+    size_t d = 0;
+    for (; d + Read::kPiece <= dim; d += Read::kPiece) take(d, true);
+    if (d < dim) take(d, false);
+}
+
+// `kPiece` elements are what keys are read by. Of bfloat16 that is 32, the odd ones (added first) and the even ones, or the 16 that a
+// row ends with and as many zeros: what an instruction for products of pairs does, see kernels_bf16.cpp.
+struct Pieces {
+    Sixteen odd, even;
+};
 
 #ifdef DS_HAS_AVX512
 
 struct ReadBFloats {
     using Element = uint16_t;
-    static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
-        const __m512i even = _mm512_set4_epi32(0x0d0c8080, 0x09088080, 0x05048080, 0x01008080);
-        const __m512i order = _mm512_mask_add_epi32(even, 0xff00, even, _mm512_set1_epi32(0x02020000));
-        const __m256i read = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at));
-        return (Sixteen)_mm512_shuffle_epi8(_mm512_broadcast_i64x4(read), order);
+    using Piece = Pieces;
+    static constexpr size_t kPiece = 32;
+    static inline __attribute__((always_inline)) Piece piece(const uint16_t* at, bool is_whole) {
+        const __m256i* from = reinterpret_cast<const __m256i*>(at);
+        const Words both = (Words)(is_whole ? _mm512_loadu_si512(at) : _mm512_zextsi256_si512(_mm256_loadu_si256(from)));
+        return {(Sixteen)(both & 0xffff0000u), (Sixteen)(both << 16)};
     }
-    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
-        sum = (Sixteen)_mm512_fmadd_ps((__m512)a, _mm512_loadu_ps(b), (__m512)sum);
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Piece& a, const float* b) {
+        sum = (Sixteen)_mm512_fmadd_ps((__m512)a.odd, _mm512_loadu_ps(b), (__m512)sum);
+        sum = (Sixteen)_mm512_fmadd_ps((__m512)a.even, _mm512_loadu_ps(b + 16), (__m512)sum);
+    }
+    static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
+        const Sixteen wide = (Sixteen)_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(at))), 16);
+        return wide;
     }
     static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, float by) {
         sum = (Sixteen)_mm512_fmadd_ps((__m512)a, _mm512_set1_ps(by), (__m512)sum);
@@ -28,44 +53,39 @@ struct ReadBFloats {
 constexpr size_t kTile = 16;   // sums of a tile
 constexpr size_t kMixed = 16;  // vectors of sums of values that registers hold
 
-// found[i] = the lanes of v[i % 4 * 4 + i / 4], added as fold and sum_lanes do.
-static inline __attribute__((always_inline)) void sum_tile(const Sixteen* v, float* found) {
-    __m512 half[8], quarter[4], eighth[2];
-    for (int i = 0; i < 8; ++i) {
-        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
-        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
-    }
-    for (int i = 0; i < 4; ++i)
-        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0x88),
-                                   _mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0xdd));
-    for (int i = 0; i < 2; ++i)
-        eighth[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
-                                  _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
-    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88), _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
-    _mm512_storeu_ps(found, all);
-}
-
 // Sums of `Heads` queries with kTile / Heads rows.
 template <class Read, size_t Heads>
 static inline __attribute__((always_inline)) void score_tile(const typename Read::Element* keys, int64_t stride, size_t dim,
-                                                             const float* queries, float* found) {
+                                                             const float* queries, float factor, float* found) {
     constexpr size_t rows = kTile / Heads;
+    const size_t of_query = padded_of<Read>(dim);
     Sixteen sums[kTile] = {};
-    for (size_t d = 0; d < dim; d += 16)
+    for_pieces<Read>(dim, [&](size_t d, bool is_whole) __attribute__((always_inline)) {
         for (size_t r = 0; r < rows; ++r) {
-            const Sixteen key = Read::read(keys + static_cast<int64_t>(r) * stride + d);
+            const typename Read::Piece key = Read::piece(keys + static_cast<int64_t>(r) * stride + d, is_whole);
             for (size_t h = 0; h < Heads; ++h) {
                 const size_t at = h * rows + r;
-                Read::add(sums[at % 4 * 4 + at / 4], key, queries + h * dim + d);
+                Read::add(sums[at % 4 * 4 + at / 4], key, queries + h * of_query + d);
             }
         }
-    sum_tile(sums, found);
+    });
+    sum_tile(sums, factor, found);
 }
 
 #else
 
 struct ReadBFloats {
     using Element = uint16_t;
+    using Piece = Pieces;
+    static constexpr size_t kPiece = 32;
+    static inline __attribute__((always_inline)) Piece piece(const uint16_t* at, bool is_whole) {
+        const Words8 low = *reinterpret_cast<const Words8*>(at), high = is_whole ? *reinterpret_cast<const Words8*>(at + 16) : Words8{};
+        return {{(Floats8)(low & 0xffff0000u), (Floats8)(high & 0xffff0000u)}, {(Floats8)(low << 16), (Floats8)(high << 16)}};
+    }
+    static inline __attribute__((always_inline)) void add(Sixteen& sum, const Piece& a, const float* b) {
+        add(sum, a.odd, b);
+        add(sum, a.even, b + 16);
+    }
     static inline __attribute__((always_inline)) Sixteen read(const uint16_t* at) {
         const Words8 both = *reinterpret_cast<const Words8*>(at);
         return {(Floats8)(both << 16), (Floats8)(both & 0xffff0000u)};
@@ -92,20 +112,23 @@ constexpr size_t kMixed = 4;
 // Half of the sums at a time: they lie in two registers each.
 template <class Read, size_t Heads>
 static inline __attribute__((always_inline)) void score_tile(const typename Read::Element* keys, int64_t stride, size_t dim,
-                                                             const float* queries, float* found) {
+                                                             const float* queries, float factor, float* found) {
     constexpr size_t rows = kTile / Heads, together = rows / 2;
+    const size_t of_query = padded_of<Read>(dim);
     Floats8 sums[kTile];
     for (size_t first = 0; first < rows; first += together) {
         Sixteen under_way[kTile / 2] = {};
-        for (size_t d = 0; d < dim; d += 16)
+        for_pieces<Read>(dim, [&](size_t d, bool is_whole) __attribute__((always_inline)) {
             for (size_t r = 0; r < together; ++r) {
-                const Sixteen key = Read::read(keys + static_cast<int64_t>(first + r) * stride + d);
-                for (size_t h = 0; h < Heads; ++h) Read::add(under_way[h * together + r], key, queries + h * dim + d);
+                const typename Read::Piece key = Read::piece(keys + static_cast<int64_t>(first + r) * stride + d, is_whole);
+                for (size_t h = 0; h < Heads; ++h) Read::add(under_way[h * together + r], key, queries + h * of_query + d);
             }
+        });
         for (size_t h = 0; h < Heads; ++h)
             for (size_t r = 0; r < together; ++r) fold(under_way[h * together + r], &sums[h * rows + first + r]);
     }
     sum_lanes(sums, found);
+    for (size_t i = 0; i < kTile; ++i) found[i] *= factor;
 }
 
 #endif
@@ -118,19 +141,19 @@ static inline __attribute__((always_inline)) Sixteen load_sixteen(const float* a
 
 // The last positions, fewer than a tile has, one by one: the same sums.
 template <class Read>
-static void score_one(const typename Read::Element* key, size_t dim, const float* query, float* score) {
+static void score_one(const typename Read::Element* key, size_t dim, const float* query, float factor, float* score) {
     Sixteen sum = {};
-    for (size_t d = 0; d < dim; d += 16) Read::add(sum, Read::read(key + d), query + d);
+    for_pieces<Read>(dim, [&](size_t d, bool is_whole) __attribute__((always_inline)) { Read::add(sum, Read::piece(key + d, is_whole), query + d); });
     Floats8 sums[8] = {};
     fold(sum, sums);
     float found[8];
     sum_lanes(sums, found);
-    *score = found[0];
+    *score = found[0] * factor;
 }
 
 template <class Read, size_t Heads>
 static inline void score_heads(const typename Read::Element* keys, int64_t stride, size_t n, size_t dim, const float* queries,
-                               float* scores, bool is_first) {
+                               float factor, float* scores, bool is_first) {
     constexpr size_t rows = kTile / Heads;
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
@@ -138,26 +161,41 @@ static inline void score_heads(const typename Read::Element* keys, int64_t strid
         if (is_first)
             for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
         float found[kTile];
-        score_tile<Read, Heads>(here, stride, dim, queries, found);
+        score_tile<Read, Heads>(here, stride, dim, queries, factor, found);
         for (size_t h = 0; h < Heads; ++h) std::memcpy(scores + h * kChunk + r, found + h * rows, rows * sizeof *found);
     }
     for (; r < n; ++r)
         for (size_t h = 0; h < Heads; ++h)
-            score_one<Read>(keys + static_cast<int64_t>(r) * stride, dim, queries + h * dim, scores + h * kChunk + r);
+            score_one<Read>(keys + static_cast<int64_t>(r) * stride, dim, queries + h * padded_of<Read>(dim), factor, scores + h * kChunk + r);
 }
 
-// scores [heads, kChunk] of n positions, keys [n, dim] with `stride` elements from row to row, queries [heads, dim].
+// scores [heads, kChunk] of n positions, times a factor; keys [n, dim] with `stride` elements from row to row, queries [heads, padded_of(dim)].
 template <class Read>
-static void score(const void* from, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float* scores) {
+static void score(const void* from, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float factor,
+                  float* scores) {
     const typename Read::Element* keys = static_cast<const typename Read::Element*>(from);
+    const size_t of_query = padded_of<Read>(dim);
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const typename Read::Element* here = keys + static_cast<int64_t>(at) * stride;
         const auto of = [&](size_t h) { return scores + h * kChunk + at; };
         size_t h = 0;
-        for (; h + 4 <= heads; h += 4) score_heads<Read, 4>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
-        for (; h + 2 <= heads; h += 2) score_heads<Read, 2>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
-        for (; h < heads; ++h) score_heads<Read, 1>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
+        for (; h + 4 <= heads; h += 4) score_heads<Read, 4>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
+        for (; h + 2 <= heads; h += 2) score_heads<Read, 2>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
+        for (; h < heads; ++h) score_heads<Read, 1>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
+    }
+}
+
+// `Blocks` times 16 elements of values. With AVX-512 those of bfloat16 lie as `piece` has them, as long as there are 32.
+template <class Read, size_t Blocks>
+static inline __attribute__((always_inline)) void read_blocks(const typename Read::Element* at, Sixteen* to) {
+    if constexpr (Read::kPiece == 32 && Blocks % 2 == 0 && kTile == 16) {
+        for (size_t v = 0; v < Blocks; v += 2) {
+            const typename Read::Piece piece = Read::piece(at + 16 * v, true);
+            to[v] = piece.odd, to[v + 1] = piece.even;
+        }
+    } else {
+        for (size_t v = 0; v < Blocks; ++v) to[v] = Read::read(at + 16 * v);
     }
 }
 
@@ -174,7 +212,7 @@ static inline __attribute__((always_inline)) void mix_blocks(const typename Read
         const typename Read::Element* here = values + static_cast<int64_t>(r) * stride + d;
         Sixteen value[Blocks];
         if (asks) prefetch_row(here + static_cast<int64_t>(kTileRows) * stride, 16 * Blocks);
-        for (size_t v = 0; v < Blocks; ++v) value[v] = Read::read(here + 16 * v);
+        read_blocks<Read, Blocks>(here, value);
         for (size_t h = 0; h < Heads; ++h) {
             const float weight = weights[h * kChunk + r];
             for (size_t v = 0; v < Blocks; ++v) Read::add(sums[h][v], value[v], weight);
@@ -191,6 +229,7 @@ static inline void mix_heads(const typename Read::Element* values, int64_t strid
     size_t d = 0;
     for (; d + 16 * blocks <= dim; d += 16 * blocks)
         mix_blocks<Read, Heads, blocks>(values, stride, n, dim, d, weights, out, is_first);
+    if (blocks > 2 && d + 32 <= dim) mix_blocks<Read, Heads, 2>(values, stride, n, dim, d, weights, out, is_first), d += 32;
     for (; d < dim; d += 16) mix_blocks<Read, Heads, 1>(values, stride, n, dim, d, weights, out, is_first);
 }
 
@@ -203,36 +242,34 @@ static void mix(const void* from, int64_t stride, size_t n, size_t dim, const fl
         const typename Read::Element* here = values + static_cast<int64_t>(at) * stride;
         const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
         size_t h = 0;
+        for (; kMixed >= 16 && h + 8 <= heads; h += 8) mix_some(mix_heads<Read, kMixed >= 16 ? 8 : 4>, h);
         for (; h + 4 <= heads; h += 4) mix_some(mix_heads<Read, 4>, h);
         for (; h + 2 <= heads; h += 2) mix_some(mix_heads<Read, 2>, h);
         for (; h < heads; ++h) mix_some(mix_heads<Read, 1>, h);
     }
 }
 
-// Elements in the order in which bfloat16 is read, and back: 16 at a time, the even ones first.
-static void gather(float* x, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        float whole[16];
-        std::memcpy(whole, x + i, sizeof whole);
-        for (size_t j = 0; j < 8; ++j) x[i + j] = whole[2 * j], x[i + 8 + j] = whole[2 * j + 1];
-    }
+// x [dim] as pieces of bfloat16 meet it: the odd ones and the even ones of each 32, zeros up to whole ones.
+static void gather(const float* x, size_t dim, float* to) {
+    for (size_t i = 0; i < dim; i += 32)
+        for (size_t j = 0; j < 16; ++j) {
+            const bool is_there = i + 2 * j < dim;
+            to[i + j] = is_there ? x[i + 2 * j + 1] : 0.0f;
+            to[i + 16 + j] = is_there ? x[i + 2 * j] : 0.0f;
+        }
 }
 
-// x [n] rounded to 16 bits, to even; a multiple of 16. What is not finite stays so.
-static void shorten(float* x, size_t n) {
-    for (size_t i = 0; i < n; i += kWidth) {
-        const Words bits = *reinterpret_cast<const Words*>(x + i);
-        const Words nearest = (bits + 0x7fu + (bits >> 8 & 1u)) & 0xffffff00u;
-        const Ints is_finite = (Ints)(bits & 0x7f800000u) < 0x7f800000;
-        *reinterpret_cast<Words*>(x + i) = (nearest & (Words)is_finite) | (bits & ~(Words)is_finite);
-    }
-}
-
-static void spread(float* x, size_t n) {
-    for (size_t i = 0; i < n; i += 16) {
-        float whole[16];
+// Sums of values of bfloat16 from the order in which read_blocks reads them.
+static void spread(float* x, size_t dim) {
+#ifdef DS_HAS_AVX512
+    constexpr size_t half = 16, first = 1;  // a last half of a piece is in order
+#else
+    constexpr size_t half = 8, first = 0;
+#endif
+    for (size_t i = 0; i + 2 * half <= dim; i += 2 * half) {
+        float whole[2 * half];
         std::memcpy(whole, x + i, sizeof whole);
-        for (size_t j = 0; j < 8; ++j) x[i + 2 * j] = whole[j], x[i + 2 * j + 1] = whole[8 + j];
+        for (size_t j = 0; j < half; ++j) x[i + 2 * j + first] = whole[j], x[i + 2 * j + 1 - first] = whole[half + j];
     }
 }
 
@@ -367,26 +404,70 @@ static void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim
     }
 }
 
-// x = e^(x - top), for x <= top: within 2 units of the last place, 0 below e^-87, NaN stays. n is a multiple of 16. After Cody
-// and Waite: a power of two, and a polynomial of what is left, which Taylor's terms up to the seventh say to fp32.
+// x = e^x, for x <= 0: within 2 units of the last place, 0 below e^-87, NaN stays. After Cody and Waite: a power of two, and
+// a polynomial of what is left, which Taylor's terms up to the seventh say to fp32.
+static inline __attribute__((always_inline)) void exponentiate(Floats& x) {
+    const Floats distance = x, rounded = distance * 1.44269504f + 12582912.0f;
+    const Floats whole = rounded - 12582912.0f;
+    const Floats rest = (distance - whole * 0.693359375f) - whole * -2.12194440e-4f;
+    Floats sum = rest * (1.0f / 5040) + 1.0f / 720;
+    sum = sum * rest + 1.0f / 120;
+    sum = sum * rest + 1.0f / 24;
+    sum = sum * rest + 1.0f / 6;
+    sum = sum * rest + 0.5f;
+    sum = sum * rest + 1.0f;
+    sum = sum * rest + 1.0f;
+    const Words power = ((Words)rounded + 127u) << 23;
+    const Floats found = sum * (Floats)power;
+    const Ints is_small = distance < -87.0f;
+    x = (Floats)((Ints)found & ~is_small);
+}
+
 static void exponentials(float* x, size_t n, float top) {
     for (size_t i = 0; i < n; i += kWidth) {
-        const Floats distance = *reinterpret_cast<Floats*>(x + i) - top;
-        const Floats rounded = distance * 1.44269504f + 12582912.0f;
-        const Floats whole = rounded - 12582912.0f;
-        const Floats rest = (distance - whole * 0.693359375f) - whole * -2.12194440e-4f;
-        Floats sum = rest * (1.0f / 5040) + 1.0f / 720;
-        sum = sum * rest + 1.0f / 120;
-        sum = sum * rest + 1.0f / 24;
-        sum = sum * rest + 1.0f / 6;
-        sum = sum * rest + 0.5f;
-        sum = sum * rest + 1.0f;
-        sum = sum * rest + 1.0f;
-        const Words power = ((Words)rounded + 127u) << 23;
-        const Floats found = sum * (Floats)power;
-        const Ints is_small = distance < -87.0f;
-        *reinterpret_cast<Floats*>(x + i) = (Floats)((Ints)found & ~is_small);
+        Floats& at = *reinterpret_cast<Floats*>(x + i);
+        at -= top;
+        exponentiate(at);
     }
+}
+
+// Rounded to 16 bits, to even. What is not finite stays so.
+static inline __attribute__((always_inline)) void shorten(Floats& x) {
+    const Words bits = (Words)x, nearest = (bits + 0x7fu + (bits >> 8 & 1u)) & 0xffffff00u;
+    const Ints is_finite = (Ints)(bits & 0x7f800000u) < 0x7f800000;
+    x = (Floats)((nearest & (Words)is_finite) | (bits & ~(Words)is_finite));
+}
+
+static void shorten(float* x, size_t n) {
+    for (size_t i = 0; i < n; i += kWidth) shorten(*reinterpret_cast<Floats*>(x + i));
+}
+
+// Sums of what is taken in, a register at a time, in 16 lanes.
+struct Total {
+    Floats lanes[16 / kWidth] = {};
+
+    inline __attribute__((always_inline)) void take(size_t i, const Floats& x) { lanes[i / kWidth % (16 / kWidth)] += x; }
+    float whole() const {
+        Floats8 sums[2];
+        static_assert(sizeof sums == sizeof lanes, "16 lanes");
+        std::memcpy(sums, lanes, sizeof sums);
+        const Floats8 all = sums[0] + sums[1];
+        return ((all[0] + all[4]) + (all[2] + all[6])) + ((all[1] + all[5]) + (all[3] + all[7]));
+    }
+};
+
+// x = e^(x - top), in 16 bits for bfloat16; their sum. n is a multiple of 16.
+template <bool Short>
+static float weigh(float* x, size_t n, float top) {
+    Total total;
+    for (size_t i = 0; i < n; i += kWidth) {
+        Floats weight = *reinterpret_cast<const Floats*>(x + i) - top;
+        exponentiate(weight);
+        if (Short) shorten(weight);
+        *reinterpret_cast<Floats*>(x + i) = weight;
+        total.take(i, weight);
+    }
+    return total.whole();
 }
 
 // The largest of x [n], n a multiple of 16; NaN where one is. Four at a time: each waits for the one before it.
@@ -420,13 +501,6 @@ static float largest(const float* x, size_t n) {
 #endif
 }
 
-// The sum of x [n] in 8 lanes, n a multiple of 8.
-static float total(const float* x, size_t n) {
-    Floats8 sums = {};
-    for (size_t i = 0; i < n; i += 8) sums += *reinterpret_cast<const Floats8*>(x + i);
-    return ((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7]));
-}
-
 // to [n] = sums times factor and by, n a multiple of 16.
 static void scale_sums(const int32_t* sums, const float* by, float factor, size_t n, float* to) {
     for (size_t i = 0; i < n; i += kWidth)
@@ -434,34 +508,57 @@ static void scale_sums(const int32_t* sums, const float* by, float factor, size_
                                               (*reinterpret_cast<const Floats*>(by + i) * factor);
 }
 
-static void times(float* x, const float* by, size_t n) {
-    for (size_t i = 0; i < n; i += kWidth) *reinterpret_cast<Floats*>(x + i) *= *reinterpret_cast<const Floats*>(by + i);
-}
+// The largest magnitude of what is taken in: magnitudes are ordered as their bits are.
+struct Largest {
+    Ints most[4] = {};
 
-// x [n] as int16 with one scale, the largest magnitude at 32639 (both bytes of it fit, whatever the sign); NaN where x is not finite. n is a multiple of 16.
-static float to_words(const float* x, size_t n, int16_t* to) {
-    Ints most[4] = {};  // magnitudes are ordered as their bits are
-    const auto take = [&](Ints& one, size_t i) __attribute__((always_inline)) {
-        const Ints magnitude = *reinterpret_cast<const Ints*>(x + i) & 0x7fffffff;
+    inline __attribute__((always_inline)) void take(size_t i, const Floats& x) {
+        const Ints magnitude = (Ints)x & 0x7fffffff;
+        Ints& one = most[i / kWidth % 4];
         one = magnitude > one ? magnitude : one;
-    };
-    size_t at = 0;
-    for (; at + 4 * kWidth <= n; at += 4 * kWidth)
-        for (size_t j = 0; j < 4; ++j) take(most[j], at + j * kWidth);
-    for (; at < n; at += kWidth) take(most[0], at);
-    int32_t each[4 * kWidth], bits = 0;
-    std::memcpy(each, most, sizeof most);
-    for (const int32_t one : each) bits = one > bits ? one : bits;
-    const float top = float_of(static_cast<uint32_t>(bits));
+    }
+    float whole() const {
+        int32_t each[4 * kWidth], bits = 0;
+        std::memcpy(each, most, sizeof most);
+        for (const int32_t one : each) bits = one > bits ? one : bits;
+        return float_of(static_cast<uint32_t>(bits));
+    }
+};
+
+// x [n] as int16 with one scale, the largest magnitude, `top`, at 32639 (both bytes of it fit, whatever the sign); NaN where x is not
+// finite. n is a multiple of 16.
+static float round_words(const float* x, size_t n, float top, int16_t* to) {
     const bool is_finite = top <= 3.0e38f;
     const float scale = is_finite ? top / 32639.0f : NAN, inverse = scale > 0 ? 1.0f / scale : 0.0f;
     for (size_t i = 0; i < n; i += kWidth) {
         const Floats value = is_finite ? *reinterpret_cast<const Floats*>(x + i) * inverse : Floats{};
         const Ints sign = (Ints)value & static_cast<int32_t>(0x80000000u);
         Ints q = __builtin_convertvector(value + (Floats)(sign | 0x3f000000), Ints);
-        const Ints over = q > 32639, under = q < -32639;
-        q = (q & ~(over | under)) | (over & 32639) | (under & -32639);
+        q = q > 32639 ? Ints{} + 32639 : q;
+        q = q < -32639 ? Ints{} - 32639 : q;
         *reinterpret_cast<Shorts*>(to + i) = __builtin_convertvector(q, Shorts);
     }
     return scale;
+}
+
+static float to_words(const float* x, size_t n, int16_t* to) {
+    Largest largest;
+    for (size_t i = 0; i < n; i += kWidth) largest.take(i, *reinterpret_cast<const Floats*>(x + i));
+    return round_words(x, n, largest.whole(), to);
+}
+
+// to = e^(x - top) times by, as to_words makes it; the sum of e^(x - top). x is changed.
+static float weigh_words(float* x, const float* by, size_t n, float top, int16_t* to, float* sum) {
+    Total total;
+    Largest largest;
+    for (size_t i = 0; i < n; i += kWidth) {
+        Floats& at = *reinterpret_cast<Floats*>(x + i);
+        Floats weight = at - top;
+        exponentiate(weight);
+        total.take(i, weight);
+        at = weight * *reinterpret_cast<const Floats*>(by + i);
+        largest.take(i, at);
+    }
+    *sum = total.whole();
+    return round_words(x, n, largest.whole(), to);
 }

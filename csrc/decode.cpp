@@ -12,7 +12,7 @@
 
 DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int64_t group_size, const float* x,
                        const float* bias, float* y, int64_t num_rows, int64_t width, int64_t batch, int num_threads);
-DS_API void ds_decode_attention(float* queries, const void* keys, const void* values, const float* key_scales,
+DS_API void ds_decode_attention(const float* queries, float factor, const void* keys, const void* values, const float* key_scales,
                                 const float* value_scales, const float* bias, const int64_t* ranges, const int64_t* strides,
                                 float* out, int dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
                                 int num_threads);
@@ -59,14 +59,14 @@ void normalize(const float* x, const float* weight, float* y, int64_t rows, int6
     }
 }
 
-// x [heads, dim] of one sequence, rotated by its position; times a factor.
-void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t heads, int64_t dim, float factor) {
+// x [heads, dim] of one sequence, rotated by its position.
+void rotate(const float* x, const float* cos, const float* sin, float* y, int64_t heads, int64_t dim) {
     const int64_t half = dim / 2;
     for (int64_t h = 0; h < heads; ++h, x += dim, y += dim)
         for (int64_t j = 0; j < half; ++j) {
             const float low = x[j], high = x[j + half];
-            y[j] = (low * cos[j] - high * sin[j]) * factor;
-            y[j + half] = (high * cos[j + half] + low * sin[j + half]) * factor;
+            y[j] = low * cos[j] - high * sin[j];
+            y[j + half] = high * cos[j + half] + low * sin[j + half];
         }
 }
 
@@ -120,10 +120,10 @@ void attend(const Layer& layer, const Shape& shape, Scratch& own, const float* c
     const float factor = static_cast<float>(1.0 / std::sqrt(static_cast<double>(dim)));
     for (int64_t b = 0; b < shape.batch; ++b) {
         const float *c = cos + b * dim, *s = sin + b * dim;
-        rotate(own.query.data() + b * queries, c, s, own.rotated.data() + b * queries, shape.heads, dim, factor);
+        rotate(own.query.data() + b * queries, c, s, own.rotated.data() + b * queries, shape.heads, dim);
         for (int64_t h = 0; h < shape.shared; ++h) {
             const int64_t at = (b * shape.shared + h) * shape.capacity + position;
-            rotate(own.key.data() + b * keys + h * dim, c, s, own.turned.data(), 1, dim, 1.0f);
+            rotate(own.key.data() + b * keys + h * dim, c, s, own.turned.data(), 1, dim);
             store(own.turned.data(), dim, layer.keys, layer.key_scales, at);
             store(own.value.data() + b * keys + h * dim, dim, layer.values, layer.value_scales, at);
         }
@@ -131,7 +131,7 @@ void attend(const Layer& layer, const Shape& shape, Scratch& own, const float* c
     const int64_t of_head = shape.capacity * dim, of_batch = shape.shared * of_head;
     const int64_t all = shape.shared * shape.capacity, each = shape.capacity;
     const int64_t strides[15] = {of_batch, of_head, dim, of_batch, of_head, dim, all, each, 1, all, each, 1};
-    ds_decode_attention(own.rotated.data(), layer.keys, layer.values, layer.key_scales, layer.value_scales, nullptr, ranges,
+    ds_decode_attention(own.rotated.data(), factor, layer.keys, layer.values, layer.key_scales, layer.value_scales, nullptr, ranges,
                         strides, own.mixed.data(), layer.key_scales ? 4 : 1, shape.batch, shape.shared, shape.heads / shape.shared, dim,
                         static_cast<int>(shape.num_threads));
 }

@@ -63,20 +63,22 @@ struct ProductLoops {
 
 // Attention over a chunk of a cache, for the heads that share it; see attention.inl. By element: fp32, bfloat16.
 struct AttentionLoops {
-    void (*score[2])(const void* keys, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float* scores);
+    void (*score[2])(const void* keys, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float factor,
+                     float* scores);
+    void (*score_short)(const uint16_t* keys, int64_t stride, size_t n, size_t dim, const uint16_t* queries, size_t heads, float factor,
+                        float* scores);  // of queries that are bfloat16 too; null where there is no instruction for it
     void (*score_bytes)(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
                         int32_t* sums);
-    void (*exponentials)(float* x, size_t n, float top);
     float (*largest)(const float* x, size_t n);
-    float (*total)(const float* x, size_t n);
+    float (*weigh[2])(float* x, size_t n, float top);
+    float (*weigh_words)(float* x, const float* by, size_t n, float top, int16_t* to, float* sum);
     void (*scale_sums)(const int32_t* sums, const float* by, float factor, size_t n, float* to);
-    void (*times)(float* x, const float* by, size_t n);
     float (*to_words)(const float* x, size_t n, int16_t* to);
     void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
     void (*mix_bytes)(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
                       int32_t* out);
-    void (*gather)(float* x, size_t n);
-    void (*spread)(float* x, size_t n);
+    void (*gather)(const float* x, size_t dim, float* to);
+    void (*spread)(float* x, size_t dim);
     void (*shorten)(float* x, size_t n);
 };
 
@@ -114,5 +116,5 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels, kAvx512Kernels;
-Kernels vnni_kernels();
+Kernels vnni_kernels(), bf16_kernels();
 #endif

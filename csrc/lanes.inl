@@ -45,6 +45,9 @@ using Sixteen = Floats;
 
 struct ReadFloats {
     using Element = float;
+    using Piece = Sixteen;
+    static constexpr size_t kPiece = 16;
+    static inline __attribute__((always_inline)) Sixteen piece(const float* at, bool) { return read(at); }
     static inline __attribute__((always_inline)) Sixteen read(const float* at) { return *reinterpret_cast<const Floats*>(at); }
     static inline __attribute__((always_inline)) void add(Sixteen& sum, const Sixteen& a, const float* b) {
         sum += a * *reinterpret_cast<const Floats*>(b);
@@ -58,6 +61,23 @@ static inline __attribute__((always_inline)) Sixteen product(const Sixteen& a, c
 
 static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floats8* to) {
     *to = (Floats8)_mm512_castps512_ps256((__m512)sums) + (Floats8)_mm512_extractf32x8_ps((__m512)sums, 1);
+}
+
+// found[i] = factor times the lanes of v[i % 4 * 4 + i / 4], added as fold and sum_lanes do.
+static inline __attribute__((always_inline)) void sum_tile(const Sixteen* v, float factor, float* found) {
+    __m512 half[8], quarter[4], eighth[2];
+    for (int i = 0; i < 8; ++i) {
+        const __m512 a = (__m512)v[2 * i], b = (__m512)v[2 * i + 1];
+        half[i] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    }
+    for (int i = 0; i < 4; ++i)
+        quarter[i] = _mm512_add_ps(_mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0x88),
+                                   _mm512_shuffle_f32x4(half[2 * i], half[2 * i + 1], 0xdd));
+    for (int i = 0; i < 2; ++i)
+        eighth[i] = _mm512_add_ps(_mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0x44),
+                                  _mm512_shuffle_ps(quarter[2 * i], quarter[2 * i + 1], 0xee));
+    const __m512 all = _mm512_add_ps(_mm512_shuffle_ps(eighth[0], eighth[1], 0x88), _mm512_shuffle_ps(eighth[0], eighth[1], 0xdd));
+    _mm512_storeu_ps(found, _mm512_mul_ps(all, _mm512_set1_ps(factor)));
 }
 #else
 struct Sixteen {
@@ -73,6 +93,9 @@ struct Sixteen {
 
 struct ReadFloats {
     using Element = float;
+    using Piece = Sixteen;
+    static constexpr size_t kPiece = 16;
+    static inline __attribute__((always_inline)) Sixteen piece(const float* at, bool) { return read(at); }
     static inline __attribute__((always_inline)) Sixteen read(const float* at) {
         return {*reinterpret_cast<const Floats8*>(at), *reinterpret_cast<const Floats8*>(at + 8)};
     }

@@ -59,9 +59,7 @@ def decode_attention(
         )
     batch, heads, dim = query.shape
     shared, positions = keys.shape[1:3]
-    scaled = (
-        torch.empty(batch, heads, dim).copy_(query.detach()).mul_(scale)
-    )  # ours: the loops put it in their own order
+    asked = query.detach().float().contiguous()
     whole = torch.tensor([[0, positions]]).expand(batch, 2) if ranges is None else ranges
     added = None if bias is None else bias.detach().float().expand(batch, heads, positions)
     out = torch.empty(batch, heads, dim)
@@ -69,7 +67,9 @@ def decode_attention(
     assert library is not None, "takes() says whether there is a library"
     held = whole.contiguous()
     library.ds_decode_attention(
-        *map(_address, (scaled, keys, values, key_scales, value_scales, added, held)),
+        _address(asked),
+        ctypes.c_float(scale),
+        *map(_address, (keys, values, key_scales, value_scales, added, held)),
         _strides(keys, values, key_scales, value_scales, added),
         _address(out),
         _KINDS[keys.dtype],

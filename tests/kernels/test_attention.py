@@ -88,6 +88,16 @@ def test_the_reference_is_torchs_attention() -> None:
 
 
 @needs_library
+@pytest.mark.parametrize("shape", SHAPES)
+def test_queries_that_are_bfloat16_themselves_give_one_answer_on_all_instruction_sets(shape: tuple[int, ...]) -> None:
+    """Where an instruction takes them as they are: values beside it are rounded once for each product."""
+    arguments = case(shape, torch.bfloat16)
+    arguments["query"] = arguments["query"].bfloat16().float()
+    expected = reference.decode_attention(**arguments)
+    torch.testing.assert_close(on_all(**arguments), expected, rtol=1e-4, atol=2e-5)
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_nothing_is_seen_the_answer_is_zero(dtype: torch.dtype) -> None:
     arguments = case((2, 4, 2, 40, 32), dtype)
