@@ -4,7 +4,7 @@
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py  log.py   counts, times, bandwidths; what a script asks of them
     circle.py        a few integers of every rank, in log2(ranks) messages (`shared.SharedRing`: without any)
-    watchdog.py      who is missing while a collective waits
+    watchdog.py      who is missing while a collective waits        interrupts.py   Ctrl-C, at one place on all ranks
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
     shared.py  board.py      the one between ranks of a host, and the memory that they share; counters.py: what is compiled of it
@@ -16,7 +16,7 @@
     code.py  feedback.py     their messages; what those left out (LoCo)
     onebit.py        an all-reduce in one bit per element, with error feedback
     choose.py        which of them a group is given        trial.py   which is faster here
-    observe.py       an exchange that is watched
+    observe.py       how a verb that is watched is waited for
     spread.py        one rank's values of any tensor, given to all
     bench.py         how fast collectives are (`ds_bench`)
 

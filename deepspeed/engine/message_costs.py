@@ -44,7 +44,7 @@ class _Stack(nn.Module):
 
 
 def message_costs(make_engine: Callable[..., Any]) -> dict[str, float]:
-    """Fields of `profiling.Rates` by name; none where one rank is alone. Collective over all ranks.
+    """Fields of `profiling.rates.Rates` by name; none where one rank is alone. Collective over all ranks.
 
     make_engine: of `model` and `config` by name, a DeepSpeedEngine.
     """

@@ -65,9 +65,9 @@ try:
                 interrupt()
             engine.save_checkpoint(folder, tag="periodic")
 except KeyboardInterrupt:
-    print(f"interrupted {engine.global_steps}", flush=True)
+    os.write(1, f"interrupted {engine.global_steps}\\n".encode())  # whole lines, whatever the other rank writes
     engine.save_checkpoint(folder, tag="last")
-    print("saved", flush=True)
+    os.write(1, b"saved\\n")
 '''
 
 
