@@ -18,7 +18,7 @@ namespace {
 
 constexpr int kBytes = 4;  // int8 with a scale per position, beside the values of Precision
 
-constexpr int64_t kAskedBytes = 8192;
+constexpr int64_t kAskedBytes = 32768;
 
 // What loops over positions are called for: the last ones count for nothing.
 size_t padded_of(size_t n) { return (n + 15) / 16 * 16; }
@@ -159,7 +159,7 @@ void Attention::ask_for_values(int64_t b, int64_t shared, int64_t first, size_t 
     const int64_t in_row = dim * nbytes(), all = static_cast<int64_t>(n), some = kAskedBytes / in_row;
     for (int64_t i = 0; i < (some < all ? some : all); ++i) {
         const char* at = row(values, b, shared, first + i);
-        for (int64_t byte = 0; byte < in_row; byte += 64) __builtin_prefetch(at + byte);
+        for (int64_t byte = 0; byte < in_row; byte += 64) __builtin_prefetch(at + byte, 0, 2);
     }
 }
 

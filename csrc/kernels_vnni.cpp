@@ -73,8 +73,8 @@ DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& beside_them, i
             const Planes planes = planes_of(x, is_whole);
             for (int p = 0; p < kPairs; ++p) {
                 const uint8_t *a = w[2 * p] + at + i / 2, *b = w[2 * p + 1] + at + i / 2;
-                __builtin_prefetch(a + kAhead);
-                __builtin_prefetch(b + kAhead);
+                ask_for(a + kAhead);
+                ask_for(b + kAhead);
                 add_int4(is_whole ? beside(load_ymm(a), load_ymm(b)) : beside(load_xmm(a), load_xmm(b)), planes, low[p], high[p]);
             }
             x += is_whole ? 128 : 64;
@@ -206,7 +206,7 @@ struct Coming {
     size_t dim, at;
 
     inline __attribute__((always_inline)) void next() {
-        __builtin_prefetch(row + at);
+        ask_for(row + at);
         at += 64;
         if (at >= dim) at = 0, row += stride;
     }

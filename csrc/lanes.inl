@@ -114,6 +114,10 @@ static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floa
 
 constexpr size_t kTileRows = 32;  // positions of a cache that are in the first-level cache for all heads
 
+// Asks for the line at an address, for the second-level cache: what waits in the first is pushed out by rows that lie a multiple of 4 KB
+// apart, where that cache is small (Zen 4, 32 KB: bf16 at 56 % of the bandwidth so, 80 % from the second; attention 42 and 67 %).
+static inline __attribute__((always_inline)) void ask_for(const void* at) { __builtin_prefetch(at, 0, 2); }
+
 // Asks for scales of rows to come, a line at a time: they are read too slowly for the processor to do it (Zen 5: int4 at 64 % of the
 // bandwidth without, 88 % with).
 static inline __attribute__((always_inline)) void prefetch_scale(const float* scales, size_t group) {
@@ -124,5 +128,5 @@ static inline __attribute__((always_inline)) void prefetch_scale(const float* sc
 template <class Element>
 static inline __attribute__((always_inline)) void prefetch_row(const Element* row, size_t dim) {
     const char* at = reinterpret_cast<const char*>(row);
-    for (size_t b = 0; b < dim * sizeof(Element); b += 64) __builtin_prefetch(at + b);
+    for (size_t b = 0; b < dim * sizeof(Element); b += 64) ask_for(at + b);
 }

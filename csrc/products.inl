@@ -29,7 +29,7 @@ static void dot_fp32(const void* const* rows, const float* x, size_t n, float* o
         for (size_t i = 0; i < whole; i += 16)
             for (int k = 0; k < kRows; ++k) {
                 const float* at = w[first + k] + i;
-                if (kAsksForFloats) __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+                if (kAsksForFloats) ask_for(reinterpret_cast<const char*>(at) + kAhead);
                 under_way[k] += product(ReadFloats::read(at), x + i);
             }
         for (int k = 0; k < kRows; ++k) fold(under_way[k], &sums[first + k]);
@@ -62,7 +62,7 @@ static void dot_bf16(const void* const* rows, const float* x, size_t n, float* o
         for (size_t i = 0; i < whole; i += kParted)
             for (int k = 0; k < kRows; ++k) {
                 const uint16_t* at = w[first + k] + i;
-                __builtin_prefetch(reinterpret_cast<const char*>(at) + kAhead);
+                ask_for(reinterpret_cast<const char*>(at) + kAhead);
                 add_parted(at, x + i, under_way[k]);
             }
         for (int k = 0; k < kRows; ++k) fold(under_way[k], &sums[first + k]);
@@ -158,10 +158,10 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
         const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(beside.starts[g]));
         const __m256 scale = _mm256_set1_ps(beside.scales[g]);
         for (size_t i = 0; i < step; i += 64) {
-            __builtin_prefetch(w0 + kAhead + i);
-            __builtin_prefetch(w1 + kAhead + i);
-            __builtin_prefetch(w2 + kAhead + i);
-            __builtin_prefetch(w3 + kAhead + i);
+            ask_for(w0 + kAhead + i);
+            ask_for(w1 + kAhead + i);
+            ask_for(w2 + kAhead + i);
+            ask_for(w3 + kAhead + i);
         }
         sum0 += scaled(group(w0, x, size, start), s0 + g, scale);
         sum1 += scaled(group(w1, x, size, start), s1 + g, scale);
