@@ -354,6 +354,8 @@ void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const
 // Asked once, by isa.cpp: kAvx512Kernels is made before any code runs.
 Kernels vnni_kernels() {
     Kernels found = kAvx512Kernels;
+    // The same loop, which a compiler makes shorter where it has 16 registers (Zen 4: 83 % of the bandwidth, 73 with 32).
+    found.products.integers[0] = kAvx2Kernels.products.integers[0];
     found.products.integers[1] = dot_int4;
     found.attention.score_bytes = score_bytes;
     found.attention.mix_bytes = mix_bytes;
