@@ -39,19 +39,17 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
-from deepspeed.zero.modes import AS_IT_IS, plain_modes
+from deepspeed.zero.modes import AS_IT_IS, in_transform, plain_modes
 from deepspeed.zero.param import Slot, slot_of
 from deepspeed.zero.saved import Memory, SavedWeights
 
 Handle = torch.utils.hooks.RemovableHandle
 _WANTS_GRADIENT = operator.attrgetter("requires_grad")
-_transform = torch._C._functorch.peek_interpreter_stack
-"""None outside of transforms of `torch.func` (see `zero.modes`, whose calls are left out where a module runs)."""
 
 
 def _plain() -> AbstractContextManager[None]:
     """`plain_modes`, which is not entered where there is nothing to leave: at nearly every module."""
-    return plain_modes() if torch.is_inference_mode_enabled() or _transform() is not None else AS_IT_IS
+    return plain_modes() if torch.is_inference_mode_enabled() or in_transform() else AS_IT_IS
 
 
 def _differentiates(args: tuple[Any, ...]) -> bool:
@@ -295,7 +293,7 @@ class ModuleHooks:
             kind = PhaseKind.FORWARD if torch.is_grad_enabled() else PhaseKind.INFERENCE
             with _plain():  # it prefetches
                 self.gatherer.begin(kind, self._names.get(module, ""))
-        is_unseen = _transform() is not None
+        is_unseen = in_transform()
         frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=is_unseen)
         self._frames.append(frame)
         with _plain():

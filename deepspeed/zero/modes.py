@@ -17,9 +17,9 @@ import torch
 AS_IT_IS: AbstractContextManager[None] = contextlib.nullcontext()
 
 
-def in_transform() -> bool:
-    """Whether a transform of `torch.func` (grad, vmap, jvp, ...) is running."""
-    return torch._C._functorch.peek_interpreter_stack() is not None
+in_transform = torch._C._are_functorch_transforms_active
+"""Whether a transform of `torch.func` (grad, vmap, jvp, ...) is running. Who asks torch for the stack of transforms has one made,
+which is then copied for every node of every backward: 1.5 % of the instructions of a step of 200 small layers."""
 
 
 def plain_modes() -> AbstractContextManager[None]:

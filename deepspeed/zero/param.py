@@ -90,8 +90,9 @@ def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
 
 def give_grads(params: Iterable[Tensor], gradients: Iterable[Tensor | None]) -> None:
     """Set `param.grad` of each: once per step of all of them, where a plain loop is the fastest way."""
-    for param, gradient in zip(params, gradients, strict=False):
-        param.grad = gradient
+    with torch._C.DisableTorchFunctionSubclass():
+        for param, gradient in zip(params, gradients, strict=False):
+            param.grad = gradient
 
 
 class HiddenGradient(Tensor):

@@ -92,7 +92,6 @@ class Takeover:
         listed = (tensor for group in self._optimizer.param_groups for tensor in group["params"])
         return any(tensor.grad is not None for tensor in listed if id(tensor) not in runs)
 
-    @torch.no_grad()
     def begin_step(self) -> None:
         """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
         reducer = self._optimizer.reducer
@@ -144,7 +143,6 @@ class Takeover:
             self._is_late = True
         return all_know
 
-    @torch.no_grad()
     def follow_written(self) -> None:
         """Have masters follow parameters that were written. The host waits for what was started in `begin_step`."""
         if self._broken:
@@ -153,7 +151,6 @@ class Takeover:
                 if is_broken:
                     seal.master.follow_params()
 
-    @torch.no_grad()
     def end_step(self) -> None:
         """Write down what the step itself changed: published parameters, runs that were cut."""
         self.facts.groups.renew()
