@@ -87,7 +87,7 @@ def prior_parts(
 ) -> dict[str, dict[str, float]]:
     """Seconds of each part of the step of each candidate, by name. `schedule`: of pipelines."""
     rates, work = Rates(**info["rates"]), work_of(info)
-    shape = ModelShape(**info["shape"]) if info.get("shape") else None
+    shape = ModelShape.from_json(info["shape"]) if info.get("shape") else None
     found = {}
     for candidate in candidates:
         layout = layout_of(candidate)

@@ -133,6 +133,8 @@ class Current:
     """Holds the recorder while there is one."""
 
     recorder: Recorder | None = None
+    predicted: Callable[[str, int], None] | None = None
+    """Where a step is predicted: told of each message that its layers would send, by operation and bytes; nothing is sent or counted."""
 
 
 @contextlib.contextmanager
@@ -141,6 +143,10 @@ def watched(op: str, nbytes: int, num_ranks: int) -> Iterator[None]:
 
     Of what began before, only the rest that is waited for is seen.
     """
+    if Current.predicted is not None:
+        Current.predicted(op, nbytes)
+        yield
+        return
     recorder = Current.recorder
     with COMMUNICATION.during(op, nbytes):
         if recorder is None or not recorder.wants(op, False):

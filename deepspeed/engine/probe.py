@@ -33,8 +33,9 @@ from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.step_work import input_numels
 from deepspeed.engine.trial import write_whole
 from deepspeed.memory.clocked import SAMPLES, clocked
+from deepspeed.memory.inside import Way
 from deepspeed.memory.scaling import BatchEstimator, resized
-from deepspeed.memory.shape import shape_of
+from deepspeed.memory.shape import shape_of, with_inside
 from deepspeed.memory.trace import own_memory
 from deepspeed.mesh import Mesh
 from deepspeed.profiling.counter import Phase
@@ -175,12 +176,16 @@ class Probe(Observer):
 
     def _shape(self, batch: Any) -> dict[str, Any] | None:
         """The model as a stack of blocks, where a candidate divides it; None where it is no such stack."""
-        if not any(candidate["degrees"] for candidate in self._candidates()):
+        degrees = [candidate["degrees"] for candidate in self._candidates()]
+        if not any(degrees):
             return None
+        ways = {way for each in degrees for way in (Way(each.get("tp", 1)), Way(1, each.get("ep", 1)))}
         samples = _samples(batch, self._sizes[0])
         try:
             single = resized(batch, samples, 1)
-            return dataclasses.asdict(shape_of(self._model, single, dtype=self._config.precision_dtype))
+            dtype = self._config.precision_dtype
+            shape = shape_of(self._model, single, dtype=dtype)
+            return dataclasses.asdict(with_inside(shape, self._model, single, sorted(ways), dtype=dtype))
         except Exception:  # whatever the model raises
             return None
 

@@ -3,12 +3,12 @@
     trace     a training step of a model on fake tensors: what happens to memory, and where the engine acts
     sizes     the buckets of the plan (`zero.plan`), without memory
     replay    an engine played to the trace, on a ledger
-    ledger    bytes by kind and tier, and their peak        messages  what ZeRO sends in a step
+    ledger    bytes by kind and tier, and their peak        messages  what a rank sends in a step
     estimator one configuration          options  all of them, and the smallest change that fits
     scaling   any size of the micro-batch, from two traces
     shape     a model as a stack of like blocks, from two small traces        clocked  its own seconds here, from short copies
     parts     a micro-batch's part, where ranks share sequences        layers  a rank's parts of layers, where ranks share those
-    experts   a rank's layers with experts, where ranks share those
+    experts   a rank's layers with experts, where ranks share those        inside  what layers send that ranks share
     quantized_notes what weight_quantization makes of the weights it names
     budget    the least recomputation that fits        measure  the peak of something that is run
     cli, html `deepspeed estimate`       model_states  the original's formulas

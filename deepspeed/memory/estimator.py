@@ -31,7 +31,7 @@ from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
 from deepspeed.memory.messages import CountingReplay, Messages
-from deepspeed.memory.parts import exchanged, part_of
+from deepspeed.memory.parts import exchanged, part_of, say_inputs
 from deepspeed.memory.quantized_notes import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
 from deepspeed.memory.trace import Trace, trace_step
@@ -229,7 +229,7 @@ class Estimator:
                     device_type=self.device_type,
                     autocast=low,
                     plan=list(chosen) if isinstance(chosen, tuple) else chosen,
-                    prepare=functools.partial(_prepare, config, learned(self._model, config)),
+                    prepare=functools.partial(prepare_part, config, learned(self._model, config)),
                     loss_of=self._loss_of,
                 )
         return self._traces[key]
@@ -245,10 +245,13 @@ class Estimator:
         return build_optimizer(ASSUMED_OPTIMIZER, {}, groups), [note]
 
 
-def _prepare(config: Config, blocks: Mapping[str, Block], model: nn.Module) -> None:
+def prepare_part(config: Config, blocks: Mapping[str, Block], model: nn.Module) -> None:
+    """Have `model`, which has shapes only, be the first rank's part. `blocks`: what was `learned` of the user's."""
     assemble.cast_buffers(model, config)
     cut_layers(model, config)
     spread_experts(model, config, blocks)
+    if (parts := config.sequence_parallel_size or 1) > 1:
+        model.register_forward_pre_hook(functools.partial(say_inputs, parts), with_kwargs=True)
 
 
 def _cut_nbytes(whole: nn.Module, part: nn.Module, stage: int) -> int:

@@ -1,7 +1,8 @@
-"""What a rank's ZeRO sends in one step of a data-parallel run, to the byte: the engine's plan played without an engine. Pure.
+"""What a rank sends in one step, to the byte: the engine's plan played without an engine. Pure.
 
 The same messages that `comm.observe` counts in a run: full buffers over all ranks, by operation. Reductions
-follow from the plan of buckets; gathers at ZeRO stage 3 from the real gatherer, driven by the model's traced step.
+follow from the plan of buckets; gathers at ZeRO stage 3 from the real gatherer, driven by the model's traced step. What layers send that ranks
+share was told by the layers themselves while they were traced.
 Made by `memory.estimator`, which plays every configuration anyway; `planner.cost` makes seconds of them.
 
 Invariant: equal to the engine's counts of a step from the fourth on, when the order of use is known (`tests/planner/test_traffic.py`).
@@ -10,6 +11,7 @@ Invariant: equal to the engine's counts of a step from the fourth on, when the o
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 from deepspeed.memory.replay import Replay
@@ -23,6 +25,19 @@ class Messages(NamedTuple):
 
     calls: int
     nbytes: int
+
+    def times(self, number: int) -> Messages:
+        """So many times as many."""
+        return Messages(number * self.calls, number * self.nbytes)
+
+
+def summed(sent: Iterable[tuple[str, int]]) -> dict[str, Messages]:
+    """Messages of (operation, bytes) each, by operation."""
+    found: dict[str, Messages] = {}
+    for op, nbytes in sent:
+        before = found.get(op, Messages(0, 0))
+        found[op] = Messages(before.calls + 1, before.nbytes + nbytes)
+    return found
 
 
 class CountingReplay(Replay):
@@ -45,8 +60,8 @@ class CountingReplay(Replay):
     def messages(self) -> dict[str, Messages]:
         """Of the last step that was played, by operation; none where one rank has all of it."""
         policy, settings = self.settings.policy, self.settings
-        if settings.shard_size * settings.num_replicas == 1:
-            return {}
+        inside = [(each.op, each.nbytes) for each in self.trace.messages]
+        found = {op: sent.times(settings.accumulation) for op, sent in summed(inside).items()}
         calls: Counter[str] = Counter()
         nbytes: Counter[str] = Counter()
         param, wire = policy.parameters.dtype.itemsize, settings.wire_dtype.itemsize
@@ -58,10 +73,12 @@ class CountingReplay(Replay):
             nbytes[op] += num * bucket.layout.padded_numel * itemsize
 
         for bucket in self.sizes.buckets:
+            if bucket.layout.world_size * settings.num_replicas == 1:  # one rank has all of it, or these experts alone
+                continue
             if bucket.trains:
                 add(SCATTER if policy.optimizer.is_sharded else ALL_REDUCE, micros, wire, bucket)
                 if policy.optimizer.is_sharded and not bucket.is_sharded:
                     add(GATHER, 1, param, bucket)
             if bucket.is_sharded and not bucket.keeps_storage:
                 add(GATHER, self._of_step[bucket] * settings.accumulation // played, param, bucket)
-        return {op: Messages(num, nbytes[op]) for op, num in calls.items() if num}
+        return found | {op: Messages(num, nbytes[op]) for op, num in calls.items() if num}

@@ -9,12 +9,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from deepspeed.comm.recorder import Current
+from deepspeed.parallel.sequence.forward import by_name
+from deepspeed.parallel.sequence.hf import can_ring
+from deepspeed.parallel.sequence.messages import Attends, Sent, of_attention, of_inputs
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 
@@ -39,6 +43,79 @@ def part_of(batch: Any, num_ranks: int) -> Any:
     return tree_map_only(Tensor, cut, batch)
 
 
+class _Exchanged(torch.autograd.Function):
+    """In place of exchanges: says what they would send, forward and backward."""
+
+    @staticmethod
+    def forward(ctx: Any, there: Sent, back: Sent, *tensors: Tensor) -> tuple[Tensor, ...]:
+        ctx.back = back
+        _say(there)
+        return tuple(tensor.view_as(tensor) for tensor in tensors)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+        _say(ctx.back)
+        return None, None, *grads
+
+
+def _say(sent: Sent) -> None:
+    if Current.predicted is not None:
+        for op, nbytes in sent:
+            Current.predicted(op, nbytes)
+
+
+def attends(query: Tensor, key: Tensor, value: Tensor) -> Attends:
+    """An attention of [samples, heads, tokens, width] each."""
+    samples, num_query, tokens, width = query.shape
+    return Attends(samples, num_query, key.shape[1], tokens, width, value.shape[-1], query.element_size())
+
+
+def say_inputs(num_ranks: int, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Before a forward of a rank's part: what ranks tell each other of its inputs. Position ids are taken for given."""
+    named = by_name(model, args, kwargs)
+    tokens = next((t for t in tree_leaves(named) if isinstance(t, Tensor) and t.dim() >= 2), None)
+    if tokens is None:
+        return
+    positions = named.get("position_ids")
+    rows = positions.shape[0] if isinstance(positions, Tensor) and positions.dim() == 3 else 1
+    targets = named.get("shift_labels", named.get("labels"))
+    rows += sum(
+        isinstance(t, Tensor) and t.shape[:2] == tokens.shape[:2] and t.dim() == 2
+        for t in (named.get("attention_mask"), targets)
+    )
+    _say(of_inputs(tokens.shape[0], tokens.shape[1], num_ranks, rows))
+
+
+class Attention(NamedTuple):
+    """One that was seen."""
+
+    at: Attends
+    rings: bool
+    """Whether a ring computes what it would."""
+    has_bias: bool
+
+
+@contextmanager
+def noting_attention(into: list[Attention]) -> Iterator[None]:
+    """ "sdpa" of Transformers says meanwhile how it is called."""
+    if "transformers" not in sys.modules:
+        yield
+        return
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    attend = ALL_ATTENTION_FUNCTIONS["sdpa"]
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        into.append(Attention(attends(*args[1:4]), can_ring("sdpa", kwargs), kwargs.get("position_bias") is not None))
+        return attend(*args, **kwargs)
+
+    ALL_ATTENTION_FUNCTIONS.register("sdpa", note)
+    try:
+        yield
+    finally:
+        ALL_ATTENTION_FUNCTIONS.register("sdpa", attend)
+
+
 @contextmanager
 def exchanged(num_ranks: int) -> Iterator[None]:
     """ "sdpa" of Transformers keeps meanwhile what it keeps on ranks that share sequences: no mask of [tokens, tokens] and no copies of
@@ -53,8 +130,10 @@ def exchanged(num_ranks: int) -> Iterator[None]:
     mask, attend = masks["sdpa"], ALL_ATTENTION_FUNCTIONS["sdpa"]
 
     def attend_and_send(*args: Any, **kwargs: Any) -> tuple[Tensor, Any]:
+        there, back = of_attention(attends(*args[1:4]), num_ranks, can_ring=can_ring("sdpa", kwargs))
+        args = (args[0], *_Exchanged.apply(there[:-1], back[-1:], *args[1:4]), *args[4:])
         output, weights = attend(*args, **kwargs)
-        return output.clone(), weights
+        return _Exchanged.apply(there[-1:], back[:-1], output)[0].clone(), weights
 
     masks.register("sdpa", lambda *args, **kwargs: None)
     ALL_ATTENTION_FUNCTIONS.register("sdpa", attend_and_send)

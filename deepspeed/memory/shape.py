@@ -9,9 +9,11 @@ Invariant: sums over the parts are the model's own numbers; `tests/planner/test_
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,9 +22,12 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed.activation.blocks import find_blocks
 from deepspeed.memory.estimator import as_call
+from deepspeed.memory.inside import Inside, Way, inside_of
+from deepspeed.memory.parts import Attention, noting_attention
 from deepspeed.memory.trace import own_memory, trace_step
+from deepspeed.parallel.sequence.supported import check_layers
 from deepspeed.profiling.counter import Phase
-from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
 TRACED = (2, 3)
 """Blocks of the models that are traced."""
@@ -55,6 +60,19 @@ class ModelShape:
     num_kv_heads: int = 0
     num_experts: int = 0
     experts_per_token: int = 1
+    num_stacks: int = 1
+    """Lists of blocks; of two (an encoder and a decoder) a block is one of each."""
+    input_rows: int = 1
+    """Of position ids, masks and targets, which ranks that share sequences tell each other."""
+    cuts_sequences: bool = True
+    """Whether ranks can share sequences."""
+    inside: Mapping[str, Inside] = field(default_factory=dict)
+    """What layers send, by a way's name; without one that the engine refuses."""
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> ModelShape:
+        """From what `asdict` makes of one."""
+        return cls(**{**values, "inside": {way: Inside(**sent) for way, sent in values.get("inside", {}).items()}})
 
     @property
     def num_params(self) -> int:
@@ -79,21 +97,26 @@ def shape_of(model: nn.Module, batch: Any, *, samples: int = 1, dtype: torch.dty
             "  Plan for a model of repeated layers, or use `deepspeed estimate` for data-parallel ranks."
         )
     low, high = (_traced(model, batch, size, dtype) for size in TRACED)
-    block_params = sum(param.numel() for param in blocks[0].parameters())
-    outer = sum(param.numel() for param in model.parameters()) - sum(p.numel() for b in blocks for p in b.parameters())
+    stacks = [[block for block in blocks if block in set(holder.children())] for holder in _lists(model)]
+    if len({len(stack) for stack in stacks}) > 1:
+        raise DeepSpeedError(
+            f"{type(model).__name__} has lists of {' and '.join(str(len(stack)) for stack in stacks)} blocks.\n"
+            "  Plan for a model whose lists are as long as each other."
+        )
+    of_block = [param for stack in stacks for param in stack[-1].named_parameters()]
+    block_params = sum(param.numel() for _, param in of_block)
+    outer = sum(param.numel() for param in model.parameters()) - len(stacks[0]) * block_params
     config = getattr(model, "config", None)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     block_flops, block_kept = high.flops - low.flops, high.kept - low.kept
     return ModelShape(
         name=type(model).__name__,
-        num_blocks=len(blocks),
+        num_blocks=len(stacks[0]),
         block_params=block_params,
-        block_cut_params=sum(param.numel() for param in blocks[0].parameters() if param.dim() >= 2),
-        block_expert_params=sum(
-            param.numel() for name, param in blocks[0].named_parameters() if ".experts." in f".{name}"
-        ),
+        block_cut_params=sum(param.numel() for _, param in of_block if param.dim() >= 2),
+        block_expert_params=sum(param.numel() for name, param in of_block if ".experts." in f".{name}"),
         outer_params=outer,
-        first_params=sum(p.numel() for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters()),
+        first_params=sum(param.numel() for param in _embeddings(model, set(blocks))),
         block_flops=block_flops / samples,
         outer_flops=(low.flops - TRACED[0] * block_flops) / samples,
         block_kept_nbytes=block_kept / samples,
@@ -104,7 +127,52 @@ def shape_of(model: nn.Module, batch: Any, *, samples: int = 1, dtype: torch.dty
         num_kv_heads=int(getattr(config, "num_key_value_heads", heads) or heads),
         num_experts=int(next((n for k in ("num_local_experts", "num_experts") if (n := getattr(config, k, 0))), 0)),
         experts_per_token=int(getattr(config, "num_experts_per_tok", 1) or 1),
+        num_stacks=len(stacks),
+        input_rows=_input_rows(batch),
+        cuts_sequences=_cuts_sequences(model, low),
     )
+
+
+def with_inside(
+    shape: ModelShape,
+    model: nn.Module,
+    batch: Any,
+    ways: Iterable[Way],
+    *,
+    samples: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> ModelShape:
+    """The shape with what layers send, in each way that the engine does not refuse. Other arguments as of `shape_of`."""
+    found: dict[str, Inside] = {}
+    for way in ways:
+        with contextlib.suppress(DeepSpeedConfigError):
+            found |= inside_of(partial(shortened, model), batch, TRACED, dtype, way, samples)
+    return replace(shape, inside=found)
+
+
+def _cuts_sequences(model: nn.Module, seen: _Seen) -> bool:
+    """Whether ranks may share sequences: attention alone sees other tokens, and nothing is added to its scores."""
+    config = getattr(model, "config", None)
+    if seen.has_biases:
+        return False
+    if config is not None and hasattr(config, "get_text_config"):
+        with contextlib.suppress(DeepSpeedConfigError):
+            check_layers(config.get_text_config(), type(model).__name__)
+            return True
+        return False
+    return True
+
+
+def _embeddings(model: nn.Module, blocks: set[nn.Module]) -> set[nn.Parameter]:
+    """Parameters of embeddings outside of blocks, shared ones once."""
+    inside = {module for block in blocks for module in block.modules()}
+    outer = (module for module in model.modules() if isinstance(module, nn.Embedding) and module not in inside)
+    return {param for module in outer for param in module.parameters()}
+
+
+def _input_rows(batch: Any) -> int:
+    named = batch if isinstance(batch, Mapping) else {}
+    return 1 + ("attention_mask" in named) + bool({"labels", "shift_labels"} & set(named))
 
 
 @dataclass(frozen=True)
@@ -112,6 +180,8 @@ class _Seen:
     flops: float
     kept: float
     boundary: float
+    has_biases: bool
+    """Whether something is added to an attention's scores."""
 
 
 def _traced(model: nn.Module, batch: Any, num_blocks: int, dtype: torch.dtype) -> _Seen:
@@ -123,13 +193,20 @@ def _traced(model: nn.Module, batch: Any, num_blocks: int, dtype: torch.dtype) -
         boundary.append(float(sum(tensor.nbytes for tensor in tensors)))
 
     args, kwargs = as_call(batch)
-    trace = trace_step(
-        short, args, kwargs, dtype=dtype, device_type="cuda", prepare=lambda m: _watch_last_block(m, note)
-    )
+    attentions: list[Attention] = []
+    with noting_attention(attentions):
+        trace = trace_step(
+            short, args, kwargs, dtype=dtype, device_type="cuda", prepare=lambda m: _watch_last_block(m, note)
+        )
     forward = next(i for i, event in enumerate(trace.events) if event.what.value == "backward")
     kept = list(own_memory(trace))[forward]
     phases = trace.flops.by_phase
-    return _Seen(phases[Phase.FORWARD] + phases[Phase.BACKWARD], kept, boundary[-1] if boundary else 0.0)
+    return _Seen(
+        phases[Phase.FORWARD] + phases[Phase.BACKWARD],
+        kept,
+        boundary[-1] if boundary else 0.0,
+        any(each.has_bias for each in attentions),
+    )
 
 
 def _watch_last_block(model: nn.Module, note: Any) -> None:

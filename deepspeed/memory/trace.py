@@ -35,6 +35,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from deepspeed.activation.blocks import Recompute, blocks_of
+from deepspeed.comm.recorder import Current
 from deepspeed.parallel.sequence.tile_hf import is_tiled
 from deepspeed.precision import Widening, needs_wide_matmul
 from deepspeed.profiling.counter import OpCounter, StepFlops
@@ -66,6 +67,14 @@ class Event(NamedTuple):
     nbytes: int = 0
 
 
+class Message(NamedTuple):
+    """What a layer sends to the ranks that share it, behind so many events."""
+
+    op: str
+    nbytes: int
+    at: int
+
+
 @dataclass
 class Trace:
     """The events of one micro-batch, and the fake model they happened in."""
@@ -76,6 +85,8 @@ class Trace:
     params: list[nn.Parameter] = field(default_factory=list)
     flops: StepFlops = field(default_factory=StepFlops)
     """Operations of the micro-batch, by phase."""
+    messages: list[Message] = field(default_factory=list)
+    """In the order in which layers send them."""
     origin: str = ""
     """The file and line in the model's code, or the module, that the largest storage at the activations' peak is from."""
 
@@ -194,14 +205,27 @@ class Recorder(TorchDispatchMode):
         self._num_storages = 0
         self._own = {param.untyped_storage()._cdata for param in (*model.parameters(), *model.buffers())}
         self._handles: list[Any] = []
+        self._before: Callable[[str, int], None] | None = None
         self._attach()
 
     def note(self, what: What, index: int = -1, nbytes: int = 0) -> None:
         """Add an event."""
         self.trace.events.append(Event(what, index, nbytes))
 
+    def __enter__(self) -> Recorder:
+        self._before, Current.predicted = Current.predicted, self._send
+        super().__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        super().__exit__(*error)
+        Current.predicted = self._before
+
+    def _send(self, op: str, nbytes: int) -> None:
+        self.trace.messages.append(Message(op, nbytes, len(self.trace.events)))
+
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
-        output = func(*args, **(kwargs or {}))
+        output = _run(func, args, kwargs or {})
         for leaf in output if isinstance(output, (tuple, list)) else (output,):
             if isinstance(leaf, Tensor):
                 self.see(leaf)
@@ -271,6 +295,14 @@ class Recorder(TorchDispatchMode):
             handle.remove()
         self._handles.clear()
         self._live.clear()
+
+
+def _run(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The operator. Products in groups have shapes in bf16 alone (torch 2.13), and are run in other dtypes too."""
+    if func is torch.ops.aten._grouped_mm.default and args[0].dtype is not torch.bfloat16:
+        low = tree_map_only(Tensor, lambda t: t.to(torch.bfloat16) if t.is_floating_point() else t, args)
+        return func(*low, **kwargs).to(args[0].dtype)
+    return func(*args, **kwargs)
 
 
 def own_memory(trace: Trace) -> Iterator[int]:

@@ -15,10 +15,11 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed.memory.cli import build
-from deepspeed.memory.shape import ModelShape, shape_of
+from deepspeed.memory.inside import Way
+from deepspeed.memory.shape import ModelShape, shape_of, with_inside
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import Cluster, read_cluster
-from deepspeed.planner.layouts import Plan, evaluate
+from deepspeed.planner.layouts import Plan, evaluate, ways_of
 from deepspeed.planner.page import write_page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
 from deepspeed.utils.dtypes import parse_dtype
@@ -88,6 +89,13 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
     shape = shape_of(model, batch, dtype=dtype)
     if args.layout:
         layout = parse_layout(args.layout)
+        own = {Way(layout.tp), Way(1, layout.ep)}
+        shape = with_inside(shape, model, batch, own, dtype=dtype)
+        if any(way.name() not in shape.inside for way in own):
+            raise DeepSpeedError(
+                f"--layout {args.layout}: {shape.name} has layers that tensor or expert parallelism cannot divide so.\n"
+                "  Leave tp or ep out, or choose sizes that divide heads and experts."
+            )
         if layout.num_ranks != cluster.num_devices:
             raise DeepSpeedError(
                 f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
@@ -95,6 +103,7 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
             )
         plan = simulated(evaluate(shape, cluster, layout))
         return shape, cluster, Answer([plan], 1, int(plan.fits(cluster)))
+    shape = with_inside(shape, model, batch, ways_of(shape, cluster), dtype=dtype)
     return shape, cluster, plan_cluster(shape, cluster, args.batch or cluster.num_devices, most=args.top)
 
 

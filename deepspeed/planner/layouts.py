@@ -13,12 +13,15 @@ Sources: Megatron-LM (arXiv:2104.04473) for what tensor and pipeline parallelism
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
+from deepspeed.memory.inside import Inside, Way
+from deepspeed.memory.messages import Messages, summed
 from deepspeed.memory.shape import ModelShape
 from deepspeed.mesh.shape import DEGREES
+from deepspeed.parallel.sequence.messages import RING, Attends, of_attention, of_inputs
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES
 
@@ -26,6 +29,8 @@ RESERVED_GB = 1.0
 """The device's context, libraries, fragmentation."""
 BUCKET_NBYTES = 3 * (8 << 20)
 """Elements of flat buffers that ZeRO borrows."""
+TOKENS = "moe.tokens"
+"""Rows that leave a rank; its own do not count."""
 CUT_SHARE = 0.7
 """Of what a block keeps, the part inside of cut layers, which tensor-parallel ranks share; the rest is whole on each."""
 
@@ -106,23 +111,36 @@ class Plan:
 
 
 def layouts(shape: ModelShape, cluster: Cluster, batch: int) -> Iterator[Layout]:
-    """Every layout of `batch` samples per step that divides evenly."""
+    """Every layout of `batch` samples per step that divides evenly, and that the engine runs where the shape knows what layers send."""
+    known = shape.inside
+    for base in divisions(shape, cluster):
+        names = {Way(base.tp).name(), Way(1, base.ep).name()}
+        if batch % base.dp == 0 and (not known or names <= known.keys()):
+            yield from _with_batches(base, batch // base.dp)
+
+
+def ways_of(shape: ModelShape, cluster: Cluster) -> list[Way]:
+    """In which layers may be shared over a cluster's ranks."""
+    return sorted({way for base in divisions(shape, cluster) for way in (Way(base.tp), Way(1, base.ep))})
+
+
+def divisions(shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
+    """Every way to divide the ranks that goes evenly, with a batch of one."""
     ranks = cluster.num_devices
     for tp in _divisors(cluster.devices_per_node):
         if tp > 1 and (not shape.num_heads or shape.num_heads % tp or shape.num_kv_heads % tp):
             continue
         for pp in _divisors(ranks // tp):
-            if pp > shape.num_blocks:
+            if pp > (shape.num_blocks if shape.num_stacks == 1 else 1):
                 break
             for sp in _divisors(cluster.devices_per_node // tp):
-                if (sp > 1 and (not shape.num_heads or (shape.num_heads // tp) % sp)) or ranks % (tp * pp * sp):
+                is_cut = shape.cuts_sequences and shape.num_heads and (shape.num_heads // tp) % sp == 0
+                if (sp > 1 and not is_cut) or ranks % (tp * pp * sp):
                     continue
                 dp = ranks // (tp * pp * sp)
-                if batch % dp:
-                    continue
-                for ep in _divisors(dp * sp) if shape.num_experts else [1]:
-                    if ep == 1 or (shape.num_experts % ep == 0):
-                        yield from _with_batches(Layout(pp=pp, dp=dp, sp=sp, tp=tp, ep=ep), batch // dp)
+                for ep in _divisors(min(dp * sp, shape.num_experts)) if shape.num_experts else [1]:
+                    if (dp * sp) % ep == shape.num_experts % ep == 0:
+                        yield Layout(pp=pp, dp=dp, sp=sp, tp=tp, ep=ep)
 
 
 def _with_batches(base: Layout, samples: int) -> Iterator[Layout]:
@@ -155,7 +173,7 @@ def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
         host_nbytes=host,
         traffic={
             **inside,
-            "pipeline": 2 * hop_nbytes * layout.accumulation,
+            "pipeline": min(layout.pp - 1, 2) * hop_nbytes * layout.accumulation,
             "gather": gathered,
             "reduce": reduced,
         },
@@ -197,29 +215,74 @@ class Sent(NamedTuple):
     """What layers of one rank send in one micro-batch, forward and backward, to those it shares them with."""
 
     nbytes: float
-    calls: int
+    calls: float
     ranks: int
     stride: int
     """How far apart these are."""
 
 
-def sent_inside(shape: ModelShape, layout: Layout) -> dict[str, Sent]:
-    """By dim. Bytes as rings and pairs of ranks move them."""
+def messages_inside(shape: ModelShape, layout: Layout, stage: int | None = None) -> dict[str, Messages]:
+    """Messages that layers send in one micro-batch, by operation, as `comm.recorder` counts them. `stage`: of the pipeline; None: of
+    the whole model's. Ways that the shape was not made for send nothing here.
+    """
     blocks = -(-shape.num_blocks // layout.pp)
-    boundary = shape.boundary_nbytes * layout.micro / layout.sp
-    found = {}
-    if layout.tp > 1:  # two sums forward, two backward; and one each of the embedding and of the head
-        share = 2 * (layout.tp - 1) / layout.tp
-        sums = 4 * blocks + (2 if layout.pp == 1 else 1)
-        found["tensor"] = Sent(sums * boundary * share, sums, layout.tp, 1)
-    if layout.sp > 1:  # queries, keys and values there in one exchange, outputs back; and the same backward
-        share = (layout.sp - 1) / layout.sp
-        sent = boundary * (2 + 2 * shape.num_kv_heads / max(1, shape.num_heads)) / layout.tp * share
-        found["sequence"] = Sent(2 * blocks * sent, 4 * blocks, layout.sp, layout.tp)
-    if layout.ep > 1:
-        share = (layout.ep - 1) / layout.ep
-        sent = 2 * boundary * shape.experts_per_token * share
-        found["experts"] = Sent(2 * blocks * sent, 4 * blocks, layout.ep, layout.tp)
+    cut = shape.inside.get(Way(layout.tp).name(layout.recompute), Inside())
+    spread = shape.inside.get(Way(1, layout.ep).name(layout.recompute), Inside())
+    scale = layout.micro / layout.sp
+    found: dict[str, list[float]] = {}
+
+    def add(sent: Mapping[str, Sequence[float]], times: float, scale: float, *, of_experts: bool) -> None:
+        for op, (calls, size) in sent.items():
+            if op.startswith("moe.") == of_experts:
+                before = found.get(op, (0.0, 0.0))
+                found[op] = [before[0] + times * calls, before[1] + times * scale * size]
+
+    for inside, of_experts in ((cut, False), (spread, True)):
+        add(inside.block, blocks, scale, of_experts=of_experts)
+        add(inside.fixed, blocks, 1, of_experts=of_experts)
+        if stage in (None, 0):
+            add(inside.first, 1, scale, of_experts=of_experts)
+        if stage in (None, layout.pp - 1):
+            add(inside.last, 1, scale, of_experts=of_experts)
+    sent = {op: Messages(round(calls), round(nbytes)) for op, (calls, nbytes) in found.items() if round(calls)}
+    return sent | _of_sequences(shape, layout, blocks, cut)
+
+
+def _of_sequences(shape: ModelShape, layout: Layout, blocks: int, cut: Inside) -> dict[str, Messages]:
+    """What ranks send that have a part of each sequence. Where no attention was seen, it is one per block over all heads."""
+    if layout.sp == 1:
+        return {}
+    seen = [(Attends(*at), rings) for at, rings in cut.attends]
+    if not seen:
+        heads, keys = shape.num_heads // layout.tp, max(1, shape.num_kv_heads // layout.tp)
+        width = round(shape.boundary_nbytes / max(1, shape.num_heads) / shape.itemsize / layout.sp)
+        seen = [(Attends(1, heads, keys, layout.sp, width, width, shape.itemsize), False)]
+    sent: list[tuple[str, int]] = []
+    for number, (at, rings) in enumerate(seen):
+        own = at._replace(samples=layout.micro, tokens=-(-at.tokens // layout.sp))
+        forward, backward = of_attention(own, layout.sp, can_ring=rings)
+        sent += [*forward, *backward, *(forward if number < cut.num_again else ())] * blocks
+    tokens = -(-seen[0][0].tokens // layout.sp)
+    return summed(sent + of_inputs(layout.micro, tokens, layout.sp, shape.input_rows))
+
+
+_DIM_OF = {"tensor": "tensor", "sequence": "sequence", "moe": "experts"}
+"""Who shares what operations of a name's first part move."""
+
+
+def sent_inside(shape: ModelShape, layout: Layout) -> dict[str, Sent]:
+    """By dim, of the stage that sends most. Bytes as rings and pairs of ranks move them."""
+    groups = {"tensor": (layout.tp, 1), "sequence": (layout.sp, layout.tp), "experts": (layout.ep, layout.tp)}
+    found: dict[str, Sent] = {}
+    stages: Sequence[int | None] = (0, layout.pp - 1) if layout.pp > 1 else (None,)
+    for stage in stages:
+        of_stage = {dim: Sent(0.0, 0.0, *group) for dim, group in groups.items()}
+        for op, sent in messages_inside(shape, layout, stage).items():
+            dim = _DIM_OF[op.partition(".")[0]]
+            before, (ranks, _) = of_stage[dim], groups[dim]
+            share = 1.0 if op in (RING, TOKENS) else (ranks - 1) / ranks * (2 if op.endswith("all_reduce") else 1)
+            of_stage[dim] = before._replace(nbytes=before.nbytes + share * sent.nbytes, calls=before.calls + sent.calls)
+        found = {dim: max(found.get(dim, sent), sent) for dim, sent in of_stage.items() if groups[dim][0] > 1}
     return found
 
 

@@ -1,4 +1,4 @@
-"""The bytes that a rank's ZeRO sends in one step of a data-parallel run, for who asks for them alone. Pure.
+"""What a rank sends in one step, exactly, for who asks for it alone. Pure.
 
 Invariant: those of `memory.messages`.
 """
@@ -11,14 +11,22 @@ from torch import nn
 
 from deepspeed.config import load_config
 from deepspeed.memory.estimator import Estimator
-from deepspeed.memory.messages import CountingReplay
+from deepspeed.memory.messages import CountingReplay, Messages
+
+
+def step_messages(
+    model: nn.Module, config: Any, batch: Any, *, world_size: int, device_type: str = "cpu"
+) -> dict[str, Messages]:
+    """Messages of one optimizer step by operation, ZeRO's and those of layers that ranks share. Arguments as of `memory.estimate`."""
+    made = Estimator(model, batch, device_type=device_type).engine(load_config(config), world_size=world_size)
+    counting = CountingReplay(made.trace, made.plan, made.settings)
+    counting.run()
+    return counting.messages()
 
 
 def step_traffic(
     model: nn.Module, config: Any, batch: Any, *, world_size: int, device_type: str = "cpu"
 ) -> dict[str, int]:
-    """Message bytes of one optimizer step by operation. Arguments as of `memory.estimate`."""
-    made = Estimator(model, batch, device_type=device_type).engine(load_config(config), world_size=world_size)
-    counting = CountingReplay(made.trace, made.plan, made.settings)
-    counting.run()
-    return {op: sent.nbytes for op, sent in counting.messages().items()}
+    """The same, bytes alone."""
+    sent = step_messages(model, config, batch, world_size=world_size, device_type=device_type)
+    return {op: each.nbytes for op, each in sent.items()}

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from deepspeed.launcher import runner
+from deepspeed.memory.inside import Inside, Way
 from deepspeed.memory.shape import ModelShape, shape_of
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.pipeline.check import Costs, simulate
@@ -37,6 +38,8 @@ LLAMA_70B = ModelShape(
     name="Llama", num_blocks=80, block_params=855_654_400, block_cut_params=855_638_016, block_expert_params=0,
     outer_params=2_101_354_496, first_params=1_050_673_152, block_flops=2.27e13, outer_flops=2.58e13, block_kept_nbytes=1.78e9,
     outer_kept_nbytes=2.37e9, boundary_nbytes=67_108_864.0, itemsize=2, num_heads=64, num_kv_heads=8,
+    inside={Way(tp).name(again): Inside(block={"tensor.all_reduce": (4 + again, (4 + again) * 67_108_864)} if tp > 1 else {})
+            for tp in (1, 2, 4, 8) for again in (False, True)},
 )  # fmt: skip
 
 

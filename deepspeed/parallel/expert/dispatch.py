@@ -28,11 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from deepspeed.comm.recorder import watched
 from deepspeed.parallel.expert import even
 from deepspeed.parallel.expert.place import ExpertPlace
 from deepspeed.utils.errors import DeepSpeedError, RankMismatchError
 from deepspeed.utils.values import has_values
-from deepspeed.utils.waits import COMMUNICATION
 
 Compute = Callable[[Tensor, "list[int]"], Tensor]
 """(rows [n, width] sorted by local expert, rows per local expert) -> [n, width]."""
@@ -155,6 +155,8 @@ def plan(experts: Tensor, token: Tensor, counts: Tensor, num_tokens: int, place:
     if has_values(told):
         theirs, sent, got = _exchange_counts(told, place)
     else:
+        with watched("moe.counts", told.nbytes, size):
+            pass
         sent = got = even.lines(num_tokens, len(experts), place)
         theirs = torch.empty_like(told)
     theirs = _own_first(theirs.to(device), place.rank)
@@ -212,7 +214,7 @@ def _exchange_counts(told: Tensor, place: ExpertPlace) -> tuple[Tensor, list[lis
     """
     mine = told.to(_device_of(place.group))
     theirs = torch.empty_like(mine)
-    with COMMUNICATION.during("moe.counts", mine.nbytes):
+    with watched("moe.counts", mine.nbytes, place.size):
         dist.all_to_all_single(theirs, mine, group=place.group)
     sent, lines = torch.stack([mine, theirs]).tolist()
     layers = [line[0] for line in lines]
@@ -255,9 +257,9 @@ def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[i
     """Bytes travel, so that every dtype does."""
     if rows.dim() != 2:
         raise DeepSpeedError(f"rows are [n, width], not {tuple(rows.shape)}.")
-    if not has_values(rows):
-        return
-    with COMMUNICATION.during("moe.tokens", rows.nbytes):
+    with watched("moe.tokens", rows.nbytes, len(sent)):
+        if not has_values(rows):
+            return
         dist.all_to_all_single(into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent), group=group)
 
 

@@ -20,6 +20,7 @@ vision.py           towers that see, and adapters where images join text
 supported.py        layers and masks that a part of a sequence misleads, refused by name
 hf.py               `UlyssesSPAttentionHF`, in the tables of Transformers
 loader.py           batches of other samples on each rank, as parts of the same samples
+messages.py         what an attention and a forward send, for predictions
 loss.py             by what a loss is multiplied for gradients to be the whole sequence's
 parallel_state.py   the groups, as a module that is an mpu
 """

@@ -93,7 +93,7 @@ class SequenceForward:
                     "alone, and gradients are recorded. Call model.train() before training on parts of sequences."
                 )
             return None
-        named = _by_name(model, args, kwargs)
+        named = by_name(model, args, kwargs)
         parts = own_parts(named, self.settings.group, compares=not self._has_compared)
         if parts is not None:
             self._has_compared = True
@@ -160,7 +160,8 @@ def forward_of(model: nn.Module) -> SequenceForward | None:
     return found if isinstance(found, SequenceForward) else None
 
 
-def _by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+def by_name(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """A forward's arguments by their names."""
     if not args:
         return kwargs
     names = [

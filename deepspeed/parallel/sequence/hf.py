@@ -95,7 +95,7 @@ class SequenceAttention:
                 f"{type(module).__name__} has its sliding window of {window} tokens in its mask alone: sequence parallelism cannot "
                 "tell whether this layer has it.\n  Use sequences of at most the window, or a model that passes sliding_window."
             )
-        if key.shape[1] < self.registration.size and _can_ring(self.registration.core, kwargs):
+        if key.shape[1] < self.registration.size and can_ring(self.registration.core, kwargs):
             return self._by_ring(module, query, key, value, inputs, kwargs), None
         group = self.registration.group
         heads = share_heads(query.shape[1], key.shape[1], self.registration.size)
@@ -186,7 +186,7 @@ def _check(module: nn.Module, query: Tensor, key: Tensor, inputs: SequenceInputs
         )
 
 
-def _can_ring(core: str, kwargs: dict[str, Any]) -> bool:
+def can_ring(core: str, kwargs: dict[str, Any]) -> bool:
     """Whether ring attention computes what the core would: plain softmax, no dropout, no sinks, no caps."""
     return (
         core == "sdpa" and not kwargs.get("dropout") and kwargs.get("s_aux") is None and kwargs.get("softcap") is None

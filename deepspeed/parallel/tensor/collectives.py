@@ -105,7 +105,7 @@ class TensorGroup:
         padded = x.contiguous() if x.shape[-1] == longest else torch.nn.functional.pad(x, (0, longest - x.shape[-1]))
         parts = [torch.empty_like(padded) for _ in lengths]
         self.count(padded.nbytes * self.size)
-        with watched("tensor.all_gather", padded.nbytes, self.size):
+        with watched("tensor.all_gather", padded.nbytes * self.size, self.size):
             self._all_gather(parts, padded)
         return torch.cat([part.narrow(-1, 0, length) for part, length in zip(parts, lengths, strict=True)], dim=-1)
 
@@ -117,7 +117,7 @@ class TensorGroup:
         """All ranks' `x`, of equal shapes, end to end in `dim`."""
         parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(self.size)]
         self.count(x.nbytes * self.size)
-        with watched("tensor.all_gather", x.nbytes, self.size):
+        with watched("tensor.all_gather", x.nbytes * self.size, self.size):
             self._all_gather(parts, x.contiguous())
         return torch.cat(parts, dim=dim)
 
