@@ -40,15 +40,22 @@ def aligned_buffer(nbytes: int, *, is_locked: bool = False, is_huge: bool = True
     return tensor
 
 
-def resizable_buffer(numel: int, dtype: torch.dtype) -> Tensor:
-    """Zeros [numel] on the CPU in a storage of their own, which may be resized to nothing and back.
+def page_storage(nbytes: int) -> torch.UntypedStorage:
+    """Memory for `at_page` to lay `nbytes` in, uninitialised; in huge pages where it is large. May be resized to nothing and back.
 
-    torch's allocator does not align to pages, but places all large blocks alike: after resizing, the tensor is at a page
+    torch's allocator does not align to pages, but places all large blocks alike: after resizing, a tensor is at a page
     boundary again. Where it is not, direct I/O copies.
     """
-    unit = dtype.itemsize
-    storage = torch.zeros(numel + PAGE // unit, dtype=dtype)
-    return storage.narrow(0, -storage.data_ptr() % PAGE // unit, numel)
+    storage = torch.UntypedStorage(nbytes + PAGE, device="cpu")
+    if nbytes >= HUGE_PAGE:
+        ask_for_huge_pages(at_page(storage, nbytes, torch.uint8))
+    return storage
+
+
+def at_page(storage: torch.UntypedStorage, numel: int, dtype: torch.dtype) -> Tensor:
+    """[numel] in that storage, from its first page boundary on."""
+    start = -storage.data_ptr() % PAGE // dtype.itemsize
+    return torch.empty(0, dtype=dtype, device="cpu").set_(storage, start, (numel,), (1,))
 
 
 def ask_for_huge_pages(tensor: Tensor) -> None:

@@ -28,10 +28,10 @@ from torch import Tensor, nn
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import InMemory, Rest
-from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, resizable_buffer
+from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, at_page, page_storage
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.loads import Filling, LoadQueue
+from deepspeed.zero.loads import Filling, KeptMemory, LoadQueue
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
 from deepspeed.zero.space import FlatSpace
@@ -109,6 +109,7 @@ class Bucket(FlatSpace):
         self._held: Counter[int] = Counter()
         """By `id`: parameters that holders asked for by themselves. A bucket of many small modules is held a piece at a time."""
         self.full = _make_full(layout.padded_numel, dtype, device, is_read=rest is not None and rest.device is None)
+        self.full.zero_()
         self.views = self.split(self.full)
         own = self.own_slice(self.full)
         # With one shard there is nothing to gather: the shard is the full buffer and its storage stays.
@@ -263,7 +264,7 @@ class Bucket(FlatSpace):
         if self._gathering is not None:
             self.finish_unshard()
         if not self.keeps_storage:
-            _refill(self.full)
+            _refill(self)
             exchange = self._by = by or self.gathers
             slices = self.rest.tensor
             if not exchange.needs_shard:
@@ -346,7 +347,11 @@ class Bucket(FlatSpace):
             param.data = self._empty_like(view)
         self._set_class(ShardedParameter)
         if not self.keeps_storage:
-            if not self.full.untyped_storage().resizable():
+            storage, memory = self.full.untyped_storage(), _kept_memory(self)
+            if memory is not None and storage.nbytes():
+                memory.give_back(self.full)
+                self.leave_full()
+            elif not storage.resizable():
                 self.leave_full()  # `numpy()` of a parameter pins the memory down for good
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
@@ -382,14 +387,27 @@ class Bucket(FlatSpace):
 
 
 def _make_full(numel: int, dtype: torch.dtype, device: torch.device, is_read: bool) -> Tensor:
-    """Zeros [numel]; `is_read`: a part of it will be read from a file."""
+    """[numel], uninitialised; `is_read`: a part of it will be read from a file."""
     if is_read and device.type == "cpu":
-        return resizable_buffer(numel, dtype)
-    return torch.zeros(numel, dtype=dtype, device=device)
+        return at_page(page_storage(numel * dtype.itemsize), numel, dtype)
+    return torch.empty(numel, dtype=dtype, device=device)
 
 
-def _refill(full: Tensor) -> None:
-    """Give `full`, whose storage was resized to nothing, memory again; what is in it is undefined."""
+def _kept_memory(bucket: Bucket) -> KeptMemory | None:
+    """Where `full` takes memory that others left, and leaves its own; None where something else views it, or nothing is kept."""
+    if bucket.loads.memory is None or bucket.rest.device is not None or bucket.full.device.type != "cpu":
+        return None
+    return bucket.loads.memory if num_views(bucket) == len(bucket.views) + 2 else None
+
+
+def _refill(bucket: Bucket) -> None:
+    """Give `full` memory, if it has none; what is in it is undefined."""
+    full, memory = bucket.full, _kept_memory(bucket)
+    if memory is not None and not full.untyped_storage().nbytes():
+        with plain_modes():
+            bucket.full = memory.take(full.numel(), bucket.dtype)
+            bucket.views = bucket.split(bucket.full)
+        return
     full.untyped_storage().resize_(int(full.storage_offset()) * full.itemsize + full.nbytes)
     if full.nbytes >= HUGE_PAGE and full.device.type == "cpu":
         ask_for_huge_pages(full)

@@ -41,7 +41,7 @@ import torch
 from deepspeed.utils.errors import TierError
 from deepspeed.zero.bucket import BucketState
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.loads import LoadQueue
+from deepspeed.zero.loads import KeptMemory, LoadQueue
 
 Agree = Callable[[int, int], Sequence[tuple[int, ...]]]
 """Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
@@ -216,6 +216,10 @@ class Gatherer(Generic[B]):
         if before is not None:
             self._follower[before] = key
         self._phase = Phase(self._records.setdefault(key, Record()))
+        if kind is not PhaseKind.INFERENCE:
+            self._loads.memory = None
+        elif self._loads.memory is None:
+            self._loads.memory = KeptMemory(self._max_live_numel)
         # Counted anew: between phases, gather contexts unshard and reshard past this object.
         self._live_numel = sum(
             bucket.layout.numel for bucket in self.buckets if bucket.state is not BucketState.SHARDED
