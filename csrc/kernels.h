@@ -100,8 +100,10 @@ struct ExpertLoops {
 };
 
 struct Kernels {
-    void (*widen[2])(const uint16_t* from, float* to, size_t n);   // by Precision - kBFloat16
-    void (*narrow[2])(const float* from, uint16_t* to, size_t n);  // nearest even; NaN stays NaN
+    void (*widen[2])(const uint16_t* from, float* to, size_t n);        // by Precision - kBFloat16
+    void (*narrow[2])(const float* from, uint16_t* to, size_t n);       // nearest even; NaN stays NaN
+    void (*add)(const float* a, const float* b, float* to, size_t n);   // `to` may be a or b
+    void (*divide[2])(const float* x, float by, float* to, size_t n);   // written, added
     Loop adam[3];                                                  // by Decay
     Loop lion[2];                                                  // by Decay: there is no L2 form
     Loop adagrad[2];                                               // without and with L2 decay
@@ -111,6 +113,18 @@ struct Kernels {
     ProductLoops products;
     AttentionLoops attention;
     ExpertLoops experts;
+
+    // Elements [offset, offset + n) of an array as fp32: in place, or widened into `scratch`.
+    float* read(const void* array, int dtype, int64_t offset, size_t n, float* scratch) const {
+        if (dtype == kFloat32) return static_cast<float*>(const_cast<void*>(array)) + offset;
+        widen[dtype - kBFloat16](static_cast<const uint16_t*>(array) + offset, scratch, n);
+        return scratch;
+    }
+
+    // Back to where `read` found them, unless they are there.
+    void write(void* array, int dtype, int64_t offset, size_t n, const float* values) const {
+        if (dtype != kFloat32) narrow[dtype - kBFloat16](values, static_cast<uint16_t*>(array) + offset, n);
+    }
 };
 
 extern const Kernels kPortableKernels;

@@ -59,6 +59,17 @@ static void narrow_bf16(const float* __restrict from, uint16_t* __restrict to, s
     }
 }
 
+static void add(const float* a, const float* b, float* to, size_t n) {
+    DS_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) to[i] = a[i] + b[i];
+}
+
+template <bool adds>
+static void divide(const float* x, float by, float* to, size_t n) {
+    DS_INDEPENDENT
+    for (size_t i = 0; i < n; ++i) to[i] = adds ? to[i] + x[i] / by : x[i] / by;
+}
+
 // (1-w) a + w b, in the form that is exact at the nearer end. `keep` is 1-w, rounded on its own.
 static inline float mix(float a, float b, float w, float keep) {
     const float distance = b - a;
@@ -196,6 +207,8 @@ static void lamb_apply(float* __restrict p, const float*, float* __restrict m, f
 static constexpr Kernels kTable = {
     {widen_bf16, widen_fp16},
     {narrow_bf16, narrow_fp16},
+    add,
+    {divide<false>, divide<true>},
     {adam<kNoDecay>, adam<kDecoupled>, adam<kL2>},
     {lion<kNoDecay>, lion<kDecoupled>},
     {adagrad<false>, adagrad<true>},

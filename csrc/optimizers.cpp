@@ -78,17 +78,13 @@ struct Step {
     bool streams;
     std::vector<int64_t> first_chunk;  // of each run, and their number
 
-    // Elements [offset, offset + n) as fp32: in place, or widened into `scratch`.
+    // See Kernels; null where an optimizer has no such tensor.
     float* read(int64_t address, int dtype, int64_t offset, size_t n, float* scratch) const {
-        if (address == 0) return nullptr;
-        if (dtype == kFloat32) return reinterpret_cast<float*>(address) + offset;
-        kernels.widen[dtype - kBFloat16](reinterpret_cast<const uint16_t*>(address) + offset, scratch, n);
-        return scratch;
+        return address ? kernels.read(reinterpret_cast<void*>(address), dtype, offset, n, scratch) : nullptr;
     }
 
     void write(int64_t address, int dtype, int64_t offset, size_t n, const float* values) const {
-        if (address != 0 && dtype != kFloat32)
-            kernels.narrow[dtype - kBFloat16](values, reinterpret_cast<uint16_t*>(address) + offset, n);
+        if (address) kernels.write(reinterpret_cast<void*>(address), dtype, offset, n, values);
     }
 
     void chunk(int64_t index) const {

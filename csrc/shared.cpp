@@ -65,26 +65,6 @@ DS_API void ds_shared_put(void* at, uint32_t value, void* target, const void* so
     ds_shared_post(at, value);
 }
 
-// out = (parts[0] + parts[1] + ...) / divide_by, in that order, each operation rounded once. `out` may be one of the parts.
-DS_API void ds_shared_sum(float* out, const float* const* parts, int64_t num_parts, int64_t numel, float divide_by) {
-    constexpr int64_t kPiece = 2048;  // 8 KiB: stays in the first-level cache between the passes
-    float total[kPiece];
-    for (int64_t start = 0; start < numel; start += kPiece) {
-        const int64_t n = numel - start < kPiece ? numel - start : kPiece;
-        const float *first = parts[0] + start, *second = parts[1] + start;
-        for (int64_t i = 0; i < n; ++i) total[i] = first[i] + second[i];
-        for (int64_t part = 2; part < num_parts; ++part) {
-            const float* next = parts[part] + start;
-            for (int64_t i = 0; i < n; ++i) total[i] += next[i];
-        }
-        float* to = out + start;
-        if (divide_by == 1.0f)
-            std::memcpy(to, total, static_cast<size_t>(n) * sizeof(float));
-        else
-            for (int64_t i = 0; i < n; ++i) to[i] = total[i] / divide_by;
-    }
-}
-
 // Set a word that nobody sleeps on.
 DS_API void ds_shared_store(void* at, uint32_t value) { word(at).store(value, std::memory_order_release); }
 

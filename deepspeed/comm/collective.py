@@ -13,7 +13,8 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.exchange import Pending, deliver, slices_of, verb
+from deepspeed.comm.exchange import Pending, slices_of, verb
+from deepspeed.kernels.reference.sums import deliver
 from deepspeed.utils.waits import COMMUNICATION
 
 # torch 2.13 renames two collectives and warns at every call of the old names.

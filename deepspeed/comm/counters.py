@@ -1,4 +1,4 @@
-"""The compiled side of shared memory: counters that processes wait for, and copies and sums beside them (`csrc/shared.cpp`).
+"""The compiled side of shared memory: counters that processes wait for, and copies beside them (`csrc/shared.cpp`).
 
 Called by `comm.board`, and by `comm.choose` to tell which ranks can share memory. Linux only.
 """
@@ -46,14 +46,6 @@ def words() -> ctypes.CDLL:
         ctypes.c_int64,
     )
     found.ds_shared_put.restype = None
-    found.ds_shared_sum.argtypes = (
-        ctypes.c_void_p,
-        ctypes.c_void_p,
-        ctypes.c_int64,
-        ctypes.c_int64,
-        ctypes.c_float,
-    )
-    found.ds_shared_sum.restype = None
     found.ds_shared_store.argtypes = (ctypes.c_void_p, ctypes.c_uint32)
     found.ds_shared_store.restype = None
     found.ds_shared_have_reached.argtypes = (ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_uint32)

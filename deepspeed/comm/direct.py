@@ -20,18 +20,13 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.exchange import Pending, deliver, slices_of, verb
+from deepspeed.comm.exchange import Pending, slices_of, verb
 from deepspeed.comm.scratch import Scratch
+from deepspeed.kernels.table import pick
 from deepspeed.utils.waits import COMMUNICATION
 
 TAG = 0xD5
 """Tag of our messages, so that a user's own send and recv on the same group do not mix with them."""
-
-BLOCK_NUMEL = 1 << 18
-"""Elements added up at a time: 1 MB of fp32 stays in cache between the passes."""
-
-NARROW = (torch.bfloat16, torch.float16)
-"""Dtypes whose sums are made in fp32."""
 
 ONE_PHASE_NUMEL = 1 << 14
 """Up to this size an all-reduce sends whole buffers: one latency instead of two counts for more than the bytes."""
@@ -50,8 +45,8 @@ class DirectExchange:
         0.2 ms for a small message (two cores, Linux 6.18, HZ=250). So finished messages are kept a little while.
 
     Note [Two-phase all-reduce]
-        With three ranks or more and large buffers, an all-reduce is a reduce-scatter and then an all-gather that only
-        the wait can start. Before a wait blocks, it starts the second phase of every all-reduce started earlier; so
+        With large buffers, an all-reduce is a reduce-scatter and then an all-gather that only the wait can start: each
+        rank adds up its own slice alone. Before a wait blocks, it starts the second phase of every all-reduce started earlier; so
         the rank that waits for the earliest one always gets what it needs, in whatever order ranks wait.
     """
 
@@ -66,7 +61,8 @@ class DirectExchange:
         self.world_size = group.size()
         self._peers = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
         self.scratch = Scratch()
-        self._totals: dict[torch.dtype, Tensor] = {}
+        self.add_up = pick("add_up", "cpu")
+        """See `kernels.reference.sums`."""
         self._retired: deque[dist.Work] = deque(maxlen=NUM_RETIRED * len(self._peers))
         self._first_phases: deque[Pending] = deque()
 
@@ -97,7 +93,7 @@ class DirectExchange:
     @verb
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
-        if self.world_size == 2 or full.numel() <= ONE_PHASE_NUMEL:
+        if full.numel() <= ONE_PHASE_NUMEL:
             return self._launch_sum([full] * self.world_size, full, divide_by, False)
         slices = list(full.tensor_split(self.world_size))
         second: list[dist.Work] = []
@@ -153,30 +149,3 @@ class DirectExchange:
         for work in works:
             work.wait()
         self._retired.extend(works)
-
-    def add_up(self, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:
-        """Sum `parts` in order, divide, and write or add into `out`, which may be one of them."""
-        dtype = torch.float32 if parts[0].dtype in NARROW else parts[0].dtype
-        if dtype not in self._totals:
-            self._totals[dtype] = torch.empty(BLOCK_NUMEL, dtype=dtype)
-        total = self._totals[dtype]
-        if out.numel() <= BLOCK_NUMEL:
-            _add_up_block(total[: out.numel()], parts, out, divide_by, accumulate)
-            return
-        blocks = zip(out.split(BLOCK_NUMEL), *(part.split(BLOCK_NUMEL) for part in parts), strict=True)
-        for target, *pieces in blocks:
-            _add_up_block(total[: target.numel()], pieces, target, divide_by, accumulate)
-
-
-def _add_up_block(total: Tensor, parts: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> None:
-    """Sum at least two `parts` in order into `total`, divide, and write or add into `out`."""
-    if total.dtype == parts[0].dtype:
-        torch.add(parts[0], parts[1], out=total)
-    else:
-        total.copy_(parts[0]).add_(parts[1])
-    for part in parts[2:]:
-        total.add_(part)
-    if accumulate or divide_by == 1:
-        deliver(total, out, divide_by, accumulate)
-    else:
-        torch.div(total, divide_by, out=out)

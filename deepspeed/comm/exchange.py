@@ -157,16 +157,6 @@ class OwnGathers:
         self._inner.broadcast(full, source)
 
 
-def deliver(value: Tensor, out: Tensor, divide_by: float, accumulate: bool) -> None:
-    """Write or add value / divide_by into `out`. `value` may be overwritten, and may be `out` itself to divide it."""
-    if divide_by != 1:
-        value.div_(divide_by)
-    if accumulate:
-        out.add_(value)
-    elif value.data_ptr() != out.data_ptr():
-        out.copy_(value)
-
-
 def slices_of(full: Tensor, world_size: int) -> list[Tensor]:
     """Every rank's slice [S] of `full` [W*S]."""
     assert full.dim() == 1, f"not a flat buffer: {tuple(full.shape)}"

@@ -35,8 +35,9 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepspeed.comm.code import GRADIENTS, WEIGHTS, Code
-from deepspeed.comm.exchange import Exchange, OwnGathers, Pending, deliver, slices_of
+from deepspeed.comm.exchange import Exchange, OwnGathers, Pending, slices_of
 from deepspeed.comm.feedback import ErrorFeedback
+from deepspeed.kernels.reference.sums import deliver
 from deepspeed.utils.waits import COMMUNICATION
 
 

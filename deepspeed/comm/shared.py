@@ -1,7 +1,7 @@
 """The exchange between ranks of one host on CPUs: small messages are read where their sender wrote them, in shared memory.
 
 Chosen by `comm.choose` where all ranks of a group share memory; what is large goes by `comm.direct`, as does everything that
-has no message of its own here. The arithmetic is `DirectExchange.add_up` in either case.
+has no message of its own here. The arithmetic is the same in either case (`kernels.reference.sums`).
 
     started   the own slice, or the whole buffer, is copied onto the rank's board (`comm.board`) and counted
     waited    the others' are read there, added up or copied into place, and acknowledged

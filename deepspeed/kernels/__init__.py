@@ -4,6 +4,7 @@
     native.py                the library compiled from csrc/, loaded at first use; why there is none
     native_optimizers.py     its loops over lists of tensors in main memory
     native_quantize.py       its loops of quantisation and of signs
+    native_sums.py           its sums of what ranks sent each other
     native_products.py       its products of few rows with a weight of 32, 16, 8 or 4 bits
     native_attention.py      its attention of one new token over a cache of fp32, bf16 or int8
     native_decode.py         its step of one token through all layers of a decoder

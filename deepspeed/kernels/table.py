@@ -57,6 +57,10 @@ TABLE: dict[str, dict[str, Implementation]] = {
         "native": Implementation("native_quantize", "add_signs"),
         "torch": Implementation("reference.signs", "add_signs"),
     },
+    "add_up": {
+        "native": Implementation("native_sums", "add_up"),
+        "torch": Implementation("reference.sums", "add_up"),
+    },
     "grouped_product": {"triton": Implementation("triton.grouped", "grouped_product")},
     "quantized_product": {
         "triton": Implementation("triton.products", "quantized_product"),

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from deepspeed.comm.direct import BLOCK_NUMEL, ONE_PHASE_NUMEL
+from deepspeed.comm.direct import ONE_PHASE_NUMEL
 from deepspeed.comm.exchange import Pending
 from deepspeed.comm.scratch import NUM_KEPT, Shelf
 from deepspeed.memory.ledger import (
@@ -244,8 +244,6 @@ class Reductions:
                 ledger.add(GRADIENTS, self.result_nbytes(bucket), bucket.places.optimizer)
         self._unmapped = set(self.order)
         """Whose gradients have had no memory of their own yet: they get it in the first backward."""
-        if settings.sends_directly and settings.shard_size > 1:
-            ledger.add(COMMUNICATION, BLOCK_NUMEL * 4)
 
     @property
     def order(self) -> list[SizedBucket]:
@@ -353,8 +351,7 @@ class Reductions:
             return [numel // size * itemsize] if self._delivers_shard else []
         if self._delivers_shard:
             return [numel * itemsize]
-        whole = size == 2 or numel <= ONE_PHASE_NUMEL
-        return [numel * itemsize if whole else -(-numel // size) * itemsize] * (size - 1)
+        return [numel * itemsize if numel <= ONE_PHASE_NUMEL else -(-numel // size) * itemsize] * (size - 1)
 
     def flush(self) -> None:
         """The end of a round: launch what is left."""

@@ -36,7 +36,7 @@ def measured(rank: int, world_size: int, stage: int, is_bf16: bool) -> tuple[int
         of_buckets = [bucket.exchange for bucket in engine._built.buckets]
         for exchange in [*of_buckets, *(gradients.reduction.exchange for gradients in engine._reducer.gradients)]:
             gloo = getattr(exchange, "_direct", exchange)  # beneath shared memory
-            for name in ("scratch", "_totals", "_retired"):
+            for name in ("scratch", "_retired"):
                 getattr(gloo, name).clear()
         counted = engine.memory_by_kind()
         return numel, counted, _found(engine, before)
