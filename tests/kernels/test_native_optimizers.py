@@ -61,14 +61,6 @@ def _best_isa() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> str:
-    if request.param not in native.isas():
-        pytest.skip(f"this processor has no {request.param}")
-    native.use_isa(request.param)
-    return str(request.param)
-
-
 @functools.lru_cache(maxsize=None)
 def numbers(numel: int, seed: int) -> Tensor:
     """Random numbers of all magnitudes among which special ones are strewn."""

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import pytest
 import torch
 from torch import Tensor
 
-from deepspeed.kernels import native, native_quantize
+from deepspeed.kernels import native_quantize
 from deepspeed.kernels.reference import quantize as reference
 from deepspeed.kernels.reference import signs as reference_signs
 from deepspeed.utils.errors import DeepSpeedError
@@ -16,15 +14,6 @@ from deepspeed.utils.errors import DeepSpeedError
 FP32, BF16, FP16 = torch.float32, torch.bfloat16, torch.float16
 SIZES = [(320, 64), (231, 33), (4000, 1000), (10, 2), (6144, 2048), (7, 1), (0, 4)]
 FORMS = [(8, True), (8, False), (4, True), (4, False)]
-
-
-@pytest.fixture(params=["avx512", "avx2", "portable"])
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    if request.param not in native.isas():
-        pytest.skip(f"this processor has no {request.param}")
-    native.use_isa(request.param)
-    yield str(request.param)
-    native.use_isa()
 
 
 def _same(ours: Tensor | None, theirs: Tensor | None) -> bool:
