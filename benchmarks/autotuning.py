@@ -1,10 +1,14 @@
-"""The autotuner's choice beside the best of an exhaustive grid, its predictions beside measured steps; layouts by prediction and by clock.
+"""The autotuner's choice beside the best of an exhaustive grid, its predictions beside measured steps.
 
-    python benchmarks/autotuning.py [--ranks 2] [--model llama|gpt2|bert] [--width 128] [--layers 4] [--rounds 8] [--json FILE]
+    python benchmarks/autotuning.py [--ranks 2] [--model llama|gpt2|bert] [--width 128] [--layers 4] [--visits 2] [--json FILE]
+    python benchmarks/autotuning.py --model gpt2 --json FILE --seconds 200      # as much as fits in so long; the same again goes on
+    python benchmarks/autotuning.py --model gpt2 --json FILE --points 0:32      # these alone
 
 A grid of real configurations of a small model (ZeRO stage x micro-batch x recomputation, some with offload, some with cut layers) runs
-in one set of ranks: a few points at a time, step by step in turns, in rounds; the fastest step of the slowest rank counts. Then the
-model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave, with what rounds differ by as their noise.
+in one set of ranks. A host's clock moves by a third within minutes, so a point is measured beside a reference, the first point of the grid: their steps
+take turns, and the point's seconds are the median of its steps over the mean of the reference's before and after, times the reference's
+seconds of all visits. Each point is visited some times, in other orders; by what two visits differ no prediction can be judged. Then the
+model-based tuner is let loose on the measured grid, as it would be on a machine: it sees the first run's facts and what its own trials gave.
 Regret is what its choice is slower than the best of the grid; "unseen" are the points that it did not try.
 """
 
@@ -13,6 +17,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import random
+import statistics
 import sys
 import tempfile
 import time
@@ -32,11 +38,11 @@ from deepspeed.autotuning.prior import prior_parts  # noqa: E402
 from deepspeed.autotuning.space import Candidate, Question, candidates  # noqa: E402
 from deepspeed.autotuning.tuners import ModelBasedTuner  # noqa: E402
 from deepspeed.config import load_config  # noqa: E402
+from deepspeed.config.dotted import leaves  # noqa: E402
 
 OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
-NUM_WARM, NUM_TURNS = 2, 2
-AT_ONCE = 4
-"""Points whose engines are there together: a process has shared memory for a few."""
+NUM_WARM, NUM_TURNS = 3, 6
+"""Steps of a visit before it counts, and that count; each between two of the reference."""
 RECOMPUTE = {"activation_checkpointing": {"recompute": ["none", "full"]}}
 SPACES: tuple[dict[str, Any], ...] = (
     {"train_micro_batch_size_per_gpu": [1, 2, 4, 8], **RECOMPUTE},
@@ -107,9 +113,9 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
     from deepspeed.profiling.rates import measure_rates
 
     folder = Path(tempfile.mkdtemp())
-    asked = [
+    asked = [  # all of a point's configuration: what its space fixes is not in the engine's own
         {"name": c.name, "micro": c.micro, "rest": c.rest, "num_ranks": c.num_ranks, "degrees": c.degrees,
-         "overrides": c.overrides()} for c, _ in points
+         "overrides": dict(leaves(config))} for c, config in points
     ]  # fmt: skip
     (folder / CANDIDATES).write_text(json.dumps(asked))
     tuning = {"enabled": True, "model_info": {"profile": True}, "model_info_path": str(folder / "info.json")}
@@ -127,7 +133,7 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
     for name, again in rates.items():
         if name.endswith("latency_s") or name == "launch_s":
             info["rates"][name] = min(info["rates"][name], again)
-        elif not name.endswith("message_s"):
+        elif not name.endswith(("message_s", "unshard_s", "unshard_late_s")):
             info["rates"][name] = max(info["rates"][name], again)
     return info
 
@@ -156,79 +162,135 @@ class _Point:
         return float(slowest)
 
 
-def measured(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]]]) -> dict[str, list[float]]:
-    """Seconds of the steps of a few points, by name. Collective."""
-    engines = [_Point(args, candidate, config) for candidate, config in points]
-    found: dict[str, list[float]] = {point.name: [] for point in engines}
-    for turn in range(NUM_WARM + NUM_TURNS):
-        for point in engines:
-            point.step_s()  # caches are the point's before it counts
-            seconds = point.step_s()
-            if turn >= NUM_WARM:
-                found[point.name].append(seconds)
-    for point in engines:
-        point.engine.destroy()
+def visited(point: _Point, reference: _Point) -> list[list[float]]:
+    """[seconds of a step, mean seconds of the reference's before and after] of each turn. Collective."""
+    for _ in range(NUM_WARM):
+        point.step_s()
+    found, before = [], reference.step_s()
+    for _ in range(NUM_TURNS):
+        own, after = point.step_s(), reference.step_s()
+        found.append([own, (before + after) / 2])
+        before = after
+    return found
+
+
+def missing(args: argparse.Namespace, told: dict[str, Any]) -> list[tuple[int, int]]:
+    """(visit, point's number) of those that are still to be made, visit by visit, each in an order of its own."""
+    points = [candidate.name for candidate, _ in grid(args.ranks, args.model)]
+    first, _, end = args.points.partition(":")
+    numbers = list(range(len(points)))[int(first or 0) : int(end or len(points))]
+    found = []
+    for visit in range(args.visits):
+        random.Random(visit).shuffle(numbers)
+        found += [(visit, i) for i in numbers if len(told.get("visits", {}).get(points[i], [])) <= visit]
     return found
 
 
 def work(args: argparse.Namespace) -> None:
-    """One rank of the grid."""
+    """One rank of the grid: visits until they are made, or the time is over."""
+    began_s = time.perf_counter()
     deepspeed.init_distributed("gloo")
     points = grid(dist.get_world_size(), args.model)
-    info = facts(args, points)
-    times: dict[str, list[list[float]]] = {candidate.name: [] for candidate, _ in points}
-    num_sets = -(-len(points) // AT_ONCE)
-    for turn in range(args.rounds):
-        shifted = points[turn:] + points[:turn]
-        for i in range(num_sets):
-            for name, steps in measured(args, shifted[i::num_sets]).items():
-                times[name].append(steps)
-    if dist.get_rank() == 0:
-        Path(args.worker).write_text(json.dumps({"info": info, "times": times}))
+    path = Path(args.worker)
+    told = json.loads(path.read_text()) if path.is_file() else {}
+    dist.barrier()  # nobody writes before all have read
+    told.setdefault("visits", {})
+    if "info" not in told:
+        told["info"] = facts(args, points)
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(told))
+    reference = _Point(args, *points[0])
+    for _ in range(NUM_WARM):
+        reference.step_s()
+    for _, number in missing(args, told):
+        passed_s = torch.tensor(time.perf_counter() - began_s)
+        dist.all_reduce(passed_s, op=dist.ReduceOp.MAX)  # all end with the same visit
+        if args.seconds and passed_s > args.seconds:
+            break
+        candidate, config = points[number]
+        point = _Point(args, candidate, config)
+        told["visits"].setdefault(candidate.name, []).append(visited(point, reference))
+        point.engine.destroy()
+        if dist.get_rank() == 0:
+            path.write_text(json.dumps(told))
+    reference.engine.destroy()
 
 
-def _halves(rounds: list[list[float]]) -> list[float]:
-    """The fastest step of every other round, and of the rest."""
-    return [min(min(steps) for steps in part) for part in (rounds[::2], rounds[1::2] or rounds)]
+def is_done(args: argparse.Namespace, told: dict[str, Any]) -> bool:
+    """Whether all was measured that is asked for."""
+    return "info" in told and not missing(args, told)
+
+
+def ratios_of(visits: list[list[list[float]]]) -> list[float]:
+    """Of each visit, the median of a step over the reference's."""
+    return [statistics.median(own / reference for own, reference in turns) for turns in visits]
 
 
 def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
-    """Regret, trials, errors of predictions."""
+    """Regret, trials, errors of predictions, and by what visits of one point differ."""
     points = [candidate for candidate, _ in grid(args.ranks, args.model)]
+    left = [points[i].name for _, i in missing(argparse.Namespace(**{**vars(args), "points": ""}), told)]
+    if left:
+        print(f"{len(left)} visits are left; run the same again.")
+        return
     info = told["info"]
-    seconds = {name: min(min(steps) for steps in rounds) for name, rounds in told["times"].items()}
-    halves = {name: _halves(rounds) for name, rounds in told["times"].items()}
-    spreads = [max(pair) / min(pair) - 1 for pair in halves.values()]
+    ratios = {name: ratios_of(visits) for name, visits in told["visits"].items()}
+    reference_s = statistics.median(step for visits in told["visits"].values() for turns in visits for _, step in turns)
+    seconds = {name: reference_s * statistics.fmean(own) for name, own in ratios.items()}
+    spreads = {name: max(own) / min(own) - 1 for name, own in ratios.items()}
     fits = [c for c in points if info["memory"].get(c.name, {}).get("fits")]
-    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time: {len(points)} points, {len(fits)} predicted to fit; the fastest steps of every other round and of the rest differ by "
-          f"{100 * sorted(spreads)[len(spreads) // 2]:.0f} % (median), {100 * max(spreads):.0f} % (most)")  # fmt: skip
+    ranked = sorted(spreads.values())
+    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time, {args.visits} visits: {len(points)} points, {len(fits)} predicted to fit; reference {points[0].name}, "
+          f"{1e3 * reference_s:.1f} ms; visits of a point differ by {100 * statistics.median(ranked):.1f} % (median), {100 * ranked[-1]:.0f} % (most), by more than 10 % at "
+          f"{sum(spread > 0.1 for spread in ranked)}")  # fmt: skip
+    print(
+        "\n| metric | tried | chosen | regret | unseen within 10 % | of steady ones | median error | worst |\n|---|--:|---|--:|--:|--:|--:|--:|"
+    )
     for metric in ("throughput", "latency"):
         tuner = ModelBasedTuner(fits, prior_parts(info, fits), metric, most_micros=10**9)
         while (chosen := tuner.next()) is not None:
-            s, pair = seconds[chosen.name], halves[chosen.name]
-            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": pair}))  # fmt: skip
+            s, each = seconds[chosen.name], [reference_s * ratio for ratio in ratios[chosen.name]]
+            tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": each}))  # fmt: skip
 
         def value(c: Candidate, metric: str = metric) -> float:
             return c.train_batch / seconds[c.name] if metric == "throughput" else 1 / seconds[c.name]
 
         best, own = max(points, key=value), max((c for c in fits if c.name in tuner.outcomes), key=value)
         unseen = [c for c in fits if c.name not in tuner.outcomes]
-        errors = sorted(abs(tuner.predictions[c.name].step_s / seconds[c.name] - 1) for c in unseen)
-        print(f"| {metric} | {len(tuner.outcomes)} of {len(points)} tried | chosen {own.name} | best {best.name} | regret "
-              f"{100 * (1 - value(own) / value(best)):.1f} % | unseen: median error {100 * errors[len(errors) // 2]:.0f} %, "
-              f"{sum(e <= 0.1 for e in errors)} of {len(errors)} within 10 %, worst {100 * errors[-1]:.0f} % |")  # fmt: skip
+        errors = {c.name: tuner.predictions[c.name].step_s / seconds[c.name] - 1 for c in unseen}
+        sizes = sorted(map(abs, errors.values()))
+        steady = [abs(error) for name, error in errors.items() if spreads[name] <= 0.1]
+        print(f"| {metric} | {len(tuner.outcomes)} of {len(points)} | {own.name} (best {best.name}) | {100 * (1 - value(own) / value(best)):.1f} % | "
+              f"{sum(e <= 0.1 for e in sizes)} of {len(sizes)} | {sum(e <= 0.1 for e in steady)} of {len(steady)} | {100 * statistics.median(sizes):.1f} % | {100 * sizes[-1]:.0f} % |")  # fmt: skip
+        by_value(unseen, errors)
     prior = {name: sum(parts.values()) for name, parts in prior_parts(info, points).items()}
     changes(points, prior, seconds)
-    print("\n| point | predicted before any trial, ms | measured, ms |\n|---|--:|--:|")
+    print("\n| point | predicted before any trial, ms | measured, ms | visits differ |\n|---|--:|--:|--:|")
     for candidate in sorted(points, key=lambda c: seconds[c.name] / c.train_batch):
-        print(f"| {candidate.name} | {1e3 * prior[candidate.name]:.1f} | {1e3 * seconds[candidate.name]:.1f} |")
+        name = candidate.name
+        print(f"| {name} | {1e3 * prior[name]:.1f} | {1e3 * seconds[name]:.1f} | {100 * spreads[name]:.0f} % |")
+
+
+def parts_of(c: Candidate) -> dict[str, Any]:
+    """What distinguishes a point, by short names."""
+    short = {
+        key.rpartition(".")[2] if "zero_" in key else key.rpartition(".")[0]: value for key, value in c.values.items()
+    }
+    return {"stage": c.stage, "micro-batch": c.micro, **short, **c.degrees}
+
+
+def by_value(unseen: list[Candidate], errors: dict[str, float]) -> None:
+    """How far predictions are off at each value, to see what is off always."""
+    found: dict[str, list[float]] = {}
+    for candidate in unseen:
+        for key, value in parts_of(candidate).items():
+            found.setdefault(f"{key} {value}", []).append(errors[candidate.name])
+    print("  " + "; ".join(f"{what}: {100 * statistics.median(each):+.0f} % ({sum(abs(e) > 0.1 for e in each)} of {len(each)} beyond)"
+                           for what, each in sorted(found.items())))  # fmt: skip
 
 
 def changes(points: list[Candidate], prior: dict[str, float], seconds: dict[str, float]) -> None:
     """What `deepspeed doctor` would say of each single change, from the same cost model, beside what the change gave."""
-
-    def parts(c: Candidate) -> dict[str, Any]:
-        return {"stage": c.stage, "micro-batch": c.micro, **{key.rpartition(".")[2] if "zero_" in key else key.rpartition(".")[0]: v for key, v in c.values.items()}}  # fmt: skip
 
     def gain(times: dict[str, float], a: Candidate, b: Candidate) -> float:
         return b.train_batch / times[b.name] / (a.train_batch / times[a.name]) - 1
@@ -236,7 +298,7 @@ def changes(points: list[Candidate], prior: dict[str, float], seconds: dict[str,
     found: dict[str, list[tuple[float, float]]] = {}
     for a in points:
         for b in points:
-            old, new = parts(a), parts(b)
+            old, new = parts_of(a), parts_of(b)
             differ = [key for key in old.keys() & new.keys() if old[key] != new[key]]
             if old.keys() == new.keys() and len(differ) == 1 and a is not b:
                 what = f"{differ[0]} {old[differ[0]]} to {new[differ[0]]}"
@@ -259,11 +321,15 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq", type=int, default=64)
-    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--visits", type=int, default=2, help="of each point")
+    parser.add_argument("--points", default="", help="FIRST:END, of the grid; default: all")
+    parser.add_argument(
+        "--seconds", type=float, default=0.0, help="begin no visit after so long; what is left, the same command does"
+    )
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, where others use the machine"
     )
-    measure_and_report(parser, __file__, work, report)
+    measure_and_report(parser, __file__, work, report, is_done)
 
 
 if __name__ == "__main__":

@@ -26,9 +26,10 @@ def measure_and_report(
     script: str,
     work: Callable[[argparse.Namespace], None],
     report: Callable[[argparse.Namespace, Any], None],
+    is_done: Callable[[argparse.Namespace, Any], bool] = lambda args, told: True,
 ) -> None:
     """Parse, and in a rank `work`, else start `--ranks` of them and `report` what they measured. Adds its own arguments to the parser's,
-    which has `--ranks` and whatever `work` needs."""
+    which has `--ranks` and whatever `work` needs. is_done: whether what a file has is all there is to measure; else `work` adds to it."""
     names = [action.dest for action in parser._actions if action.dest != "help"]
     parser.add_argument("--json", type=Path, help="keep what was measured; read it again if it is there")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
@@ -41,7 +42,7 @@ def measure_and_report(
             dist.destroy_process_group()
         return
     result = args.json or Path(tempfile.mkdtemp()) / "measured.json"
-    if not result.is_file():
+    if not result.is_file() or not is_done(args, json.loads(result.read_text())):
         given = [f"--{name}={getattr(args, name)}" for name in names]
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={args.ranks}"]
         subprocess.run([*launcher, script, *given, "--worker", str(result.absolute())], check=True)

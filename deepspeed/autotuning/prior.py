@@ -46,8 +46,10 @@ def work_of(info: Mapping[str, Any]) -> Work:
     )
 
 
-def choice_of(candidate: Candidate, messages: Mapping[str, Sequence[int]] | None = None) -> Choice:
-    """A candidate as the cost model knows it. `messages`: (calls, bytes) of a step by operation, where they were counted."""
+def choice_of(candidate: Candidate, played: Mapping[str, Any] | None = None) -> Choice:
+    """A candidate as the cost model knows it. `played`: what the first run predicted of it, with (calls, bytes) of a step's messages by
+    operation where they were counted."""
+    messages: Mapping[str, Sequence[int]] | None = (played or {}).get("messages")
     values = candidate.values
 
     def number(key: str, default: int) -> int:
@@ -60,6 +62,7 @@ def choice_of(candidate: Candidate, messages: Mapping[str, Sequence[int]] | None
         accumulation=candidate.accumulation,
         ranks=candidate.data_parallel * candidate.degrees.get(DIVIDING[SEQUENCE], 1),
         messages=None if messages is None else {op: Messages(*sent) for op, sent in messages.items()},
+        unshards=int((played or {}).get("unshards", 0)),
         recompute=str(values.get(RECOMPUTE, "none")),
         states_on=str(values.get(OFFLOAD, "device")).replace("none", "device"),  # type: ignore[arg-type]
         bucket_numel=min(number(BUCKET, 8 << 20), 8 << 20),
@@ -94,6 +97,6 @@ def prior_parts(
         # What the estimator played has all blocks: it is a rank's own where no pipeline divides them.
         played = info.get("memory", {}).get(candidate.name, {}) if layout.pp == 1 else {}
         flops = played["flops"] / candidate.micro if layout.tp > 1 and played.get("flops") else None
-        choice = choice_of(candidate, played.get("messages"))
+        choice = choice_of(candidate, played)
         found[candidate.name] = divided_parts(rates, work, choice, shape, layout, schedule, flops=flops).costs()
     return found

@@ -80,7 +80,7 @@ class Probe(Observer):
             return
         offload = self._config.zero_optimization.offload_optimizer
         rates = measure_rates(computing_dtype(self._config), offload.nvme_path if offload else None)
-        costs = message_costs(self._make_engine) if get_accelerator().device_name() == "cpu" else {}
+        costs = message_costs(self._make_engine, rates) if get_accelerator().device_name() == "cpu" else {}
         limit = self._limit()
         found: dict[str, Any] = {}
         if current_rank() == 0:
@@ -224,6 +224,7 @@ class Probe(Observer):
                     "phase": found.phase,
                     "by_kind": found.by_kind,
                     "messages": found.messages,
+                    "unshards": found.unshards,
                     "flops": found.flops,
                 },
             )

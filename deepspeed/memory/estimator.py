@@ -65,7 +65,9 @@ class Estimate:
     flops: int
     """Of the rank's micro-batch, forward and backward, without recomputation."""
     messages: Mapping[str, Messages]
-    """What the rank's ZeRO sends in a step, by operation."""
+    """What the rank sends in a step, by operation."""
+    unshards: int = 0
+    """How many of its all-gathers modules stand still for."""
     notes: Sequence[str] = ()
 
     @property
@@ -160,6 +162,7 @@ class Estimator:
             num_params=sum(param.numel() for param in made.trace.params),
             flops=made.trace.flops.model,
             messages=played.messages(),
+            unshards=played.unshards(),
             notes=made.notes,
         )
 

@@ -57,6 +57,12 @@ class CountingReplay(Replay):
         self._of_step, self._gathered = self._gathered, Counter()
         super()._step()
 
+    def unshards(self) -> int:
+        """Gathers of parameters around their use, in the last step that was played: all-gathers that modules stand still for."""
+        played = min(2, self.settings.accumulation)
+        sharded = [b for b in self.sizes.buckets if b.is_sharded and not b.keeps_storage and b.layout.world_size > 1]
+        return sum(self._of_step[bucket] for bucket in sharded) * self.settings.accumulation // played
+
     def messages(self) -> dict[str, Messages]:
         """Of the last step that was played, by operation; none where one rank has all of it."""
         policy, settings = self.settings.policy, self.settings

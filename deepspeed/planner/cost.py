@@ -78,6 +78,8 @@ class Choice:
     params_on: Tier = "device"
     messages: Mapping[str, Messages] | None = None
     """What ZeRO sends in a step by operation, as the estimator counted it; None: estimated from sizes."""
+    unshards: int = 0
+    """How many of the all-gathers are of parameters around their use."""
     bucket_numel: int = 8 << 20
     reuse_numel: int = 10**9
     prefetch_numel: int = 50_000_000
@@ -208,13 +210,20 @@ def _sent(rates: Rates, choice: Choice, *ops: str) -> float:
     return found
 
 
+def _unshard_more_s(rates: Rates, choice: Choice) -> float:
+    """What an all-gather costs more where a module needs it: hooks, memory that comes and goes, ranks that stand still."""
+    each = rates.message_s or rates.wire_latency_s
+    prefetched = rates.unshard_s or each
+    return max(0.0, (prefetched if choice.prefetch_numel else rates.unshard_late_s or prefetched) - each)
+
+
 def _gather(rates: Rates, work: Work, choice: Choice) -> float:
     if choice.stage == 0:
         return 0.0
     nbytes = work.num_params * (1.03 if choice.quantized_weights and choice.stage == 3 else work.param_itemsize)
     per_micro = 1 if work.num_params <= choice.reuse_numel else 2
     if choice.messages is not None and not choice.quantized_weights:
-        gathered = _sent(rates, choice, GATHER)
+        gathered = _sent(rates, choice, GATHER) + choice.unshards * _unshard_more_s(rates, choice)
     elif choice.stage < 3:
         gathered = _wire(rates, nbytes, _calls(work, choice), choice.ranks)
     else:

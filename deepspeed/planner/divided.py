@@ -78,7 +78,7 @@ def _inside_s(rates: Rates, shape: ModelShape | None, layout: Layout) -> float:
     if shape is None:
         return 0.0
     rate = rates.sum_nbytes_s or rates.wire_nbytes_s or 1.0
-    latency = rates.sum_latency_s or rates.wire_latency_s
+    latency = rates.shared_message_s or rates.sum_latency_s or rates.wire_latency_s
     return layout.accumulation * sum(
         sent.nbytes / rate + sent.calls * latency for sent in sent_inside(shape, layout).values()
     )

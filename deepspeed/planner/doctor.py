@@ -104,6 +104,11 @@ CHANGES: tuple[Change, ...] = (
 )
 
 
+def _counted(estimate: Estimate | None) -> dict[str, Any]:
+    """What of a step's messages was counted, as fields of a `Choice`."""
+    return {} if estimate is None else {"messages": estimate.messages, "unshards": estimate.unshards}
+
+
 def diagnose(
     estimator: BatchEstimator,
     given: dict[str, Any],
@@ -117,7 +122,7 @@ def diagnose(
     """Try every change of a configuration with `micro` samples, whose step is `work`. `room`: bytes of a rank's device; None: any."""
     read = load_config(given)
     base = _estimated(estimator, given, micro, ranks)
-    own = replace(choice_of(read, micro, ranks), messages=base.messages if base else None)
+    own = replace(choice_of(read, micro, ranks), **_counted(base))
     parts = step_parts(rates, work, own)
     speed = ranks * own.micro * own.accumulation / parts.total
     findings: dict[str, Finding] = {}
@@ -131,7 +136,7 @@ def diagnose(
             found = _estimated(estimator, with_values(given, values), size, ranks)
             if found is None or (room is not None and _needed(found) > room):
                 break
-            choice = replace(change.apply(own), micro=size, messages=found.messages if base else None)
+            choice = replace(change.apply(own), micro=size, **_counted(found if base else None))
             gain = ranks * size * own.accumulation / step_parts(rates, work, choice).total / speed - 1
             what = change.what + (f", micro-batch {size}" if size != micro else "")
             if change.what not in findings or gain > findings[change.what].gain + 0.02:

@@ -117,7 +117,7 @@ def main() -> None:
     dtype = getattr(torch, args.dtype)
     rates = measure_rates(dtype, args.folder)
     if get_accelerator().device_name() == "cpu":
-        rates = dataclasses.replace(rates, **message_costs(DeepSpeedEngine))
+        rates = dataclasses.replace(rates, **message_costs(DeepSpeedEngine, rates))
     dist.barrier()  # all begin at once
     mine = _clock(Asked(args.model[0], *map(int, args.model[1:])), dtype) if args.model else (None, "")
     everyone: list[tuple[Clocked | None, str]] = [mine] * dist.get_world_size()

@@ -56,6 +56,12 @@ class Rates:
     """Of one more reduce-scatter or all-gather of a step under ZeRO, whatever its bytes (`engine.message_costs`); 0: as `wire_latency_s`."""
     sum_message_s: float = 0.0
     """Of one more all-reduce of a step's gradients; 0: as `message_s`."""
+    unshard_s: float = 0.0
+    """Of one more all-gather of parameters around their use, whatever its bytes, prefetched; 0: as `message_s`."""
+    unshard_late_s: float = 0.0
+    """Of one that begins when its module does; 0: as `unshard_s`."""
+    shared_message_s: float = 0.0
+    """Of one more message of layers that ranks share, which all ranks stand still for; 0: as `sum_latency_s`."""
     launch_s: float = 0.0
     """Of a small module's forward and backward, which is all overhead; 0: not measured."""
     host_nbytes_s: float = 0.0
