@@ -27,6 +27,8 @@ from deepspeed.utils.errors import DeepSpeedError
 GB = 1e9
 RATES = ("tflops", "memory_gb_s", "within_gb_s", "between_gb_s", "link_gb_s")
 """Keys that seconds are divided by. Disks may be missing, so theirs may be 0."""
+MOST = 1 << 20
+"""Of nodes, and of devices of one: every divisor of their number is a layout."""
 T = TypeVar("T")
 
 
@@ -144,13 +146,16 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
         if key == "overlap" and number and not 0 <= value <= 1:
             raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")
         is_wrong = not number or not math.isfinite(value) or value < 0 or (key in RATES and not value)
-        if is_wrong or (is_count and (value != int(value) or value < 1)):
+        if is_wrong or (is_count and (value != int(value) or not 1 <= value <= MOST)):
             need = (
-                "a whole number, at least 1" if is_count else f"a number, {'above' if key in RATES else 'at least'} 0"
+                f"a whole number from 1 to {MOST:,}"
+                if is_count
+                else f"a number, {'above' if key in RATES else 'at least'} 0"
             )
             raise DeepSpeedError(f"cluster: {prefix}{key} = {value!r} is not {need}.\n  Give one.")
+    counts = {key: int(data[key]) for key in ("nodes", "devices_per_node") if key in data}  # 1e3 is one too
     try:
-        return kind(**data)
+        return kind(**{**data, **counts})
     except TypeError:
         missing = [n for n in known if n not in data and n in ("memory_gb", "tflops", "device")]
         raise DeepSpeedError(f"cluster: {prefix}{missing[0]} is missing.\n  Give a number.") from None

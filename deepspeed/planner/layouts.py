@@ -13,6 +13,7 @@ Sources: Megatron-LM (arXiv:2104.04473) for what tensor and pipeline parallelism
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -152,7 +153,8 @@ def _with_batches(base: Layout, samples: int) -> Iterator[Layout]:
 
 
 def _divisors(number: int) -> list[int]:
-    return [size for size in range(1, number + 1) if number % size == 0]
+    small = [size for size in range(1, math.isqrt(number) + 1) if number % size == 0]
+    return sorted({*small, *(number // size for size in small)})
 
 
 def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:

@@ -122,7 +122,8 @@ def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
         ),
         ({"nodes": 2}, 1, 'the cluster has no "device"'),
         ({**CLUSTER, "nodez": 2}, 1, "nodez is not a key.\n  Did you mean nodes?"),
-        ({**CLUSTER, "nodes": 0}, 1, "nodes = 0 is not a whole number, at least 1"),
+        ({**CLUSTER, "nodes": 1e12}, 1, "nodes = 1000000000000.0 is not a whole number from 1 to 1,048,576"),
+        ({**CLUSTER, "nodes": 0}, 1, "nodes = 0 is not a whole number from 1 to"),
         ({"device": {"memory_gb": 80, "tflops": 0}}, 1, "device.tflops = 0 is not a number, above 0"),
         ({**CLUSTER, "links": {"between_gb_s": 0}}, 1, "links.between_gb_s = 0 is not a number, above 0"),
         (
