@@ -83,15 +83,17 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
         raise DeepSpeedError(f"--tokens {args.tokens:g} is no number of tokens.\n  Give one above 0, as 1e12.")
     try:
         dtype = parse_dtype(args.dtype)
+        if not dtype.is_floating_point:
+            raise ValueError("models train in floating-point numbers.")
     except ValueError as error:
         raise DeepSpeedError(f"--dtype {args.dtype}: {error}\n  Use bf16, fp16 or fp32.") from None
     model, batch = build(args.model, 1, args.seq)
     shape = shape_of(model, batch, dtype=dtype)
-    if args.layout:
+    if args.layout is not None:
         layout = parse_layout(args.layout)
         own = {Way(layout.tp), Way(1, layout.ep)}
         shape = with_inside(shape, model, batch, own, dtype=dtype)
-        if any(way.name() not in shape.inside for way in own):
+        if any(way.name() not in shape.inside for way in own) or (layout.ep > 1 and not shape.num_experts):
             raise DeepSpeedError(
                 f"--layout {args.layout}: {shape.name} has layers that tensor or expert parallelism cannot divide so.\n"
                 "  Leave tp or ep out, or choose sizes that divide heads and experts."

@@ -204,6 +204,13 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     for tokens in ("-1", "0", "nan", "inf"):
         assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--tokens", tokens]) == 2
         assert f"--tokens {tokens} is no number of tokens" in capsys.readouterr().err
+    for key, value, words in (
+        ("--dtype", "int8", "--dtype int8: models train in floating-point numbers."),
+        ("--layout", "", "pp x dp x sp x tp = 1, and the cluster has 4 devices"),
+        ("--layout", "dp4 ep2", "has layers that tensor or expert parallelism cannot divide so"),
+    ):
+        assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", key, value]) == 2
+        assert words in capsys.readouterr().err
 
     ds = str(llama / "ds.json")
     assert (
