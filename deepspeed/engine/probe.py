@@ -179,7 +179,7 @@ class Probe(Observer):
         degrees = [candidate["degrees"] for candidate in self._candidates()]
         if not any(degrees):
             return None
-        ways = {way for each in degrees for way in (Way(each.get("tp", 1)), Way(1, each.get("ep", 1)))}
+        ways = {Way(**{dim: each.get(dim, 1)}) for each in degrees for dim in Way._fields}
         samples = _samples(batch, self._sizes[0])
         try:
             single = resized(batch, samples, 1)

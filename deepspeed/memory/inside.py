@@ -36,7 +36,7 @@ class Way(NamedTuple):
 
     def name(self, recompute: bool = False) -> str:
         """As a key of JSON, with blocks recomputed or not."""
-        return f"tp{self.tp} ep{self.ep}{' recompute' if recompute else ''}"
+        return f"cut {self.tp}, spread {self.ep}{', recomputed' if recompute else ''}"
 
 
 @dataclass(frozen=True, kw_only=True)
