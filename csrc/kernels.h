@@ -129,6 +129,6 @@ struct Kernels {
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels, kAvx512Kernels;
-Kernels vnni_kernels(), bf16_kernels();
+extern const Kernels kAvx2Kernels;
+Kernels avx512_kernels(), vnni_kernels(), bf16_kernels();
 #endif

@@ -2,7 +2,6 @@
 // Called by deepspeed/kernels/native_products.py. The rows of W are dealt to the threads, each is read once, and meets all rows
 // of x while it is in the first-level cache. Results depend neither on threads nor on the instruction set.
 
-#include <cmath>
 #include <vector>
 
 #include "isa.h"
@@ -15,7 +14,6 @@ namespace {
 constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
-constexpr float kLargest = 32639.0f;   // 127 * 256 + 127: both bytes of it fit, whatever the sign
 
 // The largest divisor of a group that is a multiple of 32 and small enough.
 int64_t part_of(int64_t group_size) {
@@ -30,35 +28,20 @@ struct Vectors {
     std::vector<int32_t> starts;
     std::vector<float> scales;
 
-    void fill(const float* x, int64_t numel, int64_t part, const ProductLoops& loops, bool is_int4) {
+    void fill(const float* x, int64_t numel, int64_t part, const Kernels& kernels, bool is_int4) {
         const int64_t num_parts = numel / part;
         rounded.resize(numel);
         values.resize(numel);
         scales.resize(num_parts);
         starts.resize(num_parts);
-        for (int64_t p = 0; p < num_parts; ++p) fill_part(x + p * part, p, part, is_int4);
-        loops.arrange[is_int4](rounded.data(), static_cast<size_t>(numel), static_cast<size_t>(part), values.data());
-    }
-
-    void fill_part(const float* x, int64_t index, int64_t part, bool is_int4) {
-        float largest = 0;
-        bool is_finite = true;
-        for (int64_t i = 0; i < part; ++i) {
-            const float magnitude = std::fabs(x[i]);
-            is_finite = is_finite && magnitude <= 3.0e38f;
-            largest = magnitude > largest ? magnitude : largest;
+        for (int64_t p = 0; p < num_parts; ++p) {
+            int16_t* const to = rounded.data() + p * part;
+            scales[p] = kernels.attention.to_words(x + p * part, static_cast<size_t>(part), to);
+            int32_t sum = 0;
+            for (int64_t i = 0; is_int4 && i < part; ++i) sum += to[i];
+            starts[p] = -8 * sum;
         }
-        const float scale = scales[index] = is_finite ? largest / kLargest : NAN;
-        int16_t* to = rounded.data() + index * part;
-        int32_t sum = 0;
-        for (int64_t i = 0; i < part; ++i) {
-            const float value = is_finite && scale > 0 ? x[i] / scale : 0.0f;
-            const float bounded = value > kLargest ? kLargest : value < -kLargest ? -kLargest : value;
-            const int32_t q = static_cast<int32_t>(bounded + (bounded < 0 ? -0.5f : 0.5f));
-            to[i] = static_cast<int16_t>(q);
-            sum += q;
-        }
-        starts[index] = is_int4 ? -8 * sum : 0;
+        kernels.products.arrange[is_int4](rounded.data(), static_cast<size_t>(numel), static_cast<size_t>(part), values.data());
     }
 };
 
@@ -131,12 +114,12 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
                        const float* bias, float* y, int64_t num_rows, int64_t width, int64_t batch, int num_threads) {
     static thread_local Vectors vectors;
     static thread_local std::vector<float> parted;
-    const ProductLoops& loops = current_kernels().products;
+    const Kernels& kernels = current_kernels();
     const int64_t part = bits < 16 ? part_of(group_size) : group_size;
-    if (bits < 16) vectors.fill(x, batch * width, part, loops, bits == 4);
+    if (bits < 16) vectors.fill(x, batch * width, part, kernels, bits == 4);
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
     const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
-    Product product{loops, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
+    Product product{kernels.products, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
                     num_together * (kStreams / kPlaces), 1, &vectors, width * bits / 8, width / group_size, width / part};
     const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes);
     product.rows_per_task = fitting > 0 ? fitting : 1;

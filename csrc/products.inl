@@ -86,25 +86,42 @@ static void arrange_int8(const int16_t* q, size_t n, size_t, int16_t* to) { std:
 
 #ifdef DS_HAS_AVX2
 
+static inline __m256i load_words(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
+
+// Of words x = 256 high + low with a signed low byte: high.
+static inline __m256i high_byte(__m256i x) {
+    return _mm256_srai_epi16(_mm256_sub_epi16(x, _mm256_srai_epi16(_mm256_slli_epi16(x, 8), 8)), 8);
+}
+
+// The low bytes of 32 words.
+static inline __m256i low_bytes(__m256i a, __m256i b) {
+    const __m256i byte = _mm256_set1_epi16(255);
+    return _mm256_permute4x64_epi64(_mm256_packus_epi16(_mm256_and_si256(a, byte), _mm256_and_si256(b, byte)), 0xd8);
+}
+
+// The even ones of 32 bytes, and the odd ones.
+static inline void store_parted(__m256i bytes, int8_t* even, int8_t* odd) {
+    const __m256i none = _mm256_setzero_si256();
+    const __m256i evens = low_bytes(bytes, none), odds = low_bytes(_mm256_srli_epi16(bytes, 8), none);
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(even), _mm256_castsi256_si128(evens));
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm256_castsi256_si128(odds));
+}
+
 // Each 64 elements (or the 32 that a group ends with) as four planes of bytes: the even ones' low bytes, signed, and their high
 // ones, then those of the odd ones. x = 256 high + low.
 static void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
-    int8_t* planes = reinterpret_cast<int8_t*>(to);
     for (size_t group = 0; group < n; group += group_size)
         for (size_t at = 0; at < group_size; at += 64) {
             const size_t half = group_size - at < 64 ? 16 : 32;
-            for (size_t i = 0; i < 2 * half; ++i) {
-                const int16_t x = q[group + at + i];
-                const int8_t low = static_cast<int8_t>(x & 0xff);
-                int8_t* plane = planes + i % 2 * 2 * half + i / 2;
-                plane[0] = low;
-                plane[half] = static_cast<int8_t>((x - low) / 256);
+            int8_t* plane = reinterpret_cast<int8_t*>(to + group + at);
+            for (size_t i = 0; i < half; i += 16, plane += 16) {
+                const __m256i first = load_words(q + group + at + 2 * i), second = load_words(q + group + at + 2 * i + 16);
+                store_parted(low_bytes(first, second), plane, plane + 2 * half);
+                store_parted(low_bytes(high_byte(first), high_byte(second)), plane + half, plane + 3 * half);
             }
-            planes += 4 * half;
         }
 }
 
-static inline __m256i load_words(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 static inline __m256i load_half(const void* at) {
     return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at)));
 }
