@@ -48,6 +48,7 @@ from deepspeed.autotuning.space import (
     check_values,
     listed,
 )
+from deepspeed.autotuning.stopped import Stopped
 from deepspeed.autotuning.tuners import TUNERS, Tuner
 from deepspeed.config import check_available, load_config, read_config
 from deepspeed.config.dotted import get_at, with_values
@@ -418,9 +419,11 @@ INTERRUPTED = 130
 
 def main(args: argparse.Namespace, active_resources: Mapping[str, Sequence[int]]) -> int:
     """`deepspeed --autotuning tune|run`; the exit code."""
-    tuner = Autotuner(args, active_resources)
     try:
-        tuner.tune()
+        with Stopped() as stopped:
+            tuner = Autotuner(args, active_resources)
+            tuner.rm.before_start = stopped.check
+            tuner.tune()
     except KeyboardInterrupt:
         print("\nautotuning: stopped. What was tried is kept: start the same command again to go on.", file=sys.stderr)
         return INTERRUPTED

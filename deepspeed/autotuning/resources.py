@@ -13,7 +13,7 @@ import argparse
 import os
 import shlex
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +69,8 @@ class ResourceManager:
         self.finished_experiments: dict[str, tuple[dict[str, Any], Outcome]] = {}
         self.started_s: list[float] = []
         """Seconds from start to engine, of trials that got so far."""
+        self.before_start: Callable[[], None] = lambda: None
+        """Asked before each trial; may raise."""
 
     def schedule_experiments(self, exp_paths: Sequence[str | Path]) -> None:
         """Queue experiments: JSON files with a "name" and a "ds_config". One that has its result is taken as done."""
@@ -102,6 +104,7 @@ class ResourceManager:
 
     def start(self, exp: Mapping[str, Any], config: Mapping[str, Any], result: Path, limits: Limits) -> Ended:
         """Start the user's script with a configuration, and see it end."""
+        self.before_start()
         folder = self.results_dir / exp["name"]
         write_json(folder / "exp.json", exp)
         write_json(folder / "ds_config.json", config)

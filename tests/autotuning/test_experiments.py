@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from deepspeed.autotuning.stopped import Stopped
 from deepspeed.launcher import runner
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -98,6 +99,16 @@ def test_each_metric_has_its_own_best_and_run_trains_with_it(
     assert code != 0
     best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
     assert best["train_micro_batch_size_per_gpu"] == 8
+
+
+def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_trial(tmp_path: Path) -> None:
+    with Stopped() as stopped:
+        stopped.check()
+        with contextlib.suppress(KeyboardInterrupt):  # as the import of a C extension does
+            signal.raise_signal(signal.SIGINT)
+        with pytest.raises(KeyboardInterrupt):
+            stopped.check()
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
