@@ -160,7 +160,7 @@ def _needed(found: Estimate) -> int:
 
 
 def _work(estimator: BatchEstimator, config: dict[str, Any], device_type: str) -> Work:
-    plain = with_values(config, {"activation_checkpointing": None, "zero_optimization": None})
+    plain = with_values(config, {"activation_checkpointing": None})
     trace = estimator.trace(plain, 1)
     itemsize = load_config(plain).precision_dtype.itemsize
     return Work(

@@ -220,6 +220,14 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     said_text = capsys.readouterr().out
     assert "The one change that helps most: " in said_text and "A step is predicted to take" in said_text
 
+    low = json.loads((llama / "ds.json").read_text()) | {
+        "bf16": {"enabled": True, "bf16_master_weights_and_grads": True}
+    }
+    (llama / "low.json").write_text(json.dumps(low))  # which needs ZeRO
+    asked = ["doctor", str(llama), "-c", str(llama / "low.json"), "-n", "4", "-s", "64", "--cluster", cluster]
+    assert runner.main([*asked, "--device", "cpu"]) == 0
+    capsys.readouterr()
+
     room = str(64 / 1024)
     assert runner.main(["max-batch", str(llama), "-c", ds, "-s", "64", "-m", room, "--device", "cpu"]) == 0
     size = int(capsys.readouterr().out.split("train_micro_batch_size_per_gpu: ")[1].split()[0])
