@@ -18,7 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.tiers.buffers import can_be_given_up
+from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.optimizer import ZeroOptimizer
@@ -58,7 +59,8 @@ class PutAway:
     def put(self, include: Iterable[Any] | None, device: Any, pin_memory: bool, non_blocking: bool) -> None:
         """Move the kinds in `include` (None: all) into main memory and free their storages on the device.
 
-        Raises DeepSpeedConfigError for a device or kind that does not exist here. What is away already stays.
+        Raises DeepSpeedConfigError for a device or kind that does not exist here, TrainingStateError for memory that a script has
+        shared or pinned. What is away already stays.
         """
         target = OffloadDeviceEnum(getattr(device, "value", getattr(device, "type", device)))
         if target is OffloadDeviceEnum.none:
@@ -96,6 +98,11 @@ class PutAway:
             for tensor in self._tensors(kind):
                 storage = tensor.untyped_storage()
                 if storage.nbytes() and tensor.device == self._optimizer._device:
+                    if not can_be_given_up(storage):
+                        raise TrainingStateError(
+                            f"engine.offload_states: the memory of {kind.name} cannot be given up: the script has shared it "
+                            "(share_memory_) or has a NumPy array of it.\n  Share copies: param.detach().clone().share_memory_()."
+                        )
                     found[storage.data_ptr()] = storage
         return list(found.values())
 

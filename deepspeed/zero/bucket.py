@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import InMemory, Rest
-from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, at_page, page_storage
+from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, at_page, can_be_given_up, page_storage
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import Filling, KeptMemory, LoadQueue
@@ -348,11 +348,11 @@ class Bucket(FlatSpace):
         self._set_class(ShardedParameter)
         if not self.keeps_storage:
             storage, memory = self.full.untyped_storage(), _kept_memory(self)
-            if memory is not None and storage.nbytes():
+            if not can_be_given_up(storage):
+                self.leave_full()
+            elif memory is not None and storage.nbytes():
                 memory.give_back(self.full)
                 self.leave_full()
-            elif not storage.resizable():
-                self.leave_full()  # `numpy()` of a parameter pins the memory down for good
             self.full.untyped_storage().resize_(0)
         self.state = BucketState.SHARDED
 

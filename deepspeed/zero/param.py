@@ -368,6 +368,12 @@ def _may_tell_shape() -> bool:
     return not str(sys._getframe(2).f_globals.get("__name__")).startswith("transformers.")
 
 
+def _initialiser() -> str | None:
+    """The function of `torch.nn.init` that asks, if one does. What has no elements `orthogonal_` would leave as it is."""
+    frame = sys._getframe(2)
+    return frame.f_code.co_name if frame.f_globals.get("__name__") == nn.init.__name__ else None
+
+
 def _refuse_loading(value: Tensor) -> None:
     """Raise ShardError where torch compares the shape of a sharded parameter with that of what it is to load: it would say that
     the parameter has size `[0]`, after it has loaded those that are whole."""
@@ -449,8 +455,11 @@ class _Sharded(Tensor):
         cls, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func in _SHAPE:
-            if _adopters and _may_tell_shape():
+        if func in _SHAPE or func is Tensor.numel:
+            initialiser = _initialiser()
+            if initialiser and not _adopters:
+                raise ShardError(refusal(args[0], initialiser))
+            if _adopters and (initialiser or (func in _SHAPE and _may_tell_shape())):
                 return func(torch.empty(full_shape(args[0]), device="meta"), *args[1:], **kwargs)
             _refuse_loading(args[0])
         if func in _ANSWERED:
