@@ -40,12 +40,6 @@ def aligned_buffer(nbytes: int, *, is_locked: bool = False, is_huge: bool = True
     return tensor
 
 
-def can_be_given_up(storage: torch.UntypedStorage) -> bool:
-    """Whether a storage can lose its memory and get other. One that `numpy()` has pinned cannot; nor can one that a script has moved
-    into shared memory (`share_memory_()`), though torch says that it can: it would end in a segmentation fault."""
-    return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
-
-
 def page_storage(nbytes: int) -> torch.UntypedStorage:
     """Memory for `at_page` to lay `nbytes` in, uninitialised; in huge pages where it is large. May be resized to nothing and back.
 

@@ -18,10 +18,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from deepspeed.tiers.buffers import can_be_given_up
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
-from deepspeed.zero.bucket import Bucket
+from deepspeed.zero.bucket import Bucket, can_be_given_up
 from deepspeed.zero.optimizer import ZeroOptimizer
 
 

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from deepspeed.comm.exchange import Exchange, Pending
 from deepspeed.mesh.shape import Role
 from deepspeed.tiers import InMemory, Rest
-from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, at_page, can_be_given_up, page_storage
+from deepspeed.tiers.buffers import HUGE_PAGE, ask_for_huge_pages, at_page, page_storage
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import Filling, KeptMemory, LoadQueue
@@ -391,6 +391,12 @@ def _make_full(numel: int, dtype: torch.dtype, device: torch.device, is_read: bo
     if is_read and device.type == "cpu":
         return at_page(page_storage(numel * dtype.itemsize), numel, dtype)
     return torch.empty(numel, dtype=dtype, device=device)
+
+
+def can_be_given_up(storage: torch.UntypedStorage) -> bool:
+    """Whether a storage can lose its memory and get other. One that `numpy()` has pinned cannot; nor can one that a script has moved
+    into shared memory (`share_memory_()`), though torch says that it can: it would end in a segmentation fault."""
+    return storage.resizable() and not (storage.device.type == "cpu" and storage.is_shared())
 
 
 def _kept_memory(bucket: Bucket) -> KeptMemory | None:
