@@ -130,5 +130,5 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
-Kernels avx512_kernels(), vnni_kernels(), bf16_kernels();
+Kernels avx512_kernels(), vnni_kernels(bool takes_512_bits_whole), bf16_kernels(bool takes_512_bits_whole);
 #endif

@@ -90,8 +90,8 @@ void score_short(const uint16_t* keys, int64_t stride, size_t n, size_t dim, con
 #pragma GCC pop_options
 #endif
 
-Kernels bf16_kernels() {
-    Kernels found = vnni_kernels();
+Kernels bf16_kernels(bool takes_512_bits_whole) {
+    Kernels found = vnni_kernels(takes_512_bits_whole);
     found.attention.score_short = score_short;
     return found;
 }
