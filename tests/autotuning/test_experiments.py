@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,16 @@ def test_each_metric_has_its_own_best_and_run_trains_with_it(
     assert best["train_micro_batch_size_per_gpu"] == 8
 
 
-def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_trial(tmp_path: Path) -> None:
+@pytest.fixture
+def hears_interrupts() -> Iterator[None]:
+    """Programs that a shell starts in the background ignore SIGINT, and so do those that they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("hears_interrupts")
+def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_trial() -> None:
     with Stopped() as stopped:
         stopped.check()
         with contextlib.suppress(KeyboardInterrupt):  # as the import of a C extension does
@@ -111,6 +121,7 @@ def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_tri
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
 def test_a_search_that_was_ended_goes_on_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "trials.log"
