@@ -28,7 +28,8 @@ import torch.distributed as dist  # noqa: E402
 from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
-from deepspeed.memory.shape import shape_of  # noqa: E402
+from deepspeed.memory.inside import Way  # noqa: E402
+from deepspeed.memory.shape import shape_of, with_inside  # noqa: E402
 from deepspeed.planner.cluster import GB, Cluster, Device, Links  # noqa: E402
 from deepspeed.planner.layouts import Layout, Plan, evaluate  # noqa: E402
 from deepspeed.planner.search import parse_layout, simulated  # noqa: E402
@@ -205,7 +206,9 @@ def work(args: argparse.Namespace) -> None:
 def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
     """By the planner, on a cluster with this machine's rates."""
     tokens = torch.zeros(1, args.seq, dtype=torch.long, device="meta")
-    shape = shape_of(llama(args), {"input_ids": tokens, "labels": tokens}, dtype=torch.float32)
+    model, batch = llama(args), {"input_ids": tokens, "labels": tokens}
+    ways = sorted({Way(at.tp) for at in layouts(args.ranks, args.samples)})
+    shape = with_inside(shape_of(model, batch, dtype=torch.float32), model, batch, ways, dtype=torch.float32)
     device = Device(memory_gb=8, tflops=rates["matmul_flops"] / 1e12, memory_gb_s=rates["copy_nbytes_s"] / GB)
     wire, latency_s = (
         min(rates["wire_nbytes_s"], rates["sum_nbytes_s"]),
