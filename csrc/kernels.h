@@ -100,10 +100,10 @@ struct ExpertLoops {
 };
 
 struct Kernels {
-    void (*widen[2])(const uint16_t* from, float* to, size_t n);        // by Precision - kBFloat16
-    void (*narrow[2])(const float* from, uint16_t* to, size_t n);       // nearest even; NaN stays NaN
-    void (*add)(const float* a, const float* b, float* to, size_t n);   // `to` may be a or b
-    void (*divide[2])(const float* x, float by, float* to, size_t n);   // written, added
+    void (*widen[2])(const uint16_t* from, float* to, size_t n);       // by Precision - kBFloat16
+    void (*narrow[2])(const float* from, uint16_t* to, size_t n);      // nearest even; NaN stays NaN
+    void (*add)(const float* a, const float* b, float* to, size_t n);  // `to` may be a or b
+    void (*divide[2])(const float* x, float by, float* to, size_t n);  // written, added
     Loop adam[3];                                                  // by Decay
     Loop lion[2];                                                  // by Decay: there is no L2 form
     Loop adagrad[2];                                               // without and with L2 decay
