@@ -207,6 +207,11 @@ class Autotuner:
     def _make_tuner(self) -> Tuner:
         memory = self.info.get("memory", {})
         fitting = [c for c in self.candidates if self._may_try(memory.get(c.name))]
+        refused = [m["why"] for m in memory.values() if m.get("refused")]
+        if not fitting and len(refused) == len(self.candidates):
+            raise DeepSpeedError(
+                f"autotuning: the engine refuses all of {len(refused)} configurations; the first of them: {refused[0]}"
+            )
         if not fitting:
             least = min((m["nbytes"] for m in memory.values() if m.get("nbytes")), default=0)
             raise DeepSpeedError(
@@ -222,6 +227,8 @@ class Autotuner:
         return TUNERS[kind](fitting, prior, self.section.metric, most_micros=10**9 if is_listed else few)
 
     def _may_try(self, memory: Mapping[str, Any] | None) -> bool:
+        if memory is not None and memory.get("refused"):
+            return False
         known = self.info.get("memory", {}).values()
         if all(each.get("fits") is None for each in known):  # nobody knows: every one may be tried, and failures teach
             return True

@@ -45,6 +45,11 @@ class Found:
         """Candidates that are predicted not to fit."""
         return sum(memory.get("fits") is False for memory in self.info.get("memory", {}).values())
 
+    @property
+    def num_refused(self) -> int:
+        """Candidates that the engine refuses."""
+        return sum(bool(memory.get("refused")) for memory in self.info.get("memory", {}).values())
+
     def best(self, stage: int | None = None) -> tuple[str | None, float | None]:
         """(name, metric) of the best measured, of all or of a ZeRO stage."""
         return best_of(

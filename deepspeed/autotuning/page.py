@@ -80,7 +80,8 @@ def _row(search: Found, candidate: Candidate, memory: dict[str, object]) -> Row:
         return Row(candidate, 0, order, value, predicted, nbytes, text, value is None)
     if predicted is None:
         why = str(memory.get("why") or "does not fit" if memory else "its memory could not be predicted")
-        return Row(candidate, 2, candidate.micro, None, None, nbytes, f"not tried: {why}", True)
+        because = "the engine refuses it: " if memory.get("refused") else ""
+        return Row(candidate, 2, candidate.micro, None, None, nbytes, f"not tried: {because}{why}", True)
     skipped = search.skipped.get(candidate.name)
     text = f"not tried: {skipped}" if skipped else _why_not_tried(search, candidate, predicted)
     return Row(candidate, 1, sign * predicted[1], None, predicted, nbytes, text)
@@ -123,7 +124,8 @@ def page(search: Found, *, is_finished: bool) -> str:
         (html.escape(shown(metric, value)), f"its {metric}"),
         (
             f"{len(search.outcomes)} of {len(search.candidates)}",
-            f"tried; {search.num_unfit or 'none'} predicted not to fit",
+            f"tried; {search.num_unfit or 'none'} predicted not to fit"
+            + (f", {search.num_refused} refused by the engine" if search.num_refused else ""),
         ),
         (f"{search.seconds:.0f} s", state),
     ]

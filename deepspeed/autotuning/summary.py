@@ -26,7 +26,8 @@ def text(search: Found) -> str:
         [
             *lines,
             f"{len(search.candidates)} configurations, {search.num_unfit} predicted not to fit and not tried, "
-            f"{len(search.outcomes)} tried; {search.why_ended}.",
+            + (f"{search.num_refused} refused by the engine, " if search.num_refused else "")
+            + f"{len(search.outcomes)} tried; {search.why_ended}.",
             f"Tuning took {search.seconds:.0f} seconds.",
             f"The best is {best}, {shown(search.section.metric, value)}. Start it with:",
             f"  {shell(search.command)}",

@@ -15,7 +15,7 @@ import dataclasses
 import json
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, final
 
 import psutil
@@ -33,7 +33,7 @@ from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.step_work import input_numels
 from deepspeed.engine.trial import write_whole
 from deepspeed.memory.clocked import SAMPLES, clocked
-from deepspeed.memory.inside import Way
+from deepspeed.memory.inside import REFUSALS, Way
 from deepspeed.memory.scaling import BatchEstimator, resized
 from deepspeed.memory.shape import shape_of, with_inside
 from deepspeed.memory.trace import own_memory
@@ -165,13 +165,14 @@ class Probe(Observer):
             single = estimator.trace(self._plain(), 1)
         except Exception as error:  # whatever the model raises
             return {"memory": {}, "unknown": _said(error)}
+        shape = self._shape(batch)
         return {
             "activation_mem_per_gpu": max(own_memory(single), default=0),
             "forward_flops": single.flops.by_phase[Phase.FORWARD],
             "flops": single.flops.model,
             "num_events": len(own.events),
-            "shape": self._shape(batch),
-            "memory": dict(self._each(estimator, limit)),
+            "shape": shape,
+            "memory": dict(self._each(estimator, limit, (shape or {}).get("refused", {}))),
         }
 
     def _shape(self, batch: Any) -> dict[str, Any] | None:
@@ -179,7 +180,7 @@ class Probe(Observer):
         degrees = [candidate["degrees"] for candidate in self._candidates()]
         if not any(degrees):
             return None
-        ways = {Way(**{dim: each.get(dim, 1)}) for each in degrees for dim in Way._fields}
+        ways = {way for each in degrees for way in _ways(each)}
         samples = _samples(batch, self._sizes[0])
         try:
             single = resized(batch, samples, 1)
@@ -196,12 +197,19 @@ class Probe(Observer):
     def _plain(self) -> dict[str, Any]:
         return {"train_micro_batch_size_per_gpu": 1, **_precision(self._config)}
 
-    def _each(self, estimator: BatchEstimator, limit: int) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(name, prediction) of every candidate; larger micro-batches than one that does not fit are not played."""
+    def _each(
+        self, estimator: BatchEstimator, limit: int, refused: Mapping[str, str]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """(name, prediction) of every candidate; larger micro-batches than one that does not fit are not played, nor ways of sharing
+        layers that are refused (why, by name)."""
         began_s = time.monotonic()
         too_large: dict[str, int] = {}
         for candidate in sorted(self._candidates(), key=lambda each: each["micro"]):
             rest, micro = candidate["rest"], candidate["micro"]
+            why = next((refused[way.name()] for way in _ways(candidate["degrees"]) if way.name() in refused), None)
+            if why is not None:
+                yield candidate["name"], _refused(why)
+                continue
             if rest in too_large:
                 yield candidate["name"], {"fits": False, "why": f"micro-batch {too_large[rest]} does not fit either"}
                 continue
@@ -210,6 +218,9 @@ class Probe(Observer):
             try:
                 config = with_values(self._base, candidate["overrides"])
                 found = estimator.estimate(config, micro=micro, world_size=candidate["num_ranks"], bounds=False)
+            except REFUSALS as error:
+                yield candidate["name"], _refused(str(error))
+                continue
             except Exception as error:  # one that cannot be predicted is no reason to know nothing of the others
                 yield candidate["name"], {"fits": None, "why": _said(error)}
                 continue
@@ -234,6 +245,16 @@ def _samples(batch: Any, micro: int) -> int:
     """The first dim that scales with the micro-batch: the engine's number where a tensor has it, else the first tensor's."""
     firsts = [tensor.shape[0] for tensor in tree_leaves(batch) if isinstance(tensor, Tensor) and tensor.dim()]
     return micro if micro in firsts or not firsts else int(firsts[0])
+
+
+def _ways(degrees: Mapping[str, int]) -> list[Way]:
+    """How a candidate's ranks share layers, and experts."""
+    return [Way(**{dim: degrees.get(dim, 1)}) for dim in Way._fields]
+
+
+def _refused(why: str) -> dict[str, Any]:
+    """Of a candidate that the engine would not run."""
+    return {"fits": None, "refused": True, "why": why}
 
 
 def _said(error: Exception) -> str:

@@ -22,8 +22,11 @@ from deepspeed.memory.experts import learned
 from deepspeed.memory.messages import summed
 from deepspeed.memory.parts import Attention, noting_attention
 from deepspeed.memory.trace import Trace, What, trace_step
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError
 
 ALL_REDUCE, COUNTS = "tensor.all_reduce", "moe.counts"
+REFUSALS = (DeepSpeedConfigError, NotAvailableError)
+"""What the engine raises for a model or a configuration that it does not run."""
 Sent = Mapping[str, Sequence[float]]
 """(messages, bytes of a sample) by operation."""
 
@@ -37,6 +40,11 @@ class Way(NamedTuple):
     def name(self, recompute: bool = False) -> str:
         """As a key of JSON, with blocks recomputed or not."""
         return f"cut {self.tp}, spread {self.ep}{', recomputed' if recompute else ''}"
+
+    @property
+    def words(self) -> str:
+        """As a layout's name has it."""
+        return " ".join(f"{dim}{size}" for dim, size in zip(self._fields, self, strict=True) if size > 1) or "one rank"
 
 
 @dataclass(frozen=True, kw_only=True)

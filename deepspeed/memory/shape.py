@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed.activation.blocks import find_blocks
 from deepspeed.memory.estimator import as_call
-from deepspeed.memory.inside import Inside, Way, inside_of
+from deepspeed.memory.inside import REFUSALS, Inside, Way, inside_of
 from deepspeed.memory.parts import Attention, noting_attention
 from deepspeed.memory.trace import own_memory, trace_step
 from deepspeed.parallel.sequence.supported import check_layers
@@ -68,6 +68,8 @@ class ModelShape:
     """Whether ranks can share sequences."""
     inside: Mapping[str, Inside] = field(default_factory=dict)
     """What layers send, by a way's name; without one that the engine refuses."""
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Why it refuses a way, by its name."""
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> ModelShape:
@@ -142,12 +144,15 @@ def with_inside(
     samples: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> ModelShape:
-    """The shape with what layers send, in each way that the engine does not refuse. Other arguments as of `shape_of`."""
+    """The shape with what layers send in each way, and why the engine refuses others. Other arguments as of `shape_of`."""
     found: dict[str, Inside] = {}
+    refused: dict[str, str] = {}
     for way in ways:
-        with contextlib.suppress(DeepSpeedConfigError):
+        try:
             found |= inside_of(partial(shortened, model), batch, TRACED, dtype, way, samples)
-    return replace(shape, inside=found)
+        except REFUSALS as error:
+            refused[way.name()] = str(error)
+    return replace(shape, inside=found, refused=refused)
 
 
 def _cuts_sequences(model: nn.Module, seen: _Seen) -> bool:

@@ -108,11 +108,8 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
         layout = parse_layout(args.layout)
         own = {Way(layout.tp), Way(1, layout.ep)}
         shape = with_inside(shape, model, batch, own, dtype=dtype)
-        if any(way.name() not in shape.inside for way in own) or (layout.ep > 1 and not shape.num_experts):
-            raise DeepSpeedError(
-                f"--layout {args.layout}: {shape.name} has layers that tensor or expert parallelism cannot divide so.\n"
-                "  Leave tp or ep out, or choose sizes that divide heads and experts."
-            )
+        if layout.ep > 1 and not shape.num_experts:
+            raise DeepSpeedError(f"--layout {args.layout}: {shape.name} has no experts to spread.\n  Leave ep out.")
         if layout.num_ranks != cluster.num_devices:
             raise DeepSpeedError(
                 f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
@@ -139,6 +136,8 @@ def as_text(shape: ModelShape, cluster: Cluster, answer: Answer, args: argparse.
     if args.tokens:
         steps = args.tokens / (batch * args.seq)
         lines += ["", _whole(cluster, best, steps, args.tokens)]
+    for name, why in shape.refused.items():
+        lines += ["", f"Not compared, {name}: {why}"]
     return "\n".join([*lines, "", "The first, as a configuration:", json.dumps(as_config(best), indent=2)])
 
 

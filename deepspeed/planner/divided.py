@@ -16,7 +16,7 @@ from deepspeed.memory.shape import ModelShape
 from deepspeed.parallel.pipeline.check import Costs, makespan
 from deepspeed.parallel.pipeline.schedules import NAMED
 from deepspeed.planner.cost import Choice, Parts, Work, step_parts
-from deepspeed.planner.layouts import Layout, rank_params, sent_inside, stage_work
+from deepspeed.planner.layouts import Layout, moved_inside, rank_params, sent_inside, stage_work
 from deepspeed.profiling.rates import Rates
 
 
@@ -44,7 +44,7 @@ def divided_parts(
             clocked=work.clocked and work.clocked.scaled(1 / layout.pp, share),
         )
     parts = step_parts(rates, local, choice)
-    inside = _inside_s(rates, shape, layout)
+    inside = _inside_s(rates, shape, layout, choice)
     return replace(parts, inside=inside, bubble=_bubble_s(rates, parts.busy + inside, shape, layout, schedule))
 
 
@@ -73,15 +73,15 @@ def _local(work: Work, shape: ModelShape | None, layout: Layout) -> Work:
     )
 
 
-def _inside_s(rates: Rates, shape: ModelShape | None, layout: Layout) -> float:
-    """Of a step. Without a shape nobody knows what layers send."""
+def _inside_s(rates: Rates, shape: ModelShape | None, layout: Layout, choice: Choice) -> float:
+    """Of a step. Without a shape it is what was counted of the step, if it was."""
     if shape is None:
-        return 0.0
+        times, sent = 1, moved_inside(choice.messages or {}, layout)
+    else:
+        times, sent = layout.accumulation, sent_inside(shape, layout)
     rate = rates.sum_nbytes_s or rates.wire_nbytes_s or 1.0
     latency = rates.shared_message_s or rates.sum_latency_s or rates.wire_latency_s
-    return layout.accumulation * sum(
-        sent.nbytes / rate + sent.calls * latency for sent in sent_inside(shape, layout).values()
-    )
+    return times * sum(each.nbytes / rate + each.calls * latency for each in sent.values())
 
 
 def _bubble_s(rates: Rates, busy_s: float, shape: ModelShape | None, layout: Layout, schedule: str) -> float:

@@ -25,6 +25,7 @@ from deepspeed.mesh.shape import DEGREES
 from deepspeed.parallel.sequence.messages import RING, Attends, of_attention, of_inputs
 from deepspeed.planner.cluster import GB, Cluster
 from deepspeed.planner.cost import EFFICIENCY, ELEMENTWISE_PASSES
+from deepspeed.utils.errors import DeepSpeedError
 
 RESERVED_GB = 1.0
 """The device's context, libraries, fragmentation."""
@@ -225,11 +226,10 @@ class Sent(NamedTuple):
 
 def messages_inside(shape: ModelShape, layout: Layout, stage: int | None = None) -> dict[str, Messages]:
     """Messages that layers send in one micro-batch, by operation, as `comm.recorder` counts them. `stage`: of the pipeline; None: of
-    the whole model's. Ways that the shape was not made for send nothing here.
+    the whole model's. Raises DeepSpeedError for a way of sharing layers that the shape does not know.
     """
     blocks = -(-shape.num_blocks // layout.pp)
-    cut = shape.inside.get(Way(layout.tp).name(layout.recompute), Inside())
-    spread = shape.inside.get(Way(1, layout.ep).name(layout.recompute), Inside())
+    cut, spread = (_sent_in(shape, way, layout.recompute) for way in (Way(layout.tp), Way(1, layout.ep)))
     scale = layout.micro / layout.sp
     found: dict[str, list[float]] = {}
 
@@ -248,6 +248,23 @@ def messages_inside(shape: ModelShape, layout: Layout, stage: int | None = None)
             add(inside.last, 1, scale, of_experts=of_experts)
     sent = {op: Messages(round(calls), round(nbytes)) for op, (calls, nbytes) in found.items() if round(calls)}
     return sent | _of_sequences(shape, layout, blocks, cut)
+
+
+def _sent_in(shape: ModelShape, way: Way, recompute: bool) -> Inside:
+    """What layers send in a way. One rank that shares nothing sends nothing, whatever the shape knows."""
+    known = shape.inside.get(way.name(recompute))
+    if known is not None:
+        return known
+    if way == Way():
+        return Inside()
+    why = shape.refused.get(way.name())
+    if why is not None:
+        raise DeepSpeedError(f"{shape.name} cannot be divided as {way.words}, the engine refuses it: {why}")
+    others = ", ".join(f'"{name}"' for name in shape.inside) or "none"
+    raise DeepSpeedError(
+        f'{shape.name} as {way.words}: its shape does not know what its layers send, "{way.name(recompute)}" is not among its ways: {others}.\n'
+        f"  Make it with deepspeed.memory.shape.with_inside(shape, model, batch, [Way(tp={way.tp}, ep={way.ep})])."
+    )
 
 
 def _of_sequences(shape: ModelShape, layout: Layout, blocks: int, cut: Inside) -> dict[str, Messages]:
@@ -274,17 +291,24 @@ _DIM_OF = {"tensor": "tensor", "sequence": "sequence", "moe": "experts"}
 
 def sent_inside(shape: ModelShape, layout: Layout) -> dict[str, Sent]:
     """By dim, of the stage that sends most. Bytes as rings and pairs of ranks move them."""
-    groups = {"tensor": (layout.tp, 1), "sequence": (layout.sp, layout.tp), "experts": (layout.ep, layout.tp)}
     found: dict[str, Sent] = {}
     stages: Sequence[int | None] = (0, layout.pp - 1) if layout.pp > 1 else (None,)
     for stage in stages:
-        of_stage = {dim: Sent(0.0, 0.0, *group) for dim, group in groups.items()}
-        for op, sent in messages_inside(shape, layout, stage).items():
-            dim = _DIM_OF[op.partition(".")[0]]
-            before, (ranks, _) = of_stage[dim], groups[dim]
+        of_stage = moved_inside(messages_inside(shape, layout, stage), layout)
+        found = {dim: max(found.get(dim, sent), sent) for dim, sent in of_stage.items()}
+    return found
+
+
+def moved_inside(messages: Mapping[str, Messages], layout: Layout) -> dict[str, Sent]:
+    """Messages of layers by dim, as rings and pairs of ranks move them; others, ZeRO's, are left out."""
+    groups = {"tensor": (layout.tp, 1), "sequence": (layout.sp, layout.tp), "experts": (layout.ep, layout.tp)}
+    found = {dim: Sent(0.0, 0.0, *group) for dim, group in groups.items() if group[0] > 1}
+    for op, sent in messages.items():
+        dim = _DIM_OF.get(op.partition(".")[0], "")
+        if dim in found:
+            before, (ranks, _) = found[dim], groups[dim]
             share = 1.0 if op in (RING, TOKENS) else (ranks - 1) / ranks * (2 if op.endswith("all_reduce") else 1)
-            of_stage[dim] = before._replace(nbytes=before.nbytes + share * sent.nbytes, calls=before.calls + sent.calls)
-        found = {dim: max(found.get(dim, sent), sent) for dim, sent in of_stage.items() if groups[dim][0] > 1}
+            found[dim] = before._replace(nbytes=before.nbytes + share * sent.nbytes, calls=before.calls + sent.calls)
     return found
 
 

@@ -29,11 +29,15 @@ def write(path: Path, values: dict[str, Any]) -> None:
     aside.replace(path)
 
 
-def profile(section: dict[str, Any]) -> None:
+REFUSED = {"fits": None, "refused": True, "why": "layers that cannot be told by their structure"}
+
+
+def profile(section: dict[str, Any], refuses: str) -> None:
     path = Path(section["model_info_path"])
     write(path.with_name(f"{path.name}.progress"), {"step": 0})
     asked = json.loads((path.parent / "candidates.json").read_text())
     memory = {c["name"]: {"fits": c["micro"] <= 16, "nbytes": c["micro"] << 20, "why": "too large"} for c in asked}
+    memory |= {c["name"]: REFUSED for c in asked if refuses and refuses in c["name"]}
     rates = {"matmul_flops": 1e11, "copy_nbytes_s": 1e10, "wire_nbytes_s": 1e9, "wire_latency_s": 1e-5}
     info = {"num_params": 10**6, "flops": 1e9, "forward_flops": 3e8, "activation_mem_per_gpu": 1 << 20, "device": "cpu",
             "micro_batch": 1, "input_numels": [128]}  # fmt: skip
@@ -62,6 +66,7 @@ def main() -> None:
     for flag in ("crash", "hang", "kill", "memory"):
         parser.add_argument(f"--{flag}", nargs="*", default=[])
     parser.add_argument("--mode", default="")
+    parser.add_argument("--refuse", default="", help="a part of the names that the engine would refuse")
     parser.add_argument("--log", type=Path)
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--deepspeed_config")
@@ -83,7 +88,7 @@ def main() -> None:
     if os.environ["RANK"] != "0":
         return
     if section.get("model_info"):
-        profile(section)
+        profile(section, args.refuse)
         return
     if name in args.crash:
         sys.exit("ValueError: not this one")

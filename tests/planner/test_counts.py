@@ -6,6 +6,7 @@ Planned twice: of the configuration, by its own traced part (`memory.messages`),
 from __future__ import annotations
 
 import os
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from deepspeed.memory.shape import shape_of, with_inside
 from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, messages_inside
 from deepspeed.planner.traffic import step_messages
+from deepspeed.utils.errors import DeepSpeedError
 from tests.harness import run_ranks
 from tests.planner import families
 
@@ -169,6 +171,22 @@ def test_stages_send_what_is_planned_of_each(family: str, tp: int) -> None:
         sent = messages_inside(shape, layout, stage=rank // tp)
         assert {op: each.times(2) for op, each in sent.items()} == counts
         assert evaluate(shape, cluster, layout).traffic["pipeline"] == nbytes
+
+
+def test_a_way_that_the_shape_does_not_know_is_refused_by_name() -> None:
+    bare = replace(planned("llama"), inside={})
+    assert messages_inside(bare, Layout(dp=2)) == {}, "whoever shares nothing sends nothing"
+    for layout, words in ((Layout(tp=2), 'LlamaForCausalLM as tp2: its shape does not know what its layers send, "cut 2, spread 1"'),
+                          (Layout(dp=2, ep=2), 'as ep2: .* "cut 1, spread 2" is not among its ways: none')):  # fmt: skip
+        with pytest.raises(DeepSpeedError, match=words) as caught:
+            messages_inside(bare, layout)
+        assert f"with_inside(shape, model, batch, [Way(tp={layout.tp}, ep={layout.ep})])" in str(caught.value)
+    with pytest.raises(
+        DeepSpeedError, match='"cut 4, spread 1, recomputed" is not among its ways: "cut 1, spread 1", '
+    ):
+        messages_inside(planned("llama"), Layout(tp=4, recompute=True))
+    with pytest.raises(DeepSpeedError, match="cannot be divided as tp2, the engine refuses it: AutoTP not supported"):
+        messages_inside(planned("gpt2"), Layout(tp=2))
 
 
 def test_no_plan_offers_what_the_engine_refuses() -> None:

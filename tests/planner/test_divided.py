@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from deepspeed.memory.inside import Inside, Way
+from deepspeed.memory.messages import Messages
 from deepspeed.memory.shape import ModelShape
 from deepspeed.planner.cost import Choice, Work, step_parts
 from deepspeed.planner.divided import divided_parts
@@ -53,6 +54,14 @@ def test_ranks_that_share_layers_compute_and_update_less_and_send_what_their_lay
     assert two.inside == pytest.approx((sums * 8 * 65536 + 8 * 8192 / 2) / 1e9 + (sums + 1) * 1e-5)
     exchanged, told = 4 * 2 * 8 * 65536 / 2 * 4 / 2, (8 * 6 * 2 + 8 * 8 * 2) / 2
     assert parts(Layout(micro=8, sp=2)).inside == pytest.approx((exchanged + told) / 1e9 + 18e-5)
+
+
+def test_without_a_shape_layers_send_what_was_counted_of_the_step() -> None:
+    sent = {"tensor.all_reduce": Messages(10, 4 * 10**6), "zero.all_reduce": Messages(3, 10**6)}
+    choice = Choice(stage=0, micro=1, ranks=2, messages=sent)
+    found = divided_parts(RATES, WORK, choice, None, Layout(dp=2, tp=2))
+    assert found.inside == pytest.approx(4e6 / 1e9 + 10 * 1e-5)
+    assert found.reduce > 0, "ZeRO's are another part"
 
 
 @pytest.mark.parametrize(("stages", "micros"), [(2, 1), (2, 8), (4, 6)])
