@@ -2,9 +2,10 @@
 
 `adopt` turns the layers of a cache that Hugging Face's `generate` made into these at the first token that is decoded, keeping what is in
 them; everything else that is done to a cache (reordering beams, cropping, repeating) is theirs. What those leave behind is
-copied into the buffer again before the next token.
+copied into new buffers before the next token.
 
-Invariant: `keys` and `values` are what Hugging Face's layer would hold; where they are the buffers' beginning, nothing is copied.
+Invariant: `keys` and `values` are what Hugging Face's layer would hold, and tensors that were `keys` once keep their values: where the two
+are not the very views that were made last, a script may still hold those, so that nothing is written behind what is there.
 A row is a sequence: another scheduler may hand in rows of its own, with ranges that say which positions each sees.
 """
 
@@ -38,6 +39,8 @@ class GrowingLayer(DynamicLayer):
     keys: Any
     values: Any
     buffers: tuple[Tensor, Tensor] | None = None
+    _views: tuple[Any, Any] | None = None
+    """`keys` and `values` as this class left them."""
 
     @property
     def length(self) -> int:
@@ -66,7 +69,7 @@ class GrowingLayer(DynamicLayer):
         held = self.keys, self.values
         length = held[0].shape[-2]
         own = self.buffers
-        is_ours = own is not None and held[0].data_ptr() == own[0].data_ptr() and held[0].shape[0] == own[0].shape[0]
+        is_ours = self._views is not None and held[0] is self._views[0] and held[1] is self._views[1]
         if own is None or not is_ours or own[0].shape[-2] < length + more:
             capacity = length + more + max(STEP, (length + more) // 2)
             made = [new_buffer(part, capacity, part.dtype) for part in held]
@@ -79,7 +82,8 @@ class GrowingLayer(DynamicLayer):
     def grow_to(self, length: int) -> None:
         """Hold the first so many positions of the buffers."""
         assert self.buffers is not None, "room() makes them"
-        self.keys, self.values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+        keys, values = (buffer.narrow(2, 0, length) for buffer in self.buffers)
+        self.keys, self.values = self._views = keys, values
 
 
 def adopt(cache: Any) -> list[GrowingLayer] | None:

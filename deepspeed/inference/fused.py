@@ -10,13 +10,14 @@ one line says why.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
+from deepspeed.inference.watched import Watched, has_global_hooks, own_forward
 from deepspeed.kernels import native_decode, native_products
 from deepspeed.kernels.native_decode import Layer, Layers, LayersOverCache, Weight
 from deepspeed.quant.linear import QuantizedLinear
@@ -37,15 +38,16 @@ class FusedForward:
         self._inner = inner
         self._layers = layers
         self._caches: WeakKeyDictionary[Any, LayersOverCache] = WeakKeyDictionary()
-        self._plain = type(inner).forward.__get__(inner)
-        self._watched = [_Watched(module) for layer in inner.layers for module in layer.modules()]
+        self._num_layers = len(inner.layers)
+        self._class_forward = type(inner).forward
+        self._watched = [Watched(module) for module in inner.layers.modules()]
         self.num_fused = 0
         """Tokens' forwards that went through the compiled layers."""
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As the inner model's forward."""
         found = self._fused(**kwargs) if not args and not torch.is_grad_enabled() else None
-        return self._plain(*args, **kwargs) if found is None else found
+        return _plain_forward(self._inner)(*args, **kwargs) if found is None else found
 
     def __deepcopy__(self, memo: Any) -> Any:
         return _plain_forward(memo[id(self._inner)])
@@ -67,15 +69,12 @@ class FusedForward:
         from deepspeed.inference.int8_cache import adopt_int8
 
         given = input_ids if input_ids is not None else inputs_embeds
-        is_other = use_cache is False or any(
-            value not in (None, False) for key, value in others.items() if key in _SHOWN
-        )
-        if given is None or given.shape[1] != 1 or given.shape[0] > native_products.MAX_ROWS or is_other:
+        if given is None or given.shape[1] != 1 or given.shape[0] > native_products.MAX_ROWS or use_cache is False:
             return None
-        if not all(watched.is_as_it_was() for watched in self._watched):
+        if _asks_for_more(others) or not self._is_as_it_was():
             return None
         held: Any = adopt_int8(cache) or adopt(cache)
-        if not held or held[0].batch != given.shape[0]:
+        if not held or len(held) != self._num_layers or held[0].batch != given.shape[0]:
             return None
         position = held[0].length
         ranges = _ranges(attention_mask, given.shape[0], position)
@@ -97,6 +96,22 @@ class FusedForward:
 
         return BaseModelOutputWithPast(last_hidden_state=self._inner.norm(x.unsqueeze(1)), cache=cache)
 
+    def _is_as_it_was(self) -> bool:
+        """Whether the compiled layers still compute what the model's forward does, and all that it is asked for."""
+        inner = self._inner
+        config = inner.config
+        return (
+            type(inner).forward is self._class_forward
+            and config.num_hidden_layers == self._num_layers
+            and not any(getattr(config, key, None) for key in _RECORDED)
+            and inner._modules.get("layers") is self._watched[0].module
+            and getattr(config, "sliding_window", None) is None
+            and _has_own_attention(config)
+            and not (inner.training or has_global_hooks() or torch.is_autocast_enabled("cpu"))
+            and not torch.compiler.is_compiling()
+            and all(watched.is_as_it_was() for watched in self._watched)
+        )
+
     def _over(self, held: Sequence[Any]) -> LayersOverCache:
         """The layers over a cache's buffers; made once for as long as those stay, as several caches may be under way."""
         buffers = [layer.room(1) for layer in held]
@@ -106,31 +121,28 @@ class FusedForward:
         return found
 
 
-class _Watched:
-    """One module inside of the layers: hooks that a script gives it, adapters and weights that it puts in, are not passed by."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-        self._children = dict(module._modules)
-        tensors = {**module._parameters, **module._buffers}
-        self._tensors = [(name, t, t.data_ptr()) for name, t in tensors.items() if t is not None]
-
-    def is_as_it_was(self) -> bool:
-        """Whether the compiled layers still compute what the module does."""
-        module = self._module
-        if module._forward_hooks or module._forward_pre_hooks or module._modules != self._children:
-            return False
-        return all(
-            (module._parameters.get(name) is tensor or module._buffers.get(name) is tensor) and tensor.data_ptr() == at
-            for name, tensor, at in self._tensors
-        )
-
-
 def _plain_forward(inner: Any) -> Any:
     return type(inner).forward.__get__(inner)
 
 
-_SHOWN = frozenset(("output_attentions", "output_hidden_states"))
+_RECORDED = ("output_attentions", "output_hidden_states")
+_ATTENTION = ("eager", "sdpa")
+
+
+def _asks_for_more(others: Mapping[str, Any]) -> bool:
+    """Whether arguments ask for what a compiled step does not give."""
+    return others.get("return_dict") is False or any(
+        value not in (None, False) for key, value in others.items() if key != "return_dict"
+    )
+
+
+def _has_own_attention(config: Any) -> bool:
+    """Whether attention is Hugging Face's: of a name that means plain attention, and not registered anew by a script."""
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+    name = config._attn_implementation
+    found = ALL_ATTENTION_FUNCTIONS.get(name)
+    return name in _ATTENTION and (found is None or found.__module__.startswith("transformers."))
 
 
 def _ranges(mask: Any, batch: int, position: int) -> Tensor | None:
@@ -176,26 +188,46 @@ def _describe(module: nn.Module) -> tuple[Any, Layers]:
         raise NotFusable(f"compiled steps are for {', '.join(FAMILIES)}")
     if not native_decode.is_there():
         raise NotFusable("the package was built without a compiler")
+    _refuse_own(inner)
     config: Any = module.config
     attention: Any = inner.layers[0].self_attn
-    heads = config.num_attention_heads
-    shared, dim = config.num_key_value_heads, attention.head_dim
-    if any(getattr(layer.self_attn, "sliding_window", None) for layer in inner.layers):
+    heads, shared, dim = config.num_attention_heads, config.num_key_value_heads, attention.head_dim
+    if getattr(config, "sliding_window", None) or any(
+        getattr(layer.self_attn, "sliding_window", None) for layer in inner.layers
+    ):
         raise NotFusable("its attention has a sliding window")
-    if config.hidden_act != "silu":
-        raise NotFusable(f"its activation is {config.hidden_act}")
-    if dim % 16 or dim > 512 or abs(attention.scaling - dim**-0.5) > 1e-9:
-        raise NotFusable(
-            f"its heads have {dim} elements, which is no multiple of 16 up to 512, or scores of another scale"
-        )
-    eps = float(config.rms_norm_eps)
-    described = [_layer(layer) for layer in inner.layers[: config.num_hidden_layers]]
+    if dim % 16 or dim > 512:
+        raise NotFusable(f"its heads have {dim} elements, which is no multiple of 16 up to 512")
+    eps = float(inner.layers[0].input_layernorm.variance_epsilon)
+    described = [_layer(layer, index, eps) for index, layer in enumerate(inner.layers)]
     return inner, Layers(described, heads=heads, shared=shared, dim=dim, eps=eps)
 
 
-def _layer(layer: Any) -> Layer:
+def _refuse_own(inner: Any) -> None:
+    """Raise NotFusable where a script has put something of its own in the place of what Hugging Face's layers compute."""
+    own = inner.__dict__.get("forward")
+    if type(inner).forward.__module__ != type(inner).__module__ or not (own is None or isinstance(own, FusedForward)):
+        raise NotFusable("its decoder's forward was replaced")
+    if not len(inner.layers) or len(inner.layers) != inner.config.num_hidden_layers:
+        raise NotFusable(f"it has {len(inner.layers)} layers and says {inner.config.num_hidden_layers}")
+    for name, module in inner.layers.named_modules():
+        reason = own_forward(module)
+        if reason is not None:
+            raise NotFusable(f"layers.{name} is {reason}")
+
+
+def _layer(layer: Any, index: int, eps: float) -> Layer:
     attention, mlp = layer.self_attn, layer.mlp
     norms = [getattr(attention, name, None) for name in ("q_norm", "k_norm")]
+    if type(mlp.act_fn).__name__ not in _SILU:
+        raise NotFusable(f"its activation is {type(mlp.act_fn).__name__}")
+    if attention.layer_idx != index or abs(attention.scaling - attention.head_dim**-0.5) > 1e-9:
+        raise NotFusable(
+            f"layer {index} has scores of the scale {attention.scaling}, or the cache of layer {attention.layer_idx}"
+        )
+    for norm in (layer.input_layernorm, layer.post_attention_layernorm, *norms):
+        if norm is not None and norm.variance_epsilon != eps:
+            raise NotFusable(f"its norms have different epsilons, {eps} and {norm.variance_epsilon}")
     return Layer(
         before_attention=_plain(layer.input_layernorm.weight),
         before_mlp=_plain(layer.post_attention_layernorm.weight),
@@ -209,6 +241,9 @@ def _layer(layer: Any) -> Layer:
         query_norm=None if norms[0] is None else _plain(norms[0].weight),
         key_norm=None if norms[1] is None else _plain(norms[1].weight),
     )
+
+
+_SILU = ("SiLU", "SiLUActivation")
 
 
 def _weight(linear: nn.Module) -> Weight:

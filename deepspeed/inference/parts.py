@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deepspeed.parallel.tensor.layers import ColumnLinear, Part, RowLinear, VocabEmbedding, part_of
+from deepspeed.parallel.tensor.layers import ColumnLinear, Part, RowLinear, VocabEmbedding, check_ids, part_of
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.replace import Make
 
@@ -59,6 +59,7 @@ class QuantizedVocabEmbedding(QuantizedEmbedding):
 
     def forward(self, indices: Tensor) -> Tensor:
         """[..] -> [.., width] whole."""
+        check_ids(indices, sum(self.part.lengths))
         local = indices - sum(self.part.lengths[: self.part.ranks.rank])
         is_elsewhere = (local < 0) | (local >= self.num_embeddings)
         found = super().forward(local.masked_fill(is_elsewhere, 0)).masked_fill(is_elsewhere.unsqueeze(-1), 0.0)

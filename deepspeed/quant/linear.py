@@ -21,6 +21,7 @@ from deepspeed.kernels import native_products, native_quantize
 from deepspeed.kernels.reference import quantize as formats
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
+from deepspeed.quant.dequantized import Dequantized, refuse_writing
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedError
@@ -112,10 +113,12 @@ class QuantizedWeight(nn.Module):
 
     def rows_at(self, indices: Tensor) -> Tensor:
         """[..., width], the rows of some indices."""
-        per_row = self.width // self.spec.group_size
-        at = (indices.reshape(-1, 1) * per_row + torch.arange(per_row, device=indices.device)).reshape(-1)
+
+        def at(part: Tensor) -> Tensor:  # refuses other dtypes and indices outside as a plain embedding does
+            return F.embedding(indices.reshape(-1), part.view(self.rows, -1)).view(-1, *part.shape[1:])
+
         values, scales, minima = self.parts
-        taken = Quantized(values[at], scales[at], None if minima is None else minima[at])
+        taken = Quantized(at(values), at(scales), None if minima is None else at(minima))
         found = formats.dequantize(taken, self.spec.num_bits, self.dtype)
         return found.view(*indices.shape, self.width)
 
@@ -163,8 +166,13 @@ def _floats(raw: Tensor) -> Tensor:
     return (raw if raw.storage_offset() % 4 == 0 and raw.data_ptr() % 4 == 0 else raw.clone()).view(torch.float32)
 
 
+def _refuse_weight(name: str) -> None:
+    if name == "weight":
+        refuse_writing("assignment")
+
+
 class QuantizedLinear(nn.Module):
-    """y = x W^T + b. `weight` is the dequantized one, made anew each time it is read."""
+    """y = x W^T + b. `weight` is the dequantized one, made anew each time it is read, and cannot be written."""
 
     bias: nn.Parameter | None
 
@@ -182,7 +190,12 @@ class QuantizedLinear(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[out_features, in_features]."""
-        return self.quantized.whole()
+        return self.quantized.whole().as_subclass(Dequantized)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As a module's; a weight is refused."""
+        _refuse_weight(name)
+        super().register_parameter(name, param)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -220,7 +233,12 @@ class QuantizedEmbedding(nn.Module):
     @property
     def weight(self) -> Tensor:
         """[num_embeddings, embedding_dim]."""
-        return self.quantized.whole()
+        return self.quantized.whole().as_subclass(Dequantized)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """As a module's; a weight is refused."""
+        _refuse_weight(name)
+        super().register_parameter(name, param)
 
     def forward(self, indices: Tensor) -> Tensor:
         """[..., embedding_dim]."""

@@ -55,6 +55,7 @@ def quantize_model(
     Layers that are quantized already stay. Raises DeepSpeedConfigError where there is none at all, because what was asked for would not
     happen.
     """
+    _refuse_others(model, spec)
     left: list[str] = []
     count = 0
     kinds = {**_MAKE, **(more or {})}
@@ -91,6 +92,10 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
     chosen: list[tuple[list[tuple[nn.Module, str, nn.Module]], Spec]] = []
     done = [name for name, layer in model.named_modules() if isinstance(layer, (QuantizedLinear, QuantizedEmbedding))]
     used = {key for key in specs if any(key in name for name in done)}
+    for key, given in specs.items():
+        _refuse_others(
+            model, Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric), key
+        )
     for names, sites in _by_weight(model):
         keys = {key for key in specs for name in names if key in name}
         if len(keys) > 1:
@@ -112,6 +117,22 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
         _replace(sites, spec, _MAKE, around)
     _refuse_folders(model)
     return len(chosen)
+
+
+def _refuse_others(model: nn.Module, spec: Spec, key: str = "") -> None:
+    """Raise DeepSpeedConfigError where a layer is quantized already, but not as asked for; its groups may be smaller."""
+    for name, layer in model.named_modules():
+        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) and key in name:
+            held = layer.quantized.spec
+            if (held.num_bits, held.symmetric) != (spec.num_bits, spec.symmetric):
+                raise DeepSpeedConfigError(
+                    f"{name} has a weight of {held.num_bits} bits ({_kind(held)}), and {spec.num_bits} bits ({_kind(spec)}) are asked for.\n"
+                    "  What it was before is gone: load the model again, or ask for what it has."
+                )
+
+
+def _kind(spec: Spec) -> str:
+    return "symmetric" if spec.symmetric else "asymmetric"
 
 
 def _refuse_folders(model: nn.Module) -> None:
@@ -161,8 +182,8 @@ def _is_embedding(layer: nn.Module) -> bool:
 
 
 def _is_taken(layer: nn.Module, kinds: Mapping[type[nn.Module], Make]) -> bool:
-    """Exact classes: a subclass computes something more."""
-    if type(layer) is nn.Embedding and layer.max_norm is not None:
+    """Exact classes: a subclass computes something more, and so does a forward that a script has put in."""
+    if (type(layer) is nn.Embedding and layer.max_norm is not None) or "forward" in layer.__dict__:
         return False
     return type(layer) in kinds or _is_conv1d(layer)
 
@@ -194,6 +215,17 @@ def _embedding(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
 _MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embedding}
 
 
+def _keep_hooks(layer: nn.Module, new: nn.Module) -> None:
+    """What listens to a layer listens to the one in its place; the same dicts, as handles that remove hooks know them."""
+    for name, held in vars(layer).items():
+        if name.startswith(_HOOKS):
+            new.__dict__[name] = held
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks", "_is_full_backward_hook")
+"""How attributes begin that `nn.Module` keeps what listens to a call in."""
+
+
 def _replace(
     sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], around: Around
 ) -> None:
@@ -209,6 +241,7 @@ def _replace(
         for parent, name, layer in sites:
             new = kinds.get(type(layer), _linear)(layer, weight)
             new.train(layer.training)
+            _keep_hooks(layer, new)
             setattr(parent, name, new)
             made.append(new)
     for _, _, layer in sites:

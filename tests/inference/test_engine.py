@@ -17,6 +17,7 @@ import deepspeed
 from deepspeed.inference import engine as engine_module
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.engine import InferenceEngine
+from deepspeed.inference.limits import check_length
 from deepspeed.inference.policy import row_names
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.inference.families import FAMILIES, build, prompts
@@ -134,6 +135,45 @@ def test_a_prompt_and_its_answer_beyond_the_limit_are_refused_with_both_numbers(
         1,
         37,
     )
+
+
+@pytest.mark.parametrize(
+    ("asked", "config", "new"),
+    [
+        ({}, {}, 20),
+        ({"max_length": 9}, {"max_new_tokens": 5}, 5),
+        ({"max_length": 12}, {}, 5),
+        ({"generation_config": {"max_new_tokens": 6}}, {"max_length": 9}, 6),
+        ({"max_new_tokens": 4}, {"max_length": 9}, 4),
+    ],
+)
+def test_the_length_that_is_checked_is_the_one_that_hugging_face_generates(
+    asked: dict[str, Any], config: dict[str, Any], new: int
+) -> None:
+    from transformers import GenerationConfig
+
+    model = build("llama")
+    model.generation_config.update(**config)
+    if "generation_config" in asked:
+        asked = {"generation_config": GenerationConfig(**asked["generation_config"])}
+    assert model.generate(**prompts(), **asked).shape == (1, 7 + new)
+    at, below = (deepspeed.init_inference(model, dtype="fp32", max_out_tokens=7 + new - less) for less in (0, 1))
+    assert at.generate(**prompts(), **asked).shape == (1, 7 + new)
+    with pytest.raises(RuntimeError, match=f"a prompt of 7 tokens and {new} new ones are more than max_out_tokens"):
+        below.generate(**prompts(), **asked)
+
+
+def test_no_prompt_is_one_token_and_sounds_are_none() -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="fp32", max_out_tokens=6)
+    assert engine.generate(max_new_tokens=5, do_sample=False).shape == (1, 6)
+    with pytest.raises(RuntimeError, match="a prompt of 0 tokens and 6 new ones"):
+        engine.generate(max_new_tokens=6)
+    bart = deepspeed.init_inference(build("bart"), dtype="fp32", max_out_tokens=10)
+    words = prompts()["input_ids"]
+    assert bart.generate(words, max_new_tokens=9).shape == (1, 10)
+    with pytest.raises(RuntimeError, match="a prompt of 7 tokens and 9 new ones"):
+        bart.generate(words, max_new_tokens=9, decoder_input_ids=torch.tensor([[1, 5]]))
+    check_length(bart.module, 10, (torch.zeros(1, 80, 30),), {"max_new_tokens": 9})
 
 
 def test_a_policy_is_read_and_one_that_matches_nothing_is_refused() -> None:

@@ -111,6 +111,126 @@ def test_caches_that_are_reordered_cropped_or_of_other_kinds(how: str) -> None:
         assert num_fused(engine) > 0
 
 
+def scaled_attention(module: Any, query: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Plain attention with smaller queries, as a script may register it."""
+    from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+    return sdpa_attention_forward(module, query * 0.1, *args, **kwargs)
+
+
+def change(model: Any, what: str) -> None:
+    """What a script may do to a model that runs."""
+    layers, own = model.model.layers, model.model.layers[1].mlp.forward
+    if what == "layers dropped":
+        model.model.layers, model.config.num_hidden_layers = torch.nn.ModuleList([layers[0]]), 1
+    elif what == "fewer layers":
+        model.config.num_hidden_layers = 1
+    elif what == "layers in another order":
+        model.model.layers = torch.nn.ModuleList([layers[1], layers[0]])
+        for index, layer in enumerate(model.model.layers):
+            layer.self_attn.layer_idx = index
+    elif what == "forward":
+        layers[1].mlp.forward = lambda x: own(x) * 0.3
+    elif what == "scale of scores":
+        layers[0].self_attn.scaling = 0.05
+    elif what == "epsilon":
+        layers[0].input_layernorm.variance_epsilon = 1.0
+    elif what == "attention":
+        from transformers import AttentionInterface
+
+        AttentionInterface.register("scaled", scaled_attention)
+        model.set_attn_implementation("scaled")
+    elif what == "window":
+        model.config.sliding_window = 4
+    elif what == "training":
+        model.train()
+    else:
+        model.model.forward = (lambda inner: lambda **k: scaled(inner(**k)))(model.model.forward)
+
+
+def scaled(found: Any) -> Any:
+    found.last_hidden_state = found.last_hidden_state * 0.1
+    return found
+
+
+CHANGES = ["layers dropped", "fewer layers", "layers in another order", "forward", "scale of scores", "epsilon", "attention",
+           "window", "training", "decoder"]  # fmt: skip
+
+
+@pytest.mark.parametrize("what", CHANGES)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_what_a_script_changes_in_a_model_is_not_passed_by(what: str, when: str) -> None:
+    from transformers import DynamicCache
+
+    plain = build("mistral" if what == "window" else "llama", **SIZES, attention_dropout=0.5)
+    asked = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+    model = copy.deepcopy(plain)
+    if when == "before" and what != "training":
+        change(model, what)
+    engine = deepspeed.init_inference(model, dtype="fp32")
+    if when == "after" or what == "training":
+        change(engine.module, what)
+    change(plain, what)
+    found = []
+    for one in (engine, plain):
+        torch.manual_seed(3)
+        found.append(torch.stack(one.generate(**prompts("left"), **asked, past_key_values=DynamicCache()).logits))
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
+def test_listeners_of_all_modules_lower_precision_and_recorded_states_are_not_passed_by() -> None:
+    engine, plain = pair("llama")
+    seen: list[str] = []
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+    engine.generate(**prompts(), max_new_tokens=4, do_sample=False)
+    handle.remove()
+    assert seen.count("LlamaMLP") == 8 and num_fused(engine) == 0
+    asked: dict[str, Any] = {
+        "max_new_tokens": 4,
+        "do_sample": False,
+        "output_logits": True,
+        "return_dict_in_generate": True,
+    }
+    with torch.autocast("cpu", torch.bfloat16):
+        found = [torch.stack(model.generate(**prompts(), **asked).logits) for model in (engine, plain)]
+    assert torch.equal(*found) and num_fused(engine) == 0
+    states = [
+        model.generate(**prompts(), **asked, output_hidden_states=True).hidden_states for model in (engine, plain)
+    ]
+    torch.testing.assert_close(*states)
+    engine.generate(**prompts(), **asked)
+    assert num_fused(engine) == 3  # the recorders that Hugging Face leaves behind do not slow it down
+    for model in (engine.module, plain):
+        model.config.output_hidden_states = True
+    with torch.no_grad():
+        both = []
+        for model in (engine.module, plain):
+            first = model(prompts()["input_ids"], use_cache=True)
+            both.append(model(torch.tensor([[3]]), past_key_values=first.past_key_values).hidden_states)
+    torch.testing.assert_close(*both)
+
+
+def test_keys_that_a_script_keeps_are_not_written_over() -> None:
+    engine, plain = pair("llama")
+    found = []
+    for model in (engine.module, plain):
+        with torch.no_grad():
+            cache = model(prompts()["input_ids"], use_cache=True).past_key_values
+            step = lambda token: model(torch.tensor([[token]]), past_key_values=cache).logits  # noqa: B023, E731
+            branch: list[Any] = []
+            step(3)
+            root = [(layer.keys, layer.values) for layer in cache.layers]
+            for token in (5, 7):  # a tree, whose branches begin with the same tensors
+                for layer, (keys, values) in zip(cache.layers, root, strict=True):
+                    layer.keys, layer.values = keys, values
+                step(token), step(token + 1)
+                branch.append([(layer.keys, layer.values) for layer in cache.layers])
+            cache.crop(-2)
+            step(9), step(10)
+            found.append(branch)
+    torch.testing.assert_close(*found, rtol=1e-5, atol=1e-5)
+
+
 def test_training_and_other_models_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     said: list[str] = []
     monkeypatch.setattr(fused, "warn_once", said.append)
@@ -124,7 +244,7 @@ def test_training_and_other_models_are_left_alone(monkeypatch: pytest.MonkeyPatc
     assert deepspeed.init_inference(build("llama"), dtype="fp32").module.model.__dict__.get("forward") is None
     assert said == [
         "GPT2LMHeadModel runs unfused: compiled steps are for Llama, Mistral, Qwen2, Qwen3.",
-        "LlamaForCausalLM runs unfused: its heads have 8 elements, which is no multiple of 16 up to 512, or scores of another scale.",
+        "LlamaForCausalLM runs unfused: its heads have 8 elements, which is no multiple of 16 up to 512.",
     ]
 
 

@@ -109,6 +109,17 @@ def refused(rank: int, world_size: int) -> None:
         engine.save_pretrained("not_made")
     with pytest.raises(AssertionError, match="Data inconsistency within the TP group"):
         engine(torch.tensor([[rank + 2, 3]]))
+    quantized = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype="int8", tp={"tp_size": 2})
+    for one in (engine, quantized):
+        for wrong in (-1, 96, -100):
+            with pytest.raises(
+                IndexError, match=f"id {wrong} is outside of an embedding of 96 rows, which is cut over"
+            ):
+                one(torch.tensor([[3, wrong]]))
+    replaced = build("llama")
+    replaced.model.layers[1].mlp.down_proj.forward = lambda x: x
+    with pytest.raises(DeepSpeedConfigError, match="down_proj is a Linear whose forward was replaced"):
+        deepspeed.init_inference(replaced, dtype="fp32", tensor_parallel={"tp_size": 2})
 
 
 def test_what_cannot_be_cut_is_refused_on_every_rank() -> None:

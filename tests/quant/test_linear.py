@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 from collections.abc import Callable
 from typing import Any
 
@@ -10,9 +12,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.kernels import native, native_products
 from deepspeed.quant import linear
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from deepspeed.quant.replace import quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec, fitting_group
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
@@ -142,3 +146,76 @@ def test_on_a_device_with_a_kernel_few_rows_meet_the_weight_as_it_rests(monkeypa
     is_cast = True
     layer(torch.empty(1, 64, device="meta"))
     assert len(asked) == 2, "a gradient needs the weight whole, and autocast has a dtype of its own"
+
+
+WRITING: dict[str, Callable[[QuantizedLinear], Any]] = {
+    "in place": lambda layer: layer.weight.mul_(2),
+    "data": lambda layer: setattr(layer.weight, "data", torch.zeros(8, 32)),
+    "a merged adapter": lambda layer: layer.weight.data.__iadd__(1),
+    "a row": lambda layer: layer.weight.__setitem__(0, 1.0),
+    "a view": lambda layer: layer.weight.t()[3:5].zero_(),
+    "into": lambda layer: torch.add(layer.weight, 1, out=layer.weight),
+    "another": lambda layer: setattr(layer, "weight", nn.Parameter(torch.zeros(8, 32))),
+}
+
+
+@pytest.mark.parametrize("way", WRITING)
+def test_writing_to_what_a_weight_is_read_as_is_refused(way: str) -> None:
+    held = QuantizedWeight(weight_of(8, 32), Spec())
+    for layer in (QuantizedLinear(held, None), QuantizedEmbedding(held, None)):
+        with pytest.raises(
+            RuntimeError, match="to a quantized layer's weight: what is read there is made from the integers"
+        ):
+            WRITING[way](layer)  # type: ignore[arg-type]
+        read = layer.weight
+        assert type(read * 2) is type(read.clone()) is type(copy.deepcopy(read)) is torch.Tensor
+        assert type(pickle.loads(pickle.dumps(read))) is torch.Tensor and torch.equal(read, held.whole())
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_an_embedding_refuses_the_indices_that_a_plain_one_refuses(symmetric: bool) -> None:
+    plain = nn.Embedding(12, 64)
+    layer = QuantizedEmbedding(
+        QuantizedWeight(plain.weight, Spec(num_bits=4, group_size=32, symmetric=symmetric)), None
+    )
+    for taken in (
+        torch.tensor([[3, 0], [11, 5]]),
+        torch.tensor([7], dtype=torch.int32),
+        torch.zeros(0, 3, dtype=torch.long),
+    ):
+        assert torch.equal(layer(taken), F.embedding(taken, layer.quantized.whole()))
+    for wrong in (torch.tensor([-1]), torch.tensor([12]), torch.tensor([-100, 3])):
+        for one in (plain, layer):
+            with pytest.raises(IndexError):
+                one(wrong)
+    for dtype in (torch.uint8, torch.int16, torch.float32, torch.bool):
+        for one in (plain, layer):
+            with pytest.raises(RuntimeError, match="scalar types: Long, Int"):
+                one(torch.tensor([1]).to(dtype))
+
+
+def test_what_listens_to_a_layer_stays_and_a_forward_of_its_own_is_not_replaced() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 64), nn.Linear(64, 64))
+    own = model[1].forward
+    model[1].forward = lambda x: own(x) * 3  # type: ignore[method-assign]
+    handle = model[0].register_forward_hook(lambda layer, args, out: out * 0.5)
+    before = model[2].register_forward_pre_hook(lambda layer, args, kwargs: ((args[0] * 2,), kwargs), with_kwargs=True)
+    x = torch.randn(2, 64)
+    expected = model(x)
+    quantize_model(model, Spec())
+    assert [type(layer).__name__ for layer in model] == ["QuantizedLinear", "Linear", "QuantizedLinear"]
+    torch.testing.assert_close(model(x), expected, rtol=0.05, atol=0.05)
+    with_both = model(x)
+    handle.remove(), before.remove()
+    assert not model[0]._forward_hooks and not model[2]._forward_pre_hooks
+    assert not torch.allclose(model(x), with_both, rtol=0.05, atol=0.05)
+
+
+def test_layers_that_were_quantized_otherwise_are_refused_by_name() -> None:
+    model = nn.Sequential(nn.Linear(64, 64))
+    quantize_model(model, Spec())
+    quantize_model(model, Spec(group_size=32))
+    with pytest.raises(DeepSpeedConfigError, match=r"0 has a weight of 8 bits \(symmetric\), and 4 bits \(symmetric\)"):
+        quantize_model(model, Spec(num_bits=4))
+    with pytest.raises(DeepSpeedConfigError, match=r"8 bits \(symmetric\), and 8 bits \(asymmetric\)"):
+        quantize_by_name(model, {"0": QuantizationSpecConfig(num_bits=8, group_size=64, group_dim=1, symmetric=False)})

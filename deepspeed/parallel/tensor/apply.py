@@ -307,8 +307,9 @@ class _Plan:
         is_column = decision.action in _COLUMNS
         kind = kind_for(module, ColumnLinear if is_column else RowLinear)
         if kind is None:
+            replaced = " whose forward was replaced" if "forward" in module.__dict__ else ""
             raise DeepSpeedConfigError(
-                f"{name} is a {type(module).__name__}, which tensor parallelism cannot cut as {decision.action.value}: only "
+                f"{name} is a {type(module).__name__}{replaced}, which tensor parallelism cannot cut as {decision.action.value}: only "
                 "nn.Linear and what only surrounds its forward.\n"
                 "  Give tensor_parallel.partition_config, with partition_type skip for it."
             )
@@ -424,6 +425,7 @@ class _Plan:
         )
         if kind is None or getattr(module, "max_norm", None) is not None:
             what = "has max_norm, which needs whole vectors" if kind is not None else "is no plain nn.Embedding"
+            what = "has a forward that was replaced" if "forward" in module.__dict__ else what
             raise DeepSpeedConfigError(
                 f"{name} ({type(module).__name__}) cannot be cut over tensor-parallel ranks: it {what}."
             )

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from deepspeed.parallel.tensor.collectives import ColumnOverlapped, TensorGroup
 from deepspeed.parallel.tensor.regions import Region
+from deepspeed.utils.values import has_values
 
 PART = "tensor_part"
 """The attribute of a layer that has its `Part`."""
@@ -139,6 +140,7 @@ class VocabEmbedding(nn.Embedding):
         return part.ranks.leave(self._lookup(ids, part))
 
     def _lookup(self, ids: Tensor, part: Part) -> Tensor:
+        check_ids(ids, sum(part.lengths))
         start = sum(part.lengths[: part.ranks.rank])
         local = ids - start
         is_elsewhere = (local < 0) | (local >= part.lengths[part.ranks.rank])
@@ -146,6 +148,21 @@ class VocabEmbedding(nn.Embedding):
         own_padding = padding - start if padding is not None and 0 <= padding - start < self.weight.shape[0] else None
         found = F.embedding(local.masked_fill(is_elsewhere, 0), self.weight, own_padding)
         return found.masked_fill(is_elsewhere.unsqueeze(-1), 0.0)
+
+
+def check_ids(ids: Tensor, num_embeddings: int) -> None:
+    """Raise IndexError for ids that no rank's range has, as `nn.Embedding` does; its error has no place among ranges. On a device by an assertion there."""
+    if ids.is_meta or not has_values(ids) or not ids.numel():
+        return
+    is_inside = ((ids >= 0) & (ids < num_embeddings)).all()
+    if ids.device.type != "cpu":
+        torch._assert_async(is_inside)
+    elif not is_inside:
+        wrong = ids[(ids < 0) | (ids >= num_embeddings)].flatten()
+        raise IndexError(
+            f"id {int(wrong[0])} is outside of an embedding of {num_embeddings} rows, which is cut over tensor-parallel ranks.\n"
+            "  Check the tokenizer's vocabulary against the model's, and ids that mark labels to ignore."
+        )
 
 
 class WidthEmbedding(nn.Embedding):
@@ -170,7 +187,9 @@ def _around(own: type[nn.Module], wanted: type[nn.Module]) -> type[nn.Module]:
 
 def kind_for(module: nn.Module, wanted: type[nn.Module]) -> type[nn.Module] | None:
     """`wanted`, or where the module's class only surrounds its base's forward (a scaled embedding), a class that does the same
-    around `wanted`; None for a class with another product of its own."""
+    around `wanted`; None for a class with another product of its own, and a module whose forward a script has replaced."""
+    if "forward" in module.__dict__:
+        return None
     base: Any = nn.Linear if issubclass(wanted, nn.Linear) else nn.Embedding
     own = type(module)
     if own is base or own.__name__ in _PLAIN:
