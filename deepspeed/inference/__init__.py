@@ -22,6 +22,7 @@ load.py         weights into a module, parameter by parameter
 streamed.py     weights that rest elsewhere between their uses
 save.py         save_mp_checkpoint_path
 fused.py        one compiled call per token, beneath the model's own forward
+watched.py      modules that it passes by, as long as they are what they were
 cache.py        keys and values that grow in place
 int8_cache.py   keys and values in int8
 times.py        how long forwards take, inside of generate too

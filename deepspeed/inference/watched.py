@@ -5,7 +5,7 @@ adapter, a weight or another number has to find it used. `Watched` remembers a m
 before layers are described, what in them is not Hugging Face's.
 
 Invariant: whatever is set on a module, its class or on all modules (global hooks) is noticed, at a few comparisons a module: its attributes are
-compared by `dict.__eq__`, its tensors by identity and address.
+compared as one dict, its tensors by identity and address.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `layer.weight` of a quantized layer is: the weight made whole for the one who asks, which cannot be written.
+"""What the weight of a quantized layer is read as: the weight made whole for the one who asks, which cannot be written.
 
 Used by `linear`. The integers are the weight; values written into a copy of them would be lost without a word, an adapter's merge too.
 
