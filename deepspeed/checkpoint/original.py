@@ -15,6 +15,7 @@ Tensors are mapped from the files, not read, until they are fetched. Source: the
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -76,11 +77,18 @@ _OPTIM = re.compile(r"(?:bf16_)?zero_pp_rank_(\d+)_mp_rank_(\d+)_optim_states\.p
 MODEL_FILE = re.compile(r"(?:zero_pp_rank_(\d+)_)?mp_rank_(\d+)_model_states\.pt")
 
 
+_ZIP = b"PK\x03\x04"
+
+
 def read_torch_file(path: Path) -> Any:
     """The content of a torch file, as data. Raises CheckpointError for classes that are not in STAND_INS, and damage."""
-    with open_plain(path):
-        pass
+    with open_plain(path) as fd:
+        start = os.pread(fd, len(_ZIP), 0)
+    if not start:
+        raise CheckpointError(f"{path} is empty.\n  Copy or download it again.")
     try:
+        if start != _ZIP:  # as torch wrote before 1.6: cannot be mapped, and is read whole
+            return torch.load(path, map_location="cpu", weights_only=True)
         names = torch.serialization.get_unsafe_globals_in_checkpoint(path)
         unknown = sorted(set(names) - set(STAND_INS))
         if unknown:

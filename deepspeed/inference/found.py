@@ -129,7 +129,7 @@ def _from_json(content: Any, base: Path, what: str, rank: int, tp_size: int) -> 
     kind = str(content.get("type", "ds_model")).lower()
     if isinstance(files, Mapping):
         return _parts(content, files, folder, what, rank, tp_size)
-    files = [files] if isinstance(files, str) else list(files)
+    files = _names([files] if isinstance(files, str) else files, "checkpoints", what)
     if kind not in ("bloom", "ds_model") and len(files) > 1:
         raise DeepSpeedConfigError(
             f"{what}: files of type {content['type']!r} are parts of ranks, which are not put together here.\n"
@@ -147,7 +147,7 @@ def _parts(
             f"{what} was saved for tp_size = {stated}, and this run has {size}.\n"
             f"  Run on {stated} ranks, or load the checkpoint that it was made from."
         )
-    named = [(file, folder / file) for file in files.get(TP_KEY, [])]
+    named = [(file, folder / file) for file in _names(files.get(TP_KEY, []), f"checkpoints.{TP_KEY}", what)]
     of_ranks = [[path for file, path in named if Path(file).name.startswith(f"tp_{r:02d}_")] for r in range(size)]
     lacking = [r for r, paths in enumerate(of_ranks) if size > 1 and not paths]
     if lacking:
@@ -155,8 +155,16 @@ def _parts(
     missing = [str(path) for _, path in named if not path.exists()]
     if missing:
         raise CheckpointError(f"{what} names {', '.join(missing[:4])}, which is missing; nothing was loaded.")
-    whole = _from_files([folder / file for file in files.get("non_tp", [])], what)
+    whole = _from_files([folder / file for file in _names(files.get("non_tp"), "checkpoints.non_tp", what)], what)
     return Parts(whole, [partial(_from_files, paths, what) for paths in of_ranks], rank, what)
+
+
+def _names(files: Any, key: str, what: str) -> list[str]:
+    if not isinstance(files, (list, tuple)) or not files or not all(isinstance(file, str) for file in files):
+        raise DeepSpeedConfigError(
+            f"{what} has {key} = {files!r}, which is no list of file names.\n  Name the files of the weights."
+        )
+    return list(files)
 
 
 def _read_json(path: Path) -> Any:

@@ -10,6 +10,7 @@ object. Where reading fails, parameters are what they were before.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -25,6 +26,7 @@ from deepspeed.inference.weights import Weights
 from deepspeed.mesh import marks
 from deepspeed.quant.linear import QuantizedWeight, piece_numel
 from deepspeed.quant.spec import Spec
+from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
@@ -145,8 +147,13 @@ def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:
     loader = Loader(module, weights.what)
     missing: list[str] = []
     for key, (names, place) in tensors.items():
-        recipe = next((recipes[name] for name in names if name in recipes), None)
-        if recipe is not None:
+        of_names = [recipes[name] for name in names if name in recipes]
+        if of_names:
+            recipe = of_names[0]
+            _refuse_integers(place[0], recipe, weights)
+            _refuse_two_values(module, of_names, weights)
+            _refuse_two_values(module, [recipes[name] for name in names if name in recipes], weights)
+            _refuse_integers(place[0], recipe, weights)
             loader.places[key] = _Place(names[0], place[0], place[1], recipe, weights)
         elif not any(map(_ignored(module, "_keys_to_ignore_on_load_missing"), names)):
             missing.append(names[0])
@@ -165,6 +172,47 @@ def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:
             f"{weights.what}: {len(left)} tensors have no place in {type(module).__name__}: {', '.join(left[:4])}."
         )
     return loader
+
+
+def _refuse_integers(tensor: Tensor, recipe: Recipe, weights: Weights) -> None:
+    """Raise CheckpointError where integers are stored for numbers: packed by a library whose scales are not known here."""
+    names = [name for _, sources in recipe.sources for name in sources] or [recipe.stored]
+    name = next((name for name in names if not weights.held[name].dtype.is_floating_point), None)
+    if name is not None and tensor.is_floating_point():
+        raise CheckpointError(
+            f"{name} holds {dtype_name(weights.held[name].dtype)} in {weights.what}, and {recipe.name} has numbers with fractions; nothing was "
+            "loaded.\n  Save it dequantized. GPTQ, AWQ, bitsandbytes and 8-bit floats with their scales are read as they are."
+        )
+
+
+def _refuse_two_values(module: nn.Module, recipes: list[Recipe], weights: Weights) -> None:
+    """Raise CheckpointError where names that share one parameter have two different tensors, of which one would be lost."""
+    first = recipes[0]
+    for other in recipes[1:]:
+        if first.converter is None and other.converter is None and not _are_equal(weights, first.stored, other.stored):
+            raise CheckpointError(
+                f"{first.name} and {other.name} are one parameter of {type(module).__name__}, and two that differ in {weights.what}; nothing "
+                "was loaded.\n  Build the model with tie_word_embeddings=False in its configuration, or remove the one that is not meant."
+            )
+
+
+def _are_equal(weights: Weights, name: str, other: str) -> bool:
+    """Whether two stored tensors have the same values, read some rows at a time."""
+    shape = weights.held[name].shape
+    if shape != weights.held[other].shape:
+        return False
+    if name == other or not shape:
+        return name == other or torch.equal(*(weights.read(each, None, torch.float64) for each in (name, other)))
+    rows = max(_COMPARED // max(math.prod(shape[1:]), 1), 1)
+    for start in range(0, shape[0], rows):
+        box = box_of(shape, {0: [(start, min(start + rows, shape[0]))]})
+        if not torch.equal(*(weights.read(each, box, torch.float32) for each in (name, other))):
+            return False
+    return True
+
+
+_COMPARED = 1 << 20
+"""Elements that are compared at a time."""
 
 
 def _of_parts(module: nn.Module, parts: Parts) -> Loader:

@@ -1,4 +1,4 @@
-"""Weights that other libraries quantized, made whole as they are read: GPTQ, AWQ and bitsandbytes, as their files have them.
+"""Weights that other libraries quantized, made whole as they are read: GPTQ, AWQ, bitsandbytes and 8-bit floats, as their files have them.
 
 `found` puts `unpacked` around weights that were opened; names, shapes and reading are then those of an ordinary model, whatever reads them
 (and whatever it quantizes them to). No library has to be installed: the layouts are facts.
@@ -10,6 +10,8 @@
     int8    of bitsandbytes: weight [out, in] int8 and SCB [out]. w = q * SCB * (1 / 127)
     nf4, fp4    weight [bytes, 1] uint8, the first of two in the high bits; absmax of blocks, itself in 8 bits or not; quant_map;
             the rest in quant_state, as JSON
+    float8  weight [out, in] of 8-bit floats, and weight_scale_inv or weight_scale: one number, one of each row, or of each block
+            of weight_block_size rows and columns (DeepSeek's). w = q * scale
 
 Invariant: a weight is what the library's own formula gives, bit for bit, in the dtype of its scales (4 bits: of its quant_state).
 """
@@ -17,6 +19,7 @@ Invariant: a weight is what the library's own formula gives, bit for bit, in the
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -32,6 +35,8 @@ from deepspeed.utils.errors import CheckpointError
 _AWQ_PLACES = (0, 4, 1, 5, 2, 6, 3, 7)
 """Where, in a word of AWQ, each of 8 neighbours lies."""
 _STATES = ("quant_state.bitsandbytes__nf4", "quant_state.bitsandbytes__fp4")
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+_SCALES = ("scale_inv", "scale")
 _OF_127 = 7.874015718698502e-3
 """1 / 127 as bitsandbytes writes it."""
 
@@ -121,6 +126,23 @@ class _FourBits:
         return (read("quant_map").float()[places] * factors).to(self.held.dtype).view(self.held.shape)
 
 
+@dataclass(frozen=True)
+class _Float8:
+    name: str
+    held: Held
+    parts: tuple[str, ...]
+    block: tuple[int, int]
+
+    def whole(self, weights: Weights) -> Tensor:
+        values, scale = (weights.read(part, None).float() for part in self.parts)
+        if scale.numel() == 1:
+            return values * scale.view(())
+        scale = scale.view(*scale.shape, 1) if scale.dim() < values.dim() else scale
+        for dim, each in zip((-2, -1), self.block, strict=True):
+            scale = scale.repeat_interleave(each, dim).narrow(dim, 0, values.shape[dim])
+        return values * scale
+
+
 class Unpacked:
     """See `Weights`."""
 
@@ -162,7 +184,26 @@ def unpacked(weights: Weights, config: Mapping[str, Any] | None = None) -> Weigh
             state = next(state for state in _STATES if name.endswith(f".{state}"))
             whole = name.removesuffix(f".{state}")
             layouts[whole] = _of_state(weights, whole, name)
+        elif weights.held[name].dtype in _FLOAT8:
+            scale = next((f"{name}_{end}" for end in _SCALES if f"{name}_{end}" in weights.held), None)
+            if scale is not None:
+                layouts[name] = _of_float8(weights, name, scale, config or {})
     return Unpacked(weights, layouts) if layouts else weights
+
+
+def _of_float8(weights: Weights, name: str, scale: str, config: Mapping[str, Any]) -> _Float8:
+    shape, of_scale = weights.held[name].shape, weights.held[scale].shape
+    rows, columns = (1, 1, *shape)[-2:]
+    given = config.get("weight_block_size") or (128, 128)
+    is_of_rows = of_scale in ((rows,), (rows, 1))
+    block = (1, columns) if is_of_rows else (int(given[0]), int(given[1]))
+    fitting = (*shape[:-2], -(-rows // block[0]), -(-columns // block[1]))
+    if not (is_of_rows or of_scale == fitting or math.prod(of_scale) == 1):
+        raise CheckpointError(
+            f"{weights.what}: {name} is {list(shape)} in 8-bit floats, and {scale} is {list(of_scale)}: neither one number, one of each "
+            f"row, nor of blocks of {block[0]} by {block[1]}.\n  quantization_config.weight_block_size in config.json says the blocks."
+        )
+    return _Float8(name, Held(shape, torch.float32), (name, scale), block)
 
 
 def _present(weights: Weights, stem: str, parts: str) -> tuple[str, ...]:

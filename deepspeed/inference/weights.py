@@ -179,9 +179,15 @@ class TorchFiles:
         for path in paths:
             content = read_torch_file(path.resolve())
             file = Mapped(path.resolve())
-            for name, value in _state_dict(content).items():
+            for name, value in _state_dict(content, path).items():
                 if not isinstance(value, Tensor) and not _is_quantized(value):
                     continue
+                if isinstance(value, Tensor) and (value.layout is not torch.strided or value.is_quantized):
+                    kind = value.dtype if value.is_quantized else value.layout
+                    raise CheckpointError(
+                        f"{name} in {path} is a tensor of torch's kind {kind}: weights are read as dense numbers.\n"
+                        "  Save it made whole (to_dense(), dequantize())."
+                    )
                 if name in self._tensors:
                     raise CheckpointError(
                         f"{name} is in {path} and in another of the files: which of them counts?\n"
@@ -222,12 +228,12 @@ def cut(whole: Tensor, box: Box | None) -> Tensor:
     return part.clone(memory_format=torch.contiguous_format) if is_part else part
 
 
-def _state_dict(content: Any) -> Mapping[str, Any]:
+def _state_dict(content: Any, path: Path) -> Mapping[str, Any]:
     for key in ("module", "model", "state_dict"):
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping):
-        raise CheckpointError("a torch file holds no state dict.")
+        raise CheckpointError(f"{path} holds a {type(content).__name__}, and no state dict.")
     return content
 
 

@@ -30,6 +30,10 @@ from deepspeed.utils.values import has_values
 _PIECE_NUMEL = 1 << 18
 
 
+class NotFiniteError(DeepSpeedError):
+    """A weight to be quantized holds NaN or infinity."""
+
+
 class QuantizedWeight(nn.Module):
     """[rows, width] as integers with a scale (and a minimum) per group; layers that are tied share one.
 
@@ -66,7 +70,7 @@ class QuantizedWeight(nn.Module):
         self.spec = spec
         self.dtype = dtype
         if not quantized.values.is_meta and formats.has_bad_groups(quantized):
-            raise DeepSpeedError(
+            raise NotFiniteError(
                 f"a weight {list(shape)} holds NaN or infinity and cannot be quantized.\n  Check what was loaded."
             )
         for name, value in zip(("values", "scales", "minima"), quantized, strict=True):

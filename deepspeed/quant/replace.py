@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepspeed.config.execution import QuantizationSpecConfig
-from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from deepspeed.quant.linear import NotFiniteError, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.spec import Spec, fitting_group
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
@@ -69,7 +69,9 @@ def quantize_model(
         if group is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
             left += names
             continue
-        _replace(sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, around)
+        _replace(
+            names[0], sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, around
+        )
         count += 1
     left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
     if not count and not any(isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) for layer in model.modules()):
@@ -89,7 +91,7 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
     Raises DeepSpeedConfigError, before anything is changed, for a layer that two keys match, a key that matches none, and
     widths that do not divide.
     """
-    chosen: list[tuple[list[tuple[nn.Module, str, nn.Module]], Spec]] = []
+    chosen: list[tuple[str, list[tuple[nn.Module, str, nn.Module]], Spec]] = []
     done = [name for name, layer in model.named_modules() if isinstance(layer, (QuantizedLinear, QuantizedEmbedding))]
     used = {key for key in specs if any(key in name for name in done)}
     for key, given in specs.items():
@@ -106,15 +108,15 @@ def quantize_by_name(model: nn.Module, specs: Mapping[str, QuantizationSpecConfi
         if keys:
             used |= keys
             (key,) = keys
-            chosen.append((sites, _checked(names[0], _shape_of(sites[0][2]), specs[key])))
+            chosen.append((names[0], sites, _checked(names[0], _shape_of(sites[0][2]), specs[key])))
     missing = sorted(set(specs) - used)
     if missing:
         raise DeepSpeedConfigError(
             f"weight_quantization.post_init_quant: {', '.join(missing)} matches no layer of {type(model).__name__}.\n"
             f"  Its layers are named {', '.join(names[0] for names, _ in list(_by_weight(model))[:4])}, ..."
         )
-    for sites, spec in chosen:
-        _replace(sites, spec, _MAKE, around)
+    for name, sites, spec in chosen:
+        _replace(name, sites, spec, _MAKE, around)
     _refuse_folders(model)
     return len(chosen)
 
@@ -227,23 +229,30 @@ _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_
 
 
 def _replace(
-    sites: list[tuple[nn.Module, str, nn.Module]], spec: Spec, kinds: Mapping[type[nn.Module], Make], around: Around
+    name: str,
+    sites: list[tuple[nn.Module, str, nn.Module]],
+    spec: Spec,
+    kinds: Mapping[type[nn.Module], Make],
+    around: Around,
 ) -> None:
     first = sites[0][2]
-    weight = None if _is_conv1d(first) else around.quantized(first, spec)
-    for _, _, layer in sites:
-        around.fill(layer)
-    params = [param for _, _, layer in sites for param in layer.parameters(recurse=False)]
-    was_sharded = any(hasattr(param, "ds_shape") for param in params)
-    made: list[nn.Module] = []
-    with around.whole(params):
-        weight = weight or QuantizedWeight(_weight_of(first).contiguous(), spec)
-        for parent, name, layer in sites:
-            new = kinds.get(type(layer), _linear)(layer, weight)
-            new.train(layer.training)
-            _keep_hooks(layer, new)
-            setattr(parent, name, new)
-            made.append(new)
+    try:
+        weight = None if _is_conv1d(first) else around.quantized(first, spec)
+        for _, _, layer in sites:
+            around.fill(layer)
+        params = [param for _, _, layer in sites for param in layer.parameters(recurse=False)]
+        was_sharded = any(hasattr(param, "ds_shape") for param in params)
+        made: list[nn.Module] = []
+        with around.whole(params):
+            weight = weight or QuantizedWeight(_weight_of(first).contiguous(), spec)
+            for parent, child, layer in sites:
+                new = kinds.get(type(layer), _linear)(layer, weight)
+                new.train(layer.training)
+                _keep_hooks(layer, new)
+                setattr(parent, child, new)
+                made.append(new)
+    except NotFiniteError as error:
+        raise NotFiniteError(f"{name}: {error}") from error
     for _, _, layer in sites:
         layer._parameters["weight"] = None  # or lists of layers, this one's too, would keep the whole one
     around.made(made, was_sharded)

@@ -19,7 +19,7 @@ from deepspeed.inference.weights import SafetensorsFiles
 from deepspeed.mesh.mesh import current_mesh
 from deepspeed.quant.linear import QuantizedWeight
 from deepspeed.quant.spec import Spec
-from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
+from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError, DeepSpeedError
 from tests.harness import run_ranks
 from tests.inference.families import build, prompts
 from tests.inference.test_engine import logits_of
@@ -249,6 +249,54 @@ def test_what_is_damaged_or_does_not_fit_loads_nothing(tmp_path: Path) -> None:
             own.register_buffer("table", torch.zeros(2), persistent=False)
         torch.save(nn.Sequential(nn.Linear(2, 2)).state_dict(), tmp_path / "own.pt")
         deepspeed.init_inference(own, dtype="fp32", checkpoint=str(tmp_path / "own.pt"))
+
+
+def test_a_torch_file_of_before_1_6_is_read_whole_and_what_is_no_state_dict_is_named(tmp_path: Path) -> None:
+    plain, path = build("llama"), tmp_path / "pytorch_model.bin"
+    torch.save(plain.state_dict(), path, _use_new_zipfile_serialization=False)
+    assert same_words(deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path)), plain)
+    sparse = {name: value.to_sparse() if value.dim() == 2 else value for name, value in plain.state_dict().items()}
+    for content, words in (
+        ([1, 2], "pytorch_model.bin holds a list, and no state dict"),
+        (sparse, "model.embed_tokens.weight in .* is a tensor of torch's kind torch.sparse_coo"),
+        (plain, "holds pickled objects of torch.nn.modules"),
+    ):
+        torch.save(content, path)
+        with pytest.raises(CheckpointError, match=words):
+            deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path))
+    path.write_bytes(b"")
+    with pytest.raises(CheckpointError, match="pytorch_model.bin is empty"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path))
+    for files in ([], None, [3], {"non_tp": []}):
+        with pytest.raises(DeepSpeedConfigError, match="which is no list of file names"):
+            deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint={"checkpoints": files})
+
+
+def test_values_that_would_be_lost_or_mean_something_else_are_refused(tmp_path: Path) -> None:
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    path = tmp_path / "model.safetensors"
+    state = {name: value.clone() for name, value in build("llama").state_dict().items()}
+
+    def refused(words: str, dtype: str = "fp32", **changed: torch.Tensor) -> None:
+        save_file({**state, **changed}, path)
+        model = on_meta("llama", tie_word_embeddings="lm_head.weight" in changed)
+        with pytest.raises(DeepSpeedError, match=words):
+            deepspeed.init_inference(model, dtype=dtype, checkpoint=str(tmp_path))
+
+    head = {"lm_head.weight": state["lm_head.weight"]}
+    refused(
+        "model.embed_tokens.weight and lm_head.weight are one parameter of LlamaForCausalLM, and two that differ",
+        **head,
+    )
+    name = "model.layers.1.mlp.up_proj.weight"
+    refused(f"{name} holds int8 in .*, and {name} has numbers with fractions", **{name: state[name].to(torch.int8)})
+    refused("layers.1.mlp.up_proj: a weight .* holds NaN or infinity", "int8", **{name: state[name] / 0})
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()
+    save_file(state, path)
+    engine = deepspeed.init_inference(
+        on_meta("llama", tie_word_embeddings=True), dtype="fp32", checkpoint=str(tmp_path)
+    )
+    assert torch.equal(engine.module.lm_head.weight, state["lm_head.weight"])
 
 
 def test_pieces_of_a_part_are_the_part_and_quantized_what_it_is_quantized(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Files of GPTQ, AWQ and bitsandbytes hold what their formulas say, bit for bit, and a model loads from them."""
+"""Files of GPTQ, AWQ, bitsandbytes and 8-bit floats hold what their formulas say, bit for bit, and a model loads from them."""
 
 from __future__ import annotations
 
@@ -151,6 +151,28 @@ def test_a_model_loads_from_packed_layers_beside_whole_ones(tmp_path: Path) -> N
     engine = deepspeed.init_inference(model, dtype="fp32", checkpoint=str(tmp_path))
     expected = logits_of(plain, batch)
     assert (logits_of(engine, batch) - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", ["block", "row", "one"])
+def test_8_bit_floats_are_multiplied_with_their_scales(kind: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    values = (torch.randn(70, 48) * 30).to(torch.float8_e4m3fn)
+    scale = {"block": torch.rand(3, 2) + 0.5, "row": torch.rand(70, 1) + 0.5, "one": torch.tensor(0.7)}[kind]
+    of_element = scale.repeat_interleave(32, 0)[:70].repeat_interleave(40, 1)[:, :48] if kind == "block" else scale
+    end = "scale_inv" if kind == "block" else "scale"
+    safetensors.save_file({"a.weight": values, f"a.weight_{end}": scale}, tmp_path / "model.safetensors")
+    about = {"quantization_config": {"quant_method": "fp8", "weight_block_size": [32, 40]}}
+    (tmp_path / "config.json").write_text(json.dumps(about))
+    weights = opened(tmp_path)
+    assert list(weights.held) == ["a.weight"] and torch.equal(
+        weights.read("a.weight", None), values.float() * of_element
+    )
+    box = box_of([70, 48], {0: [(3, 40)]})
+    assert torch.equal(weights.read("a.weight", box, torch.bfloat16), (values.float() * of_element)[3:40].bfloat16())
+    if kind == "block":
+        (tmp_path / "config.json").unlink()
+        with pytest.raises(CheckpointError, match=r"a.weight_scale_inv is \[3, 2\]: .* nor of blocks of 128 by 128"):
+            opened(tmp_path)
 
 
 def test_layouts_that_are_none_of_these_are_refused_by_name(tmp_path: Path) -> None:
