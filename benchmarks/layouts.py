@@ -1,11 +1,11 @@
 """Eight layouts of the same training step: `deepspeed plan`'s order beside the clock's, and its bubbles beside those of stages that sleep.
 
-    python benchmarks/layouts.py [--ranks 4] [--width 256] [--layers 8] [--seq 64] [--samples 8] [--rounds 3] [--json FILE]
+    python benchmarks/layouts.py [--ranks 4] [--width 256] [--layers 8] [--seq 64] [--samples 8] [--rounds 20] [--json FILE]
     python benchmarks/layouts.py --unit_ms 40 [--ranks 8]      stages that sleep, at two numbers of micro-batches
 
 A small Llama, the same number of samples per step in every layout. The cluster that the planner is given is this machine, measured by all
-ranks at once: products, copies, messages. Layouts take turns; the fastest step of the slowest rank counts. More ranks than cores
-share them, as the measured rates do. So bubbles hardly show there: with `--unit_ms` the layers of a pipeline sleep instead of computing, one
+ranks at once: products, copies, messages. Layouts take turns, step by step; the median step of the slowest rank counts, and layouts whose
+medians differ by less than their doubt are tied. More ranks than cores share them, as the measured rates do. So bubbles hardly show there: with `--unit_ms` the layers of a pipeline sleep instead of computing, one
 unit forward and two backward, in the same engine, and the share of the step in which stages neither sleep nor are late to wake is the bubble.
 """
 
@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -28,14 +29,17 @@ import torch.distributed as dist  # noqa: E402
 from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
+from deepspeed.comm import board  # noqa: E402
 from deepspeed.memory.inside import Way  # noqa: E402
 from deepspeed.memory.shape import shape_of, with_inside  # noqa: E402
 from deepspeed.planner.cluster import GB, Cluster, Device, Links  # noqa: E402
+from deepspeed.planner.cost import CALLS_PER_MODULE, ENGINE_CALLS_PER_MODULE  # noqa: E402
 from deepspeed.planner.layouts import Layout, Plan, evaluate  # noqa: E402
 from deepspeed.planner.search import parse_layout, simulated  # noqa: E402
+from deepspeed.profiling.rates import processors  # noqa: E402
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF  # noqa: E402
 
-NUM_WARM, NUM_STEPS = 2, 3
+NUM_WARM = 3
 OF_RANKS = {
     2: "dp2 zero0, dp2 zero1, dp2 zero3, dp2 zero1 recompute, tp2, sp2 zero1, pp2, pp2 recompute",
     4: "dp4 zero1, dp4 zero3, dp4 zero1 recompute, tp4, dp2 tp2 zero1, pp4, pp2 dp2 zero1, sp4 zero1",
@@ -185,10 +189,12 @@ def work(args: argparse.Namespace) -> None:
         return
     rates = [measure_rates(torch.float32).as_json() for _ in range(2)]
     times: dict[str, list[float]] = {}
-    for _ in range(args.rounds):
-        for at in layouts(dist.get_world_size(), args.samples):
-            engine, step = stepper(args, at)
-            for turn in range(NUM_WARM + NUM_STEPS):
+    board.MAX_BOARDS = 64  # of all these engines at once
+    listed = layouts(dist.get_world_size(), args.samples)
+    for together in ([at for at in listed if at.sp > 1], [at for at in listed if at.sp == 1]):
+        made = [(at, *stepper(args, at)) for at in together]
+        for turn in range(NUM_WARM + args.rounds):
+            for at, _, step in made:
                 dist.barrier()
                 start_s = time.perf_counter()
                 step()
@@ -196,8 +202,9 @@ def work(args: argparse.Namespace) -> None:
                 dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
                 if turn >= NUM_WARM:
                     times.setdefault(at.name, []).append(float(slowest))
+        for _, engine, _ in made:
             engine.destroy()
-            UlyssesSPAttentionHF.unregister()
+        UlyssesSPAttentionHF.unregister()  # whose attention is every model's of its kind
     if dist.get_rank() == 0:
         best = {key: (min if key.endswith("latency_s") else max)(each[key] for each in rates) for key in rates[0]}
         Path(args.worker).write_text(json.dumps({"rates": best, "times": times}))
@@ -209,14 +216,27 @@ def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
     model, batch = llama(args), {"input_ids": tokens, "labels": tokens}
     ways = sorted({Way(at.tp) for at in layouts(args.ranks, args.samples)})
     shape = with_inside(shape_of(model, batch, dtype=torch.float32), model, batch, ways, dtype=torch.float32)
-    device = Device(memory_gb=8, tflops=rates["matmul_flops"] / 1e12, memory_gb_s=rates["copy_nbytes_s"] / GB)
+    device = Device(
+        memory_gb=8,
+        tflops=rates["matmul_flops"] / 1e12,
+        memory_gb_s=rates["copy_nbytes_s"] / GB,
+        call_us=1e6 * (CALLS_PER_MODULE + ENGINE_CALLS_PER_MODULE) * rates["launch_s"],
+    )
     wire, latency_s = (
         min(rates["wire_nbytes_s"], rates["sum_nbytes_s"]),
         max(rates["wire_latency_s"], rates["sum_latency_s"]),
     )
-    links = Links(within_gb_s=wire / GB, latency_us=1e6 * latency_s, overlap=0)
-    cluster = Cluster(devices_per_node=args.ranks, device=device, links=links)
+    between_two_s = latency_s / max(1, (args.ranks - 1).bit_length())
+    links = Links(within_gb_s=wire / GB, latency_us=1e6 * between_two_s, overlap=0)
+    cluster = Cluster(devices_per_node=args.ranks, device=device, links=links, processors=processors())
     return [simulated(evaluate(shape, cluster, at)) for at in layouts(args.ranks, args.samples)]
+
+
+def _longer(times: list[float], fastest: list[float]) -> tuple[float, float]:
+    """(percent, its doubt: two standard errors) by which steps took longer than others. Those of one turn are compared, where they took turns."""
+    ratios = sorted(100 * (a / b - 1) for a, b in zip(times, fastest, strict=False))
+    low, middle, high = statistics.quantiles(ratios, n=4)
+    return middle, 2 * 1.25 * (high - low) / 1.35 / len(ratios) ** 0.5
 
 
 def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
@@ -224,23 +244,30 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     if args.unit_ms:
         report_sleep(args, told["times"])
         return
-    seconds = {name: min(times) for name, times in told["times"].items()}
+    seconds = {name: statistics.median(times) for name, times in told["times"].items()}
     plans = predicted(args, told["rates"])
     first = min(plans, key=lambda plan: plan.step_s).layout.name
     print(
         f"\n{args.ranks} ranks, {args.samples} samples of {args.seq} tokens, width {args.width}, {args.layers} layers\n"
     )
-    print("| layout | predicted, ms | bubble | measured, ms |\n|---|--:|--:|--:|")
+    print("| layout | predicted, ms | bubble | measured, ms | longer than the fastest |\n|---|--:|--:|--:|--:|")
+    order = sorted(seconds, key=lambda name: seconds[name])
+    longer = {name: _longer(told["times"][name], told["times"][order[0]]) for name in order}
     for plan in sorted(plans, key=lambda plan: seconds[plan.layout.name]):
         name = plan.layout.name
-        print(f"| {name} | {1e3 * plan.step_s:.1f} | {100 * plan.bubble:.0f} % | {1e3 * seconds[name]:.1f} |")
-    print(f"\nfastest by prediction: {first}, {100 * (seconds[first] / min(seconds.values()) - 1):.1f} % slower than the fastest by the clock")  # fmt: skip
+        more, doubt = longer[name]
+        print(
+            f"| {name} | {1e3 * plan.step_s:.1f} | {100 * plan.bubble:.0f} % | {1e3 * seconds[name]:.1f} | "
+            f"{more:+.1f} +- {doubt:.1f} % |"
+        )
+    more, doubt = longer[first]
+    print(f"\nfastest by prediction: {first}, {more:.1f} +- {doubt:.1f} % slower than the fastest by the clock")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--ranks", type=int, choices=OF_RANKS, default=4)
-    for name, size in (("width", 256), ("layers", 8), ("seq", 64), ("samples", 8), ("rounds", 3)):
+    for name, size in (("width", 256), ("layers", 8), ("seq", 64), ("samples", 8), ("rounds", 20)):
         parser.add_argument(f"--{name}", type=int, default=size)
     parser.add_argument("--unit_ms", type=int, default=0, help="layers that sleep so long, in place of a Llama")
     measure_and_report(parser, __file__, work, report)

@@ -56,6 +56,9 @@ class ModelShape:
     boundary_nbytes: float
     """What one block hands to the next."""
     itemsize: int
+    block_modules: int = 0
+    """That are called in a block."""
+    outer_modules: int = 0
     num_heads: int = 0
     num_kv_heads: int = 0
     num_experts: int = 0
@@ -108,6 +111,7 @@ def shape_of(model: nn.Module, batch: Any, *, samples: int = 1, dtype: torch.dty
     of_block = [param for stack in stacks for param in stack[-1].named_parameters()]
     block_params = sum(param.numel() for _, param in of_block)
     outer = sum(param.numel() for param in model.parameters()) - len(stacks[0]) * block_params
+    block_modules = sum(1 for stack in stacks for _ in stack[-1].modules())
     config = getattr(model, "config", None)
     heads = int(getattr(config, "num_attention_heads", 0) or 0)
     block_flops, block_kept = high.flops - low.flops, high.kept - low.kept
@@ -125,6 +129,8 @@ def shape_of(model: nn.Module, batch: Any, *, samples: int = 1, dtype: torch.dty
         outer_kept_nbytes=(low.kept - TRACED[0] * block_kept) / samples,
         boundary_nbytes=low.boundary / samples,
         itemsize=dtype.itemsize,
+        block_modules=block_modules,
+        outer_modules=sum(1 for _ in model.modules()) - len(stacks[0]) * block_modules,
         num_heads=heads,
         num_kv_heads=int(getattr(config, "num_key_value_heads", heads) or heads),
         num_experts=int(next((n for k in ("num_local_experts", "num_experts") if (n := getattr(config, k, 0))), 0)),

@@ -6,6 +6,9 @@
      "host": {"memory_gb": 1000, "link_gb_s": 25}, "disk": {"read_gb_s": 6, "write_gb_s": 3},
      "price_per_device_hour": 2.0}
 
+Where ranks compute on CPUs: "processors" of a node that its devices take turns on, and of `device` "call_us", what a module's call takes
+whatever it computes, forward and backward; the other rates of a device are those while all of them compute.
+
 tflops: of the dtype that is trained in, as a large matrix product reaches it. Links: bytes (1e9) per second that one device sends,
 while all do. Only the number of devices and `device` must be given.
 """
@@ -27,6 +30,7 @@ from deepspeed.utils.errors import DeepSpeedError
 GB = 1e9
 RATES = ("tflops", "memory_gb_s", "within_gb_s", "between_gb_s", "link_gb_s")
 """Keys that seconds are divided by. Disks may be missing, so theirs may be 0."""
+COUNTS = ("nodes", "devices_per_node", "processors")
 MOST = 1 << 20
 """Of nodes, and of devices of one: every divisor of their number is a layout."""
 T = TypeVar("T")
@@ -39,6 +43,8 @@ class Device:
     memory_gb: float
     tflops: float
     memory_gb_s: float = 1000.0
+    call_us: float = 0.0
+    """Of a module, forward and backward, beside what it computes; 0 where that hides behind the device's work."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,6 +54,7 @@ class Links:
     within_gb_s: float = 100.0
     between_gb_s: float = 10.0
     latency_us: float = 10.0
+    """Between two; messages of more ranks take as many steps as their number has doublings."""
     overlap: float = OVERLAP
     """Of backward that messages hide behind; 0 where the processors that compute also move them."""
 
@@ -79,6 +86,17 @@ class Cluster:
     host: Host = field(default_factory=Host)
     disk: Disk = field(default_factory=Disk)
     price_per_device_hour: float = 0.0
+    processors: int | None = None
+    """Of a node, that its devices take turns on; None: each has its own."""
+
+    @property
+    def turns(self) -> float:
+        """Of how many devices that compute one has its turn."""
+        return max(1.0, self.devices_per_node / self.processors) if self.processors else 1.0
+
+    def latency_s(self, ranks: int) -> float:
+        """Of a message that so many ranks take part in."""
+        return self.links.latency_us * 1e-6 * max(1, (ranks - 1).bit_length())
 
     @property
     def num_devices(self) -> int:
@@ -141,7 +159,7 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
             )
         if key in ("device", "links", "host", "disk"):
             continue
-        is_count = key in ("nodes", "devices_per_node")
+        is_count = key in COUNTS
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key == "overlap" and number and not 0 <= value <= 1:
             raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")
@@ -153,7 +171,7 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
                 else f"a number, {'above' if key in RATES else 'at least'} 0"
             )
             raise DeepSpeedError(f"cluster: {prefix}{key} = {value!r} is not {need}.\n  Give one.")
-    counts = {key: int(data[key]) for key in ("nodes", "devices_per_node") if key in data}  # 1e3 is one too
+    counts = {key: int(data[key]) for key in COUNTS if key in data}  # 1e3 is one too
     try:
         return kind(**{**data, **counts})
     except TypeError:

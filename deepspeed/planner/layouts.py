@@ -31,6 +31,8 @@ RESERVED_GB = 1.0
 """The device's context, libraries, fragmentation."""
 BUCKET_NBYTES = 3 * (8 << 20)
 """Elements of flat buffers that ZeRO borrows."""
+GRADIENT_PASSES = 4
+"""How often the bytes of a rank's gradients go through memory in a micro-batch: written by a product, read, and added to what is there."""
 TOKENS = "moe.tokens"
 """Rows that leave a rank; its own do not count."""
 CUT_SHARE = 0.7
@@ -86,6 +88,8 @@ class Plan:
     """Of one micro-batch at one stage."""
     backward_s: float
     hop_s: float
+    turns: float = 1.0
+    """Of how many ranks that compute one has its turn: the others' are shorter where some wait."""
 
     @property
     def device_nbytes(self) -> float:
@@ -159,16 +163,23 @@ def _divisors(number: int) -> list[int]:
 
 
 def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
-    """What a layout needs and takes, with the pipeline's bubble by formula (1F1B)."""
+    """What a layout needs and takes, with the pipeline's bubble by formula (1F1B).
+
+    Ranks that take turns on processors have them while others wait, so that a bubble costs what it exceeds the turns by, and what a message
+    between stages takes is work that they do.
+    """
     blocks = -(-shape.num_blocks // layout.pp)
     forward_s, backward_s, inside = _stage_seconds(shape, cluster, layout)
     hop_nbytes = shape.boundary_nbytes * layout.micro / layout.sp if layout.pp > 1 else 0.0
     stride = layout.num_ranks // layout.pp
-    hop_s = hop_nbytes / cluster.wire_nbytes_s(2, stride) + cluster.links.latency_us * 1e-6 if layout.pp > 1 else 0.0
-    per_micro = forward_s + backward_s
-    bubble_s = (layout.pp - 1) * (per_micro + 2 * hop_s)
+    hop_s = hop_nbytes / cluster.wire_nbytes_s(2, stride) + cluster.latency_s(2) if layout.pp > 1 else 0.0
+    per_micro, turns = forward_s + backward_s, cluster.turns
+    list_s = (layout.accumulation + layout.pp - 1) * per_micro / turns + 2 * (layout.pp - 1) * hop_s
+    sent_s = 2 * hop_s * (layout.pp - 1) / layout.pp if turns > 1 else 0.0
+    compute_s = layout.accumulation * (per_micro + sent_s)
+    bubble_s = max(0.0, list_s - compute_s) if layout.pp > 1 else 0.0
     gathered, reduced = _zero_traffic(shape, layout, blocks)
-    exposed_s = _exposed(cluster, layout, gathered, reduced, backward_s)
+    exposed_s = _exposed(shape, cluster, layout, gathered, reduced, backward_s)
     memory, host = memory_of(shape, layout)
     return Plan(
         layout=layout,
@@ -180,13 +191,14 @@ def evaluate(shape: ModelShape, cluster: Cluster, layout: Layout) -> Plan:
             "gather": gathered,
             "reduce": reduced,
         },
-        compute_s=layout.accumulation * per_micro,
+        compute_s=compute_s,
         bubble_s=bubble_s,
         exposed_s=exposed_s,
         update_s=_update_s(shape, cluster, layout, blocks),
         forward_s=forward_s,
         backward_s=backward_s,
         hop_s=hop_s,
+        turns=turns,
     )
 
 
@@ -318,11 +330,17 @@ def _stage_seconds(shape: ModelShape, cluster: Cluster, layout: Layout) -> tuple
     products = flops / (EFFICIENCY * cluster.device.tflops * 1e12)
     elements = ELEMENTWISE_PASSES * kept / (cluster.device.memory_gb_s * GB)
     sent = sent_inside(shape, layout)
-    latency = cluster.links.latency_us * 1e-6
-    wires = sum(s.nbytes / cluster.wire_nbytes_s(s.ranks, s.stride) + s.calls * latency for s in sent.values())
+    wires = sum(
+        s.nbytes / cluster.wire_nbytes_s(s.ranks, s.stride) + s.calls * cluster.latency_s(s.ranks)
+        for s in sent.values()
+    )
     again = 1.0 if layout.recompute else 0.0
-    forward_s = products / 3 + elements / 3 + wires / 2
-    backward_s = 2 * (products + elements) / 3 + wires / 2 + again * forward_s
+    modules = (shape.num_blocks * shape.block_modules + shape.outer_modules) / layout.pp
+    computed = products + elements + modules * cluster.device.call_us * 1e-6
+    forward_s = computed / 3 + wires / 2
+    params = rank_params(shape, layout, -(-shape.num_blocks // layout.pp))
+    gradients = GRADIENT_PASSES * params * shape.itemsize / (cluster.device.memory_gb_s * GB)
+    backward_s = 2 * computed / 3 + wires / 2 + gradients + again * forward_s
     return forward_s, backward_s, {dim: s.nbytes * layout.accumulation for dim, s in sent.items()}
 
 
@@ -338,19 +356,21 @@ def _zero_traffic(shape: ModelShape, layout: Layout, blocks: int) -> tuple[float
     return nbytes * (2 * layout.accumulation if layout.stage == 3 else 1), nbytes * times
 
 
-def _exposed(cluster: Cluster, layout: Layout, gathered: float, reduced: float, backward_s: float) -> float:
+def _exposed(
+    shape: ModelShape, cluster: Cluster, layout: Layout, gathered: float, reduced: float, backward_s: float
+) -> float:
     ranks = layout.dp * layout.sp
     if ranks == 1:
         return 0.0
     wire = cluster.wire_nbytes_s(ranks, layout.tp)
-    latency = cluster.links.latency_us * 1e-6
-    hops = max(1, ranks.bit_length() - 1)
+    latency = cluster.latency_s(ranks)
     if layout.stage == 3:  # prefetched and reduced beside the whole computation
-        spent = (gathered + reduced) / wire + latency * hops
+        calls = 3 * layout.accumulation * -(-shape.num_blocks // layout.pp)  # each block's, twice gathered
+        spent = (gathered + reduced) / wire + latency * calls
         return max(0.0, spent - cluster.links.overlap * layout.accumulation * 1.5 * backward_s)
     times = layout.accumulation if layout.stage == 2 else 1
     hidden = cluster.links.overlap * backward_s * times
-    return max(0.0, reduced / wire - hidden) + gathered / wire + latency * hops
+    return max(0.0, reduced / wire - hidden) + gathered / wire + latency * (1 + times if layout.stage else 1)
 
 
 def _update_s(shape: ModelShape, cluster: Cluster, layout: Layout, blocks: int) -> float:

@@ -86,9 +86,9 @@ def _listed(plan: Plan, schedule: str) -> tuple[Actions, Costs] | None:
     if layout.pp == 1 or 2 * layout.pp * layout.accumulation > MAX_ACTIONS:
         return None
     costs = Costs(
-        forward=[plan.forward_s] * layout.pp,
-        input=[plan.backward_s / 2] * layout.pp,
-        weight=[plan.backward_s / 2] * layout.pp,
+        forward=[plan.forward_s / plan.turns] * layout.pp,
+        input=[plan.backward_s / 2 / plan.turns] * layout.pp,
+        weight=[plan.backward_s / 2 / plan.turns] * layout.pp,
         hop=plan.hop_s,
     )
     return NAMED[schedule](layout.pp, layout.accumulation), costs

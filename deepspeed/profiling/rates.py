@@ -1,8 +1,9 @@
 """What this machine can do, measured by all ranks at once: matrix products, copies, the wire, a disk.
 
-Called by the autotuner's first run in its ranks, and by `deepspeed plan --measure`. Rates are the denominators of predictions
+Called by the autotuner's first run in its ranks, and by `deepspeed doctor`. Rates are the denominators of predictions
 (`deepspeed.planner`): a step is so many operations, bytes copied, bytes sent. Ranks that share a processor slow each other
-down, so each rate is taken while all ranks do the same thing.
+down, so each rate is taken while all ranks do the same thing; and where there are more of them than processors, over so many calls that
+each has had its turn: a single one may run alone.
 
 Invariant: `measure_rates` is collective where torch.distributed is up, and leaves nothing behind.
 """
@@ -25,6 +26,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from deepspeed.accelerator.peak import measured_peak
 from deepspeed.comm.choose import make_exchange
+from deepspeed.utils.launch_env import discover
 
 NUM_RUNS = 3
 NUM_SMALL = 64
@@ -34,6 +36,10 @@ COPY_NBYTES = 32 << 20
 SMALL_NUMEL, LARGE_NUMEL = 1 << 10, 1 << 21
 """Elements (fp32, all ranks together) of the two messages that tell latency and bandwidth apart."""
 DISK_NBYTES = 64 << 20
+WINDOW_S, NUM_WINDOWS = 0.03, 2
+"""Of calls in a row where ranks take turns on processors, by a single one's clock. A turn is a few milliseconds."""
+SIDE = 256
+"""Of a product that takes less than a turn."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,7 +84,7 @@ def measure_rates(dtype: torch.dtype, folder: Path | None = None) -> Rates:
     """Measure, in about a second. `folder`: on the disk to measure, None for none. Collective."""
     device = torch.device(get_accelerator().current_device_name())
     _meet()
-    matmul = measured_peak(dtype)
+    matmul = measured_peak(dtype) / _turns(device)
     source = torch.ones(COPY_NBYTES // 4, device=device)
     target = torch.empty_like(source)
     copy_s = _fastest(lambda: target.copy_(source))
@@ -153,17 +159,50 @@ def _measure_disk(folder: Path) -> tuple[float, float]:
     return 0.0, 0.0
 
 
+def processors() -> int:
+    """That this process may run on."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _take_turns() -> bool:
+    """Whether there are more ranks than processors that compute for them."""
+    return get_accelerator().device_name() == "cpu" and discover(os.environ).local_size > processors()
+
+
+def _turns(device: torch.device) -> float:
+    """How many times as long ranks compute that take turns, as one that runs."""
+    if not _take_turns():
+        return 1.0
+    a = torch.ones(SIDE, SIDE, device=device)
+    return max(1.0, _fastest(lambda: torch.mm(a, a)) / min(_seconds(lambda: torch.mm(a, a), 1) for _ in range(64)))
+
+
 def _fastest(call: Callable[[], Any]) -> float:
+    """Seconds of a call, all ranks' at once."""
+    found = min(_seconds_together(call, 1) for _ in range(NUM_RUNS + 1))
+    if not _take_turns():
+        return found
+    most = torch.tensor(WINDOW_S / found, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(most, op=dist.ReduceOp.MAX)  # messages need as many calls from each
+    number = max(1, round(float(most)))
+    return min(_seconds_together(call, number) for _ in range(NUM_WINDOWS))
+
+
+def _seconds_together(call: Callable[[], Any], number: int) -> float:
+    _meet()
+    return _seconds(call, number)
+
+
+def _seconds(call: Callable[[], Any], number: int) -> float:
+    """Of one of so many calls in a row."""
     synchronize = get_accelerator().synchronize
-    fastest = float("inf")
-    for _ in range(NUM_RUNS + 1):
-        _meet()
-        synchronize()
-        start_s = time.perf_counter()
+    synchronize()
+    start_s = time.perf_counter()
+    for _ in range(number):
         call()
-        synchronize()
-        fastest = min(fastest, time.perf_counter() - start_s)
-    return fastest
+    synchronize()
+    return (time.perf_counter() - start_s) / number
 
 
 def _meet() -> None:

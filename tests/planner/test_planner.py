@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,7 @@ from deepspeed.planner.cluster import read_cluster
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
 from deepspeed.planner.machine import Asked, measure
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
+from deepspeed.profiling import rates
 from deepspeed.profiling.counter import Phase
 from deepspeed.utils import figures
 from deepspeed.utils.errors import DeepSpeedError
@@ -98,6 +101,45 @@ def test_the_bubble_is_that_of_the_schedules_own_list() -> None:
     assert plan.bubble == pytest.approx(3 / 15, rel=1e-6)
 
 
+def test_ranks_that_take_turns_on_processors_fill_bubbles_and_work_for_their_messages() -> None:
+    links = {"within_gb_s": 1e9, "between_gb_s": 1e9, "latency_us": 1000}
+    own, shared = (
+        read_cluster({"devices_per_node": 8, "device": {"memory_gb": 80, "tflops": 1}, "links": links, **more})
+        for more in ({}, {"processors": 2})
+    )
+    layout = Layout(pp=8, accumulation=8)
+    apart, together = (simulated(evaluate(LLAMA_70B, cluster, layout)) for cluster in (own, shared))
+    assert apart.bubble == pytest.approx(7 / 15, rel=1e-3)
+    assert together.bubble == 0.0, "two of eight are busy as soon as the second stage is"
+    assert together.compute_s - apart.compute_s == pytest.approx(8 * 2 * 1e-3 * 7 / 8)
+    assert [shared.latency_s(ranks) for ranks in (2, 3, 4, 8)] == [1e-3, 2e-3, 2e-3, 3e-3]
+    as_many = read_cluster({"devices_per_node": 8, "device": {"memory_gb": 80, "tflops": 1}, "processors": 8})
+    assert as_many.turns == 1.0
+
+
+def test_calls_and_gradients_are_paid_for_by_micro_batch() -> None:
+    cluster = read_cluster({"device": {"memory_gb": 80, "tflops": 1, "memory_gb_s": 1000, "call_us": 50}})
+    shape = replace(LLAMA_70B, block_modules=14, outer_modules=6)
+    once, twice = (evaluate(shape, cluster, Layout(micro=4 // n, accumulation=n)).compute_s for n in (1, 2))
+    assert twice - once == pytest.approx((80 * 14 + 6) * 50e-6 + 4 * 2 * shape.num_params / 1e12, rel=1e-6)
+    made = shape_of(Stack(7), tokens())
+    assert (made.block_modules, made.outer_modules) == (4, 4)
+
+
+def test_rates_of_ranks_that_take_turns_are_those_of_many_calls(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A call takes 1 ms, and every tenth one 9 more: a turn of somebody else's."""
+    clock = itertools.count(1)
+    passed = [0.0]
+
+    def call() -> None:
+        passed[0] += 0.010 if next(clock) % 10 == 0 else 0.001
+
+    monkeypatch.setattr(rates.time, "perf_counter", lambda: passed[0])
+    assert rates._fastest(call) == pytest.approx(0.001)
+    monkeypatch.setattr(rates, "_take_turns", lambda: True)
+    assert rates._fastest(call) == pytest.approx(0.0019)
+
+
 def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
     cluster = read_cluster(CLUSTER)
     plans = {stage: evaluate(LLAMA_70B, cluster, Layout(pp=1, dp=8, stage=stage)) for stage in range(4)}
@@ -131,6 +173,7 @@ def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
             1,
             "price_per_device_hour = nan is not a number, at least 0",
         ),
+        ({**CLUSTER, "processors": 0}, 1, "processors = 0 is not a whole number from 1 to"),
         ({**CLUSTER, "device": {"memory_gb": 80}}, 1, "device.tflops is missing"),
     ],
 )
