@@ -1,7 +1,7 @@
 """Hugging Face's `save_pretrained` for models that hold a part of their weights, or integers: its folder would load as another model.
 
 `refuse_save_pretrained` is called by whoever changes a model's parameters in place. Transformers writes what `state_dict()` gives without a
-look at it, and reads a folder with wrong names and shapes by drawing new weights.
+look at it, and reads a folder with wrong names and shapes by drawing new weights. `refuse_resizing` is its companion for embeddings.
 """
 
 from __future__ import annotations
@@ -24,6 +24,24 @@ def refuse_save_pretrained(model: nn.Module, is_other: Callable[[nn.Module], boo
         return
     words = f"save_pretrained of a {type(model).__name__} {what}: no {type(model).__name__} could read the folder.\n  {cure}"
     model.__dict__["save_pretrained"] = _Refused(model, words)
+
+
+def refuse_resizing(model: nn.Module, what: str, cure: str) -> None:
+    """From now on, `resize_token_embeddings` of `model` raises DeepSpeedError: Transformers would take a part's rows for all of them."""
+    if callable(getattr(model, "resize_token_embeddings", None)):
+        words = f"resize_token_embeddings of a {type(model).__name__} {what}.\n  {cure}"
+        model.__dict__["resize_token_embeddings"] = _Never(words)
+
+
+class _Never:
+    """Stands before a method that has no right answer."""
+
+    def __init__(self, words: str) -> None:
+        self._words = words
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Raises DeepSpeedError, whatever is asked for."""
+        raise DeepSpeedError(self._words)
 
 
 def _written(model: nn.Module) -> Iterator[nn.Module]:

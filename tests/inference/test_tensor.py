@@ -107,6 +107,10 @@ def refused(rank: int, world_size: int) -> None:
         deepspeed.init_inference(model, dtype="fp32", tensor_parallel={"tp_size": 2})
     with pytest.raises(DeepSpeedError, match="cut over 2 ranks would write this rank's part"):
         engine.save_pretrained("not_made")
+    with pytest.raises(
+        DeepSpeedError, match="resize_token_embeddings of a LlamaForCausalLM whose layers are cut over 2 ranks"
+    ):
+        engine.resize_token_embeddings(104)
     with pytest.raises(AssertionError, match="Data inconsistency within the TP group"):
         engine(torch.tensor([[rank + 2, 3]]))
     quantized = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype="int8", tp={"tp_size": 2})

@@ -44,7 +44,7 @@ from deepspeed.parallel.tensor.layers import (
 from deepspeed.parallel.tensor.rules import FUSED_NAMES, Action
 from deepspeed.parallel.tensor.whole import carry
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.utils.save_pretrained import refuse_save_pretrained
+from deepspeed.utils.save_pretrained import refuse_resizing, refuse_save_pretrained
 
 _DIM = ROLES["tensor"][0]
 PARSED = "ds_autotp_parsed"
@@ -144,6 +144,11 @@ def carry_out(
         f"whose layers are cut over {ranks.size} ranks would write this rank's part",
         "Write the whole model: engine.save_16bit_model(folder), or engine.save_checkpoint and zero_to_fp32; "
         "for inference init_inference(save_mp_checkpoint_path=...).",
+    )
+    refuse_resizing(
+        model,
+        f"whose layers are cut over {ranks.size} ranks: each holds some of the rows",
+        "Resize the embeddings before the model is cut.",
     )
 
 
