@@ -133,7 +133,7 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
     for name, again in rates.items():
         if name.endswith("latency_s") or name == "launch_s":
             info["rates"][name] = min(info["rates"][name], again)
-        elif not name.endswith(("message_s", "unshard_s", "unshard_late_s")):
+        elif not name.endswith(("message_s", "unshard_s", "unshard_late_s", "update_s", "update_param_s")):
             info["rates"][name] = max(info["rates"][name], again)
     return info
 

@@ -2,10 +2,11 @@
 
 Called by `ResourceManager`. The launcher runs in a session of its own; its ranks are its children, and end with it. A trial
 is over when its process is; or when it has written its result and does not leave; or when it shows no progress for too long.
-Then it is ended by its own ids: SIGTERM to the launcher, which ends its ranks, and SIGKILL to its session where that does not help.
+Then it is ended by its own ids: SIGTERM to the launcher, which ends its ranks, and SIGKILL to its session where that does not help. What a
+script started in sessions of their own is told by a variable that all of a trial's processes inherit.
 
-Invariant: when `run` returns, nothing that it started runs any more, whatever ended it; also where this process is killed
-(the launcher gets SIGKILL from the kernel, and its ranks with it).
+Invariant: when `run` returns, nothing that it started runs any more on this host, whatever ended it; where this process is killed, the
+launcher gets SIGKILL from the kernel, and its ranks with it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import os
 import signal
 import subprocess
 import time
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +30,8 @@ LEAVE_S = 10.0
 GRACE_S = 10.0
 """From SIGTERM to SIGKILL."""
 POLL_S = 0.05
+MARK = "DEEPSPEED_TRIAL"
+"""The variable; each trial has a value of its own."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def run(command: Sequence[str], folder: Path, result: Path, limits: Limits, envi
     progress = result.with_name(f"{result.name}.progress")
     for left in (result, progress):
         left.unlink(missing_ok=True)
+    mark = uuid.uuid4().hex
     try:
         with (folder / "stdout.log").open("wb") as out, (folder / "stderr.log").open("wb") as err:
             process = subprocess.Popen(
@@ -68,7 +73,7 @@ def run(command: Sequence[str], folder: Path, result: Path, limits: Limits, envi
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=err,
-                env=dict(environ),
+                env={**environ, MARK: mark},
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
             )
@@ -79,6 +84,7 @@ def run(command: Sequence[str], folder: Path, result: Path, limits: Limits, envi
         why = watch.wait()
     finally:
         end(process)
+        end_marked(mark)
     return Ended(
         code=process.returncode,
         seconds=watch.passed_s(),
@@ -146,6 +152,27 @@ def end(process: subprocess.Popen[bytes], grace_s: float = GRACE_S) -> None:
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)  # its id: the session was made for it, and it is not reaped yet
     process.wait()
+
+
+def end_marked(mark: str, grace_s: float = GRACE_S) -> None:
+    """End what a trial left running in sessions of its own."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        for pid in marked(mark):
+            with contextlib.suppress(OSError):  # it ended meanwhile, or is another user's by now
+                os.kill(pid, number)
+        until_s = time.monotonic() + grace_s
+        while marked(mark) and time.monotonic() < until_s:
+            time.sleep(POLL_S)
+
+
+def marked(mark: str) -> list[int]:
+    """Processes that inherited a trial's variable, and have not ended."""
+    found, own = [], f"{MARK}={mark}".encode()
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if own in (process / "environ").read_bytes().split(b"\0"):
+                found.append(int(process.name))
+    return found
 
 
 def as_environment(environ: Mapping[str, str]) -> dict[str, str]:

@@ -85,9 +85,15 @@ def _state(ended: Ended, log: str, last_step: int) -> tuple[str, str, str]:
             "Have the script pass its --deepspeed_config (args=args, or config=args.deepspeed_config) to deepspeed.initialize; "
             "a configuration that is written into the script cannot be tuned.",
         )
+    if ended.last_step <= 0:
+        return (
+            "short",
+            "it built an engine, ended without an error, and never made a step of the optimizer",
+            "Have it train with the engine that deepspeed.initialize returned: engine.backward(loss) and engine.step().",
+        )
     return (
         "short",
-        f"it ended after step {max(0, ended.last_step)}, and step {last_step} is the last one measured",
+        f"it ended after step {ended.last_step}, and step {last_step} is the last one measured",
         "Let the script train longer, or lower autotuning.end_profile_step and start_profile_step.",
     )
 

@@ -39,6 +39,7 @@ def work_of(info: Mapping[str, Any]) -> Work:
         forward_flops=float(info.get("forward_flops") or flops / 3),
         activation_nbytes=float(info.get("activation_mem_per_gpu") or 0),
         num_modules=int(info.get("num_modules", 0)),
+        num_tensors=int(info.get("num_tensors", 0)),
         param_itemsize=itemsize,
         state_itemsize=8 if itemsize == 4 else 12,
         is_host=info.get("device") == "cpu",

@@ -1,4 +1,5 @@
-"""Seconds that one more message costs a step here, besides its bytes: a bucket laid down, launched, waited for, and the other ranks' turn.
+"""Seconds that one more message costs a step here, besides its bytes: a bucket laid down, launched, waited for, and the other ranks' turn; and
+those of an update.
 
 Called by the autotuner's first run (`probe`), in all ranks at once. Two engines on the same small stack that differ in how many messages
 carry its parameters differ by what messages cost: hooks, launches, the wire's latency, and ranks that wake each other up. No constant stands
@@ -10,6 +11,8 @@ that stand still for each other wait for whoever was disturbed.
 
     an unshard   an all-gather around its use, prefetched or not    ZeRO 3: sharded, as at ZeRO 2
     shared       a sum that layers stand still for                  products alone, and with a sum between
+
+    an update    whatever it updates, and each parameter more       ZeRO 0: few parameters, many, all of them small
 
 Invariant: collective over all ranks; no engine is left, and what is random goes on as it was.
 """
@@ -38,29 +41,36 @@ NUM_TURNS = 16
 ENOUGH_S = 2.0
 """After so long no other turn begins."""
 NUM_WARM = 3
+FEW, MANY, NARROW = 12, 108, 32
+"""Parameters whose update is all overhead, and their width."""
 SMALL = {"reduce_bucket_size": WIDTH * WIDTH}
 SHARDED = {"stage": 3, "stage3_param_persistence_threshold": 0, "stage3_max_reuse_distance": 0}
 """Gathered in forward, and again in backward."""
 
 
 class _Stack(nn.Module):
-    def __init__(self) -> None:
+    def __init__(self, layers: int = NUM_LAYERS, width: int = WIDTH) -> None:
         super().__init__()
-        self.layers = nn.Sequential(*(nn.Linear(WIDTH, WIDTH, bias=False) for _ in range(NUM_LAYERS)))
+        self.layers = nn.Sequential(*(nn.Linear(width, width, bias=False) for _ in range(layers)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.layers(x).square().mean()
 
 
 def message_costs(make_engine: Callable[..., Any], rates: Rates) -> dict[str, float]:
-    """Fields of `profiling.rates.Rates` by name; none where one rank is alone. Collective over all ranks.
+    """Fields of `profiling.rates.Rates` by name; where one rank is alone, the update's only. Collective over all ranks.
 
     make_engine: of `model` and `config` by name, a DeepSpeedEngine. rates: what bytes cost here.
     """
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return {}
     with torch.random.fork_rng():
-        found = {"sum_message_s": _each(make_engine, {"stage": 0}), "message_s": _each(make_engine, {"stage": 1})}
+        updates = _updates(make_engine)
+        if not dist.is_initialized() or dist.get_world_size() == 1:
+            return updates
+        found = {
+            **updates,
+            "sum_message_s": _each(make_engine, {"stage": 0}),
+            "message_s": _each(make_engine, {"stage": 1}),
+        }
         unshards = _unshards(make_engine, rates, found["message_s"])
         return {**found, **unshards, "shared_message_s": _shared(rates)}
 
@@ -108,6 +118,39 @@ def _differences(make_engine: Callable[..., Any], zeros: Sequence[Mapping[str, A
     return found
 
 
+def _updates(make_engine: Callable[..., Any]) -> dict[str, float]:
+    """Of an update besides its bytes, and of each parameter of it."""
+    x = torch.ones(1, NARROW)
+    engines = [make_engine(model=_Stack(layers, NARROW), config=_config({"stage": 0})) for layers in (FEW, MANY)]
+
+    def update_s(engine: Any) -> float:
+        engine.backward(engine(x))
+        _meet()
+        start_s = time.perf_counter()
+        engine.step()
+        return time.perf_counter() - start_s
+
+    turns = _slowest([[update_s(engine) for engine in engines] for _ in range(NUM_WARM + NUM_TURNS)][NUM_WARM:])
+    few_s, many_s = (statistics.median(column) for column in zip(*turns, strict=True))
+    for engine in engines:
+        engine.destroy()
+    each_s = max(0.0, many_s - few_s) / (MANY - FEW)
+    return {"update_s": max(0.0, few_s - FEW * each_s), "update_param_s": each_s}
+
+
+def _meet() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def _slowest(turns: list[list[float]]) -> list[list[float]]:
+    """Seconds of the slowest rank."""
+    slowest = torch.tensor(turns, dtype=torch.float64)
+    if dist.is_initialized():
+        dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
+    return slowest.tolist()
+
+
 def _shared(rates: Rates) -> float:
     """Of a sum between products: what it costs besides its bytes."""
     stack, x, sent = _Stack(), torch.ones(SAMPLES, WIDTH), torch.ones(SAMPLES, WIDTH)
@@ -143,7 +186,5 @@ def _longer(runs: Sequence[Callable[[], None]]) -> list[float]:
             times.append(time.perf_counter() - start_s)
         if turn >= NUM_WARM:
             turns.append(times)
-    slowest = torch.tensor(turns, dtype=torch.float64)
-    dist.all_reduce(slowest, op=dist.ReduceOp.MAX)
-    rows = slowest.tolist()
+    rows = _slowest(turns)
     return [max(0.0, statistics.median(row[i] - row[-1] for row in rows)) for i in range(len(runs) - 1)]

@@ -124,6 +124,7 @@ class Probe(Observer):
             "trainable_num_params": sum(full_numel(param) for param in params if param.requires_grad),
             "rank": 0,
             "model": type(self._model).__name__,
+            "num_tensors": sum(1 for param in params if param.requires_grad),
             "num_modules": sum(1 for _ in self._model.modules()),
             "has_blocks": bool(find_blocks(self._model)),
             "dtype": str(self._config.precision_dtype).removeprefix("torch."),

@@ -55,6 +55,8 @@ class Work:
     activation_nbytes: float
     """Kept per sample between forward and backward."""
     num_modules: int = 0
+    num_tensors: int = 0
+    """Parameters that are updated, whatever their size."""
     param_itemsize: int = 4
     state_itemsize: int = 12
     """Master and moments, per parameter."""
@@ -248,10 +250,11 @@ def _reduce(rates: Rates, work: Work, choice: Choice) -> float:
 def _update(rates: Rates, work: Work, choice: Choice) -> float:
     owned = work.num_params / (choice.ranks if choice.stage >= 1 else 1)
     touched = owned * (2 * work.state_itemsize + 2 * work.param_itemsize)
+    calls = rates.update_s + work.num_tensors * rates.update_param_s
     if choice.states_on == "device":
-        return touched / rates.copy_nbytes_s
+        return calls + touched / rates.copy_nbytes_s
     if choice.states_on == "cpu":
         host = rates.host_nbytes_s or rates.copy_nbytes_s
-        return touched / min(host, rates.copy_nbytes_s) + 2 * owned * work.param_itemsize / host
+        return calls + touched / min(host, rates.copy_nbytes_s) + 2 * owned * work.param_itemsize / host
     read, write = rates.disk_read_nbytes_s or 1e9, rates.disk_write_nbytes_s or 1e9
-    return owned * work.state_itemsize * (1 / read + 1 / write) + touched / rates.copy_nbytes_s
+    return calls + owned * work.state_itemsize * (1 / read + 1 / write) + touched / rates.copy_nbytes_s

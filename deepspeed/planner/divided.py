@@ -69,6 +69,7 @@ def _local(work: Work, shape: ModelShape | None, layout: Layout) -> Work:
         forward_flops=work.forward_flops * flops,
         activation_nbytes=work.activation_nbytes * kept,
         num_modules=-(-work.num_modules // layout.pp),
+        num_tensors=-(-work.num_tensors // layout.pp),
         clocked=work.clocked and work.clocked.scaled(1 / layout.pp, flops),
     )
 

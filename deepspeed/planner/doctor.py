@@ -169,6 +169,7 @@ def _work(estimator: BatchEstimator, config: dict[str, Any], device_type: str) -
         forward_flops=trace.flops.by_phase[Phase.FORWARD],
         activation_nbytes=max(own_memory(trace), default=0),
         num_modules=len(trace.modules),
+        num_tensors=sum(param.requires_grad for param in trace.params),
         param_itemsize=itemsize,
         state_itemsize=8 if itemsize == 4 else 12,
         is_host=device_type == "cpu",

@@ -68,6 +68,10 @@ class Rates:
     """Of one that begins when its module does; 0: as `unshard_s`."""
     shared_message_s: float = 0.0
     """Of one more message of layers that ranks share, which all ranks stand still for; 0: as `sum_latency_s`."""
+    update_s: float = 0.0
+    """Of an optimizer's step besides the bytes that it touches, and"""
+    update_param_s: float = 0.0
+    """of each parameter of it (`engine.message_costs`); 0: not measured."""
     launch_s: float = 0.0
     """Of a small module's forward and backward, which is all overhead; 0: not measured."""
     host_nbytes_s: float = 0.0

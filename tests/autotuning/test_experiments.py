@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -15,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from deepspeed.autotuning import experiment
 from deepspeed.autotuning.stopped import Stopped
 from deepspeed.launcher import runner
 from deepspeed.utils.errors import DeepSpeedError
@@ -84,6 +87,28 @@ def test_a_search_in_which_trials_crash_hang_and_are_killed_finds_the_best_and_l
         assert (tmp_path / "autotuning_results/z2_gas1_tmbspg8" / name).is_file()
     assert (tmp_path / "autotuning_exps/z2_gas1_tmbspg8.json").is_file()
     assert "z2_gas1_tmbspg8" not in (tmp_path / "autotuning_results/cmd_optimal.txt").read_text()
+
+
+LEAVES = """
+import subprocess, sys
+child = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN if %r else signal.SIG_DFL); print(flush=True); time.sleep(600)"
+left = subprocess.Popen([sys.executable, "-c", child], start_new_session=True, stdout=subprocess.PIPE)
+left.stdout.readline()
+open(sys.argv[1], "w").write(str(left.pid))
+"""
+
+
+@pytest.mark.parametrize("is_deaf", [False, True])
+def test_what_a_trial_left_in_a_session_of_its_own_is_ended(
+    tmp_path: Path, is_deaf: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experiment, "end_marked", functools.partial(experiment.end_marked, grace_s=0.5))
+    said = tmp_path / "pid"
+    command = [sys.executable, "-c", LEAVES % is_deaf, str(said)]
+    ended = experiment.run(command, tmp_path, tmp_path / "metrics.json", experiment.Limits(60, 60), dict(os.environ))
+    assert ended.code == 0
+    left = Path("/proc", said.read_text())
+    assert not left.exists() or (left / "stat").read_text().rpartition(")")[2].split()[0] in "ZX"
 
 
 def test_each_metric_has_its_own_best_and_run_trains_with_it(

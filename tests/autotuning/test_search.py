@@ -179,6 +179,7 @@ def test_expected_gain_grows_with_doubt_and_is_never_negative() -> None:
         ((1, True, 0, ""), "ValueError: x", "failed", "Run the script once without --autotuning"),
         ((0, False, -1, ""), "", "ignored", "pass its --deepspeed_config"),
         ((0, True, 3, ""), "", "short", "lower autotuning.end_profile_step"),
+        ((0, True, 0, ""), "", "short", "engine.backward(loss) and engine.step()"),
         ((-9, True, 3, ""), "", "killed", "Something outside ended it"),
         ((247, True, 3, ""), "", "killed", "Something outside ended it"),
         ((-15, True, 2, "no step ended"), "", "hung", "raise autotuning.trial_timeout"),

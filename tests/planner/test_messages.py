@@ -12,7 +12,7 @@ from torch import nn
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.message_costs import message_costs
 from deepspeed.memory.messages import Messages
-from deepspeed.planner.cost import Choice, Work, step_parts
+from deepspeed.planner.cost import Choice, Tier, Work, step_parts
 from deepspeed.profiling.rates import Rates
 from tests.harness import run_ranks
 
@@ -33,8 +33,9 @@ def priced(rank: int, world_size: int) -> dict[str, float]:
 def test_ranks_agree_on_what_a_message_costs() -> None:
     first, second = run_ranks(2, priced)
     assert first == second and set(first) == {
-        "sum_message_s", "message_s", "unshard_s", "unshard_late_s", "shared_message_s"
+        "sum_message_s", "message_s", "unshard_s", "unshard_late_s", "shared_message_s", "update_s", "update_param_s"
     }  # fmt: skip
+    assert first["update_s"] > 0, "an optimizer's step is never free"
     assert all(math.isfinite(cost) and 0 <= cost < 1 for cost in first.values())
 
 
@@ -52,6 +53,21 @@ def test_counted_messages_cost_their_bytes_and_their_number(
     parts = step_parts(RATES, WORK, Choice(stage=1, micro=1, ranks=2, messages=sent))
     copies = 3 * 4 * WORK.num_params / RATES.copy_nbytes_s
     assert (parts.gather, parts.reduce) == (pytest.approx(gather), pytest.approx(reduce + copies))
+
+
+@pytest.mark.parametrize("tier", ["device", "cpu", "nvme"])
+def test_an_update_costs_its_calls_and_its_parameters_besides_its_bytes(tier: Tier) -> None:
+    choice = Choice(stage=0, micro=1, states_on=tier)
+    work = replace(WORK, num_tensors=10)
+    free, paid = (
+        step_parts(rates, work, choice).update for rates in (RATES, replace(RATES, update_s=5.0, update_param_s=0.1))
+    )
+    assert paid - free == pytest.approx(5.0 + 10 * 0.1)
+
+
+def test_one_rank_alone_prices_its_updates_and_no_message() -> None:
+    (found,) = run_ranks(1, priced)
+    assert set(found) == {"update_s", "update_param_s"} and found["update_s"] > 0
 
 
 def test_where_no_price_was_measured_a_message_costs_the_latency() -> None:
