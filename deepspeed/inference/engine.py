@@ -145,14 +145,26 @@ class InferenceEngine(nn.Module):
     def _rank(self) -> int:
         return 0 if self._ranks is None else self._ranks.tensor.rank
 
+    def _behind(self) -> Any:
+        """The module, or the object that holds modules; None while the engine is made."""
+        return self.__dict__.get("module", self.__dict__.get("_modules", {}).get("module"))
+
     def __getattr__(self, name: str) -> Any:
         try:
             return super().__getattr__(name)
         except AttributeError:
-            module = self.__dict__.get("module", self.__dict__.get("_modules", {}).get("module"))
+            module = self._behind()
             if module is None or name.startswith("__"):
                 raise
             return getattr(module, name)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """What the module has, and the engine has not, is set on the module: it is the one that reads it."""
+        module = None if name.startswith("_") or name in self.__dict__ or hasattr(type(self), name) else self._behind()
+        if module is not None and name not in self._modules and hasattr(module, name):
+            setattr(module, name, value)
+        else:
+            super().__setattr__(name, value)
 
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:

@@ -21,6 +21,7 @@ from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderC
 from deepspeed.inference.cache import STEP, new_buffer
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
+from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import warn_once
 
 _Parts = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -42,7 +43,7 @@ class Int8Layer(DynamicLayer):
 
     @keys.setter
     def keys(self, keys: Any) -> None:
-        assert keys is None, "positions are appended by update"
+        _refuse_assignment("keys", keys)
         self.parts, self.length = None, 0
 
     @property
@@ -52,7 +53,7 @@ class Int8Layer(DynamicLayer):
 
     @values.setter
     def values(self, values: Any) -> None:
-        assert values is None, "positions are appended by update"
+        _refuse_assignment("values", values)
 
     @property
     def batch(self) -> int:
@@ -133,6 +134,14 @@ class Int8Layer(DynamicLayer):
         assert self.parts is not None, "asked for by whoever looked"
         values, scales = (self.parts[at].narrow(2, 0, self.length) for at in (index, index + 2))
         return (values.float() * scales.unsqueeze(-1)).to(self._dtype)
+
+
+def _refuse_assignment(name: str, given: Any) -> None:
+    if given is not None:
+        raise DeepSpeedError(
+            f"{name} of a cache in int8 were assigned: its layers hold integers, and their scales.\n"
+            "  Use the cache's crop, reorder_cache and batch_select_indices, or init_inference without kv_cache = int8."
+        )
 
 
 def _room_for(keys: Tensor, values: Tensor) -> _Parts:

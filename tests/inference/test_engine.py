@@ -87,6 +87,21 @@ def test_the_engine_stands_for_its_module() -> None:
         _ = engine.nowhere
 
 
+def test_what_is_set_on_the_engine_is_set_where_it_is_read() -> None:
+    from transformers import GenerationConfig
+
+    plain = build("llama")
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype="fp32")
+    for model in (engine, plain):
+        model.generation_config = GenerationConfig(max_new_tokens=3, do_sample=False, pad_token_id=0)
+        torch.manual_seed(0)
+        model.lm_head = nn.Linear(48, 50)
+    assert torch.equal(engine.generate(**prompts()), plain.generate(**prompts()))
+    assert engine.module.lm_head.out_features == 50 and "lm_head" not in engine._modules
+    engine.note = 3
+    assert not hasattr(engine.module, "note") and engine.train().training and engine.module.training
+
+
 def test_an_object_that_holds_modules_has_them_prepared_and_is_called() -> None:
     class Pipeline:
         def __init__(self) -> None:

@@ -100,3 +100,12 @@ def test_a_cache_that_is_given_and_none_at_all_are_left() -> None:
     for more in ({"use_cache": False}, {"cache_implementation": "static"}, {"cache": DynamicCache()}):
         expected = plain.generate(**batch, **options, **copy.deepcopy(more))
         assert torch.equal(engine.generate(**batch, **options, **more), expected)
+
+
+def test_integers_are_not_assigned() -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="fp32", kv_cache={"dtype": "int8"})
+    out = engine.generate(**prompts(), max_new_tokens=2, return_dict_in_generate=True)
+    layer = out.past_key_values.layers[0]
+    for name in ("keys", "values"):
+        with pytest.raises(ValueError, match=f"{name} of a cache in int8 were assigned"):
+            setattr(layer, name, getattr(layer, name))
