@@ -130,5 +130,6 @@ struct Kernels {
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
-Kernels avx512_kernels(), vnni_kernels(bool takes_512_bits_whole), bf16_kernels(bool takes_512_bits_whole);
+// Of a processor that takes registers of 512 bits whole, or in two halves (Zen 4).
+Kernels avx512_kernels(bool takes_512_bits_whole), vnni_kernels(bool takes_512_bits_whole), bf16_kernels(bool takes_512_bits_whole);
 #endif

@@ -423,7 +423,7 @@ void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const
 #endif
 
 Kernels vnni_kernels(bool takes_512_bits_whole) {
-    Kernels found = avx512_kernels();
+    Kernels found = avx512_kernels(takes_512_bits_whole);
     found.products.integers[1] = takes_512_bits_whole ? dot_int4<true> : dot_int4<false>;
     found.attention.score_bytes = score_bytes;
     found.attention.mix_bytes = mix_bytes;

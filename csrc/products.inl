@@ -8,18 +8,17 @@
 // beside a vector in that order, kParted elements at a time.
 
 constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for: the next row of a stream follows on this one
-
-// Rows of fp32 come by themselves where a line is one register (Zen 5: 38 GB/s of 40, and 34 when asked for); what takes more
-// work a line does not (bf16: 37 asked for, 34 not).
-#ifdef DS_HAS_AVX512
-constexpr bool kAsksForFloats = false;
+#ifdef DS_HAS_AVX2
+constexpr size_t kNear = 1024;  // rows of floats, where they take few operations (Zen 4: bf16 at 88 % of the bandwidth, 75 twice as far)
 #else
-constexpr bool kAsksForFloats = true;
+constexpr size_t kNear = kAhead;
 #endif
 
 // Rows that are worked on together, in as many places of memory: as many as registers hold what is under way for.
 constexpr int kRows = 4;
 
+// Asks for rows `Ahead` bytes ahead, or not at all.
+template <size_t Ahead>
 static void dot_fp32(const void* const* rows, const float* x, size_t n, float* out) {
     const float* const* w = reinterpret_cast<const float* const*>(rows);
     Floats8 sums[kStreams];
@@ -29,7 +28,7 @@ static void dot_fp32(const void* const* rows, const float* x, size_t n, float* o
         for (size_t i = 0; i < whole; i += 16)
             for (int k = 0; k < kRows; ++k) {
                 const float* at = w[first + k] + i;
-                if (kAsksForFloats) ask_for(reinterpret_cast<const char*>(at) + kAhead);
+                if (Ahead) ask_for(reinterpret_cast<const char*>(at) + Ahead);
                 under_way[k] += product(ReadFloats::read(at), x + i);
             }
         for (int k = 0; k < kRows; ++k) fold(under_way[k], &sums[first + k]);
@@ -53,6 +52,7 @@ static inline __attribute__((always_inline)) void add_parted(const uint16_t* at,
     sums += product(odd, x + 16);
 }
 
+template <size_t Ahead>
 static void dot_bf16(const void* const* rows, const float* x, size_t n, float* out) {
     const uint16_t* const* w = reinterpret_cast<const uint16_t* const*>(rows);
     Floats8 sums[kStreams];
@@ -62,7 +62,7 @@ static void dot_bf16(const void* const* rows, const float* x, size_t n, float* o
         for (size_t i = 0; i < whole; i += kParted)
             for (int k = 0; k < kRows; ++k) {
                 const uint16_t* at = w[first + k] + i;
-                ask_for(reinterpret_cast<const char*>(at) + kAhead);
+                ask_for(reinterpret_cast<const char*>(at) + Ahead);
                 add_parted(at, x + i, under_way[k]);
             }
         for (int k = 0; k < kRows; ++k) fold(under_way[k], &sums[first + k]);
