@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from deepspeed.config import read_config
 from deepspeed.memory.html import write_page
 from deepspeed.memory.options import Limits, Survey, survey
+from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 from deepspeed.zero.policy import Tier
 
@@ -36,13 +37,17 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
     made.add_argument("-c", "--config", help="the DeepSpeed configuration (JSON); default: AdamW in bf16, stage 0")
     made.add_argument(
-        "-n", "--ranks", type=int, default=1, help="all ranks, also those that share layers or sequences (%(default)s)"
+        "-n",
+        "--ranks",
+        type=whole,
+        default=1,
+        help="all ranks, also those that share layers or sequences (%(default)s)",
     )
-    made.add_argument("-b", "--batch", type=int, help="samples per rank; default: the configuration's, else 1")
-    made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
+    made.add_argument("-b", "--batch", type=whole, help="samples per rank; default: the configuration's, else 1")
+    made.add_argument("-s", "--seq", type=whole, default=1024, help="tokens per sample (%(default)s)")
     made.add_argument("--device", default="cuda", help="what ranks compute on: cuda, cpu, ... (%(default)s)")
-    made.add_argument("-m", "--device-memory", type=float, metavar="GIB", help="memory of a device, to say what fits")
-    made.add_argument("--host-memory", type=float, metavar="GIB", help="main memory a rank may use")
+    made.add_argument("-m", "--device-memory", type=amount, metavar="GIB", help="memory of a device, to say what fits")
+    made.add_argument("--host-memory", type=amount, metavar="GIB", help="main memory a rank may use")
     made.add_argument("--html", type=Path, help="write a page with a chart")
     made.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return made

@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import json
-import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -24,6 +23,7 @@ from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate, ways_of
 from deepspeed.planner.page import write_page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
+from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.figures import count, many, nbytes, seconds
@@ -38,12 +38,12 @@ def parser() -> argparse.ArgumentParser:
     )
     made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
     made.add_argument("--cluster", required=True, metavar="FILE", help="nodes, devices, links, disks, prices (JSON)")
-    made.add_argument("-b", "--batch", type=int, help="samples per step, all ranks; default: one per device")
-    made.add_argument("-s", "--seq", type=int, default=2048, help="tokens per sample (%(default)s)")
+    made.add_argument("-b", "--batch", type=whole, help="samples per step, all ranks; default: one per device")
+    made.add_argument("-s", "--seq", type=whole, default=2048, help="tokens per sample (%(default)s)")
     made.add_argument("--dtype", default="bf16", help="that is trained in (%(default)s)")
-    made.add_argument("--top", type=int, default=10, help="layouts to show (%(default)s)")
+    made.add_argument("--top", type=whole, default=10, help="layouts to show (%(default)s)")
     made.add_argument("--layout", help='evaluate this one alone: "pp2 dp4 tp2 zero1 4x8 recompute"')
-    made.add_argument("--tokens", type=float, help="of the whole training, to tell its days and cost")
+    made.add_argument("--tokens", type=amount, help="of the whole training, to tell its days and cost")
     made.add_argument("--html", type=Path, help="write a page with the layout and the step drawn")
     made.add_argument("--json", action="store_true", help="print JSON instead of a table")
     return made
@@ -91,11 +91,6 @@ def _collecting_nothing() -> Iterator[None]:
 def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
     """What the arguments ask for."""
     cluster = read_cluster(args.cluster)
-    for name, value in (("--batch", args.batch), ("--seq", args.seq), ("--top", args.top)):
-        if value is not None and value < 1:
-            raise DeepSpeedError(f"{name} {value} is too small.\n  Give at least 1.")
-    if args.tokens is not None and not 0 < args.tokens < math.inf:
-        raise DeepSpeedError(f"--tokens {args.tokens:g} is no number of tokens.\n  Give one above 0, as 1e12.")
     try:
         dtype = parse_dtype(args.dtype)
         if not dtype.is_floating_point:

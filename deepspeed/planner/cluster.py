@@ -160,6 +160,11 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
         if key in ("device", "links", "host", "disk"):
             continue
         is_count = key in COUNTS
+        if isinstance(value, (list, dict)):
+            raise DeepSpeedError(
+                f"cluster: {prefix}{key} is {'a list' if isinstance(value, list) else 'an object'}, and takes one number: all nodes and devices are alike.\n"
+                "  Plan for the kinds that there are one by one, or give the slowest one's numbers for all: ranks wait for it."
+            )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
         if key == "overlap" and number and not 0 <= value <= 1:
             raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")

@@ -32,6 +32,7 @@ from deepspeed.planner.doctor_page import write_page
 from deepspeed.planner.machine import Asked, Measured, measure
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.rates import Rates
+from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.figures import seconds
 from deepspeed.zero.policy import Tier
@@ -234,14 +235,14 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="deepspeed doctor", description=(__doc__ or "").splitlines()[0])
     made.add_argument("model", help="a Hugging Face config.json or its folder; or file.py:function, module:function")
     made.add_argument("-c", "--config", required=True, help="the DeepSpeed configuration (JSON)")
-    made.add_argument("-n", "--ranks", type=int, default=1, help="data-parallel ranks (%(default)s)")
-    made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
+    made.add_argument("-n", "--ranks", type=whole, default=1, help="data-parallel ranks (%(default)s)")
+    made.add_argument("-s", "--seq", type=whole, default=1024, help="tokens per sample (%(default)s)")
     made.add_argument("--cluster", metavar="FILE", help="its rates and memory; default: this machine's, measured")
     made.add_argument(
         "--device", help="what ranks compute on: cuda, cpu, ... (cuda with --cluster, else this machine's)"
     )
     made.add_argument("--html", type=Path, help="write a page with the step drawn, and every change")
-    made.add_argument("-m", "--device-memory", type=float, metavar="GIB", help="memory of a device")
+    made.add_argument("-m", "--device-memory", type=amount, metavar="GIB", help="memory of a device")
     return made
 
 

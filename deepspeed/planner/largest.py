@@ -14,6 +14,7 @@ from deepspeed.config import read_config
 from deepspeed.config.dotted import with_values
 from deepspeed.memory.cli import build, gib
 from deepspeed.memory.scaling import BatchEstimator
+from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.errors import DeepSpeedError
 
 GIB = 2**30
@@ -51,10 +52,10 @@ def largest_batch(
 def add_arguments(made: argparse.ArgumentParser) -> argparse.ArgumentParser:
     """Those that both commands have."""
     made.add_argument("-c", "--config", help="the DeepSpeed configuration (JSON); default: AdamW in bf16, stage 0")
-    made.add_argument("-n", "--ranks", type=int, default=1, help="data-parallel ranks (%(default)s)")
-    made.add_argument("-s", "--seq", type=int, default=1024, help="tokens per sample (%(default)s)")
+    made.add_argument("-n", "--ranks", type=whole, default=1, help="data-parallel ranks (%(default)s)")
+    made.add_argument("-s", "--seq", type=whole, default=1024, help="tokens per sample (%(default)s)")
     made.add_argument("--device", default="cuda", help="what ranks compute on: cuda, cpu, ... (%(default)s)")
-    made.add_argument("-m", "--device-memory", type=float, metavar="GIB", required=True, help="memory of a device")
+    made.add_argument("-m", "--device-memory", type=amount, metavar="GIB", required=True, help="memory of a device")
     return made
 
 

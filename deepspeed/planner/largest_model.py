@@ -19,6 +19,7 @@ from deepspeed.config.dotted import with_values
 from deepspeed.memory.cli import from_hugging_face, gib
 from deepspeed.memory.estimator import Estimator
 from deepspeed.planner.largest import GIB, add_arguments
+from deepspeed.utils.arguments import whole
 from deepspeed.utils.errors import DeepSpeedError
 
 KEYS = ("num_hidden_layers", "n_layer", "num_layers")
@@ -33,7 +34,7 @@ def parser() -> argparse.ArgumentParser:
         prog="deepspeed max-model", description="The deepest model of a family (a config.json's) that fits."
     )
     made.add_argument("model", type=Path, help="a Hugging Face config.json or its folder")
-    made.add_argument("-b", "--batch", type=int, default=1, help="samples per rank (%(default)s)")
+    made.add_argument("-b", "--batch", type=whole, default=1, help="samples per rank (%(default)s)")
     return add_arguments(made)
 
 

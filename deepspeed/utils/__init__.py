@@ -1,6 +1,7 @@
 """The lowest layer: errors, logging, dtypes, timers, and the face `deepspeed.utils` that scripts import from.
 
     errors, logging        what is raised, what is written
+    arguments              numbers on the command line
     dtypes, figures        names of dtypes; counts, bytes and seconds for people
     launch_env, ports      what the program that started this process said; TCP ports
     lazy, compiler         names imported at first use; torch's compiler unloaded until it is needed

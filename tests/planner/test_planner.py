@@ -163,6 +163,8 @@ def test_zero_divides_states_and_tensor_parallelism_matrices() -> None:
             "no layout divides a batch of 3",
         ),
         ({"nodes": 2}, 1, 'the cluster has no "device"'),
+        ({**CLUSTER, "nodes": [{"devices": 8}, {"devices": 4}]}, 1, "nodes is a list, and takes one number: all nodes"),
+        ({"device": {"memory_gb": {"a": 80, "b": 40}, "tflops": 1}}, 1, "device.memory_gb is an object, and takes one"),
         ({**CLUSTER, "nodez": 2}, 1, "nodez is not a key.\n  Did you mean nodes?"),
         ({**CLUSTER, "nodes": 1e12}, 1, "nodes = 1000000000000.0 is not a whole number from 1 to 1,048,576"),
         ({**CLUSTER, "nodes": 0}, 1, "nodes = 0 is not a whole number from 1 to"),
@@ -244,9 +246,6 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     assert "pp2 dp2 zero1 2x4" in said_text and "within the memory of a device: 1" in said_text
     assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--layout", "dp3 zero1 2x4"]) == 2
     assert "pp x dp x sp x tp = 3, and the cluster has 4 devices" in capsys.readouterr().err
-    for tokens in ("-1", "0", "nan", "inf"):
-        assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", "--tokens", tokens]) == 2
-        assert f"--tokens {tokens} is no number of tokens" in capsys.readouterr().err
     for key, value, words in (
         ("--dtype", "int8", "--dtype int8: models train in floating-point numbers."),
         ("--layout", "", "pp x dp x sp x tp = 1, and the cluster has 4 devices"),
@@ -279,6 +278,27 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
     capsys.readouterr()
     assert runner.main(["max-model", str(llama), "-c", ds, "-s", "64", "-m", str(6 / 1024), "--device", "cpu"]) == 0
     assert int(capsys.readouterr().out.split("num_hidden_layers: ")[1].split()[0]) > 4
+
+
+NUMBERS = [
+    *(("plan", flag) for flag in ("--batch", "--seq", "--top", "--tokens")),
+    *(("doctor", flag) for flag in ("--ranks", "--seq", "--device-memory")),
+    *(("estimate", flag) for flag in ("--ranks", "--batch", "--seq", "--device-memory", "--host-memory")),
+    *(("max-batch", flag) for flag in ("--ranks", "--seq", "--device-memory")),
+    *(("max-model", flag) for flag in ("--ranks", "--batch", "--seq", "--device-memory")),
+]
+
+
+@pytest.mark.parametrize(("command", "flag"), NUMBERS)
+def test_a_number_that_an_argument_cannot_mean_is_told_with_its_rule(
+    command: str, flag: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rule = "a finite number above 0" if flag in ("--tokens", "--device-memory", "--host-memory") else "a whole number"
+    for value in ("0", "-3", "nan", "inf", "many"):
+        with pytest.raises(SystemExit):
+            runner.main([command, "model", f"{flag}={value}"])
+        said = capsys.readouterr().err
+        assert flag in said and f"{value} is not {rule}" in said
 
 
 def test_rates_and_a_model_s_seconds_are_measured_by_several_ranks(
