@@ -41,7 +41,9 @@ class Watched:
         module = self.module
         if type(module) is not self._class or self._class.forward is not self._forward:
             return False
-        if module._modules != self._children or _has_hooks(module):
+        if module._modules != self._children:
+            return False
+        if (module._forward_hooks or module._forward_pre_hooks) and _has_hooks(module):
             return False
         try:
             if module.__dict__ != self._attributes:
