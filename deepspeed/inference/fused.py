@@ -40,7 +40,7 @@ class FusedForward:
         self._caches: WeakKeyDictionary[Any, LayersOverCache] = WeakKeyDictionary()
         self._num_layers = len(inner.layers)
         self._class_forward = type(inner).forward
-        self._watched = [Watched(module) for module in inner.layers.modules()]
+        self._watched = Watched(inner.layers.modules())
         self.num_fused = 0
         """Tokens' forwards that went through the compiled layers."""
 
@@ -104,12 +104,12 @@ class FusedForward:
             type(inner).forward is self._class_forward
             and config.num_hidden_layers == self._num_layers
             and not any(getattr(config, key, None) for key in _RECORDED)
-            and inner._modules.get("layers") is self._watched[0].module
+            and inner._modules.get("layers") is self._watched.modules[0]
             and getattr(config, "sliding_window", None) is None
             and _has_own_attention(config)
             and not (inner.training or has_global_hooks() or torch.is_autocast_enabled("cpu"))
             and not torch.compiler.is_compiling()
-            and all(watched.is_as_it_was() for watched in self._watched)
+            and self._watched.is_as_it_was()
         )
 
     def _over(self, held: Sequence[Any]) -> LayersOverCache:

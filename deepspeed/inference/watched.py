@@ -1,7 +1,7 @@
 """Modules whose forward is passed by, for as long as it computes what it did when they were described.
 
 Used by `fused`, whose compiled step takes the place of whole layers: a script that gives one of their modules a hook, a forward, an
-adapter, a weight or another number has to find it used. `Watched` remembers a module and is asked before each step; `own_forward` says,
+adapter, a weight or another number has to find it used. `Watched` remembers modules and is asked before each step; `own_forward` says,
 before layers are described, what in them is not Hugging Face's.
 
 Invariant: whatever is set on a module, its class or on all modules (global hooks) is noticed, at a few comparisons a module: its attributes are
@@ -10,7 +10,11 @@ compared as one dict, its tensors by identity and address.
 
 from __future__ import annotations
 
-from torch import nn
+import operator
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
 from torch.nn.modules import module as torch_module
 
 from deepspeed.quant.linear import QuantizedLinear, QuantizedWeight
@@ -21,45 +25,52 @@ _RECORDER = "transformers.utils.output_capturing"
 
 
 class Watched:
-    """One module inside of the layers."""
+    """Modules inside of the layers. They are asked together, in loops of the interpreter's own: a token asks hundreds."""
 
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
-        self._class = type(module)
-        self._forward = self._class.forward
-        self._attributes = dict(module.__dict__)
-        self._children = dict(module._modules)
-        self._tensors = [
-            (held, name, tensor, tensor.data_ptr())
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self.modules = list(modules)
+        self._kinds = [type(module) for module in self.modules]
+        self._classes = list(dict.fromkeys(self._kinds))
+        self._forwards = [kind.forward for kind in self._classes]
+        self._attributes = [dict(module.__dict__) for module in self.modules]
+        self._children = [module._modules for module in self.modules]
+        self._children_were = [dict(children) for children in self._children]
+        self._hooks = [hooks for module in self.modules for hooks in (module._forward_hooks, module._forward_pre_hooks)]
+        named = [
+            (held, name, tensor)
+            for module in self.modules
             for held in (module._parameters, module._buffers)
             for name, tensor in held.items()
-            if tensor is not None
         ]
+        self._held: list[dict[str, Any]] = [held for held, _, _ in named]
+        self._names = [name for _, name, _ in named]
+        self._values = [tensor for _, _, tensor in named]
+        self._tensors = [tensor for tensor in self._values if tensor is not None]
+        self._addresses = list(map(Tensor.data_ptr, self._tensors))
 
     def is_as_it_was(self) -> bool:
-        """Whether it still computes what it did, and nobody listens."""
-        module = self.module
-        if type(module) is not self._class or self._class.forward is not self._forward:
-            return False
-        if module._modules != self._children:
-            return False
-        if (module._forward_hooks or module._forward_pre_hooks) and _has_hooks(module):
-            return False
+        """Whether they still compute what they did, and nobody listens."""
         try:
-            if module.__dict__ != self._attributes:
-                return False
+            return (
+                list(map(type, self.modules)) == self._kinds
+                and list(map(_FORWARD, self._classes)) == self._forwards
+                and list(map(_ATTRIBUTES, self.modules)) == self._attributes
+                and self._children == self._children_were
+                and all(map(operator.is_, map(dict.get, self._held, self._names), self._values))
+                and list(map(Tensor.data_ptr, self._tensors)) == self._addresses
+                and not any(map(_is_heard, filter(None, self._hooks)))
+            )
         except (RuntimeError, ValueError):  # a tensor or an array in the place of another has no truth
             return False
-        return all(held.get(name) is tensor and tensor.data_ptr() == at for held, name, tensor, at in self._tensors)
 
 
-def _has_hooks(module: nn.Module) -> bool:
+_FORWARD = operator.attrgetter("forward")
+_ATTRIBUTES = operator.attrgetter("__dict__")
+
+
+def _is_heard(hooks: Mapping[int, Any]) -> bool:
     """Whether somebody listens; Hugging Face's recorders of hidden states do not, unless a forward is asked for them."""
-    return any(
-        getattr(hook, "__module__", None) != _RECORDER
-        for hooks in (module._forward_hooks, module._forward_pre_hooks)
-        for hook in hooks.values()
-    )
+    return any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
 
 
 def has_global_hooks() -> bool:
