@@ -219,6 +219,12 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, s
                 'parameters on every rank and can only evaluate. To train pass optimizer=... or add an "optimizer" section.'
             )
         return
+    if _needs_closure(optimizer):
+        raise DeepSpeedError(
+            f"{type(optimizer).__name__}.step needs a closure, which it calls as often as it likes to run the model again; "
+            "a step of the engine comes after one backward, with its gradients.\n"
+            "  Use an optimizer that steps from gradients, or this one on the model without deepspeed."
+        )
     owned = set(model.parameters())
     strangers = sum(param not in owned for group in optimizer.param_groups for param in group["params"])
     if strangers:
@@ -227,6 +233,11 @@ def check_optimizer(optimizer: torch.optim.Optimizer | None, model: nn.Module, s
             "  Build the optimizer from model.parameters() of the very model passed to deepspeed.initialize, after any "
             "change to it (adapters, resized embeddings), and a new one for each engine."
         )
+
+
+def _needs_closure(optimizer: torch.optim.Optimizer) -> bool:
+    closure = inspect.signature(type(optimizer).step).parameters.get("closure")
+    return closure is not None and closure.default is inspect.Parameter.empty
 
 
 def group_indices(optimizer: torch.optim.Optimizer | None) -> dict[nn.Parameter, int]:

@@ -35,6 +35,12 @@ NUM_RETIRED = 32
 """Finished messages kept before they are destroyed; see Note [Letting go of gloo's buffers]."""
 
 
+def ranks_met(rank: int, world_size: int) -> range:
+    """Whose slices `rank` receives in a reduce-scatter. An all-to-all sends contiguous memory: the first rank and the last leave
+    their own slice out, one between others copies it with theirs."""
+    return range(rank == 0, world_size - (rank == world_size - 1 > 0))
+
+
 @final
 class DirectExchange:
     """Slices sent from rank to rank over gloo, received in place or in scratch, added up here.
@@ -80,12 +86,19 @@ class DirectExchange:
     @verb
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
         """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
-        received = self.scratch.take(full)
-        work = dist.all_to_all_single(received, full, group=self._group, async_op=True)
+        met = ranks_met(self.rank, self.world_size)
+        slices = slices_of(full, self.world_size)
+        numel = len(slices[0])
+        sizes = [numel if rank in met else 0 for rank in range(self.world_size)]
+        sent = full[met.start * numel : met.stop * numel]
+        received = self.scratch.take(sent)
+        work = dist.all_to_all_single(received, sent, sizes, sizes, group=self._group, async_op=True)
 
         def finish() -> None:
             work.wait()
-            self.add_up(slices_of(received, self.world_size), out, divide_by, accumulate)
+            for rank, part in zip(met, slices_of(received, len(met)), strict=True):
+                slices[rank] = part
+            self.add_up(slices, out, divide_by, accumulate)
             self.scratch.give_back([received])
 
         return Pending(finish, work)

@@ -10,10 +10,12 @@ first difference.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.mesh import told_by_all
@@ -34,6 +36,19 @@ def flatten(config: Mapping[str, Any], prefix: str = "") -> list[str]:
         elif not str(key).endswith(_LOCAL_SUFFIXES):
             lines.append(f"{prefix}{key} = {value!r}")
     return sorted(lines)
+
+
+def lazy_in(module: nn.Module) -> str | None:
+    """A refusal of parameters and buffers that get their shape from the first forward (`nn.LazyLinear`), if there are any."""
+    tensors = itertools.chain(module.named_parameters(), module.named_buffers())
+    lazy = [name for name, tensor in tensors if is_lazy(tensor)]
+    if not lazy:
+        return None
+    more = f" and {len(lazy) - 1} more" if len(lazy) > 1 else ""
+    return (
+        f"{lazy[0]}{more} of the model has no shape yet: a lazy module makes its parameters in its first forward.\n"
+        "  Run the model once, on every rank, before deepspeed.initialize and before the optimizer is made."
+    )
 
 
 def describe_model(module: nn.Module) -> list[str]:

@@ -32,7 +32,7 @@ from deepspeed.comm.choose import SHARED_MEMORY, Sharing, sharing_of
 from deepspeed.config import Config
 from deepspeed.engine import earlier_states, experts, tensor
 from deepspeed.engine.accumulation import Accumulation
-from deepspeed.engine.agreement import describe_model, flatten, require_equal, require_same_division
+from deepspeed.engine.agreement import describe_model, flatten, lazy_in, require_equal, require_same_division
 from deepspeed.engine.at_rest import AtRest
 from deepspeed.engine.backward import LossScaleGuard, expose
 from deepspeed.engine.checkpoints import Checkpoints
@@ -218,7 +218,8 @@ def own_device() -> torch.device:
 
 def _agree_with_other_ranks(given: Given, mesh: Mesh) -> None:
     # An engine that the script dropped may still live on some ranks, so all have to hear of a refusal.
-    for refusal in mesh.gather_objects("job", shared_with_another(given.model) or overlap_of(given.model)):
+    found = lazy_in(given.model) or shared_with_another(given.model) or overlap_of(given.model)
+    for refusal in mesh.gather_objects("job", found):
         if refusal is not None:
             raise DeepSpeedError(refusal)
     sharing = sharing_of(os.environ)

@@ -103,6 +103,9 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
                 self.mpu = groups
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
+            self._ended: list[bool] = []
+            """Filled when the engine ends: a finalizer's own state is none that torch's compiler can watch."""
+            undo.callback(self._ended.append, True)
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
         self.global_steps = 0
         self.global_samples = 0
@@ -145,7 +148,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
 
     def forward(self, *inputs: Any, **kwargs: Any) -> Any:
         """The model's own output for its own arguments."""
-        if self._finalizer.peek() is None:
+        if self._ended:
             raise TrainingStateError(
                 "this engine was destroyed, or its model given to a newer engine.\n"
                 "  Use the newer one, or make one with deepspeed.initialize."

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from deepspeed.comm.direct import ONE_PHASE_NUMEL
+from deepspeed.comm.direct import ONE_PHASE_NUMEL, ranks_met
 from deepspeed.comm.exchange import Pending
 from deepspeed.comm.scratch import NUM_KEPT, Shelf
 from deepspeed.memory.ledger import (
@@ -350,7 +350,7 @@ class Reductions:
         if not self._settings.sends_directly:
             return [numel // size * itemsize] if self._delivers_shard else []
         if self._delivers_shard:
-            return [numel * itemsize]
+            return [max(len(ranks_met(rank, size)) for rank in range(size)) * numel // size * itemsize]
         return [numel * itemsize if numel <= ONE_PHASE_NUMEL else -(-numel // size) * itemsize] * (size - 1)
 
     def flush(self) -> None:

@@ -44,6 +44,7 @@ Update, publish
     stream             steps what rests on a tier
     graphed            the update as a recorded graph
     late               a step before its norm is known, taken back exactly
+    step_hooks         a script's hooks on the optimizer's step
     unused             parameters without gradients on any rank
     blame              gradients that are not finite
     rows               sparse gradients for SparseAdam
@@ -59,6 +60,7 @@ What a script does
     init               models built sharded
     tensor_factories   two names that Transformers replaces meanwhile
     access             whole values for users
+    read_only          what is changed where nothing says that it shall stay
     facts              what a script may change
     prints             what one rank alone wrote
     takeover           acts on what it did change

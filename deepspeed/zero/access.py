@@ -20,6 +20,7 @@ from deepspeed.zero.hook_switch import EXTERNALS
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
+from deepspeed.zero.read_only import ReadOnly, note_kept
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import Master, ZeroOptimizer
@@ -54,7 +55,8 @@ class GatheredParameters:
 
     params: one parameter, or any iterable of them; those that ZeRO does not shard are left as they are.
     modifier_rank: keep what this data-parallel rank changed in place, on every rank, in the fp32 masters too;
-        None discards changes (a single rank has no other copy to return to: there they stay in the parameters).
+        None discards changes, with a warning that names them (a single rank has no other copy to return to: there they stay in
+        the parameters).
     fwd_module: also have the parameters whole around every forward of this module from now on.
     Collective: all ranks enter and leave with the same parameters. Contexts may nest.
     """
@@ -71,6 +73,7 @@ class GatheredParameters:
         self.enabled = enabled
         self._buckets: list[Bucket] = []
         self._num_views: list[int] = []
+        self._read_only: ReadOnly | None = None
         if fwd_module is not None and enabled:
             for param in self.params:
                 register_external_parameter(fwd_module, param)
@@ -85,6 +88,8 @@ class GatheredParameters:
                 for bucket in self._buckets:
                     bucket.finish_unshard()
             self._num_views = [num_views(bucket) for bucket in self._buckets]
+            if self.modifier_rank is None and self._buckets:
+                self._read_only = ReadOnly(self.params)
 
     @torch.no_grad()
     def __exit__(
@@ -92,6 +97,12 @@ class GatheredParameters:
     ) -> None:
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
+        if self._read_only is not None:
+            if kind is None:
+                self._read_only.warn_of_changes()
+                self._keep_assigned()
+            self._read_only.close()
+            self._read_only = None
         for bucket, num_before in zip(self._buckets, self._num_views, strict=True):
             bucket.unhold()
             if bucket.holders == 0:
@@ -99,6 +110,14 @@ class GatheredParameters:
                     bucket.leave_full()
                 bucket.reshard()
         self._buckets = []
+
+    def _keep_assigned(self) -> None:
+        """One rank alone keeps what was written in place, and so what was assigned."""
+        for bucket in self._buckets:
+            values = bucket.assigned() if bucket.layout.world_size == 1 else []
+            if values:
+                bucket.take_assigned(values)
+                bucket.write_shard()
 
     def _keep_changes(self, modifier_rank: int) -> None:
         slots = (slot_of(param) for param in self.params if isinstance(param, Tensor))
@@ -110,6 +129,7 @@ class GatheredParameters:
             found = trainers.find(bucket)
             if found is not None:
                 found[0].refresh_from_params([bucket])
+        note_kept()
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:
@@ -217,6 +237,7 @@ class _Place:
             bucket.shard_changed()
         if bucket.has_full:  # other ranks' parts too, which no gather may bring before the next step
             bucket.views[self.index].copy_(value.reshape(bucket.shapes[self.index]))
+            note_kept()
 
     def _require_here(self, kind: str) -> None:
         """Raise TrainingStateError, before anything is written and on every rank alike, for what is put away: a master is

@@ -11,7 +11,8 @@ Cut by module (stage 3), for a model that is a root with a list of blocks:
      |- norm             small: left to the root's own unit
 
 A module on the way to a container is opened, so that a transformer inside a wrapper is cut at its blocks. Modules
-marked as leaves (`set_z3_leaf_modules`) are never opened.
+marked as leaves (`set_z3_leaf_modules`) are never opened, nor are those that TorchScript runs: the modules inside are not
+called from Python, and a scripted one takes no hooks, so that its parameters are unsharded around its caller's calls.
 
 After FSDP's wrapping by block (arXiv:2304.11277), section 4.2; the marks are DeepSpeed's.
 """
@@ -21,14 +22,17 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+import torch
 from torch import nn
 
+from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.zero.param import full_numel
 
 CONTAINERS = (nn.ModuleList, nn.Sequential, nn.ModuleDict)
 NEVER_CALLED = (nn.ModuleList, nn.ModuleDict)
 """Always opened: there is no call of theirs around which parameters could be unsharded."""
 LEAF_MARK = "_z3_leaf"
+TORCHSCRIPT = (torch.jit.ScriptModule, torch.jit.TopLevelTracedModule)
 
 
 @dataclass
@@ -68,7 +72,7 @@ class _Cutter:
             self.units.append(Unit(modules, claimed))
 
     def _is_opened(self, module: nn.Module, numel: int, in_container: bool) -> bool:
-        if module.__dict__.get(LEAF_MARK, False) or not list(module.children()):
+        if module.__dict__.get(LEAF_MARK, False) or isinstance(module, TORCHSCRIPT) or not list(module.children()):
             return False
         if isinstance(module, NEVER_CALLED) or (isinstance(module, CONTAINERS) and not in_container):
             return True
@@ -118,15 +122,31 @@ def users_of(root: nn.Module, units: Sequence[Unit]) -> dict[nn.Module, list[int
     A unit's own modules, and for a parameter registered elsewhere too (tied weights) the module that owns it there.
     """
     owners: dict[nn.Parameter, list[nn.Module]] = {}
+    callers: dict[nn.Module, nn.Module] = {}
     for module in root.modules():
+        for child in module.children():
+            callers.setdefault(child, module)
         for param in module.parameters(recurse=False):
             owners.setdefault(param, []).append(module)
     users: dict[nn.Module, list[int]] = {}
     for i, unit in enumerate(units):
         inside = {inner for module in unit.modules for inner in module.modules()}
         others = [owner for _, param in unit.params for owner in owners.get(param, ()) if owner not in inside]
-        for module in [*unit.modules, *others]:
+        for user in [*unit.modules, *others]:
+            module = _with_hooks(user, callers)
             indices = users.setdefault(module, [])
             if i not in indices:
                 indices.append(i)
     return users
+
+
+def _with_hooks(module: nn.Module, callers: dict[nn.Module, nn.Module]) -> nn.Module:
+    """The module itself, or for what TorchScript runs the nearest one around it that Python calls."""
+    while isinstance(module, torch.jit.ScriptModule) or (isinstance(module, NEVER_CALLED) and module in callers):
+        if module not in callers:
+            raise DeepSpeedError(
+                f"the model is a scripted module (torch.jit.script), {type(module).__name__}, which takes no hooks that would bring "
+                "its sharded parameters together.\n  Script parts of the model, use torch.compile, or ZeRO stages 0 to 2."
+            )
+        module = callers[module]
+    return module

@@ -24,7 +24,7 @@ from torch import Tensor
 from deepspeed.mesh import Mesh
 from deepspeed.optim.traits import AveragesItself
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
-from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError
+from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.zero.blame import blame, tell_what_is_bad
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import leave_local
@@ -38,11 +38,17 @@ from deepspeed.zero.placing import Placing
 from deepspeed.zero.policy import ZeroPolicy
 from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.runs import Runs
+from deepspeed.zero.step_hooks import TORCH_HOOKS, called_once
 from deepspeed.zero.unused import Unused
 from deepspeed.zero.update import Update
 
 if TYPE_CHECKING:
     from deepspeed.zero.takeover import Takeover
+
+SCALER = (
+    "a torch.amp.GradScaler cannot step this optimizer: gradients are unscaled, checked and clipped by the engine's own step.\n"
+    '  Call engine.backward(loss) and engine.step() with "fp16": {"enabled": true}, or make it GradScaler(enabled=False).'
+)
 
 
 class DeepSpeedOptimizer(torch.optim.Optimizer):
@@ -208,8 +214,13 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return self.runs.nbytes
 
     def __getattr__(self, name: str) -> Any:
-        """What an optimizer that averages by itself says of itself: `adam_freeze_key`, `get_lamb_coeffs`, ..."""
+        """What an optimizer that averages by itself says of itself: `adam_freeze_key`, `get_lamb_coeffs`, ...; and where torch's
+        own `register_step_post_hook` and the like keep hooks: with the wrapped optimizer."""
         optimizer = self.__dict__.get("optimizer")
+        if name in TORCH_HOOKS and optimizer is not None:
+            return getattr(optimizer, name)
+        if name == "_step_supports_amp_scaling":
+            raise TrainingStateError(SCALER)
         if isinstance(optimizer, AveragesItself) and not name.startswith("_"):
             return getattr(optimizer, name)
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
@@ -281,11 +292,12 @@ class ZeroOptimizer(DeepSpeedOptimizer):
     def apply(self, factor: float, kept: Sequence[Tensor] | None = None) -> None:
         """Update from this step's gradients, or from those `kept` of it, and publish. Collective where O is sharded."""
         has_all = kept is None and not self.unused.pairs
-        if self.graphed is not None and has_all and self.graphed.run(factor):
-            self.publish(is_written=True)
-            return
-        self._update(factor, kept)
-        self.publish()
+        with called_once(self.optimizer):
+            if self.graphed is not None and has_all and self.graphed.run(factor):
+                self.publish(is_written=True)
+            else:
+                self._update(factor, kept)
+                self.publish()
 
     def _measure(self) -> Measured:
         """The norm, with the gradients of parameters that join in this step."""

@@ -11,6 +11,9 @@ from deepspeed.optim.traits import steps_rows
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
+MATRICES_ONLY = (torch.optim.Muon,) if hasattr(torch.optim, "Muon") else ()
+"""Those of torch (since 2.9) that raise for anything but a matrix."""
+
 
 def check_untested(optimizer: torch.optim.Optimizer, zero_stage: int, is_allowed: bool) -> None:
     """Raise DeepSpeedConfigError for one that is not known to be element-wise, unless it `is_allowed`."""
@@ -19,6 +22,11 @@ def check_untested(optimizer: torch.optim.Optimizer, zero_stage: int, is_allowed
         raise DeepSpeedConfigError(
             f"{name} takes sparse gradients, of which ZeRO stage {zero_stage} gives each rank a flat slice.\n"
             "  Use stage 0, or a dense optimizer such as Adam."
+        )
+    if isinstance(optimizer, MATRICES_ONLY):
+        raise DeepSpeedConfigError(
+            f"{name} orthogonalizes whole matrices, of which ZeRO stage {zero_stage} gives each rank a flat slice.\n"
+            '  Use stage 0, or "optimizer": {"type": "Muon"}, which is given whole matrices at every stage.'
         )
     if not is_allowed:
         raise DeepSpeedConfigError(

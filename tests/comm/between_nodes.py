@@ -31,10 +31,13 @@ def counted_between_nodes(ranks_per_node: int) -> Iterator[list[int]]:
         nbytes.extend(own.nbytes for peer in range(self.world_size) if is_far(self.group, peer))
         return posted(self, own)
 
-    def sending(received: Tensor, sent: Tensor, *args: Any, group: Any = None, **kwargs: Any) -> Any:
+    def sending(
+        received: Tensor, sent: Tensor, out: Any = None, into: Any = None, group: Any = None, **kwargs: Any
+    ) -> Any:
         group = group or dist.group.WORLD
-        nbytes.extend(sent.nbytes // group.size() for peer in range(group.size()) if is_far(group, peer))
-        return to_all(received, sent, *args, group=group, **kwargs)
+        numels = into or [sent.numel() // group.size()] * group.size()
+        nbytes.extend(numels[peer] * sent.itemsize for peer in range(group.size()) if is_far(group, peer))
+        return to_all(received, sent, out, into, group=group, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(DirectExchange, "_launch", launching)

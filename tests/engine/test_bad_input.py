@@ -311,3 +311,18 @@ def nan_at_the_floor(rank: int, world_size: int, stage: int) -> None:
 @pytest.mark.parametrize("stage", STAGES)
 def test_nan_under_fp16_skips_and_at_the_floor_names_the_first_bad_parameter(stage: int) -> None:
     run_ranks(2, nan_at_the_floor, stage)
+
+
+def lazy_model(rank: int, world_size: int) -> None:
+    lazy = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d())
+    with pytest.raises(
+        DeepSpeedError, match=r"0.weight and \d more of the model has no shape yet[\s\S]*Run the model once"
+    ):
+        deepspeed.initialize(model=lazy, config=bad())
+    lazy(torch.randn(2, 3))
+    with engine_of(lazy, bad()) as engine:
+        assert engine(torch.randn(2, 3)).shape == (2, 4)
+
+
+def test_lazy_modules_have_to_run_once() -> None:
+    run_ranks(2, lazy_model)

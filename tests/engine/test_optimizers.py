@@ -14,7 +14,7 @@ from torch.optim import lr_scheduler
 
 import deepspeed
 from deepspeed.optim import build_optimizer, split_for_muon
-from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError, TrainingStateError
 from deepspeed.utils.logging import logger
 from tests.engine.runs import EPS, LR, engine_of, make_config, whole_weights
 from tests.harness import run_ranks
@@ -164,6 +164,51 @@ def test_an_untested_optimizer_is_refused_on_shards_unless_allowed_and_gets_whol
     assert_close_weights(
         run_ranks(2, untested_optimizer)[0], plain_weights(lambda params: torch.optim.SGD(params, lr=LR))
     )
+
+
+def cannot_step(rank: int, world_size: int) -> None:
+    def closure_only(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.LBFGS(params)
+
+    for stage in (0, 2):
+        allowed = {**config_of(stage, world_size), "zero_allow_untested_optimizer": True}
+        with pytest.raises(DeepSpeedError, match="LBFGS.step needs a closure"):
+            deepspeed.initialize(model=build("mlp"), config=allowed, optimizer=closure_only)
+    if not hasattr(torch.optim, "Muon"):
+        return
+    matrices = nn.Sequential(nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False))
+    config = {**config_of(1, world_size), "zero_allow_untested_optimizer": True}
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"Muon orthogonalizes whole matrices, of which ZeRO stage 1[\s\S]*stage 0"
+    ):
+        deepspeed.initialize(model=matrices, config=config, optimizer=torch.optim.Muon(matrices.parameters()))
+
+
+def test_optimizers_that_cannot_step_from_what_zero_has_are_refused_by_name() -> None:
+    run_ranks(2, cannot_step)
+
+
+def scaled_by_torch(rank: int, world_size: int, is_enabled: bool) -> dict[str, Tensor]:
+    def make(params: Any) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(params, lr=LR, eps=EPS)
+
+    scaler = torch.amp.GradScaler("cpu", enabled=is_enabled)
+    with engine_of(build("mlp"), config_of(2, world_size), optimizer=make) as engine:
+        for (batch,) in make_batches(build("mlp"), num_steps=NUM_STEPS, accumulation=1, samples=SAMPLES):
+            engine.backward(scaler.scale(engine(*rank_share(batch, rank, world_size))))
+            if is_enabled:
+                with pytest.raises(TrainingStateError, match=r"GradScaler cannot step this[\s\S]*enabled=False"):
+                    scaler.step(engine.optimizer)
+                return {}
+            scaler.step(engine.optimizer)
+            scaler.update()
+        return whole_weights(engine)
+
+
+def test_a_scaler_of_torchs_is_refused_unless_it_is_off() -> None:
+    run_ranks(2, scaled_by_torch, True)
+    expected = plain_weights(lambda params: torch.optim.AdamW(params, lr=LR, eps=EPS))
+    assert_close_weights(run_ranks(2, scaled_by_torch, False)[0], expected)
 
 
 # Parameter groups. -----------------------------------------------------------------------------------------------------
