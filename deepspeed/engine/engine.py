@@ -103,8 +103,6 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
                 self.mpu = groups
             self.collate_fn = collate_fn
             self.training_dataloader = self.deepspeed_io(training_data) if training_data is not None else None
-            self._ended: list[bool] = []
-            """Filled when the engine ends: a finalizer's own state is none that torch's compiler can watch."""
             undo.callback(self._ended.append, True)
             self._finalizer = weakref.finalize(self, undo.pop_all().close)
         self.global_steps = 0
@@ -123,6 +121,8 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
     def _take(self, model: nn.Module, parts: Parts, watching: Watching) -> None:
         """Have what was built under the names by which it is asked for."""
         self.module = model
+        self._ended: list[bool] = []
+        """Filled when the engine ends: a finalizer's own state is none that torch's compiler can watch."""
         self._zero = zero = parts.zero
         self.mesh, self.accumulation, self._checkpoints = parts.mesh, parts.accumulation, parts.checkpoints
         self._micro_batch_size = parts.micro_batch_size

@@ -62,7 +62,7 @@ class SizedBucket:
         if self.state is BucketState.GATHERING:
             self.state = BucketState.UNSHARDED
 
-    def reshard(self) -> None:
+    def reshard(self, *, keeps_written: bool = False) -> None:
         """See Bucket."""
         if self.is_sharded and self.state is not BucketState.SHARDED:
             self._set_storage(False)

@@ -60,6 +60,7 @@ What a script does
     init               models built sharded
     tensor_factories   two names that Transformers replaces meanwhile
     access             whole values for users
+    written            what modules write while they run
     read_only          what is changed where nothing says that it shall stay
     facts              what a script may change
     prints             what one rank alone wrote

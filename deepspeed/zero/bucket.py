@@ -33,8 +33,12 @@ from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import Filling, KeptMemory, LoadQueue
 from deepspeed.zero.modes import plain_modes
-from deepspeed.zero.param import ShardedParameter, Slot, ZeroParameter, slot_of
+from deepspeed.zero.param import DATA, ShardedParameter, Slot, ZeroParameter, slot_of
 from deepspeed.zero.space import FlatSpace
+from deepspeed.zero.written import Written, keep_written
+
+ALL = 0
+"""In place of a parameter's `id`, for those who need all of a bucket's."""
 
 
 def is_view(param: Tensor, view: Tensor) -> bool:
@@ -105,9 +109,8 @@ class Bucket(FlatSpace):
         """How often the values were changed; a graph made before cannot be differentiated after."""
         self.holders = 0
         """How many module calls and gather contexts need the parameters unsharded right now."""
-        self._num_holders_of_all = 0
         self._held: Counter[int] = Counter()
-        """By `id`: parameters that holders asked for by themselves. A bucket of many small modules is held a piece at a time."""
+        """By `id`: parameters that holders asked for by themselves, and ALL. A bucket of many small modules is held a piece at a time."""
         self.full = _make_full(layout.padded_numel, dtype, device, is_read=rest is not None and rest.device is None)
         self.full.zero_()
         self.views = self.split(self.full)
@@ -118,6 +121,8 @@ class Bucket(FlatSpace):
         self.rest: Rest = rest or InMemory(own if self.keeps_storage else torch.zeros_like(own))
         """Where this rank's slice is between uses."""
         self.loads = loads or LoadQueue()
+        self.written = Written([param._version for param in self.params])
+        """What modules write into the parameters while they run."""
         self._gathering: Pending | Filling | None = None
         """The all-gather that fills `full`, until it was waited for."""
         self._by = exchange
@@ -284,10 +289,13 @@ class Bucket(FlatSpace):
             gathering.wait()
         if self.state is BucketState.GATHERING:
             self._set_class(ZeroParameter)
-            for param, view in zip(self.params, self.views, strict=True):
-                param.data = view
+            with torch._C.DisableTorchFunctionSubclass():
+                for param, view in zip(self.params, self.views, strict=True):
+                    DATA.__set__(param, view)
             self.state = BucketState.UNSHARDED
-            if self._num_holders_of_all == 0:
+            if self._by is not self.exchange:  # in fewer bits, maybe: what is here is no proof
+                self.written.versions, self.written.may_be = [param._version for param in self.params], False
+            if self._held[ALL] == 0:
                 self._notice_unheld()
 
     def unshard(self) -> None:
@@ -301,8 +309,8 @@ class Bucket(FlatSpace):
         """One more user, of `params` or of all; while there are users the values stay, and what they hold may be used freely."""
         self.holders += 1
         if params is None:
-            self._num_holders_of_all += 1
-            if self._num_holders_of_all == 1 and self.is_unsharded:
+            self._held[ALL] += 1
+            if self._held[ALL] == 1 and self.is_unsharded:
                 self._set_class(ZeroParameter)
         elif self.is_sharded:
             self._held.update(map(id, params))
@@ -314,12 +322,12 @@ class Bucket(FlatSpace):
         """One user less. Without any, values may still be here for the next one, but a use of them is noticed."""
         self.holders -= 1
         if params is None:
-            self._num_holders_of_all -= 1
-            if self._num_holders_of_all == 0 and self.is_unsharded:
+            self._held[ALL] -= 1
+            if self._held[ALL] == 0 and self.is_unsharded:
                 self._notice_unheld()
         elif self.is_sharded:
             self._held.subtract(map(id, params))
-            if self._num_holders_of_all == 0 and self.is_unsharded:
+            if self._held[ALL] == 0 and self.is_unsharded:
                 for param in params:
                     if not self._held[id(param)]:
                         param.__class__ = ShardedParameter
@@ -336,15 +344,26 @@ class Bucket(FlatSpace):
             for param in self.params:
                 param.__class__ = kind
 
-    def reshard(self) -> None:
-        """Drop the full values; changes made to them in place are lost unless `write_shard` took them."""
+    def reshard(self, *, keeps_written: bool = False) -> None:
+        """Drop the full values; changes made to them are lost unless `write_shard` took them.
+
+        keeps_written: what a module's own code has changed meanwhile stays, as in plain PyTorch: weights that are clamped in `forward`,
+        `nn.Embedding(max_norm=...)`, hooks that write.
+        """
         if not self.is_sharded or self.state is BucketState.SHARDED:
             return
         if self.state is BucketState.GATHERING or self._gathering is not None:
             self.finish_unshard()
+        elif keeps_written:
+            with torch._C.DisableTorchFunctionSubclass():
+                versions = [param._version for param in self.params]
+            if self.written.may_be or versions != self.written.versions:
+                keep_written(self, versions, is_exact=self._by is self.exchange)
+        self.written.may_be = False
         self._set_class(ZeroParameter)  # the sharded class refuses `.data`
-        for param, view in zip(self.params, self.views, strict=True):
-            param.data = self._empty_like(view)
+        with torch._C.DisableTorchFunctionSubclass():
+            for param, view in zip(self.params, self.views, strict=True):
+                DATA.__set__(param, self._empty_like(view))
         self._set_class(ShardedParameter)
         if not self.keeps_storage:
             storage, memory = self.full.untyped_storage(), _kept_memory(self)

@@ -144,8 +144,8 @@ class Gatherable(Protocol):
     def finish_unshard(self) -> None:
         """Wait for the gather."""
 
-    def reshard(self) -> None:
-        """Drop all but the own slice."""
+    def reshard(self, *, keeps_written: bool = False) -> None:
+        """Drop all but the own slice, which is as it was, or as modules wrote it."""
 
 
 B = TypeVar("B", bound=Gatherable)
@@ -343,7 +343,7 @@ class Gatherer(Generic[B]):
         if bucket.state is not BucketState.SHARDED:
             self._live_numel -= bucket.layout.numel
             self._fresh.discard(bucket.index)
-            bucket.reshard()
+            bucket.reshard(keeps_written=True)
 
     def _answer(self, wish: int, digest: int = 0) -> Sequence[tuple[int, ...]]:
         """Tell the others a wish and gather what any rank wants, once; a rank at its END does so until all are at theirs. A bucket

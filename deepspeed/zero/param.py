@@ -16,7 +16,7 @@ import itertools
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -82,6 +82,9 @@ _GRAD: Any = torch._C.TensorBase.grad
 """The attribute itself, below any class of Python's."""
 
 
+DATA: Any = torch._C.TensorBase.data
+
+
 def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
     """`param.grad` of each, asked for by the engine itself."""
     with torch._C.DisableTorchFunctionSubclass():  # sharded parameters answer through a function of Python's
@@ -136,6 +139,21 @@ class ZeroParameter(nn.Parameter):
     """A parameter that ZeRO stage 3 manages, with the attributes that other libraries look for."""
 
     __torch_function__: ClassVar[Any] = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> Tensor:
+        """The values, past autograd and torch's counters: the bucket looks whether they were changed when it is resharded."""
+        slot = slot_of(self)
+        if slot is not None:
+            slot.bucket.written.may_be = True
+        return cast(Tensor, DATA.__get__(self))
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        slot = slot_of(self)
+        if slot is not None:
+            slot.bucket.written.may_be = True
+        DATA.__set__(self, values)
 
     @property
     def _slot(self) -> Slot:
@@ -395,14 +413,14 @@ def _is_read(func: Callable[..., Any]) -> bool:
     )
 
 
-_SET_DATA = set(_attribute("data", "__set__"))
-_CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SET_DATA}
+_SETDATA = set(_attribute("data", "__set__"))
+_CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SETDATA}
 
 
 def _converts_module(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Whether `module.to(...)` and the like ask: Lightning converts modules before and after training. Sharded parameters
     then stay as they are; the same call on the parameter alone is refused like any other use."""
-    if func not in _CONVERSIONS or (func in _SET_DATA and args[0] is not args[1]):
+    if func not in _CONVERSIONS or (func in _SETDATA and args[0] is not args[1]):
         return False
     frame = sys._getframe(2)
     for _ in range(3):
@@ -439,7 +457,7 @@ def _unchanged(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
     if func is nn.functional.pad:
         amounts = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
         return None if any(amounts) else value
-    is_own = func in _SET_DATA and isinstance(args[1], ShardedPlaceholder) and slot_of(args[1]) is slot_of(value)
+    is_own = func in _SETDATA and isinstance(args[1], ShardedPlaceholder) and slot_of(args[1]) is slot_of(value)
     return value if is_own else None
 
 
@@ -469,9 +487,9 @@ class _Sharded(Tensor):
             warn_once(
                 "converting a module leaves sharded parameters as they are: dtype and device are the configuration's."
             )
-            return None if func in _SET_DATA else args[0]  # torch never lets go of what a setter returns
+            return None if func in _SETDATA else args[0]  # torch never lets go of what a setter returns
         if (same := _unchanged(func, args, kwargs)) is not None:
-            return None if func in _SET_DATA else same
+            return None if func in _SETDATA else same
         held = []
         try:
             for value in _sharded_in(args, kwargs):

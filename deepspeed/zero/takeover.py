@@ -145,6 +145,10 @@ class Takeover:
 
     def follow_written(self) -> None:
         """Have masters follow parameters that were written. The host waits for what was started in `begin_step`."""
+        for master in self._built.masters:
+            if master.bucket.written.is_in_shard:
+                master.bucket.written.is_in_shard = False
+                master.follow_params()
         if self._broken:
             broken = torch.stack(self._broken).tolist()
             for seal, is_broken in zip(self._asked, broken, strict=True):

@@ -53,7 +53,7 @@ class FakeBucket:
     def finish_unshard(self) -> None:
         self.state = BucketState.UNSHARDED if self.state is not BucketState.SHARDED else self.state
 
-    def reshard(self) -> None:
+    def reshard(self, *, keeps_written: bool = False) -> None:
         assert self.holders == 0, "resharded while in use"
         self.state = BucketState.SHARDED
 
