@@ -21,6 +21,7 @@ from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
 from deepspeed.zero.read_only import ReadOnly, note_kept
+from deepspeed.zero.written import settle_written
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import Master, ZeroOptimizer
@@ -83,6 +84,8 @@ class GatheredParameters:
             self._buckets = buckets_of(param for param in self.params if isinstance(param, Tensor))
             with plain_modes():
                 for bucket in self._buckets:
+                    if bucket.is_unsharded and not bucket.holders:  # left so by a module that ran
+                        settle_written(bucket)
                     bucket.start_unshard()
                     bucket.hold()
                 for bucket in self._buckets:

@@ -125,7 +125,7 @@ class Bucket(FlatSpace):
         """What modules write into the parameters while they run."""
         self._gathering: Pending | Filling | None = None
         """The all-gather that fills `full`, until it was waited for."""
-        self._by = exchange
+        self.gathered_by = exchange
         """By what `full` was filled last."""
         self._nothing = torch.empty(0, dtype=dtype, device=device)
         for i, param in enumerate(self.params):
@@ -244,7 +244,7 @@ class Bucket(FlatSpace):
     def set_away(self, is_away: bool) -> None:
         """The values are about to be put away, or are back (see zero.away); the bucket is sharded or replicated."""
         if is_away:
-            self.reshard()
+            self.reshard(keeps_written=True)
         if not self.is_sharded and is_away != self.is_away:
             for param, view in zip(self.params, self.views, strict=True):
                 param.data = self._empty_like(view) if is_away else view
@@ -256,7 +256,7 @@ class Bucket(FlatSpace):
 
     def start_unshard(self) -> None:
         """Start the all-gather of the exact parameters; a no-op if those are here. Collective: every rank, same order."""
-        if self.state is BucketState.SHARDED or self._by is not self.exchange:
+        if self.state is BucketState.SHARDED or self.gathered_by is not self.exchange:
             self.regather(self.exchange)
 
     def regather(self, by: Exchange | None = None) -> None:
@@ -270,7 +270,7 @@ class Bucket(FlatSpace):
             self.finish_unshard()
         if not self.keeps_storage:
             _refill(self)
-            exchange = self._by = by or self.gathers
+            exchange = self.gathered_by = by or self.gathers
             slices = self.rest.tensor
             if not exchange.needs_shard:
                 self._gathering = exchange.start_all_gather(self.full)
@@ -293,7 +293,7 @@ class Bucket(FlatSpace):
                 for param, view in zip(self.params, self.views, strict=True):
                     DATA.__set__(param, view)
             self.state = BucketState.UNSHARDED
-            if self._by is not self.exchange:  # in fewer bits, maybe: what is here is no proof
+            if self.gathered_by is not self.exchange:  # in fewer bits, maybe: what is here is no proof
                 self.written.versions, self.written.may_be = [param._version for param in self.params], False
             if self._held[ALL] == 0:
                 self._notice_unheld()
@@ -358,7 +358,7 @@ class Bucket(FlatSpace):
             with torch._C.DisableTorchFunctionSubclass():
                 versions = [param._version for param in self.params]
             if self.written.may_be or versions != self.written.versions:
-                keep_written(self, versions, is_exact=self._by is self.exchange)
+                keep_written(self, versions)
         self.written.may_be = False
         self._set_class(ZeroParameter)  # the sharded class refuses `.data`
         with torch._C.DisableTorchFunctionSubclass():

@@ -37,6 +37,7 @@ from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.prints import digest_of, settings_of
+from deepspeed.zero.written import settle_written
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
@@ -165,6 +166,9 @@ class Takeover:
     @torch.no_grad()
     def settle(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
+        for bucket in self._built.sharded:
+            if bucket.is_unsharded:  # since a call of a module, which may have written them
+                settle_written(bucket)
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
         self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
         self._compare_bytes()

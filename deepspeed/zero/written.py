@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deepspeed.utils.logging import warn_once
 
@@ -32,10 +32,13 @@ class Written:
 class Writable(Protocol):
     """What is asked of a bucket (`zero.bucket`)."""
 
+    params: list[nn.Parameter]
     names: list[str]
     written: Written
     full: Tensor
     keeps_storage: bool
+    exchange: Any
+    gathered_by: Any
 
     @property
     def shard(self) -> Tensor:
@@ -57,18 +60,15 @@ class Writable(Protocol):
         """Take the slice at rest from the full values."""
 
 
-def keep_written(bucket: Writable, versions: list[int], *, is_exact: bool) -> None:
-    """Take this rank's part of what was written, if anything was; the bucket is unsharded.
-
-    is_exact: whether what was gathered are the shards' own bits.
-    """
+def keep_written(bucket: Writable, versions: list[int]) -> None:
+    """Take this rank's part of what was written, if anything was; the bucket is unsharded. versions: torch's counters now."""
     bucket.written.versions = versions
     bucket.take_assigned(bucket.assigned())
     if bucket.keeps_storage or torch.equal(
         _bits(bucket.own_slice(bucket.full)), _bits(bucket.shard.to(bucket.full.device))
     ):
         return
-    if not is_exact:
+    if bucket.gathered_by is not bucket.exchange:
         warn_once(
             f"{bucket.names[0]}, or another parameter of its bucket, is written while the model runs, and is what it was again: it is "
             "gathered in fewer bits, or from copies (zero_quantized_weights, zero_hpz_partition_size).\n"
@@ -77,6 +77,15 @@ def keep_written(bucket: Writable, versions: list[int], *, is_exact: bool) -> No
         return
     bucket.write_shard()
     bucket.written.is_in_shard = True
+
+
+def settle_written(bucket: Writable) -> None:
+    """The same, if anything may have been written, of a bucket that is unsharded: before somebody else writes or reads its shard."""
+    with torch._C.DisableTorchFunctionSubclass():
+        versions = [param._version for param in bucket.params]
+    if bucket.written.may_be or versions != bucket.written.versions:
+        keep_written(bucket, versions)
+        bucket.written.may_be = False
 
 
 def _bits(values: Tensor) -> Tensor:

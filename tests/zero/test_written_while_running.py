@@ -6,14 +6,18 @@ Writing twice is writing once here: plain PyTorch runs the model once for each r
 from __future__ import annotations
 
 import itertools
+import logging
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.edits import Net, assert_same, two_sides
-from tests.engine.runs import long_but
+import deepspeed
+from deepspeed.utils.logging import logger, warn_once
+from tests.edits import Net, assert_same, batch_of, two_sides
+from tests.engine.runs import engine_of, long_but
 from tests.harness import run_ranks
 
 
@@ -101,3 +105,65 @@ SHORT = [
 )
 def test_it_stays(layer: str, stage: int, dtype: torch.dtype, world_size: int) -> None:
     run_ranks(world_size, trained, layer, stage, dtype)
+
+
+def told_nothing(rank: int, world_size: int) -> None:
+    lines: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: lines.append(record.getMessage())  # type: ignore[method-assign]
+    with two_sides(rank, world_size, 3, make_model=lambda: make("Assigned")) as (plain, side):
+        for one in (plain, side):
+            one.forward(0)
+        warn_once.cache_clear()
+        logger.addHandler(handler)
+        assert_same(plain, side)  # in a context
+        logger.removeHandler(handler)
+    assert lines == []
+
+
+def test_it_stays_where_a_context_follows_the_call() -> None:
+    run_ranks(2, told_nothing)
+
+
+def kept_until_the_step(rank: int, world_size: int) -> None:
+    """A second derivative keeps parameters whole until the step, whose update comes after what the model wrote."""
+    plain, sharded = make("Clamped"), make("Clamped")
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.5)
+    config = {
+        "train_micro_batch_size_per_gpu": 4,
+        "gradient_clipping": 0.0,
+        "optimizer": {"type": "SGD", "params": {"lr": 0.5}},
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    with engine_of(sharded, config) as engine:
+        for seed in range(3):
+            x, y = batch_of(seed)
+            x.requires_grad_()
+            for model in (plain, engine):
+                loss = model(x, y)
+                (slope,) = torch.autograd.grad(loss, x, create_graph=True)
+                (engine.backward if model is engine else torch.Tensor.backward)(loss + slope.square().sum())
+            optimizer.step()
+            optimizer.zero_grad()
+            engine.step()
+        with deepspeed.zero.GatheredParameters(list(sharded.parameters())):
+            for want, got in zip(plain.parameters(), sharded.parameters(), strict=True):
+                torch.testing.assert_close(got.detach(), want.detach())
+
+
+def test_it_stays_where_parameters_are_kept_until_the_step() -> None:
+    run_ranks(2, kept_until_the_step)
+
+
+def saved(rank: int, world_size: int, folder: str) -> None:
+    with two_sides(rank, world_size, 3, make_model=lambda: make("Clamped")) as (_, side):
+        weight = side.module.layers[0].weight
+        side.forward(0)
+        side.engine.save_checkpoint(folder)
+        side.engine.load_checkpoint(folder)
+        whole = deepspeed.utils.safe_get_full_fp32_param(weight)
+        assert whole is not None and float(whole.abs().max()) == pytest.approx(0.2)
+
+
+def test_it_is_saved_right_after_the_call(tmp_path: Path) -> None:
+    run_ranks(2, saved, str(tmp_path))
