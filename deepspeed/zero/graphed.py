@@ -6,7 +6,7 @@ addresses of gradients, masters, parameters and states, and the groups' other se
 one's runs as it always does, and the next records anew.
 
 Invariant: a replay does what the recorded calls would do now, to rounding (learning rates are fp32 in it). What Python does
-beside kernels in a step (hooks on it) is not in a graph: where there are any, steps run as they always do.
+beside kernels in a step is not in a graph: hooks on it are called around it (`zero.step_hooks`); with torch's global ones steps run as ever.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class GraphedUpdate:
             self._num_misses += 1
             if self._num_misses == MAX_MISSES:
                 warn_once(
-                    f"graph_harvesting: {MAX_MISSES} steps in a row differed from the one before (hooks on the optimizer's step, or "
+                    f"graph_harvesting: {MAX_MISSES} steps in a row differed from the one before (hooks on every optimizer's step, or "
                     "memory that moves); they run without a graph."
                 )
             return False
@@ -104,8 +104,7 @@ class GraphedUpdate:
 
     def _key_now(self) -> Key | None:
         optimizer = self._runs.optimizer
-        hooked = (optimizer._optimizer_step_pre_hooks, optimizer._optimizer_step_post_hooks)
-        if any(hooked) or torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
+        if torch_optimizer._global_optimizer_pre_hooks or torch_optimizer._global_optimizer_post_hooks:
             return None
         settings = tuple(
             (name, repr(value))

@@ -43,10 +43,10 @@ def test_a_replayed_update_has_the_numbers_of_one_that_is_not(stage: int, low: d
         torch.testing.assert_close(run.weights[name], weight, rtol=0, atol=1e-6 if not low else 1e-4)
 
 
-def edited(rank: int, world_size: int) -> list[int]:
-    """Replays so far after each of some steps, between which something is done to the optimizer."""
+def edited(rank: int, world_size: int) -> tuple[list[int], int]:
+    """Replays so far after each of some steps, between which something is done to the optimizer; calls of its hook."""
     config = make_config(1, micro=3, graph_harvesting=True)
-    counts = []
+    counts, calls = [], []
     model = build("mlp")
     batch = make_batches(model, num_steps=1, accumulation=1, samples=3)[0][0]
     with engine_of(model, config) as engine:
@@ -56,15 +56,15 @@ def edited(rank: int, world_size: int) -> list[int]:
             if step == 4:
                 group["weight_decay"] = 0.1
             if step == 7:
-                engine.optimizer.optimizer.register_step_post_hook(lambda *arguments: None)
+                engine.optimizer.optimizer.register_step_post_hook(lambda *arguments: calls.append(1))
             engine.backward(total_loss(engine(*batch)))
             engine.step()
             counts.append(engine.optimizer.graphed.num_replays)
-    return counts
+    return counts, len(calls)
 
 
 def test_another_setting_is_recorded_anew_and_a_hook_is_called() -> None:
-    assert run_ranks(1, edited, device="sim")[0] == [0, 0, 1, 2, 2, 3, 4, 4, 4]
+    assert run_ranks(1, edited, device="sim")[0] == ([0, 0, 1, 2, 2, 3, 4, 5, 6], 2)
 
 
 def reasons(rank: int, world_size: int) -> list[str | None]:
