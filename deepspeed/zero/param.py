@@ -83,6 +83,7 @@ _GRAD: Any = torch._C.TensorBase.grad
 
 
 DATA: Any = torch._C.TensorBase.data
+"""The same, for the engine's own assignments, which are no script's."""
 
 
 def grads_of(params: Iterable[Tensor]) -> list[Tensor | None]:
@@ -413,14 +414,14 @@ def _is_read(func: Callable[..., Any]) -> bool:
     )
 
 
-_SETDATA = set(_attribute("data", "__set__"))
-_CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SETDATA}
+_SET_DATA = set(_attribute("data", "__set__"))
+_CONVERSIONS = {*(getattr(Tensor, name) for name in "to cpu cuda float half bfloat16 double".split()), *_SET_DATA}
 
 
 def _converts_module(func: Callable[..., Any], args: Sequence[Any]) -> bool:
     """Whether `module.to(...)` and the like ask: Lightning converts modules before and after training. Sharded parameters
     then stay as they are; the same call on the parameter alone is refused like any other use."""
-    if func not in _CONVERSIONS or (func in _SETDATA and args[0] is not args[1]):
+    if func not in _CONVERSIONS or (func in _SET_DATA and args[0] is not args[1]):
         return False
     frame = sys._getframe(2)
     for _ in range(3):
@@ -457,7 +458,7 @@ def _unchanged(func: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, 
     if func is nn.functional.pad:
         amounts = args[1] if len(args) > 1 else kwargs.get("pad", (1,))
         return None if any(amounts) else value
-    is_own = func in _SETDATA and isinstance(args[1], ShardedPlaceholder) and slot_of(args[1]) is slot_of(value)
+    is_own = func in _SET_DATA and isinstance(args[1], ShardedPlaceholder) and slot_of(args[1]) is slot_of(value)
     return value if is_own else None
 
 
@@ -487,9 +488,9 @@ class _Sharded(Tensor):
             warn_once(
                 "converting a module leaves sharded parameters as they are: dtype and device are the configuration's."
             )
-            return None if func in _SETDATA else args[0]  # torch never lets go of what a setter returns
+            return None if func in _SET_DATA else args[0]  # torch never lets go of what a setter returns
         if (same := _unchanged(func, args, kwargs)) is not None:
-            return None if func in _SETDATA else same
+            return None if func in _SET_DATA else same
         held = []
         try:
             for value in _sharded_in(args, kwargs):

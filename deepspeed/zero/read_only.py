@@ -20,7 +20,7 @@ _open: list[ReadOnly] = []
 
 
 class ReadOnly:
-    """Parameters that are whole from now until `end`, with all others of their buckets."""
+    """Parameters that are whole from now until `close`, with all others of their buckets."""
 
     def __init__(self, params: Iterable[Any]) -> None:
         self._asked = dict.fromkeys(param for param in params if isinstance(param, nn.Parameter))

@@ -1,8 +1,8 @@
 """What a model's own code writes into parameters while it runs, where they are sharded afterwards: it stays, as in plain PyTorch.
 
 Asked by `zero.bucket` when a bucket is resharded after a module's call: weights clamped in `forward`, `nn.Embedding(max_norm=...)`,
-hooks that write, `param.data = ...`. Each rank takes its own part of what it wrote; ranks that write different values would each have
-their own anywhere else, too. Masters follow in the step (`zero.takeover`). What gather contexts change is `zero.access`'s.
+hooks that write, `param.data = ...`. Each rank takes its own part of what it wrote, also where others wrote something else, which nobody
+compares. Masters follow in the step (`zero.takeover`). What gather contexts change is `zero.access`'s.
 """
 
 from __future__ import annotations
