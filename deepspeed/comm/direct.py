@@ -31,6 +31,9 @@ TAG = 0xD5
 ONE_PHASE_NUMEL = 1 << 14
 """Up to this size an all-reduce sends whole buffers: one latency instead of two counts for more than the bytes."""
 
+SECOND_TAG = 0xD6
+"""Of second phases: ranks start them at moments of their own, between other messages, but all in one order."""
+
 NUM_RETIRED = 32
 """Finished messages kept before they are destroyed; see Note [Letting go of gloo's buffers]."""
 
@@ -51,9 +54,11 @@ class DirectExchange:
         0.2 ms for a small message (two cores, Linux 6.18, HZ=250). So finished messages are kept a little while.
 
     Note [Two-phase all-reduce]
-        With large buffers, an all-reduce is a reduce-scatter and then an all-gather that only the wait can start: each
-        rank adds up its own slice alone. Before a wait blocks, it starts the second phase of every all-reduce started earlier; so
-        the rank that waits for the earliest one always gets what it needs, in whatever order ranks wait.
+        With large buffers, an all-reduce is a reduce-scatter and then an all-gather that can start only when this rank has added
+        up its own slice. Whenever another one is started, those at the head of the queue whose first phase has ended
+        start their second, which so passes while the backward goes on. Before a wait blocks, it starts the second phase of
+        every all-reduce started earlier; so the rank that waits for the earliest one always gets what it needs, in whatever
+        order ranks wait.
     """
 
     needs_shard = True
@@ -65,12 +70,14 @@ class DirectExchange:
         self.group: ProcessGroup | None = group
         self.rank = group.rank()
         self.world_size = group.size()
+        self._met = ranks_met(self.rank, self.world_size)
         self._peers = [(self.rank + k) % self.world_size for k in range(1, self.world_size)]
         self.scratch = Scratch()
         self.add_up = pick("add_up", "cpu")
         """See `kernels.reference.sums`."""
         self._retired: deque[dist.Work] = deque(maxlen=NUM_RETIRED * len(self._peers))
-        self._first_phases: deque[Pending] = deque()
+        self.first_phases: deque[Pending] = deque()
+        """Of all-reduces whose second has not been started, in the order in which they were."""
 
     def invalidate(self) -> None:
         """See Exchange. Nothing is kept."""
@@ -85,43 +92,28 @@ class DirectExchange:
 
     @verb
     def start_reduce_scatter(self, full: Tensor, out: Tensor, *, divide_by: float = 1, accumulate: bool) -> Pending:
-        """See Exchange. By gloo's all-to-all, which unlike its send and recv can tell whether it is done."""
-        met = ranks_met(self.rank, self.world_size)
-        slices = slices_of(full, self.world_size)
-        numel = len(slices[0])
-        sizes = [numel if rank in met else 0 for rank in range(self.world_size)]
-        sent = full[met.start * numel : met.stop * numel]
-        received = self.scratch.take(sent)
-        work = dist.all_to_all_single(received, sent, sizes, sizes, group=self._group, async_op=True)
-
-        def finish() -> None:
-            work.wait()
-            for rank, part in zip(met, slices_of(received, len(met)), strict=True):
-                slices[rank] = part
-            self.add_up(slices, out, divide_by, accumulate)
-            self.scratch.give_back([received])
-
-        return Pending(finish, work)
+        """See Exchange."""
+        self._advance()
+        received = self.scratch.take(len(self._met) * (full.numel() // self.world_size), full.dtype)
+        return self._start_sum(slices_of(full, self.world_size), full, received, out, divide_by, accumulate)
 
     @verb
     def start_all_reduce(self, full: Tensor, divide_by: float = 1) -> Pending:
         """See Exchange."""
+        self._advance()
         if full.numel() <= ONE_PHASE_NUMEL:
-            return self._launch_sum([full] * self.world_size, full, divide_by, False)
+            return self._start_sum_of_wholes(full, divide_by)
         slices = list(full.tensor_split(self.world_size))
+        own = slices[self.rank]
+        received = self.scratch.take(len(self._met) * len(own), full.dtype)
+        first = self._start_sum(list(slices), full, received, own, divide_by, False)
         second: list[dist.Work] = []
-
-        def start_second(first: Pending) -> None:
-            first.wait()
-            second.extend(self._launch([slices[self.rank]] * self.world_size, slices))
-
-        reduced = self._launch_sum(slices, slices[self.rank], divide_by, False)
-        phase = Pending(partial(start_second, reduced))
-        self._first_phases.append(phase)
+        first = first.then(lambda: second.extend(self._launch([own] * self.world_size, slices, SECOND_TAG)))
+        self.first_phases.append(first)
 
         def finish() -> None:
-            while phase in self._first_phases:
-                self._first_phases.popleft().wait()
+            while first in self.first_phases:
+                self.first_phases.popleft().wait()
             self._wait(second)
 
         return Pending(finish)
@@ -133,29 +125,59 @@ class DirectExchange:
         with COMMUNICATION.during("zero.broadcast", full.nbytes):
             dist.broadcast(whole, group=self._group, group_src=source)
 
-    def _launch_sum(self, to_rank: Sequence[Tensor], out: Tensor, divide_by: float, accumulate: bool) -> Pending:
-        """Send to_rank[peer] to every peer; their buffers for this rank and to_rank[rank], added up, go to `out`."""
-        own = to_rank[self.rank]
-        parts = [own if rank == self.rank else self.scratch.take(own) for rank in range(self.world_size)]
-        works = self._launch(to_rank, parts)
+    def _advance(self) -> None:
+        """Start the second phases that can be; see Note [Two-phase all-reduce]."""
+        while self.first_phases and self.first_phases[0].is_done:
+            self.first_phases.popleft().wait()
+
+    def _start_sum(
+        self, slices: list[Tensor], full: Tensor, received: Tensor, out: Tensor, divide_by: float, accumulate: bool
+    ) -> Pending:
+        """Every rank's own one of the `slices` of `full`, `received` from the ranks met and added up into `out`.
+
+        By gloo's all-to-all, which unlike its send and recv can tell whether it is done.
+        """
+        met, numel = self._met, len(slices[self.rank])
+        sizes, from_rank = list(map(len, slices)), [numel] * self.world_size
+        if self.rank not in met:
+            sizes[self.rank] = from_rank[self.rank] = 0
+        sent = full.narrow(0, numel * met.start, sum(sizes))
+        work = dist.all_to_all_single(received, sent, from_rank, sizes, group=self._group, async_op=True)
+
+        def finish() -> None:
+            work.wait()
+            for rank, part in zip(met, slices_of(received, len(met)), strict=True):
+                slices[rank] = part
+            self.add_up(slices, out, divide_by, accumulate)
+            self.scratch.give_back([received])
+
+        return Pending(finish, work)
+
+    def _start_sum_of_wholes(self, full: Tensor, divide_by: float) -> Pending:
+        """All that every rank has goes to every other one, and is added up there, into `full`."""
+        parts = [
+            full if rank == self.rank else self.scratch.take(full.numel(), full.dtype)
+            for rank in range(self.world_size)
+        ]
+        works = self._launch([full] * self.world_size, parts)
 
         def finish() -> None:
             self._wait(works)
-            self.add_up(parts, out, divide_by, accumulate)
-            if self.scratch.give_back(part for part in parts if part is not own):
+            self.add_up(parts, full, divide_by, False)
+            if self.scratch.give_back(part for part in parts if part is not full):
                 self._retired.clear()  # finished messages hold the memory they were received into
 
         return Pending(finish)
 
-    def _launch(self, to_rank: Sequence[Tensor], from_rank: Sequence[Tensor]) -> list[dist.Work]:
+    def _launch(self, to_rank: Sequence[Tensor], from_rank: Sequence[Tensor], tag: int = TAG) -> list[dist.Work]:
         """Start receiving from_rank[peer] from, and sending to_rank[peer] to, every peer."""
         works: list[dist.Work] = []
         for peer in reversed(self._peers):  # each pair of ranks meets in the order in which the other one sends
             if from_rank[peer].numel():
-                works.append(self._group.recv([from_rank[peer]], peer, TAG))
+                works.append(self._group.recv([from_rank[peer]], peer, tag))
         for peer in self._peers:
             if to_rank[peer].numel():
-                works.append(self._group.send([to_rank[peer]], peer, TAG))
+                works.append(self._group.send([to_rank[peer]], peer, tag))
         return works
 
     def _wait(self, works: Sequence[dist.Work]) -> None:

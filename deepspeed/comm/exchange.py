@@ -55,6 +55,15 @@ class Pending:
 
         return Pending(finish, self._work)
 
+    def then(self, more: Callable[[], None]) -> Pending:
+        """The same communication; `more` is called when it is finished."""
+
+        def finish() -> None:
+            self.wait()
+            more()
+
+        return Pending(finish, self._work)
+
     def within(self, around: Callable[[Callable[[], None]], None]) -> Pending:
         """The same, taking this one's place: its wait, if there is something to wait for, is `around(finish)`."""
         return self if self._finish is None else Pending(partial(around, self._finish), self._work)

@@ -75,11 +75,12 @@ class Scratch:
         """Bytes kept for reuse."""
         return self._shelf.nbytes
 
-    def take(self, like: Tensor) -> Tensor:
-        """A flat tensor of `like`'s length and dtype, uninitialised."""
-        found = self._shelf.take(like.nbytes)
-        storage = found[1] if found is not None else torch.UntypedStorage(like.nbytes, device="cpu")
-        return torch.empty(0, dtype=like.dtype, device="cpu").set_(storage, 0, (like.numel(),), (1,))
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor, uninitialised."""
+        nbytes = numel * dtype.itemsize
+        found = self._shelf.take(nbytes)
+        storage = found[1] if found is not None else torch.UntypedStorage(nbytes, device="cpu")
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (numel,), (1,))
 
     def give_back(self, lent: Iterable[Tensor]) -> bool:
         """Return tensors that `take` gave and that nothing reads any more; whether memory was given up for them."""

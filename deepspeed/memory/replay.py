@@ -349,9 +349,9 @@ class Reductions:
             return []
         if not self._settings.sends_directly:
             return [numel // size * itemsize] if self._delivers_shard else []
-        if self._delivers_shard:
-            return [max(len(ranks_met(rank, size)) for rank in range(size)) * numel // size * itemsize]
-        return [numel * itemsize if numel <= ONE_PHASE_NUMEL else -(-numel // size) * itemsize] * (size - 1)
+        if not self._delivers_shard and numel <= ONE_PHASE_NUMEL:
+            return [numel * itemsize] * (size - 1)
+        return [max(len(ranks_met(rank, size)) for rank in range(size)) * -(-numel // size) * itemsize]
 
     def flush(self) -> None:
         """The end of a round: launch what is left."""

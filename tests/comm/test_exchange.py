@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from deepspeed.comm.choose import Sharing, make_exchange
 from deepspeed.comm.collective import CollectiveExchange
-from deepspeed.comm.direct import DirectExchange
+from deepspeed.comm.direct import ONE_PHASE_NUMEL, DirectExchange
 from deepspeed.comm.exchange import Exchange, slices_of
 from deepspeed.comm.local import LocalExchange
 from deepspeed.comm.shared import SharedExchange
@@ -187,6 +188,26 @@ def _many_in_flight(rank: int, world_size: int, kind: str) -> None:
 @pytest.mark.parametrize("kind", KINDS)
 def test_many_may_be_in_flight_and_waited_for_out_of_order(world_size: int, kind: str) -> None:
     run_ranks(world_size, _many_in_flight, kind)
+
+
+def _second_phase(rank: int, world_size: int) -> int:
+    exchange = _exchange("direct")
+    assert isinstance(exchange, DirectExchange)
+    fulls = [torch.full((ONE_PHASE_NUMEL + 3,), float(10 * i + rank)) for i in range(2)]
+    first = exchange.start_all_reduce(fulls[0])
+    deadline = time.monotonic() + 60
+    while not exchange.first_phases[0].is_done and time.monotonic() < deadline:
+        time.sleep(0.001)
+    second = exchange.start_all_reduce(fulls[1])
+    num_left = len(exchange.first_phases)
+    for i, pending in reversed(list(enumerate((first, second)))):
+        pending.wait()
+        assert fulls[i].unique().tolist() == [sum(10 * i + r for r in range(world_size))]
+    return num_left
+
+
+def test_a_second_phase_is_started_with_the_next_message_and_not_by_the_wait_alone() -> None:
+    assert run_ranks(3, _second_phase) == [1, 1, 1]
 
 
 def _pending_keeps_its_tensors(rank: int, world_size: int) -> None:

@@ -43,26 +43,26 @@ def test_whatever_the_sizes_no_more_is_kept_than_a_few_of_the_largest() -> None:
 
 def test_scratch_has_the_length_and_dtype_of_the_message_and_its_memory_is_used_again() -> None:
     scratch = Scratch()
-    first = scratch.take(torch.empty(8, dtype=torch.float32))
+    first = scratch.take(8, torch.float32)
     assert first.shape == (8,) and first.dtype == torch.float32
     address = first.data_ptr()
     scratch.give_back([first])
     assert scratch.nbytes == 32
-    second = scratch.take(torch.empty(9, dtype=torch.bfloat16))
+    second = scratch.take(9, torch.bfloat16)
     assert second.shape == (9,) and second.dtype == torch.bfloat16 and second.data_ptr() == address
-    other = scratch.take(torch.empty(9, dtype=torch.bfloat16))
+    other = scratch.take(9, torch.bfloat16)
     assert other.data_ptr() != address
 
 
 def test_scratch_taken_in_inference_mode_can_be_used_outside() -> None:
     scratch = Scratch()
     with torch.inference_mode():
-        scratch.give_back([scratch.take(torch.empty(4))])
-    scratch.take(torch.empty(4)).add_(1)
+        scratch.give_back([scratch.take(4, torch.float32)])
+    scratch.take(4, torch.float32).add_(1)
 
 
 def test_whoever_gives_back_is_told_whether_memory_was_given_up() -> None:
     scratch = Scratch()
-    lent = [scratch.take(torch.empty(8)) for _ in range(NUM_KEPT + 1)]
+    lent = [scratch.take(8, torch.float32) for _ in range(NUM_KEPT + 1)]
     assert not scratch.give_back(lent[:-1])
     assert scratch.give_back(lent[-1:])
