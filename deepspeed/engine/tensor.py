@@ -15,6 +15,7 @@ from torch import nn
 from deepspeed.assembly.tensor import layer_wishes
 from deepspeed.config import Config
 from deepspeed.engine import cut_experts
+from deepspeed.memory.fit import check_fit
 from deepspeed.mesh import Mesh
 from deepspeed.mesh.shape import Role
 from deepspeed.parallel.tensor import requested
@@ -174,4 +175,5 @@ def _drawn(model: nn.Module, mesh: Mesh, ranks: TensorGroup, wishes: Wishes) -> 
         raise DeepSpeedConfigError(f"on another stage of the pipeline: {elsewhere}")
     require_found(model, told)
     assert mine is not None, "there is a refusal, or there are decisions"
+    check_fit(model, ranks.size, wishes, mine[0])
     return mine

@@ -22,6 +22,7 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.policy import row_names
+from deepspeed.memory.fit import check_fit
 from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.mesh.door import tensor_place
 from deepspeed.mesh.mesh import world_size
@@ -139,6 +140,7 @@ def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) ->
     wishes = Wishes(grain=config.tensor_parallel.tp_grain_size)
     chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
     require_found(module, [chosen])
+    check_fit(module, ranks.tensor.size, wishes, chosen)
     return Decided(chosen, drawn)
 
 

@@ -9,6 +9,7 @@
     shape     a model as a stack of like blocks, from two small traces        clocked  its own seconds here, from short copies
     parts     a micro-batch's part, where ranks share sequences        layers  a rank's parts of layers, where ranks share those
     experts   a rank's layers with experts, where ranks share those        inside  what layers send that ranks share
+    fit       whether parts of layers fit together, before they are cut
     quantized_notes what weight_quantization makes of the weights it names
     budget    the least recomputation that fits        measure  the peak of something that is run
     cli, html `deepspeed estimate`       model_states  the original's formulas

@@ -22,7 +22,7 @@ pytest.importorskip("transformers")
 IS_LONG = bool(os.environ.get("DS_TEST_LONG"))
 NOT_CUT = {"gpt2", "falcon", "gpt_bigcode", "mpt", "codegen"}
 """Families whose fused layers tensor parallelism does not know."""
-QUICK = ["llama", "bloom", "t5"]
+QUICK = ["llama", "bloom", "t5", "qwen3_next"]
 TESTED = [family for family in FAMILIES if family not in NOT_CUT] if IS_LONG else QUICK
 GREEDY = {"max_new_tokens": 6, "do_sample": False}
 

@@ -357,9 +357,10 @@ class _Plan:
 
     def _attention(self, name: str) -> tuple[str, Heads] | None:
         """The attention module around a layer, and how its heads are shared out."""
-        if any(word in name.rpartition(".")[2] or f".{word}." in f".{name}." for word in _MLP):
-            return None
         parts = name.split(".")
+        is_own_gate = parts[-1] == "gate_proj" and "attn" in parts[-2:][0].lower()
+        if not is_own_gate and any(word in parts[-1] or f".{word}." in f".{name}." for word in _MLP):
+            return None
         for length in range(len(parts) - 1, max(len(parts) - 4, 0), -1):
             around = ".".join(parts[:length])
             module = self.modules[around]

@@ -100,15 +100,36 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
 
 def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
     config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    wider = set(_wider_than_rows(model, chosen)) if chosen.source == STRUCTURE else ()
     for name, decision in chosen.decisions.items():
         is_whole = decision.parts == 1 and decision.action in (Action.COLUMN, Action.COLUMN_GATHERED)
-        if is_whole and rules.has_unknown_layout(name, config):
+        if name in wider or (is_whole and rules.has_unknown_layout(name, config)):
             raise DeepSpeedConfigError(
                 f"{name} is several layers in one, and its {chosen.source} does not say how its rows are ordered: cut as one, "
                 "ranks would take parts of the wrong heads.\n"
                 '  Say it in tensor_parallel.partition_config: "shape" and "partition_dim" of that layer\'s spec, for example '
                 '"shape": [[<rows of q>, <rows of k>, <rows of v>], -1], "partition_dim": 0.'
             )
+
+
+def _wider_than_rows(model: nn.Module, chosen: Chosen) -> Iterator[str]:
+    """Columns that stand alone before one row, and give twice what it takes, or more: gates and ups in one, say."""
+    modules = dict(model.named_modules())
+    of_parents: dict[str, list[str]] = {}
+    for name in chosen.decisions:
+        of_parents.setdefault(name.rpartition(".")[0], []).append(name)
+    for names in of_parents.values():
+        widths = {chosen.decisions[name].action: _widths(modules[name]) for name in names}
+        if len(names) == 2 and set(widths) == {Action.COLUMN, Action.ROW}:
+            given, taken = widths[Action.COLUMN][1], widths[Action.ROW][0]
+            column = next(name for name in names if chosen.decisions[name].action is Action.COLUMN)
+            if given > taken and given % taken == 0 and column.rpartition(".")[2] not in rules.FUSED_NAMES:
+                yield column
+
+
+def _widths(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs."""
+    return layer.in_features, layer.out_features
 
 
 # Specs. --------------------------------------------------------------------------------------------------------------
@@ -179,8 +200,11 @@ def _by_plan(prefix: str, model: nn.Module, plan: dict[str, str]) -> dict[str, D
     bare = dict(_without_wrappers(model))
     actions = rules.by_plan(plan, bare)
     modules = dict(model.named_modules())
+    model_type = str(getattr(getattr(model, "config", None), "model_type", ""))
     decisions: dict[str, Decision] = {}
     for name, action in actions.items():
+        if name.endswith(".experts.gate_up_proj") and model_type.startswith(rules.GATES_BEFORE_UPS):
+            action = Action.PACKED_COLUMN
         full = ".".join(part for part in (prefix, bare[name]) if part)
         made = Decision(action, 2 if action in (Action.PACKED_COLUMN, Action.PACKED_ROW) else 1)
         decisions.update((each, made) for each in _each_layer(modules.get(bare[name]), full))

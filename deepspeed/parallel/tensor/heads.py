@@ -77,10 +77,9 @@ def heads_of(module: nn.Module, config: Any, num_ranks: int, name: str) -> Heads
 
     Raises DeepSpeedConfigError where there are fewer query heads than ranks.
     """
-    num_q, num_kv = _by_layers(module) or (_count(config, _Q_COUNTS), _count(config, _KV_COUNTS))
-    if not num_q:
+    num_q, num_kv = _by_layers(module) or _by_config(module, config)
+    if not num_q or not num_kv:
         return None
-    num_kv = _kv_by_layers(module, num_q) or num_kv or num_q
     stripes = getattr(module, "mp_num", None)
     if isinstance(stripes, int) and stripes % num_ranks:
         raise DeepSpeedConfigError(
@@ -104,6 +103,11 @@ def _by_layers(module: nn.Module) -> tuple[int, int] | None:
         return None
     num_kv, rest = divmod(int(key.out_features), head_dim)
     return (num_kv * groups, num_kv) if num_kv and not rest else None
+
+
+def _by_config(module: nn.Module, config: Any) -> tuple[int | None, int | None]:
+    num_q = _count(config, _Q_COUNTS)
+    return num_q, num_q and (_kv_by_layers(module, num_q) or _count(config, _KV_COUNTS) or num_q)
 
 
 def _kv_by_layers(module: nn.Module, num_q: int) -> int | None:

@@ -203,7 +203,7 @@ ROW_NAMES = frozenset(
 )
 """Ends of names of layers that write to the residual stream."""
 
-UNSUPPORTED = frozenset("deberta flaubert fsmt gpt2 led longformer xlm xlnet".split())
+UNSUPPORTED = frozenset("deberta flaubert fsmt gpt2 jetmoe led longformer xlm xlnet".split())
 """Model types whose layers cannot be told by their structure."""
 
 
@@ -214,6 +214,9 @@ FUSED_NAMES = frozenset(
 
 FUSED_BY_HEAD = frozenset("bloom gpt_neox persimmon".split())
 """Model types whose fused attention lies head by head (q, k and v of the first, of the second, ...): whole heads are rows."""
+
+GATES_BEFORE_UPS = ("inkling",)
+"""How model types begin whose plan cuts experts' gates and ups as one ("colwise", in Transformers 5.24), though all gates lie before all ups."""
 
 
 def has_unknown_layout(name: str, config: Any) -> bool:

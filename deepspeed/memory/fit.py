@@ -1,0 +1,98 @@
+"""Whether the parts of a model's layers fit together once they are cut over ranks: a forward of one rank's parts, by shapes alone.
+
+Called before a model is cut. Rules that go by names and structure do not see what stands between two layers: a norm or a convolution over
+all of the width, a state of as many heads as the configuration says. Those would meet a part, and end the first call in torch's words.
+
+Invariant: the model is not changed and no rank is asked. A model that does not run without values when it is whole is not judged.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+
+from deepspeed.memory.layers import AbsentRanks
+from deepspeed.memory.trace import fake_copy
+from deepspeed.parallel.tensor.apply import carry_out, draw
+from deepspeed.parallel.tensor.choose import Chosen, Wishes
+from deepspeed.utils.errors import DeepSpeedConfigError
+
+_TOKENS = 3
+_UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
+
+
+def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> None:
+    """Raise DeepSpeedConfigError, on every rank alike, where the parts of the first or the last of `size` ranks do not run, and the whole
+    model does; names the module.
+
+    Judged are whole models of Transformers that take token ids: a prompt, and one token after it.
+    """
+    if getattr(model, "main_input_name", None) != "input_ids" or wishes.is_part or wishes.has_regions:
+        return
+    for rank in (0, size - 1):
+        mode = FakeTensorMode(allow_non_fake_inputs=True)
+        cut, ranks = _copy(model, mode), AbsentRanks(size, rank)
+        with mode:
+            carry_out(cut, ranks, draw(cut, ranks, wishes, chosen)[1], lambda param: None)
+        found = _error(cut, mode)
+        if found is None or isinstance(found[1], _UNKNOWN) or _error(_copy(model, mode), mode) is not None:
+            continue
+        name, error = found
+        raise DeepSpeedConfigError(
+            f"{type(model).__name__} cannot be cut over {size} ranks by its {chosen.source}: in {name or 'its forward'} a part meets what "
+            f"expects the whole, or parts of other sizes ({str(error).splitlines()[0]}).\n"
+            "  Choose another number of ranks, or have the layers around it stay whole."
+        )
+
+
+def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
+    """Without values; its experts by products whose shapes do not depend on which were chosen."""
+    made = fake_copy(model, mode).eval()
+    for module in made.modules():
+        config = getattr(module, "config", None)
+        if isinstance(getattr(config, _EXPERTS, None), str):
+            setattr(config, _EXPERTS, "batched_mm")
+    return made
+
+
+def _error(model: nn.Module, mode: FakeTensorMode) -> tuple[str, Exception] | None:
+    """What a forward raises, with the name of the module that it was in."""
+    names = {module: name for name, module in model.named_modules()}
+    inside: list[str] = []
+    for module in names:
+        module.register_forward_pre_hook(lambda module, args: inside.append(names[module]))
+        module.register_forward_hook(lambda module, args, output: inside.pop() and None)
+    config: Any = getattr(model, "config", None)
+    arguments = {"decoder_input_ids": (1, 1)} if getattr(config, "is_encoder_decoder", False) else {}
+    try:
+        with mode, torch.no_grad(), _quiet():
+            made = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name, shape in arguments.items()}
+            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="cpu"), **made)
+            name = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
+            if name is not None and not made:
+                inside.clear()
+                model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), **{name: output[name]})
+    except Exception as error:  # whatever the model's code raises for what it cannot do
+        return (inside[-1] if inside else ""), error
+    return None
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without torch's own lines about operations whose shapes do not fit."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before, logger.disabled = logger.disabled, True
+    try:
+        yield
+    finally:
+        logger.disabled = before
+
+
+_EXPERTS = "_experts_implementation_internal"
+_CACHES = ("past_key_values", "cache", "cache_params")
