@@ -31,7 +31,7 @@ from torch import Tensor
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.collective import all_gather_single
 from deepspeed.mesh import Mesh
-from deepspeed.mesh.door import tensor_place
+from deepspeed.mesh.door import tensor_coordinate
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 
@@ -48,13 +48,13 @@ class ModelParallel:
         """Those of an `mpu`, which a script gives before there is an engine. Not collective."""
         if mpu is None:
             return cls()
-        place, group = tensor_place(mpu)
-        if place is None or (place.size > 1 and group is None):
+        coordinate, group = tensor_coordinate(mpu)
+        if coordinate is None or (coordinate.size > 1 and group is None):
             raise DeepSpeedConfigError(
                 f"mpu_ is a {type(mpu).__name__} without get_model_parallel_rank, _world_size and _group.\n"
                 "  Give an object with these methods, or None where there is no model parallelism."
             )
-        return cls(place.rank, place.size, group)
+        return cls(coordinate.rank, coordinate.size, group)
 
     @classmethod
     def of_mesh(cls, mesh: Mesh) -> ModelParallel:

@@ -20,7 +20,7 @@ from deepspeed.checkpoint.container import lay_out
 from deepspeed.checkpoint.digest import default_algorithm
 from deepspeed.checkpoint.ranks import Ranks
 from deepspeed.checkpoint.staging import Staging
-from deepspeed.checkpoint.subject import Place, Subject
+from deepspeed.checkpoint.subject import NamedBox, Subject
 from deepspeed.checkpoint.writer import Reads, write_tensors
 from deepspeed.utils.errors import CheckpointError
 from deepspeed.zero.bucket import Bucket
@@ -61,28 +61,28 @@ def consolidated_state_dict(subject: Subject, exclude_frozen: bool = False) -> d
 
 def _put_together(subject: Subject, mine: dict[str, Tensor], group: Any) -> dict[str, Tensor] | None:
     """What the ranks of one whole model hold, by names and boxes; on the first of them. Collective over them."""
-    placed: list[tuple[Place, Any]] = []
+    placed: list[tuple[NamedBox, Any]] = []
     first_of: dict[int, str] = {}
     known = dict(subject.module.named_parameters(remove_duplicate=False))
     for local, value in mine.items():
-        place = subject.place_of(local) if local in known else Place(subject.name_of(local), (), None)
-        name = first_of.setdefault(id(value), place.name)
-        placed.append((place, value) if name == place.name else (place, name))  # what is tied stays one tensor
+        named = subject.box_of(local) if local in known else NamedBox(subject.name_of(local), (), None)
+        name = first_of.setdefault(id(value), named.name)
+        placed.append((named, value) if name == named.name else (named, name))  # what is tied stays one tensor
     first = subject.mesh.rank("whole") == 0
     everyone: list[Any] | None = [None] * subject.mesh.size("whole") if first else None
     torch.distributed.gather_object(placed, everyone, dst=subject.mesh.ranks("whole")[0], group=group)
     whole: dict[str, Tensor] = {}
     tied: dict[str, str] = {}
     for theirs in everyone or ():
-        for place, value in theirs:
+        for named, value in theirs:
             if isinstance(value, str):
-                tied[place.name] = value
+                tied[named.name] = value
                 continue
-            if place.box is None:
-                whole.setdefault(place.name, value)
+            if named.box is None:
+                whole.setdefault(named.name, value)
                 continue
-            into = whole.setdefault(place.name, value.new_empty(place.whole))
-            indices = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in place.box.ranges]
+            into = whole.setdefault(named.name, value.new_empty(named.whole))
+            indices = [torch.cat([torch.arange(*r) for r in ranges]) for ranges in named.box.ranges]
             into[torch.meshgrid(*indices, indexing="ij")] = value
     whole.update({name: whole[other] for name, other in tied.items()})
     return whole if first else None

@@ -67,22 +67,22 @@ def pair_names(subject: Subject, source: Source) -> Names:
     is_alike = int(source.about.get("model_parallel_size", 1)) == subject.mesh.size("model")
     own = [partial(apart, model_rank=subject.mesh.rank("model"))] if is_alike else []
     for local, _ in subject.module.named_parameters():
-        place = subject.place_of(local)
+        named = subject.box_of(local)
         aliases = [subject.name_of(name) for name in (local, *(a for a, first in ours.items() if first == local))]
         aliases += [called(name) for called in own for name in aliases]
         found = next((source.tied.get(a, a) for a in aliases if source.tied.get(a, a) in stored), None)
         if found is None:
-            names.missing.append(place.name)
+            names.missing.append(named.name)
             continue
-        is_own = any(found == called(place.name) for called in own)
-        shape = tuple(stored_shape(subject.module.get_parameter(local))) if is_own else place.whole
+        is_own = any(found == called(named.name) for called in own)
+        shape = tuple(stored_shape(subject.module.get_parameter(local))) if is_own else named.whole
         if stored[found].shape != shape:
             problems.append(
-                f"{place.name} is {list(stored[found].shape)} in the checkpoint, {list(shape)} in the model"
+                f"{named.name} is {list(stored[found].shape)} in the checkpoint, {list(shape)} in the model"
             )
         else:
             names.params[local] = found
-            names.boxes[local] = None if is_own else place.box
+            names.boxes[local] = None if is_own else named.box
             names.used |= {found, *(alias for alias in aliases if alias in stored)}
     for name, buffer in subject.buffers().items():
         found = next((n for n in (name, *(called(name) for called in own)) if n in stored_buffers), None)

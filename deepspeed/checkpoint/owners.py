@@ -52,7 +52,7 @@ def holdings(subject: Subject) -> dict[str, Holding]:
     digests: dict[str, list[tuple[int, int, int]]] = {}
     for flat in weights(subject.built, subject.module, subject.mesh):
         for span in flat.spans:
-            if subject.place_of(span.name).box is None:
+            if subject.box_of(span.name).box is None:
                 held = digests.setdefault(subject.name_of(span.name), [])
                 held.append((span.in_param, span.numel, _checksum(flat, span.at, span.numel)))
     found = {}
@@ -84,7 +84,7 @@ def _bytes(values: Tensor) -> bytes:
     return values.contiguous().view(-1).view(torch.uint8).numpy().tobytes() if values.numel() else b""
 
 
-def settle(subject: Subject, mine: Mapping[str, Holding], ranks: Ranks) -> Subject:
+def share_out(subject: Subject, mine: Mapping[str, Holding], ranks: Ranks) -> Subject:
     """The subject, told what is stored apart and what others write. Collective over the job."""
     everyone = subject.mesh.gather_objects("model", dict(mine))
     # Other data-parallel ranks hold other intervals: what differs for one of them differs for all.

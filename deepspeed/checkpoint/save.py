@@ -196,7 +196,7 @@ class Save:
             return subject
         holdings = self._together(lambda: owners.holdings(subject))
         try:
-            return owners.settle(subject, holdings, self._ranks)
+            return owners.share_out(subject, holdings, self._ranks)
         except BaseException:
             self._drop_aside()
             raise

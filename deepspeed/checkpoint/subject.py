@@ -33,7 +33,7 @@ SMALL_NUMEL = 1 << 16
 """Replicated pieces below this are written whole by one rank rather than in shares by all."""
 
 
-class Place(NamedTuple):
+class NamedBox(NamedTuple):
     """Where this rank's values of a parameter belong: which box of which whole tensor."""
 
     name: str
@@ -71,9 +71,9 @@ class Subject:
         name = self._global(local)
         return apart(name, self.mesh.rank("model")) if name in self.apart or local in self._places_unknown else name
 
-    def place_of(self, local: str) -> Place:
+    def box_of(self, local: str) -> NamedBox:
         """Where a local parameter belongs."""
-        return self._places[local]
+        return self._boxes[local]
 
     @property
     def is_cut_unknown(self) -> bool:
@@ -90,7 +90,7 @@ class Subject:
         return frozenset(name for name, param in named if any(not cut.ranges for cut in marks.of(param).cuts))
 
     @cached_property
-    def _places(self) -> dict[str, Place]:
+    def _boxes(self) -> dict[str, NamedBox]:
         found = {}
         for local, param in self.module.named_parameters(remove_duplicate=False):
             whole, cuts = list(stored_shape(param)), {}
@@ -101,18 +101,18 @@ class Subject:
                 box = box_of(whole, cuts)
             except ValueError as error:
                 raise CheckpointError(f"{local} is marked as cut in a way that cannot be: {error}.") from error
-            found[local] = Place(self.name_of(local), tuple(whole), box)
+            found[local] = NamedBox(self.name_of(local), tuple(whole), box)
         return found
 
     def boxes(self) -> dict[str, Box]:
         """The boxes of parameters of which this rank holds a part."""
-        return {place.name: place.box for place in self._places.values() if place.box is not None}
+        return {named.name: named.box for named in self._boxes.values() if named.box is not None}
 
     def parameters(self) -> dict[str, ParameterInfo]:
         """Every parameter once, under its first name, as it is whole."""
         return {
             self.name_of(name): ParameterInfo(
-                dtype_key(real_dtype(p), name), self._places[name].whole, not p.requires_grad
+                dtype_key(real_dtype(p), name), self._boxes[name].whole, not p.requires_grad
             )
             for name, p in self.module.named_parameters()
         }
@@ -183,11 +183,11 @@ def shares(subject: Subject, excluded: frozenset[str] = frozenset()) -> Iterator
         low, high = _own_range(flat, index)
         for span in flat.spans:
             start, stop = max(low, span.at), min(high, span.at + span.numel)
-            place = subject.place_of(span.name)
-            if start < stop and place.name not in excluded and place.name not in subject.elsewhere:
+            named = subject.box_of(span.name)
+            if start < stop and named.name not in excluded and named.name not in subject.elsewhere:
                 first = span.in_param + start - span.at
                 dtype = dtype_key(flat.dtype, span.name)
-                piece = Piece(flat.kind, place.name, dtype, first, first + stop - start, place.box)
+                piece = Piece(flat.kind, named.name, dtype, first, first + stop - start, named.box)
                 yield Share(piece, flat.dtype, _shifted(flat.read, start))
 
 

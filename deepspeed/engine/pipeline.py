@@ -253,7 +253,7 @@ class PipelineEngine(Instructed, Places, DeepSpeedEngine):
     def _agree_on_failure(self, failure: Exception | None) -> None:
         failed = [theirs for (theirs,) in self.mesh.agree("job", int(failure is not None))]
         if not any(failed):
-            self._mail.settle()
+            self._mail.wait_sent()
             return
         self._mail.drain(self.mesh.gather_objects("pipeline", self._mail.log))
         words = self.mesh.gather_objects("job", None if failure is None else f"{type(failure).__name__}: {failure}")

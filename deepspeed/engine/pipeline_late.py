@@ -323,7 +323,7 @@ class LateBatches:
         self.settle()
         if self._owed is not None:
             self._end_lists()
-        self._engine._mail.settle()
+        self._engine._mail.wait_sent()
 
 
 def settles_first(cls: type[T]) -> type[T]:

@@ -24,7 +24,7 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.policy import row_names
 from deepspeed.memory.fit import check_fit
 from deepspeed.mesh import Mesh, data_parallel_mesh
-from deepspeed.mesh.door import tensor_place
+from deepspeed.mesh.door import tensor_coordinate
 from deepspeed.mesh.mesh import world_size
 from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found
@@ -105,7 +105,7 @@ def ranks_of(config: DeepSpeedInferenceConfig) -> Ranks | None:
         return None
     given = section.tp_group
     if given is None and section.mpu is not None:
-        given = tensor_place(section.mpu)[1]
+        given = tensor_coordinate(section.mpu)[1]
     size = section.tp_size
     if given is not None:
         return _of_group(given, size if "tp_size" in section.model_fields_set else None)

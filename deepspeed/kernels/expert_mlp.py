@@ -26,7 +26,7 @@ from deepspeed.kernels import native_experts, onednn
 from deepspeed.kernels.pages import in_large_pages
 
 
-class Part(NamedTuple):
+class ExpertRows(NamedTuple):
     """One expert's rows among all, [start, stop), and where they are kept, with zeros below them."""
 
     expert: int
@@ -51,12 +51,12 @@ class Part(NamedTuple):
         return slice(self.first, self.first + self.room)
 
 
-def parts(counts: Sequence[int], fills: bool = False) -> list[Part]:
+def rows_of_experts(counts: Sequence[int], fills: bool = False) -> list[ExpertRows]:
     """The experts that have rows; `fills`: with room for as many as oneDNN has a kernel for."""
     found, start, first = [], 0, 0
     for expert, count in enumerate(counts):
         if count:
-            found.append(Part(expert, start, start + count, first, onednn.room(count) if fills else count))
+            found.append(ExpertRows(expert, start, start + count, first, onednn.room(count) if fills else count))
             first += found[-1].room
         start += count
     return found
@@ -147,7 +147,7 @@ class ExpertMlp(torch.autograd.Function):
     ) -> Tensor:
         """See `expert_mlp`."""
         products = Products(len(at), up, down)
-        experts = parts(counts, products.fills)
+        experts = rows_of_experts(counts, products.fills)
         largest = max((part.room for part in experts), default=0)
         before = in_large_pages(tokens.new_empty(sum(part.room for part in experts), up.shape[2]))
         out = tokens.new_zeros(len(tokens), down.shape[2])
@@ -174,7 +174,7 @@ class ExpertMlp(torch.autograd.Function):
             in_large_pages(torch.empty_like(matrix)) if needs else None
             for matrix, needs in ((up, needs_up), (down, needs_down))
         )
-        experts = parts(counts, products.fills)
+        experts = rows_of_experts(counts, products.fills)
         largest = max((part.room for part in experts), default=0)
         came, rows = gradient.new_empty(largest, down.shape[2]), tokens.new_empty(largest, tokens.shape[1])
         inners, scales = gradient.new_empty(largest, down.shape[1]), weights.new_empty(largest, 1)
@@ -201,13 +201,13 @@ class ExpertMlp(torch.autograd.Function):
         return of_tokens, of_weights, of_up, of_down, None, None, None
 
 
-def _select(values: Tensor, at: Tensor, scratch: Tensor, part: Part) -> Tensor:
+def _select(values: Tensor, at: Tensor, scratch: Tensor, part: ExpertRows) -> Tensor:
     """[room, width] an expert's rows of `values`, and zeros, in `scratch`."""
     torch.index_select(values, 0, at, out=scratch[: part.num])
     return _cleared(scratch[: part.room], part)
 
 
-def _cleared(rows: Tensor, part: Part) -> Tensor:
+def _cleared(rows: Tensor, part: ExpertRows) -> Tensor:
     """The same, with zeros where there is no token: an activation may make anything of zeros."""
     if part.room > part.num:
         rows[part.num :].zero_()

@@ -34,7 +34,7 @@ _GETTERS = {
 """What getters of each dim are called, the better name first; here all data-parallel dims are one."""
 
 
-class Place(NamedTuple):
+class Coordinate(NamedTuple):
     """One rank's place in one dim. `ranks`: the whole group, where the mpu has one."""
 
     rank: int
@@ -46,7 +46,7 @@ class Place(NamedTuple):
 class Told:
     """What one rank's mpu said: its place in each dim that the mpu knows, or why it could not be read."""
 
-    places: dict[str, Place]
+    coordinates: dict[str, Coordinate]
     error: str | None = None
 
 
@@ -81,19 +81,19 @@ def read_group(group: Any, groups: dict[str, Any]) -> Told:
     """A data-parallel process group as an mpu that knows no more. Puts the group into `groups`."""
     groups["dp"] = group
     ranks = tuple(dist.get_process_group_ranks(group))
-    return Told({"dp": Place(ranks.index(dist.get_rank()), len(ranks), ranks)})
+    return Told({"dp": Coordinate(ranks.index(dist.get_rank()), len(ranks), ranks)})
 
 
 def read_mpu(mpu: Any, groups: dict[str, Any]) -> Told:
     """This rank's places by an mpu; never raises. Puts the process groups it gave into `groups`."""
-    places: dict[str, Place] = {}
+    coordinates: dict[str, Coordinate] = {}
     for dim, names in _GETTERS.items():
         if dim == "tp" and hasattr(mpu, "initialize_sequence_parallel"):
             names = names[
                 :1
             ]  # the contract's module of sequence parallelism: its model-parallel getters mean the sequence
         try:
-            place = _place(mpu, names, dim, groups)
+            coordinate = _coordinate(mpu, names, dim, groups)
         except AssertionError:
             # Megatron's getters assert that their groups were made; a dim without groups is not used.
             if dim != "dp":
@@ -103,14 +103,14 @@ def read_mpu(mpu: Any, groups: dict[str, Any]) -> Told:
             return Told(
                 {}, f"{type(mpu).__name__} could not tell its {names[0]} group: {type(error).__name__}: {error}"
             )
-        if place is not None:
-            places[dim] = place
-    if "dp" not in places:
+        if coordinate is not None:
+            coordinates[dim] = coordinate
+    if "dp" not in coordinates:
         return Told({}, f"{type(mpu).__name__} has neither get_data_parallel_group nor get_data_parallel_world_size")
-    return Told(places)
+    return Told(coordinates)
 
 
-def _place(mpu: Any, names: Sequence[str], dim: str, groups: dict[str, Any]) -> Place | None:
+def _coordinate(mpu: Any, names: Sequence[str], dim: str, groups: dict[str, Any]) -> Coordinate | None:
     for name in names:
         group_of, size_of, rank_of = (
             getattr(mpu, f"get_{name}_{what}", None) for what in ("group", "world_size", "rank")
@@ -119,21 +119,21 @@ def _place(mpu: Any, names: Sequence[str], dim: str, groups: dict[str, Any]) -> 
         if isinstance(group, dist.ProcessGroup):
             groups[dim] = group
             ranks = tuple(dist.get_process_group_ranks(group))
-            place = Place(ranks.index(dist.get_rank()), len(ranks), ranks)
-            if callable(size_of) and int(size_of()) != place.size:
-                raise ValueError(f"get_{name}_world_size() is {size_of()}, its group has {place.size} ranks")
-            return place
+            coordinate = Coordinate(ranks.index(dist.get_rank()), len(ranks), ranks)
+            if callable(size_of) and int(size_of()) != coordinate.size:
+                raise ValueError(f"get_{name}_world_size() is {size_of()}, its group has {coordinate.size} ranks")
+            return coordinate
         if callable(size_of):
-            return Place(int(rank_of()) if callable(rank_of) else 0, int(size_of()))
+            return Coordinate(int(rank_of()) if callable(rank_of) else 0, int(size_of()))
     return None
 
 
-def tensor_place(mpu: Any) -> tuple[Place | None, Any]:
+def tensor_coordinate(mpu: Any) -> tuple[Coordinate | None, Any]:
     """This rank's place among the ranks that split layers, by an mpu alone, and their group; (None, None) where it does not
     tell. Not collective."""
     groups: dict[str, Any] = {}
-    place = _place(mpu, _GETTERS["tp"], "tp", groups)
-    return place, groups.get("tp")
+    coordinate = _coordinate(mpu, _GETTERS["tp"], "tp", groups)
+    return coordinate, groups.get("tp")
 
 
 def shape_of(everyone: Sequence[Told], *, shard_size: int | None = None, near_size: int = 1) -> MeshShape:
@@ -144,7 +144,7 @@ def shape_of(everyone: Sequence[Told], *, shard_size: int | None = None, near_si
         raise _refusal(f"on rank {rank}{_and_more(len(errors))}: {text}.")
     sizes = _common_sizes(everyone)
     world = len(everyone)
-    if set(sizes) == {"dp"} and all(told.places["dp"].ranks for told in everyone):
+    if set(sizes) == {"dp"} and all(told.coordinates["dp"].ranks for told in everyone):
         everyone = _with_rest_as_tp(everyone)
         sizes = _common_sizes(everyone)
     if math.prod(sizes.values()) != world:
@@ -178,9 +178,9 @@ def _and_more(count: int) -> str:
 
 
 def _common_sizes(everyone: Sequence[Told]) -> dict[str, int]:
-    first = {dim: place.size for dim, place in everyone[0].places.items()}
+    first = {dim: coordinate.size for dim, coordinate in everyone[0].coordinates.items()}
     for rank, told in enumerate(everyone):
-        theirs = {dim: place.size for dim, place in told.places.items()}
+        theirs = {dim: coordinate.size for dim, coordinate in told.coordinates.items()}
         if theirs != first:
             raise _refusal(f"rank 0 tells sizes {_names(first)}, rank {rank} {_names(theirs)}.")
     return first
@@ -192,8 +192,11 @@ def _names(sizes: dict[str, int]) -> str:
 
 def _with_rest_as_tp(everyone: Sequence[Told]) -> list[Told]:
     """Data alone is told: the i-th data-parallel group, by its lowest rank, is the i-th tp rank's."""
-    groups = list(dict.fromkeys(told.places["dp"].ranks for told in everyone))
-    return [Told({**told.places, "tp": Place(groups.index(told.places["dp"].ranks), len(groups))}) for told in everyone]
+    groups = list(dict.fromkeys(told.coordinates["dp"].ranks for told in everyone))
+    return [
+        Told({**told.coordinates, "tp": Coordinate(groups.index(told.coordinates["dp"].ranks), len(groups))})
+        for told in everyone
+    ]
 
 
 def _order(everyone: Sequence[Told], sizes: dict[str, int]) -> Group:
@@ -202,12 +205,14 @@ def _order(everyone: Sequence[Told], sizes: dict[str, int]) -> Group:
     for rank, told in enumerate(everyone):
         position = 0
         for dim in _GETTERS:
-            place = told.places.get(dim, Place(0, 1))
-            if not 0 <= place.rank < place.size:
-                raise _refusal(f"rank {rank} is number {place.rank} of {place.size} in its {_GETTERS[dim][0]} group.")
-            position = position * place.size + place.rank
+            coordinate = told.coordinates.get(dim, Coordinate(0, 1))
+            if not 0 <= coordinate.rank < coordinate.size:
+                raise _refusal(
+                    f"rank {rank} is number {coordinate.rank} of {coordinate.size} in its {_GETTERS[dim][0]} group."
+                )
+            position = position * coordinate.size + coordinate.rank
         if position in at:
-            where = ", ".join(f"{_GETTERS[dim][0]} {place.rank}" for dim, place in told.places.items())
+            where = ", ".join(f"{_GETTERS[dim][0]} {coordinate.rank}" for dim, coordinate in told.coordinates.items())
             raise _refusal(f"ranks {at[position]} and {rank} have the same place: {where}.")
         at[position] = rank
     return tuple(at[position] for position in range(math.prod(sizes.values())))
@@ -216,10 +221,10 @@ def _order(everyone: Sequence[Told], sizes: dict[str, int]) -> Group:
 def _check_groups(everyone: Sequence[Told], shape: MeshShape) -> None:
     """Groups that were told must be those that the places describe."""
     for rank, told in enumerate(everyone):
-        for dim, place in told.places.items():
+        for dim, coordinate in told.coordinates.items():
             expected = shape.ranks("batch" if dim == "dp" else (dim,), rank)
-            if place.ranks is not None and sorted(place.ranks) != sorted(expected):
+            if coordinate.ranks is not None and sorted(coordinate.ranks) != sorted(expected):
                 raise _refusal(
-                    f"rank {rank}'s {_GETTERS[dim][0]} group is {list(place.ranks)}, but by the places that all ranks told it "
+                    f"rank {rank}'s {_GETTERS[dim][0]} group is {list(coordinate.ranks)}, but by the places that all ranks told it "
                     f"would be {list(expected)}."
                 )

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.comm.onebit import SignReduction
-from deepspeed.optim.traits import AveragesItself, Needs, OwnReduction, Part, ShardableOptimizer, Whole
+from deepspeed.optim.traits import AveragesItself, Needs, OwnReduction, RunSpan, ShardableOptimizer, Whole
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError, RankMismatchError
 from deepspeed.utils.logging import logger, warn_once
 
@@ -104,7 +104,7 @@ class Alone:
                 return []
         state = self._optimizer.state
         return [
-            Whole(p.shape, group, state[p], partial(_gradient_of, p), (Part(p, 0, p.numel(), 0),))
+            Whole(p.shape, group, state[p], partial(_gradient_of, p), (RunSpan(p, 0, p.numel(), 0),))
             for group in self._optimizer.param_groups
             for p in group["params"]
             if p.grad is not None and _is_dense(p)
@@ -142,9 +142,9 @@ class Alone:
 
     def momentum(self, whole: Whole) -> Tensor:
         """See OwnReduction."""
-        return state_of(whole.state, "exp_avg", whole.parts[0].run).view(-1)
+        return state_of(whole.state, "exp_avg", whole.spans[0].run).view(-1)
 
-    def settle(self, wholes: Sequence[Whole]) -> None:
+    def end_step(self, wholes: Sequence[Whole]) -> None:
         """See OwnReduction. Their states are the runs' own."""
         count_steps(wholes)
 

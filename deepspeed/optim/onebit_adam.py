@@ -34,7 +34,7 @@ from deepspeed.optim.compressed import (
     mask_,
     state_of,
 )
-from deepspeed.optim.traits import OwnReduction, Part, Whole, loss_of
+from deepspeed.optim.traits import OwnReduction, RunSpan, Whole, loss_of
 from deepspeed.utils.logging import log_dist
 
 
@@ -100,21 +100,21 @@ class OnebitAdam(CompressedOptimizer):
             self._step_compressed(own, wholes)
         else:
             for group, members in by_group(wholes):
-                self._warm_up(group, [part for whole in members for part in whole.parts])
-            own.settle(wholes)
+                self._warm_up(group, [span for whole in members for span in whole.spans])
+            own.end_step(wholes)
             if self.takes_local:
                 log_dist(f"OnebitAdam: {self.freeze_step} steps done, momentum is compressed from now on.", [0])
         return loss
 
-    def _warm_up(self, group: dict[str, Any], parts: Sequence[Part]) -> None:
+    def _warm_up(self, group: dict[str, Any], spans: Sequence[RunSpan]) -> None:
         """Adam on averaged gradients, which the runs have."""
         beta1, beta2 = group["betas"]
-        grads = [part.of_run(gradient_in(part.run)) for part in parts]
-        moments = [part.of_run(state_of(self.state[part.run], "exp_avg", part.run)) for part in parts]
-        squares = [part.of_run(state_of(self.state[part.run], "exp_avg_sq", part.run)) for part in parts]
+        grads = [span.of_run(gradient_in(span.run)) for span in spans]
+        moments = [span.of_run(state_of(self.state[span.run], "exp_avg", span.run)) for span in spans]
+        squares = [span.of_run(state_of(self.state[span.run], "exp_avg_sq", span.run)) for span in spans]
         advance_(moments, grads, beta1)
         advance_squares_(squares, grads, beta2)
-        self._apply(group, parts, moments, squares)
+        self._apply(group, spans, moments, squares)
 
     def _step_compressed(self, own: OwnReduction, wholes: Sequence[Whole]) -> None:
         gradients = [whole.read() for whole in wholes]
@@ -129,22 +129,22 @@ class OnebitAdam(CompressedOptimizer):
         for i in coded:
             mask_(moments[i], wholes[i])
         for whole, moment, grad, is_warm in zip(wholes, moments, gradients, warms, strict=True):
-            squares = [part.of_run(state_of(self.state[part.run], "exp_avg_sq", part.run)) for part in whole.parts]
+            squares = [span.of_run(state_of(self.state[span.run], "exp_avg_sq", span.run)) for span in whole.spans]
             if is_warm:
-                advance_squares_(squares, [part.of_param(grad) for part in whole.parts], whole.group["betas"][1])
-            self._apply(whole.group, whole.parts, [part.of_param(moment) for part in whole.parts], squares)
-        own.settle(wholes)
+                advance_squares_(squares, [span.of_param(grad) for span in whole.spans], whole.group["betas"][1])
+            self._apply(whole.group, whole.spans, [span.of_param(moment) for span in whole.spans], squares)
+        own.end_step(wholes)
 
     def _warms_up(self, whole: Whole) -> bool:
         return bool(whole.group.get("non_freeze")) or int(whole.state.get("step", 0)) < self.freeze_step
 
     def _apply(
-        self, group: dict[str, Any], parts: Sequence[Part], moments: Sequence[Tensor], squares: Sequence[Tensor]
+        self, group: dict[str, Any], spans: Sequence[RunSpan], moments: Sequence[Tensor], squares: Sequence[Tensor]
     ) -> None:
-        """p -= lr * (m / (sqrt(v) + eps) + weight_decay * p), part by part."""
-        if not parts:
+        """p -= lr * (m / (sqrt(v) + eps) + weight_decay * p), span by span."""
+        if not spans:
             return
-        params = [part.of_run(part.run.data) for part in parts]
+        params = [span.of_run(span.run.data) for span in spans]
         updates = denominators(squares, group["eps"], self.eps_inside_sqrt)
         updates = [torch.div(moment, update, out=update) for moment, update in zip(moments, updates, strict=True)]
         if group["weight_decay"]:

@@ -36,7 +36,7 @@ from deepspeed.optim.compressed import (
     state_of,
 )
 from deepspeed.optim.ranges import check_ranges
-from deepspeed.optim.traits import OwnReduction, Part, Whole, loss_of
+from deepspeed.optim.traits import OwnReduction, RunSpan, Whole, loss_of
 from deepspeed.utils.logging import log_dist, warn_once
 
 SETTLED_BETA2 = 0.999
@@ -144,19 +144,19 @@ class OnebitLamb(CompressedOptimizer):
             self._step_compressed(own, wholes)
         else:
             self._warm_up(own, wholes)
-        own.settle(wholes)
+        own.end_step(wholes)
         return loss
 
     def _warm_up(self, own: OwnReduction, wholes: Sequence[Whole]) -> None:
         updates = []
         for whole in wholes:
             betas, mine = whole.group["betas"], []
-            for part in whole.parts:
-                grad = part.of_run(gradient_in(part.run))
-                moment, square = self._state(part, "exp_avg"), self._state(part, "exp_avg_sq")
+            for span in whole.spans:
+                grad = span.of_run(gradient_in(span.run))
+                moment, square = self._state(span, "exp_avg"), self._state(span, "exp_avg_sq")
                 advance_([moment], [grad], betas[0])
                 advance_squares_([square], [grad], betas[1])
-                mine.append(self._with_decay(whole, part, moment / self._denominator(whole, square)))
+                mine.append(self._with_decay(whole, span, moment / self._denominator(whole, square)))
             updates.append(mine)
         norms = self._norms(own, wholes, updates)
         self._coeffs = [_trust_ratio(whole.group, *pair) for whole, pair in zip(wholes, norms, strict=True)]
@@ -221,15 +221,15 @@ class OnebitLamb(CompressedOptimizer):
         """Of this rank's parts: m / (sqrt(v) + eps), the same with weight decay, and how far v' has left v."""
         beta1, beta2 = whole.group["betas"]
         raw, updates, factor = [], [], 0.0
-        for part in whole.parts:
-            mean, square = part.of_param(moment), self._state(part, "exp_avg_sq")
-            fresh = self._state(part, "exp_avg_sq_fresh")
-            gradient = mean.sub(part.of_param(last), alpha=beta1).div_(1 - beta1)
+        for span in whole.spans:
+            mean, square = span.of_param(moment), self._state(span, "exp_avg_sq")
+            fresh = self._state(span, "exp_avg_sq_fresh")
+            gradient = mean.sub(span.of_param(last), alpha=beta1).div_(1 - beta1)
             advance_squares_([fresh], [gradient], beta2)
             frozen, current = self._denominator(whole, square), self._denominator(whole, fresh)
             factor = max(factor, float((frozen / current).max())) if len(mean) else factor
             raw.append(mean / frozen)
-            updates.append(self._with_decay(whole, part, raw[-1].clone()))
+            updates.append(self._with_decay(whole, span, raw[-1].clone()))
         return raw, updates, factor
 
     def _shares(
@@ -249,15 +249,15 @@ class OnebitLamb(CompressedOptimizer):
         factor = min(max(factor, self.factor_min), self.factor_max)
         return min(max(factor, last * (1 - self.factor_threshold)), last * (1 + self.factor_threshold))
 
-    def _state(self, part: Part, key: str) -> Tensor:
-        return part.of_run(state_of(self.state[part.run], key, part.run))
+    def _state(self, span: RunSpan, key: str) -> Tensor:
+        return span.of_run(state_of(self.state[span.run], key, span.run))
 
     def _denominator(self, whole: Whole, square: Tensor) -> Tensor:
         return denominators([square], whole.group["eps"], self.eps_inside_sqrt)[0]
 
-    def _with_decay(self, whole: Whole, part: Part, update: Tensor) -> Tensor:
+    def _with_decay(self, whole: Whole, span: RunSpan, update: Tensor) -> Tensor:
         decay = whole.group["weight_decay"]
-        return update.add_(part.of_run(part.run.data), alpha=decay) if decay else update
+        return update.add_(span.of_run(span.run.data), alpha=decay) if decay else update
 
     def _norms(
         self, own: OwnReduction, wholes: Sequence[Whole], updates: Sequence[list[Tensor]]
@@ -266,14 +266,14 @@ class OnebitLamb(CompressedOptimizer):
         if not wholes:
             return []
         squares = [
-            torch.stack([_squares([part.of_run(part.run.data) for part in whole.parts]), _squares(mine)])
+            torch.stack([_squares([span.of_run(span.run.data) for span in whole.spans]), _squares(mine)])
             for whole, mine in zip(wholes, updates, strict=True)
         ]
         return [(weight, update) for weight, update in own.total(torch.stack(squares)).sqrt().tolist()]
 
     def _move(self, whole: Whole, updates: Sequence[Tensor], coeff: float) -> None:
-        for part, update in zip(whole.parts, updates, strict=True):
-            part.of_run(part.run.data).add_(update, alpha=-whole.group["lr"] * coeff)
+        for span, update in zip(whole.spans, updates, strict=True):
+            span.of_run(span.run.data).add_(update, alpha=-whole.group["lr"] * coeff)
 
 
 def _squares(pieces: Sequence[Tensor]) -> Tensor:

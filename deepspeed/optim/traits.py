@@ -90,7 +90,7 @@ class Sharding(Protocol):
         """
 
 
-class Part(NamedTuple):
+class RunSpan(NamedTuple):
     """run[start:stop] of an optimizer's run are the elements from `first` on of a flattened parameter."""
 
     run: Tensor
@@ -116,7 +116,7 @@ class Whole(NamedTuple):
     """What is known of it on every rank alike (`step`), and errors, which are each rank's own."""
     read: Callable[[], Tensor]
     """This step's gradient on this rank, flat, unscaled, in at least fp32; may be written over."""
-    parts: Sequence[Part]
+    spans: Sequence[RunSpan]
     """What of it lies in the runs of this rank."""
 
 
@@ -133,10 +133,10 @@ class OwnReduction(Protocol):
         """The parameters with a gradient on any rank in this step, in one order on every rank."""
 
     def momentum(self, whole: Whole) -> Tensor:
-        """Its `exp_avg`, flat, whole on every rank; what is written there is taken by `settle`. Collective at the first call
-        after a load or a step that did not settle."""
+        """Its `exp_avg`, flat, whole on every rank; what is written there is taken by `end_step`. Collective at the first call
+        after a load or a step that was not ended."""
 
-    def settle(self, wholes: Sequence[Whole]) -> None:
+    def end_step(self, wholes: Sequence[Whole]) -> None:
         """Count a step of each of these, and take what was written into their `momentum` into the runs' states."""
 
     def total(self, values: Tensor) -> Tensor:

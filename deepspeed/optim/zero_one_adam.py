@@ -159,13 +159,13 @@ class ZeroOneAdam(CompressedOptimizer):
             self._local_step(own, wholes, step)
         else:
             self._step(own, wholes, step)
-        own.settle(wholes)
+        own.end_step(wholes)
         return loss
 
     def _step(self, own: OwnReduction, wholes: Sequence[Whole], step: int) -> None:
         updates_variance = self._plan.updates_variance(step)
         if updates_variance:
-            gradients = [gradient_in(whole.parts[0].run).reshape(-1) for whole in wholes]
+            gradients = [gradient_in(whole.spans[0].run).reshape(-1) for whole in wholes]
         else:
             gradients = [whole.read() for whole in wholes]
             own.average_signs(gradients, [whole.state for whole in wholes])
@@ -179,12 +179,12 @@ class ZeroOneAdam(CompressedOptimizer):
             self._move(whole, own)
 
     def _moments(self, own: OwnReduction, whole: Whole) -> tuple[torch.Tensor, torch.Tensor]:
-        return own.momentum(whole), state_of(whole.state, "exp_avg_sq", whole.parts[0].run).view(-1)
+        return own.momentum(whole), state_of(whole.state, "exp_avg_sq", whole.spans[0].run).view(-1)
 
     def _move(self, whole: Whole, own: OwnReduction) -> torch.Tensor:
         """p -= lr * u; u."""
         moment, square = self._moments(own, whole)
-        group, param = whole.group, whole.parts[0].run.data.view(-1)
+        group, param = whole.group, whole.spans[0].run.data.view(-1)
         update = moment / self._denominator(whole, square)
         if group["weight_decay"]:
             update.add_(param, alpha=group["weight_decay"])
@@ -205,9 +205,9 @@ class ZeroOneAdam(CompressedOptimizer):
             gradient = late[id(whole.state)] if id(whole.state) in late else whole.read()
             advance_([moment], [gradient], whole.group["betas"][0])
             if "base" not in whole.state:
-                whole.state["base"] = whole.parts[0].run.detach().clone()
+                whole.state["base"] = whole.spans[0].run.detach().clone()
             update = self._move(whole, own)
-            buffer = state_of(whole.state, "comm_buffer", whole.parts[0].run).view(-1)
+            buffer = state_of(whole.state, "comm_buffer", whole.spans[0].run).view(-1)
             buffer.add_(update, alpha=-whole.group["lr"])
             whole.state["lrs"] = whole.state.get("lrs", 0.0) + whole.group["lr"]
             buffers.append(buffer)
@@ -227,7 +227,7 @@ class ZeroOneAdam(CompressedOptimizer):
         """Replace the local steps since the last average by their compressed mean."""
         scales = [self._denominator(whole, self._moments(own, whole)[1]) for whole in wholes]
         for whole, buffer, scale in zip(wholes, buffers, scales, strict=True):
-            whole.parts[0].run.data.copy_(
+            whole.spans[0].run.data.copy_(
                 whole.state.pop("base")
             )  # p - buffer would leave roundings of each rank's own
             buffer.mul_(scale)
@@ -237,6 +237,6 @@ class ZeroOneAdam(CompressedOptimizer):
             lrs = whole.state["lrs"]
             if lrs:
                 own.momentum(whole).copy_(buffer).div_(-lrs)
-            whole.parts[0].run.data.view(-1).add_(buffer.div_(scale))
+            whole.spans[0].run.data.view(-1).add_(buffer.div_(scale))
             buffer.zero_()
             whole.state["lrs"] = 0.0

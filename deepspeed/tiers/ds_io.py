@@ -17,7 +17,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
-from deepspeed.tiers.io_trial import Place, Trial, check_direct, errors_as_exit, has_direct_io, parse_nbytes
+from deepspeed.tiers.io_trial import Trial, Workspace, check_direct, errors_as_exit, has_direct_io, parse_nbytes
 from deepspeed.utils.errors import DeepSpeedError, NotAvailableError
 
 
@@ -25,7 +25,7 @@ def main(args: Sequence[str] | None = None) -> None:
     """Measure, and print a table."""
     options = _parser().parse_args(args)
     with errors_as_exit("ds_io"):
-        places = _places(options)
+        workspaces = _workspaces(options)
         rows = []
         print(f"{'':6}{'block':>10}{'depth':>7}{'threads':>9}{'median GB/s':>13}{'best':>8}{'worst':>8}", flush=True)
         for block, depth, threads in itertools.product(options.block_size, options.queue_depth, options.io_parallel):
@@ -37,20 +37,20 @@ def main(args: Sequence[str] | None = None) -> None:
                 overlap_events=not options.sequential_requests,
                 use_gds=options.use_gds,
             )
-            row = _measure(options, places, aio)
+            row = _measure(options, workspaces, aio)
             rows.append(row)
             speeds = f"{row['median_gb_s']:13.2f}{row['best_gb_s']:8.2f}{row['worst_gb_s']:8.2f}"
             print(f"{row['operation']:6}{block:10}{depth:7}{threads:9}{speeds}", flush=True)
-        for folder in sorted({place.folder for place in places}):
+        for folder in sorted({workspace.folder for workspace in workspaces}):
             if not has_direct_io(folder):
                 print(f"{folder} has no direct I/O: these are speeds of the page cache.")
         if options.json is not None:
             options.json.write_text(json.dumps(rows, indent=2) + "\n")
 
 
-def _measure(options: argparse.Namespace, places: Sequence[Place], aio: AioConfig) -> dict[str, Any]:
+def _measure(options: argparse.Namespace, workspaces: Sequence[Workspace], aio: AioConfig) -> dict[str, Any]:
     trial = Trial(
-        places=tuple(places),
+        workspaces=tuple(workspaces),
         nbytes=options.io_size,
         is_read=options.read,
         aio=aio,
@@ -67,7 +67,7 @@ def _measure(options: argparse.Namespace, places: Sequence[Place], aio: AioConfi
     return {
         "operation": "read" if options.read else "write",
         "engine": options.engine,
-        "folders": [str(place.folder) for place in places],
+        "folders": [str(workspace.folder) for workspace in workspaces],
         "io_size": options.io_size,
         "aio": aio.model_dump(),
         "median_gb_s": statistics.median(speeds),
@@ -76,7 +76,7 @@ def _measure(options: argparse.Namespace, places: Sequence[Place], aio: AioConfi
     }
 
 
-def _places(options: argparse.Namespace) -> list[Place]:
+def _workspaces(options: argparse.Namespace) -> list[Workspace]:
     """One per worker. Raises DeepSpeedError for flags that do not go together, or not here."""
     if options.engine == "torch_fastio":
         raise NotAvailableError("--engine torch_fastio is not available yet.\n  Use aio_handle, aio_basic or torch_io.")
@@ -95,13 +95,13 @@ def _places(options: argparse.Namespace) -> list[Place]:
     device = get_accelerator().device_name() if options.gpu or options.use_gds else "cpu"
     if options.gpu and device == "cpu":
         raise DeepSpeedError("--gpu: this machine has no GPU.\n  Leave the flag out to measure transfers to memory.")
-    places = [Place(folder=Path(options.folder), device=device)] if options.folder else []
+    workspaces = [Workspace(folder=Path(options.folder), device=device)] if options.folder else []
     for pair in options.folder_to_device_mapping:
         folder, _, index = pair.rpartition(":")
         if not folder or not index.isdecimal():
             raise DeepSpeedError(f"--folder_to_device_mapping {pair}: write FOLDER:DEVICE, such as /mnt/nvme0:0.")
-        places.append(Place(folder=Path(folder), device=f"{device}:{index}" if device != "cpu" else device))
-    return places * options.multi_process
+        workspaces.append(Workspace(folder=Path(folder), device=f"{device}:{index}" if device != "cpu" else device))
+    return workspaces * options.multi_process
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,7 +18,7 @@ from typing import Any
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.config.storage import AioConfig
-from deepspeed.tiers.io_trial import Place, Trial, check_direct, errors_as_exit, has_direct_io, parse_nbytes
+from deepspeed.tiers.io_trial import Trial, Workspace, check_direct, errors_as_exit, has_direct_io, parse_nbytes
 from deepspeed.utils.errors import DeepSpeedError
 
 SWEEP: Mapping[str, Sequence[Any]] = {
@@ -35,13 +35,13 @@ def main(args: Sequence[str] | None = None) -> None:
     """Sweep, report, write."""
     options = _parser().parse_args(args)
     with errors_as_exit("ds_nvme_tune"):
-        places = _places(options)
+        workspaces = _workspaces(options)
         candidates = list(_candidates(options))
         directions = [name for name, skipped in (("read", options.no_read), ("write", options.no_write)) if not skipped]
         speeds: dict[tuple[str, int], list[float]] = {}
 
         def measure(direction: str, index: int, num_loops: int) -> None:
-            found = _measure(options, places, candidates[index], direction, num_loops)
+            found = _measure(options, workspaces, candidates[index], direction, num_loops)
             speeds.setdefault((direction, index), []).extend(found)
             if options.verbose:
                 print(f"{direction:5} {max(found):6.2f} GB/s  {json.dumps(_section(candidates[index]))}", flush=True)
@@ -86,12 +86,12 @@ def main(args: Sequence[str] | None = None) -> None:
 
 
 def _measure(
-    options: argparse.Namespace, places: Sequence[Place], aio: AioConfig, direction: str, num_loops: int
+    options: argparse.Namespace, workspaces: Sequence[Workspace], aio: AioConfig, direction: str, num_loops: int
 ) -> list[float]:
     if options.flush_page_cache:
         _flush_page_cache()
     trial = Trial(
-        places=tuple(places),
+        workspaces=tuple(workspaces),
         nbytes=options.io_size,
         is_read=direction == "read",
         aio=aio,
@@ -134,13 +134,13 @@ def _candidates(options: argparse.Namespace) -> Iterator[AioConfig]:
             raise DeepSpeedError(f"--sweep_config {options.sweep_config}: {error}") from error
 
 
-def _places(options: argparse.Namespace) -> list[Place]:
+def _workspaces(options: argparse.Namespace) -> list[Workspace]:
     if options.no_read and options.no_write:
         raise DeepSpeedError("--no_read and --no_write leave nothing to measure.")
     device = get_accelerator().device_name() if options.gpu or options.gds else "cpu"
     if options.gpu and device == "cpu":
         raise DeepSpeedError("--gpu: this machine has no GPU.\n  Leave the flag out to measure transfers to memory.")
-    places = []
+    workspaces = []
     for folder in map(Path, options.nvme_dir):
         if not folder.is_dir() or not os.access(folder, os.W_OK):
             raise DeepSpeedError(f"--nvme_dir {folder}: not a folder that can be written.")
@@ -148,8 +148,8 @@ def _places(options: argparse.Namespace) -> list[Place]:
             check_direct("--gds", folder)
         if not has_direct_io(folder):
             print(f"{folder} has no direct I/O: what follows are speeds of the page cache.")
-        places.append(Place(folder=folder, device=device))
-    return places
+        workspaces.append(Workspace(folder=folder, device=device))
+    return workspaces
 
 
 def _flush_page_cache() -> None:

@@ -37,7 +37,7 @@ _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Place:
+class Workspace:
     """Where one worker works."""
 
     folder: Path
@@ -49,7 +49,7 @@ class Place:
 class Trial:
     """One thing to measure."""
 
-    places: tuple[Place, ...]
+    workspaces: tuple[Workspace, ...]
     nbytes: int
     """Per worker."""
     is_read: bool
@@ -66,17 +66,19 @@ class Trial:
 
     def measure(self) -> list[float]:
         """Seconds of each loop, warm-ups first. Raises TierError where a folder cannot be used."""
-        for place in self.places:
-            if not place.folder.is_dir():
-                raise TierError(f"{place.folder} is no folder.\n  Name folders that exist, on the disks to measure.")
-        if len(self.places) == 1:
+        for workspace in self.workspaces:
+            if not workspace.folder.is_dir():
+                raise TierError(
+                    f"{workspace.folder} is no folder.\n  Name folders that exist, on the disks to measure."
+                )
+        if len(self.workspaces) == 1:
             with _Worker(self, 0) as worker:
                 return [worker.loop(i) for i in range(self.num_warmups + self.num_loops)]
         return _measure_in_processes(self)
 
     def gb_s(self, seconds: float) -> float:
         """All workers' bytes in that time, in GB (1e9) per second."""
-        return self.nbytes * len(self.places) / seconds / 1e9
+        return self.nbytes * len(self.workspaces) / seconds / 1e9
 
 
 def parse_nbytes(text: str) -> int:
@@ -114,7 +116,7 @@ class _Worker:
     """One file, one buffer, and the call that moves one to the other."""
 
     def __init__(self, trial: Trial, index: int) -> None:
-        self._trial, self._place = trial, trial.places[index]
+        self._trial, self._workspace = trial, trial.workspaces[index]
         self._name = f"ds_io-{os.getpid()}-{index}-{secrets.token_hex(4)}"
         aio = trial.aio
         self._handle = aio_handle(
@@ -125,7 +127,7 @@ class _Worker:
         self._paths: list[Path] = []
         self._finalizer = weakref.finalize(self, _unlink, self._paths)
         num_files = trial.num_loops + trial.num_warmups if trial.new_files else 1
-        self._paths += [self._place.folder / f"{self._name}-{i}" for i in range(num_files)]
+        self._paths += [self._workspace.folder / f"{self._name}-{i}" for i in range(num_files)]
         if trial.is_read:
             for path in self._paths:
                 self._write(path)
@@ -154,7 +156,7 @@ class _Worker:
         return seconds
 
     def _make_buffer(self) -> Tensor:
-        nbytes, device = self._trial.nbytes, self._place.device
+        nbytes, device = self._trial.nbytes, self._workspace.device
         if device != "cpu":
             return torch.empty(nbytes, dtype=torch.uint8, device=device)
         if self._trial.pins_by_accelerator:
@@ -216,10 +218,10 @@ def _unlink(paths: list[Path]) -> None:
 
 def _measure_in_processes(trial: Trial) -> list[float]:
     context = multiprocessing.get_context("spawn")
-    barrier, results = context.Barrier(len(trial.places)), context.SimpleQueue()
+    barrier, results = context.Barrier(len(trial.workspaces)), context.SimpleQueue()
     workers = [
         context.Process(target=_work, args=(trial, index, barrier, results), daemon=True)
-        for index in range(len(trial.places))
+        for index in range(len(trial.workspaces))
     ]
     for worker in workers:
         worker.start()

@@ -170,7 +170,7 @@ def unregister_external_parameter(module: nn.Module, parameter: nn.Parameter) ->
 # Optimizer-side values. --------------------------------------------------------------------------------------------
 
 
-class _Place:
+class _Pieces:
     """A trained parameter's pieces in the optimizer's shard of its bucket."""
 
     def __init__(self, param: nn.Parameter, optimizer: ZeroOptimizer, position: int, index: int) -> None:
@@ -284,16 +284,16 @@ class _Place:
         self.optimizer.reducer.gradients[self.position].replace(values)
 
 
-def _place(param: nn.Parameter) -> _Place | None:
+def _pieces(param: nn.Parameter) -> _Pieces | None:
     slot = slot_of(param)
     found = trainers.find(slot.bucket) if slot else None
-    return _Place(param, *found, slot.index) if slot and found else None
+    return _Pieces(param, *found, slot.index) if slot and found else None
 
 
 def safe_get_full_fp32_param(param: nn.Parameter) -> Tensor | None:
     """The full fp32 master value of a parameter, in its shape; None if no engine trains it. Collective."""
-    place = _place(param)
-    return place.gather(place.reader("master")) if place else None
+    pieces = _pieces(param)
+    return pieces.gather(pieces.reader("master")) if pieces else None
 
 
 def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor | None:
@@ -301,31 +301,31 @@ def safe_get_full_optimizer_state(param: nn.Parameter, optim_state_key: str) -> 
 
     Raises KeyError on every rank if there is no such state (yet), also on ranks that hold nothing of the parameter.
     """
-    place = _place(param)
-    if place is None:
+    pieces = _pieces(param)
+    if pieces is None:
         return None
-    place.require_state(optim_state_key)
-    return place.gather(place.reader(optim_state_key))
+    pieces.require_state(optim_state_key)
+    return pieces.gather(pieces.reader(optim_state_key))
 
 
 def safe_get_full_grad(param: nn.Parameter) -> Tensor | None:
     """The full gradient, averaged over all ranks; from backward at the boundary to the next backward. Collective."""
-    place = _place(param)
-    if place is None:
+    pieces = _pieces(param)
+    if pieces is None:
         return param.grad
-    scale = place.optimizer.gradient_scale(place.position)
-    mine = place.gradients()
-    full = place.gather(lambda start, stop: mine[start:stop])
+    scale = pieces.optimizer.gradient_scale(pieces.position)
+    mine = pieces.gradients()
+    full = pieces.gather(lambda start, stop: mine[start:stop])
     return full if scale == 1.0 else full / scale
 
 
 @torch.no_grad()
 def safe_set_full_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Write a full value, the same on every rank, into the fp32 master and the parameter."""
-    place = _place(param)
-    if place is not None:
-        place.write("master", value)
-        place.publish(value)
+    pieces = _pieces(param)
+    if pieces is not None:
+        pieces.write("master", value)
+        pieces.publish(value)
 
 
 def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
@@ -333,22 +333,22 @@ def safe_set_full_optimizer_state(param: nn.Parameter, value: Tensor, optim_stat
 
     Raises KeyError on every rank if there is no such state (yet).
     """
-    place = _place(param)
-    if place is not None:
-        place.require_state(optim_state_key)
-        place.write(optim_state_key, value)
+    pieces = _pieces(param)
+    if pieces is not None:
+        pieces.require_state(optim_state_key)
+        pieces.write(optim_state_key, value)
 
 
 def safe_set_full_grad(param: nn.Parameter, value: Tensor) -> None:
     """Write a full gradient, the same on every rank, before step. Collective."""
-    place = _place(param)
-    if place is None:
+    pieces = _pieces(param)
+    if pieces is None:
         param.grad = value
     else:
-        mine = place.gradients()
-        for piece, part in place.cut(value * place.optimizer.scale.scale):
+        mine = pieces.gradients()
+        for piece, part in pieces.cut(value * pieces.optimizer.scale.scale):
             mine.narrow(0, piece.in_shard, piece.numel).copy_(part)
-        place.replace_gradients(mine)
+        pieces.replace_gradients(mine)
 
 
 def safe_update_full_grad_vectorized(
@@ -361,53 +361,53 @@ def safe_update_full_grad_vectorized(
             safe_set_full_grad(param, fn(gradient, param))
 
 
-def _local_place(param: nn.Parameter) -> _Place:
-    place = _place(param)
-    if place is None or not place.master.bucket.is_sharded:
+def _local_pieces(param: nn.Parameter) -> _Pieces:
+    pieces = _pieces(param)
+    if pieces is None or not pieces.master.bucket.is_sharded:
         raise ShardError(
             "safe_get_local_* and safe_set_local_* are for parameters sharded by ZeRO stage 3; this one is whole on every "
             "rank.\n  Use the safe_get_full_* functions, which work at every stage."
         )
-    return place
+    return pieces
 
 
 def safe_get_local_fp32_param(param: nn.Parameter) -> Tensor:
     """This rank's part of the fp32 master, 1-D. Stage 3."""
-    place = _local_place(param)
-    return place.local(place.reader("master"))
+    pieces = _local_pieces(param)
+    return pieces.local(pieces.reader("master"))
 
 
 def safe_get_local_optimizer_state(param: nn.Parameter, optim_state_key: str) -> Tensor:
     """This rank's part of an optimizer state, 1-D. Stage 3."""
-    place = _local_place(param)
-    return place.local(place.reader(optim_state_key))
+    pieces = _local_pieces(param)
+    return pieces.local(pieces.reader(optim_state_key))
 
 
 def safe_get_local_grad(param: nn.Parameter) -> Tensor:
     """This rank's part of the averaged gradient, 1-D. Stage 3. Collective."""
-    place = _local_place(param)
-    mine = place.gradients()
-    scale = place.optimizer.gradient_scale(place.position)
-    return place.local(lambda start, stop: mine[start:stop]) / scale
+    pieces = _local_pieces(param)
+    mine = pieces.gradients()
+    scale = pieces.optimizer.gradient_scale(pieces.position)
+    return pieces.local(lambda start, stop: mine[start:stop]) / scale
 
 
 @torch.no_grad()
 def safe_set_local_fp32_param(param: nn.Parameter, value: Tensor) -> None:
     """Write this rank's part of the fp32 master and of the parameter. Stage 3. Collective."""
-    place = _local_place(param)
-    place.write_local("master", value)
-    place.publish_local(value)
+    pieces = _local_pieces(param)
+    pieces.write_local("master", value)
+    pieces.publish_local(value)
 
 
 def safe_set_local_optimizer_state(param: nn.Parameter, value: Tensor, optim_state_key: str) -> None:
     """Write this rank's part of an optimizer state. Stage 3."""
-    place = _local_place(param)
-    place.write_local(optim_state_key, value)
+    pieces = _local_pieces(param)
+    pieces.write_local(optim_state_key, value)
 
 
 def safe_set_local_grad(param: nn.Parameter, value: Tensor) -> None:
     """Write this rank's part of the gradient. Stage 3. Collective."""
-    place = _local_place(param)
-    mine = place.gradients()
-    place.local(lambda start, stop: mine[start:stop]).copy_(value.view(-1) * place.optimizer.scale.scale)
-    place.replace_gradients(mine)
+    pieces = _local_pieces(param)
+    mine = pieces.gradients()
+    pieces.local(lambda start, stop: mine[start:stop]).copy_(value.view(-1) * pieces.optimizer.scale.scale)
+    pieces.replace_gradients(mine)

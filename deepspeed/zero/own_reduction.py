@@ -27,7 +27,7 @@ from torch import Tensor
 from deepspeed.comm.onebit import SignReduction
 from deepspeed.mesh import Mesh
 from deepspeed.optim.compressed import average_signs, count_steps, state_of
-from deepspeed.optim.traits import AveragesItself, Part, Whole
+from deepspeed.optim.traits import AveragesItself, RunSpan, Whole
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import logger
 from deepspeed.utils.waits import COMMUNICATION
@@ -106,8 +106,8 @@ class ZeroReduction:
         unused = set(self._owner.unused.pairs)
         found = []
         for i, master in enumerate(self._owner.masters):
-            parts = self._parts(i)
-            found += [self._whole(i, j, parts[j]) for j, _ in master.bucket.members() if (i, j) not in unused]
+            spans = self._spans(i)
+            found += [self._whole(i, j, spans[j]) for j, _ in master.bucket.members() if (i, j) not in unused]
         return found
 
     def momentum(self, whole: Whole) -> Tensor:
@@ -122,9 +122,9 @@ class ZeroReduction:
         found: Tensor = whole.state[key]
         return found.view(-1)
 
-    def settle(self, wholes: Sequence[Whole]) -> None:
+    def end_step(self, wholes: Sequence[Whole]) -> None:
         """See OwnReduction. At stage 1 all runs have the same states, and the steps of the parameter that has had most: a
-        run holds parts of several."""
+        run holds spans of several."""
         count_steps(wholes)
         if self._is_whole:
             return
@@ -136,9 +136,9 @@ class ZeroReduction:
                 for key in self._optimizer.run_states:
                     state_of(state, key, run)
         for whole in wholes if self._has_moments else ():
-            for part in whole.parts:
-                moment = self._owner.optimizer.state[part.run]["exp_avg"]
-                part.of_run(moment).copy_(part.of_param(whole.state["exp_avg"]))
+            for span in whole.spans:
+                moment = self._owner.optimizer.state[span.run]["exp_avg"]
+                span.of_run(moment).copy_(span.of_param(whole.state["exp_avg"]))
 
     def total(self, values: Tensor) -> Tensor:
         """See OwnReduction."""
@@ -195,10 +195,10 @@ class ZeroReduction:
         self._has_moments = False
         mine: dict[tuple[int, int], int] = {}
         for i, master in enumerate(self._owner.masters):
-            parts = self._parts(i)
+            spans = self._spans(i)
             for j, _ in master.bucket.members():
-                for part in parts[j]:
-                    step = int(self._owner.optimizer.state.get(part.run, {}).get("step", 0))
+                for span in spans[j]:
+                    step = int(self._owner.optimizer.state.get(span.run, {}).get("step", 0))
                     mine[i, j] = max(mine.get((i, j), 0), step)
         for theirs in self._mesh.gather_objects("shard", mine):
             for key, step in theirs.items():
@@ -263,30 +263,30 @@ class ZeroReduction:
         state: dict[str, Any] = self._owner.optimizer.state[self._owner.runs.steppable[i][j][1]]
         return state
 
-    def _whole(self, i: int, j: int, parts: Sequence[Part]) -> Whole:
+    def _whole(self, i: int, j: int, spans: Sequence[RunSpan]) -> Whole:
         master = self._owner.masters[i]
         group = self._owner.param_groups[master.bucket.layout.groups[j]]
         shape = master.bucket.shape_of_numbers(j)
-        return Whole(shape, group, self._state(i, j), partial(self._read, i, j), parts)
+        return Whole(shape, group, self._state(i, j), partial(self._read, i, j), spans)
 
     def _read(self, i: int, j: int) -> Tensor:
         gradient = self._owner.reducer.gradients[i].local_views[j].reshape(-1)
         values = gradient.to(self._moment_dtype, copy=True)
         return values.mul_(self.factor) if self.factor != 1.0 else values
 
-    def _parts(self, i: int) -> list[list[Part]]:
+    def _spans(self, i: int) -> list[list[RunSpan]]:
         """Where the parameters of one master lie in this rank's runs."""
         master: Master = self._owner.masters[i]
         runs = self._owner.runs.steppable[i]
         if self._is_whole:
             numels = master.layout.numels
-            return [[Part(run, 0, numel, 0)] for (_, run), numel in zip(runs, numels, strict=True)]
-        found: list[list[Part]] = [[] for _ in master.layout.numels]
+            return [[RunSpan(run, 0, numel, 0)] for (_, run), numel in zip(runs, numels, strict=True)]
+        found: list[list[RunSpan]] = [[] for _ in master.layout.numels]
         for piece in master.layout.pieces(master.rank):
             for span, (_, run) in zip(master.spans, runs, strict=True):
                 if span.start <= piece.in_shard < span.stop:
                     at = piece.in_shard - span.start
-                    found[piece.param].append(Part(run, at, at + piece.numel, piece.in_param))
+                    found[piece.param].append(RunSpan(run, at, at + piece.numel, piece.in_param))
         return found
 
     def _gather_moments(self) -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 import deepspeed
 from deepspeed.mesh import data_parallel_mesh
-from deepspeed.mesh.door import Place, Told, shape_of
+from deepspeed.mesh.door import Coordinate, Told, shape_of
 from deepspeed.mesh.shape import MeshShape
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import make_config
@@ -24,11 +24,11 @@ def told(*all_groups: list[list[int]], names: tuple[str, ...] = ("dp", "tp")) ->
     world = sum(len(ranks) for ranks in all_groups[0])
     found: list[Told] = []
     for rank in range(world):
-        places = {}
+        coordinates = {}
         for name, groups in zip(names, all_groups, strict=False):
             mine = next(tuple(ranks) for ranks in groups if rank in ranks)
-            places[name] = Place(mine.index(rank), len(mine), mine)
-        found.append(Told(places))
+            coordinates[name] = Coordinate(mine.index(rank), len(mine), mine)
+        found.append(Told(coordinates))
     return found
 
 
@@ -59,13 +59,13 @@ def test_where_data_is_all_that_is_told_the_rest_counts_as_one_model() -> None:
 
 
 def test_places_without_groups_are_enough() -> None:
-    everyone = [Told({"dp": Place(rank % 2, 2), "tp": Place(rank // 2, 2)}) for rank in range(4)]
+    everyone = [Told({"dp": Coordinate(rank % 2, 2), "tp": Coordinate(rank // 2, 2)}) for rank in range(4)]
     assert shape_of(everyone).groups("tensor") == [(0, 2), (1, 3)]
 
 
 CROSSED = told([[0, 1], [2, 3]], [[0, 2], [1, 3]])
-CROSSED[3].places["tp"] = Place(1, 2, (0, 3))
-SIZES = [Told({"dp": Place(0, 2)}), Told({"dp": Place(1, 2)}), Told({"dp": Place(0, 3)})]
+CROSSED[3].coordinates["tp"] = Coordinate(1, 2, (0, 3))
+SIZES = [Told({"dp": Coordinate(0, 2)}), Told({"dp": Coordinate(1, 2)}), Told({"dp": Coordinate(0, 3)})]
 
 
 @pytest.mark.parametrize(
@@ -73,9 +73,9 @@ SIZES = [Told({"dp": Place(0, 2)}), Told({"dp": Place(1, 2)}), Told({"dp": Place
     [
         ([Told({}), Told({}, "Mpu has no data")], r"on rank 1: Mpu has no data"),
         (SIZES, "rank 0 tells sizes data_parallel 2, rank 2 data_parallel 3"),
-        ([Told({"dp": Place(0, 2), "tp": Place(0, 2)})] * 2, r"make up the 2 ranks of the job: data_parallel 2 x slice_parallel 2 = 4"),
-        ([Told({"dp": Place(0, 2), "tp": Place(0, 1)})] * 2, "ranks 0 and 1 have the same place: data_parallel 0"),
-        ([Told({"dp": Place(rank, 2), "tp": Place(0, 1)}) for rank in (0, 2)], "rank 1 is number 2 of 2 in its data_parallel group"),
+        ([Told({"dp": Coordinate(0, 2), "tp": Coordinate(0, 2)})] * 2, r"make up the 2 ranks of the job: data_parallel 2 x slice_parallel 2 = 4"),
+        ([Told({"dp": Coordinate(0, 2), "tp": Coordinate(0, 1)})] * 2, "ranks 0 and 1 have the same place: data_parallel 0"),
+        ([Told({"dp": Coordinate(rank, 2), "tp": Coordinate(0, 1)}) for rank in (0, 2)], "rank 1 is number 2 of 2 in its data_parallel group"),
         (told([[0, 1], [2, 3]], [[0, 1], [2, 3]]), "ranks 0 and 2 have the same place"),
         (CROSSED, r"rank 3's slice_parallel group is \[0, 3\], but by the places that all ranks told it would be \[1, 3\]"),
     ],
@@ -172,7 +172,7 @@ def test_a_module_of_sequence_parallelism_is_no_model_parallelism() -> None:
         f"get_{kind}_parallel_world_size": lambda size=size: size for kind, size in sizes.items()
     }
     mpu = SimpleNamespace(**getters, initialize_sequence_parallel=None)
-    assert set(read_mpu(mpu, {}).places) == {"dp", "sp"}
+    assert set(read_mpu(mpu, {}).coordinates) == {"dp", "sp"}
 
 
 def test_getters_that_assert_their_groups_were_made_tell_nothing() -> None:
@@ -182,4 +182,4 @@ def test_getters_that_assert_their_groups_were_made_tell_nothing() -> None:
         raise AssertionError("pipeline model parallel group is not initialized")
 
     mpu = SimpleNamespace(get_data_parallel_world_size=lambda: 1, get_pipe_parallel_world_size=asserts)
-    assert set(read_mpu(mpu, {}).places) == {"dp"}
+    assert set(read_mpu(mpu, {}).coordinates) == {"dp"}

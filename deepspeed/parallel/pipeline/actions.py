@@ -183,7 +183,7 @@ class Script:
                     self._pass(op, chunk)
         return self
 
-    def settle(self) -> tuple[Action, ...]:
+    def complete(self) -> tuple[Action, ...]:
         """Append the weight gradients that are still owed; the whole list."""
         while self._owed:
             self._weight(None)

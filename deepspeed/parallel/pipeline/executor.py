@@ -99,7 +99,7 @@ class Executor:
 
     def run(self, actions: Actions, drive: Callable[[Callable[[Action], None]], None] | None = None) -> None:
         """Carry this rank's row out. Raises PipelineError if this rank fails, or one that it waits for; others may be done by then, with
-        messages on their way that nobody takes: the caller has all of them settled, or drained, when it knows.
+        messages on their way that nobody takes: the caller waits for all of them, or has them drained, when it knows.
 
         drive: goes through the row itself, with something in between; it is given what carries an action out."""
         self.actions = actions

@@ -23,14 +23,14 @@ from deepspeed.parallel.pipeline.hf_parts import (
     END_RUNS,
     Ends,
     Head,
-    Part,
-    Piece,
+    LayerKey,
+    PartialModel,
     Through,
     Zeros,
     anatomy,
+    layer_keys,
     layers_of,
     make_part,
-    pieces_of,
 )
 from deepspeed.parallel.pipeline.layers import LayerError, LayerSpec, TiedLayerSpec
 from deepspeed.utils.logging import warn_once
@@ -40,7 +40,7 @@ _SMALL = {
     "vocab_size": 64, "max_position_embeddings": 64, "n_embd": 32, "n_head": 4, "n_positions": 64, "ffn_dim": 48, "word_embed_proj_dim": 32,
     "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
-_KINDS: dict[str, type[nn.Module]] = {"front": Part, "block": Part, "norm": Part, "head": Head}
+_KINDS: dict[str, type[nn.Module]] = {"front": PartialModel, "block": PartialModel, "norm": PartialModel, "head": Head}
 
 
 class Folder:
@@ -68,15 +68,15 @@ class Folder:
         with torch.device("meta"):
             return self.kind(copy.deepcopy(self.config))
 
-    def read(self, piece: Piece) -> nn.Module:
-        """One piece with its weights. Raises LayerError where the folder lacks some of them."""
-        kind = _taken_out(self.kind, piece)
+    def read(self, key: LayerKey) -> nn.Module:
+        """One layer with its weights. Raises LayerError where the folder lacks some of them."""
+        kind = _taken_out(self.kind, key)
         with _without_bars():
             model, told = kind.from_pretrained(self.path, output_loading_info=True, **self.load)
         missing = sorted(told["missing_keys"])
         if missing:
-            raise LayerError(f"{self.path} has no weights {', '.join(missing[:3])} of {piece.kind} {piece.number}.")
-        return make_part(model.train(), piece)
+            raise LayerError(f"{self.path} has no weights {', '.join(missing[:3])} of {key.kind} {key.number}.")
+        return make_part(model.train(), key)
 
 
 @contextlib.contextmanager
@@ -96,13 +96,13 @@ def _without_bars() -> Iterator[None]:
 class FolderLayer(LayerSpec):
     """A layer that is read when it is built."""
 
-    def __init__(self, folder: Folder, piece: Piece, outline: nn.Module) -> None:
-        super().__init__(_KINDS[piece.kind])
-        self._folder, self._piece, self._outline = folder, piece, outline
+    def __init__(self, folder: Folder, key: LayerKey, outline: nn.Module) -> None:
+        super().__init__(_KINDS[key.kind])
+        self._folder, self._key, self._outline = folder, key, outline
 
     def build(self, log: bool = False) -> nn.Module:
         """See LayerSpec."""
-        return self._folder.read(self._piece)
+        return self._folder.read(self._key)
 
     def outline(self) -> nn.Module:
         """See LayerSpec."""
@@ -112,13 +112,13 @@ class FolderLayer(LayerSpec):
 class FolderEnds(TiedLayerSpec):
     """A tied end that is read when it is built."""
 
-    def __init__(self, folder: Folder, piece: Piece, outline: nn.Module) -> None:
-        super().__init__("ends", Ends, forward_fn=END_RUNS[piece.kind], tied_weight_attr=["embed.weight"])
-        self._folder, self._piece, self._outline = folder, piece, outline
+    def __init__(self, folder: Folder, key: LayerKey, outline: nn.Module) -> None:
+        super().__init__("ends", Ends, forward_fn=END_RUNS[key.kind], tied_weight_attr=["embed.weight"])
+        self._folder, self._key, self._outline = folder, key, outline
 
     def build(self, log: bool = False) -> nn.Module:
         """See LayerSpec."""
-        return self._folder.read(self._piece)
+        return self._folder.read(self._key)
 
     def outline(self) -> nn.Module:
         """See LayerSpec."""
@@ -132,9 +132,9 @@ def layers_in(path: str, load: dict[str, Any]) -> tuple[list[LayerSpec], Any]:
     _require_known(whole)
     _try_small(folder)
     layers: list[LayerSpec] = []
-    for piece in pieces_of(whole):
-        outline = make_part(whole, piece)
-        layers.append((FolderEnds if piece.is_tied else FolderLayer)(folder, piece, outline))
+    for key in layer_keys(whole):
+        outline = make_part(whole, key)
+        layers.append((FolderEnds if key.is_tied else FolderLayer)(folder, key, outline))
     return layers, whole
 
 
@@ -169,12 +169,12 @@ def _try_small(folder: Folder) -> None:
     layers_of(made)
 
 
-def _taken_out(kind: Any, piece: Piece) -> Any:
-    """The model's class, of which everything but one piece is taken out as soon as it is made."""
+def _taken_out(kind: Any, key: LayerKey) -> Any:
+    """The model's class, of which everything but one layer is taken out as soon as it is made."""
 
     def make(self: Any, config: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, config, *args, **kwargs)
-        _take_out(self, piece)
+        _take_out(self, key)
 
     attributes = {
         "__init__": make,
@@ -184,24 +184,24 @@ def _taken_out(kind: Any, piece: Piece) -> Any:
     return type(kind.__name__, (kind,), attributes)
 
 
-def _take_out(model: Any, piece: Piece) -> None:
+def _take_out(model: Any, key: LayerKey) -> None:
     base, blocks_name, norm_name = anatomy(model)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
-    has_embedding = piece.kind == "front" or piece.is_tied
+    has_embedding = key.kind == "front" or key.is_tied
     blocks = getattr(base, blocks_name)
     for i in range(len(blocks)):
-        if (piece.kind, piece.number) != ("block", i):
+        if (key.kind, key.number) != ("block", i):
             blocks[i] = Through()
     for name, child in list(base.named_children()):
         if isinstance(child, nn.Embedding) and not has_embedding:
             base._modules[name] = Through() if child is embed else Zeros()
-        elif isinstance(child, nn.Embedding) and child is not embed and piece.kind != "front":
+        elif isinstance(child, nn.Embedding) and child is not embed and key.kind != "front":
             base._modules[name] = Zeros()
-    if norm_name is not None and piece.kind != "norm":
+    if norm_name is not None and key.kind != "norm":
         base._modules[norm_name] = Through()
-    if piece.kind != "head" and not piece.is_tied:
+    if key.kind != "head" and not key.is_tied:
         for name, child in list(model.named_children()):
             if child is head:
                 model._modules[name] = Through()
-    if not piece.is_tied:
+    if not key.is_tied:
         model.all_tied_weights_keys = {}

@@ -45,11 +45,11 @@ class Through(nn.Module):
 class Spread(Protocol):
     """How a part is run where ranks have parts of sequences (`hf_sequence`)."""
 
-    def run(self, part: Part, values: Any) -> Any:
-        """What `Part.forward` would return for whole sequences, and the position ids."""
+    def run(self, part: PartialModel, values: Any) -> Any:
+        """What `PartialModel.forward` would return for whole sequences, and the position ids."""
 
 
-class Part(nn.Module):
+class PartialModel(nn.Module):
     """A base model with some of its modules, on (hidden states or tokens[, attention mask])."""
 
     def __init__(self, base: nn.Module, takes_tokens: bool = False) -> None:
@@ -70,7 +70,7 @@ class Part(nn.Module):
 class Ends(nn.Module):
     """The embedding, first so that it has one name wherever it is, what else the first layer needs, and the head it is."""
 
-    def __init__(self, embed: nn.Module, front: Part | None, whole: nn.Module) -> None:
+    def __init__(self, embed: nn.Module, front: PartialModel | None, whole: nn.Module) -> None:
         super().__init__()
         self.embed = embed
         if front is not None:
@@ -94,7 +94,7 @@ class LiveEnds(TiedLayerSpec):
         return self._module
 
 
-class Piece(NamedTuple):
+class LayerKey(NamedTuple):
     """One layer of a causal LM: "front", "block" (with its number), "norm" or "head"; ends that share a weight are tied."""
 
     kind: str
@@ -104,44 +104,44 @@ class Piece(NamedTuple):
 
 def layers_of(model: Any) -> list[Any]:
     """The layers of `pipeline_of`. Raises LayerError for a model that they do not reproduce."""
-    layers = [as_layer(model, piece) for piece in pieces_of(model)]
+    layers = [as_layer(model, key) for key in layer_keys(model)]
     _try(model, layers)
     return layers
 
 
-def pieces_of(model: Any) -> list[Piece]:
+def layer_keys(model: Any) -> list[LayerKey]:
     """What a model's layers are, in order. Raises LayerError for one that is no list of blocks."""
     base, blocks_name, norm_name = anatomy(model)
     embed, head = model.get_input_embeddings(), model.get_output_embeddings()
     is_tied = head is not None and head.weight is embed.weight
     if is_tied and getattr(head, "bias", None) is not None:
         raise LayerError(f"{type(model).__name__} has a head with a bias of its own over the embedding's weight.")
-    blocks = [Piece("block", i) for i in range(len(getattr(base, blocks_name)))]
-    norm = [Piece("norm")] if norm_name is not None else []
-    return [Piece("front", is_tied=is_tied), *blocks, *norm, Piece("head", is_tied=is_tied)]
+    blocks = [LayerKey("block", i) for i in range(len(getattr(base, blocks_name)))]
+    norm = [LayerKey("norm")] if norm_name is not None else []
+    return [LayerKey("front", is_tied=is_tied), *blocks, *norm, LayerKey("head", is_tied=is_tied)]
 
 
-def as_layer(model: Any, piece: Piece) -> Any:
-    """A piece as a layer of a pipeline, of the model's own modules."""
-    module = make_part(model, piece)
-    return LiveEnds(module, END_RUNS[piece.kind]) if piece.is_tied else module
+def as_layer(model: Any, key: LayerKey) -> Any:
+    """The layer of `key` as a layer of a pipeline, of the model's own modules."""
+    module = make_part(model, key)
+    return LiveEnds(module, END_RUNS[key.kind]) if key.is_tied else module
 
 
-def make_part(model: Any, piece: Piece) -> nn.Module:
-    """The module that runs a piece."""
+def make_part(model: Any, key: LayerKey) -> nn.Module:
+    """The module that runs the layer of `key`."""
     base, blocks_name, norm_name = anatomy(model)
-    if piece.kind == "block":
-        return Part(_skeleton(base, blocks_name, norm_name, [piece.number]))
-    if piece.kind == "norm":
-        return Part(_skeleton(base, blocks_name, norm_name, [], has_norm=True))
-    front = Part(_skeleton(base, blocks_name, norm_name, [], has_embedding=True), takes_tokens=True)
-    if piece.kind == "front" and not piece.is_tied:
+    if key.kind == "block":
+        return PartialModel(_skeleton(base, blocks_name, norm_name, [key.number]))
+    if key.kind == "norm":
+        return PartialModel(_skeleton(base, blocks_name, norm_name, [], has_norm=True))
+    front = PartialModel(_skeleton(base, blocks_name, norm_name, [], has_embedding=True), takes_tokens=True)
+    if key.kind == "front" and not key.is_tied:
         return front
     whole = _around(model, base, _skeleton(base, blocks_name, norm_name, []))
-    if not piece.is_tied:
+    if not key.is_tied:
         return Head(whole)
     # Where one rank has both ends, the first is made for both.
-    return Ends(model.get_input_embeddings(), front if piece.kind == "front" else None, whole)
+    return Ends(model.get_input_embeddings(), front if key.kind == "front" else None, whole)
 
 
 def _run_front(ends: Any, values: Any) -> Any:

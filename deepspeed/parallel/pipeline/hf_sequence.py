@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepspeed.parallel.pipeline.hf_parts import Part
+from deepspeed.parallel.pipeline.hf_parts import PartialModel
 from deepspeed.parallel.pipeline.layers import LayerError
 from deepspeed.parallel.sequence.hf import register_group
 from deepspeed.parallel.sequence.inputs import IGNORED, gather_inputs, shifted
@@ -39,7 +39,7 @@ class SpreadParts:
     def attach(self, module: nn.Module) -> None:
         """Have every part of a built pipeline run by this."""
         for part in module.modules():
-            if isinstance(part, Part):
+            if isinstance(part, PartialModel):
                 if "position_ids" not in inspect.signature(type(part.base).forward).parameters:
                     raise LayerError(
                         f"{type(part.base).__name__} takes no position_ids: a part of a sequence would count from 0.\n"
@@ -47,7 +47,7 @@ class SpreadParts:
                     )
                 part.spread = self
 
-    def run(self, part: Part, values: Any) -> Any:
+    def run(self, part: PartialModel, values: Any) -> Any:
         """See Spread."""
         given = tuple(values) if isinstance(values, (tuple, list)) else (values,)
         x, mask, position_ids = (*given, None, None)[:3]
@@ -59,7 +59,7 @@ class SpreadParts:
             hidden = base(**tokens, position_ids=position_ids, use_cache=False).last_hidden_state
         return hidden, mask, position_ids
 
-    def _count(self, part: Part, tokens: Tensor, mask: Tensor | None) -> Tensor:
+    def _count(self, part: PartialModel, tokens: Tensor, mask: Tensor | None) -> Tensor:
         for child in part.base.children():
             if mask is not None and "attention_mask" in inspect.signature(child.forward).parameters:
                 raise LayerError(

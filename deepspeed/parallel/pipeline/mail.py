@@ -106,11 +106,11 @@ class Mail:
         self.bytes_sent += nbytes
         self.control_bytes_sent += control
 
-    def settle(self) -> None:
+    def wait_sent(self) -> None:
         """Wait until all that was sent has left. Only where all ranks have done their lists, or `drain` it: a rank that has failed
         takes nothing more."""
         for outbox in self._post.outboxes.values():
-            outbox.settle()
+            outbox.wait_sent()
 
     def tell_failure(self, text: str) -> None:
         """Say to all who wait for a message of this rank that none will come, and why."""
@@ -194,5 +194,5 @@ class Mail:
                 num_sent = log.get(Way(self._own, is_forward), 0)
                 while num_sent and self._post.inbox(Way(from_rank, is_forward)).num_taken < num_sent:
                     self._post.inbox(Way(from_rank, is_forward)).take()
-        self.settle()
+        self.wait_sent()
         self._here.clear()

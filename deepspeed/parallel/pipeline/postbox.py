@@ -134,7 +134,7 @@ class Outbox:
         while self._under_way and self._under_way[0][1].is_completed():
             self._under_way.popleft()
 
-    def settle(self) -> None:
+    def wait_sent(self) -> None:
         """Wait until all that was sent has left. Over gloo it leaves when the other end takes it, so only where it will."""
         while self._under_way:
             self._under_way.popleft()[1].wait()

@@ -114,11 +114,11 @@ class SequenceLoss:
         rows = found.view(-1, 3).tolist()
         values = [row[0] for row in rows]
         if any(row[1] for row in rows):
-            return self._settle("gathered", "a differentiable collective is in its graph")
+            return self._say("gathered", "a differentiable collective is in its graph")
         if any(value != value for value in values):
             return "local"  # nan tells nothing; ask again next time
         if all(row[2] for row in rows) or len(set(values)) > 1:
-            return self._settle("local", "each rank has its own")
+            return self._say("local", "each rank has its own")
         if values[0] == 0.0:
             return "local"
         if is_low:
@@ -127,9 +127,9 @@ class SequenceLoss:
                 "differentiable collective in its graph: it may have been all-reduced in place, or be equal by chance.\n"
                 '  Set "sequence_parallel_loss" to "summed" or "local" in the configuration, or compute the loss in float32.'
             )
-        return self._settle("summed", "it is equal on all of them, and no differentiable collective made it so")
+        return self._say("summed", "it is equal on all of them, and no differentiable collective made it so")
 
-    def _settle(self, convention: Convention, reason: str) -> Convention:
+    def _say(self, convention: Convention, reason: str) -> Convention:
         self._decided = convention
         meaning = {
             "gathered": "its gradients are averaged over the ranks of a sequence",

@@ -64,7 +64,7 @@ def _exchange(rank: int, world: int) -> dict[str, Any]:
                     mail.send(1 - rank, Key(1 - stage, micro, is_forward), _values(micro), True)
                 assert all(len(inbox._guesses) <= MOST_GUESSES for inbox in post.inboxes.values())  # type: ignore[attr-defined]
                 num_kept.append(sum(len(outbox._under_way) for outbox in post.outboxes.values()))
-            mail.settle()
+            mail.wait_sent()
     dist.barrier()
     for group in made:
         end_group(group)
@@ -96,7 +96,7 @@ def _count_messages(rank: int, world: int) -> list[int]:
             assert all(map(torch.equal, parcel.values, values))  # type: ignore[union-attr]
             assert parcel.values[0].data_ptr() % 64 == 0  # type: ignore[union-attr]
     if rank == 0:
-        post.outbox(way).settle()
+        post.outbox(way).wait_sent()
     dist.barrier()
     for group in made:
         end_group(group)
@@ -215,7 +215,7 @@ def _at_random(rank: int, world: int, seeds: list[int]) -> int:
             mail.drain([log for _, log in everyone])
             num_failed += 1
         elif seed % 3 == 0:  # otherwise some of it is still on its way in the next list, as with late steps
-            mail.settle()
+            mail.wait_sent()
         assert any(said for said, _ in everyone) == bool(failing), (seed, everyone)
         assert all(not said or int(said.split()[1]) in failing for said, _ in everyone), (seed, everyone)
         if seed % 5 == 0:

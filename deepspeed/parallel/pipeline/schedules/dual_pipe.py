@@ -36,4 +36,4 @@ def _list_of(rank: int, num_ranks: int, num_micro: int) -> tuple[Action, ...]:
     if half:
         script.say("B1 I0", 1)
     script.say("I1 I0", rank + 1 - whole - half)
-    return script.say("W I0", below).say("W", rank + 1).settle()
+    return script.say("W I0", below).say("W", rank + 1).complete()

@@ -12,5 +12,5 @@ def inference(num_ranks: int, num_micro: int, rank_of: tuple[int, ...] = ()) -> 
     for rank in range(num_ranks):
         stages = [stage for stage, owner in enumerate(rank_of) if owner == rank]
         phrase = " ".join(f"F{chunk}" for chunk in range(len(stages)))
-        lists.append(Script(stages, num_micro).say(phrase, num_micro).settle())
+        lists.append(Script(stages, num_micro).say(phrase, num_micro).complete())
     return Actions(tuple(lists), rank_of, num_micro, "inference")

@@ -18,7 +18,7 @@ def one_f_one_b(num_ranks: int, num_micro: int) -> Actions:
     for rank in range(num_ranks):
         warm_up = min(num_micro, num_ranks - rank)
         script = Script([rank], num_micro)
-        lists.append(script.say("F0", warm_up).say("B0 F0", num_micro - warm_up).say("B0", warm_up).settle())
+        lists.append(script.say("F0", warm_up).say("B0 F0", num_micro - warm_up).say("B0", warm_up).complete())
     return Actions(tuple(lists), looped(num_ranks, num_ranks), num_micro, "1f1b")
 
 
@@ -38,7 +38,7 @@ def interleaved(num_ranks: int, num_micro: int, num_chunks: int = 2) -> Actions:
             forwards=chunks_in_rounds(num_chunks, num_micro, in_round),
             backwards=(num_chunks - 1 - chunk for chunk in chunks_in_rounds(num_chunks, num_micro, in_round)),
         )
-        lists.append(script.say("F", warm_up).say("F B", num_ops - warm_up).say("B", warm_up).settle())
+        lists.append(script.say("F", warm_up).say("F B", num_ops - warm_up).say("B", warm_up).complete())
     return Actions(tuple(lists), looped(num_ranks, num_chunks * num_ranks), num_micro, "interleaved")
 
 

@@ -33,7 +33,7 @@ def zb_h1(num_ranks: int, num_micro: int, num_chunks: int = 1) -> Actions:
             backwards=(num_chunks - 1 - chunk for chunk in chunks_in_rounds(num_chunks, num_micro, in_round)),
             weight_lag=rank,
         )
-        lists.append(script.say("F", warm_up).say("F I", num_ops - warm_up).say("I", warm_up).settle())
+        lists.append(script.say("F", warm_up).say("F I", num_ops - warm_up).say("I", warm_up).complete())
     return Actions(tuple(lists), looped(num_ranks, num_chunks * num_ranks), num_micro, "zb-h1")
 
 
@@ -43,7 +43,7 @@ def zb_h2(num_ranks: int, num_micro: int) -> Actions:
     for rank in range(num_ranks):
         warm_up = min(num_micro, 2 * (num_ranks - rank) - 1)
         script = Script([rank], num_micro, weight_lag=2 * rank)
-        lists.append(script.say("F0", warm_up).say("I0 F0", num_micro - warm_up).say("I0", warm_up).settle())
+        lists.append(script.say("F0", warm_up).say("I0 F0", num_micro - warm_up).say("I0", warm_up).complete())
     return Actions(tuple(lists), looped(num_ranks, num_ranks), num_micro, "zb-h2")
 
 
@@ -58,5 +58,5 @@ def zb_v(num_ranks: int, num_micro: int) -> Actions:
         script.say("F0", 2 * below - 1).say("F1 F0", rank).say("F1 I1 W1", below)
         script.say("F0 I0 W0 F1 I1 W1", num_full - num_ranks - below + 1).say("I0 W0 F1 I1 W1", below - 1)
         script.say("I0 I1", rank).say("I0 W0", below).say("W1", rank)
-        lists.append(script.settle())
+        lists.append(script.complete())
     return Actions(tuple(lists), v_shaped(num_ranks), num_micro, "zb-v")
