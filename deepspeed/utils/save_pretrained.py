@@ -30,10 +30,10 @@ def refuse_resizing(model: nn.Module, what: str, cure: str) -> None:
     """From now on, `resize_token_embeddings` of `model` raises DeepSpeedError: Transformers would take a part's rows for all of them."""
     if callable(getattr(model, "resize_token_embeddings", None)):
         words = f"resize_token_embeddings of a {type(model).__name__} {what}.\n  {cure}"
-        model.__dict__["resize_token_embeddings"] = _Never(words)
+        model.__dict__["resize_token_embeddings"] = Never(words)
 
 
-class _Never:
+class Never:
     """Stands before a method that has no right answer."""
 
     def __init__(self, words: str) -> None:

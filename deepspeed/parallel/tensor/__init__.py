@@ -11,6 +11,7 @@ regions.py       between layers each rank has some tokens
 blocks.py        where such regions are in a model
 surround.py      hooks around modules that are no layers
 apply.py         cuts a model in place
+adapters.py      adapters that come when layers are cut already
 inputs.py        whether the ranks get the same data
 by_hand.py       linear layers that scripts cut themselves
 tables.py        embeddings that scripts cut themselves

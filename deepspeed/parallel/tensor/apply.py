@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from deepspeed.mesh import marks
 from deepspeed.mesh.shape import ROLES
 from deepspeed.parallel.tensor import cuts, surround
+from deepspeed.parallel.tensor.adapters import refuse_later_adapters
 from deepspeed.parallel.tensor.blocks import divide_blocks
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, choose
 from deepspeed.parallel.tensor.collectives import TensorGroup
@@ -138,6 +139,7 @@ def carry_out(
     for do in drawn.turns:
         do()
     model.__dict__[PARSED] = True
+    refuse_later_adapters(model)
     refuse_save_pretrained(
         model,
         lambda layer: any(marks.of(param).cuts for param in layer.parameters(recurse=False)),
@@ -285,6 +287,11 @@ class _Plan:
             if module is None or not hasattr(module, "base_layer"):
                 yield name, decision
                 continue
+            if decision.action in (Action.EXPERTS, Action.SUM_OUTPUT):
+                raise DeepSpeedConfigError(
+                    f"{name} has adapters around its parameters, which cannot be cut over tensor-parallel ranks with them.\n"
+                    "  Leave target_parameters out of the adapters' configuration, or merge them first (merge_and_unload)."
+                )
             yield f"{name}.base_layer", decision
             side = "lora_B" if decision.action in _COLUMNS else "lora_A"
             for adapter, _ in getattr(module, side, nn.ModuleDict()).named_children():
