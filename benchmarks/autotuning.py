@@ -17,17 +17,20 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
+import math
 import random
 import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import numpy as np  # noqa: E402
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 from in_ranks import measure_and_report  # noqa: E402
@@ -37,12 +40,15 @@ from deepspeed.autotuning.lessons import Outcome  # noqa: E402
 from deepspeed.autotuning.prior import prior_parts  # noqa: E402
 from deepspeed.autotuning.space import Candidate, Question, candidates  # noqa: E402
 from deepspeed.autotuning.tuners import ModelBasedTuner  # noqa: E402
+from deepspeed.comm import board  # noqa: E402
 from deepspeed.config import load_config  # noqa: E402
 from deepspeed.config.dotted import leaves  # noqa: E402
 
 OPTIMIZER = {"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}}
-NUM_WARM, NUM_TURNS = 3, 6
-"""Steps of a visit before it counts, and that count; each between two of the reference."""
+NUM_WARM = 3
+"""Rounds of a piece before it counts."""
+UNDISTURBED = 0.25
+"""Quantile of steps that is a point's own, as of what the first run clocks (`profiling.rates.undisturbed`)."""
 RECOMPUTE = {"activation_checkpointing": {"recompute": ["none", "full"]}}
 SPACES: tuple[dict[str, Any], ...] = (
     {"train_micro_batch_size_per_gpu": [1, 2, 4, 8], **RECOMPUTE},
@@ -133,7 +139,7 @@ def facts(args: argparse.Namespace, points: list[tuple[Candidate, dict[str, Any]
     for name, again in rates.items():
         if name.endswith("latency_s") or name == "launch_s":
             info["rates"][name] = min(info["rates"][name], again)
-        elif not name.endswith(("message_s", "unshard_s", "unshard_late_s", "update_s", "update_param_s")):
+        else:
             info["rates"][name] = max(info["rates"][name], again)
     return info
 
@@ -142,7 +148,7 @@ CLOCKS = {"wall": time.perf_counter, "cpu": time.process_time}
 
 
 class _Point:
-    """A configuration's engine. Points take turns step by step, so that what disturbs a machine meets several."""
+    """A configuration's engine."""
 
     def __init__(self, args: argparse.Namespace, candidate: Candidate, config: dict[str, Any]) -> None:
         self.name = candidate.name
@@ -162,94 +168,99 @@ class _Point:
         return float(slowest)
 
 
-def visited(point: _Point, reference: _Point) -> list[list[float]]:
-    """[seconds of a step, mean seconds of the reference's before and after] of each turn. Collective."""
-    for _ in range(NUM_WARM):
-        point.step_s()
-    found, before = [], reference.step_s()
-    for _ in range(NUM_TURNS):
-        own, after = point.step_s(), reference.step_s()
-        found.append([own, (before + after) / 2])
-        before = after
-    return found
-
-
-def missing(args: argparse.Namespace, told: dict[str, Any]) -> list[tuple[int, int]]:
-    """(visit, point's number) of those that are still to be made, visit by visit, each in an order of its own."""
-    points = [candidate.name for candidate, _ in grid(args.ranks, args.model)]
-    first, _, end = args.points.partition(":")
-    numbers = list(range(len(points)))[int(first or 0) : int(end or len(points))]
-    found = []
-    for visit in range(args.visits):
-        random.Random(visit).shuffle(numbers)
-        found += [(visit, i) for i in numbers if len(told.get("visits", {}).get(points[i], [])) <= visit]
-    return found
-
-
 def work(args: argparse.Namespace) -> None:
-    """One rank of the grid: visits until they are made, or the time is over."""
+    """One rank of a piece: rounds until there are enough, or the time is over."""
     began_s = time.perf_counter()
     deepspeed.init_distributed("gloo")
     points = grid(dist.get_world_size(), args.model)
     path = Path(args.worker)
     told = json.loads(path.read_text()) if path.is_file() else {}
     dist.barrier()  # nobody writes before all have read
-    told.setdefault("visits", {})
+    piece: dict[str, list[float]] = {candidate.name: [] for candidate, _ in points}
+    told.setdefault("pieces", []).append(piece)
     if "info" not in told:
         told["info"] = facts(args, points)
         if dist.get_rank() == 0:
             path.write_text(json.dumps(told))
-    reference = _Point(args, *points[0])
-    for _ in range(NUM_WARM):
-        reference.step_s()
-    for _, number in missing(args, told):
+    board.MAX_BOARDS = 16 * len(points)  # each engine talks as if it were alone
+    made = [_Point(args, candidate, config) for candidate, config in points]
+    for number in range(NUM_WARM + args.rounds - num_rounds(told)):
         passed_s = torch.tensor(time.perf_counter() - began_s)
-        dist.all_reduce(passed_s, op=dist.ReduceOp.MAX)  # all end with the same visit
+        dist.all_reduce(passed_s, op=dist.ReduceOp.MAX)  # all end with the same round
         if args.seconds and passed_s > args.seconds:
             break
-        candidate, config = points[number]
-        point = _Point(args, candidate, config)
-        told["visits"].setdefault(candidate.name, []).append(visited(point, reference))
-        point.engine.destroy()
-        if dist.get_rank() == 0:
+        random.Random(number).shuffle(made)
+        for point in made:
+            point.step_s()  # its memory is in the caches then, as in training
+            step_s = point.step_s()
+            if number >= NUM_WARM:
+                piece[point.name].append(step_s)
+        if dist.get_rank() == 0 and number >= NUM_WARM:
             path.write_text(json.dumps(told))
-    reference.engine.destroy()
+    for point in made:
+        point.engine.destroy()
+
+
+def num_rounds(told: dict[str, Any]) -> int:
+    """That were made."""
+    return sum(min(map(len, piece.values())) for piece in told.get("pieces", ()))
 
 
 def is_done(args: argparse.Namespace, told: dict[str, Any]) -> bool:
     """Whether all was measured that is asked for."""
-    return "info" in told and not missing(args, told)
+    return "info" in told and num_rounds(told) >= args.rounds
 
 
-def ratios_of(visits: list[list[list[float]]]) -> list[float]:
-    """Of each visit, the median of a step over the reference's."""
-    return [statistics.median(own / reference for own, reference in turns) for turns in visits]
+class Truth(NamedTuple):
+    """What rounds say of a point."""
+
+    step_s: float
+    doubt: float
+    """Of its logarithm: two standard errors."""
+    parts_s: list[float]
+    """The same of every fourth round, four times."""
+
+
+def truths(pieces: Sequence[Mapping[str, list[float]]]) -> dict[str, Truth]:
+    """Lower quartiles of steps, without what all points of a round have in common (a polish of logarithms, after Tukey)."""
+    names = list(pieces[0])
+    logs = np.concatenate(
+        [np.log([p[n][: min(map(len, p.values()))] for n in names]) for p in pieces if p[names[-1]]], axis=1
+    )
+    rows = np.quantile(logs, UNDISTURBED, axis=1)
+    for _ in range(3):
+        rounds = np.median(logs - rows[:, None], axis=0)
+        own = logs - (rounds - np.median(rounds))
+        rows = np.quantile(own, UNDISTURBED, axis=1)
+    low, high = np.quantile(own, (0.25, 0.75), axis=1)
+    doubts = 2 * 1.36 * (high - low) / 1.35 / math.sqrt(own.shape[1])
+    parts = np.exp([np.quantile(own[:, i::4], UNDISTURBED, axis=1) for i in range(4)])
+    return {
+        name: Truth(float(np.exp(rows[i])), float(doubts[i]), [float(s) for s in parts[:, i]])
+        for i, name in enumerate(names)
+    }
 
 
 def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
-    """Regret, trials, errors of predictions, and by what visits of one point differ."""
+    """Regret, trials, errors of predictions, and how sure the clock's own word is."""
     points = [candidate for candidate, _ in grid(args.ranks, args.model)]
-    left = [points[i].name for _, i in missing(argparse.Namespace(**{**vars(args), "points": ""}), told)]
-    if left:
-        print(f"{len(left)} visits are left; run the same again.")
+    if not is_done(args, told):
+        print(f"{num_rounds(told)} of {args.rounds} rounds were made; run the same again.")
         return
     info = told["info"]
-    ratios = {name: ratios_of(visits) for name, visits in told["visits"].items()}
-    reference_s = statistics.median(step for visits in told["visits"].values() for turns in visits for _, step in turns)
-    seconds = {name: reference_s * statistics.fmean(own) for name, own in ratios.items()}
-    spreads = {name: max(own) / min(own) - 1 for name, own in ratios.items()}
+    found = truths(told["pieces"])
+    seconds = {name: truth.step_s for name, truth in found.items()}
+    doubts = sorted(truth.doubt for truth in found.values())
     fits = [c for c in points if info["memory"].get(c.name, {}).get("fits")]
-    ranked = sorted(spreads.values())
-    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time, {args.visits} visits: {len(points)} points, {len(fits)} predicted to fit; reference {points[0].name}, "
-          f"{1e3 * reference_s:.1f} ms; visits of a point differ by {100 * statistics.median(ranked):.1f} % (median), {100 * ranked[-1]:.0f} % (most), by more than 10 % at "
-          f"{sum(spread > 0.1 for spread in ranked)}")  # fmt: skip
+    print(f"\n{args.model}, {args.ranks} rank(s), {args.clock} time, {num_rounds(told)} rounds in {len(told['pieces'])} piece(s): {len(points)} points, {len(fits)} predicted to fit; "
+          f"two standard errors of a point: {100 * statistics.median(doubts):.1f} % (median), {100 * doubts[-1]:.0f} % (most)")  # fmt: skip
     print(
-        "\n| metric | tried | chosen | regret | unseen within 10 % | of steady ones | median error | worst |\n|---|--:|---|--:|--:|--:|--:|--:|"
+        "\n| metric | tried | chosen | regret | unseen within 10 % | median error | worst |\n|---|--:|---|--:|--:|--:|--:|"
     )
     for metric in ("throughput", "latency"):
         tuner = ModelBasedTuner(fits, prior_parts(info, fits), metric, most_micros=10**9)
         while (chosen := tuner.next()) is not None:
-            s, each = seconds[chosen.name], [reference_s * ratio for ratio in ratios[chosen.name]]
+            s, _, each = found[chosen.name]
             tuner.tell(chosen, Outcome("measured", metrics={"latency": s, "throughput": chosen.train_batch / s, "step_s": each}))  # fmt: skip
 
         def value(c: Candidate, metric: str = metric) -> float:
@@ -259,16 +270,15 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
         unseen = [c for c in fits if c.name not in tuner.outcomes]
         errors = {c.name: tuner.predictions[c.name].step_s / seconds[c.name] - 1 for c in unseen}
         sizes = sorted(map(abs, errors.values()))
-        steady = [abs(error) for name, error in errors.items() if spreads[name] <= 0.1]
         print(f"| {metric} | {len(tuner.outcomes)} of {len(points)} | {own.name} (best {best.name}) | {100 * (1 - value(own) / value(best)):.1f} % | "
-              f"{sum(e <= 0.1 for e in sizes)} of {len(sizes)} | {sum(e <= 0.1 for e in steady)} of {len(steady)} | {100 * statistics.median(sizes):.1f} % | {100 * sizes[-1]:.0f} % |")  # fmt: skip
+              f"{sum(e <= 0.1 for e in sizes)} of {len(sizes)} | {100 * statistics.median(sizes):.1f} % | {100 * sizes[-1]:.0f} % |")  # fmt: skip
         by_value(unseen, errors)
     prior = {name: sum(parts.values()) for name, parts in prior_parts(info, points).items()}
     changes(points, prior, seconds)
-    print("\n| point | predicted before any trial, ms | measured, ms | visits differ |\n|---|--:|--:|--:|")
+    print("\n| point | predicted before any trial, ms | measured, ms | two standard errors |\n|---|--:|--:|--:|")
     for candidate in sorted(points, key=lambda c: seconds[c.name] / c.train_batch):
         name = candidate.name
-        print(f"| {name} | {1e3 * prior[name]:.1f} | {1e3 * seconds[name]:.1f} | {100 * spreads[name]:.0f} % |")
+        print(f"| {name} | {1e3 * prior[name]:.1f} | {1e3 * seconds[name]:.1f} | {100 * found[name].doubt:.1f} % |")
 
 
 def parts_of(c: Candidate) -> dict[str, Any]:
@@ -321,10 +331,9 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=128)
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--seq", type=int, default=64)
-    parser.add_argument("--visits", type=int, default=2, help="of each point")
-    parser.add_argument("--points", default="", help="FIRST:END, of the grid; default: all")
+    parser.add_argument("--rounds", type=int, default=60, help="in each of which every point makes a step that counts")
     parser.add_argument(
-        "--seconds", type=float, default=0.0, help="begin no visit after so long; what is left, the same command does"
+        "--seconds", type=float, default=0.0, help="begin no round after so long; what is left, the same command does"
     )
     parser.add_argument(
         "--clock", choices=CLOCKS, default="wall", help="cpu: processor time, where others use the machine"

@@ -4,8 +4,8 @@
     python benchmarks/layouts.py --unit_ms 40 [--ranks 8]      stages that sleep, at two numbers of micro-batches
 
 A small Llama, the same number of samples per step in every layout. The cluster that the planner is given is this machine, measured by all
-ranks at once: products, copies, messages. Layouts take turns, step by step; the median step of the slowest rank counts, and layouts whose
-medians differ by less than their doubt are tied. More ranks than cores share them, as the measured rates do. So bubbles hardly show there: with `--unit_ms` the layers of a pipeline sleep instead of computing, one
+ranks at once: products, copies, messages, also amid computing. Layouts take turns, step by step; the lower quartile of the slowest rank's steps counts, as of what
+is measured of the machine, and layouts that differ by less than their doubt are tied. More ranks than cores share them, as the measured rates do. So bubbles hardly show there: with `--unit_ms` the layers of a pipeline sleep instead of computing, one
 unit forward and two backward, in the same engine, and the share of the step in which stages neither sleep nor are late to wake is the bubble.
 """
 
@@ -30,13 +30,14 @@ from in_ranks import measure_and_report  # noqa: E402
 
 import deepspeed  # noqa: E402
 from deepspeed.comm import board  # noqa: E402
+from deepspeed.engine.message_costs import shared_costs  # noqa: E402
 from deepspeed.memory.inside import Way  # noqa: E402
 from deepspeed.memory.shape import shape_of, with_inside  # noqa: E402
 from deepspeed.planner.cluster import GB, Cluster, Device, Links  # noqa: E402
 from deepspeed.planner.cost import CALLS_PER_MODULE, ENGINE_CALLS_PER_MODULE  # noqa: E402
 from deepspeed.planner.layouts import Layout, Plan, evaluate  # noqa: E402
 from deepspeed.planner.search import parse_layout, simulated  # noqa: E402
-from deepspeed.profiling.rates import processors  # noqa: E402
+from deepspeed.profiling.rates import processors, undisturbed  # noqa: E402
 from deepspeed.runtime.sequence_parallel.ulysses_sp import UlyssesSPAttentionHF  # noqa: E402
 
 NUM_WARM = 3
@@ -179,7 +180,7 @@ def report_sleep(args: argparse.Namespace, times: dict[str, list[float]]) -> Non
 
 def work(args: argparse.Namespace) -> None:
     """One rank."""
-    from deepspeed.profiling.rates import measure_rates
+    from deepspeed.profiling.rates import Rates, measure_rates
 
     deepspeed.init_distributed("gloo")
     if args.unit_ms:
@@ -188,6 +189,7 @@ def work(args: argparse.Namespace) -> None:
             Path(args.worker).write_text(json.dumps({"times": slept}))
         return
     rates = [measure_rates(torch.float32).as_json() for _ in range(2)]
+    amid = shared_costs(Rates(**rates[0]))
     times: dict[str, list[float]] = {}
     board.MAX_BOARDS = 64  # of all these engines at once
     listed = layouts(dist.get_world_size(), args.samples)
@@ -207,7 +209,7 @@ def work(args: argparse.Namespace) -> None:
         UlyssesSPAttentionHF.unregister()  # whose attention is every model's of its kind
     if dist.get_rank() == 0:
         best = {key: (min if key.endswith("latency_s") else max)(each[key] for each in rates) for key in rates[0]}
-        Path(args.worker).write_text(json.dumps({"rates": best, "times": times}))
+        Path(args.worker).write_text(json.dumps({"rates": best | amid, "times": times}))
 
 
 def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
@@ -226,8 +228,14 @@ def predicted(args: argparse.Namespace, rates: dict[str, float]) -> list[Plan]:
         min(rates["wire_nbytes_s"], rates["sum_nbytes_s"]),
         max(rates["wire_latency_s"], rates["sum_latency_s"]),
     )
-    between_two_s = latency_s / max(1, (args.ranks - 1).bit_length())
-    links = Links(within_gb_s=wire / GB, latency_us=1e6 * between_two_s, overlap=0)
+    doublings = max(1, (args.ranks - 1).bit_length())
+    links = Links(
+        within_gb_s=wire / GB,
+        latency_us=1e6 * latency_s / doublings,
+        inside_us=1e6 * rates["shared_message_s"] / doublings,
+        wait=min(1.0, rates["shared_wait"]),
+        overlap=0,
+    )
     cluster = Cluster(devices_per_node=args.ranks, device=device, links=links, processors=processors())
     return [simulated(evaluate(shape, cluster, at)) for at in layouts(args.ranks, args.samples)]
 
@@ -244,7 +252,7 @@ def report(args: argparse.Namespace, told: dict[str, Any]) -> None:
     if args.unit_ms:
         report_sleep(args, told["times"])
         return
-    seconds = {name: statistics.median(times) for name, times in told["times"].items()}
+    seconds = {name: undisturbed(times) for name, times in told["times"].items()}
     plans = predicted(args, told["rates"])
     first = min(plans, key=lambda plan: plan.step_s).layout.name
     print(

@@ -27,6 +27,7 @@ from typing import Any
 
 from deepspeed.accelerator.platforms import known_without_torch
 from deepspeed.autotuning import lessons, page, summary
+from deepspeed.autotuning.experiment import Limits
 from deepspeed.autotuning.files import OURS, clear, make_folders, read_json, write_json, write_text
 from deepspeed.autotuning.found import Found, best_of
 from deepspeed.autotuning.lessons import Outcome
@@ -58,6 +59,8 @@ from deepspeed.utils.errors import DeepSpeedError
 
 PROFILE = "profile_model_info"
 """The first run's folder."""
+MEASURING_S = 1800.0
+"""In which it has to be done once it has an engine: what it does then is the autotuner's, whatever `trial_timeout` the script's steps have."""
 
 
 class Autotuner:
@@ -193,7 +196,9 @@ class Autotuner:
         if self.section.device_memory_gb:
             own["device_memory_gb"] = self.section.device_memory_gb
         exp = {"name": PROFILE, "ds_config": config}
-        ended = self.rm.start(exp, {**config, "autotuning": own}, result, self.rm.limits(None))
+        limits = self.rm.limits(None)
+        limits = Limits(limits.start_s, max(limits.step_s, MEASURING_S))
+        ended = self.rm.start(exp, {**config, "autotuning": own}, result, limits)
         found = read_json(result)
         if ended.start_s is not None and found is not None:
             self.rm.started_s.append(ended.start_s)

@@ -84,8 +84,8 @@ def clear(results: Path, exps: Path, names: list[str]) -> None:
         (results / name).unlink(missing_ok=True)
 
 
-def tail(path: Path, num_lines: int = 12, most: int = 4000) -> str:
-    """The last lines of a log."""
+def tail(path: Path, num_lines: int = 12, most: int = 16000, keep: str = " failed first (") -> str:
+    """The last lines of a log; the last one with `keep` in it, which says whose they are, is kept where it stands before them."""
     try:
         with path.open("rb") as file:
             file.seek(max(0, path.stat().st_size - most))
@@ -93,4 +93,5 @@ def tail(path: Path, num_lines: int = 12, most: int = 4000) -> str:
     except OSError:
         return ""
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
-    return "\n".join(lines[-num_lines:])
+    heads = [line for line in lines[:-num_lines] if keep in line][-1:]
+    return "\n".join(heads + lines[-num_lines:])

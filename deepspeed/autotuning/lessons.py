@@ -27,6 +27,11 @@ _UNKNOWN_FLAG = re.compile(r"unrecognized arguments?: ?(.*)|No such option:? ?(.
 _MISMATCH = "mismatch TrainingArguments"
 _NEVER_REPLACED = '"auto" was never replaced'
 _FULL = re.compile(r"No space left on device")
+FAILED_FIRST = re.compile(r"^---- (?P<who>.+?) failed first \(.*?\): (?P<ending>.*) ----$", re.MULTILINE)
+"""The launcher's summary of a job that failed (`launcher.failure`)."""
+_RAISED = re.compile(
+    r"^(?:\[rank\d+\]: ?)?((?:\w+\.)*\w*(?:Error|Exception|Exit|Interrupt|Warning)\b.*)$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -73,11 +78,12 @@ def _state(ended: Ended, log: str, last_step: int) -> tuple[str, str, str]:
         name = _killed_by(ended.code)
         return (
             "killed",
-            f"it was killed ({name})",
+            f"it was killed ({name}{_first(log)})",
             "Something outside ended it: the system's out-of-memory killer, or a person.",
         )
     if ended.code:
-        return "failed", f"it ended with exit code {ended.code}{_place(ended)}", _cure_of_failure(log)
+        why = f"it ended with exit code {ended.code}{_place(ended)}{_first(log)}"
+        return "failed", why, _cure_of_failure(log)
     if not ended.saw_engine:
         return (
             "ignored",
@@ -110,6 +116,15 @@ def _place(ended: Ended) -> str:
     if not ended.saw_engine:
         return " before there was an engine"
     return " in the first step" if ended.last_step <= 0 else f" after step {ended.last_step}"
+
+
+def _first(log: str) -> str:
+    """Which rank failed first, and what it raised."""
+    found = FAILED_FIRST.search(log)
+    if found is None:
+        return ""
+    raised = _RAISED.findall(log, found.end())
+    return f"; {found['who']} was the first" + (f": {raised[-1]}" if raised else "")
 
 
 def _cure_of_hanging(ended: Ended) -> str:

@@ -39,7 +39,11 @@ td.n,th.n{text-align:right;white-space:nowrap}table.few{width:auto}.track{positi
 .track u{position:absolute;top:6px;height:4px;background:var(--guess);border-radius:2px;opacity:.75}
 .track s{position:absolute;top:2px;bottom:2px;width:2px;background:var(--ink)}.bad{color:var(--bad)}.soft{color:var(--soft)}
 .best td{font-weight:650}.key{color:var(--soft);font-size:12.5px;margin:0 0 10px}footer{color:var(--soft);font-size:12px;margin-top:22px}
-@media(max-width:760px){.tiles{grid-template-columns:1fr 1fr}}
+details summary{cursor:pointer}details pre{color:var(--ink)}
+@media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}
+table.all,table.all tbody{display:block}table.all tr{display:grid;grid-template-columns:repeat(3,auto);justify-content:start;gap:0 18px;padding:9px 0;
+border-top:1px solid var(--line)}table.all tr.head,table.all td:empty{display:none}table.all td{border:0;padding:2px 0;text-align:left}
+table.all td.wide{grid-column:1/-1;order:1;overflow-wrap:anywhere}table.all td:first-child{order:-1}table.all td.n:before{content:attr(data-of) " ";color:var(--soft);font-weight:400}}
 """
 
 
@@ -57,6 +61,8 @@ class Row(NamedTuple):
     nbytes: int | None
     text: str
     is_bad: bool = False
+    log: str = ""
+    """The end of what it wrote, of a trial that gave nothing."""
 
 
 def rows(search: Found) -> list[Row]:
@@ -77,7 +83,7 @@ def _row(search: Found, candidate: Candidate, memory: dict[str, object]) -> Row:
         value = value_of(metric, outcome.metrics)
         text = f"measured in {outcome.seconds:.0f} s" if value is not None else outcome.why
         order = sign * value if value is not None else math.inf
-        return Row(candidate, 0, order, value, predicted, nbytes, text, value is None)
+        return Row(candidate, 0, order, value, predicted, nbytes, text, value is None, outcome.log)
     if predicted is None:
         why = str(memory.get("why") or "does not fit" if memory else "its memory could not be predicted")
         because = "the engine refuses it: " if memory.get("refused") else ""
@@ -162,10 +168,8 @@ def _table(search: Found, listed: Sequence[Row], best: str | None) -> str:
     measured = [row.measured for row in listed if row.measured is not None]
     guessed = [row.predicted[1] for row in listed if row.predicted]
     top = 1.15 * (max(measured) if measured else max(guessed, default=1.0))
-    head = (
-        "<tr><th>configuration<th class=n>predicted<th class=n>measured<th><th class=n>memory<th>what came of it</tr>"
-    )
-    return f"<table>{head}{''.join(_cells(search, row, top, best) for row in listed)}</table>"
+    head = "<tr class=head><th>configuration<th class=n>predicted<th class=n>measured<th><th class=n>memory<th>what came of it</tr>"
+    return f"<table class=all>{head}{''.join(_cells(search, row, top, best) for row in listed)}</table>"
 
 
 def _cells(search: Found, row: Row, top: float, best: str | None) -> str:
@@ -180,16 +184,21 @@ def _cells(search: Found, row: Row, top: float, best: str | None) -> str:
     if row.predicted:
         low, middle, high = map(left, row.predicted)
         bar += f'<u style="left:{low:.2f}%;width:{max(0.5, high - low):.2f}%"></u><s style="left:{middle:.2f}%"></s>'
-    figures = [row.predicted[1] if row.predicted else None, row.measured]
+    figures = {"predicted": row.predicted[1] if row.predicted else None, "measured": row.measured}
     shown_figures = "".join(
-        f'<td class="n">{"" if value is None else f"{value / scale:.4g}"}</td>' for value in figures
+        f'<td class="n" data-of="{of}">{"" if value is None else f"{value / scale:.4g}"}</td>'
+        for of, value in figures.items()
     )
     kind = "bad" if row.is_bad else "soft" if row.measured is None else ""
     return (
-        f'<tr class="{"best" if is_best else ""}"><td>{html.escape(row.candidate.name)}</td>{shown_figures}'
-        f'<td><div class="track">{bar}</div></td><td class="n">{size(row.nbytes) if row.nbytes else ""}</td>'
-        f'<td class="{kind}">{html.escape(row.text)}</td></tr>'
+        f'<tr class="{"best" if is_best else ""}"><td class="wide">{html.escape(row.candidate.name)}</td>{shown_figures}'
+        f'<td class="wide"><div class="track">{bar}</div></td><td class="n" data-of="memory">{size(row.nbytes) if row.nbytes else ""}</td>'
+        f'<td class="wide {kind}">{html.escape(row.text)}{_log(row.log)}</td></tr>'
     )
+
+
+def _log(log: str) -> str:
+    return f"<details><summary>its last words</summary><pre>{html.escape(log)}</pre></details>" if log else ""
 
 
 def _machine(search: Found) -> str:
@@ -199,6 +208,10 @@ def _machine(search: Found) -> str:
         "copy_nbytes_s": ("copies", 1e9, "GB/s"),
         "wire_nbytes_s": ("wire, received", 1e9, "GB/s"),
         "wire_latency_s": ("a collective of nothing", 1e-6, "us"),
+        "message_s": ("one more message of a step", 1e-6, "us"),
+        "unshard_s": ("a gather where a module needs it", 1e-6, "us"),
+        "shared_message_s": ("a sum that layers wait for", 1e-6, "us"),
+        "update_s": ("an update, whatever its bytes", 1e-6, "us"),
         "host_nbytes_s": ("device to host", 1e9, "GB/s"),
         "disk_read_nbytes_s": ("disk, read", 1e9, "GB/s"),
         "disk_write_nbytes_s": ("disk, written", 1e9, "GB/s"),

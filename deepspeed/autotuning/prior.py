@@ -20,7 +20,7 @@ from deepspeed.autotuning.space import (
     Candidate,
 )
 from deepspeed.memory.clocked import Clocked
-from deepspeed.memory.messages import Messages
+from deepspeed.memory.messages import Messages, Unshards
 from deepspeed.memory.shape import ModelShape
 from deepspeed.planner.cost import Choice, Work
 from deepspeed.planner.divided import divided_parts
@@ -63,7 +63,7 @@ def choice_of(candidate: Candidate, played: Mapping[str, Any] | None = None) -> 
         accumulation=candidate.accumulation,
         ranks=candidate.data_parallel * candidate.degrees.get(DIVIDING[SEQUENCE], 1),
         messages=None if messages is None else {op: Messages(*sent) for op, sent in messages.items()},
-        unshards=int((played or {}).get("unshards", 0)),
+        unshards=Unshards(*(played or {}).get("unshards", ())),
         recompute=str(values.get(RECOMPUTE, "none")),
         states_on=str(values.get(OFFLOAD, "device")).replace("none", "device"),  # type: ignore[arg-type]
         bucket_numel=min(number(BUCKET, 8 << 20), 8 << 20),

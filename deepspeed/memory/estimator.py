@@ -30,7 +30,7 @@ from deepspeed.config import Config, load_config
 from deepspeed.memory.experts import check_ranks, expert_ranks, learned, spread_experts
 from deepspeed.memory.layers import cut_layers, layer_ranks
 from deepspeed.memory.ledger import Ledger
-from deepspeed.memory.messages import CountingReplay, Messages
+from deepspeed.memory.messages import NO_UNSHARDS, CountingReplay, Messages, Unshards
 from deepspeed.memory.parts import exchanged, part_of, say_inputs
 from deepspeed.memory.quantized_notes import quantized_notes
 from deepspeed.memory.replay import EngineSettings, Given, Replay
@@ -66,8 +66,8 @@ class Estimate:
     """Of the rank's micro-batch, forward and backward, without recomputation."""
     messages: Mapping[str, Messages]
     """What the rank sends in a step, by operation."""
-    unshards: int = 0
-    """How many of its all-gathers modules stand still for."""
+    unshards: Unshards = NO_UNSHARDS
+    """Those of its all-gathers that modules stand still for."""
     notes: Sequence[str] = ()
 
     @property

@@ -31,6 +31,17 @@ class Messages(NamedTuple):
         return Messages(number * self.calls, number * self.nbytes)
 
 
+class Unshards(NamedTuple):
+    """All-gathers of a step that modules stand still for."""
+
+    calls: int = 0
+    params: int = 0
+    """That become whole in them, each as often as it does."""
+
+
+NO_UNSHARDS = Unshards()
+
+
 def summed(sent: Iterable[tuple[str, int]]) -> dict[str, Messages]:
     """Messages of (operation, bytes) each, by operation."""
     found: dict[str, Messages] = {}
@@ -57,11 +68,12 @@ class CountingReplay(Replay):
         self._of_step, self._gathered = self._gathered, Counter()
         super()._step()
 
-    def unshards(self) -> int:
-        """Gathers of parameters around their use, in the last step that was played: all-gathers that modules stand still for."""
+    def unshards(self) -> Unshards:
+        """Gathers of parameters around their use, in the last step that was played."""
         played = min(2, self.settings.accumulation)
         sharded = [b for b in self.sizes.buckets if b.is_sharded and not b.keeps_storage and b.layout.world_size > 1]
-        return sum(self._of_step[bucket] for bucket in sharded) * self.settings.accumulation // played
+        times = {b: self._of_step[b] * self.settings.accumulation // played for b in sharded}
+        return Unshards(sum(times.values()), sum(num * len(b.params) for b, num in times.items()))
 
     def messages(self) -> dict[str, Messages]:
         """Of the last step that was played, by operation; none where one rank has all of it."""

@@ -7,7 +7,8 @@
      "price_per_device_hour": 2.0}
 
 Where ranks compute on CPUs: "processors" of a node that its devices take turns on, and of `device` "call_us", what a module's call takes
-whatever it computes, forward and backward; the other rates of a device are those while all of them compute.
+whatever it computes, forward and backward; of `links` "inside_us" and "wait", what a message costs amid computing, and by what share of it ranks
+wait for each other; the other rates of a device are those while all of them compute.
 
 tflops: of the dtype that is trained in, as a large matrix product reaches it. Links: bytes (1e9) per second that one device sends,
 while all do. Only the number of devices and `device` must be given.
@@ -30,6 +31,7 @@ from deepspeed.utils.errors import DeepSpeedError
 GB = 1e9
 RATES = ("tflops", "memory_gb_s", "within_gb_s", "between_gb_s", "link_gb_s")
 """Keys that seconds are divided by. Disks may be missing, so theirs may be 0."""
+SHARES = ("overlap", "wait")
 COUNTS = ("nodes", "devices_per_node", "processors")
 MOST = 1 << 20
 """Of nodes, and of devices of one: every divisor of their number is a layout."""
@@ -55,6 +57,10 @@ class Links:
     between_gb_s: float = 10.0
     latency_us: float = 10.0
     """Between two; messages of more ranks take as many steps as their number has doublings."""
+    inside_us: float = 0.0
+    """Of a message that layers stand still for, on CPUs that compute before and after it; 0: as `latency_us`."""
+    wait: float = 0.0
+    """Share of what ranks compute between such messages that one of them waits for the others."""
     overlap: float = OVERLAP
     """Of backward that messages hide behind; 0 where the processors that compute also move them."""
 
@@ -97,6 +103,11 @@ class Cluster:
     def latency_s(self, ranks: int) -> float:
         """Of a message that so many ranks take part in."""
         return self.links.latency_us * 1e-6 * max(1, (ranks - 1).bit_length())
+
+    def inside_s(self, ranks: int) -> float:
+        """Of a message that layers of so many ranks stand still for."""
+        doublings = max(1, (ranks - 1).bit_length())
+        return doublings * self.links.inside_us * 1e-6 if self.links.inside_us else self.latency_s(ranks)
 
     @property
     def num_devices(self) -> int:
@@ -166,8 +177,8 @@ def _make(kind: type[T], data: Any, prefix: str) -> T:
                 "  Plan for the kinds that there are one by one, or give the slowest one's numbers for all: ranks wait for it."
             )
         number = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if key == "overlap" and number and not 0 <= value <= 1:
-            raise DeepSpeedError(f"cluster: {prefix}overlap = {value!r} is no share.\n  Give a number from 0 to 1.")
+        if key in SHARES and number and not 0 <= value <= 1:
+            raise DeepSpeedError(f"cluster: {prefix}{key} = {value!r} is no share.\n  Give a number from 0 to 1.")
         is_wrong = not number or not math.isfinite(value) or value < 0 or (key in RATES and not value)
         if is_wrong or (is_count and (value != int(value) or not 1 <= value <= MOST)):
             need = (

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 from deepspeed.memory.clocked import Clocked
-from deepspeed.memory.messages import ALL_REDUCE, GATHER, SCATTER, Messages
+from deepspeed.memory.messages import ALL_REDUCE, GATHER, NO_UNSHARDS, SCATTER, Messages, Unshards
 from deepspeed.profiling.rates import Rates
 
 Tier = Literal["device", "cpu", "nvme"]
@@ -80,8 +80,8 @@ class Choice:
     params_on: Tier = "device"
     messages: Mapping[str, Messages] | None = None
     """What ZeRO sends in a step by operation, as the estimator counted it; None: estimated from sizes."""
-    unshards: int = 0
-    """How many of the all-gathers are of parameters around their use."""
+    unshards: Unshards = NO_UNSHARDS
+    """Those of the all-gathers that are of parameters around their use."""
     bucket_numel: int = 8 << 20
     reuse_numel: int = 10**9
     prefetch_numel: int = 50_000_000
@@ -225,7 +225,9 @@ def _gather(rates: Rates, work: Work, choice: Choice) -> float:
     nbytes = work.num_params * (1.03 if choice.quantized_weights and choice.stage == 3 else work.param_itemsize)
     per_micro = 1 if work.num_params <= choice.reuse_numel else 2
     if choice.messages is not None and not choice.quantized_weights:
-        gathered = _sent(rates, choice, GATHER) + choice.unshards * _unshard_more_s(rates, choice)
+        around = choice.unshards
+        more_s = around.calls * _unshard_more_s(rates, choice) + around.params * rates.unshard_param_s
+        gathered = _sent(rates, choice, GATHER) + more_s
     elif choice.stage < 3:
         gathered = _wire(rates, nbytes, _calls(work, choice), choice.ranks)
     else:

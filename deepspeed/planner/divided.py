@@ -44,7 +44,7 @@ def divided_parts(
             clocked=work.clocked and work.clocked.scaled(1 / layout.pp, share),
         )
     parts = step_parts(rates, local, choice)
-    inside = _inside_s(rates, shape, layout, choice)
+    inside = _inside_s(rates, shape, layout, choice, parts.busy)
     return replace(parts, inside=inside, bubble=_bubble_s(rates, parts.busy + inside, shape, layout, schedule))
 
 
@@ -74,15 +74,16 @@ def _local(work: Work, shape: ModelShape | None, layout: Layout) -> Work:
     )
 
 
-def _inside_s(rates: Rates, shape: ModelShape | None, layout: Layout, choice: Choice) -> float:
-    """Of a step. Without a shape it is what was counted of the step, if it was."""
+def _inside_s(rates: Rates, shape: ModelShape | None, layout: Layout, choice: Choice, busy_s: float) -> float:
+    """Of a step that computes for `busy_s`. Without a shape it is what was counted of the step, if it was."""
     if shape is None:
         times, sent = 1, moved_inside(choice.messages or {}, layout)
     else:
         times, sent = layout.accumulation, sent_inside(shape, layout)
-    rate = rates.sum_nbytes_s or rates.wire_nbytes_s or 1.0
+    rate = rates.shared_nbytes_s or rates.sum_nbytes_s or rates.wire_nbytes_s or 1.0
     latency = rates.shared_message_s or rates.sum_latency_s or rates.wire_latency_s
-    return times * sum(each.nbytes / rate + each.calls * latency for each in sent.values())
+    waited_s = rates.shared_wait * busy_s if any(each.calls for each in sent.values()) else 0.0
+    return waited_s + times * sum(each.nbytes / rate + each.calls * latency for each in sent.values())
 
 
 def _bubble_s(rates: Rates, busy_s: float, shape: ModelShape | None, layout: Layout, schedule: str) -> float:

@@ -331,16 +331,17 @@ def _stage_seconds(shape: ModelShape, cluster: Cluster, layout: Layout) -> tuple
     elements = ELEMENTWISE_PASSES * kept / (cluster.device.memory_gb_s * GB)
     sent = sent_inside(shape, layout)
     wires = sum(
-        s.nbytes / cluster.wire_nbytes_s(s.ranks, s.stride) + s.calls * cluster.latency_s(s.ranks)
-        for s in sent.values()
+        s.nbytes / cluster.wire_nbytes_s(s.ranks, s.stride) + s.calls * cluster.inside_s(s.ranks) for s in sent.values()
     )
     again = 1.0 if layout.recompute else 0.0
     modules = (shape.num_blocks * shape.block_modules + shape.outer_modules) / layout.pp
     computed = products + elements + modules * cluster.device.call_us * 1e-6
+    if any(s.calls for s in sent.values()):
+        wires += cluster.links.wait * (1 + again / 3) * computed
     forward_s = computed / 3 + wires / 2
     params = rank_params(shape, layout, -(-shape.num_blocks // layout.pp))
     gradients = GRADIENT_PASSES * params * shape.itemsize / (cluster.device.memory_gb_s * GB)
-    backward_s = 2 * computed / 3 + wires / 2 + gradients + again * forward_s
+    backward_s = 2 * computed / 3 + wires / 2 + gradients + again * computed / 3
     return forward_s, backward_s, {dim: s.nbytes * layout.accumulation for dim, s in sent.items()}
 
 

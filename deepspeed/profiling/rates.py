@@ -15,7 +15,7 @@ import dataclasses
 import os
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ from deepspeed.accelerator.peak import measured_peak
 from deepspeed.comm.choose import make_exchange
 from deepspeed.utils.launch_env import discover
 
-NUM_RUNS = 3
+NUM_RUNS, MOST_RUNS = 3, 40
 NUM_SMALL = 64
 """Modules of the chain that tells what a module costs besides its arithmetic."""
 COPY_NBYTES = 32 << 20
@@ -66,8 +66,14 @@ class Rates:
     """Of one more all-gather of parameters around their use, whatever its bytes, prefetched; 0: as `message_s`."""
     unshard_late_s: float = 0.0
     """Of one that begins when its module does; 0: as `unshard_s`."""
+    unshard_param_s: float = 0.0
+    """Of each parameter that becomes whole in one, whatever its bytes."""
     shared_message_s: float = 0.0
     """Of one more message of layers that ranks share, which all ranks stand still for; 0: as `sum_latency_s`."""
+    shared_nbytes_s: float = 0.0
+    """Bytes per second of such a message, counted as a ring's; 0: as `sum_nbytes_s`."""
+    shared_wait: float = 0.0
+    """Share of what ranks compute between such messages that one of them waits for the other."""
     update_s: float = 0.0
     """Of an optimizer's step besides the bytes that it touches, and"""
     update_param_s: float = 0.0
@@ -163,6 +169,15 @@ def _measure_disk(folder: Path) -> tuple[float, float]:
     return 0.0, 0.0
 
 
+def undisturbed(seconds: Iterable[float]) -> float:
+    """Of many runs of the same thing, what it takes where little else runs: their lower quartile.
+
+    The fastest is too lucky to be met again, and the median is no more the same where half of the runs were disturbed.
+    """
+    ordered = sorted(seconds)
+    return ordered[(len(ordered) - 1) // 4]
+
+
 def processors() -> int:
     """That this process may run on."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -184,12 +199,12 @@ def _turns(device: torch.device) -> float:
 def _fastest(call: Callable[[], Any]) -> float:
     """Seconds of a call, all ranks' at once."""
     found = min(_seconds_together(call, 1) for _ in range(NUM_RUNS + 1))
-    if not _take_turns():
-        return found
     most = torch.tensor(WINDOW_S / found, dtype=torch.float64)
     if dist.is_initialized():
         dist.all_reduce(most, op=dist.ReduceOp.MAX)  # messages need as many calls from each
     number = max(1, round(float(most)))
+    if not _take_turns():  # a short one is disturbed for all of four runs
+        return min(found, *(_seconds_together(call, 1) for _ in range(min(number, MOST_RUNS))))
     return min(_seconds_together(call, number) for _ in range(NUM_WINDOWS))
 
 

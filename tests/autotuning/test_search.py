@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from deepspeed.autotuning import lessons
 from deepspeed.autotuning.experiment import Ended
+from deepspeed.autotuning.files import tail
 from deepspeed.autotuning.lessons import Outcome, outcome_of
 from deepspeed.autotuning.prior import prior_parts
 from deepspeed.autotuning.space import Candidate, Question, candidates
@@ -191,6 +193,34 @@ def test_each_end_of_a_trial_says_what_to_do(ended: tuple[Any, ...], log: str, s
     found = outcome_of(Ended(code, 1.0, saw_engine, last_step, None, was_ended), None, log, last_step=5)
     assert found.state == state
     assert words in found.text()
+
+
+RANK_1 = """---- rank 1 failed first (host a, pid 7): {ending} ----
+[rank1]: Traceback (most recent call last):
+[rank1]:     raise ValueError("a: b")
+[rank1]: ValueError: a: b
+failed after it: rank 0 (a)"""
+
+
+@pytest.mark.parametrize(
+    ("code", "log", "why"),
+    [
+        (1, RANK_1, "it ended with exit code 1 after step 2; rank 1 was the first: ValueError: a: b"),
+        (3, RANK_1.partition("\n")[0], "it ended with exit code 3 after step 2; rank 1 was the first"),
+        (247, RANK_1.partition("\n")[0], "it was killed (SIGKILL; rank 1 was the first)"),
+        (1, "ValueError: no launcher", "it ended with exit code 1 after step 2"),
+    ],
+)
+def test_of_a_trial_in_which_one_rank_fails_is_said_which_and_what_it_raised(code: int, log: str, why: str) -> None:
+    found = outcome_of(Ended(code, 1.0, True, 2, None, ""), None, log.format(ending="exit code 1"), last_step=5)
+    assert found.why == why
+
+
+def test_of_a_long_log_the_line_that_says_who_failed_is_kept(tmp_path: Path) -> None:
+    log = tmp_path / "stderr.log"
+    log.write_text("\n".join(["before", *RANK_1.splitlines()[:1], *map(str, range(30))]))
+    assert tail(log).splitlines() == [RANK_1.splitlines()[0], *map(str, range(18, 30))]
+    assert tail(tmp_path / "none") == ""
 
 
 @pytest.mark.parametrize(

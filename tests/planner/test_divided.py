@@ -64,6 +64,16 @@ def test_without_a_shape_layers_send_what_was_counted_of_the_step() -> None:
     assert found.reduce > 0, "ZeRO's are another part"
 
 
+def test_a_message_amid_computing_has_a_price_a_rate_and_a_wait_of_its_own() -> None:
+    rates = replace(RATES, shared_message_s=2e-3, shared_nbytes_s=1e8, shared_wait=0.25)
+    layout, choice = Layout(micro=8, tp=2), Choice(stage=0, micro=8)
+    found = divided_parts(rates, WORK, choice, SHAPE, layout)
+    sums = 4 * 4 + 2
+    sent_s = (sums * 8 * 65536 + 8 * 8192 / 2) / 1e8 + (sums + 1) * 2e-3
+    assert found.inside == pytest.approx(sent_s + 0.25 * found.busy)
+    assert divided_parts(rates, WORK, choice, SHAPE, Layout(micro=8)).inside == 0, "who shares nothing waits for nobody"
+
+
 @pytest.mark.parametrize(("stages", "micros"), [(2, 1), (2, 8), (4, 6)])
 def test_a_pipelines_bubble_is_that_of_its_list(stages: int, micros: int) -> None:
     found = divided_parts(

@@ -9,34 +9,53 @@ import pytest
 import torch
 from torch import nn
 
+from deepspeed.engine import message_costs
 from deepspeed.engine.engine import DeepSpeedEngine
-from deepspeed.engine.message_costs import message_costs
+from deepspeed.memory.estimator import Estimator
 from deepspeed.memory.messages import Messages
 from deepspeed.planner.cost import Choice, Tier, Work, step_parts
-from deepspeed.profiling.rates import Rates
+from deepspeed.profiling.rates import Rates, undisturbed
 from tests.harness import run_ranks
 
 WORK = Work(num_params=1000, flops=6000.0, forward_flops=2000.0, activation_nbytes=0.0, is_host=True)
 RATES = Rates(
     matmul_flops=1e9, copy_nbytes_s=1e9, wire_nbytes_s=1e6, wire_latency_s=1.0, message_s=2.0, sum_message_s=3.0
 )
+CONFIG = {"train_micro_batch_size_per_gpu": 1, "optimizer": {"type": "AdamW"}}
 
 
 def priced(rank: int, world_size: int) -> dict[str, float]:
     model = nn.Linear(2, 2)
     before = torch.get_rng_state()
-    found = message_costs(DeepSpeedEngine, RATES)
+    found = message_costs.message_costs(DeepSpeedEngine, RATES)
     assert torch.equal(before, torch.get_rng_state()) and model.weight.grad is None
     return found
+
+
+def test_what_gathers_cost_is_told_by_steps_that_make_many() -> None:
+    estimator = Estimator(message_costs.Stack(), torch.ones(1, message_costs.WIDTH))
+    zeros = [message_costs.SHARDED, {"stage": 3}]
+    many, none = (
+        estimator.estimate({**CONFIG, "zero_optimization": zero}, world_size=2, bounds=False).unshards for zero in zeros
+    )
+    assert none == (0, 0)
+    units = 2 * message_costs.NUM_UNITS - 1  # in forward and in backward, where the last one is there still
+    assert many == (units, units * message_costs.NUM_LAYERS // message_costs.NUM_UNITS)
+
+
+def test_of_many_runs_those_that_were_hardly_disturbed_count() -> None:
+    calm, disturbed = [1.0, 1.1, 1.2], [5.0] * 5
+    assert undisturbed([*disturbed, *calm]) == 1.1
+    assert undisturbed([2.0]) == 2.0
 
 
 def test_ranks_agree_on_what_a_message_costs() -> None:
     first, second = run_ranks(2, priced)
     assert first == second and set(first) == {
-        "sum_message_s", "message_s", "unshard_s", "unshard_late_s", "shared_message_s", "update_s", "update_param_s"
+        "sum_message_s", "message_s", "unshard_s", "unshard_late_s", "unshard_param_s", "shared_message_s", "shared_nbytes_s", "shared_wait", "update_s", "update_param_s"
     }  # fmt: skip
     assert first["update_s"] > 0, "an optimizer's step is never free"
-    assert all(math.isfinite(cost) and 0 <= cost < 1 for cost in first.values())
+    assert all(math.isfinite(cost) and 0 <= cost < 1 for name, cost in first.items() if name != "shared_nbytes_s")
 
 
 @pytest.mark.parametrize(

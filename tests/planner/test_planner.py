@@ -336,3 +336,22 @@ def test_messages_hide_behind_backward_as_far_as_the_links_let_them() -> None:
         assert seen.exposed_s > hidden.exposed_s
     with pytest.raises(DeepSpeedError, match="overlap = 2 is no share"):
         read_cluster({**CLUSTER, "links": {"overlap": 2}})
+
+
+def test_recomputation_sends_again_what_its_layers_send_once() -> None:
+    """With devices that compute in no time a micro-batch is its messages: four of a block, five where its forward is made twice."""
+    instant = read_cluster({**CLUSTER, "device": {"memory_gb": 80, "tflops": 1e9, "memory_gb_s": 1e12}})
+    kept, again = (evaluate(LLAMA_70B, instant, Layout(tp=8, recompute=recompute)) for recompute in (False, True))
+    assert again.compute_s == pytest.approx(kept.compute_s * 5 / 4, rel=1e-3)
+
+
+def test_ranks_on_cpus_wait_for_each_others_layers_as_their_links_say() -> None:
+    layout = Layout(tp=4, recompute=True)
+    plain, priced, waiting = (
+        evaluate(LLAMA_70B, read_cluster({**CLUSTER, "links": {**CLUSTER["links"], **more}}), layout).compute_s
+        for more in ({}, {"inside_us": 1008}, {"inside_us": 1008, "wait": 0.25})
+    )
+    assert priced - plain == pytest.approx(80 * 5 * 2 * 1000e-6), "each takes two steps of four ranks"
+    silent = replace(LLAMA_70B, inside={name: Inside() for name in LLAMA_70B.inside})
+    computed = evaluate(silent, read_cluster(CLUSTER), layout).compute_s
+    assert waiting - priced == pytest.approx(0.25 * computed, rel=0.05), "what gradients cost besides is in no wait"
