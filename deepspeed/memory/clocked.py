@@ -10,7 +10,6 @@ Invariant: the model, its gradients, and what is random in the process stay as t
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,12 +25,13 @@ from deepspeed.memory.estimator import as_call
 from deepspeed.memory.shape import shortened
 from deepspeed.memory.trace import default_loss, fake_copy
 from deepspeed.precision.widen import Widening, needs_wide_matmul
+from deepspeed.profiling.rates import undisturbed
 
 DEPTHS = (1, 3)
 """Blocks of the copies."""
 SAMPLES = (1, 4)
-NUM_RUNS = 8
-"""Of each; the fastest counts."""
+NUM_RUNS = 24
+"""Of each; those that were hardly disturbed count."""
 ENOUGH_S = 10.0
 """After so long no other turn begins."""
 
@@ -87,7 +87,7 @@ def clocked(model: nn.Module, batch: Any, samples: int, dtype: torch.dtype) -> C
     with torch.random.fork_rng(), torch.enable_grad():
         short = [_made(shortened(model, depth) if len(depths) > 1 else model, model, dtype) for depth in depths]
         batches = [_with_samples(batch, samples, many, dtype) for many in SAMPLES]
-        rows = _fastest(short, batches)
+        rows = _together(short, batches)
         del short
     forward, backward = ([_line([pair[way] for pair in row]) for row in rows] for way in (0, 1))
     more = (len(blocks) - depths[0]) / (depths[-1] - depths[0]) if len(depths) > 1 else 0.0
@@ -113,22 +113,30 @@ class _Run(NamedTuple):
     """Of both, by the wall."""
 
 
-def _fastest(models: Sequence[nn.Module], batches: Sequence[Any]) -> list[list[tuple[float, float]]]:
-    """(forward's, backward's) seconds [models][batches], the fastest of some turns.
+def _together(models: Sequence[nn.Module], batches: Sequence[Any]) -> list[list[tuple[float, float]]]:
+    """(forward's, backward's) seconds [models][batches], where turns were hardly disturbed.
 
-    Where ranks share processors, they wait for each other as long, for their work, as in the least disturbed turn.
+    Where ranks share processors, they wait for each other as long, for their work, as in such a turn.
     """
-    found = [[(math.inf, math.inf) for _ in batches] for _ in models]
-    began_s, waiting = time.perf_counter(), math.inf
-    for turn in range(NUM_RUNS):
-        if turn and time.perf_counter() - began_s > ENOUGH_S:
+    turns: list[list[list[_Run]]] = []
+    began_s = time.perf_counter()
+    for turn in range(1 + NUM_RUNS):
+        if turn > 1 and time.perf_counter() - began_s > ENOUGH_S:
             break
-        runs = [[_seconds(model, batch) for batch in batches] for model in models]
-        for row, new in zip(found, runs, strict=True):
-            row[:] = [(min(a, run.forward_s), min(b, run.backward_s)) for (a, b), run in zip(row, new, strict=True)]
-        work_s = sum(run.forward_s + run.backward_s for row in runs for run in row)
-        waiting = min(waiting, sum(run.wall_s for row in runs for run in row) / work_s)
-    return [[(waiting * forward, waiting * backward) for forward, backward in row] for row in found]
+        turns.append([[_seconds(model, batch) for batch in batches] for model in models])
+    turns = turns[1:]  # the first finds nothing in the caches
+    waiting = undisturbed(_waiting([run for row in turn for run in row]) for turn in turns)
+
+    def seconds(m: int, b: int) -> tuple[float, float]:
+        runs = [turn[m][b] for turn in turns]
+        return waiting * undisturbed(r.forward_s for r in runs), waiting * undisturbed(r.backward_s for r in runs)
+
+    return [[seconds(m, b) for b in range(len(batches))] for m in range(len(models))]
+
+
+def _waiting(runs: Sequence[_Run]) -> float:
+    """How many times as long as they worked runs took."""
+    return sum(run.wall_s for run in runs) / sum(run.forward_s + run.backward_s for run in runs)
 
 
 def _line(seconds: list[float]) -> tuple[float, float]:

@@ -88,6 +88,6 @@ def _table(found: Diagnosis) -> str:
 
 
 def _row(what: str, speed: float, most: float, gain: str, needed: float, color: str) -> str:
-    drawn = f'<div class="bar" style="width:320px;margin:0"><i style="width:{100 * speed / most:.1f}%;background:{color}"></i></div>'
+    drawn = f'<div class="bar" style="min-width:110px;margin:0"><i style="width:{100 * speed / most:.1f}%;background:{color}"></i></div>'
     cells = "".join(f"<td class=n>{cell}</td>" for cell in (f"{speed:.3g}", gain, nbytes(needed)))
-    return f"<tr><td>{html.escape(what)}</td><td>{drawn}</td>{cells}</tr>"
+    return f"<tr><td>{html.escape(what)}</td><td style=width:36%>{drawn}</td>{cells}</tr>"

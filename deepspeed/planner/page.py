@@ -18,6 +18,8 @@ from deepspeed.planner.search import Answer, timeline_of
 from deepspeed.utils.figures import count, many, nbytes, seconds
 
 COLORS = ["#3b5bdb", "#1098ad", "#74b816", "#f59f00", "#e8590c", "#ae3ec9", "#4dabf7", "#63e6be"]
+WIDE = 500
+"""Pixels from which a drawing is moved aside on a narrow screen, and not made smaller."""
 MAX_NODES = 16
 """Rows of the drawings: more would not be seen."""
 STYLE = """
@@ -34,9 +36,12 @@ margin-bottom:18px}.tile{background:var(--card);border:1px solid var(--line);bor
 table{border-collapse:collapse;width:100%;font-size:12.5px}td,th{padding:4px 8px;border-top:1px solid var(--line);text-align:left}
 th{color:var(--soft);font-weight:600;border:0}td.n,th.n{text-align:right;white-space:nowrap}svg{max-width:100%;height:auto;display:block}
 svg text{fill:var(--ink);font:11px system-ui,"DejaVu Sans",sans-serif}svg .s{fill:var(--soft)}.bar{display:flex;height:22px;border-radius:6px;
-overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.legend span{margin-right:16px;font-size:12.5px;color:var(--soft)}
+overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.legend span{display:inline-block;margin-right:16px;font-size:12.5px;color:var(--soft)}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
-@media(max-width:760px){.tiles{grid-template-columns:1fr 1fr}}
+.legend{line-height:1.9}pre{margin:0;font:12.5px/1.55 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
+td:first-child{overflow-wrap:anywhere}.tile b{overflow-wrap:anywhere}
+@media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:16px}
+svg.wide{max-width:none}}
 """
 
 
@@ -99,7 +104,7 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
             )
     width = 84 + cluster.devices_per_node * (wide + gap)
     height = 16 + len(nodes) * (side + 8)
-    shown = f"One of {step} nodes, {len(nodes)} of {cluster.nodes}" if step > 1 else many(cluster.nodes, "node")
+    shown = f"{len(nodes)} of {cluster.nodes} nodes, one of each {step}" if step > 1 else many(cluster.nodes, "node")
     key = [
         *(["color: pipeline stage"] if layout.pp > 1 else []),
         *(["shade: tensor-parallel rank"] if layout.tp > 1 else []),
@@ -108,7 +113,7 @@ def _cluster(cluster: Cluster, best: Plan) -> str:
     ]
     return (
         f'<div class="card"><h2>Where ranks lie</h2><p class="key">{shown}; '
-        f'{", ".join(key)}.</p><svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
+        f'{", ".join(key)}.</p><svg{" class=wide" if width > WIDE else ""} viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(squares)}</svg></div>'
     )
 
 
@@ -139,7 +144,7 @@ def _gantt(timeline: Timeline) -> str:
                 f'<rect x="{x:.2f}" y="{y}" width="{w:.2f}" height="{row_height}" rx="2" fill="{color}"><title>{span.action}</title></rect>{label}'
             )
     height = (row + 1) * (row_height + 3)
-    return f'<svg viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
+    return f'<svg class=wide viewBox="0 0 {width} {height}" width="{width}" height="{height}" role="img">{"".join(parts)}</svg>'
 
 
 def _bars(best: Plan, cluster: Cluster) -> str:
