@@ -95,11 +95,17 @@ def message_costs(make_engine: Callable[..., Any], rates: Rates) -> dict[str, fl
         }
     with torch.random.fork_rng():
         seconds = _compared(comparisons)
+        return _updates_s(seconds) | (_messages_s(seconds, rates) if len(seconds) > 1 else {})
+
+
+def _updates_s(seconds: Mapping[str, Sequence[float]]) -> dict[str, float]:
     few_s, many_s = seconds["update"]
     each_s = max(0.0, many_s - few_s) / (MANY - FEW)
-    found = {"update_s": max(0.0, few_s - FEW * each_s), "update_param_s": each_s}
-    if len(seconds) == 1:
-        return found
+    return {"update_s": max(0.0, few_s - FEW * each_s), "update_param_s": each_s}
+
+
+def _messages_s(seconds: Mapping[str, Sequence[float]], rates: Rates) -> dict[str, float]:
+    found = {}
     for stage, name in enumerate(("sum_message_s", "message_s")):
         more, fewer = map(_num_messages, _estimates(_buckets(stage)))
         more_s, fewer_s = seconds[name]
