@@ -294,7 +294,7 @@ class Bucket(FlatSpace):
                     DATA.__set__(param, view)
             self.state = BucketState.UNSHARDED
             if self.gathered_by is not self.exchange:  # in fewer bits, maybe: what is here is no proof
-                self.written.versions, self.written.may_be = [param._version for param in self.params], False
+                self.written.versions, self.written.may_be = [param._version for param in self.params], {}
             if self._held[ALL] == 0:
                 self._notice_unheld()
 
@@ -354,12 +354,13 @@ class Bucket(FlatSpace):
             return
         if self.state is BucketState.GATHERING or self._gathering is not None:
             self.finish_unshard()
-        elif keeps_written:
+        else:
             with torch._C.DisableTorchFunctionSubclass():
                 versions = [param._version for param in self.params]
-            if self.written.may_be or versions != self.written.versions:
+            if keeps_written and (self.written.may_be or versions != self.written.versions):
                 keep_written(self, versions)
-        self.written.may_be = False
+            self.written.versions = versions  # what contexts write is theirs
+        self.written.may_be.clear()
         self._set_class(ZeroParameter)  # the sharded class refuses `.data`
         with torch._C.DisableTorchFunctionSubclass():
             for param, view in zip(self.params, self.views, strict=True):

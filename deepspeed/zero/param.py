@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from deepspeed.utils.errors import ShardError
 from deepspeed.utils.logging import current_rank, warn_once
+from deepspeed.zero.written import data_taken
 
 if TYPE_CHECKING:
     from deepspeed.zero.bucket import Bucket
@@ -146,14 +147,14 @@ class ZeroParameter(nn.Parameter):
         """The values, past autograd and torch's counters: the bucket looks whether they were changed when it is resharded."""
         slot = slot_of(self)
         if slot is not None:
-            slot.bucket.written.may_be = True
+            data_taken(slot.bucket, slot.index)
         return cast(Tensor, DATA.__get__(self))
 
     @data.setter
     def data(self, values: Tensor) -> None:
         slot = slot_of(self)
         if slot is not None:
-            slot.bucket.written.may_be = True
+            slot.bucket.written.may_be.setdefault(slot.index, None)
         DATA.__set__(self, values)
 
     @property

@@ -37,7 +37,7 @@ from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.prints import digest_of, settings_of
-from deepspeed.zero.written import settle_written
+from deepspeed.zero.written import Writes, not_alike, settle_written, take_writes
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
@@ -395,9 +395,13 @@ class Takeover:
 
         will_compare: this rank's changes are not taken over yet, which compares values by itself.
         """
-        prints = self.facts.prints
-        told = self._mesh.agree("average", prints.digest(), int(will_compare))
-        if len({digest for digest, _ in told}) == 1 or any(will for _, will in told):
+        prints, writes = self.facts.prints, take_writes(self._built.sharded)
+        told = self._mesh.agree(
+            "average", prints.digest(), int(will_compare), zlib.crc32(repr(sorted(writes.items())).encode())
+        )
+        if len({digest for *_, digest in told}) > 1:
+            self._warn_of_writes(writes)
+        if len({digest for digest, *_ in told}) == 1 or any(will for _, will, _ in told):
             return
         params = [
             (name, param) for bucket in prints.buckets for name, param in zip(bucket.names, bucket.params, strict=True)
@@ -414,6 +418,18 @@ class Takeover:
                     "broadcast them to all."
                 )
                 return
+
+    def _warn_of_writes(self, writes: Writes) -> None:
+        """Models wrote into sharded parameters while they ran, and not the same on all ranks. Collective."""
+        found = not_alike(self._mesh.gather_objects("average", writes))
+        if found is not None:
+            name, place = found
+            warn_once(
+                f"{name} is written by the model while it runs, and rank {self._ranks[place]} writes something else than rank "
+                f"{self._ranks[0]} (ZeRO stage {self._stage}): each rank's own part of it is as that rank wrote it.\n"
+                "  Write the same on every rank: average over ranks what it is computed from, or write between steps, inside of "
+                "deepspeed.zero.GatheredParameters([param], modifier_rank=0)."
+            )
 
     # Acting. -------------------------------------------------------------------------------------------------------
 

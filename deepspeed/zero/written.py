@@ -1,20 +1,31 @@
 """What a model's own code writes into parameters while it runs, where they are sharded afterwards: it stays, as in plain PyTorch.
 
 Asked by `zero.bucket` when a bucket is resharded after a module's call: weights clamped in `forward`, `nn.Embedding(max_norm=...)`,
-hooks that write, `param.data = ...`. Each rank takes its own part of what it wrote, also where others wrote something else, which nobody
-compares. Masters follow in the step (`zero.takeover`). What gather contexts change is `zero.access`'s.
+hooks that write, `param.data = ...`. Each rank takes its own part of what it wrote. That others wrote something else is told once in so many
+steps (`not_alike`): each write leaves a digest of the whole parameter, which ranks compare where they meet anyway. Masters follow in the
+step (`zero.takeover`, which asks). What gather contexts change is `zero.access`'s.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero.modes import plain_modes
+
+INTEGERS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""By bytes of an element: as what its bits are added up."""
+
+MOST_DIGESTS = 64
+"""Of one parameter between two updates: a model that only evaluates may write for ever."""
+
+Writes = Mapping[tuple[str, int], Sequence[int]]
+"""A rank's, by parameter and the number of the bucket's update that they came before: digests of what was written."""
 
 
 @dataclass(slots=True)
@@ -23,10 +34,13 @@ class Written:
 
     versions: list[int]
     """Torch's counters of its parameters, when they were last looked at."""
-    may_be: bool = False
-    """Whether somebody took `param.data`, through which values are written past those counters, since the last reshard."""
+    may_be: dict[int, Tensor | None] = field(default_factory=dict)
+    """Parameters, by place, whose `data` somebody took since the last reshard, through which values are written past those counters: a
+    digest of what they were, or None where other data were given."""
     is_in_shard: bool = False
     """Whether the shard was written, so that a master has to follow."""
+    writes: dict[tuple[str, int], set[int]] = field(default_factory=dict)
+    """See `Writes`; since ranks last compared."""
 
 
 class Writable(Protocol):
@@ -34,6 +48,10 @@ class Writable(Protocol):
 
     params: list[nn.Parameter]
     names: list[str]
+    views: list[Tensor]
+    layout: Any
+    over: Any
+    num_updates: int
     written: Written
     full: Tensor
     keeps_storage: bool
@@ -60,10 +78,25 @@ class Writable(Protocol):
         """Take the slice at rest from the full values."""
 
 
+def data_taken(bucket: Writable, place: int) -> None:
+    """Somebody is about to read `data` of the parameter at this place, or to write through it."""
+    if place not in bucket.written.may_be:
+        bucket.written.may_be[place] = _digest(bucket.views[place]) if _compares(bucket) else None
+
+
 def keep_written(bucket: Writable, versions: list[int]) -> None:
     """Take this rank's part of what was written, if anything was; the bucket is unsharded. versions: torch's counters now."""
-    bucket.written.versions = versions
-    bucket.take_assigned(bucket.assigned())
+    written, before = bucket.written, dict(bucket.written.may_be)
+    counted = [i for i, pair in enumerate(zip(written.versions, versions, strict=False)) if pair[0] != pair[1]]
+    written.versions = versions
+    assigned = bucket.assigned()
+    if _compares(bucket):
+        for param, _, _ in assigned:
+            place = next(i for i, other in enumerate(bucket.params) if other is param)
+            before[place] = _digest(bucket.views[place])
+    bucket.take_assigned(assigned)
+    if _compares(bucket):
+        _note(bucket, counted, before)
     if bucket.keeps_storage or torch.equal(
         _bits(bucket.own_slice(bucket.full)), _bits(bucket.shard.to(bucket.full.device))
     ):
@@ -85,7 +118,50 @@ def settle_written(bucket: Writable) -> None:
         versions = [param._version for param in bucket.params]
     if bucket.written.may_be or versions != bucket.written.versions:
         keep_written(bucket, versions)
-        bucket.written.may_be = False
+        bucket.written.may_be.clear()
+
+
+def take_writes(buckets: Iterable[Writable]) -> Writes:
+    """What this rank's modules wrote since this was last asked."""
+    found: dict[tuple[str, int], list[int]] = {}
+    for bucket in buckets:
+        if bucket.written.writes:
+            found |= {at: sorted(digests) for at, digests in bucket.written.writes.items()}
+            bucket.written.writes.clear()
+    return found
+
+
+def not_alike(everyone: Sequence[Writes]) -> tuple[str, int] | None:
+    """The first parameter of which some rank wrote what another did not, and the first rank (by place) unlike the first one."""
+    for at in dict.fromkeys(at for writes in everyone for at in writes):
+        for place, writes in enumerate(everyone):
+            if writes.get(at) != everyone[0].get(at):
+                return at[0], place
+    return None
+
+
+def _note(bucket: Writable, counted: Sequence[int], before: Mapping[int, Tensor | None]) -> None:
+    """counted: places of parameters that torch saw written, whatever is in them now."""
+    for place in {*counted, *before}:
+        then, now = before.get(place), _digest(bucket.views[place])
+        if place in counted or (then is not None and bool(then != now)):
+            at = (bucket.names[place], bucket.num_updates)
+            digests = bucket.written.writes.setdefault(at, set())
+            if len(digests) < MOST_DIGESTS:
+                digests.add(int(now))
+
+
+def _compares(bucket: Writable) -> bool:
+    """Whether ranks have to have the same in it: experts differ, and so does what was gathered in fewer bits."""
+    is_here = bucket.full.untyped_storage().nbytes() > 0
+    return is_here and bucket.layout.world_size > 1 and bucket.over == "shard" and bucket.gathered_by is bucket.exchange
+
+
+def _digest(values: Tensor) -> Tensor:
+    """A sum of its bits, on the device."""
+    with plain_modes(), torch._C.DisableTorchFunctionSubclass():
+        values = torch.view_as_real(values) if values.is_complex() else values
+        return values.detach().reshape(-1).view(INTEGERS[values.itemsize]).sum(dtype=torch.int64)
 
 
 def _bits(values: Tensor) -> Tensor:

@@ -16,6 +16,8 @@ from torch import Tensor, nn
 
 import deepspeed
 from deepspeed.utils.logging import logger, warn_once
+from deepspeed.zero import takeover
+from deepspeed.zero.facts import TREE_EVERY
 from tests.edits import Net, assert_same, batch_of, two_sides
 from tests.engine.runs import engine_of, long_but
 from tests.harness import run_ranks
@@ -167,3 +169,90 @@ def saved(rank: int, world_size: int, folder: str) -> None:
 
 def test_it_is_saved_right_after_the_call(tmp_path: Path) -> None:
     run_ranks(2, saved, str(tmp_path))
+
+
+class Unlike(nn.Linear):
+    """Writes once or in every call, on some ranks or on all; `writes` is told the layer and the rank."""
+
+    writes: Callable[[nn.Linear, int], None]
+
+    def forward(self, x: Tensor) -> Tensor:
+        with torch.no_grad():
+            Unlike.writes(self, torch.distributed.get_rank())
+        return super().forward(x)
+
+
+def by_rank(layer: nn.Linear, rank: int) -> None:
+    layer.weight.clamp_(-0.2 - 0.01 * rank, 0.2)
+
+
+def alone(layer: nn.Linear, rank: int) -> None:
+    if rank == 1:
+        layer.weight[0].clamp_(-0.1, 0.1)  # a row of rank 0's part
+
+
+def alone_through_data(layer: nn.Linear, rank: int) -> None:
+    if rank == 1:
+        layer.weight.data[0].clamp_(-0.1, 0.1)
+
+
+def assigned_by_rank(layer: nn.Linear, rank: int) -> None:
+    layer.weight.data = layer.weight.data.clamp(-0.2 - 0.01 * rank, 0.2)
+
+
+def first_by_rank(layer: nn.Linear, rank: int) -> None:
+    """As initialisation by the first batch."""
+    if not hasattr(layer, "is_ready"):
+        layer.weight.fill_(rank + 0.5)
+        layer.is_ready = True
+
+
+def alike(layer: nn.Linear, rank: int) -> None:
+    layer.weight.data.clamp_(-0.2, 0.2)
+    layer.bias.mul_(0.9)
+
+
+def only_read(layer: nn.Linear, rank: int) -> None:
+    """As somebody logs who logs on one rank."""
+    if rank == 0:
+        layer.weight.data.norm()
+
+
+def write_between(module: nn.Module) -> None:
+    with deepspeed.zero.GatheredParameters(list(module.parameters()), modifier_rank=0):
+        if torch.distributed.get_rank() == 0:
+            for param in module.parameters():
+                param.data.mul_(1.01)
+
+
+def told(
+    rank: int, world_size: int, writes: Callable[[nn.Linear, int], None], dtype: torch.dtype, is_told: bool
+) -> None:
+    LAYERS["Unlike"], Unlike.writes = Unlike, staticmethod(writes)  # type: ignore[method-assign]
+    lines: list[str] = []
+    with (
+        two_sides(rank, world_size, 3, dtype, make_model=lambda: make("Unlike")) as (_, side),
+        pytest.MonkeyPatch.context() as patch,
+    ):
+        patch.setattr(takeover, "warn_once", lines.append)
+        for seed in range(2 * TREE_EVERY):
+            side.backward(seed)
+            side.step()
+            if seed % 5 == 0:
+                write_between(side.module)
+    assert bool(lines) == is_told
+    if is_told:
+        assert (
+            lines[0].startswith("layers.0.") and "rank 1 writes something else than rank 0 (ZeRO stage 3)" in lines[0]
+        )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("writes", [by_rank, alone, alone_through_data, assigned_by_rank, first_by_rank])
+def test_ranks_that_write_something_else_are_told(writes: Callable[[nn.Linear, int], None], dtype: torch.dtype) -> None:
+    run_ranks(2, told, writes, dtype, True)
+
+
+@pytest.mark.parametrize("writes", [alike, only_read])
+def test_ranks_that_write_the_same_or_read_are_not(writes: Callable[[nn.Linear, int], None]) -> None:
+    run_ranks(2, told, writes, torch.float32, False)
