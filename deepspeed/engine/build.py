@@ -278,7 +278,7 @@ def _build_zero(
         watch.on_begin.append(reducer.hide)
         watch.on_end.append(functools.partial(expose, reducer, accumulation))
     watch.on_end += [scale_guard.reset, reducer.flush]
-    if policy.optimizer.is_sharded and mesh.size("average") > 1:
+    if policy.optimizer.is_sharded and (mesh.size("average") > 1 or built.sharded):
         watch.on_end.append(reducer.veil)
     return Zero(
         policy=policy,

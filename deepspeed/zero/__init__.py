@@ -42,6 +42,7 @@ Update, publish
     runs               what the wrapped optimizer steps
     update             steps it
     stream             steps what rests on a tier
+    on_disk            what is shown of a state there
     graphed            the update as a recorded graph
     late               a step before its norm is known, taken back exactly
     step_hooks         a script's hooks on the optimizer's step

@@ -119,20 +119,30 @@ class GatheredParameters:
         for bucket in self._buckets:
             values = bucket.assigned() if bucket.layout.world_size == 1 else []
             if values:
-                bucket.take_assigned(values)
+                _take_assigned(bucket, values)
                 bucket.write_shard()
 
     def _keep_changes(self, modifier_rank: int) -> None:
         slots = (slot_of(param) for param in self.params if isinstance(param, Tensor))
         assigned = {bucket: bucket.assigned() for bucket in dict.fromkeys(slot.bucket for slot in slots if slot)}
         for bucket, values in assigned.items():
-            bucket.take_assigned(values)
+            _take_assigned(bucket, values)
             bucket.exchange.broadcast(bucket.full, modifier_rank)
             bucket.write_shard()
             found = trainers.find(bucket)
             if found is not None:
                 found[0].refresh_from_params([bucket])
         note_kept()
+
+
+def _take_assigned(bucket: Bucket, assigned: Sequence[Any]) -> None:
+    """Take over what a script assigned (`Bucket.assigned`); what it took away before, to put it back later, stays as it is."""
+    if assigned:
+        bucket.leave_memory()
+        found = trainers.find(bucket)
+        if found is not None:
+            found[0].runs.follow_memory(bucket)
+    bucket.take_assigned(assigned)
 
 
 def register_external_parameter(module: nn.Module, parameter: nn.Parameter) -> None:

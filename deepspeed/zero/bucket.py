@@ -183,36 +183,36 @@ class Bucket(FlatSpace):
             self.rest.start_store(0, self.own_slice(self.full)).wait()
         self._invalidate()
 
-    def assigned(self) -> list[tuple[nn.Parameter, Tensor, Tensor]]:
-        """(parameter, its view, a copy of its values) of those that were assigned (`param.data = x`) rather than written in
+    def assigned(self) -> list[tuple[int, Tensor]]:
+        """(place of a parameter, a copy of its values) of those that were assigned (`param.data = x`) rather than written in
         place. Raises ShardError for values of another shape."""
         self._set_class(ZeroParameter)
-        found = [pair for pair in zip(self.params, self.views, strict=True) if not is_view(*pair)]
-        for param, view in found:
+        pairs = zip(self.params, self.views, strict=True)
+        found = [(i, param, view) for i, (param, view) in enumerate(pairs) if not is_view(param, view)]
+        for _, param, view in found:
             if param.shape != view.shape:
                 raise ShardError(
                     f"{self.name_of(param)} was given data of shape {tuple(param.shape)}; its shape is {tuple(view.shape)}.\n"
                     "  To change a parameter's shape, replace the parameter in its module before deepspeed.initialize."
                 )
-        return [(param, view, param.data.clone()) for param, view in found]
+        return [(i, param.data.clone()) for i, param, _ in found]
 
-    def take_assigned(self, assigned: Sequence[tuple[nn.Parameter, Tensor, Tensor]]) -> None:
+    def take_assigned(self, assigned: Sequence[tuple[int, Tensor]]) -> None:
         """Take over what `assigned` found. The values of several buckets are copied before any is taken over: they may be
         views of each other's memory, as after a swap."""
-        for param, view, values in assigned:
-            view.copy_(values)
-            param.data = view
+        for i, values in assigned:
+            self.views[i].copy_(values)
+            self.params[i].data = self.views[i]
         if self.holders == 0:
             self._set_class(ShardedParameter)
 
     def leave_memory(self) -> None:
-        """Have other memory, with the same values, where all of it is always here. Who kept views of the old one, as a script
-        does that assigns other values for a while (`backup = param.data`), finds there what it was."""
-        assert self.keeps_storage, "sharded buckets use `leave_full`"
+        """Have other memory, with the same values, which are all here. Who kept views of the old one, as a script does that
+        assigns other values for a while (`backup = param.data`), finds there what it was."""
         before, self.full = self.views, self.full.clone()
         every = self.split(self.full)
         self.views = [every[slot.index] for param in self.params if (slot := slot_of(param))]
-        if isinstance(self.rest, InMemory):
+        if self.keeps_storage and isinstance(self.rest, InMemory):
             self.rest.tensor = self.own_slice(self.full)
         aliases = self.aliases[:]
         self.aliases.clear()

@@ -36,7 +36,7 @@ class ReadOnly:
 
     def warn_of_changes(self) -> None:
         """Of what was assigned (`param.data = ...`), or written in place as far as a sample of each bucket shows."""
-        assigned = [bucket.name_of(param) for bucket in self._buckets for param, _, _ in bucket.assigned()]
+        assigned = [bucket.names[i] for bucket in self._buckets for i, _ in bucket.assigned()]
         written = [
             bucket.name_of(param)
             for bucket in self._prints.written()

@@ -314,7 +314,7 @@ class Reducer:
         """Tell a script that looks at `param.grad` before the step, where ranks have slices."""
         veil = self.shown.veil
         if veil.is_due and self.saw_backward and self._should_reduce():
-            veil.lower([gradients.bucket for gradients in self.gradients])
+            veil.lower([gradients.bucket for gradients in self.gradients if not gradients.shown])
 
     def hide(self) -> None:
         """Take back what is shown, as the script left it, before autograd could add to it."""

@@ -104,18 +104,48 @@ class Runs:
         self.show_states()
 
     def show_states(self) -> None:
-        """Have whole parameters' states be found by the model's own, too, in the dictionary that the optimizer has now."""
-        if self.gives_whole:
-            self.optimizer.state = RunStates(self.optimizer.state, self._run_of)
+        """Have states be found by the model's parameters, too, in the dictionary that the optimizer has now."""
+        if type(self.optimizer.state) is not RunStates:  # a script may have set another
+            self.optimizer.state = RunStates(self.optimizer.state, self)
 
     def has(self, bucket: Bucket) -> bool:
         """Whether a bucket's masters are stepped."""
         return bucket in self._numbers
 
-    def _run_of(self, tensor: object) -> Tensor | None:
+    def place_of(self, tensor: object) -> tuple[int, int] | None:
+        """(number of its master, index there) of a parameter of the model that is stepped; None for anything else."""
         slot = slot_of(tensor) if isinstance(tensor, nn.Parameter) else None
         number = None if slot is None else self._numbers.get(slot.bucket)
-        return None if slot is None or number is None else self.steppable[number][slot.index][1]
+        return None if slot is None or number is None else (number, slot.index)
+
+    def has_whole(self, index: int) -> bool:
+        """Whether this rank has all of a master's states, in memory."""
+        master = self.masters[index]
+        return master.layout.world_size == 1 and not self.is_streamed(master)
+
+    def _positions(self, index: int, param: int) -> list[tuple[int, int]]:
+        """[start, stop) of this rank's pieces of one parameter in a master's shard."""
+        pieces = self.masters[index].layout.pieces(self.masters[index].rank)
+        return [(piece.in_shard, piece.in_shard + piece.numel) for piece in pieces if piece.param == param]
+
+    def has_any_state(self, index: int, param: int) -> bool:
+        """Whether a parameter has states; where this rank has no element of it, whether others of its bucket have."""
+        starts = [start for start, _ in self._positions(index, param)]
+        if not starts:
+            return bool(self.state_kinds(index))
+        if self.is_streamed(self.masters[index]):
+            mine = [s for s in self.tiles.segments(index) if any(s.start <= start < s.stop for start in starts)]
+            return any(self.optimizer.state.get(segment.param) for segment in mine)
+        return any(self.has_state(index, kind, start) for kind in self.state_kinds(index) for start in starts)
+
+    def runs_of(self, index: int, param: int) -> list[Tensor]:
+        """This rank's runs of one parameter, which are nothing else's from now on."""
+        if self.gives_whole:
+            return [self.steppable[index][param][1]]
+        positions = self._positions(index, param)
+        if self.is_streamed(self.masters[index]):
+            return [segment.param for start, stop in positions for segment in self.tiles.isolate(index, start, stop)]
+        return [self.steppable[index][self.isolate(index, start, stop)][1] for start, stop in positions]
 
     def refresh(self) -> None:
         """Make the runs of masters that have none yet, and have every group list its own: those and no other tensors."""

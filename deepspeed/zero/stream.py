@@ -34,6 +34,7 @@ from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.waits import OFFLOAD_S
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.master import Master
+from deepspeed.zero.on_disk import on_disk
 from deepspeed.zero.placing import Placing
 
 TILE_NUMEL = 1 << 22
@@ -102,7 +103,7 @@ class TileStream:
     """Steps `optimizer` on the masters whose bytes rest on tiers.
 
     The optimizer's state is in `states[index][name]`, one flat rest per master and state; `optimizer.state` shows it where
-    it is in memory, and empty tensors where it is on disk.
+    it is in memory, and what says so where it is on disk (`zero.on_disk`).
     """
 
     def __init__(
@@ -167,6 +168,9 @@ class TileStream:
 
         Raises TierError where bytes could not be moved; masters and states of this rank are then half updated.
         """
+        for tile in self.tiles:
+            for segment in tile.segments:
+                self._follow(tile.index, segment)
         sets = [_Buffers(self._largest_tile(), self._allocate) for _ in range(NUM_SETS)]
         tiles = [tile for tile in self.tiles if tile.segments]
         ahead = self._start_reading(tiles[0], sets[0]) if tiles else None
@@ -182,6 +186,22 @@ class TileStream:
             self._start_writing(loaded)
         for buffers in sets:
             _wait(buffers.writes)
+
+    def _follow(self, index: int, segment: Segment) -> None:
+        """Take over what a script made of a segment's states since the last step: dropped them, or gave it others."""
+        shown = self.optimizer.state.get(segment.param, {})
+        numel = segment.stop - segment.start
+        for name in list(segment.states):
+            value, rest = shown.get(name), self.states[index][name]
+            if not isinstance(value, Tensor):
+                rest.start_store(segment.start, torch.zeros(numel, dtype=rest.dtype)).wait()
+                segment.states.discard(name)
+            elif value.numel() == numel and not _is_at_rest(value, rest, segment.start):
+                rest.start_store(segment.start, value.detach().reshape(-1).to(rest.dtype)).wait()
+        for name, value in list(shown.items()):
+            if name not in segment.states and isinstance(value, Tensor) and value.dim() and value.numel() == numel:
+                rest = self.adopt_state(index, segment, name, value.dtype)
+                rest.start_store(segment.start, value.detach().reshape(-1).to(rest.dtype)).wait()
 
     def _largest_tile(self) -> int:
         return max((tile.stop - tile.start for tile in self.tiles), default=0)
@@ -336,7 +356,7 @@ class TileStream:
     def _piece_of_state(self, index: int, name: str, start: int, stop: int) -> Tensor:
         rest = self.states[index][name]
         here = rest.view(start, stop)
-        return here if here is not None else torch.empty(0, dtype=rest.dtype)
+        return here if here is not None else on_disk(rest.dtype)
 
 
 def tile_numel(sub_group_numel: int) -> int:

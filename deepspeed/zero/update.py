@@ -35,6 +35,7 @@ class Update:
 
         factor: a tensor, where the step is recorded (`zero.graphed`). kept: the gradients by bucket, where the reducer has them no more; may be written over.
         """
+        self._runs.show_states()
         for members in self._sub_groups():
             stepped = [pair for i in members for pair in self._with_gradients(i, factor, unused, kept)]
             if len(members) == len(self._runs.masters):

@@ -71,6 +71,9 @@ class Writable(Protocol):
         """Parameters that were given other data."""
         ...
 
+    def leave_memory(self) -> None:
+        """Leave what is there to those who took it away."""
+
     def take_assigned(self, assigned: Sequence[Any]) -> None:
         """Take over what `assigned` found."""
 
@@ -91,9 +94,9 @@ def keep_written(bucket: Writable, versions: list[int]) -> None:
     written.versions = versions
     assigned = bucket.assigned()
     if _compares(bucket):
-        for param, _, _ in assigned:
-            place = next(i for i, other in enumerate(bucket.params) if other is param)
-            before[place] = _digest(bucket.views[place])
+        before.update((place, _digest(bucket.views[place])) for place, _ in assigned)
+    if assigned and not bucket.keeps_storage:
+        bucket.leave_memory()
     bucket.take_assigned(assigned)
     if _compares(bucket):
         _note(bucket, counted, before)

@@ -151,6 +151,19 @@ def train_on_others_for_a_while(side: Any) -> None:
         param.data = values
 
 
+def put_back_what_was_taken_away(side: Any) -> None:
+    """As an average of weights is swapped in for an evaluation; `.data` is kept, not copied."""
+    params = list(side.module.parameters())
+    with side.writing(params):
+        backup = [param.data for param in params]
+        for param in params:
+            param.data = param.data * 0.3
+    side.forward(41)
+    with side.writing(params):
+        for param, values in zip(params, backup, strict=True):
+            param.data = values
+
+
 def to_vector_and_back(side: Any) -> None:
     params = list(side.module.parameters())
     with side.writing(params):
@@ -224,6 +237,7 @@ EDITS: dict[str, tuple[Edit, Callable[[Any], None] | None]] = {
     "assign a transposed view": (assign_a_transposed_view, None),
     "swap two": (swap_two, None),
     "train on others for a while": (train_on_others_for_a_while, None),
+    "put back what was taken away": (put_back_what_was_taken_away, None),
     "to vector and back": (to_vector_and_back, None),
     "convert there and back": (convert_there_and_back, None),
     "delete a layer": (delete_a_layer, None),

@@ -101,5 +101,10 @@ def never_told(rank: int, world_size: int, stage: int) -> list[str]:
     return words
 
 
+def test_one_rank_at_stage_3_is_told_of_those_it_does_not_see() -> None:
+    (words,) = run_ranks(1, told, 3, 0)
+    assert words.pop("nothing") == [] and all(len(found) == 1 for found in words.values())
+
+
 def test_one_rank_has_its_gradients_and_is_told_nothing() -> None:
     assert run_ranks(1, never_told, 1) == [[]]
