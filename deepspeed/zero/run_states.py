@@ -10,19 +10,42 @@ Invariant: asking for a parameter's state gives its run's, the same tensors, and
 from __future__ import annotations
 
 from collections import defaultdict
-from typing import TYPE_CHECKING, Any, NoReturn, final
+from collections.abc import Sequence
+from typing import Any, NoReturn, Protocol, final
 
 import torch
 from torch import Tensor
 
 from deepspeed.optim.traits import Needs, needs_of
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.master import Master
 from deepspeed.zero.param import slot_of
 
-if TYPE_CHECKING:
-    from deepspeed.zero.runs import Runs
-
 States = dict[str, Any]
+
+
+class Runs(Protocol):
+    """What is asked of the runs (`zero.runs`). Parameters go by the number of their master and their index there."""
+
+    optimizer: torch.optim.Optimizer
+    masters: list[Master]
+    gives_whole: bool
+
+    def place_of(self, tensor: object) -> tuple[int, int] | None:
+        """A parameter's numbers; None for anything else."""
+        ...
+
+    def has_whole(self, index: int) -> bool:
+        """Whether this rank has all of a master's states, in memory."""
+        ...
+
+    def has_any_state(self, index: int, param: int) -> bool:
+        """Whether a parameter has states."""
+        ...
+
+    def runs_of(self, index: int, param: int) -> Sequence[Tensor]:
+        """This rank's runs of one parameter and nothing else."""
+        ...
 
 
 @final
@@ -84,7 +107,7 @@ class RunStates(defaultdict[Tensor, States]):
     def _drop(self, place: tuple[int, int]) -> States:
         return next(iter([super(RunStates, self).pop(run, {}) for run in self._runs_of(place)]), {})
 
-    def _runs_of(self, place: tuple[int, int]) -> list[Tensor]:
+    def _runs_of(self, place: tuple[int, int]) -> Sequence[Tensor]:
         """This rank's runs of one parameter and nothing else."""
         if not (self._runs.gives_whole or needs_of(self._runs.optimizer) is Needs.ELEMENTWISE):
             self._refuse(self._runs.masters[place[0]].bucket.params[place[1]])
