@@ -11,6 +11,7 @@ from collections.abc import Callable
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.precision import StaticLossScale
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.hooks import BackwardWatch
 from deepspeed.zero.reduce import Reducer
 
 
@@ -22,6 +23,12 @@ class LossScaleGuard:
         self.is_scaled = False
         self.on_plain: list[Callable[[], None]] = []
         """Told of a backward whose loss the engine has not seen."""
+
+    def attach(self, watch: BackwardWatch) -> None:
+        """Be the first that hears of backward passes, before the hooks gather. Where there is nothing to notice nobody calls this."""
+        if self.check not in watch.on_begin:
+            watch.on_begin.insert(0, self.check)
+            watch.on_end.insert(0, self.reset)
 
     def check(self) -> None:
         """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""

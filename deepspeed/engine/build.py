@@ -156,6 +156,7 @@ def build_parts(given: Given, undo: contextlib.ExitStack) -> Parts:
     sequence_loss = make_sequence_loss(config, mesh, model)
     if sequence_loss is not None:
         zero.scale_guard.on_plain.append(sequence_loss.check_plain)
+        zero.scale_guard.attach(zero.watch)
     casts = ForwardCasts(model, config, zero.policy, given.device)
     undo.callback(casts.widening.detach)
     checkpoints = Checkpoints(config)
@@ -245,7 +246,8 @@ def _build_zero(
     policy = assemble.with_whole_states(policy, basic)
     scale_guard = LossScaleGuard(assemble.make_scale(config))
     watch = BackwardWatch()
-    watch.on_begin.append(scale_guard.check)  # before the hooks' listener, which gathers
+    if config.fp16.enabled:
+        scale_guard.attach(watch)
     aliases = aliases_of(model)  # before a cast takes them apart
     assemble.cast_buffers(model, config)
     placing = make_placing(config, policy, given.device)
@@ -277,7 +279,7 @@ def _build_zero(
     if not policy.optimizer.is_sharded or mesh.size("average") == 1:
         watch.on_begin.append(reducer.hide)
         watch.on_end.append(functools.partial(expose, reducer, accumulation))
-    watch.on_end += [scale_guard.reset, reducer.flush]
+    watch.on_end.append(reducer.flush)
     if policy.optimizer.is_sharded and (mesh.size("average") > 1 or built.sharded):
         watch.on_end.append(reducer.veil)
     return Zero(

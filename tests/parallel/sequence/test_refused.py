@@ -170,3 +170,20 @@ def low_precision(rank: int, world: int) -> str:
 
 def test_an_equal_loss_in_half_precision_names_the_key_that_decides() -> None:
     assert '"sequence_parallel_loss" to "summed" or "local"' in run_ranks(2, low_precision)[0]
+
+
+def plain_backwards(rank: int, world: int) -> str:
+    """A loss that the engine does not see, where it says how losses are weighted; then one that it does."""
+    config = runs.config_of(1, sequence_parallel_size=2, sequence_parallel_loss="summed")
+    engine, *_ = deepspeed.initialize(model=nn.Linear(2, 1), config=config)
+    said = said_by(lambda: engine(torch.ones(1, 2)).sum().backward())
+    engine.backward(engine(torch.ones(1, 2)).sum())
+    engine.step()
+    engine.destroy()
+    return said
+
+
+def test_a_plain_backward_is_refused_where_the_loss_has_to_be_weighted_first() -> None:
+    for said in run_ranks(2, plain_backwards):
+        assert 'sequence_parallel_loss = "summed": the loss has to be weighted first' in said
+        assert "Use engine.backward(loss)" in said
