@@ -230,7 +230,7 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
     def _take_over_edits(self) -> None:
         """Have what the script changed about the model in its place, before that is saved or loaded. Collective."""
         if self.zero_optimizer is not None and self.zero_optimizer.takeover is not None:
-            self.zero_optimizer.takeover.settle()
+            self.zero_optimizer.takeover.put_in_order()
         else:
             rename(self._built, self.module)
 

@@ -21,7 +21,7 @@ from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
 from deepspeed.zero.read_only import ReadOnly, note_kept
-from deepspeed.zero.written import settle_written
+from deepspeed.zero.written import keep_if_written
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import Master, ZeroOptimizer
@@ -85,7 +85,7 @@ class GatheredParameters:
             with plain_modes():
                 for bucket in self._buckets:
                     if bucket.is_unsharded and not bucket.holders:  # left so by a module that ran
-                        settle_written(bucket)
+                        keep_if_written(bucket)
                     bucket.start_unshard()
                     bucket.hold()
                 for bucket in self._buckets:

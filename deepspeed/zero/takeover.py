@@ -37,7 +37,7 @@ from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
 from deepspeed.zero.param import slot_of
 from deepspeed.zero.prints import digest_of, settings_of
-from deepspeed.zero.written import Writes, not_alike, settle_written, take_writes
+from deepspeed.zero.written import Writes, keep_if_written, not_alike, take_writes
 
 if TYPE_CHECKING:
     from deepspeed.zero.optimizer import ZeroOptimizer
@@ -97,16 +97,16 @@ class Takeover:
         """Look, and where nobody else tells this rank of the others' changes take them over now. Collective."""
         reducer = self._optimizer.reducer
         is_assigned = bool(reducer.look_for_assigned())
-        is_changed, is_settled = self.facts.have_changed() or reducer.has_stood_in or is_assigned, False
+        is_changed, has_asked = self.facts.have_changed() or reducer.has_stood_in or is_assigned, False
         if self.facts.is_long_look:
             self._compare_settings()
         if self._may_overlap and not self.facts.is_long_look:
             self._told = self._mesh.start_agree("average", int(is_changed or self._is_late))
         elif not self._rides:
-            self._settle_if(is_changed or self._is_late)
-            is_settled = True
+            self._take_over_if(is_changed or self._is_late)
+            has_asked = True
         if self.facts.is_long_look:
-            self._compare_bytes(is_changed and not is_settled)
+            self._compare_bytes(is_changed and not has_asked)
         broken = self.facts.prints.are_broken()
         self.news = broken.any() if broken is not None and not is_changed else is_changed and self._rides
         self._ask_seals()
@@ -125,7 +125,7 @@ class Takeover:
                         "  Set the same on every rank; a schedule that follows a metric needs its average over ranks."
                     )
 
-    def _settle_if(self, is_changed: bool, is_step: bool = True) -> None:
+    def _take_over_if(self, is_changed: bool, is_step: bool = True) -> None:
         if any(changed for (changed,) in self._mesh.agree("average", int(is_changed))):
             self.take_over(is_step)
 
@@ -164,13 +164,13 @@ class Takeover:
             seal.renew()
 
     @torch.no_grad()
-    def settle(self) -> None:
+    def put_in_order(self) -> None:
         """Everything in place between steps: before a checkpoint is written or read. Collective."""
         for bucket in self._built.sharded:
             if bucket.is_unsharded:  # since a call of a module, which may have written them
-                settle_written(bucket)
+                keep_if_written(bucket)
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
-        self._settle_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
+        self._take_over_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
         self._compare_bytes()
         self._ask_seals()
         self.follow_written()

@@ -115,7 +115,7 @@ def keep_written(bucket: Writable, versions: list[int]) -> None:
     bucket.written.is_in_shard = True
 
 
-def settle_written(bucket: Writable) -> None:
+def keep_if_written(bucket: Writable) -> None:
     """The same, if anything may have been written, of a bucket that is unsharded: before somebody else writes or reads its shard."""
     with torch._C.DisableTorchFunctionSubclass():
         versions = [param._version for param in bucket.params]

@@ -430,7 +430,7 @@ def write_few(rank: int, world_size: int) -> None:
             patch.setattr(takeover, "warn_once", told.append)
             if rank == 1:
                 side.module.weight.data[5, 5] += 1.0
-            side.engine.zero_optimizer.takeover.settle()
+            side.engine.zero_optimizer.takeover.put_in_order()
         assert len(told) == 1 and "weight is not the same on rank 1 as on rank 0 (ZeRO stage 0)" in told[0]
 
 
