@@ -4,7 +4,7 @@ Made by `initialize.init_inference`. The engine changes the module in place and 
 have are the module's, so that it can be put where the module was. Equality comes first: what is generated is Hugging Face's
 own loop over the module's own forward, and everything faster is put beneath both.
 
-Invariant: nothing of the module is changed before all that can be refused has been.
+Invariant: nothing of the module is changed before all that can be refused has been, and what fails later on any rank leaves the module as it was.
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from deepspeed.inference.quantize_layers import quantize
 from deepspeed.inference.save import check_can_save, save
 from deepspeed.inference.streamed import Streamed
 from deepspeed.inference.times import ForwardTimes
+from deepspeed.inference.undo import Before, has_room
 from deepspeed.kernels.pages import gather_in_large_pages
 from deepspeed.quant.replace import Around
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
@@ -68,12 +69,17 @@ class InferenceEngine(nn.Module):
         self._experts = experts.ranks_of(modules, config)
         self._ranks = tensor.ranks_of(config)
         self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
+        before: list[Before] = []
         try:
             made = self._together(lambda: [self._decide(module) for module in modules])
+            if all(map(has_room, modules)):
+                before += [Before(module, is_written=self._rank > 0) for module in modules]
             for plan in made:
                 self._together(partial(self._prepare, plan))
         except BaseException:
             self._release()
+            for each in before:
+                each.put_back()
             raise
         self.module = model
         self.training = False
@@ -88,9 +94,10 @@ class InferenceEngine(nn.Module):
             found.append(step())
         except Exception as raised:
             error = raised
-        if self._ranks is not None:
-            self._ranks.agree(error)
-        elif error is not None:
+        for ranks in (self._ranks, self._experts):
+            if ranks is not None:
+                ranks.agree(error)
+        if error is not None:
             raise error
         return found[0]
 
@@ -104,7 +111,7 @@ class InferenceEngine(nn.Module):
         return _Plan(module, dtype, loader, decided)
 
     def _prepare(self, plan: _Plan) -> None:
-        module, loader = plan.module, plan.loader
+        module = plan.module
         if self._ranks is not None and plan.decided is not None:
             tensor.cut(module, self._ranks, plan.decided)
             self._ranks.compare_first_inputs(module)
@@ -112,16 +119,12 @@ class InferenceEngine(nn.Module):
             self._experts.spread(module)
         prepare.cast(module, plan.dtype)
         streamed = Streamed(self._config.zero, plan.dtype) if self._config.streams else None
-        try:
-            self._fill(plan, streamed)
-        except BaseException:
-            if loader is not None:
-                loader.undo()
-            raise
+        if streamed is not None:
+            self._streamed.append(streamed)
+        self._fill(plan, streamed)
         module.eval()
         if streamed is not None:
             streamed.start(module)
-            self._streamed.append(streamed)
             return
         prepare.place(module, self._config)
         if self._ranks is None and prepare.is_on_host(module):

@@ -59,6 +59,15 @@ class ExpertRanks:
         attach.attach(module, self.mesh)
         attach.refuse_folders(module, size)
 
+    def agree(self, error: Exception | None) -> None:
+        """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
+        told = self.mesh.gather_objects("experts", None if error is None else str(error))
+        if error is not None:
+            raise error
+        rank = next((rank for rank, words in enumerate(told) if words is not None), None)
+        if rank is not None:
+            raise DeepSpeedError(f"[rank {rank} of {self.mesh.size('experts')}] {told[rank]}")
+
     def in_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a generation in which no rank ends before the others."""
         return {"synced_gpus": True, **arguments}

@@ -5,7 +5,7 @@ differ). After the module was cut and cast, `fill` gives a layer its weights, wh
 memory holds the parts of this rank and one tensor more; `quantized` reads a weight that will be, without ever holding it whole; `fill_rest` reads what is left, and computes buffers that no checkpoint has.
 
 Invariant: a parameter that was on "meta" becomes a new one with the old one's mark, in every module that had it; another keeps its
-object. Where reading fails, parameters are what they were before.
+object. Where reading fails, the engine puts the module back (`undo`).
 """
 
 from __future__ import annotations
@@ -64,7 +64,6 @@ class Loader:
     module: nn.Module
     what: str
     places: dict[int, _Place] = field(default_factory=dict)
-    _before: list[tuple[nn.Module, str, nn.Parameter]] = field(default_factory=list)
 
     def fill(self, layer: nn.Module) -> None:
         """Read a layer's own parameters."""
@@ -97,13 +96,6 @@ class Loader:
         for key in list(self.places):
             self._read(self.places.pop(key))
         _compute_buffers(self.module)
-        self._before.clear()
-
-    def undo(self) -> None:
-        """Put back parameters that were on "meta"."""
-        for owner, name, param in self._before:
-            if name in owner._parameters:
-                owner._parameters[name] = param
 
     def _read(self, place: _Place) -> None:
         weights, box = _source(place)
@@ -124,7 +116,6 @@ class Loader:
         made = nn.Parameter(values, requires_grad=False)
         made.__dict__.update(place.tensor.__dict__, _is_hf_initialized=True)
         for owner, name in place.owners:
-            self._before.append((owner, name, place.tensor))
             owner._parameters[name] = made
 
 

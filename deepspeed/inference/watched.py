@@ -4,14 +4,15 @@ Used by `fused`, whose compiled step takes the place of whole layers: a script t
 adapter, a weight or another number has to find it used. `Watched` remembers modules and is asked before each step; `own_forward` says,
 before layers are described, what in them is not Hugging Face's.
 
-Invariant: whatever is set on a module, its class or on all modules (global hooks) is noticed, at a few comparisons a module: its attributes are
+Invariant: whatever is set on a module, its class, the functions that its forward names, or on all modules (global hooks) is noticed, at a few comparisons a module: its attributes are
 compared as one dict, its tensors by identity and address.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -31,7 +32,8 @@ class Watched:
         self.modules = list(modules)
         self._kinds = [type(module) for module in self.modules]
         self._classes = list(dict.fromkeys(self._kinds))
-        self._forwards = [kind.forward for kind in self._classes]
+        self._calls = list(map(_CALLS, self._classes))
+        self._globals = [found for kind in self._classes for found in _functions_of(kind.forward)]
         self._attributes = [dict(module.__dict__) for module in self.modules]
         self._children = [module._modules for module in self.modules]
         self._children_were = [dict(children) for children in self._children]
@@ -53,7 +55,8 @@ class Watched:
         try:
             return (
                 list(map(type, self.modules)) == self._kinds
-                and list(map(_FORWARD, self._classes)) == self._forwards
+                and list(map(_CALLS, self._classes)) == self._calls
+                and all(held.get(name) is function for held, name, function in self._globals)
                 and list(map(_ATTRIBUTES, self.modules)) == self._attributes
                 and self._children == self._children_were
                 and all(map(operator.is_, map(dict.get, self._held, self._names), self._values))
@@ -64,8 +67,18 @@ class Watched:
             return False
 
 
-_FORWARD = operator.attrgetter("forward")
+_CALLS = operator.attrgetter("forward", "__call__", "_call_impl")
+"""What a call of a module goes through, from its class or from `nn.Module`."""
 _ATTRIBUTES = operator.attrgetter("__dict__")
+
+
+def _functions_of(forward: Any) -> Iterator[tuple[dict[str, Any], str, Any]]:
+    """The functions beside a class that its forward calls, as its module's globals name them: rotary positions, say."""
+    plain = inspect.unwrap(forward)
+    held = getattr(plain, "__globals__", {})
+    for name in getattr(getattr(plain, "__code__", None), "co_names", ()):
+        if callable(held.get(name)):
+            yield held, name, held[name]
 
 
 def _is_heard(hooks: Mapping[int, Any]) -> bool:
@@ -87,4 +100,9 @@ def own_forward(module: nn.Module) -> str | None:
         return f"a {kind.__name__} whose forward was replaced"
     if kind.forward.__module__.partition(".")[0] not in ("torch", "transformers", kind.__module__.partition(".")[0]):
         return f"a {kind.__name__} whose class's forward was replaced by one of {kind.forward.__module__}"
+    called = next(
+        (name for name in ("__call__", "_call_impl") if not getattr(kind, name).__module__.startswith("torch.")), None
+    )
+    if called is not None:
+        return f"a {kind.__name__} whose class's {called} was replaced by one of {getattr(kind, called).__module__}"
     return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from deepspeed.inference.watched import Watched
+from deepspeed.inference.watched import Watched, own_forward
 
 
 class Scaled(nn.Module):
@@ -80,6 +81,40 @@ def test_a_forward_that_a_class_is_given_is_noticed(monkeypatch: pytest.MonkeyPa
     assert not watched.is_as_it_was()
     monkeypatch.undo()
     assert watched.is_as_it_was()
+
+
+def doubled(x: torch.Tensor) -> torch.Tensor:
+    return 2 * x
+
+
+class Calling(nn.Module):
+    """A forward that calls a function beside it."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Twice the input."""
+        return doubled(x)
+
+
+@pytest.mark.parametrize(
+    ("where", "name"),
+    [(Calling, "__call__"), (nn.Module, "__call__"), (nn.Module, "_call_impl"), (sys.modules[__name__], "doubled")],
+)
+def test_a_call_or_a_function_that_is_replaced_is_noticed(where: Any, name: str, monkeypatch: Any) -> None:
+    watched = Watched(nn.ModuleList([Calling()]).modules())
+    assert watched.is_as_it_was()
+    real = getattr(where, name)
+    monkeypatch.setattr(where, name, lambda *args, **kwargs: real(*args, **kwargs), raising=False)
+    assert not watched.is_as_it_was()
+    monkeypatch.undo()
+    assert watched.is_as_it_was()
+
+
+def test_a_class_s_own_call_is_told_before_layers_are_described() -> None:
+    assert own_forward(nn.Linear(2, 2)) is None
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(nn.Linear, "__call__", lambda self, x: nn.Module.__call__(self, x) * 2)
+        found = own_forward(nn.Linear(2, 2))
+        assert found is not None and "whose class's __call__ was replaced by one of" in found
 
 
 def test_what_is_set_back_is_as_it_was() -> None:
