@@ -19,6 +19,7 @@ joined.py       files of ranks: a rank's own part, or all together
 packed.py       what GPTQ, AWQ and bitsandbytes store, made whole
 names.py        which stored tensors make which parameter
 load.py         weights into a module, parameter by parameter
+undo.py         a module as it was, to be put back where something fails
 streamed.py     weights that rest elsewhere between their uses
 save.py         save_mp_checkpoint_path
 fused.py        one compiled call per token, beneath the model's own forward
