@@ -21,6 +21,7 @@ Unshard, reshard
     loads              slices that are read before they are gathered
     param              what a sharded parameter answers
     saved              weights that autograd saved
+    functions          what custom autograd functions are given
     leaves             modules that are not opened
     modes              out of the caller's modes
 Reduce

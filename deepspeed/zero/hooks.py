@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 
 from deepspeed.utils import compiler
 from deepspeed.utils.logging import warn_once
+from deepspeed.zero import functions
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gather import Gatherer, PhaseKind
@@ -198,6 +199,7 @@ class ModuleHooks:
         self.watch.on_begin.append(self._begin_backward)
         self.watch.on_end.append(self._end_backward)
         zero_param.add_resolver(self._resolve)
+        functions.attach(self)
         for bucket in self.gatherer.buckets:
             bucket.use_around = functools.partial(self.use_around, bucket)
 
@@ -233,6 +235,7 @@ class ModuleHooks:
         """Take every hook away; parameters stay as they are."""
         self._detach_from_modules()
         zero_param.remove_resolver(self._resolve)
+        functions.detach(self)
         for bucket in self.gatherer.buckets:
             bucket.use_around = None
         for listeners, listener in (

@@ -292,6 +292,12 @@ def remove_resolver(resolver: Resolver) -> None:
         _resolvers.remove(resolver)
 
 
+def gather_for(param: Tensor, func: Callable[..., Any]) -> bool:
+    """Have a sharded parameter usable, if somebody gathers for this use."""
+    slot = slot_of(param)
+    return slot is not None and any(resolve(slot.bucket, func) for resolve in list(_resolvers))
+
+
 def _attribute(names: str, *verbs: str) -> list[Any]:
     """What `__torch_function__` is given when those attributes (that this torch has) are read, set or deleted."""
     descriptors = [Tensor.__dict__.get(name) or getattr(torch._C.TensorBase, name, None) for name in names.split()]
@@ -498,7 +504,7 @@ class _Sharded(Tensor):
                 if not isinstance(value, _Sharded):
                     continue  # of a bucket that an earlier argument had unsharded
                 bucket = value._zero_slot.bucket  # type: ignore[attr-defined]
-                if isinstance(value, ShardedParameter) and any(resolve(bucket, func) for resolve in list(_resolvers)):
+                if isinstance(value, ShardedParameter) and gather_for(value, func):
                     bucket.hold()
                     held.append(bucket)
                 elif func in _HANDED_OUT:
@@ -545,7 +551,7 @@ class ShardedParameter(_Sharded, HiddenGradient, ZeroParameter):
         slot = slot_of(self)
         assert slot is not None, "only managed parameters are sharded"
         bucket = slot.bucket
-        if not any(resolve(bucket, copy.deepcopy) for resolve in list(_resolvers)):
+        if not gather_for(self, copy.deepcopy):
             raise ShardError(refusal(self, "copy.deepcopy"))
         bucket.hold()
         try:
