@@ -1,8 +1,8 @@
 """Sharded parameters that a script gives to a `torch.autograd.Function`: gathered before torch looks at their shapes.
 
 Attached and detached by `zero.hooks`. `apply` writes down what gradients its inputs will have before it calls the function's
-forward, in which a use would be noticed: of a parameter outside of its own module (a fused head and loss, `Fn.apply(hidden,
-self.head.weight)`) it would write down a gradient of no elements, which the backward then refuses. `apply` is reached by names that
+forward, in which a use would be noticed: of a parameter outside of its own module (a fused head and loss, called with the
+weight of the head) it would write down a gradient of no elements, which the backward then refuses. `apply` is reached by names that
 scripts took at import, so what is replaced, while any model is attached, is the first thing that it calls with its arguments.
 
 Invariant: where nobody gathers for the use, functions get what they were given; some gather by themselves.
