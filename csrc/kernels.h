@@ -38,8 +38,8 @@ struct QuantizeLoops {
     void (*add_signs)(const uint8_t* bits, float* into, size_t n, float scale);
 };
 
-// Rows of a weight of 8 or 4 bits, and of a vector beside it: as `arrange` left it, scaled group by group, with what is added to
-// each group's sum. `group_size` is a multiple of 32.
+// Rows of a weight of 8 or 4 bits, and of a vector beside it: as `arrange` left it, scaled group by group; of int4 with what makes up
+// for the 8 that is added to weights: -8 times the sum of each group. `group_size` is a multiple of 32.
 struct IntegerRows {
     const uint8_t* values[kStreams];
     const float* scales[kStreams];
@@ -47,8 +47,7 @@ struct IntegerRows {
 
 struct Integers {
     const int16_t* values;
-    const int32_t* starts;
-    const float* scales;
+    const float *scales, *offsets;
     size_t num_groups, group_size;
 };
 

@@ -27,151 +27,157 @@ namespace {
 
 DS_INLINE __m256i load_ymm(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 DS_INLINE __m256i load_xmm(const void* at) { return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at))); }
-DS_INLINE __m512i twice(__m256i x) { return _mm512_broadcast_i64x4(x); }
-DS_INLINE __m512i beside(__m256i low, __m256i high) { return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1); }
 
-// ---- products with int4 for processors that take registers of 512 bits in two halves: in those of 256 (Zen 4, from the second-level
-// cache: 19.9 GB/s in the wider ones, 25.9 in these)
+// ---- products with int4, 128 elements of a row in a register: two groups of 64 or four of 32 side by side, or one group's blocks
 
 constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for
 constexpr int kRows = 4;         // that are worked on together
+constexpr size_t kScaled = 8;    // groups whose scales are multiplied at once
+constexpr size_t kPlanes = 128;  // elements of a block, or what is left
 
-// What arrange_int4 of products.inl leaves of 64 elements of x.
+// Blocks of x (of a group, or of the whole row where groups are shorter) as four planes of bytes: the even ones' low bytes, signed, and
+// their high ones, then those of the odd ones. x = 256 high + low.
+void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
+    const size_t part = group_size <= 64 ? n : group_size;
+    for (size_t at = 0, block; at < n; at += block) {
+        const size_t left = part - at % part, half = (left < kPlanes ? left : kPlanes) / 2;
+        char* plane = reinterpret_cast<char*>(to + at);
+        block = 2 * half;
+        for (size_t i = 0; i < half; i += 16, plane += 16) {
+            const __m512i pairs = _mm512_loadu_si512(q + at + 2 * i), rounded = _mm512_add_epi32(pairs, _mm512_set1_epi32(0x800080));
+            const auto store = [&](size_t p, __m512i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(plane + p * half), _mm512_cvtepi32_epi8(x)); };
+            store(0, pairs), store(1, _mm512_srli_epi32(rounded, 8));
+            store(2, _mm512_srli_epi32(pairs, 16)), store(3, _mm512_srli_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(0x800000)), 24));
+        }
+    }
+}
+
+// The first `n` bytes, zeros behind them.
+DS_INLINE __m512i load_bytes(const void* at, size_t n) {
+    return n == 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << n) - 1, at);
+}
+
 struct Planes {
-    __m256i even_low, even_high, odd_low, odd_high;
+    __m512i even_low, even_high, odd_low, odd_high;
 };
 
-DS_INLINE Planes planes_of(const int8_t* x, bool is_whole) {
-    if (is_whole) return {load_ymm(x), load_ymm(x + 32), load_ymm(x + 64), load_ymm(x + 96)};
-    return {load_xmm(x), load_xmm(x + 16), load_xmm(x + 32), load_xmm(x + 48)};
+DS_INLINE Planes planes_of(const int8_t* x, size_t half) {
+    return {load_bytes(x, half), load_bytes(x + half, half), load_bytes(x + 2 * half, half), load_bytes(x + 3 * half, half)};
 }
 
-// The products of a row's words with x, exact: the low bytes' are added to `low`, the high bytes' to `high`.
-DS_INLINE void add_int4(__m256i words, const Planes& x, __m256i& low, __m256i& high) {
-    const __m256i nibble = _mm256_set1_epi8(15);
-    const __m256i even = _mm256_and_si256(words, nibble), odd = _mm256_and_si256(_mm256_srli_epi16(words, 4), nibble);
-    low = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(low, even, x.even_low), odd, x.odd_low);
-    high = _mm256_dpbusd_epi32(_mm256_dpbusd_epi32(high, even, x.even_high), odd, x.odd_high);
+struct Nibbles {
+    __m512i even, odd;
+};
+
+DS_INLINE Nibbles nibbles_of(__m512i words) {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    return {_mm512_and_si512(words, nibble), _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)};
 }
 
-// A group of kRows rows from `at` on: added to their sums.
-template <size_t Size>
-DS_INLINE void group_int4(const uint8_t* const* w, const float* const* s, size_t at, const int8_t* x, size_t any, int32_t start, float scale, size_t g,
-                          __m256* sums) {
-    const size_t size = Size ? Size : any;
-    __m256i low[kRows], high[kRows];
-    for (int k = 0; k < kRows; ++k) low[k] = _mm256_zextsi128_si256(_mm_cvtsi32_si128(start)), high[k] = _mm256_setzero_si256();
-    for (size_t i = 0; i < size; i += 64) {
-        const bool is_whole = size - i >= 64;
-        const Planes planes = planes_of(x + 2 * i, is_whole);
-        for (int k = 0; k < kRows; ++k) {
-            const uint8_t* here = w[k] + at + i / 2;
-            add_int4(is_whole ? load_ymm(here) : load_xmm(here), planes, low[k], high[k]);
-        }
-    }
-    for (int k = 0; k < kRows; ++k) {
-        const __m256i exact = _mm256_add_epi32(low[k], _mm256_slli_epi32(high[k], 8));
-        const __m256 both = _mm256_mul_ps(_mm256_broadcast_ss(s[k] + g), _mm256_set1_ps(scale));
-        sums[k] = _mm256_add_ps(sums[k], _mm256_mul_ps(_mm256_cvtepi32_ps(exact), both));
-    }
+DS_INLINE __m512i add_low(__m512i sum, const Nibbles& w, const Planes& x) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even, x.even_low), w.odd, x.odd_low);
+}
+DS_INLINE __m512i add_high(__m512i sum, const Nibbles& w, const Planes& x) {
+    return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even, x.even_high), w.odd, x.odd_high);
+}
+DS_INLINE __m256i upper(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
+DS_INLINE __m256i half(__m256i x, int i) {  // zeros behind it
+    return _mm256_zextsi128_si256(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
 }
 
-// Rows [first, first + kRows): as sum_rows of products.inl. Asked for evenly, each line twice: a line of all rows at once is slower
-// (Zen 4: 66 % of the bandwidth, 75 so).
+DS_INLINE void add_scaled(__m256& sum, __m256i exact, float by) {
+    sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(by)));
+}
+
+// Rows [first, first + kRows): as sum_rows of products.inl. `Size` is 32, 64, or 0 for any above.
 template <size_t Size>
 DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
-    const size_t size = Size ? Size : x.group_size, step = size / 2;
+    const size_t step = (Size ? Size : x.group_size) / 2, num_groups = x.num_groups;
+    constexpr size_t beside = Size ? kPlanes / Size : 1;  // groups in a register
     const uint8_t* w[kRows];
     const float* s[kRows];
-    for (int k = 0; k < kRows; ++k) w[k] = rows.values[first + k], s[k] = rows.scales[first + k];
+    __m256 sums[kRows];
+    for (int k = 0; k < kRows; ++k) {
+        w[k] = rows.values[first + k], s[k] = rows.scales[first + k];
+        sum_offsets(s[k], x.offsets, num_groups, &lanes[k]);
+        sums[k] = (__m256)lanes[k];
+    }
     const int8_t* values = reinterpret_cast<const int8_t*>(x.values);
-    __m256 sums[kRows] = {};
-    for (size_t g = 0; g < x.num_groups; ++g) {
+    const auto ask = [&](size_t at) __attribute__((always_inline)) {
+        for (int k = 0; k < kRows; ++k) ask_for(w[k] + at + kAhead);
+    };
+    for (size_t g = 0; g < num_groups; g += kScaled) {
+        float scales[kRows][kScaled];
+        const size_t count = num_groups - g < kScaled ? num_groups - g : kScaled;
+        const __mmask8 mask = static_cast<__mmask8>((1u << count) - 1);
+        const __m256 own = _mm256_maskz_loadu_ps(mask, x.scales + g);
         for (int k = 0; k < kRows; ++k) {
-            prefetch_scale(s[k], g);
-            for (size_t i = 0; i < step; i += 32) ask_for(w[k] + g * step + kAhead + i);
+            if (g % 16 == 0) prefetch_scale(s[k], g);
+            _mm256_storeu_ps(scales[k], _mm256_mul_ps(_mm256_maskz_loadu_ps(mask, s[k] + g), own));
         }
-        group_int4<Size>(w, s, g * step, values + 4 * g * step, size, x.starts[g], x.scales[g], g, sums);
+        const auto add_groups = [&](size_t j, size_t nbytes) __attribute__((always_inline)) {
+            const size_t at = (g + j) * step;
+            const Planes planes = planes_of(values + 4 * at, nbytes);
+            ask(at);
+            Nibbles nibbles[kRows];
+            __m512i exact[kRows];
+            // Each step for all rows: what waits for the step before it would fill the processor's queues.
+            const auto add = [&](__m512i Nibbles::*part, __m512i by) __attribute__((always_inline)) {
+                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], nibbles[k].*part, by);
+            };
+            for (int k = 0; k < kRows; ++k) nibbles[k] = nibbles_of(load_bytes(w[k] + at, nbytes)), exact[k] = _mm512_setzero_si512();
+            add(&Nibbles::even, planes.even_high), add(&Nibbles::odd, planes.odd_high);
+            for (int k = 0; k < kRows; ++k) exact[k] = _mm512_slli_epi32(exact[k], 8);
+            add(&Nibbles::even, planes.even_low), add(&Nibbles::odd, planes.odd_low);
+            for (int k = 0; k < kRows; ++k) {
+                const __m256i front = _mm512_castsi512_si256(exact[k]), back = upper(exact[k]);
+                if (Size == 64) {
+                    add_scaled(sums[k], front, scales[k][j]);
+                    if (nbytes == 64) add_scaled(sums[k], back, scales[k][j + 1]);
+                } else {
+                    add_scaled(sums[k], half(front, 0), scales[k][j]);
+                    if (nbytes > 16) add_scaled(sums[k], half(front, 1), scales[k][j + 1]);
+                    if (nbytes > 32) add_scaled(sums[k], half(back, 0), scales[k][j + 2]);
+                    if (nbytes > 48) add_scaled(sums[k], half(back, 1), scales[k][j + 3]);
+                }
+            }
+        };
+        size_t j = 0;
+        if (Size) {
+            for (; j + beside <= count; j += beside) add_groups(j, 64);
+            if (j < count) add_groups(j, (count - j) * step);
+            continue;
+        }
+        for (; j < count; ++j) {
+            __m512i low[kRows] = {}, high[kRows] = {};
+            const size_t group = (g + j) * step;
+            for (size_t i = 0; i < step; i += 64) {
+                const size_t nbytes = step - i < 64 ? step - i : 64;
+                const Planes planes = planes_of(values + 4 * (group + i), nbytes);
+                ask(group + i);
+                for (int k = 0; k < kRows; ++k) {
+                    const Nibbles nibbles = nibbles_of(load_bytes(w[k] + group + i, nbytes));
+                    low[k] = add_low(low[k], nibbles, planes), high[k] = add_high(high[k], nibbles, planes);
+                }
+            }
+            for (int k = 0; k < kRows; ++k) {
+                const __m512i exact = _mm512_add_epi32(low[k], _mm512_slli_epi32(high[k], 8));
+                add_scaled(sums[k], _mm256_add_epi32(_mm512_castsi512_si256(exact), upper(exact)), scales[k][j]);
+            }
+        }
     }
     for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
 }
 
-// ---- the same for processors that take 512 bits whole: two rows in the halves of a register (Zen 5: 92 % of the bandwidth)
-
-constexpr int kPairs = 2;  // of rows that are worked on together
-
-// Planes, twice.
-struct WidePlanes {
-    __m512i even_low, even_high, odd_low, odd_high;
-};
-
-// The products of a pair's words with x, exact: the low bytes' are added to `low`, the high bytes' to `high`.
-DS_INLINE void add_int4(__m512i words, const WidePlanes& x, __m512i& low, __m512i& high) {
-    const __m512i nibble = _mm512_set1_epi8(15);
-    const __m512i even = _mm512_and_si512(words, nibble), odd = _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble);
-    low = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(low, even, x.even_low), odd, x.odd_low);
-    high = _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(high, even, x.even_high), odd, x.odd_high);
-}
-
-DS_INLINE WidePlanes wide_planes_of(const int8_t* x, bool is_whole) {
-    if (is_whole) return {twice(load_ymm(x)), twice(load_ymm(x + 32)), twice(load_ymm(x + 64)), twice(load_ymm(x + 96))};
-    return {twice(load_xmm(x)), twice(load_xmm(x + 16)), twice(load_xmm(x + 32)), twice(load_xmm(x + 48))};
-}
-
-// Rows [first, first + 2 kPairs).
 template <size_t Size>
-DS_INLINE void wide_rows_int4(const IntegerRows& rows, const Integers& beside_them, int first, Floats8* lanes) {
-    const size_t size = Size ? Size : beside_them.group_size;
-    const uint8_t* const* const w = rows.values + first;
-    const float* const* const s = rows.scales + first;
-    const int8_t* x = reinterpret_cast<const int8_t*>(beside_them.values);
-    __m512 sums[kPairs] = {};
-    size_t at = 0;
-    for (size_t g = 0; g < beside_them.num_groups; ++g) {
-        for (int k = 0; k < 2 * kPairs; ++k) prefetch_scale(s[k], g);
-        const __m512i start = _mm512_maskz_set1_epi32(0x0101, beside_them.starts[g]);
-        const __m512 scale = _mm512_set1_ps(beside_them.scales[g]);
-        __m512i low[kPairs], high[kPairs];
-        for (int p = 0; p < kPairs; ++p) low[p] = start, high[p] = _mm512_setzero_si512();
-        for (size_t i = 0; i < size; i += 64) {
-            const bool is_whole = size - i >= 64;
-            const WidePlanes planes = wide_planes_of(x, is_whole);
-            for (int p = 0; p < kPairs; ++p) {
-                const uint8_t *a = w[2 * p] + at + i / 2, *b = w[2 * p + 1] + at + i / 2;
-                ask_for(a + kAhead);
-                ask_for(b + kAhead);
-                add_int4(is_whole ? beside(load_ymm(a), load_ymm(b)) : beside(load_xmm(a), load_xmm(b)), planes, low[p], high[p]);
-            }
-            x += is_whole ? 128 : 64;
-        }
-        for (int p = 0; p < kPairs; ++p) {
-            const __m512i exact = _mm512_add_epi32(low[p], _mm512_slli_epi32(high[p], 8));
-            const __m512 own = _mm512_mask_broadcastss_ps(_mm512_set1_ps(s[2 * p][g]), 0xff00, _mm_load_ss(&s[2 * p + 1][g]));
-            sums[p] = _mm512_add_ps(sums[p], _mm512_mul_ps(_mm512_cvtepi32_ps(exact), _mm512_mul_ps(own, scale)));
-        }
-        at += size / 2;
-    }
-    for (int p = 0; p < kPairs; ++p) {
-        lanes[2 * p] = (Floats8)_mm512_castps512_ps256(sums[p]);
-        lanes[2 * p + 1] = (Floats8)_mm512_extractf32x8_ps(sums[p], 1);
-    }
-}
-
-template <size_t Size, bool is_wide>
-void dot_int4_of(const IntegerRows& rows, const Integers& x, float* out) {
+static void dot_int4_of(const IntegerRows& rows, const Integers& x, float* out) {
     Floats8 lanes[kStreams];
-    for (int first = 0; first < kStreams; first += kRows) {
-        if constexpr (is_wide)
-            wide_rows_int4<Size>(rows, x, first, lanes + first);
-        else
-            rows_int4<Size>(rows, x, first, lanes + first);
-    }
+    for (int first = 0; first < kStreams; first += kRows) rows_int4<Size>(rows, x, first, lanes + first);
     sum_lanes(lanes, out);
 }
 
-template <bool is_wide>
 void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_int4_of<64, is_wide> : dot_int4_of<0, is_wide>)(rows, x, out);
+    (x.group_size == 64 ? dot_int4_of<64> : x.group_size == 32 ? dot_int4_of<32> : dot_int4_of<0>)(rows, x, out);
 }
 
 // ---- attention over a cache of int8
@@ -424,7 +430,8 @@ void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const
 
 Kernels vnni_kernels(bool takes_512_bits_whole) {
     Kernels found = avx512_kernels(takes_512_bits_whole);
-    found.products.integers[1] = takes_512_bits_whole ? dot_int4<true> : dot_int4<false>;
+    found.products.integers[1] = dot_int4;
+    found.products.arrange[1] = arrange_int4;
     found.attention.score_bytes = score_bytes;
     found.attention.mix_bytes = mix_bytes;
     return found;

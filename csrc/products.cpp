@@ -22,26 +22,26 @@ int64_t part_of(int64_t group_size) {
     return part;
 }
 
-// The rows of x beside integers: with 15 bits and a scale per part; `starts` takes back the 8 that is added to weights of int4.
+// The rows of x beside integers: with 15 bits and a scale per part; `offsets` takes back the 8 that is added to weights of int4.
 struct Vectors {
     std::vector<int16_t> rounded, values;
-    std::vector<int32_t> starts;
-    std::vector<float> scales;
+    std::vector<float> scales, offsets;
 
-    void fill(const float* x, int64_t numel, int64_t part, const Kernels& kernels, bool is_int4) {
-        const int64_t num_parts = numel / part;
+    void fill(const float* x, int64_t batch, int64_t width, int64_t part, const Kernels& kernels, bool is_int4) {
+        const int64_t numel = batch * width, num_parts = numel / part;
         rounded.resize(numel);
         values.resize(numel);
         scales.resize(num_parts);
-        starts.resize(num_parts);
+        offsets.resize(num_parts);
         for (int64_t p = 0; p < num_parts; ++p) {
             int16_t* const to = rounded.data() + p * part;
             scales[p] = kernels.attention.to_words(x + p * part, static_cast<size_t>(part), to);
             int32_t sum = 0;
             for (int64_t i = 0; is_int4 && i < part; ++i) sum += to[i];
-            starts[p] = -8 * sum;
+            offsets[p] = scales[p] * static_cast<float>(-8 * sum);
         }
-        kernels.products.arrange[is_int4](rounded.data(), static_cast<size_t>(numel), static_cast<size_t>(part), values.data());
+        for (int64_t at = 0; at < numel; at += width)
+            kernels.products.arrange[is_int4](rounded.data() + at, static_cast<size_t>(width), static_cast<size_t>(part), values.data() + at);
     }
 };
 
@@ -98,8 +98,8 @@ struct Product {
             (bits == 32 ? loops.fp32 : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
             return;
         }
-        const Integers beside{vectors->values.data() + b * width, vectors->starts.data() + b * parts,
-                              vectors->scales.data() + b * parts, static_cast<size_t>(parts), static_cast<size_t>(part)};
+        const Integers beside{vectors->values.data() + b * width, vectors->scales.data() + b * parts,
+                              vectors->offsets.data() + b * parts, static_cast<size_t>(parts), static_cast<size_t>(part)};
         loops.integers[bits == 4](rows, beside, out);
     }
 };
@@ -115,7 +115,7 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
     static thread_local std::vector<float> parted;
     const Kernels& kernels = current_kernels();
     const int64_t part = bits < 16 ? part_of(group_size) : group_size;
-    if (bits < 16) vectors.fill(x, batch * width, part, kernels, bits == 4);
+    if (bits < 16) vectors.fill(x, batch, width, part, kernels, bits == 4);
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
     const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
     Product product{kernels.products, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,

@@ -169,10 +169,15 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
     const uint8_t *w0 = w[0], *w1 = w[1], *w2 = w[2], *w3 = w[3];
     const float *s0 = s[0], *s1 = s[1], *s2 = s[2], *s3 = s[3];
     Floats8 sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};  // no arrays: they stay in registers
+    if (PerByte == 2) {
+        const auto start = [&](const float* scales, Floats8* to) { sum_offsets(scales, beside.offsets, beside.num_groups, to); };
+        start(s0, &sum0), start(s1, &sum1), start(s2, &sum2), start(s3, &sum3);
+    }
     const int16_t* x = beside.values;
     for (size_t g = 0; g < beside.num_groups; ++g) {
         prefetch_scale(s0, g), prefetch_scale(s1, g), prefetch_scale(s2, g), prefetch_scale(s3, g);
-        const __m256i start = _mm256_zextsi128_si256(_mm_cvtsi32_si128(beside.starts[g]));
+        // Sums of int8 begin with their offset, 0: what GCC 12 makes of the loop without it reads slower (Zen 4: 85 % of the bandwidth for 94).
+        const __m256i start = PerByte == 1 ? _mm256_zextsi128_si256(_mm_castps_si128(_mm_load_ss(beside.offsets + g))) : _mm256_setzero_si256();
         const __m256 scale = _mm256_set1_ps(beside.scales[g]);
         for (size_t i = 0; i < step; i += 64) {
             ask_for(w0 + kAhead + i);
@@ -226,9 +231,10 @@ template <int PerByte, void (*group)(const uint8_t*, const int16_t*, size_t, int
 static void sum_rows(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
     for (int k = 0; k < kRows; ++k) {
         to[k] = Floats8{};
+        if (PerByte == 2) sum_offsets(rows.scales[first + k], beside.offsets, beside.num_groups, &to[k]);
         for (size_t g = 0; g < beside.num_groups; ++g) {
             const size_t at = g * beside.group_size;
-            int32_t lanes[8] = {beside.starts[g]};
+            int32_t lanes[8] = {};
             group(rows.values[first + k] + at / PerByte, beside.values + at, beside.group_size, lanes);
             const float scale = rows.scales[first + k][g] * beside.scales[g];
             for (size_t t = 0; t < 8; ++t) to[k][t] += static_cast<float>(lanes[t]) * scale;
