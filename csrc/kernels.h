@@ -53,7 +53,7 @@ struct Integers {
 
 // Dot products of kStreams rows of a weight with a vector; see products.inl. By 8 and 4 bits where there are two.
 struct ProductLoops {
-    void (*fp32)(const void* const* rows, const float* x, size_t n, float* out);
+    void (*fp32[2])(const void* const* rows, const float* x, size_t n, float* out);  // of weights in memory, in a cache
     void (*bf16)(const void* const* rows, const float* x, size_t n, float* out);  // x: the even elements of each whole 16 first
     void (*integers[2])(const IntegerRows& rows, const Integers& x, float* out);
     void (*arrange[2])(const int16_t* q, size_t n, size_t group_size, int16_t* to);

@@ -50,7 +50,7 @@ Kernels avx512_kernels(bool takes_512_bits_whole) {
     Kernels found = kTable;
     if (takes_512_bits_whole) {
         // Rows of fp32 come by themselves there (Zen 5: 38 GB/s of 40, and 34 when asked for), those of bf16 do not (34, and 37).
-        found.products.fp32 = dot_fp32<0>;
+        found.products.fp32[0] = dot_fp32<0>;
         found.products.bf16 = dot_bf16<kAhead>;
     }
     // The same loop, which a compiler makes shorter where it has 16 registers (Zen 4: 83 % of the bandwidth, 73 with 32).

@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int64_t kTaskBytes = 64 * 1024;
+constexpr int64_t kCached = 512 * 1024;  // bytes of a weight that stays in a core's caches: to ask for it is in vain
 constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 
@@ -95,7 +96,7 @@ struct Product {
 
     void dot(const void* const* at, const IntegerRows& rows, int64_t b, float* out) const {
         if (bits >= 16) {
-            (bits == 32 ? loops.fp32 : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
+            (bits == 32 ? loops.fp32[num_rows * row_nbytes <= kCached] : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
             return;
         }
         const Integers beside{vectors->values.data() + b * width, vectors->scales.data() + b * parts,
