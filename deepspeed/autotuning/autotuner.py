@@ -59,6 +59,8 @@ from deepspeed.utils.errors import DeepSpeedError
 
 PROFILE = "profile_model_info"
 """The first run's folder."""
+FORMAT = 2
+"""Of what the first run and trials leave: what another version left is not gone on with."""
 MEASURING_S = 1800.0
 """In which it has to be done once it has an engine: what it does then is the autotuner's, whatever `trial_timeout` the script's steps have."""
 
@@ -277,6 +279,8 @@ class Autotuner:
         outcome = self.rm.run_one(exp, predicted.step_s if self.outcomes else None)
         if outcome.state == "killed":
             outcome = self.rm.run_one(exp, None)
+        if outcome.why == lessons.NEVER_STEPPED:  # nor would it with another configuration
+            raise DeepSpeedError(f"autotuning: a trial of {self.args.user_script} gave nothing: {outcome.text()}")
         self._check_batches(candidate, outcome)
         return outcome
 
@@ -322,6 +326,7 @@ class Autotuner:
             self.config,
             launcher_flags(self.args),
             self.num_ranks,
+            FORMAT,
         ]
         return hashlib.sha256(json.dumps(asked, sort_keys=True, default=str).encode()).hexdigest()
 

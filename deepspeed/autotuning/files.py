@@ -19,6 +19,8 @@ from deepspeed.utils.errors import DeepSpeedError
 
 NEEDED_NBYTES = 8 << 20
 """Free space to begin with; logs of trials need most."""
+OWN = "[INFO] [launcher]"
+"""In lines that say nothing of the script."""
 OURS = "state.json"
 """Marks a results folder as one that the autotuner made, so that nothing else is ever removed."""
 
@@ -92,6 +94,6 @@ def tail(path: Path, num_lines: int = 12, most: int = 16000, keep: str = " faile
             text = file.read().decode("utf-8", "replace")
     except OSError:
         return ""
-    lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip()]
+    lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip() and OWN not in line]
     heads = [line for line in lines[:-num_lines] if keep in line][-1:]
     return "\n".join(heads + lines[-num_lines:])

@@ -26,6 +26,7 @@ _MEMORY = re.compile(r"out of memory|OutOfMemoryError|DefaultCPUAllocator|Memory
 _UNKNOWN_FLAG = re.compile(r"unrecognized arguments?: ?(.*)|No such option:? ?(.*)")
 _MISMATCH = "mismatch TrainingArguments"
 _NEVER_REPLACED = '"auto" was never replaced'
+NEVER_STEPPED = "it built an engine, ended without an error, and never made a step of the optimizer"
 _FULL = re.compile(r"No space left on device")
 FAILED_FIRST = re.compile(r"^---- (?P<who>.+?) failed first \(.*?\): (?P<ending>.*) ----$", re.MULTILINE)
 """The launcher's summary of a job that failed (`launcher.failure`)."""
@@ -94,7 +95,7 @@ def _state(ended: Ended, log: str, last_step: int) -> tuple[str, str, str]:
     if ended.last_step <= 0:
         return (
             "short",
-            "it built an engine, ended without an error, and never made a step of the optimizer",
+            NEVER_STEPPED,
             "Have it train with the engine that deepspeed.initialize returned: engine.backward(loss) and engine.step().",
         )
     return (

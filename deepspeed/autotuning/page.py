@@ -40,10 +40,10 @@ td.n,th.n{text-align:right;white-space:nowrap}table.few{width:auto}.track{positi
 .track s{position:absolute;top:2px;bottom:2px;width:2px;background:var(--ink)}.bad{color:var(--bad)}.soft{color:var(--soft)}
 .best td{font-weight:650}.key{color:var(--soft);font-size:12.5px;margin:0 0 10px}footer{color:var(--soft);font-size:12px;margin-top:22px}
 details summary{cursor:pointer}details pre{color:var(--ink)}
-@media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}
-table.all,table.all tbody{display:block}table.all tr{display:grid;grid-template-columns:repeat(3,auto);justify-content:start;gap:0 18px;padding:9px 0;
+@media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tile{padding:12px 14px}.tile b{font-size:17px}
+table.all,table.all tbody{display:block}table.all tr{display:flex;flex-wrap:wrap;gap:0 14px;padding:9px 0;
 border-top:1px solid var(--line)}table.all tr.head,table.all td:empty{display:none}table.all td{border:0;padding:2px 0;text-align:left}
-table.all td.wide{grid-column:1/-1;order:1;overflow-wrap:anywhere}table.all td:first-child{order:-1}table.all td.n:before{content:attr(data-of) " ";color:var(--soft);font-weight:400}}
+table.all td.wide{flex:1 0 100%;order:1;overflow-wrap:anywhere}table.all td:first-child{order:-1}table.all td.n:before{content:attr(data-of) " ";color:var(--soft);font-weight:400}}
 """
 
 
@@ -165,9 +165,9 @@ def _advice(search: Found, name: str | None) -> str:
 
 def _table(search: Found, listed: Sequence[Row], best: str | None) -> str:
     # A prediction that was never corrected may be wrong by a factor; it must not squeeze what was measured.
-    measured = [row.measured for row in listed if row.measured is not None]
-    guessed = [row.predicted[1] for row in listed if row.predicted]
-    top = 1.15 * (max(measured) if measured else max(guessed, default=1.0))
+    most = max((row.measured for row in listed if row.measured is not None), default=math.inf)
+    guessed = max((row.predicted[1] for row in listed if row.predicted), default=1.0)
+    top = 1.15 * (max(most, min(guessed, 1.5 * most)) if most < math.inf else guessed)
     head = "<tr class=head><th>configuration<th class=n>predicted<th class=n>measured<th><th class=n>memory<th>what came of it</tr>"
     return f"<table class=all>{head}{''.join(_cells(search, row, top, best) for row in listed)}</table>"
 

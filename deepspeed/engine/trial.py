@@ -16,6 +16,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import statistics
 import time
 from pathlib import Path
 from typing import Any, final
@@ -90,7 +91,7 @@ class Trial(Observer):
             return
         slowest = [max(times) for times in zip(*(mine for mine, _, _ in told), strict=True)]
         micro, accumulation = self._sizes
-        latency = sum(slowest) / len(slowest)
+        latency = statistics.median(slowest)  # a step that something else disturbed is not the configuration's
         batch = micro * accumulation * self._mesh.size("batch")
         result = {
             **{phase: max(mine[phase] for _, mine, _ in told) for phase in PHASES},

@@ -41,7 +41,7 @@ overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.
 .legend{line-height:1.9}pre{margin:0;font:12.5px/1.55 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
 td:first-child{overflow-wrap:anywhere}.tile b{overflow-wrap:anywhere}
 @media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:16px}
-svg.wide{max-width:none}}
+svg.wide{max-width:none}td:first-child{min-width:130px}}
 """
 
 

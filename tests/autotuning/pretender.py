@@ -32,9 +32,10 @@ def write(path: Path, values: dict[str, Any]) -> None:
 REFUSED = {"fits": None, "refused": True, "why": "layers that cannot be told by their structure"}
 
 
-def profile(section: dict[str, Any], refuses: str) -> None:
+def profile(section: dict[str, Any], refuses: str, takes_s: float) -> None:
     path = Path(section["model_info_path"])
     write(path.with_name(f"{path.name}.progress"), {"step": 0})
+    time.sleep(takes_s)
     asked = json.loads((path.parent / "candidates.json").read_text())
     memory = {c["name"]: {"fits": c["micro"] <= 16, "nbytes": c["micro"] << 20, "why": "too large"} for c in asked}
     memory |= {c["name"]: REFUSED for c in asked if refuses and refuses in c["name"]}
@@ -81,14 +82,14 @@ def main() -> None:
         return
     if args.mode == "never":
         time.sleep(600)
-    if args.mode == "first-step" and "metric_path" in section:
+    if args.mode in ("first-step", "no-step") and "metric_path" in section:
         path = Path(section["metric_path"])
         write(path.with_name(f"{path.name}.progress"), {"step": 0})
-        sys.exit("RuntimeError: shapes (3, 4) and (5, 6)")
+        sys.exit("RuntimeError: shapes (3, 4) and (5, 6)" if args.mode == "first-step" else 0)
     if os.environ["RANK"] != "0":
         return
     if section.get("model_info"):
-        profile(section, args.refuse)
+        profile(section, args.refuse, 4.0 if args.mode == "slow-profile" else 0.0)
         return
     if name in args.crash:
         sys.exit("ValueError: not this one")

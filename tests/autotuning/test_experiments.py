@@ -204,6 +204,21 @@ def test_a_script_that_does_nothing_or_never_ends_says_what_to_do(
     assert "--deepspeed_config" in str(caught.value)
 
 
+def test_a_small_timeout_does_not_end_what_the_first_run_measures(tmp_path: Path) -> None:
+    config = config_file(
+        tmp_path, {"trial_timeout": 3}, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=2
+    )
+    assert tune(config, "--mode", "slow-profile") == 0
+
+
+def test_a_script_that_never_steps_is_told_so_by_its_first_trial(tmp_path: Path) -> None:
+    config = config_file(tmp_path, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=[1, 2])
+    with pytest.raises(DeepSpeedError, match="never made a step of the optimizer") as caught:
+        tune(config, "--mode", "no-step")
+    assert "engine.step()" in str(caught.value)
+    assert len(list((tmp_path / "autotuning_exps").glob("*.json"))) == 1
+
+
 def test_a_script_that_fails_in_the_first_step_shows_its_error_and_where_it_wrote(tmp_path: Path) -> None:
     config = config_file(tmp_path, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=[1, 2])
     with pytest.raises(DeepSpeedError, match="none of 2 trials gave a result") as caught:
