@@ -346,8 +346,20 @@ class Autotuner:
             print(f"autotuning: going on after {len(self.outcomes)} trials that {self.results} has", flush=True)
             return False
         if isinstance(state, dict):
+            self._tell_replaced(is_same)
             clear(self.results, self.exps, [PROFILE, *state.get("outcomes", {})])
         return False
+
+    def _tell_replaced(self, is_same: bool) -> None:
+        """Say that an earlier search's results go; raise where they are to stay."""
+        if not is_same and not self.section.overwrite:
+            raise DeepSpeedError(
+                f"autotuning: {self.results} has the results of another search, and autotuning.overwrite = false keeps them.\n"
+                "  Set autotuning.results_dir and autotuning.exps_dir to other folders, or overwrite to true."
+            )
+        print(
+            f"autotuning: the results of {'an earlier' if is_same else 'another'} search in {self.results} are replaced"
+        )
 
     def _save(self, is_finished: bool = False) -> None:
         state = {

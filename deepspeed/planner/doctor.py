@@ -40,6 +40,8 @@ from deepspeed.zero.policy import Tier
 GIB = 2**30
 MIN_GAIN = 0.1
 """Of an advice: predictions of single changes were right to about so much where they were run (docs/autotuning.md)."""
+SAME = 0.02
+"""Gains that differ by less do not differ."""
 OFFLOADS = {"zero_optimization.offload_optimizer": None, "zero_optimization.offload_param": None}
 
 
@@ -101,8 +103,8 @@ CHANGES: tuple[Change, ...] = (
         lambda choice: replace(choice, reuse_numel=10**9),
         lambda config, choice: choice.stage == 3 and choice.reuse_numel < 10**8,
     ),
-    Change("the configuration as it is", {}, lambda choice: choice, lambda config, choice: True),
 )
+AS_IT_IS = Change("the configuration as it is", {}, lambda choice: choice, lambda config, choice: True)
 
 
 def _counted(estimate: Estimate | None) -> dict[str, Any]:
@@ -127,7 +129,8 @@ def diagnose(
     parts = step_parts(rates, work, own)
     speed = ranks * own.micro * own.accumulation / parts.total
     findings: dict[str, Finding] = {}
-    for change in CHANGES:
+    alone: dict[int, float] = {}  # what micro-batches of so many samples gain without any other change
+    for change in (AS_IT_IS, *CHANGES):
         if not change.applies(read, own):
             continue
         for size in (micro, 2 * micro, 4 * micro, 8 * micro):
@@ -140,7 +143,11 @@ def diagnose(
             choice = replace(change.apply(own), micro=size, **_counted(found if base else None))
             gain = ranks * size * own.accumulation / step_parts(rates, work, choice).total / speed - 1
             what = change.what + (f", micro-batch {size}" if size != micro else "")
-            if change.what not in findings or gain > findings[change.what].gain + 0.02:
+            if change is AS_IT_IS:
+                alone[size] = gain
+            elif gain < alone.get(size, 0.0) + SAME:
+                continue  # the micro-batch's gain, not the change's
+            if change.what not in findings or gain > findings[change.what].gain + SAME:
                 findings[change.what] = Finding(what, values, gain, _needed(found))
     needed = _needed(base) if base else 0
     ranked = sorted((f for f in findings.values() if f.gain > MIN_GAIN), key=lambda f: -f.gain)

@@ -83,11 +83,11 @@ def _table(found: Diagnosis) -> str:
     for finding in found.findings:
         speed = found.samples_s * (1 + finding.gain)
         rows += _row(finding.what, speed, most, f"+{100 * finding.gain:.0f}%", finding.nbytes, "#3b5bdb")
-    head = "<tr><th>change, each by itself<th>samples a second<th class=n><th class=n>gain<th class=n>memory</tr>"
+    head = "<tr><th>change, each by itself<th class=drawn><th class=n>samples/s<th class=n>gain<th class=n>memory</tr>"
     return f'<div class="card"><h2>Changes that gain more than a tenth</h2><table>{head}{rows}</table></div>'
 
 
 def _row(what: str, speed: float, most: float, gain: str, needed: float, color: str) -> str:
     drawn = f'<div class="bar" style="min-width:110px;margin:0"><i style="width:{100 * speed / most:.1f}%;background:{color}"></i></div>'
     cells = "".join(f"<td class=n>{cell}</td>" for cell in (f"{speed:.3g}", gain, nbytes(needed)))
-    return f"<tr><td>{html.escape(what)}</td><td style=width:36%>{drawn}</td>{cells}</tr>"
+    return f"<tr><td>{html.escape(what)}</td><td class=drawn>{drawn}</td>{cells}</tr>"

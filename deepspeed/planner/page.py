@@ -39,9 +39,9 @@ svg text{fill:var(--ink);font:11px system-ui,"DejaVu Sans",sans-serif}svg .s{fil
 overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.legend span{display:inline-block;margin-right:16px;font-size:12.5px;color:var(--soft)}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:5px;vertical-align:-1px}
 .legend{line-height:1.9}pre{margin:0;font:12.5px/1.55 ui-monospace,"SF Mono",Menlo,"DejaVu Sans Mono",monospace;white-space:pre-wrap;overflow-wrap:anywhere}
-td:first-child{overflow-wrap:anywhere}.tile b{overflow-wrap:anywhere}
+.drawn{width:36%}td:first-child{overflow-wrap:anywhere}.tile b{overflow-wrap:anywhere}
 @media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:16px}
-svg.wide{max-width:none}td:first-child{min-width:130px}}
+svg.wide{max-width:none}td:first-child{min-width:130px}.drawn{display:none}}
 """
 
 

@@ -204,6 +204,21 @@ def test_a_script_that_does_nothing_or_never_ends_says_what_to_do(
     assert "--deepspeed_config" in str(caught.value)
 
 
+def test_results_of_another_search_are_replaced_in_words_or_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    space = {"zero_optimization": {"stage": 1}, "train_micro_batch_size_per_gpu": 2}
+    kept = {"overwrite": False}
+    assert tune(config_file(tmp_path, **space)) == 0
+    state = (tmp_path / "autotuning_results/state.json").read_text()
+    with pytest.raises(DeepSpeedError, match="has the results of another search, and autotuning.overwrite = false"):
+        tune(config_file(tmp_path, kept, **space), "--refuse", "nothing")
+    assert (tmp_path / "autotuning_results/state.json").read_text() == state
+    capsys.readouterr()
+    assert tune(config_file(tmp_path, **space), "--refuse", "nothing") == 0
+    assert "the results of another search in" in capsys.readouterr().out
+
+
 def test_a_small_timeout_does_not_end_what_the_first_run_measures(tmp_path: Path) -> None:
     config = config_file(
         tmp_path, {"trial_timeout": 3}, zero_optimization={"stage": 1}, train_micro_batch_size_per_gpu=2
