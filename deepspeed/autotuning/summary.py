@@ -15,7 +15,8 @@ def text(search: Found) -> str:
     """The table, and what came of trials that gave nothing."""
     stages = sorted({search.by_name[name].stage for name in search.outcomes})
     rows = [*(_row(search, f"z{stage}", stage) for stage in stages), _row(search, "global", None)]
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS)), *map(_line, rows), ""]
+    widths = [max(map(len, column)) for column in zip(COLUMNS, *rows, strict=True)]
+    lines = [*(_line(cells, widths) for cells in (COLUMNS, ["---"] * len(COLUMNS), *rows)), ""]
     failed = [(name, done) for name, done in search.outcomes.items() if not done.is_measured]
     if failed:
         lines += ["Trials without a result:", *(f"  {name}: {done.why}" for name, done in failed), ""]
@@ -43,8 +44,8 @@ def _row(search: Found, label: str, stage: int | None) -> list[str]:
     return [label, str(count), "-" if value is None else f"{value:.6g}", best or "-"]
 
 
-def _line(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(f"{cell:15}" for cell in cells) + " |"
+def _line(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "| " + " | ".join(f"{cell:{width}}" for cell, width in zip(cells, widths, strict=True)) + " |"
 
 
 def shell(command: Sequence[str]) -> str:
