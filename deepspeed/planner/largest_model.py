@@ -21,6 +21,7 @@ from deepspeed.memory.estimator import Estimator
 from deepspeed.planner.largest import GIB, add_arguments
 from deepspeed.utils.arguments import whole
 from deepspeed.utils.errors import DeepSpeedError
+from deepspeed.utils.figures import count
 
 KEYS = ("num_hidden_layers", "n_layer", "num_layers")
 """How families call their depth."""
@@ -91,7 +92,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
         return 1
     print(
-        f"{key}: {depth}\n{params / 1e9:.3g}B parameters; a rank needs {gib(needed)} of {args.device_memory:g} GiB, "
+        f"{key}: {depth}\n{count(params)} parameters; a rank needs {gib(needed)} of {args.device_memory:g} GiB, "
         f"and one layer more does not fit."
     )
     return 0
