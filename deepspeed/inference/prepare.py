@@ -15,6 +15,7 @@ from torch import nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.quant.linear import QuantizedWeight
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
@@ -53,6 +54,9 @@ def cast(module: nn.Module, dtype: torch.dtype) -> None:
     is_kept = _kept_in_fp32(module, dtype)
     has_own_rules = hasattr(module, "_keep_in_fp32_modules")
     for prefix, inner in module.named_modules():
+        if isinstance(inner, QuantizedWeight):
+            inner.to(dtype)  # what it becomes; its scales stay
+            continue
         for name, param in inner.named_parameters(recurse=False):
             if param.is_floating_point():
                 target = torch.float32 if is_kept(f"{prefix}.{name}") else dtype

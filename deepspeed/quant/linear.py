@@ -127,22 +127,19 @@ class QuantizedWeight(nn.Module):
         return found.view(*indices.shape, self.width)
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Moves; a cast changes what the weight becomes and leaves its scales as they are."""
+        """Moves; a cast changes what the weight becomes and leaves its integers and scales as they are."""
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.packed is not None and fn(torch.empty(0, dtype=self.packed.dtype)).dtype is not self.packed.dtype:
             raise DeepSpeedError(
                 f"a quantized weight of an engine cannot be cast to {dtype_name(dtype)}: its bytes lie in a parameter.\n"
                 "  Choose the precision in the configuration."
             )
-        kept = {name: value.dtype for name, value in self._buffers.items() if value is not None}
+        kept = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():
-            value = self._buffers[name]
-            if value is not None and value.dtype != before:
-                raise DeepSpeedError(
-                    f"a quantized weight cannot be cast to {dtype_name(dtype)} as it is.\n"
-                    "  Give init_inference a model in that dtype, with dtype=torch.int8."
-                )
+            now = self._buffers[name]
+            if now is not None and now.dtype != before.dtype:
+                self._buffers[name] = before.to(now.device)
         self.dtype = dtype
         return self
 

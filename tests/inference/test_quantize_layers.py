@@ -138,3 +138,14 @@ def test_integers_are_not_written_as_the_models_folder(how: str, tmp_path: Path)
     with pytest.raises(DeepSpeedError, match="with quantized weights would write their integers"):
         copy.deepcopy(model).save_pretrained(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_quantized_model_goes_on_in_another_precision() -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="int8")
+    batch = prompts("left")
+    wanted = engine(**batch).logits
+    lower = deepspeed.init_inference(engine.module, dtype="bf16")
+    found = lower(**batch).logits
+    assert found.dtype is torch.bfloat16 and (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+    lower.to(torch.float32)
+    assert (lower(**batch).logits - wanted).abs().max() < 0.05 * wanted.abs().max()

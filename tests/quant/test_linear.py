@@ -119,10 +119,15 @@ def test_group_sizes_fit_widths() -> None:
         Spec(num_bits=3)
 
 
-def test_a_quantized_weight_cannot_be_cast_by_mistake() -> None:
-    layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec()), None)
-    with pytest.raises(DeepSpeedError, match="cannot be cast to bf16"):
-        layer.to(torch.bfloat16)
+@pytest.mark.parametrize("num_bits", [8, 4])
+def test_a_cast_changes_what_a_weight_becomes_and_not_its_bits(num_bits: int) -> None:
+    layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec(num_bits=num_bits)), torch.ones(4))
+    before = [part.clone() for part in layer.quantized.parts if part is not None]
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        layer.to(dtype)
+        assert layer.weight.dtype is dtype and layer.bias is not None and layer.bias.dtype is dtype
+        assert all(torch.equal(*pair) for pair in zip(before, layer.quantized.parts, strict=False))
+        assert layer(torch.ones(2, 64, dtype=dtype)).dtype is dtype
 
 
 def test_on_a_device_with_a_kernel_few_rows_meet_the_weight_as_it_rests(monkeypatch: pytest.MonkeyPatch) -> None:
