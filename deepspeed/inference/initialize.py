@@ -34,11 +34,15 @@ def read_inference_config(config: Any, keywords: dict[str, Any]) -> DeepSpeedInf
         config = {key: getattr(config, key) for key in config.model_fields_set}
     data = _as_dict(config)
     for key, value in keywords.items():
-        if key in data and data[key] != value:
+        if key in data and data[key] != value and _read({key: data[key]}) != _read({key: value}):
             raise DeepSpeedConfigError(
                 f"init_inference({key}={value!r}), but its config says {key} = {data[key]!r}.\n  Give one of the two."
             )
         data[key] = value
+    return _read(data)
+
+
+def _read(data: dict[str, Any]) -> DeepSpeedInferenceConfig:
     return read_section(DeepSpeedInferenceConfig, data, "the configuration")
 
 

@@ -260,3 +260,10 @@ def test_the_defaults_given_back_say_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_module, "warn_once", said.append)
     deepspeed.init_inference(torch.nn.Linear(2, 2), deepspeed.default_inference_config() | {"dtype": "fp32"})
     assert said == []
+
+
+def test_one_value_in_two_spellings_is_one_value() -> None:
+    engine = deepspeed.init_inference(build("llama"), {"dtype": "fp32"}, dtype=torch.float32)
+    assert engine._config.dtype is torch.float32
+    with pytest.raises(ValueError, match="but its config says dtype = 'fp32'"):
+        deepspeed.init_inference(build("llama"), {"dtype": "fp32"}, dtype=torch.bfloat16)
