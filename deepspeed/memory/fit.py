@@ -3,7 +3,8 @@
 Called before a model is cut. Rules that go by names and structure do not see what stands between two layers: a norm or a convolution over
 all of the width, a state of as many heads as the configuration says. Those would meet a part, and end the first call in torch's words.
 
-Invariant: the model is not changed and no rank is asked. A model that does not run without values when it is whole is not judged.
+Invariant: the model is not changed and no rank is asked. A model that does not run without values when it is whole,
+or cannot be copied, is not judged.
 """
 
 from __future__ import annotations
@@ -38,10 +39,15 @@ def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> No
     for rank in (0, size - 1):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
         cut, ranks = _copy(model, mode), AbsentRanks(size, rank)
+        if cut is None:
+            return
         with mode:
             carry_out(cut, ranks, draw(cut, ranks, wishes, chosen)[1], lambda param: None)
         found = _error(cut, mode)
-        if found is None or isinstance(found[1], _UNKNOWN) or _error(_copy(model, mode), mode) is not None:
+        if found is None or isinstance(found[1], _UNKNOWN):
+            continue
+        whole = _copy(model, mode)
+        if whole is None or _error(whole, mode) is not None:
             continue
         name, error = found
         raise DeepSpeedConfigError(
@@ -51,9 +57,12 @@ def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> No
         )
 
 
-def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module:
-    """Without values; its experts by products whose shapes do not depend on which were chosen."""
-    made = fake_copy(model, mode).eval()
+def _copy(model: nn.Module, mode: FakeTensorMode) -> nn.Module | None:
+    """Without values; its experts by products whose shapes do not depend on which were chosen. None where it cannot be copied."""
+    try:
+        made = fake_copy(model, mode).eval()
+    except Exception:  # layers have process groups, locks, whatever a script gave them
+        return None
     for module in made.modules():
         config = getattr(module, "config", None)
         if isinstance(getattr(config, _EXPERTS, None), str):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import nn
@@ -65,6 +67,13 @@ def test_a_script_s_own_layer_between_two_that_are_cut_is_named() -> None:
     model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), Mean(nn.Identity(), 48))
     with pytest.raises(DeepSpeedConfigError, match=r"in model\.layers\.1\.mlp\.act_fn\.1 a part meets"):
         fits(model, 2)
+
+
+def test_a_model_that_cannot_be_copied_is_not_judged() -> None:
+    model = small("llama")
+    model.model.layers[1].mlp.act_fn = nn.Sequential(nn.SiLU(), Mean(nn.Identity(), 48))
+    model.model.layers[0].lock = threading.Lock()
+    fits(model, 2)
 
 
 def test_gates_and_ups_in_one_layer_of_no_known_name_are_refused() -> None:
