@@ -4,7 +4,8 @@ Made by `initialize.init_inference`. The engine changes the module in place and 
 have are the module's, so that it can be put where the module was. Equality comes first: what is generated is Hugging Face's
 own loop over the module's own forward, and everything faster is put beneath both.
 
-Invariant: nothing of the module is changed before all that can be refused has been, and what fails later on any rank leaves the module as it was.
+Invariant: nothing of the module is changed before all that can be refused has been; what fails later on any rank raises on all, and leaves the
+module as it was where memory allows to keep the old values until then (`undo`).
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ differ). After the module was cut and cast, `fill` gives a layer its weights, wh
 memory holds the parts of this rank and one tensor more; `quantized` reads a weight that will be, without ever holding it whole; `fill_rest` reads what is left, and computes buffers that no checkpoint has.
 
 Invariant: a parameter that was on "meta" becomes a new one with the old one's mark, in every module that had it; another keeps its
-object. Where reading fails, the engine puts the module back (`undo`).
+object. Where reading fails, the engine puts the module back (`undo`), where it can.
 """
 
 from __future__ import annotations
