@@ -4,7 +4,7 @@
 
 Ranks agree on small integers in a step: at ZeRO stage 3 at the end of each phase (forward, backward). Two ways to do it:
 
-    circle    `deepspeed.comm.circle`, what `Mesh.agree` does: ceil(log2 N) rounds, 4 words; where ranks differ, a gather
+    circle    `deepspeed.comm.direct.Circle`, what `Mesh.agree` does: ceil(log2 N) rounds, 4 words; where ranks differ, a gather
     ring      gloo's all-gather of two words, what it did before: N - 1 rounds, each of one rank's words
 
 `simulate` plays a call message by message: a rank's round starts when its own last round is over, and ends when the
@@ -27,7 +27,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.circle import WORD_NBYTES, Circle, distances
+from deepspeed.comm.direct import Circle
+from deepspeed.comm.exchange import WORD_NBYTES, distances
 
 SIMULATED = (2, 4, 8, 16, 64, 256, 1024, 4096, 8192)
 WORDS = 2

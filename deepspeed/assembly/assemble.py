@@ -26,22 +26,22 @@ from deepspeed.optim.schedules import build_scheduler
 from deepspeed.optim.traits import AveragesItself, StepsFused
 from deepspeed.parallel.sequence import parallel_state
 from deepspeed.precision import DynamicLossScale, StaticLossScale
-from deepspeed.tiers import Tier
+from deepspeed.tiers import Rest, Tier
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.cut import LEAF_MARK
-from deepspeed.zero.gradients import Gradients, gradients_of_bucket
+from deepspeed.zero.gradients import FlatPool, Gradients, SlicedGradients
 from deepspeed.zero.master import Master, gradient_rest
 from deepspeed.zero.param import full_numel, real_dtype
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import MAX_BUCKET_NUMEL, Limits
 from deepspeed.zero.policy import ZeroPolicy, policy_of_stage
-from deepspeed.zero.pool import FlatPool
-from deepspeed.zero.reduce import Reducer
+from deepspeed.zero.reduce import MAX_IN_FLIGHT, MAX_NBYTES_IN_FLIGHT, UNLIMITED, Limit, Reducer
 from deepspeed.zero.reduction import Reduction, When
-from deepspeed.zero.rounds import MAX_IN_FLIGHT, MAX_NBYTES_IN_FLIGHT, UNLIMITED, Limit
+from deepspeed.zero.tiered_gradients import TieredGradients
 from deepspeed.zero.tiers_from_config import bytes_on_disk, open_on_all_ranks, optimizer_tier, param_tier
+from deepspeed.zero.whole_gradients import WholeGradients
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DataParallel", "FSDPModule")
 
@@ -330,6 +330,26 @@ def make_gradients(
             )
         )
     return made
+
+
+def gradients_of_bucket(
+    bucket: Bucket,
+    reduction: Reduction,
+    dtype: torch.dtype,
+    pool: FlatPool,
+    *,
+    delivers_shard: bool,
+    rest: Rest | None = None,
+) -> Gradients:
+    """The gradients of a bucket whose reduction is `reduction`; they rest in the device's memory, or at `rest`.
+
+    delivers_shard: the optimizer reads this rank's slice, not the whole.
+    """
+    if reduction.when is not When.EACH_BACKWARD:
+        return WholeGradients(bucket, reduction, dtype, pool, delivers_shard=delivers_shard, rest=rest)
+    if rest is None:
+        return SlicedGradients(bucket, reduction, dtype, pool)
+    return TieredGradients(bucket, reduction, dtype, pool, rest)
 
 
 def limit_in_flight(config: Config, placing: Placing, masters: Sequence[Master]) -> Limit:

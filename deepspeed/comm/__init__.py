@@ -3,13 +3,12 @@
     init.py          start or adopt torch.distributed; ranks and groups
     collectives.py   the collectives, through one function where they can be recorded
     recorder.py  log.py   counts, times, bandwidths; what a script asks of them
-    circle.py        a few integers of every rank, in log2(ranks) messages (`shared.SharedRing`: without any)
     watchdog.py      who is missing while a collective waits        interrupts.py   Ctrl-C, at one place on all ranks
-    exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol
-    local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank
+    exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol; what messages are received
+                     into; agreements on a few integers
+    local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank (integers too)
     shared.py  board.py      the one between ranks of a host, and the memory that they share; counters.py: what is compiled of it
     secondary.py     an exchange that keeps a copy near by (hpZ)
-    scratch.py       what messages are received into, kept for the next
     sparse.py        an all-reduce of what is not zero        sparse_tensor.py   rows of a matrix, for scripts
     coalesced.py  backend.py      the original's coalesced collectives and compressed backends
     quantized_exchanges.py   gathers in int8 and reductions in int4 (qwZ, qgZ)        relay.py   gathers in two hops

@@ -1,17 +1,30 @@
-"""The exchange over gloo on CPUs: slices go from rank to rank, straight into place, and are added up here.
+"""Over gloo on CPUs, straight from rank to rank: slices of flat buffers (`DirectExchange`), and a few integers (`Circle`).
 
-Adds in rank order, in fp32 where the buffers are narrower, so every rank has the same bits, and an all-reduce has the
+Slices go into place, and are added up here. Adds in rank order, in fp32 where the buffers are narrower, so every rank has the same bits, and an all-reduce has the
 bits of a reduce-scatter followed by an all-gather.
 
 Why not gloo's collectives: two ranks, 64 MB of fp32, 2 cores of an AMD EPYC (Zen 3), torch 2.13: all-gather 93 ms
 against 28 ms here, reduce-scatter 127 ms against 37 ms, 200 tiny reduce-scatters in flight 141 ms against 30 ms;
 all-reduce is on a par. `benchmarks/collectives.py` repeats the measurement.
+
+Integers of every rank are known to every rank after ceil(log2(ranks)) small messages; gloo's own all-gather and all-reduce
+pass them around a ring, in a time that grows with the number of ranks. Here ranks stand in a circle, and in round k each hears
+from the one 2^k places further, which by then knows 2^k ranks:
+
+    5 ranks, what rank 0 knows      0    0 1    0 1 2 3    0 1 2 3 4           distances 1, 2, 4
+
+`largest` keeps one number per word: that some ranks are heard twice does not matter to a maximum, so any number of ranks
+will do. `gather` keeps everybody's, and asks in the last round only for those that are still unknown.
+
+Invariant: ranks start their calls on one group in one order; a circle's number of the call is its messages' tag, so that calls
+may overlap. After Bruck et al., "Efficient algorithms for all-to-all communications" (1997), section 3, and the dissemination
+barrier of Hensgen, Finkel and Manber (1988).
 """
 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import final
 
@@ -20,8 +33,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.exchange import Pending, slices_of, verb
-from deepspeed.comm.scratch import Scratch
+from deepspeed.comm.exchange import Pending, Scratch, distances, slices_of, verb
 from deepspeed.kernels.table import pick
 from deepspeed.utils.waits import COMMUNICATION
 
@@ -33,6 +45,9 @@ ONE_PHASE_NUMEL = 1 << 14
 
 SECOND_TAG = 0xD6
 """Of second phases: ranks start them at moments of their own, between other messages, but all in one order."""
+
+NUM_TAGS = 2**20
+"""A circle's tags are used again after so many calls; none is then still on its way."""
 
 NUM_RETIRED = 32
 """Finished messages kept before they are destroyed; see Note [Letting go of gloo's buffers]."""
@@ -179,6 +194,72 @@ class DirectExchange:
             if to_rank[peer].numel():
                 works.append(self._group.send([to_rank[peer]], peer, tag))
         return works
+
+    def _wait(self, works: Sequence[dist.Work]) -> None:
+        for work in works:
+            work.wait()
+        self._retired.extend(works)
+
+
+@final
+class Circle:
+    """This rank's place among the ranks of a gloo group, made for this alone. See `comm.exchange.Ring`."""
+
+    def __init__(self, group: ProcessGroup) -> None:
+        self._group = group
+        self._rank, self._num_ranks = group.rank(), group.size()
+        self._distances = distances(self._num_ranks)
+        self.num_calls = 0
+        # See Note [Letting go of gloo's buffers].
+        self._retired: deque[dist.Work] = deque(maxlen=64)
+
+    def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
+        """See Ring."""
+        tag = self._next_tag()
+        best = torch.tensor(words, dtype=torch.int64)
+        heard = torch.empty_like(best)
+        # The first message leaves now, whatever this rank does until it waits.
+        works = self._trade(best, heard, self._distances[0], tag)
+
+        def finish() -> tuple[int, ...]:
+            known, arriving, waiting = best, heard, works
+            for i in range(len(self._distances)):
+                if i:
+                    waiting = self._trade(known, arriving := torch.empty_like(known), self._distances[i], tag)
+                self._wait(waiting)
+                known = torch.maximum(known, arriving)
+            return tuple(known.tolist())
+
+        return finish
+
+    def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
+        """See Ring."""
+        tag = self._next_tag()
+        known = torch.empty(self._num_ranks, len(words), dtype=torch.int64)
+        """[num_ranks, words]; row i is of the rank i places further."""
+        known[0] = torch.tensor(words, dtype=torch.int64)
+        works = self._trade(known[:1], known[1:2], self._distances[0], tag)
+
+        def finish() -> list[tuple[int, ...]]:
+            waiting = works
+            for i, distance in enumerate(self._distances):
+                if i:
+                    count = min(distance, self._num_ranks - distance)
+                    waiting = self._trade(known[:count], known[distance : distance + count], distance, tag)
+                self._wait(waiting)
+            rows = [tuple(row) for row in known.tolist()]
+            return rows[-self._rank :] + rows[: -self._rank] if self._rank else rows
+
+        return finish
+
+    def _next_tag(self) -> int:
+        self.num_calls += 1
+        return 1 + self.num_calls % NUM_TAGS
+
+    def _trade(self, mine: Tensor, theirs: Tensor, distance: int, tag: int) -> list[dist.Work]:
+        """Receive from the rank `distance` further, send to the one that looks at this rank from as far."""
+        source, target = (self._rank + distance) % self._num_ranks, (self._rank - distance) % self._num_ranks
+        return [self._group.recv([theirs], source, tag), self._group.send([mine], target, tag)]
 
     def _wait(self, works: Sequence[dist.Work]) -> None:
         for work in works:

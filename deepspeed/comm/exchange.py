@@ -1,4 +1,5 @@
-"""What ZeRO asks of the wire, on flat buffers: all-gather, reduce-scatter and all-reduce, started now, waited later.
+"""What ZeRO asks of the wire: all-gather, reduce-scatter and all-reduce of flat buffers, started now, waited later; and
+agreements on a few integers.
 
 The verbs (`Exchange`) and what they give back (`Pending`); the implementations are `local`, `collective`, `direct`
 and `shared`, and `choose` picks one. `mesh` makes an exchange per process group; `zero` starts the verbs and keeps the `Pending`.
@@ -11,23 +12,36 @@ and `shared`, and `choose` picks one. `mesh` makes an exchange per process group
 Between ranks each verb is a `verb`: how long it is waited for and what it moves is counted there, for the progress line, and
 told to `observe` while somebody records it. One function does that for all verbs of all implementations.
 
-Invariant: every rank starts the same verbs in the same order; any number may be in flight, waited for in any order.
+What messages are received into is kept for the next, since touching fresh pages costs more than copying. Messages have as
+many sizes as a model has buckets, so it is found by size, not by equality (`Shelf`): a block goes to a message that fills at
+least half of it. The same rule keeps ZeRO's flat buffers (`zero.gradients`), and predicts them (`memory/replay.py`).
+
+What ranks have to agree on while they train is a few integers (`Agreement`), told around a `Ring`: `direct.Circle`, or
+`shared.SharedRing`.
+
+Invariants. Every rank starts the same verbs in the same order; any number may be in flight, waited for in any order. Beyond
+what is lent, a shelf keeps no more bytes than `max_kept` of the largest blocks it ever lent.
 """
 
 from __future__ import annotations
 
 import functools
+import itertools
 import time
-from collections.abc import Callable
+from bisect import bisect_left
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, Protocol, TypeVar, cast, final
+from typing import Any, Generic, Protocol, TypeVar, cast, final
 
+import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from deepspeed.comm import observe
 from deepspeed.comm.recorder import Current
 from deepspeed.utils.waits import COMMUNICATION
+
+T = TypeVar("T")
 
 
 @final
@@ -171,3 +185,176 @@ def slices_of(full: Tensor, world_size: int) -> list[Tensor]:
     assert full.dim() == 1, f"not a flat buffer: {tuple(full.shape)}"
     assert full.numel() % world_size == 0, f"{full.numel()} elements are not {world_size} equal slices"
     return list(full.tensor_split(world_size))
+
+
+# Memory to receive into. --------------------------------------------------------------------------------------------
+
+NUM_KEPT = 2
+"""What an exchange keeps, in blocks of the largest size."""
+
+
+@final
+class Shelf(Generic[T]):
+    """Blocks by size: the smallest that fits is taken, the smallest of all are given up when too much is kept."""
+
+    def __init__(self, max_kept: int) -> None:
+        self._max_kept = max_kept
+        self._sizes: list[int] = []
+        self._blocks: list[T] = []
+        self._largest = 0
+        self.nbytes = 0
+        """Bytes that lie here now."""
+
+    def take(self, nbytes: int) -> tuple[int, T] | None:
+        """Size and block for a message of `nbytes`; None: it needs a new one."""
+        self._largest = max(self._largest, nbytes)
+        at = bisect_left(self._sizes, nbytes)
+        if at == len(self._sizes) or self._sizes[at] > 2 * nbytes:
+            return None
+        self.nbytes -= self._sizes[at]
+        return self._sizes.pop(at), self._blocks.pop(at)
+
+    def give_back(self, nbytes: int, block: T) -> list[int]:
+        """Lay a block of `nbytes` down; the sizes of those that were given up for it."""
+        at = bisect_left(self._sizes, nbytes)
+        self._sizes.insert(at, nbytes)
+        self._blocks.insert(at, block)
+        self.nbytes += nbytes
+        given_up = []
+        while self.nbytes > self._max_kept * self._largest:
+            del self._blocks[0]
+            given_up.append(self._sizes.pop(0))
+            self.nbytes -= given_up[-1]
+        return given_up
+
+    def clear(self) -> None:
+        """Give up all that lies here."""
+        self._sizes.clear()
+        self._blocks.clear()
+        self.nbytes = 0
+
+
+@final
+class Scratch:
+    """Tensors in main memory, lent and taken back."""
+
+    def __init__(self) -> None:
+        self._shelf: Shelf[torch.UntypedStorage] = Shelf(NUM_KEPT)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes kept for reuse."""
+        return self._shelf.nbytes
+
+    def take(self, numel: int, dtype: torch.dtype) -> Tensor:
+        """A 1-D tensor, uninitialised."""
+        nbytes = numel * dtype.itemsize
+        found = self._shelf.take(nbytes)
+        storage = found[1] if found is not None else torch.UntypedStorage(nbytes, device="cpu")
+        return torch.empty(0, dtype=dtype, device="cpu").set_(storage, 0, (numel,), (1,))
+
+    def give_back(self, lent: Iterable[Tensor]) -> bool:
+        """Return tensors that `take` gave and that nothing reads any more; whether memory was given up for them."""
+        storages = [tensor.untyped_storage() for tensor in lent]
+        given_up = [self._shelf.give_back(storage.nbytes(), storage) for storage in storages]
+        return any(given_up)
+
+    def clear(self) -> None:
+        """Free what is not lent."""
+        self._shelf.clear()
+
+
+# Agreements on a few integers. -------------------------------------------------------------------------------------
+
+NUM_TELL_ALL = 4
+"""Up to so many ranks tell each other everything at once: no more bytes than the extremes would be, and exact."""
+
+WORD_NBYTES = 8
+
+
+def distances(num_ranks: int) -> list[int]:
+    """How far each rank looks around the circle, round by round."""
+    return list(itertools.takewhile(lambda d: d < num_ranks, (2**k for k in itertools.count())))
+
+
+def bytes_of_largest(num_ranks: int, num_words: int) -> int:
+    """Bytes that each rank sends for one `largest`."""
+    return len(distances(num_ranks)) * num_words * WORD_NBYTES
+
+
+def bytes_of_gather(num_ranks: int, num_words: int) -> int:
+    """Bytes that each rank sends for one `gather`."""
+    return (num_ranks - 1) * num_words * WORD_NBYTES
+
+
+class Ring(Protocol):
+    """A few integers of every rank of a group: `Circle`, or `comm.shared.SharedRing` where all of them are on one host."""
+
+    num_calls: int
+    """Calls begun, the same number on every rank that is in step."""
+
+    def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
+        """Begin to find, word by word, the largest of all ranks' int64; what is returned waits for it. Collective."""
+
+    def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
+        """Begin to gather all ranks' int64; what is returned waits, and gives them in rank order. Collective."""
+
+
+@final
+class Agreement:
+    """How the ranks of one group agree on integers that usually are the same everywhere, again and again; waits are counted.
+
+    `rings[dims]` is the group's ring; `make` has it made where it is not there, at first use.
+    """
+
+    def __init__(
+        self, num_ranks: int, rings: Mapping[tuple[str, ...], Ring], dims: tuple[str, ...], make: Callable[[], Ring]
+    ) -> None:
+        self._num_ranks = num_ranks
+        self._rings, self._dims, self._make = rings, dims, make
+
+    def __call__(self, *values: int) -> list[tuple[int, ...]]:
+        """Tell every rank some int64; theirs in rank order. Collective, and waits on the host.
+
+        If they are the same everywhere, that takes one small all-reduce; if not, a gather more.
+        """
+        return self.start(*values)()
+
+    def start(self, *values: int) -> Callable[[], list[tuple[int, ...]]]:
+        """Begin it; what is returned waits for the others. Every rank begins, and ends, them in one order."""
+        num_ranks = self._num_ranks
+        if num_ranks == 1:
+            return lambda: [values]
+        ring = self._rings.get(self._dims) or self._make()
+        if num_ranks <= NUM_TELL_ALL:
+            return _counted(ring.start_gather(values), bytes_of_gather(num_ranks, len(values)))
+        # ~ turns the order round without an overflow, so the largest of ~v is ~ of the smallest v.
+        words = (*values, *(~value for value in values))
+        wait = _counted(ring.start_largest(words), bytes_of_largest(num_ranks, len(words)))
+
+        def answers() -> list[tuple[int, ...]]:
+            found = wait()
+            largest, smallest = found[: len(values)], tuple(~value for value in found[len(values) :])
+            return [largest] * num_ranks if largest == smallest else self.gather(*values)
+
+        return answers
+
+    def gather(self, *values: int) -> list[tuple[int, ...]]:
+        """The same, for what usually differs from rank to rank."""
+        if self._num_ranks == 1:
+            return [values]
+        ring = self._rings.get(self._dims) or self._make()
+        return _counted(ring.start_gather(values), bytes_of_gather(self._num_ranks, len(values)))()
+
+
+def _counted(wait: Callable[[], T], nbytes: int) -> Callable[[], T]:
+    """`wait`, whose time is one of the step's waits."""
+
+    def counted() -> T:
+        start_s = time.perf_counter()
+        found = wait()
+        COMMUNICATION.host_s += time.perf_counter() - start_s
+        COMMUNICATION.nbytes["zero.agree"] += nbytes
+        return found
+
+    return counted

@@ -164,7 +164,7 @@ class SharedExchange:
 
 @final
 class SharedRing:
-    """See `comm.circle.Ring`: every rank reads all others' integers where they lie. On a board of its own, since agreements and
+    """See `comm.exchange.Ring`: every rank reads all others' integers where they lie. On a board of its own, since agreements and
     buffers are not started in one order."""
 
     def __init__(self, board: Board, timeout_s: float) -> None:

@@ -1,12 +1,8 @@
 """The engine: what `deepspeed.initialize` returns and a training loop drives.
 
-A facade: built by `engine.build`, stepped by `engine.step`; here are the names by which scripts and integrations ask. It
-counts steps and samples and knows the schedules. What it stands on holds no reference to it, so an engine that
-the user drops is freed with its hooks.
-
-    loss = engine(batch)         Conductor.forward
-    engine.backward(loss)        Conductor.backward
-    engine.step()                Conductor.end_micro_batch; at the boundary also the schedules, the counters, the observers
+A facade: built by `engine.build`, stepped by `engine.step`, where `forward`, `backward` and `step` are; here are the other
+names by which scripts and integrations ask. What it stands on holds no reference to it, so an engine that the user drops is
+freed with its hooks.
 """
 
 from __future__ import annotations
@@ -22,7 +18,6 @@ from torch import Tensor, nn
 
 from deepspeed import comm
 from deepspeed.assembly import assemble
-from deepspeed.comm.interrupts import HELD
 from deepspeed.config import Config, check_available, load_config, read_config
 from deepspeed.engine.backward import expose
 from deepspeed.engine.build import Given, Parts, Watching, build_parts, build_watching, own_device
@@ -36,7 +31,7 @@ from deepspeed.engine.observer import computing_dtype
 from deepspeed.engine.owners import forget_owner, note_owner, take_over
 from deepspeed.engine.queries import ConfigQueries
 from deepspeed.engine.script_attributes import LATER, ScriptAttributes
-from deepspeed.engine.step import Conductor
+from deepspeed.engine.step import Conductor, TrainingStep
 from deepspeed.engine.tensor import stated_mpu
 from deepspeed.mesh import groups, marks
 from deepspeed.monitor.trace import trace
@@ -50,7 +45,7 @@ from deepspeed.zero.param import full_numel
 from deepspeed.zero.takeover import rename
 
 
-class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Module):
+class DeepSpeedEngine(TrainingStep, ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Module):
     """A model under ZeRO, with its optimizer. Made by `deepspeed.initialize`; see there for the arguments.
 
     Collective to build, and in `step`; at stages 2 and 3 in `backward`, at stage 3 in forward. Attributes that the
@@ -143,65 +138,6 @@ class DeepSpeedEngine(ConfigQueries, ScriptAttributes, CheckpointMethods, nn.Mod
     @lr_scheduler.setter
     def lr_scheduler(self, scheduler: Any) -> None:
         self._schedules.learning_rate.scheduler = scheduler
-
-    # The training step. --------------------------------------------------------------------------------------------
-
-    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
-        """The model's own output for its own arguments."""
-        if self._ended:
-            raise TrainingStateError(
-                "this engine was destroyed, or its model given to a newer engine.\n"
-                "  Use the newer one, or make one with deepspeed.initialize."
-            )
-        if self._gatherer is not None and not torch.is_grad_enabled():
-            with HELD:  # evaluation at stage 3 is collective as a step is
-                return self._conductor.forward(self.module, inputs, kwargs)
-        return self._conductor.forward(self.module, inputs, kwargs)
-
-    def scale(self, loss: Tensor) -> Tensor:
-        """`loss` times the loss scale, for `engine.scale(loss).backward()`."""
-        return self._conductor.scaled(loss)
-
-    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
-        """Backward of the loss (a scalar), divided by the micro-batches of a step unless told not to.
-
-        Returns that divided loss. Collective at stages 2 and 3, and at the boundary.
-        """
-        self._conductor.check_loss(loss)
-        self.losses = loss.detach()
-        num_micro_batches = self.accumulation.num_micro_batches
-        divided = loss / num_micro_batches if scale_wrt_gas and num_micro_batches > 1 else loss
-        with self._conductor.phase("backward", self.losses):
-            self._conductor.backward(divided, self.scale, retain_graph=retain_graph, **kwargs)
-        return divided
-
-    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
-        """Count a micro-batch; at the boundary update the weights and the learning rate. Collective at the boundary.
-
-        Raises TrainingStateError before any backward, and inside `no_sync`.
-        """
-        with HELD:
-            self._conductor.check_step()
-            self._was_step_applied = False
-            self._conductor.end_micro_batch(lambda: self._step_at_boundary(lr_kwargs or {}))
-
-    def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
-        self._schedules.learning_rate.take(lr_kwargs, self.train_batch_size())  # before the weights change
-        self._was_step_applied = self._conductor.update()
-        progress = Progress(
-            global_steps=self.global_steps + 1,
-            global_samples=self.global_samples
-            + self._micro_batch_size * self.accumulation.num_micro_batches * self.dp_world_size,
-            skipped_steps=self.skipped_steps + (not self._was_step_applied),
-        )
-        self._schedules.step(progress, self._was_step_applied)
-        self._conductor.learn_order()
-        self.global_steps, self.global_samples = progress.global_steps, progress.global_samples
-        self.skipped_steps = progress.skipped_steps
-        facts = self._step_facts(progress) if self._observers else None
-        for observer in self._observers:
-            assert facts is not None, "made where somebody watches"
-            observer.step_ended(facts)
 
     def _step_facts(self, progress: Progress) -> StepFacts:
         return StepFacts(

@@ -1,28 +1,127 @@
 """The training step: forward, backward, and what happens when a micro-batch ends, in the order in which it happens.
 
-Driven by the facade (`engine.engine`), which counts steps and knows schedules; drives the layers below.
+What scripts call is `TrainingStep`, a part of the engine, which counts steps and knows schedules; the order of things is
+`Conductor`, which drives the layers below.
 
     forward     end a backward left open; bring states back; unshard, compute, reshard     zero.gather, zero.hooks
     backward    scale; gradients are taken over, reduced on the way                        zero.reduce
     step        at the boundary: norm, skip or clip, update, publish                       zero.optimizer
+                then the schedules, the counters, the observers
 
-Invariant: holds no engine. Whatever is refused is refused before anything changes.
+Invariant: the conductor holds no engine. Whatever is refused is refused before anything changes.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from abc import abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from deepspeed.comm.interrupts import HELD
+from deepspeed.engine.accumulation import Accumulation
 from deepspeed.engine.build import Parts, Watching
+from deepspeed.engine.facts import Progress, StepFacts
+from deepspeed.engine.observer import Observer
+from deepspeed.engine.schedules import Schedules
 from deepspeed.utils.errors import TrainingStateError
+from deepspeed.zero.gather import Gatherer
 from deepspeed.zero.takeover import NO_BACKWARD
 
 NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+class TrainingStep(nn.Module):
+    """The engine's part that a training loop calls, micro-batch by micro-batch."""
+
+    accumulation: Accumulation
+    losses: Tensor | None
+    """The last micro-batch's, detached."""
+    global_steps: int
+    global_samples: int
+    skipped_steps: int
+    _ended: list[bool]
+    _gatherer: Gatherer | None
+    _conductor: Conductor
+    _schedules: Schedules
+    _observers: Sequence[Observer]
+    _micro_batch_size: int
+    _was_step_applied: bool
+
+    @property
+    @abstractmethod
+    def dp_world_size(self) -> int:
+        """Ranks with samples of their own."""
+
+    @abstractmethod
+    def train_batch_size(self) -> int:
+        """Samples per step over all ranks, from the next step on."""
+
+    @abstractmethod
+    def _step_facts(self, progress: Progress) -> StepFacts:
+        """What the step that just ended gave."""
+
+    def forward(self, *inputs: Any, **kwargs: Any) -> Any:
+        """The model's own output for its own arguments."""
+        if self._ended:
+            raise TrainingStateError(
+                "this engine was destroyed, or its model given to a newer engine.\n"
+                "  Use the newer one, or make one with deepspeed.initialize."
+            )
+        module = self._modules["module"]  # which `self.module` finds after three other places
+        assert module is not None, "an engine has one"
+        if self._gatherer is not None and not torch.is_grad_enabled():
+            with HELD:  # evaluation at stage 3 is collective as a step is
+                return self._conductor.forward(module, inputs, kwargs)
+        return self._conductor.forward(module, inputs, kwargs)
+
+    def scale(self, loss: Tensor) -> Tensor:
+        """`loss` times the loss scale, for `engine.scale(loss).backward()`."""
+        return self._conductor.scaled(loss)
+
+    def backward(self, loss: Tensor, retain_graph: bool = False, scale_wrt_gas: bool = True, **kwargs: Any) -> Tensor:
+        """Backward of the loss (a scalar), divided by the micro-batches of a step unless told not to.
+
+        Returns that divided loss. Collective at stages 2 and 3, and at the boundary.
+        """
+        self._conductor.check_loss(loss)
+        self.losses = loss.detach()
+        num_micro_batches = self.accumulation.num_micro_batches
+        divided = loss / num_micro_batches if scale_wrt_gas and num_micro_batches > 1 else loss
+        with self._conductor.phase("backward", self.losses):
+            self._conductor.backward(divided, self.scale, retain_graph=retain_graph, **kwargs)
+        return divided
+
+    def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
+        """Count a micro-batch; at the boundary update the weights and the learning rate. Collective at the boundary.
+
+        Raises TrainingStateError before any backward, and inside `no_sync`.
+        """
+        with HELD:
+            self._conductor.check_step()
+            self._was_step_applied = False
+            self._conductor.end_micro_batch(lambda: self._step_at_boundary(lr_kwargs or {}))
+
+    def _step_at_boundary(self, lr_kwargs: dict[str, Any]) -> None:
+        self._schedules.learning_rate.take(lr_kwargs, self.train_batch_size())  # before the weights change
+        self._was_step_applied = self._conductor.update()
+        progress = Progress(
+            global_steps=self.global_steps + 1,
+            global_samples=self.global_samples
+            + self._micro_batch_size * self.accumulation.num_micro_batches * self.dp_world_size,
+            skipped_steps=self.skipped_steps + (not self._was_step_applied),
+        )
+        self._schedules.step(progress, self._was_step_applied)
+        self._conductor.learn_order()
+        self.global_steps, self.global_samples = progress.global_steps, progress.global_samples
+        self.skipped_steps = progress.skipped_steps
+        facts = self._step_facts(progress) if self._observers else None
+        for observer in self._observers:
+            assert facts is not None, "made where somebody watches"
+            observer.step_ended(facts)
 
 
 class Conductor:

@@ -10,7 +10,7 @@ decided by the real `zero.gather.Gatherer`; reductions, the update and publicati
     step          gradients in the master dtype; moments exist from the first step on
 
 How many reductions are on the wire at once depends on the speed of the network. The most that the reducer allows is
-predicted (`zero.rounds.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
+predicted (`zero.reduce.MAX_IN_FLIGHT`); where parameters are sharded it allows any number, and `LIKELY_IN_FLIGHT` is.
 With one at a time (`EngineSettings.max_in_flight`) the replay gives what a network that is never waited for comes to.
 
 Invariant: whatever allocates in zero/, comm/exchange.py and tiers/ has its line here; `tests/memory` holds both against
@@ -29,8 +29,7 @@ import torch
 from torch import nn
 
 from deepspeed.comm.direct import ONE_PHASE_NUMEL, ranks_met
-from deepspeed.comm.exchange import Pending
-from deepspeed.comm.scratch import NUM_KEPT, Shelf
+from deepspeed.comm.exchange import NUM_KEPT, Pending, Shelf
 from deepspeed.memory.ledger import (
     ACTIVATIONS,
     BUCKETS,
@@ -46,12 +45,12 @@ from deepspeed.memory.ledger import (
 from deepspeed.memory.sizes import SizedBucket, Sizes, sizes_of
 from deepspeed.memory.trace import Trace, What
 from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.gradients import MAX_KEPT, MAX_STORING
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.placing import Placing
 from deepspeed.zero.plan import ModelPlan
 from deepspeed.zero.policy import Tier, ZeroPolicy
-from deepspeed.zero.pool import MAX_KEPT, MAX_STORING
-from deepspeed.zero.rounds import MAX_IN_FLIGHT, UNLIMITED, InFlight, Limit, Rounds
+from deepspeed.zero.reduce import MAX_IN_FLIGHT, UNLIMITED, InFlight, Limit, Rounds
 from deepspeed.zero.stream import NUM_SETS, tile_numel
 
 LIKELY_IN_FLIGHT = 2
@@ -104,7 +103,7 @@ class EngineSettings:
 
 
 class Pool:
-    """Blocks of any size kept for reuse: what `zero.pool.FlatPool` and `comm.scratch.Scratch` do."""
+    """Blocks of any size kept for reuse: what `zero.gradients.FlatPool` and `comm.exchange.Scratch` do."""
 
     def __init__(self, ledger: Ledger, kind: str, max_kept: int) -> None:
         self._ledger, self._kind = ledger, kind

@@ -26,8 +26,7 @@ import torch
 import torch.distributed as dist
 
 from deepspeed.comm.choose import make_exchange, make_ring, sharing_of
-from deepspeed.comm.circle import Agreement, Ring
-from deepspeed.comm.exchange import Exchange
+from deepspeed.comm.exchange import Agreement, Exchange, Ring
 from deepspeed.comm.local import LocalExchange
 from deepspeed.mesh.shape import MeshShape, Over
 

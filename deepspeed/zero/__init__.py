@@ -5,7 +5,6 @@ Planned, pure
     layout             which elements belong to which parameter and which rank
     cut                which parameters share a bucket
     plan               the buckets of a model, as a list; which ranks share each
-    rounds             in which order buckets leave the rank, and how many at once
 Built from that
     build              plan -> buckets
     space              which parameters lie where in a flat buffer
@@ -16,22 +15,20 @@ Built from that
     overlaps           parameters that share memory
     quantized_weights  integers sharded as parameters are
 Unshard, reshard
-    hooks              where modules and graphs drive it
+    hooks              where modules, graphs, and what autograd saved drive it
     gather             in step with the other ranks
     loads              slices that are read before they are gathered
     param              what a sharded parameter answers
-    saved              weights that autograd saved
     functions          what custom autograd functions are given
     leaves             modules that are not opened
     modes              out of the caller's modes
 Reduce
-    arrivals           takes gradients from autograd, after the script's own hooks; keeps them until a bucket has all
-    reduce             when a bucket leaves the rank
+    reduce             takes gradients from autograd, after the script's own hooks; when a bucket leaves the rank, in which
+                       order, how many at once
     reduction          how a bucket is averaged, as a row: over whom, by what, in which dtype
-    gradients          what is asked of a bucket's gradients; where they live is one of
+    gradients          a bucket's gradients: what waits, lent flat buffers, slices in memory (stages 2 and 3); others are
     whole_gradients    ... in a buffer of the bucket's own: stages 0 and 1
-    sliced_gradients   ... as slices, in memory or on a tier: stages 2 and 3
-    pool               borrowed flat buffers
+    tiered_gradients   ... as slices on a tier: stages 2 and 3
     delivery           reduced gradients on their way to a tier
     feedback           errors of quantised reductions, saved
     shown              gradients shown as `param.grad`

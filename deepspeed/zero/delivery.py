@@ -11,33 +11,11 @@ from __future__ import annotations
 from collections import deque
 from typing import NamedTuple, final
 
-import torch
 from torch import Tensor
 
 from deepspeed.tiers import Rest, Transfer
 from deepspeed.utils.errors import TierError
-from deepspeed.zero.pool import FlatBuffer, FlatPool
-
-ROW = 1024
-"""Elements whose squares are added up one after the other."""
-
-
-def norm_of(values: Tensor) -> Tensor:
-    """[] their 2-norm, in fp32 or what is wider.
-
-    On CPUs torch adds squares up one after the other: in fp32, 8M of them are off by 2e-4. By rows it is 4e-8, in the same time.
-    Other devices go the same way, so that they clip by the same bits.
-    """
-    dtype = torch.promote_types(values.dtype, torch.float32)
-    num_rows = values.numel() // ROW
-    if num_rows < 2:
-        return torch.linalg.vector_norm(values, 2, dtype=dtype)
-    flat = values.reshape(-1)
-    rows = torch.linalg.vector_norm(flat[: num_rows * ROW].view(num_rows, ROW), 2, dim=1, dtype=dtype)
-    if num_rows * ROW == flat.numel():
-        return norm_of(rows)
-    rest = torch.linalg.vector_norm(flat[num_rows * ROW :], 2, dtype=dtype)
-    return torch.hypot(norm_of(rows), rest)
+from deepspeed.zero.gradients import FlatBuffer, FlatPool, norm_of
 
 
 class _Storing(NamedTuple):

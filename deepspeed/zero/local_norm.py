@@ -16,8 +16,7 @@ from torch import Tensor
 
 from deepspeed.mesh import Mesh, marks
 from deepspeed.utils.waits import COMMUNICATION
-from deepspeed.zero.delivery import norm_of
-from deepspeed.zero.gradients import Gradients
+from deepspeed.zero.gradients import Gradients, norm_of
 from deepspeed.zero.norm import CHANGED, Measured
 
 

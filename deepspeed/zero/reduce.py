@@ -1,18 +1,32 @@
 """When gradients leave the rank: takes them over from autograd, and launches the buckets' reductions in one order.
 
-Made by the engine; fed by one post-accumulate hook per parameter, the last of that parameter's; read by the optimizer. A
-hook only takes the gradient over and counts. When a bucket has all of its gradients they are laid into its flat buffer by
-one fused call, and the bucket is reduced on the wire while backward goes on. How, and where the result goes, is the
-bucket's own (`zero.gradients`); this is the order.
+Made by the engine; fed by one post-accumulate hook per parameter (`LastHook`); read by the optimizer. A hook only takes the
+gradient over and counts. When a bucket has all of its gradients they are laid into its flat buffer by one fused call, and
+the bucket is reduced on the wire while backward goes on. How, and where the result goes, is the bucket's own
+(`zero.gradients`); this is the order.
 
-Launch order is the same on every rank, whatever order gradients arrive in: a *round* launches every bucket exactly
-once, in `order`. Parameters without a gradient contribute zeros. A round ends in `flush`, at the end of each backward (at
+A hook takes the gradient away: one that came later would see None where plain PyTorch shows it a gradient, and what it edits
+would be lost. So ours runs after the script's own, whenever those were registered. Torch calls hooks in the order of their
+dictionary, from a list made before the first of them: a hook that finds others behind it moves itself to the end, and is
+*early* this once.
+
+Launch order is the same on every rank, whatever order gradients arrive in: a *round* (`Rounds`) launches every bucket exactly
+once, in `order`; one that is full waits until all before it have left:
+
+    order    a b c d        full: b      full: a         full: d     end of the round
+    due                     -            a b             -           c d
+
+Then it is on the wire, with those that were started before (`InFlight`). Both are pure: `memory.replay` asks them about sizes.
+Parameters without a gradient contribute zeros. A round ends in `flush`, at the end of each backward (at
 the next forward or the step for one that the engine did not see): an event that all ranks share, where which buckets filled
 is each rank's own. A rank that left its part for later would keep others waiting in their backward, and if its next act is
 a collective of the user's, for ever. Within one backward a round also ends when a bucket fills a second time.
 
 A backward may be held open (`hold`): buckets that fill then add up on the rank, and are launched when it is let go. Tiled
 computations run a backward per tile inside of one, pipelines one per micro-batch, and both want one reduction.
+
+Invariant: within a round every bucket is due exactly once, in `order`. Every rank starts the same reductions in the same
+order, and ends them in that order too.
 
 After ZeRO (arXiv:1910.02054), section 5; the bucketing is that of PyTorch's DistributedDataParallel (arXiv:2006.15704).
 """
@@ -21,19 +35,26 @@ from __future__ import annotations
 
 import contextlib
 import operator
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar, final
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from deepspeed.utils.errors import TierError, TrainingStateError
-from deepspeed.zero.arrivals import LastHook
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.gradients import FlatPool, Gradients
 from deepspeed.zero.reduction import When
-from deepspeed.zero.rounds import InFlight, Limit, Rounds
 from deepspeed.zero.shown import Assigned, ShownGradients
+
+T = TypeVar("T")
+
+MAX_IN_FLIGHT = 4
+"""Reductions on the wire at once; the next launch waits for the oldest, which bounds the borrowed memory."""
+
+MAX_NBYTES_IN_FLIGHT = 512 << 20
+"""Bytes on the wire at once where waiting keeps the stream back and not the host: a large model's buckets are modules, of any size."""
 
 
 class Reducer:
@@ -80,7 +101,8 @@ class Reducer:
         self._on_complete = on_complete
         self._num_holds = 0
         self.is_plain = True
-        """See LastHook: no gradient came early, none are shown, and the backward is not held open."""
+        """Whether nothing but counting is to be done when a gradient arrives: none came early, none are shown, and the backward is
+        not held open."""
         self._held: dict[Gradients, None] = {}
         """Buckets that filled while the backward was held open, in that order."""
         self._in_flight: InFlight[Gradients] = InFlight(in_flight, operator.methodcaller("finish_reduce"))
@@ -114,7 +136,7 @@ class Reducer:
                     self.begin_bucket()
 
     def take(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
-        """See LastHook: take `param.grad` over, and count."""
+        """`param`, number `index` of its bucket, has its gradient, and every other hook has seen it: take it over, and count."""
         self._take_those_seen()
         if self.shown.shows_any:
             self._begin_again(gradients, index, param)
@@ -130,12 +152,12 @@ class Reducer:
             self.fill(gradients)
 
     def begin_bucket(self) -> None:
-        """See LastHook."""
+        """The first gradient of a bucket is about to be counted."""
         self.saw_backward = self.saw_micro_batch = True
         self.has_stood_in = self.is_flushed = False
 
     def take_early(self, gradients: Gradients, index: int, param: nn.Parameter) -> None:
-        """See LastHook: the gradient stays with the parameter until the next arrives."""
+        """The same, but other hooks are yet to run: the gradient stays with the parameter until the next arrives."""
         if self.shown.shows_any:
             self._begin_again(gradients, index, param)
         self._early.append((gradients, index, param))
@@ -165,7 +187,7 @@ class Reducer:
         param.grad = torch.zeros_like(param)
 
     def fill(self, gradients: Gradients) -> None:
-        """See LastHook."""
+        """A bucket has all of its gradients."""
         if gradients.is_whole and self._in_flight.queue:
             self._in_flight.end(gradients)
         if self._num_holds:
@@ -209,7 +231,7 @@ class Reducer:
         for gradients in held:
             self.fill(gradients)
 
-    def held_sum(self, param: nn.Parameter) -> torch.Tensor | None:
+    def held_sum(self, param: nn.Parameter) -> Tensor | None:
         """While a backward is held open, after `flush`: the sum of a parameter's gradients so far, in place. None: there is
         none, or the parameter does not train."""
         for gradients in self.gradients:
@@ -363,3 +385,206 @@ class Reducer:
 
 def _have_unsent(order: Sequence[Gradients]) -> bool:
     return any(g.arrivals.has_any or (g.has_local and not g.is_whole) for g in order)
+
+
+# When buckets leave the rank, pure. --------------------------------------------------------------------------------
+
+
+@final
+class Rounds(Generic[T]):
+    """The rounds of some members, in an order that may be learnt."""
+
+    def __init__(self) -> None:
+        self.members: list[T] = []
+        """In the order in which they were added."""
+        self.order: list[T] = []
+        self._position: dict[T, int] = {}
+        self._next = 0
+        self._full: set[T] = set()
+        self._filled: dict[T, None] = {}
+
+    def add(self, members: Sequence[T]) -> None:
+        """Have these too, after those that are here."""
+        self.members += members
+        self._set([*self.order, *members])
+
+    def _set(self, order: list[T]) -> None:
+        self.order = order
+        self._position = {member: i for i, member in enumerate(order)}
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether a member is full, or was due, in this round."""
+        return self._next > 0 or bool(self._full)
+
+    def had_turn(self, member: T) -> bool:
+        """Whether a member was full, or was due, in this round: what comes now belongs to the next."""
+        return member in self._full or self._position[member] < self._next
+
+    def fill(self, member: T) -> None:
+        """A member is full."""
+        self._full.add(member)
+        self._filled[member] = None
+
+    def due(self) -> Iterator[T]:
+        """The members whose turn it is."""
+        while self._next < len(self.order) and self.order[self._next] in self._full:
+            yield self._advance()
+
+    def rest(self) -> Iterator[T]:
+        """The members whose turn has not come, full or not."""
+        while self._next < len(self.order):
+            yield self._advance()
+
+    def _advance(self) -> T:
+        self._next += 1
+        return self.order[self._next - 1]
+
+    def end(self) -> None:
+        """Begin a round anew."""
+        self._next = 0
+        self._full.clear()
+
+    def completion_order(self) -> list[int]:
+        """Numbers of the members in the order in which they filled since the last call; those that did not, last."""
+        seen = [self.members.index(member) for member in self._filled]
+        self._filled.clear()
+        return seen + [i for i in range(len(self.members)) if i not in seen]
+
+    def set_order(self, numbers: Sequence[int]) -> None:
+        """Have this order from the next round on."""
+        assert sorted(numbers) == list(range(len(self.members))), f"not an order of all members: {numbers}"
+        self._set([self.members[i] for i in numbers])
+
+
+class Limit(NamedTuple):
+    """How much may be on the wire at once; one reduction always may."""
+
+    reductions: int
+    nbytes: int
+    """Of their flat buffers."""
+
+
+UNLIMITED = Limit(2**31, 2**62)
+
+
+class Started(Protocol):
+    """Communication that was started (`comm.exchange.Pending`)."""
+
+    @property
+    def is_done(self) -> bool:
+        """Whether `wait` would not wait."""
+        ...
+
+    def wait(self) -> None:
+        """Finish it."""
+
+
+class Flight(NamedTuple, Generic[T]):
+    """A reduction on the wire; `member` keeps its buffer until `pending` has been waited for."""
+
+    member: T
+    pending: Started
+    nbytes: int
+    """Of the flat buffer."""
+
+
+@final
+class InFlight(Generic[T]):
+    """What is on the wire: at most `limit`; the next one waits for the oldest. `ended(member)` is called when one was waited for."""
+
+    def __init__(self, limit: Limit, ended: Callable[[T], object]) -> None:
+        self.limit = limit
+        self._ended = ended
+        self.queue: deque[Flight[T]] = deque()
+        """In the order in which they were started."""
+
+    def has(self, member: T) -> bool:
+        """Whether a reduction of this member is on the wire."""
+        return any(other.member is member for other in self.queue)
+
+    def make_room(self, nbytes: int) -> None:
+        """A reduction of `nbytes` is about to start while others are on the wire: end those that are done, and the oldest ones if
+        it would not fit."""
+        while self.queue and (self.queue[0].pending.is_done or not self._has_room(nbytes)):
+            self._end_oldest()
+
+    def add(self, member: T, pending: Started, nbytes: int) -> None:
+        """It has started."""
+        self.queue.append(Flight(member, pending, nbytes))
+
+    @property
+    def nbytes(self) -> int:
+        """Of the flat buffers of what is on the wire."""
+        return sum(other.nbytes for other in self.queue)
+
+    def _has_room(self, nbytes: int) -> bool:
+        return len(self.queue) < self.limit.reductions and self.nbytes + nbytes <= self.limit.nbytes
+
+    def end(self, member: T) -> None:
+        """Have a flat buffer that stays off the wire before it is written again."""
+        while self.has(member):
+            self._end_oldest()
+
+    def end_all(self) -> None:
+        """Have nothing on the wire."""
+        while self.queue:
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        member, pending, _ = self.queue.popleft()
+        pending.wait()
+        self._ended(member)
+
+
+# The hook on a parameter. -------------------------------------------------------------------------------------------
+
+
+@final
+class LastHook:
+    """Tells `reducer` of parameter number `index` of a bucket, after the other post-accumulate hooks of the parameter."""
+
+    __slots__ = ("_handle",)
+
+    def __init__(self, reducer: Reducer, gradients: Gradients, index: int, param: nn.Parameter) -> None:
+        self._handle = param.register_post_accumulate_grad_hook(_nothing)
+        hooks: dict[int, Any] = param._post_accumulate_grad_hooks
+        hooks[self._handle.id] = _hook(reducer, gradients, index, hooks, self._handle.id)
+
+    def remove(self) -> None:
+        """Take it off the parameter."""
+        self._handle.remove()
+
+
+def _nothing(param: Tensor) -> None:
+    """Keeps a place among the hooks until its number is known."""
+
+
+def _hook(
+    reducer: Reducer, gradients: Gradients, index: int, hooks: dict[int, Any], number: int
+) -> Callable[[nn.Parameter], None]:
+    """The hook itself: a plain function with what it needs around it, which takes a fifth less than an object with attributes."""
+    arrivals = gradients.arrivals
+    waiting, num_params = arrivals.waiting, arrivals.num_params
+
+    def hook(param: nn.Parameter) -> None:
+        """Once per parameter, between autograd's nodes: the usual case without another call, which is half of its time."""
+        if len(hooks) != 1 and next(reversed(hooks)) != number:
+            hooks[number] = hooks.pop(number)
+            reducer.take_early(gradients, index, param)
+            return
+        if not reducer.is_plain or waiting[index] is not None:
+            reducer.take(gradients, index, param)
+            return
+        gradient = param.grad
+        if gradient is None:  # autograd calls the hook for a function that gave this parameter nothing, too
+            return
+        param.grad = None
+        waiting[index] = gradient
+        num_here = arrivals.num_here = arrivals.num_here + 1
+        if num_here == 1:
+            reducer.begin_bucket()
+        if num_here == num_params and not arrivals.awaits_parts(gradients.bucket.params):
+            reducer.fill(gradients)
+
+    return hook

@@ -1,6 +1,6 @@
 """How one bucket's gradients are averaged, as a row: over whom, by what, in which dtype on the wire, and when.
 
-Made in `assembly.assemble`, one per trained bucket; carried out by `zero.whole_gradients` and `zero.sliced_gradients`, asked by
+Made in `assembly.assemble`, one per trained bucket; carried out by `zero.gradients` and its kin, asked by
 `zero.reduce`. Buckets with a reduction of their own (experts, compressed communication) are other rows and not other code.
 
 Invariant: of a bucket's row nothing but `when` changes while an engine lives.

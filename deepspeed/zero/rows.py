@@ -3,7 +3,7 @@
 Called by `zero.update` before a step at stage 0, where runs are whole parameters. Which rows are listed matters beside their
 values: a row whose gradient is zero, but that a batch named, has its moments decayed, and one that nobody named has not.
 
-    each rank     the rows that its backward passes listed (`zero.arrivals`), as a mask
+    each rank     the rows that its backward passes listed (`zero.gradients.Arrivals`), as a mask
     together      the masks of all parameters of a bucket, united in one all-reduce
     each run      its gradient's listed rows, as torch's own sparse tensor
 

@@ -18,10 +18,9 @@ from torch import Tensor
 from deepspeed.comm.exchange import Pending
 from deepspeed.tiers import InMemory, Rest
 from deepspeed.utils.errors import TierError
-from deepspeed.zero.arrivals import Arrivals
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.delivery import Moved, norm_of
-from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.delivery import Moved
+from deepspeed.zero.gradients import Arrivals, FlatPool, norm_of
 from deepspeed.zero.reduction import Reduction, When
 
 

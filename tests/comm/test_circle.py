@@ -11,7 +11,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.circle import Circle, bytes_of_gather, bytes_of_largest, distances
+from deepspeed.comm.direct import Circle
+from deepspeed.comm.exchange import bytes_of_gather, bytes_of_largest, distances
 from tests.harness import end_group, run_ranks
 
 

@@ -6,7 +6,7 @@ import random
 
 import torch
 
-from deepspeed.comm.scratch import NUM_KEPT, Scratch, Shelf
+from deepspeed.comm.exchange import NUM_KEPT, Scratch, Shelf
 
 
 def test_a_block_is_lent_again_to_messages_that_fill_at_least_half_of_it() -> None:

@@ -14,9 +14,9 @@ import deepspeed
 from deepspeed.accelerator import get_accelerator
 from deepspeed.tiers import CopyStream, OnHost, Tier
 from deepspeed.zero.delivery import Moved
+from deepspeed.zero.gradients import FlatPool
 from deepspeed.zero.master import Master
 from deepspeed.zero.placing import Places
-from deepspeed.zero.pool import FlatPool
 from tests.device.cases import config_of
 from tests.engine.runs import engine_of
 from tests.models import build

@@ -14,7 +14,7 @@ import torch
 from deepspeed.assembly import assemble
 from deepspeed.comm.exchange import Pending
 from deepspeed.zero.gradients import Gradients
-from deepspeed.zero.rounds import InFlight
+from deepspeed.zero.reduce import InFlight
 from tests.device.cases import TIERS, config_of, tier_section
 from tests.engine.runs import Run, engine_of, on_device, train, whole_weights
 from tests.engine.test_equals_plain_pytorch import native_products

@@ -24,7 +24,7 @@ from deepspeed.memory.sizes import sizes_of
 from deepspeed.memory.trace import TraceError, What, own_memory, trace_step
 from deepspeed.zero.plan import plan_model
 from deepspeed.zero.policy import Tier
-from deepspeed.zero.rounds import Limit
+from deepspeed.zero.reduce import Limit
 from deepspeed.zero.tiers_from_config import make_placing
 from tests.engine.runs import engine_of, make_config, small_units
 from tests.harness import run_ranks

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 
 import deepspeed
-from deepspeed.comm.circle import NUM_TELL_ALL
+from deepspeed.comm.exchange import NUM_TELL_ALL
 from deepspeed.mesh import alike_everywhere, data_parallel_mesh
 from deepspeed.utils.errors import DeepSpeedConfigError
 from tests.engine.runs import engine_of, make_config

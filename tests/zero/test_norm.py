@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from deepspeed.zero.delivery import norm_of
+from deepspeed.zero.gradients import norm_of
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
 

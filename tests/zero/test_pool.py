@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from deepspeed.zero.pool import FlatPool
+from deepspeed.zero.gradients import FlatPool
 
 CPU = torch.device("cpu")
 

@@ -14,16 +14,14 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from deepspeed.assembly.assemble import gradients_of_bucket
 from deepspeed.comm.exchange import Pending
 from deepspeed.kernels.reference.sums import deliver
-from deepspeed.zero.arrivals import READY
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.gradients import Gradients, gradients_of_bucket
+from deepspeed.zero.gradients import READY, FlatPool, Gradients
 from deepspeed.zero.layout import BucketLayout
-from deepspeed.zero.pool import FlatPool
-from deepspeed.zero.reduce import Reducer
+from deepspeed.zero.reduce import Limit, Reducer
 from deepspeed.zero.reduction import Reduction, When
-from deepspeed.zero.rounds import Limit
 
 NAMES = "abc"
 NUMEL = 3

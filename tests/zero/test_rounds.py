@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from deepspeed.zero.rounds import Rounds
+from deepspeed.zero.reduce import Rounds
 
 
 def rounds_of(names: str) -> Rounds[str]:
