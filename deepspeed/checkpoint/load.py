@@ -105,6 +105,13 @@ def pair_names(subject: Subject, source: Source) -> Names:
     return names
 
 
+def has_unquantized(names: Names, source: Source) -> bool:
+    """Whether the checkpoint has whole weights of layers that are quantized in the model."""
+    stored = source.tensors.get(PARAM, {})
+    quantized = [name.partition(".quantized.") for name in names.missing]
+    return any(inner and f"{layer}.weight" in stored for layer, inner, _ in quantized)
+
+
 def check_names(names: Names, source: Source, used: set[str], is_strict: bool) -> None:
     """Note what has no counterpart; `used` are the stored names that any rank has. Raises CheckpointError if `is_strict`
     and there is such."""

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -22,7 +23,15 @@ from deepspeed.accelerator import get_accelerator
 from deepspeed.checkpoint import compat, export, rng
 from deepspeed.checkpoint.background import Background, SaveTimes
 from deepspeed.checkpoint.find import checkpoint_folder, latest_tag, open_checkpoint
-from deepspeed.checkpoint.load import Names, check_names, load_optimizer, load_weights, pair_names, publish
+from deepspeed.checkpoint.load import (
+    Names,
+    check_names,
+    has_unquantized,
+    load_optimizer,
+    load_weights,
+    pair_names,
+    publish,
+)
 from deepspeed.checkpoint.manifest import FILE_NAME as MANIFEST
 from deepspeed.checkpoint.names import GlobalNames
 from deepspeed.checkpoint.ranks import Ranks
@@ -207,8 +216,11 @@ class CheckpointMethods:
         opened = ranks.together(what, lambda: _open(folder, subject))
         _, source, names, state = opened
         used = set().union(*ranks.all(names.used)) if engine.mesh.size("whole") > 1 else names.used
-        is_strict = load_module_strict and custom_load_fn is None
-        ranks.together(what, lambda: check_names(names, source, used, is_strict))
+        if custom_load_fn is None and any(ranks.all(has_unquantized(names, source))):
+            custom_load_fn = partial(_load_whole, strict=load_module_strict)
+        else:
+            is_strict = load_module_strict and custom_load_fn is None
+            ranks.together(what, lambda: check_names(names, source, used, is_strict))
         _clear_for_load(engine)
         _load_values(engine, ranks, what, subject, opened, has_optimizer, custom_load_fn)
         is_same = _layout(engine.mesh) == _layout_of(source.about)
@@ -552,6 +564,11 @@ def _whole_module(engine: CheckpointedRun) -> Iterator[None]:
     for master in engine._built.masters:
         if not master.bucket.is_sharded:
             master.from_params()
+
+
+def _load_whole(src: Mapping[str, Tensor], dst: nn.Module, strict: bool) -> None:
+    """Whole weights into a module that may have quantized layers, which quantize them."""
+    dst.load_state_dict(src, strict=strict)
 
 
 def _load_custom(engine: CheckpointedRun, load: Callable[..., Any], source: Source) -> None:

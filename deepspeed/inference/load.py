@@ -143,8 +143,6 @@ def make_loader(module: nn.Module, weights: Weights | Parts) -> Loader:
             recipe = of_names[0]
             _refuse_integers(place[0], recipe, weights)
             _refuse_two_values(module, of_names, weights)
-            _refuse_two_values(module, [recipes[name] for name in names if name in recipes], weights)
-            _refuse_integers(place[0], recipe, weights)
             loader.places[key] = _Place(names[0], place[0], place[1], recipe, weights)
         elif not any(map(_ignored(module, "_keys_to_ignore_on_load_missing"), names)):
             missing.append(names[0])

@@ -42,6 +42,12 @@ class QuantizedRow(nn.Module):
         """[out, in of this rank]."""
         return self.product.weight
 
+    def _load_from_state_dict(self, state_dict, prefix, *rest):  # type: ignore[no-untyped-def]
+        """As a module's; a whole weight is the product's."""
+        if f"{prefix}weight" in state_dict:
+            state_dict[f"{prefix}product.weight"] = state_dict.pop(f"{prefix}weight")
+        super()._load_from_state_dict(state_dict, prefix, *rest)
+
     def forward(self, x: Tensor) -> Tensor:
         """[.., in of this rank], or [.., in] where it is split here -> [.., out] whole."""
         if self.part.splits:

@@ -23,10 +23,13 @@ Attributes of Megatron-LM (`tensor_model_parallel`, `model_parallel`) are read a
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from deepspeed.mesh.shape import Dim, MeshShape
 from deepspeed.utils.errors import DeepSpeedError
@@ -111,6 +114,50 @@ def cut_further(param: nn.Parameter, cut: Cut) -> None:
     before = of(param)
     param.__dict__.pop(_ATTRIBUTE, None)
     mark(param, replace(before, cuts=(*before.cuts, cut)))
+
+
+def carry_over(source: Any, target: Any) -> None:
+    """Have `target`, made of what `source` was, bear its mark."""
+    if _ATTRIBUTE in getattr(source, "__dict__", {}):
+        target.__dict__[_ATTRIBUTE] = source.__dict__[_ATTRIBUTE]
+
+
+def own_part(values: Tensor, cuts: Iterable[Cut]) -> Tensor:
+    """Of a whole tensor what this rank holds; one of another size as it is."""
+    for cut in cuts:
+        if cut.ranges and cut.dim < values.dim() and values.shape[cut.dim] == cut.whole:
+            values = torch.cat([values.narrow(cut.dim, a, b - a) for a, b in cut.ranges], dim=cut.dim)
+    return values
+
+
+def load_own_parts(module: nn.Module) -> None:
+    """Have `load_state_dict` take whole tensors where the module's own parameters are cut: each rank its part."""
+    module._register_load_state_dict_pre_hook(take_own_parts, with_module=True)
+
+
+def take_own_parts(module: nn.Module, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+    """Of whole tensors in a state dict, leave this rank's parts for the module's own parameters."""
+    for name, param in module._parameters.items():
+        if isinstance(state.get(prefix + name), Tensor) and (cuts := of(param).cuts):
+            state[prefix + name] = own_part(state[prefix + name], cuts)
+
+
+def load_own_experts(experts: nn.ModuleList, first: int, num_experts: int) -> None:
+    """Have `load_state_dict` take all `num_experts` experts for a list that has those from `first` on: each rank its own."""
+    experts._register_load_state_dict_pre_hook(partial(_take_own_experts, first, len(experts), num_experts))
+
+
+def _take_own_experts(
+    first: int, num_here: int, num_experts: int, state: dict[str, Any], prefix: str, *rest: Any
+) -> None:
+    own = [key for key in state if key.startswith(prefix)]
+    number_of = {key: int(head) for key in own if (head := key[len(prefix) :].partition(".")[0]).isdecimal()}
+    if num_here == num_experts or len(set(number_of.values())) != num_experts:
+        return
+    whole = {key: state.pop(key) for key in number_of}
+    for key, value in whole.items():
+        if 0 <= (here := number_of[key] - first) < num_here:
+            state[f"{prefix}{here}.{key[len(prefix) :].partition('.')[2]}"] = value
 
 
 def mark_expert(param: nn.Parameter, expert: Expert) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from deepspeed.kernels import native_products, native_quantize
 from deepspeed.kernels.reference import quantize as formats
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
+from deepspeed.mesh import marks
 from deepspeed.quant.dequantized import Dequantized, refuse_writing
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.dtypes import dtype_name
@@ -45,6 +47,8 @@ class QuantizedWeight(nn.Module):
     scales: Tensor
     minima: Tensor | None
     packed: nn.Parameter | None
+    is_transposed: bool
+    """Whether the layer that it was made of has [width, rows]."""
 
     def __init__(self, weight: Tensor, spec: Spec) -> None:
         super().__init__()
@@ -76,6 +80,7 @@ class QuantizedWeight(nn.Module):
         for name, value in zip(("values", "scales", "minima"), quantized, strict=True):
             self.register_buffer(name, value)
         self.register_parameter("packed", None)
+        self.is_transposed = False
         self._values_like = torch.empty_like(quantized.values, device="meta")
 
     @property
@@ -125,6 +130,30 @@ class QuantizedWeight(nn.Module):
         taken = Quantized(at(values), at(scales), None if minima is None else at(minima))
         found = formats.dequantize(taken, self.spec.num_bits, self.dtype)
         return found.view(*indices.shape, self.width)
+
+    def take(self, state: dict[str, Any], key: str, errors: list[str]) -> None:
+        """In a state dict that is being loaded, put integers in the place of this layer's whole weight, where it is one; a weight of
+        which ranks have parts gives this rank's. What does not go is added to `errors`, and nothing changes."""
+        if not isinstance(given := state.get(key), Tensor):
+            return
+        del state[key]
+        given = marks.own_part(given, marks.of(self).cuts)
+        shape = [self.width, self.rows] if self.is_transposed else [self.rows, self.width]
+        made = self
+        if list(given.shape) != shape:
+            errors.append(f"{key} is {list(given.shape)} in what is loaded, and {shape} here, quantized.")
+        else:
+            given = given.t() if self.is_transposed else given
+            device = (self.values if self.packed is None else self.packed).device
+            try:
+                made = QuantizedWeight(given.to(device, self.dtype).contiguous(), self.spec)
+            except NotFiniteError as error:
+                errors.append(f"{key}: {error}")
+            if self.packed is not None and made is not self:
+                made.pack(self.packed.dtype)
+        held = {**made._buffers, **made._parameters}
+        prefix = key.removesuffix("weight") + "quantized."
+        state.update({prefix + name: part.detach() for name, part in held.items() if part is not None})
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
         """Moves; a cast changes what the weight becomes and leaves its integers and scales as they are."""
@@ -184,6 +213,7 @@ class QuantizedLinear(nn.Module):
         held = (
             None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
         )  # the layer's may be shared memory
+        marks.carry_over(bias, held)
         self.register_parameter("bias", held)
         self.is_compiled = weight.spec.symmetric and native_products.takes(weight.spec.group_size)
         """Whether few rows are multiplied with the weight as it rests."""
@@ -197,6 +227,12 @@ class QuantizedLinear(nn.Module):
         """As a module's; a weight is refused."""
         _refuse_weight(name)
         super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        """As a module's; whole weights are quantized."""
+        marks.take_own_parts(self, state_dict, prefix)
+        self.quantized.take(state_dict, f"{prefix}weight", errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, x: Tensor) -> Tensor:
         """x [..., in_features] to [..., out_features]."""
@@ -240,6 +276,12 @@ class QuantizedEmbedding(nn.Module):
         """As a module's; a weight is refused."""
         _refuse_weight(name)
         super().register_parameter(name, param)
+
+    def _load_from_state_dict(self, state_dict, prefix, metadata, strict, missing, unexpected, errors):  # type: ignore[no-untyped-def]
+        """As a module's; whole weights are quantized."""
+        marks.take_own_parts(self, state_dict, prefix)
+        self.quantized.take(state_dict, f"{prefix}weight", errors)
+        super()._load_from_state_dict(state_dict, prefix, metadata, strict, missing, unexpected, errors)
 
     def forward(self, indices: Tensor) -> Tensor:
         """[..., embedding_dim]."""

@@ -15,6 +15,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from deepspeed.config.execution import QuantizationSpecConfig
+from deepspeed.mesh import marks
 from deepspeed.quant.linear import NotFiniteError, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.spec import Spec, fitting_group
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -245,6 +246,8 @@ def _replace(
         made: list[nn.Module] = []
         with around.whole(params):
             weight = weight or QuantizedWeight(_weight_of(first).contiguous(), spec)
+            weight.is_transposed = _is_conv1d(first)
+            marks.carry_over(first.weight, weight)
             for parent, child, layer in sites:
                 new = kinds.get(type(layer), _linear)(layer, weight)
                 new.train(layer.training)

@@ -70,6 +70,7 @@ def attach(model: nn.Module, mesh: Mesh) -> list[Named]:
         connect(layer.place, mesh, number)
         layer._set_ep_group(layer.place.group)
         named.append(Named(layer.experts.deepspeed_experts, layer.experts.names(layer.place)))
+        marks.load_own_experts(layer.experts.deepspeed_experts, layer.place.first, layer.place.num_experts)
         for i, expert in enumerate(layer.experts.deepspeed_experts):
             made = Expert(layer.place.first + i, layer.place.num_experts, layer.ep_group_name)
             for param in expert.parameters():

@@ -136,6 +136,7 @@ def convert_at(model: nn.Module, name: str, place: ExpertPlace, *, ways: Ways = 
             marks.mark(param, mark)
             param.allreduce = False  # type: ignore[attr-defined]
             param.group_name = f"ep_size_{place.size}"  # type: ignore[attr-defined]
+    marks.load_own_parts(module)
     setattr(module, PLACE, place)
     module.ds_ways = ways  # type: ignore[assignment]
     kind: Any = type(module)

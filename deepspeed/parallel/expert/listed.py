@@ -110,6 +110,7 @@ def convert_at(block: Block, place: ExpertPlace) -> tuple[dict[str, str], list[n
     if place.size > 1:
         kept = nn.ModuleList(block.experts[i] for i in here)
         module._modules[block.child] = kept
+        marks.load_own_experts(kept, place.first, place.num_experts)
         for i, expert in zip(here, kept, strict=True):
             each: Any
             for each in expert.parameters():

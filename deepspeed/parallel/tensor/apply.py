@@ -138,6 +138,9 @@ def carry_out(
         _share(buffer, ranks)
     for do in drawn.turns:
         do()
+    for layer in model.modules():
+        if any(marks.of(param).cuts for param in layer.parameters(recurse=False)):
+            marks.load_own_parts(layer)
     model.__dict__[PARSED] = True
     refuse_later_adapters(model)
     refuse_save_pretrained(
