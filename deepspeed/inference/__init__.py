@@ -10,6 +10,7 @@ policies.py     the original's layer policies by name
 injection.py    the original's calls beneath init_inference: replace_transformer_layer, AutoTP
 group_wise.py   Quantizer, DeQuantizer, GroupQuantizer, for tensors that scripts quantize themselves
 tensor.py       over which ranks a model is cut, and that they stay together
+calls.py        a rank that fails inside of a call tells the others
 experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights

@@ -173,9 +173,14 @@ class InferenceEngine(nn.Module):
     @torch.no_grad()
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """What the module answers; timed in `model_times` after `profile_model_time`. Without gradients."""
-        if self._times is None:
-            return self.module(*args, **kwargs)
-        return self._times.call(self.module, args, kwargs)
+        with self._call():
+            if self._times is None:
+                return self.module(*args, **kwargs)
+            return self._times.call(self.module, args, kwargs)
+
+    def _call(self) -> contextlib.AbstractContextManager[Any]:
+        """Around what all ranks do together: one that fails inside tells the others."""
+        return contextlib.nullcontext() if self._ranks is None else self._ranks.call()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`, with prompt and answer checked against `max_out_tokens` first.
@@ -195,6 +200,11 @@ class InferenceEngine(nn.Module):
                 t for m in _modules_of(self.module) for t in itertools.chain(m.parameters(), m.buffers())
             )
         self._has_generated = True
+        with self._call():
+            return self._generate(generate, args, kwargs)
+
+    def _generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What all ranks do together."""
         if self._ranks is not None:
             self._ranks.same_draws()
         if self._experts is not None:

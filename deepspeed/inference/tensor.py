@@ -10,7 +10,9 @@ Invariant: all ranks decide alike, from the model and the configuration alone, b
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,6 +22,7 @@ from torch import nn
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
+from deepspeed.inference.calls import Calls
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.policy import row_names
 from deepspeed.memory.fit import check_fit
@@ -44,9 +47,17 @@ class Ranks:
 
     tensor: TensorGroup
     mesh: Mesh | None = None
+    calls: Calls | None = None
+    """How one that fails inside of a call tells the others; None where waiting does not stop the host."""
+
+    def call(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a forward or a generation, on all ranks."""
+        return contextlib.nullcontext() if self.calls is None else self.calls
 
     def release(self) -> None:
         """The engine is done."""
+        if self.calls is not None:
+            self.calls.release()
         if self.mesh is not None:
             self.mesh.release()
 
@@ -57,14 +68,18 @@ class Ranks:
         has_own = accelerator.device_name() != "cpu"
         if has_own:
             states.append(accelerator.get_rng_state())
-        device = accelerator.current_device_name() if dist.get_backend(self.tensor.group) == "nccl" else "cpu"
         for state in states:
-            sent = state.to(device)
+            sent = state.to(self._device)
             self.tensor.broadcast_(sent)
             state.copy_(sent)
         torch.set_rng_state(states[0])
         if has_own:
             accelerator.set_rng_state(states[1])
+
+    @property
+    def _device(self) -> str:
+        """Where tensors have to be to be sent."""
+        return get_accelerator().current_device_name() if dist.get_backend(self.tensor.group) == "nccl" else "cpu"
 
     def agree(self, error: Exception | None) -> None:
         """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
@@ -80,9 +95,9 @@ class Ranks:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""
 
         def tell_all(digest: str) -> list[str]:
-            found: list[Any] = [digest] * self.tensor.size
-            dist.all_gather_object(found, digest, group=self.tensor.group)
-            return found
+            own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self._device)
+            every = self.tensor.joined(own, [own.numel()] * self.tensor.size)
+            return [bytes(part.tolist()).hex() for part in every.chunk(self.tensor.size)]
 
         check_first_forward(module, tell_all)
 
@@ -118,7 +133,8 @@ def ranks_of(config: DeepSpeedInferenceConfig) -> Ranks | None:
             f"  Start a multiple of {size} ranks (deepspeed --num_accelerators {size} script.py), or choose a divisor."
         )
     mesh = data_parallel_mesh(tp=size)
-    return Ranks(TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), size), mesh)
+    group = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), size)
+    return Ranks(group, mesh, _calls(group, mesh.replace))
 
 
 def _of_group(group: Any, stated: int | None) -> Ranks | None:
@@ -127,7 +143,12 @@ def _of_group(group: Any, stated: int | None) -> Ranks | None:
         raise DeepSpeedConfigError(
             f"tensor_parallel.tp_size = {stated}, but the group that was given has {size} ranks.\n  Leave tp_size out."
         )
-    return Ranks(TensorGroup(group, dist.get_rank(group), size)) if size > 1 else None
+    ranks = TensorGroup(group, dist.get_rank(group), size)
+    return Ranks(ranks, None, _calls(ranks, lambda before, after: None)) if size > 1 else None
+
+
+def _calls(ranks: TensorGroup, replace: Callable[[Any, Any], None]) -> Calls | None:
+    return Calls(ranks, replace) if dist.get_backend(ranks.group) == "gloo" else None
 
 
 def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) -> Decided:

@@ -84,6 +84,11 @@ class Mesh:
                     self._groups[key] = made
         return self._groups[key]
 
+    def replace(self, before: ProcessGroup, after: ProcessGroup) -> None:
+        """Another group of the same ranks takes the place of one in which messages were left."""
+        for key in [key for key, group in self._groups.items() if group is before]:
+            self._groups[key] = after
+
     def shared(self, name: str, make: Callable[[], T]) -> T:
         """What belongs to the groups rather than to one engine (the order of their messages, say): made at first use."""
         if name not in self._shared:

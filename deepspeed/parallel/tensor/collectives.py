@@ -17,7 +17,7 @@ After Megatron-LM (arXiv:1909.08053), sec. 3, whose names f and g these are.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -39,6 +39,8 @@ class TensorGroup:
         self.group, self.rank, self.size = group, rank, size
         self.num_sent_bytes = 0
         """Payload of all collectives so far, as a ring moves it."""
+        self.wait_for: Callable[[Any], None] | None = None
+        """Waits for a collective in another way than by its own `wait`, if anybody knows one."""
         self._entered: tuple[Tensor, int, Tensor] | None = None
 
     def __deepcopy__(self, memo: Any) -> TensorGroup:
@@ -88,7 +90,8 @@ class TensorGroup:
         """`x` summed over the ranks, in place; x is contiguous."""
         if self.size > 1:
             with watched("tensor.all_reduce", x.nbytes, self.size):
-                self.start_sum(x).wait()
+                work = self.start_sum(x)
+                work.wait() if self.wait_for is None else self.wait_for(work)
         return x
 
     def max_(self, x: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ class TensorGroup:
         if self.size > 1:
             self.count(2 * x.nbytes)
             with watched("tensor.all_reduce", x.nbytes, self.size):
-                dist.all_reduce(x, op=dist.ReduceOp.MAX, group=self.group)
+                self._run(dist.all_reduce, x, op=dist.ReduceOp.MAX)
         return x
 
     def joined(self, x: Tensor, lengths: Sequence[int]) -> Tensor:
@@ -133,13 +136,19 @@ class TensorGroup:
     def broadcast_(self, x: Tensor) -> None:
         """The first rank's values, on every rank."""
         if self.size > 1:
-            dist.broadcast(x, group=self.group, group_src=0)
+            self._run(dist.broadcast, x, group_src=0)
 
     def _all_gather(self, parts: list[Tensor], own: Tensor) -> None:
-        dist.all_gather(parts, own, group=self.group)
+        self._run(dist.all_gather, parts, own)
 
     def _reduce_scatter(self, own: Tensor, parts: list[Tensor]) -> None:
-        dist.reduce_scatter(own, parts, group=self.group)
+        self._run(dist.reduce_scatter, own, parts)
+
+    def _run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        if self.wait_for is None:
+            operation(*args, group=self.group, **kwargs)
+        else:
+            self.wait_for(operation(*args, group=self.group, async_op=True, **kwargs))
 
     def count(self, nbytes: int) -> None:
         """Add what a collective of `nbytes` on every rank sends, as a ring does."""

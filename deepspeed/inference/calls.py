@@ -1,0 +1,150 @@
+"""A rank that fails inside of a call of the engine tells the others, who would wait for it in a collective until the timeout.
+
+Made by `tensor` for an engine whose layers are cut, entered by the engine around each forward and generate; `TensorGroup` waits by
+`wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
+waits longer than `LOOK` reads there: a rank that left this call before the collective that is waited for will not come.
+
+    rank 1   call 7   collectives 1 2 3, IndexError             raises it, writes (7, 3, "IndexError ...")
+    rank 0   call 7   collectives 1 2 3 4 ...                   waits in 4, reads that, raises a DeepSpeedError with those words
+
+At its next call a rank that failed asks the others where they are: all failed at one place (a bad prompt), or none waits, and all go on;
+else the collective that some wait in is left with its group, and all make another.
+
+Invariant: a call that succeeds asks nobody, and writes nothing. Over gloo alone: elsewhere waiting does not stop the host.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+
+from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.utils.errors import DeepSpeedError
+
+LOOK = timedelta(seconds=0.5)
+"""Between looks, of a rank that waits in a collective."""
+PATIENCE_S = 60.0
+"""How long a rank that failed waits at its next call for word of the others."""
+
+
+class _Word(NamedTuple):
+    """What a rank has written of itself."""
+
+    call: int
+    has_failed: bool
+    num_launched: int
+    error: str
+    """Of the last call that failed."""
+
+
+class Calls:
+    """One engine's calls on one rank. `replace` is told of the group that takes another's place. Made on all ranks."""
+
+    def __init__(self, ranks: TensorGroup, replace: Callable[[Any, Any], None]) -> None:
+        self._ranks, self._replace = ranks, replace
+        name = [uuid.uuid4().hex]
+        dist.broadcast_object_list(name, group=ranks.group, group_src=0)
+        self._store = dist.PrefixStore(f"deepspeed/calls/{name[0]}", dist.distributed_c10d._get_default_store())
+        self._depth = self._call = self._num_launched = self._at_start = 0
+        self._has_failed = False
+        self._error = ""
+        ranks.wait_for = self.wait
+
+    def __enter__(self) -> None:
+        self._depth += 1
+        if self._depth > 1:
+            return
+        self._call += 1
+        self._at_start = self._num_launched
+        if self._has_failed:
+            try:
+                self._meet()
+            except BaseException:
+                self._depth = 0
+                raise
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._depth -= 1
+        if error is None or self._depth:
+            return
+        self._has_failed, self._error = True, f"{type(error).__name__}: {error}"
+        with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
+            self._write(has_failed=True, num_launched=self._num_launched)
+
+    def wait(self, work: Any) -> None:
+        """Wait for a collective. Raises DeepSpeedError where a rank will not come."""
+        if not self._depth:
+            work.wait()
+            return
+        self._num_launched += 1
+        while True:
+            try:
+                work.wait(LOOK)
+                return
+            except RuntimeError as error:  # over gloo, a time that is over too
+                is_over = work.is_completed()
+                self._look(error)
+                if is_over:
+                    work.wait()  # raises what it was, if it did not end just now
+                    return
+
+    def _look(self, error: RuntimeError) -> None:
+        for rank, told in self._others():
+            if told is None:
+                continue
+            if (told.call, told.has_failed) > (self._call, False) and told.num_launched < self._num_launched:
+                raise DeepSpeedError(
+                    f"[rank {rank} of {self._ranks.size}] {told.error}\n"
+                    "  It left the call that this rank was in, which ends here. The next call begins anew on all ranks."
+                ) from error
+            if told.call == self._call and not told.has_failed:
+                self._write(
+                    has_failed=False, num_launched=self._at_start
+                )  # it failed before, and asks where this one is
+
+    def _meet(self) -> None:
+        """After an error here: learn where the others are, and make another group where some wait in this one."""
+        self._write(has_failed=False, num_launched=self._num_launched)
+        until_s = time.monotonic() + PATIENCE_S
+        while any(told is None or told.call < self._call for _, told in self._others()):
+            if time.monotonic() > until_s:
+                raise DeepSpeedError(
+                    f"[rank {self._ranks.rank} of {self._ranks.size}] an earlier call failed here ({self._error}), and not all ranks "
+                    f"have made another within {PATIENCE_S:.0f} s.\n  Every rank has to make the same calls of the engine."
+                )
+            time.sleep(0.01)
+        self._has_failed = False
+        if any(told is not None and told.num_launched != self._num_launched for _, told in self._others()):
+            before = self._ranks.group
+            members = dist.get_process_group_ranks(before)
+            after = dist.new_group(
+                members, backend="gloo", use_local_synchronization=True, group_desc=before.group_desc
+            )
+            self._ranks.group = after
+            self._num_launched = self._at_start = 0
+            self._replace(before, after)
+
+    def _write(self, *, has_failed: bool, num_launched: int) -> None:
+        word = _Word(self._call, has_failed, num_launched, self._error)
+        self._store.set(str(self._ranks.rank), json.dumps(word))
+
+    def _others(self) -> Iterator[tuple[int, _Word | None]]:
+        """The other ranks, and what they have written last."""
+        for rank in range(self._ranks.size):
+            if rank != self._ranks.rank:
+                key = str(rank)
+                yield rank, _Word(*json.loads(self._store.get(key))) if self._store.check([key]) else None
+
+    def release(self) -> None:
+        """The engine is done."""
+        self._ranks.wait_for = None

@@ -1,0 +1,97 @@
+"""A rank that fails alone inside of a call of a cut model: the others end soon, with its words, and all go on afterwards."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+import deepspeed
+from deepspeed.utils.errors import DeepSpeedError
+from tests.harness import run_ranks
+from tests.inference.families import build, prompts
+
+pytest.importorskip("transformers")
+
+SOON_S = 20.0
+
+
+def call(engine: Any, how: str) -> Any:
+    batch = prompts("left")
+    if how == "forward":
+        return engine(**batch).logits
+    return engine.generate(**batch, max_new_tokens=4)
+
+
+def ends(engine: Any, how: str, is_own: bool, words: str, rank: int) -> None:
+    started_s = time.monotonic()
+    with pytest.raises(
+        OverflowError if is_own else DeepSpeedError, match=words if is_own else rf"\[rank {rank} of .*{words}"
+    ):
+        call(engine, how)
+    assert time.monotonic() - started_s < SOON_S
+
+
+def one_fails(rank: int, world_size: int, dtype: str, failing: int, how: str, where: str) -> None:
+    torch.set_num_threads(1)
+    engine = deepspeed.init_inference(build("llama"), dtype=dtype, tp={"tp_size": world_size})
+    wanted = call(engine, how)
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    for _ in range(2):
+        if rank == failing:
+            handle = engine.module.get_submodule(where).register_forward_pre_hook(fail)
+        ends(
+            engine,
+            how,
+            rank == failing,
+            "OverflowError: no memory is left" if rank != failing else "no memory",
+            failing,
+        )
+        if rank == failing:
+            handle.remove()
+        assert torch.equal(call(engine, how), wanted)
+    again = deepspeed.init_inference(build("llama"), dtype=dtype, tp={"tp_size": world_size})
+    assert torch.equal(call(again, how), wanted)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "failing", "how", "where"),
+    [("fp32", 1, "forward", "model.layers.1.mlp"), ("int8", 0, "generate", ""), ("fp32", 1, "generate", "model.norm")],
+)
+def test_the_others_end_with_the_words_of_the_one_that_failed(dtype: str, failing: int, how: str, where: str) -> None:
+    run_ranks(2, one_fails, dtype, failing, how, where, timeout=90)
+
+
+def test_two_others_end_too() -> None:
+    run_ranks(3, one_fails, "fp32", 2, "forward", "model.layers.0.self_attn", timeout=90)
+
+
+def all_or_late(rank: int, world_size: int) -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="fp32", tp={"tp_size": world_size})
+    wanted = call(engine, "forward")
+    group = engine._ranks.tensor.group
+    with pytest.raises(IndexError, match="id 97 is outside"):
+        engine(input_ids=torch.tensor([[97]]))
+    assert torch.equal(call(engine, "forward"), wanted)
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("afterwards")
+
+    if rank == 1:  # after the last collective: the other rank has its answer, and hears of nothing
+        handle = engine.module.register_forward_hook(fail)
+        with pytest.raises(OverflowError):
+            call(engine, "forward")
+        handle.remove()
+    else:
+        call(engine, "forward")
+    assert torch.equal(call(engine, "forward"), wanted)
+    assert engine._ranks.tensor.group is group, "nobody waited in it"
+
+
+def test_where_all_failed_or_none_waits_they_go_on_as_they_are() -> None:
+    run_ranks(2, all_or_late, timeout=60)
