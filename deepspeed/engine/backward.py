@@ -40,6 +40,10 @@ class LossScaleGuard:
         for listener in () if self.is_scaled else self.on_plain:
             listener()
 
+    def note_scaled(self) -> None:
+        """The backward that begins next is of a scaled loss."""
+        self.is_scaled = True
+
     def reset(self) -> None:
         """Called as a backward ends."""
         self.is_scaled = False

@@ -271,6 +271,7 @@ def _build_zero(
         optimizer = _wrap_optimizer(config, basic, built, reducer, policy, mesh, scale_guard.scale, placing)
         earlier_states.give(states, optimizer, mesh)
         optimizer.parameter_offload = parameter_offload
+        optimizer.before_scaled = scale_guard.note_scaled
         optimizer.before_update = hooks.before_update if hooks is not None else watch.end
         optimizer.takeover = _take_over_edits(given, mesh, built, reducer, hooks, placing, optimizer, undo)
         trainers.add(optimizer)

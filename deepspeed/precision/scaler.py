@@ -22,6 +22,13 @@ class StaticLossScale:
     scale: float = 1.0
     is_dynamic: bool = False
 
+    @property
+    def loss_scale(self) -> float:
+        """The scale, under the names that scripts read of `optimizer.loss_scaler`."""
+        return self.scale
+
+    cur_scale = loss_scale
+
     def update(self, overflowed: bool) -> None:
         """Nothing to learn from a step."""
 

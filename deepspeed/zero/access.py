@@ -129,9 +129,9 @@ class GatheredParameters:
             _take_assigned(bucket, values)
             bucket.exchange.broadcast(bucket.full, modifier_rank)
             bucket.write_shard()
-            found = trainers.find(bucket)
-            if found is not None:
-                found[0].refresh_from_params([bucket])
+            bucket.written.is_in_shard = (
+                True  # masters follow when they are asked: what is put back leaves them as they were
+            )
         note_kept()
 
 
@@ -217,6 +217,9 @@ class _Pieces:
         """Reads "master" or a state of the optimizer. The KeyError of a state that does not exist is raised when read; that
         they are put away is told at once, to ranks that hold nothing of the parameter too."""
         self.optimizer.runs.require_here()
+        if kind == "master" and self.master.may_lag:
+            for piece in self.pieces:
+                self.master.follow_params(piece.in_shard, piece.in_shard + piece.numel)
         return functools.partial(self.optimizer.runs.read_state, self.position, kind)
 
     def require_state(self, kind: str) -> None:

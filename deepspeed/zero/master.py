@@ -85,14 +85,20 @@ class Master:
         """The parameters that these masters stand for, 1-D, as the model has them."""
         return self.bucket.own_slice(self.bucket.full) if self.is_sharded else self.bucket.full
 
-    def follow_params(self) -> None:
-        """Take over what was written into the parameters: elements that are not their master, rounded, any more. The other
-        masters keep what rounding took from the parameters."""
+    @property
+    def may_lag(self) -> bool:
+        """Whether parameters may have been written since the masters were last asked to follow them."""
+        return (self.can_be_written or self.bucket.written.is_in_shard) and not self.bucket.is_away
+
+    @torch.no_grad()
+    def follow_params(self, first: int = 0, stop: int | None = None) -> None:
+        """Take over what was written into the parameters, of `first` to `stop` (all): elements that are not their master, rounded,
+        any more. The other masters keep what rounding took from the parameters."""
         if self.is_alias:
             return
-        low = self.low() if self.bucket.keeps_storage else self.bucket.shard
-        for start in range(0, self.numel, FOLLOW_NUMEL):
-            master = read(self.weights, start, min(start + FOLLOW_NUMEL, self.numel))
+        low, stop = self.low() if self.bucket.keeps_storage else self.bucket.shard, self.numel if stop is None else stop
+        for start in range(first, stop, FOLLOW_NUMEL):
+            master = read(self.weights, start, min(start + FOLLOW_NUMEL, stop))
             written = low[start : start + master.numel()].to(master.device)
             is_written = master.to(written.dtype) != written
             if is_written.any():

@@ -26,7 +26,6 @@ from deepspeed.optim.traits import AveragesItself
 from deepspeed.precision import LossScaleFloorError, StaticLossScale
 from deepspeed.utils.errors import DeepSpeedConfigError, NotAvailableError, TierError, TrainingStateError
 from deepspeed.zero.blame import blame, tell_what_is_bad
-from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.gradients import leave_local
 from deepspeed.zero.graphed import GraphedUpdate
 from deepspeed.zero.hook_switch import ParameterOffload
@@ -57,7 +56,43 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     optimizer: torch.optim.Optimizer
 
 
-class ZeroOptimizer(DeepSpeedOptimizer):
+class LossScaled:
+    """What scripts read and write of an optimizer's loss scale."""
+
+    scale: StaticLossScale
+    reducer: Reducer
+    before_scaled: Callable[[], None] | None = None
+    """Told that the backward which begins next is of a scaled loss."""
+
+    @property
+    def loss_scale(self) -> float:
+        """By how much the loss is multiplied before backward."""
+        return self.scale.scale
+
+    @loss_scale.setter
+    def loss_scale(self, scale: float) -> None:
+        if self.reducer.saw_backward or not (self.scale.is_dynamic or self.scale.scale != 1.0):
+            raise TrainingStateError(
+                f"optimizer.loss_scale = {scale}: "
+                + (
+                    "gradients of a backward are there, scaled by the one before."
+                    if self.reducer.saw_backward
+                    else "only fp16 scales losses."
+                )
+                + "\n  Set it with fp16, the same on every rank, between engine.step() and the next backward."
+            )
+        self.scale.scale = float(scale)
+
+    cur_scale = loss_scale
+    loss_scaler = property(lambda self: self.scale, doc="The loss scale, under the name that scripts have for it.")
+
+    @property
+    def dynamic_loss_scale(self) -> bool:
+        """Whether the loss scale changes by itself."""
+        return self.scale.is_dynamic
+
+
+class ZeroOptimizer(LossScaled, DeepSpeedOptimizer):
     """Wraps a torch optimizer for one engine; see the module's text.
 
     `sources[bucket]`, where given, are the parameters' flat fp32 values before they were cast down, so that masters
@@ -180,13 +215,6 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         """The wrapped optimizer's defaults."""
         return self.optimizer.defaults
 
-    @property
-    def loss_scale(self) -> float:
-        """By how much the loss is multiplied before backward."""
-        return self.scale.scale
-
-    cur_scale = loss_scale
-
     def gradient_scale(self, index: int) -> float:
         """By how much the reducer's results for one bucket are larger than gradients: until a step by the loss scale; then
         they stay as the step left them until the next backward."""
@@ -197,13 +225,11 @@ class ZeroOptimizer(DeepSpeedOptimizer):
         return scale * factor if is_changed and not self.runs.is_streamed(self.masters[index]) else scale
 
     @property
-    def dynamic_loss_scale(self) -> bool:
-        """Whether the loss scale changes by itself."""
-        return self.scale.is_dynamic
-
-    @property
     def single_partition_of_fp32_groups(self) -> list[Tensor]:
         """This rank's fp32 masters, one flat tensor per bucket; copies where they rest on the nvme tier."""
+        for master in self.masters:
+            if master.may_lag and not self.runs.is_away:
+                master.follow_params()
         return [master.tensor for master in self.masters]
 
     fp32_partitioned_groups_flat = single_partition_of_fp32_groups
@@ -356,7 +382,9 @@ class ZeroOptimizer(DeepSpeedOptimizer):
 
     def backward(self, loss: Tensor, retain_graph: bool = False) -> None:
         """Backward of the scaled loss, for callers that hold the optimizer alone."""
-        (loss * self.scale.scale).backward(retain_graph=retain_graph)
+        if self.before_scaled is not None:
+            self.before_scaled()
+        (loss.float() * self.scale.scale if self.scale.scale != 1.0 else loss).backward(retain_graph=retain_graph)
 
     # State. --------------------------------------------------------------------------------------------------------
 
@@ -390,9 +418,3 @@ class ZeroOptimizer(DeepSpeedOptimizer):
             master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
         self.publish()
         self.states_loaded()
-
-    def refresh_from_params(self, buckets: Sequence[Bucket]) -> None:
-        """Take masters anew from parameters that were changed from outside."""
-        for master in self.masters:
-            if master.bucket in buckets:
-                master.follow_params()

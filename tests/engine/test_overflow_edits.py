@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 import deepspeed
+import deepspeed.utils.errors
 from tests.edits import EngineSide, PlainSide, adamw, assert_same
 from tests.edits import Net as EditedNet
 from tests.harness import run_ranks
@@ -165,3 +166,33 @@ def test_gradients_that_a_script_gives_are_stepped_where_states_rest_on_a_tier(
     stage: int, device: str, dtype: torch.dtype, world_size: int, tmp_path: Path
 ) -> None:
     run_ranks(world_size, assigned_gradients, stage, device, dtype, tmp_path)
+
+
+def scales(rank: int, world_size: int, stage: int) -> None:
+    """Losses scaled by `optimizer.backward`, by a scale that the script sets."""
+    torch.manual_seed(0)
+    model = EditedNet()
+    plain = PlainSide(copy.deepcopy(model), adamw, stage, torch.float16, world_size)
+    side = EngineSide(model, adamw, stage, torch.float16, rank, world_size)
+    optimizer = side.engine.optimizer
+    try:
+        for seed, scale in enumerate((128.0, 32.0, 512.0)):
+            optimizer.loss_scale = plain.scale = scale
+            assert optimizer.loss_scaler.cur_scale == side.engine.loss_scale() == scale
+            plain.backward(seed)
+            plain.step()
+            optimizer.backward(side.engine(*side._share(seed)))
+            with pytest.raises(deepspeed.utils.errors.TrainingStateError, match="gradients of a backward are there"):
+                optimizer.loss_scale = 64.0
+            side.step()
+        assert_same(plain, side)
+    finally:
+        side.engine.destroy()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_loss_scale_that_the_script_sets_scales_what_the_optimizer_differentiates(
+    stage: int, world_size: int
+) -> None:
+    run_ranks(world_size, scales, stage)
