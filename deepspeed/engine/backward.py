@@ -6,7 +6,11 @@ with a plain `loss.backward()` too.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+
+import torch
+from torch import nn
+from torch.autograd.graph import get_gradient_edge
 
 from deepspeed.engine.accumulation import Accumulation
 from deepspeed.precision import StaticLossScale
@@ -18,8 +22,8 @@ from deepspeed.zero.reduce import Reducer
 class LossScaleGuard:
     """Notices a plain `loss.backward()` where the loss has to be scaled first."""
 
-    def __init__(self, scale: StaticLossScale) -> None:
-        self.scale = scale
+    def __init__(self, scale: StaticLossScale, params: Callable[[], Iterable[nn.Parameter]]) -> None:
+        self.scale, self.params = scale, params
         self.is_scaled = False
         self.on_plain: list[Callable[[], None]] = []
         """Told of a backward whose loss the engine has not seen."""
@@ -32,13 +36,24 @@ class LossScaleGuard:
 
     def check(self) -> None:
         """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""
-        if not self.is_scaled and (self.scale.is_dynamic or self.scale.scale != 1.0):
+        if not self.is_scaled and (self.scale.is_dynamic or self.scale.scale != 1.0) and self._accumulates():
             raise TrainingStateError(
                 f"loss.backward() on an unscaled loss: fp16 needs it multiplied by the loss scale ({self.scale.scale:g}).\n"
                 "  Use engine.backward(loss), or engine.scale(loss).backward()."
             )
         for listener in () if self.is_scaled else self.on_plain:
             listener()
+
+    def _accumulates(self) -> bool:
+        """Whether the backward that runs gives gradients to parameters; `torch.autograd.grad` of inputs, or of parameters, does not."""
+        for param in self.params():
+            if param.requires_grad:
+                try:
+                    if torch._C._will_engine_execute_node(get_gradient_edge(param).node):
+                        return True
+                except RuntimeError:  # torch's for a parameter whose gradient autograd.grad returns
+                    continue
+        return False
 
     def note_scaled(self) -> None:
         """The backward that begins next is of a scaled loss."""

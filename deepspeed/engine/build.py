@@ -244,7 +244,7 @@ def _build_zero(
     _quantize(given, policy)
     basic = _basic_optimizer(given, gone)
     policy = assemble.with_whole_states(policy, basic)
-    scale_guard = LossScaleGuard(assemble.make_scale(config))
+    scale_guard = LossScaleGuard(assemble.make_scale(config), model.parameters)
     watch = BackwardWatch()
     if config.fp16.enabled:
         scale_guard.attach(watch)

@@ -55,6 +55,8 @@ class Update:
             runs.stream.step(functools.partial(self._step_segments, factor, skipped))
         except TierError as error:
             return error
+        # What torch's learning-rate schedulers look for: they watch `step`, which a fused step and a rank without elements do not go through.
+        self._optimizer._opt_called = True  # type: ignore[attr-defined]
         return None
 
     def _cut_out(self, index: int, param: int) -> list[Segment]:
@@ -83,8 +85,6 @@ class Update:
             self._optimizer.step_fused(
                 [(self._optimizer.param_groups[segments[i].group], run) for i, run in runs], factor
             )
-            # What torch's learning-rate schedulers look for: they watch `step`, which a fused step does not go through.
-            self._optimizer._opt_called = True  # type: ignore[attr-defined]
         else:
             for i in stepped:
                 grad = gradients[i].to(segments[i].param.dtype)

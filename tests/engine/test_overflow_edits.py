@@ -196,3 +196,29 @@ def test_a_loss_scale_that_the_script_sets_scales_what_the_optimizer_differentia
     stage: int, world_size: int
 ) -> None:
     run_ranks(world_size, scales, stage)
+
+
+def of_inputs(rank: int, world_size: int, stage: int) -> None:
+    """Gradients by `torch.autograd.grad` are the caller's own: nothing is accumulated, so nothing has to be scaled."""
+    torch.manual_seed(0)
+    model = EditedNet()
+    plain = copy.deepcopy(model).half()
+    side = EngineSide(model, adamw, stage, torch.float16, rank, world_size)
+    found = []
+    try:
+        for net in (plain, side.engine):
+            x, y = side._share(0)
+            x.requires_grad_(True)
+            loss = net(x, y)
+            found += torch.autograd.grad(loss, x, retain_graph=True)
+        torch.testing.assert_close(found[1], found[0], rtol=2e-2, atol=1e-3)
+        with pytest.raises(deepspeed.utils.errors.TrainingStateError, match="on an unscaled loss"):
+            loss.backward()
+    finally:
+        side.engine.destroy()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_gradients_of_inputs_are_taken_in_fp16_without_a_loss_scale(stage: int, world_size: int) -> None:
+    run_ranks(world_size, of_inputs, stage)

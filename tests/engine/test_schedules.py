@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import deepspeed
 from deepspeed.engine.schedules import LearningRate, Schedules
 from deepspeed.utils.logging import logger
 from deepspeed.utils.schedule import Progress
+from tests.edits import two_sides
 from tests.engine.runs import engine_of, make_config, mean_over_ranks
 from tests.harness import run_ranks
 from tests.models import Model, build, make_batches, rank_share, total_loss
@@ -178,3 +180,16 @@ def test_two_schedules_of_one_name_are_refused() -> None:
     schedules = Schedules(LearningRate(None))
     with pytest.raises(AssertionError, match="lr_scheduler"):
         schedules.add("lr_scheduler", Dose())
+
+
+def step_streamed(rank: int, world_size: int) -> None:
+    with two_sides(rank, world_size, 3, torch.bfloat16, "adamw", offload_optimizer={"device": "cpu"}) as (_, side):
+        side.engine.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(side.client, lambda t: 1.0)
+        side.backward(0)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            side.step()
+
+
+def test_torch_sees_that_an_offloaded_optimizer_stepped_before_its_schedule_on_each_rank() -> None:
+    run_ranks(2, step_streamed)
