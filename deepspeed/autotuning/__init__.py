@@ -6,7 +6,7 @@
     tuners      which is tried next: grid, random, model-based                               (pure)
     resources   `ResourceManager`: runs experiments     experiment one trial's processes, to their end
     lessons     what a trial's end teaches              script     the user's command line   (pure)
-    stopped     Ctrl-C, also where it was dropped
+    stopped     signals that ask to end, also where they were dropped
     files       what is written             found what is known so far, for summary, page, progress: what people read
 
 What happens inside of a trial is the engine's: `engine.probe` (the first run), `engine.trial` (all others).

@@ -15,11 +15,11 @@ Nothing is tried that is predicted not to fit.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import hashlib
 import json
 import math
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -27,12 +27,22 @@ from typing import Any
 
 from deepspeed.accelerator.platforms import known_without_torch
 from deepspeed.autotuning import lessons, page, summary
-from deepspeed.autotuning.experiment import Limits
-from deepspeed.autotuning.files import OURS, clear, make_folders, read_json, write_json, write_text
+from deepspeed.autotuning.experiment import Limits, become
+from deepspeed.autotuning.files import (
+    NEEDED_NBYTES,
+    OURS,
+    ResultsError,
+    check_room,
+    clear,
+    held,
+    read_json,
+    write_json,
+    write_text,
+)
 from deepspeed.autotuning.found import Found, best_of
 from deepspeed.autotuning.lessons import Outcome
 from deepspeed.autotuning.prior import prior_parts
-from deepspeed.autotuning.progress import Progress
+from deepspeed.autotuning.progress import Progress, say, shown
 from deepspeed.autotuning.resources import ResourceManager, is_better, launcher_flags, value_of
 from deepspeed.autotuning.script import TRAINER, find_script
 from deepspeed.autotuning.space import (
@@ -107,8 +117,21 @@ class Autotuner:
     # The search. ---------------------------------------------------------------------------------------------------
 
     def tune(self) -> None:
-        """Search, and write what was found. Raises DeepSpeedError where nothing could be measured."""
-        make_folders(self.results, self.exps)
+        """Search, and write what was found. Raises DeepSpeedError where nothing could be measured; ResultsError, with what is kept,
+        where no more can be written."""
+        check_room(self.results, NEEDED_NBYTES)
+        check_room(self.exps, NEEDED_NBYTES)
+        with held(self.results, self.exps):
+            try:
+                self._tune()
+            except KeyboardInterrupt:
+                self._leave("it was stopped")
+                raise
+            except ResultsError as error:
+                self._leave("no more results could be written")
+                raise ResultsError(f"{error}\n{self._kept()}") from None
+
+    def _tune(self) -> None:
         if self._resume():
             return
         self.profile()
@@ -126,8 +149,8 @@ class Autotuner:
             return
         given = self.section.model_info
         if given is not None and (given.num_params or given.hidden_size or given.num_layers):
-            print("autotuning: model_info is not taken over: the first run sees the model, its memory and this machine")
-        print(f"autotuning: profiling {self.args.user_script} on {self.num_ranks} rank(s)", flush=True)
+            say("autotuning: model_info is not taken over: the first run sees the model, its memory and this machine")
+        say(f"autotuning: profiling {self.args.user_script} on {self.num_ranks} rank(s)")
         bare = self._base()
         tries = [bare, with_values(bare, self._plain_batch())] if self._leaves_auto() else [bare]
         for config in tries:
@@ -261,8 +284,8 @@ class Autotuner:
             value = value_of(self.section.metric, outcome.metrics)
             gained = value is not None and (best is None or is_better(self.section.metric, value, best))
             without_gain = 0 if gained else without_gain + outcome.is_measured
-            progress.tell(candidate, outcome, self.section.metric, self.best()[0])
             self._save()
+            progress.tell(candidate, outcome, self.section.metric, self.best()[0])
 
     def _reason_to_end(self, num_trials: int, without_gain: int) -> str:
         if num_trials >= self.section.tuner_num_trials:
@@ -333,17 +356,17 @@ class Autotuner:
     def _resume(self) -> bool:
         """Take over what an earlier start of this search left; whether it was finished and is to be kept."""
         state = read_json(self.results / OURS)
+        if state is None and (self.results / OURS).exists():
+            say(f"autotuning: {self.results / OURS} is damaged, so the search begins anew")
         is_same = isinstance(state, dict) and state.get("question") == self._fingerprint()
         if is_same and not (state["is_finished"] and self.section.overwrite):
-            self.info, self.rm.started_s = state["info"], state["started_s"]
             self.outcomes = {name: Outcome(**done) for name, done in state["outcomes"].items()}
             self.spent_s, self.why_ended = state["seconds"], state["why_ended"]
+            self.rm.started_s, self.info = state["started_s"], state["info"]
             if state["is_finished"]:
-                print(
-                    f"autotuning: {self.results} has the result of this search; autotuning.overwrite = false keeps it"
-                )
+                say(f"autotuning: {self.results} has the result of this search; autotuning.overwrite = false keeps it")
                 return True
-            print(f"autotuning: going on after {len(self.outcomes)} trials that {self.results} has", flush=True)
+            say(f"autotuning: going on after {len(self.outcomes)} trials that {self.results} has")
             return False
         if isinstance(state, dict):
             self._tell_replaced(is_same)
@@ -357,7 +380,7 @@ class Autotuner:
                 f"autotuning: {self.results} has the results of another search, and autotuning.overwrite = false keeps them.\n"
                 "  Set autotuning.results_dir and autotuning.exps_dir to other folders, or overwrite to true."
             )
-        print(
+        say(
             f"autotuning: the results of {'an earlier' if is_same else 'another'} search in {self.results} are replaced"
         )
 
@@ -381,6 +404,24 @@ class Autotuner:
     def seconds(self) -> float:
         """Of the search, with all starts."""
         return self.spent_s + time.monotonic() - self.began_s
+
+    def _leave(self, why: str) -> None:
+        """Say on the page that the search no longer goes on, where that can be written."""
+        if self.info:
+            self.why_ended = why
+            with contextlib.suppress(ResultsError):
+                self._save()
+
+    def _kept(self) -> str:
+        """What of this search is on disk, and the best of what it has seen."""
+        state = read_json(self.results / OURS)
+        is_ours = isinstance(state, dict) and state.get("question") == self._fingerprint()
+        number = len(state["outcomes"]) if is_ours else 0
+        what = f"{self.results / OURS} keeps the first run and {number} trial{'s' * (number != 1)}"
+        what = what if is_ours else "Nothing of this search is kept"
+        name, value = self.best()
+        best = f"; the best so far is {name}, {shown(self.section.metric, value)}" if name else ""
+        return f"  {what}{best}."
 
     def _finish(self) -> None:
         if self.best()[0] is None:
@@ -410,14 +451,14 @@ class Autotuner:
 
     def print_tuning_results(self) -> None:
         """Say what was found."""
-        print(summary.text(self.found()), flush=True)
+        say(summary.text(self.found()))
 
     def run_after_tuning(self) -> int:
         """Start the script with the best configuration, through the launcher; its exit code."""
         config, _ = self.optimal()
-        print("autotuning: starting the script with the best configuration", flush=True)
+        say("autotuning: starting the script with the best configuration")
         command = self.rm.command(self.results / "ds_config_optimal.json", config)
-        return subprocess.run(command, check=False).returncode
+        return become(command)
 
 
 def _section(config: Mapping[str, Any], source: str) -> AutotuningConfig:
@@ -442,19 +483,19 @@ def _is_host() -> bool:
     return get_accelerator().device_name() == "cpu"
 
 
-INTERRUPTED = 130
-"""Exit code of a program that Ctrl-C ended, as shells have it."""
-
-
 def main(args: argparse.Namespace, active_resources: Mapping[str, Sequence[int]]) -> int:
     """`deepspeed --autotuning tune|run`; the exit code."""
+    stopped = Stopped()
     try:
-        with Stopped() as stopped:
+        with stopped:
             tuner = Autotuner(args, active_resources)
             tuner.rm.before_start = stopped.check
             tuner.tune()
     except KeyboardInterrupt:
-        print("\nautotuning: stopped. What was tried is kept: start the same command again to go on.", file=sys.stderr)
-        return INTERRUPTED
+        print(
+            f"\nautotuning: stopped by {stopped.name}. What was tried is kept: start the same command again to go on.",
+            file=sys.stderr,
+        )
+        return stopped.exit_code
     tuner.print_tuning_results()
     return tuner.run_after_tuning() if args.autotuning == "run" else 0

@@ -22,7 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from deepspeed.autotuning.files import cannot_write, read_json
+from deepspeed.autotuning.files import check_room, read_json, writing
+from deepspeed.autotuning.stopped import passed_on, postponed
 from deepspeed.launcher.supervise import die_with_parent
 
 LEAVE_S = 10.0
@@ -30,6 +31,8 @@ LEAVE_S = 10.0
 GRACE_S = 10.0
 """From SIGTERM to SIGKILL."""
 POLL_S = 0.05
+ROOM_S = 1.0
+"""Between two looks at whether a trial's folder can still be written to: without, neither its result nor its steps would come."""
 MARK = "DEEPSPEED_TRIAL"
 """The variable; each trial has a value of its own."""
 
@@ -61,12 +64,13 @@ class Ended:
 
 
 def run(command: Sequence[str], folder: Path, result: Path, limits: Limits, environ: Mapping[str, str]) -> Ended:
-    """Run a trial to its end. `result`: the file that it writes. Raises DeepSpeedError where its logs cannot be written."""
+    """Run a trial to its end. `result`: the file that it writes. Raises ResultsError where its folder cannot be written to, or no
+    more while it runs."""
     progress = result.with_name(f"{result.name}.progress")
-    for left in (result, progress):
-        left.unlink(missing_ok=True)
     mark = uuid.uuid4().hex
-    try:
+    with writing(folder):
+        for left in (result, progress):
+            left.unlink(missing_ok=True)
         with (folder / "stdout.log").open("wb") as out, (folder / "stderr.log").open("wb") as err:
             process = subprocess.Popen(
                 list(command),
@@ -77,14 +81,15 @@ def run(command: Sequence[str], folder: Path, result: Path, limits: Limits, envi
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
             )
-    except OSError as error:
-        raise cannot_write(folder, error) from None
-    watch = _Watch(process, result, progress, limits)
     try:
+        watch = _Watch(process, result, progress, limits)
         why = watch.wait()
     finally:
-        end(process)
-        end_marked(mark)
+        with postponed():
+            end(process)
+            end_marked(mark)
+    if not result.is_file():
+        check_room(folder)  # else its end would be taken for the configuration's
     return Ended(
         code=process.returncode,
         seconds=watch.passed_s(),
@@ -100,7 +105,7 @@ class _Watch:
 
     def __init__(self, process: subprocess.Popen[bytes], result: Path, progress: Path, limits: Limits) -> None:
         self._process, self._result, self._progress, self._limits = process, result, progress, limits
-        self._began_s = self._moved_s = time.monotonic()
+        self._began_s = self._moved_s = self._room_at_s = time.monotonic()
         self.start_s: float | None = None
         self.step = -1
 
@@ -118,6 +123,9 @@ class _Watch:
             limit_s = self._limits.start_s if self.start_s is None else self._limits.step_s
             if still_s > limit_s:
                 return self._say(limit_s)
+            if time.monotonic() >= self._room_at_s:
+                check_room(self._result.parent)
+                self._room_at_s = time.monotonic() + ROOM_S
             time.sleep(POLL_S)
         self._look()
         return ""
@@ -173,6 +181,13 @@ def marked(mark: str) -> list[int]:
             if own in (process / "environ").read_bytes().split(b"\0"):
                 found.append(int(process.name))
     return found
+
+
+def become(command: Sequence[str]) -> int:
+    """Run a command in this one's place: it gets the signals that this one gets, and ends with it. Its exit code."""
+    process = subprocess.Popen(list(command), start_new_session=True, preexec_fn=die_with_parent())
+    with passed_on(process.send_signal):
+        return process.wait()
 
 
 def as_environment(environ: Mapping[str, str]) -> dict[str, str]:

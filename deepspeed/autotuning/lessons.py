@@ -27,6 +27,8 @@ _UNKNOWN_FLAG = re.compile(r"unrecognized arguments?: ?(.*)|No such option:? ?(.
 _MISMATCH = "mismatch TrainingArguments"
 _NEVER_REPLACED = '"auto" was never replaced'
 NEVER_STEPPED = "it built an engine, ended without an error, and never made a step of the optimizer"
+_UNWRITTEN = "the result of this run cannot be written"
+"""What `engine.trial.write_result` says."""
 _FULL = re.compile(r"No space left on device")
 FAILED_FIRST = re.compile(r"^---- (?P<who>.+?) failed first \(.*?\): (?P<ending>.*) ----$", re.MULTILINE)
 """The launcher's summary of a job that failed (`launcher.failure`)."""
@@ -75,6 +77,8 @@ def _state(ended: Ended, log: str, last_step: int) -> tuple[str, str, str]:
         return "hung", f"hung: {ended.was_ended}, so it was ended", _cure_of_hanging(ended)
     if _MEMORY.search(log):
         return "memory", "it ran out of memory", "Set autotuning.device_memory_gb to what a rank may really use."
+    if _UNWRITTEN in log:  # and there is room again, else the search would have ended
+        return "killed", _UNWRITTEN, "Something outside took the space."
     if ended.code and _killed_by(ended.code):
         name = _killed_by(ended.code)
         return (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from types import TracebackType
 
@@ -19,6 +20,15 @@ def shown(metric: str, value: float | None) -> str:
     if value is None:
         return "-"
     return f"{value / 1e12 if metric == 'flops' else value:.4g} {UNITS[metric]}"
+
+
+def say(text: str) -> None:
+    """Print, above a bar that is there. Where nobody reads any more (a pipe's end, a full disk) the search goes on all the same."""
+    try:
+        tqdm.write(text, file=sys.stdout)
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would try once more
 
 
 class Progress:
@@ -39,7 +49,6 @@ class Progress:
         """A trial is over."""
         found = shown(metric, value_of(metric, outcome.metrics)) if outcome.is_measured else outcome.why
         mark = "  <- best so far" if best == candidate.name else ""
-        tqdm.write(f"autotuning: {candidate.name:28} {found} ({outcome.seconds:.0f} s){mark}", file=sys.stdout)
-        sys.stdout.flush()
+        say(f"autotuning: {candidate.name:28} {found} ({outcome.seconds:.0f} s){mark}")
         self._bar.set_postfix_str(f"best {best}", refresh=False)
         self._bar.update()

@@ -31,7 +31,7 @@ from deepspeed.config.dotted import with_values
 from deepspeed.engine.message_costs import message_costs
 from deepspeed.engine.observer import Observer, computing_dtype
 from deepspeed.engine.step_work import input_numels
-from deepspeed.engine.trial import write_whole
+from deepspeed.engine.trial import tell_progress, write_result
 from deepspeed.memory.clocked import SAMPLES, clocked
 from deepspeed.memory.inside import REFUSALS, Way
 from deepspeed.memory.scaling import BatchEstimator, resized
@@ -72,7 +72,7 @@ class Probe(Observer):
         self._make_engine = make_engine
         self._path = config.autotuning.model_info_path.absolute()
         if current_rank() == 0:
-            write_whole(self._path.with_name(f"{self._path.name}.progress"), {"step": 0, "time": time.time()})
+            tell_progress(self._path, 0)
 
     def begins(self, phase: str, value: Any) -> None:
         """See Observer."""
@@ -89,7 +89,7 @@ class Probe(Observer):
             found |= self._predictions(value, limit)
         found |= self._clocked(value, self._may_clock(found, limit))
         if current_rank() == 0:
-            write_whole(self._path, found)
+            write_result(self._path, found)
         if dist.is_initialized():
             dist.barrier()
         raise SystemExit(0)

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import statistics
 import time
 from pathlib import Path
@@ -27,8 +26,10 @@ from deepspeed.engine.facts import StepFacts
 from deepspeed.engine.observer import PHASES, Observer, PhaseClocks
 from deepspeed.engine.step_work import StepWork, input_numels
 from deepspeed.mesh import Mesh
+from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import current_rank
 from deepspeed.utils.waits import COMMUNICATION, OFFLOAD
+from deepspeed.utils.whole_files import write_whole
 
 
 @final
@@ -108,23 +109,26 @@ class Trial(Observer):
             "accumulation": accumulation,
             "input_numels": self._input_numels,
         }
-        write_whole(self._path, result)
+        write_result(self._path, result)
 
     def _tell_progress(self) -> None:
         if current_rank() == 0:
-            with contextlib.suppress(OSError):  # the tuner sees the run's end all the same
-                write_whole(
-                    self._path.with_name(f"{self._path.name}.progress"), {"step": self._step, "time": time.time()}
-                )
+            tell_progress(self._path, self._step)
 
 
-def write_whole(path: Path, values: dict[str, Any]) -> None:
-    """Write JSON so that a reader finds all of it or nothing."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
+def write_result(path: Path, values: dict[str, Any]) -> None:
+    """Write what a run found, whole. Raises DeepSpeedError where that fails."""
     try:
-        aside.write_text(json.dumps(values, indent=2))
-        aside.replace(path)
-    except OSError:
-        aside.unlink(missing_ok=True)
-        raise
+        write_whole(path, json.dumps(values, indent=2))
+    except OSError as error:
+        raise DeepSpeedError(
+            f"autotuning: the result of this run cannot be written: {path}: {error.strerror}.\n  Free some space there, or see that the folder can be written to."
+        ) from None
+
+
+def tell_progress(result: Path, step: int) -> None:
+    """Say beside a result how far its run is. Where that fails nothing is said: the tuner looks at the disk itself."""
+    with contextlib.suppress(OSError):
+        write_whole(
+            result.with_name(f"{result.name}.progress"), json.dumps({"step": step, "time": time.time()}, indent=2)
+        )

@@ -12,6 +12,7 @@
     save_pretrained        Hugging Face's, refused where a folder would hold a part
     saved_hooks            the saved-tensor hooks that are on top
     on_device              `deepspeed.OnDevice`
+    whole_files            files that are there whole or not at all
     compatible_ops         native operations that a script may count on
 
 Imports nothing of the package but itself.

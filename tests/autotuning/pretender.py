@@ -68,6 +68,8 @@ def main() -> None:
         parser.add_argument(f"--{flag}", nargs="*", default=[])
     parser.add_argument("--mode", default="")
     parser.add_argument("--refuse", default="", help="a part of the names that the engine would refuse")
+    parser.add_argument("--at", default="", help="the name of a run that waits for a file")
+    parser.add_argument("--waits-for", type=Path)
     parser.add_argument("--log", type=Path)
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--deepspeed_config")
@@ -88,6 +90,8 @@ def main() -> None:
         sys.exit("RuntimeError: shapes (3, 4) and (5, 6)" if args.mode == "first-step" else 0)
     if os.environ["RANK"] != "0":
         return
+    while name == args.at and not args.waits_for.exists():
+        time.sleep(0.05)
     if section.get("model_info"):
         profile(section, args.refuse, 4.0 if args.mode == "slow-profile" else 0.0)
         return

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from deepspeed.autotuning import experiment
-from deepspeed.autotuning.stopped import Stopped
+from deepspeed.autotuning.stopped import Stopped, postponed
 from deepspeed.launcher import runner
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -146,8 +146,51 @@ def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_tri
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+LASTS = """
+import signal, sys, time
+signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_what_runs_in_a_commands_place_gets_its_signals_and_ends_with_it() -> None:
+    program = f"import sys; from deepspeed.autotuning.experiment import become; sys.exit(become([sys.executable, '-c', {LASTS!r}]))"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.terminate()
+        assert process.wait(30) == 7
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        process.kill()
+        assert process.stdout.read() == b"", "its end: what ran in its place is gone"
+
+
+def test_a_signal_that_comes_while_a_trial_is_ended_waits_until_it_is() -> None:
+    done = []
+    with pytest.raises(KeyboardInterrupt), Stopped() as stopped:
+        with postponed():
+            signal.raise_signal(signal.SIGTERM)
+            signal.raise_signal(signal.SIGHUP)
+            done.append("ended")
+        done.append("not reached")
+    assert done == ["ended"] and (stopped.name, stopped.exit_code) == ("SIGTERM", 143)
+    assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+
+
+def test_a_search_whose_output_nobody_reads_goes_on() -> None:
+    program = "import time; from deepspeed.autotuning.progress import say; say('one'); time.sleep(1); say('two'); say('three'); print(4)"
+    with subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert (process.wait(30), process.stderr.read()) == (0, b"")
+
+
 @pytest.mark.usefixtures("hears_interrupts")
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_search_that_was_ended_goes_on_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "trials.log"
     config = config_file(tmp_path, {"tuner_type": "gridsearch", "trial_timeout": 600}, zero_optimization={"stage": [1, 2]},
@@ -163,7 +206,9 @@ def test_a_search_that_was_ended_goes_on_where_it_stopped(tmp_path: Path, number
     finally:
         first.send_signal(number)
         said = first.communicate(timeout=60)[1]
-    assert number is signal.SIGKILL or (first.returncode == 130 and "start the same command again" in said), said
+    if number is not signal.SIGKILL:
+        assert first.returncode == 128 + number and f"stopped by {number.name}" in said and "same command again" in said
+        assert "it was stopped" in (tmp_path / "autotuning_results/report.html").read_text()
     until_s = time.monotonic() + 10
     while alive(log) and time.monotonic() < until_s:
         time.sleep(0.05)
