@@ -73,7 +73,7 @@ class InferenceEngine(nn.Module):
         before: list[Before] = []
         try:
             made = self._together(lambda: [self._decide(module) for module in modules])
-            if all(map(has_room, modules)):
+            if self._all(all(map(has_room, modules))):
                 before += [Before(module, is_written=self._rank > 0) for module in modules]
             for plan in made:
                 self._together(partial(self._prepare, plan))
@@ -101,6 +101,12 @@ class InferenceEngine(nn.Module):
         if error is not None:
             raise error
         return found[0]
+
+    def _all(self, is_so: bool) -> bool:
+        """Whether it is so on every rank."""
+        for ranks in (self._ranks, self._experts):
+            is_so = is_so if ranks is None else ranks.all(is_so)
+        return is_so
 
     def _decide(self, module: nn.Module) -> _Plan:
         """All that can be refused, before the module is changed."""

@@ -68,6 +68,10 @@ class ExpertRanks:
         if rank is not None:
             raise DeepSpeedError(f"[rank {rank} of {self.mesh.size('experts')}] {told[rank]}")
 
+    def all(self, is_so: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        return all(self.mesh.gather_objects("experts", is_so))
+
     def in_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a generation in which no rank ends before the others."""
         return {"synced_gpus": True, **arguments}

@@ -91,6 +91,12 @@ class Ranks:
         if rank is not None:
             raise DeepSpeedError(f"[rank {rank} of {self.tensor.size}] {told[rank]}")
 
+    def all(self, is_so: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        told: list[Any] = [None] * self.tensor.size
+        dist.all_gather_object(told, is_so, group=self.tensor.group)
+        return all(told)
+
     def compare_first_inputs(self, module: nn.Module) -> None:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""
 

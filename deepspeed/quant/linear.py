@@ -159,10 +159,8 @@ class QuantizedWeight(nn.Module):
         """Moves; a cast changes what the weight becomes and leaves its integers and scales as they are."""
         dtype = fn(torch.empty(0, dtype=self.dtype)).dtype
         if self.packed is not None and fn(torch.empty(0, dtype=self.packed.dtype)).dtype is not self.packed.dtype:
-            raise DeepSpeedError(
-                f"a quantized weight of an engine cannot be cast to {dtype_name(dtype)}: its bytes lie in a parameter.\n"
-                "  Choose the precision in the configuration."
-            )
+            self.dtype = dtype  # bytes in a parameter of an engine, which has its place
+            return self
         kept = {name: value for name, value in self._buffers.items() if value is not None}
         super()._apply(fn, recurse)
         for name, before in kept.items():

@@ -172,3 +172,21 @@ def test_a_model_four_times_its_memory_says_the_same_words(tmp_path: Path) -> No
     words, rise = run_alone(generate_from_disk, str(tmp_path))
     assert words == expected
     assert rise <= nbytes / 4, f"{rise} bytes for a model of {nbytes}"
+
+
+def cast_while_at_rest(*ranks: int) -> None:
+    batch = prompts("left")
+    for dtype in ("fp32", "int8"):
+        engine = deepspeed.init_inference(build("llama"), dtype=dtype, zero={"stage": 3})
+        wanted = engine(**batch).logits
+        for cast in (lambda m: m.half(), lambda m: m.to("cpu", torch.bfloat16), lambda m: m.float(), lambda m: m.cpu()):
+            cast(engine.module)
+            found = engine(**batch).logits
+            assert found.dtype is next(engine.module.lm_head.parameters()).dtype or dtype == "int8"
+            assert (found - wanted).abs().max() < 0.05 * wanted.abs().max()
+        assert found.dtype is torch.float32
+
+
+def test_a_model_at_rest_is_cast_as_one_in_memory() -> None:
+    run_alone(cast_while_at_rest)
+    run_ranks(2, cast_while_at_rest)

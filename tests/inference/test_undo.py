@@ -72,6 +72,16 @@ def fails(after: int = 0) -> Callable[..., Any]:
     return fail
 
 
+def fails_behind(step: Callable[..., Any]) -> Callable[..., Any]:
+    """The step, which does what it does and fails at its end."""
+
+    def fail(*args: Any) -> Any:
+        step(*args)
+        raise RuntimeError("can't allocate memory")
+
+    return fail
+
+
 def test_a_value_that_cannot_be_quantized_in_the_last_layer() -> None:
     stays(with_nan(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int8")
     stays(with_nan().bfloat16(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int4")
@@ -82,7 +92,7 @@ def test_memory_that_ends_while_weights_are_quantized_or_moved(monkeypatch: pyte
     stays(build("llama", tie_word_embeddings=True), RuntimeError, "allocate", dtype="int8")
     monkeypatch.undo()
     for step in ("place", "cast"):
-        monkeypatch.setattr(engine_module.prepare, step, fails())
+        monkeypatch.setattr(engine_module.prepare, step, fails_behind(getattr(engine_module.prepare, step)))
         stays(build("llama"), RuntimeError, "allocate", dtype="bf16")
         monkeypatch.undo()
     monkeypatch.setattr(engine_module, "save", fails())
@@ -136,6 +146,21 @@ def on_one_rank(rank: int, world_size: int) -> None:
 
 def test_an_error_of_one_rank_is_everybodys() -> None:
     run_ranks(2, on_one_rank, timeout=120)
+
+
+def short_on_one(rank: int, world_size: int) -> None:
+    before = noted(model := build("llama"))
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(engine_module, "save", fails())
+        if rank == 1:
+            patched.setattr(undo, "_available", lambda: 0)
+        with pytest.raises(RuntimeError, match="allocate"):
+            deepspeed.init_inference(model, dtype="int8", tp={"tp_size": 2})
+    assert not is_same(noted(model), before), "no rank puts back what another cannot"
+
+
+def test_a_rank_without_room_has_all_leave_the_new_values() -> None:
+    run_ranks(2, short_on_one)
 
 
 def test_where_memory_is_short_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
