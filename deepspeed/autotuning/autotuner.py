@@ -56,6 +56,7 @@ from deepspeed.autotuning.space import (
     Candidate,
     Question,
     candidates,
+    check_mappings,
     check_values,
     listed,
 )
@@ -85,6 +86,7 @@ class Autotuner:
         self.config = read_config(script.config)
         self.section = _section(self.config, script.config)
         check_values(self.config)
+        check_mappings(self.section.arg_mappings or {}, self.config)
         mappings = self.section.arg_mappings or (TRAINER if script.uses_trainer else {})
         self.rm = ResourceManager(
             args,
@@ -463,15 +465,16 @@ class Autotuner:
 
 def _section(config: Mapping[str, Any], source: str) -> AutotuningConfig:
     given = config.get("autotuning")
-    if isinstance(given, dict) and given.get("enabled") is False:
-        raise DeepSpeedError(
-            "autotuning.enabled = false, and --autotuning was asked for.\n  Set it to true, or leave the flag out."
-        )
     if given is None:
         print(f"autotuning: {source[:100]} has no section autotuning; its defaults hold", file=sys.stderr)
     config_of_section = load_config({"autotuning": given if given is not None else {}})
     check_available(config_of_section)  # says which keys have no effect
-    return config_of_section.autotuning
+    section = config_of_section.autotuning
+    if "enabled" in section.model_fields_set and not section.enabled:
+        raise DeepSpeedError(
+            "autotuning.enabled = false, and --autotuning was asked for.\n  Set it to true, or leave the flag out."
+        )
+    return section
 
 
 def _is_host() -> bool:

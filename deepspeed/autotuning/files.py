@@ -149,4 +149,8 @@ def tail(path: Path, num_lines: int = 12, most: int = 16000, keep: str = " faile
         return ""
     lines = [line.rstrip() for line in text.replace("\r", "\n").splitlines() if line.strip() and OWN not in line]
     heads = [line for line in lines[:-num_lines] if keep in line][-1:]
-    return "\n".join(line if len(line) <= LONGEST else f"{line[:LONGEST]}..." for line in heads + lines[-num_lines:])
+    return "\n".join(map(_clipped, heads + lines[-num_lines:]))
+
+
+def _clipped(line: str) -> str:
+    return line if len(line) <= LONGEST else f"{line[: LONGEST // 2]} ... {line[-LONGEST // 2 :]}"

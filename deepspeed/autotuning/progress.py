@@ -23,9 +23,11 @@ def shown(metric: str, value: float | None) -> str:
 
 
 def say(text: str) -> None:
-    """Print, above a bar that is there. Where nobody reads any more (a pipe's end, a full disk) the search goes on all the same."""
+    """Print, above a bar that is there. Where nobody reads any more (a pipe's end, a full disk) the search goes on all the same,
+    and what the terminal cannot show is escaped."""
     try:
-        tqdm.write(text, file=sys.stdout)
+        code = sys.stdout.encoding or "utf-8"
+        tqdm.write(text.encode(code, "backslashreplace").decode(code), file=sys.stdout)
         sys.stdout.flush()
     except OSError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the interpreter's end would try once more

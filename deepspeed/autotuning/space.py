@@ -15,6 +15,7 @@ Invariant: every candidate satisfies micro x accumulation x data-parallel ranks 
 from __future__ import annotations
 
 import itertools
+import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -23,8 +24,11 @@ from typing import Any
 from deepspeed.config import load_config
 from deepspeed.config.batch import ACCUMULATION, MICRO, TRAIN
 from deepspeed.config.dotted import get_at, leaves, with_values
+from deepspeed.config.root import Config
+from deepspeed.config.schema import all_paths
 from deepspeed.config.tuning import AutotuningConfig
 from deepspeed.mesh.shape import DEGREES
+from deepspeed.optim.arguments import did_you_mean
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
 STAGE = "zero_optimization.stage"
@@ -76,6 +80,8 @@ KNOBS = (
 """Searched where the key is "auto", or not given and `fast` is false."""
 
 
+MOST_MICRO = "max_train_micro_batch_size_per_gpu"
+"""Its default bounds what is searched, not what a user lists."""
 MOST_COMBINATIONS = 256
 """That are looked at to find one that a value goes with."""
 
@@ -183,6 +189,22 @@ def check_values(config: Mapping[str, Any]) -> None:
         for size in given if isinstance(given, list) else [given]:
             if given is not None:
                 load_config({key: size})
+
+
+def check_mappings(mappings: Mapping[str, str], config: Mapping[str, Any]) -> None:
+    """Each of `arg_mappings` leads from a key that there is, dotted, to a flag. Raises DeepSpeedError."""
+    known = all_paths(Config)
+    for key, flag in mappings.items():
+        place = f"autotuning.arg_mappings[{json.dumps(key)}]"
+        if key.strip() not in known and get_at(config, key.strip()) is None:
+            raise DeepSpeedError(
+                f"{place} = {json.dumps(flag)}: there is no such key of the configuration.\n"
+                f'  {did_you_mean(key, known)}Keys below a section are written with dots: "zero_optimization.stage".'
+            )
+        if not flag.strip().startswith("-"):
+            raise DeepSpeedError(
+                f'{place} = {json.dumps(flag)} is no flag of a script.\n  Write one, such as "--batch".'
+            )
 
 
 def _check_some(config: Mapping[str, Any], lists: Mapping[str, Sequence[Any]]) -> None:
@@ -293,10 +315,10 @@ def _batches(question: Question, own: Mapping[str, list[Any]], data: int) -> Ite
     """(micro, accumulation) pairs."""
     section = question.section
     train = _numbers(question.config, own, TRAIN)
-    micros = _numbers(question.config, own, MICRO)
-    accumulations = _numbers(question.config, own, ACCUMULATION) or [question.accumulation or 0]
     low, high = section.min_train_micro_batch_size_per_gpu, section.max_train_micro_batch_size_per_gpu
     most = section.max_train_batch_size
+    micros = _numbers(question.config, own, MICRO)
+    accumulations = _numbers(question.config, own, ACCUMULATION) or [question.accumulation or 0]
     if train:
         micros = micros or [
             n for n in range(low, min(high, max(train) // data) + 1) if any(t % (n * data) == 0 for t in train)
@@ -308,7 +330,8 @@ def _batches(question: Question, own: Mapping[str, list[Any]], data: int) -> Ite
         pairs = [(micro, accumulation or 1) for micro in micros for accumulation in accumulations]
     for micro, accumulation in dict.fromkeys(pairs):
         batch = micro * accumulation * data
-        if train or (batch >= section.min_train_batch_size and (most is None or batch <= most)):
+        fits = batch >= section.min_train_batch_size and (most is None or batch <= most)
+        if fits and low <= micro and (micro <= high or MOST_MICRO not in section.model_fields_set):
             yield micro, accumulation
 
 

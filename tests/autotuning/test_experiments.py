@@ -331,9 +331,10 @@ def test_a_wrong_value_in_a_list_is_told_before_anything_runs(tmp_path: Path) ->
     assert not log.exists()
 
 
-def test_a_section_that_is_switched_off_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("off", [False, "false", 0])
+def test_a_section_that_is_switched_off_is_refused(tmp_path: Path, off: object) -> None:
     with pytest.raises(DeepSpeedError, match="autotuning.enabled = false, and --autotuning was asked for"):
-        tune(config_file(tmp_path, {"enabled": False}))
+        tune(config_file(tmp_path, {"enabled": off}))
 
 
 def test_no_space_for_results_says_where_and_how_to_go_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -221,6 +221,8 @@ def test_of_a_long_log_the_line_that_says_who_failed_is_kept(tmp_path: Path) -> 
     log.write_text("\n".join(["before", *RANK_1.splitlines()[:1], *map(str, range(30))]))
     assert tail(log).splitlines() == [RANK_1.splitlines()[0], *map(str, range(18, 30))]
     assert tail(tmp_path / "none") == ""
+    log.write_text(f"{'.' * 9000} ValueError: no")
+    assert len(tail(log)) < 600 and tail(log).endswith("ValueError: no"), "both ends of a long line"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from deepspeed.autotuning.space import Question, candidates, check_values, listed
+from deepspeed.autotuning.space import Question, candidates, check_mappings, check_values, listed
 from deepspeed.config import load_config
 from deepspeed.config.dotted import get_at, with_values
 from deepspeed.utils.errors import DeepSpeedError
@@ -106,6 +106,32 @@ def test_bounds_of_the_section_hold_and_ranks_that_share_a_batch_count_once() ->
         ("z0_gas1_tmbspg2_tp1", 4, 8),
         ("z0_gas1_tmbspg2_tp2", 2, 4),
     ]
+
+
+def test_bounds_that_a_user_gives_hold_for_batch_sizes_that_the_user_gives() -> None:
+    config = {"zero_optimization": {"stage": 0}, "train_micro_batch_size_per_gpu": [1, 2, 2048]}
+    assert names(config) == [f"z0_gas1_tmbspg{m}" for m in (1, 2, 2048)]
+    assert names(config, max_train_micro_batch_size_per_gpu=2) == ["z0_gas1_tmbspg1", "z0_gas1_tmbspg2"]
+    assert names(config, min_train_micro_batch_size_per_gpu=2) == ["z0_gas1_tmbspg2", "z0_gas1_tmbspg2048"]
+    with pytest.raises(DeepSpeedError, match="no configuration satisfies the batch sizes"):
+        names({"train_batch_size": 8}, max_train_batch_size=4)
+
+
+@pytest.mark.parametrize(
+    ("mappings", "words"),
+    [
+        ({"zero_optimization.stages": "--stage"}, "no such key.*\n.*Did you mean 'zero_optimization.stage'"),
+        ({"stage": "--stage"}, "written with dots"),
+        ({"train_micro_batch_size_per_gpu": ""}, "is no flag of a script"),
+        ({"train_micro_batch_size_per_gpu": "batch"}, "is no flag of a script"),
+    ],
+)
+def test_a_mapping_without_effect_is_refused(mappings: dict[str, str], words: str) -> None:
+    with pytest.raises(DeepSpeedError, match=words):
+        check_mappings(mappings, {})
+    check_mappings(
+        {" train_batch_size ": " -b", "optimizer.params.lr": "--lr"}, {"optimizer": {"params": {"lr": 1e-3}}}
+    )
 
 
 def test_no_configuration_left_says_what_to_widen() -> None:
