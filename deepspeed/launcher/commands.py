@@ -8,6 +8,8 @@ Invariant: a script wins. `deepspeed report` starts a script where a file of tha
 from __future__ import annotations
 
 import importlib
+import os
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -27,4 +29,10 @@ def run_command(args: Sequence[str]) -> int | None:
     """Do what `args` ask for if they begin with a command, and return its exit code; None if they do not."""
     if not args or args[0] not in COMMANDS or Path(args[0]).is_file():
         return None
-    return int(importlib.import_module(COMMANDS[args[0]]).main(list(args[1:])))
+    try:
+        code = int(importlib.import_module(COMMANDS[args[0]]).main(list(args[1:])))
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return code

@@ -7,11 +7,12 @@ Called by the launcher's command. MODEL is a Hugging Face config.json (or the fo
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import importlib.util
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,13 +59,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         result = run(args)
+        if args.html:  # before anything is printed: whoever reads may stop
+            write_page(result, args.html)
+            print(f"page: {args.html}", file=sys.stderr)
     except DeepSpeedError as error:
         print(f"deepspeed estimate: {error}", file=sys.stderr)
         return 2
     print(json.dumps(as_json(result), indent=2) if args.json else as_text(result))
-    if args.html:
-        write_page(result, args.html)
-        print(f"page: {args.html}", file=sys.stderr)
     return 0
 
 
@@ -130,7 +131,8 @@ def _function(place: str, name: str) -> Callable[[], Any]:
 
 
 def from_hugging_face(path: Path, size: int, seq: int) -> tuple[nn.Module, dict[str, Tensor]]:
-    """The model of a Hugging Face configuration, without weights, and a batch of tokens with labels."""
+    """The model of a Hugging Face configuration, without weights, and a batch of tokens with labels. Raises DeepSpeedError where it
+    describes none."""
     try:
         import transformers
     except ImportError as error:
@@ -138,23 +140,47 @@ def from_hugging_face(path: Path, size: int, seq: int) -> tuple[nn.Module, dict[
             f"{path} is a Hugging Face configuration, and transformers is not installed.\n"
             "  pip install transformers, or name a function that builds the model (file.py:function)."
         ) from error
-    settings = json.loads(path.read_text())
+    settings = read_settings(path)
     if "model_type" not in settings:
         raise DeepSpeedError(
             f"{path} has no model_type, so it is no model's configuration.\n  Give a model's config.json."
         )
-    config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
+    with _told(path):
+        config = transformers.AutoConfig.for_model(settings.pop("model_type"), **settings)
     config.use_cache = False
     longest = getattr(config, "max_position_embeddings", None)
     if longest is not None and seq > longest:
         raise DeepSpeedError(f"--seq {seq} is longer than the model's {longest} positions.\n  Give at most {longest}.")
     architecture = next(iter(settings.get("architectures") or ()), None)
     kind = getattr(transformers, architecture or "", None)
-    with torch.device("meta"):
+    with _told(path), torch.device("meta"):
         model = kind(config) if kind is not None else transformers.AutoModelForCausalLM.from_config(config)
     model.train()
     tokens = torch.zeros(size, seq, dtype=torch.int64, device="meta")
     return model, {"input_ids": tokens, "labels": tokens}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises DeepSpeedError where there is none."""
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DeepSpeedError(f"{path} is not JSON: {error}.\n  Give a model's config.json.") from None
+    if not isinstance(found, dict):
+        raise DeepSpeedError(f"{path} holds a {type(found).__name__}, not an object.\n  Give a model's config.json.")
+    return found
+
+
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """While entered, what Transformers raises is an error about `path`."""
+    try:
+        yield
+    except Exception as error:  # values of any key, looked at anywhere in a model
+        said = f"{type(error).__name__}: {error}".splitlines()[0][:300]
+        raise DeepSpeedError(
+            f"{path}: Transformers makes no model of it: {said}\n  Correct its values, or give file.py:function."
+        ) from error
 
 
 def as_text(result: Survey) -> str:

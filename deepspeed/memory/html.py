@@ -13,6 +13,7 @@ from pathlib import Path
 
 from deepspeed.memory.ledger import KINDS
 from deepspeed.memory.options import Option, Survey
+from deepspeed.utils import whole_files
 from deepspeed.zero.policy import Tier
 
 GIB, MIB = 2**30, 2**20
@@ -79,9 +80,8 @@ def size(nbytes: float) -> str:
 
 
 def write_page(result: Survey, path: Path) -> None:
-    """Write the page of a survey."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(result), encoding="utf-8")
+    """Write the page of a survey. Raises DeepSpeedError where that fails."""
+    whole_files.write_page(path, page(result))
 
 
 def page(result: Survey) -> str:

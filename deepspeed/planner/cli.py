@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import gc
 import json
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -21,12 +20,13 @@ from deepspeed.memory.shape import ModelShape, shape_of, with_inside
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.layouts import Plan, evaluate, ways_of
-from deepspeed.planner.page import write_page
+from deepspeed.planner.page import page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
 from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.dtypes import parse_dtype
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.figures import count, many, nbytes, seconds
+from deepspeed.utils.whole_files import write_page
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,7 +56,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         with _collecting_nothing():
             shape, cluster, answer = run(args)
         if args.html:  # before anything is printed: whoever reads may stop
-            write_page(shape, cluster, answer, args.seq, args.html)
+            write_page(args.html, page(shape, cluster, answer, args.seq))
             print(f"page: {args.html}", file=sys.stderr)
         print(
             json.dumps(as_json(shape, cluster, answer), indent=2)
@@ -65,13 +65,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     except DeepSpeedError as error:
         print(f"deepspeed plan: {error}", file=sys.stderr)
-        return 2
-    except BrokenPipeError:  # whoever reads has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except OSError as error:
-        print(
-            f"deepspeed plan: {args.html} cannot be written: {error.strerror}.\n  Name another file.", file=sys.stderr
-        )
         return 2
     return 0
 

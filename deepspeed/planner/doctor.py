@@ -28,13 +28,14 @@ from deepspeed.memory.trace import own_memory
 from deepspeed.planner.cluster import Cluster, read_cluster
 from deepspeed.planner.cost import Choice, Work, step_parts
 from deepspeed.planner.diagnosis import Diagnosis, Finding
-from deepspeed.planner.doctor_page import write_page
+from deepspeed.planner.doctor_page import page
 from deepspeed.planner.machine import Asked, Measured, measure
 from deepspeed.profiling.counter import Phase
 from deepspeed.profiling.rates import Rates
 from deepspeed.utils.arguments import amount, whole
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.figures import seconds
+from deepspeed.utils.whole_files import write_page
 from deepspeed.zero.policy import Tier
 
 GIB = 2**30
@@ -259,15 +260,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         found = run(args)
         if args.html:  # before anything is printed: whoever reads may stop
-            write_page(found, args.model, args.config, args.ranks, args.html)
+            write_page(args.html, page(found, args.model, args.config, args.ranks))
             print(f"page: {args.html}", file=sys.stderr)
         print(as_text(found))
-    except OSError as error:
-        print(
-            f"deepspeed doctor: {error.filename}: {error.strerror}.\n  Name a file that can be written after --html.",
-            file=sys.stderr,
-        )
-        return 2
     except DeepSpeedError as error:
         print(f"deepspeed doctor: {error}", file=sys.stderr)
         return 2

@@ -26,12 +26,6 @@ NAMES = {
 """Parts of a step, in words."""
 
 
-def write_page(found: Diagnosis, model: str, config: str, ranks: int, path: Path) -> None:
-    """Write the page. Raises OSError where it cannot."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(found, model, config, ranks), encoding="utf-8")
-
-
 def page(found: Diagnosis, model: str, config: str, ranks: int) -> str:
     """The page."""
     costs = {NAMES[name]: cost for name, cost in found.parts.costs().items() if cost > 0}

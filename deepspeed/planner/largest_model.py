@@ -16,7 +16,7 @@ from typing import Any
 
 from deepspeed.config import read_config
 from deepspeed.config.dotted import with_values
-from deepspeed.memory.cli import from_hugging_face, gib
+from deepspeed.memory.cli import from_hugging_face, gib, read_settings
 from deepspeed.memory.estimator import Estimator
 from deepspeed.planner.largest import GIB, add_arguments
 from deepspeed.utils.arguments import whole
@@ -44,7 +44,7 @@ def deepest(args: argparse.Namespace) -> tuple[str, int, int, int]:
     path = args.model / "config.json" if args.model.is_dir() else args.model
     if not path.is_file():
         raise DeepSpeedError(f"{path} does not exist.\n  Give a Hugging Face config.json, or its folder.")
-    settings = json.loads(path.read_text(encoding="utf-8"))
+    settings = read_settings(path)
     key = next((key for key in KEYS if key in settings), None)
     if key is None:
         raise DeepSpeedError(f"{path} has none of {', '.join(KEYS)}.\n  Give a configuration that says its depth.")
@@ -83,7 +83,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser().parse_args(arguments)
     try:
         key, depth, needed, params = deepest(args)
-    except (DeepSpeedError, json.JSONDecodeError) as error:
+    except DeepSpeedError as error:
         print(f"deepspeed max-model: {error}", file=sys.stderr)
         return 2
     if depth < 1:

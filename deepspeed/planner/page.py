@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import html
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 
 from deepspeed.memory.shape import ModelShape
 from deepspeed.parallel.pipeline.actions import Op
@@ -43,12 +42,6 @@ overflow:hidden;background:var(--track);margin-bottom:8px}.bar i{display:block}.
 @media(max-width:760px){main{padding:24px 14px 40px}.card{padding:16px}.tiles{grid-template-columns:1fr 1fr;gap:10px}.tile b{font-size:16px}
 svg.wide{max-width:none}td:first-child{min-width:130px}.drawn{display:none}}
 """
-
-
-def write_page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int, path: Path) -> None:
-    """Write the page."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page(shape, cluster, answer, seq), encoding="utf-8")
 
 
 def page(shape: ModelShape, cluster: Cluster, answer: Answer, seq: int) -> str:

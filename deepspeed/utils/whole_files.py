@@ -6,6 +6,8 @@ import contextlib
 import os
 from pathlib import Path
 
+from deepspeed.utils.errors import DeepSpeedError
+
 
 def write_whole(path: Path, text: str) -> None:
     """Write a text so that a reader finds all of it, or what was there before. Makes its folder. Raises OSError."""
@@ -18,3 +20,13 @@ def write_whole(path: Path, text: str) -> None:
         with contextlib.suppress(OSError):
             aside.unlink(missing_ok=True)
         raise
+
+
+def write_page(path: Path, text: str) -> None:
+    """Write what a command's --html asks for. Raises DeepSpeedError where that fails."""
+    try:
+        write_whole(path, text)
+    except OSError as error:
+        raise DeepSpeedError(
+            f"{path} cannot be written: {error.strerror}.\n  Name a file that can be written after --html."
+        ) from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import subprocess
 import sys
 import types
 from collections.abc import Iterator
@@ -38,7 +39,7 @@ def place(tmp_path: Path) -> Iterator[str]:
         "def nothing():\n    return 5\n"
     )
     yield str(path)
-    sys.path.remove(str(tmp_path))
+    sys.path[:] = [each for each in sys.path if each != str(tmp_path)]
     sys.modules.pop("models_of_a_user", None)
 
 
@@ -191,3 +192,40 @@ def test_a_hugging_face_configuration_is_built_on_the_meta_device(
     monkeypatch.setitem(sys.modules, "transformers", None)
     code, _, err = run(capsys, str(tmp_path))
     assert code == 2 and "transformers is not installed" in err
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("{", "is not JSON"),
+        ("[1]", "holds a list, not an object"),
+        (
+            '{"model_type": "nope"}',
+            "Transformers makes no model of it: ValueError: Unrecognized model identifier: nope",
+        ),
+        ('{"model_type": "gpt2", "n_head": 0}', "Transformers makes no model of it: ZeroDivisionError"),
+        ('{"model_type": "gpt2", "n_embd": "wide"}', "Transformers makes no model of it: "),
+    ],
+)
+@pytest.mark.parametrize("command", ["estimate", "max-model"])
+def test_a_damaged_configuration_of_a_model_is_told(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, words: str, command: str
+) -> None:
+    pytest.importorskip("transformers")
+    text = text.replace('"model_type"', '"n_layer": 2, "model_type"') if command == "max-model" else text
+    (tmp_path / "config.json").write_text(text)
+    assert main([command, str(tmp_path), "-m", "1"]) == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_command_whose_output_nobody_reads_ends_in_silence(place: str) -> None:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "estimate", f"{place}:make", "-s", "32"]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None and process.stderr is not None
+        process.stdout.close()
+        assert (process.wait(60), process.stderr.read()) == (0, b"")
+
+
+def test_a_page_that_cannot_be_written_is_told(place: str, capsys: pytest.CaptureFixture[str]) -> None:
+    code, out, err = run(capsys, f"{place}:make", "-s", "32", "--html", f"{place}/page.html")
+    assert (code, out) == (2, "") and "page.html cannot be written: " in err
