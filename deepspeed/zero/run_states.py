@@ -55,6 +55,8 @@ class RunStates(defaultdict[Tensor, States]):
     def __init__(self, states: dict[Tensor, States], runs: Runs) -> None:
         super().__init__(dict, states)
         self._runs = runs
+        self.dropped: set[tuple[int, int]] = set()
+        """Parameters dropped since the last step of which this rank has nothing, so that it can tell by no state."""
 
     def __missing__(self, key: Tensor) -> States:
         place = self._runs.place_of(key)
@@ -70,7 +72,7 @@ class RunStates(defaultdict[Tensor, States]):
         if super().__contains__(key):
             return True
         place = self._runs.place_of(key)
-        return place is not None and self._runs.has_any_state(*place)
+        return place is not None and place not in self.dropped and self._runs.has_any_state(*place)
 
     def get(self, key: Any, default: Any = None) -> Any:
         """See dict."""
@@ -105,7 +107,10 @@ class RunStates(defaultdict[Tensor, States]):
         return dropped if states is None else states
 
     def _drop(self, place: tuple[int, int]) -> States:
-        return next(iter([super(RunStates, self).pop(run, {}) for run in self._runs_of(place)]), {})
+        runs = self._runs_of(place)
+        if not runs:
+            self.dropped.add(place)
+        return next(iter([super(RunStates, self).pop(run, {}) for run in runs]), {})
 
     def _runs_of(self, place: tuple[int, int]) -> Sequence[Tensor]:
         """This rank's runs of one parameter and nothing else."""

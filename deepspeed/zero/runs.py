@@ -105,8 +105,11 @@ class Runs:
 
     def show_states(self) -> None:
         """Have states be found by the model's parameters, too, in the dictionary that the optimizer has now."""
-        if type(self.optimizer.state) is not RunStates:  # a script may have set another
-            self.optimizer.state = RunStates(self.optimizer.state, self)
+        state = self.optimizer.state
+        if isinstance(state, RunStates):
+            state.dropped.clear()
+        else:  # a script may have set another
+            self.optimizer.state = RunStates(state, self)
 
     def has(self, bucket: Bucket) -> bool:
         """Whether a bucket's masters are stepped."""

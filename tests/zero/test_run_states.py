@@ -155,3 +155,24 @@ def on_disk(rank: int, world_size: int, folder: str) -> None:
 
 def test_a_state_on_disk_says_so_where_it_is_used(tmp_path: Any) -> None:
     run_ranks(1, on_disk, str(tmp_path))
+
+
+def asked(rank: int, world_size: int, stage: int) -> None:
+    with two_sides(rank, world_size, stage, optimizer="adamw") as (_, side):
+        side.backward(0)
+        side.step()
+        state, params = side.client.state, params_of(side)
+        assert all(param in state for param in params)
+        for param in params[1::2]:
+            del state[param]
+        assert [param in state for param in params] == [i % 2 == 0 for i in range(len(params))]
+        with pytest.raises(KeyError):
+            del state[params[1]]
+        side.backward(1)
+        side.step()
+        assert all(param in state for param in params)
+
+
+@pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (1, 2), (2, 2)])
+def test_a_dropped_state_is_gone_on_each_rank_until_the_next_step(stage: int, world_size: int) -> None:
+    run_ranks(world_size, asked, stage)
