@@ -385,6 +385,9 @@ _IDENTITY: dict[Callable[..., Any], Callable[..., Any]] = {
 }
 """Questions about which memory this is: answered without gathering where nobody gathers for the use."""
 
+_LIKE = {getattr(torch, f"{kind}_like") for kind in "empty zeros ones full rand randn randint".split()}
+"""What only asks for shape, dtype and device: answered with whole tensors, as a moving average or an optimizer's first state begins."""
+
 _READERS = ("_to_ndarray", "_tobytes", "_is_complete")
 """Functions of safetensors that ask for the address to write what is there."""
 
@@ -514,6 +517,9 @@ class _Sharded(Tensor):
                         return _placeholder(value)
                 elif func in _IDENTITY and not _is_read(func):
                     return _IDENTITY[func](*args, **kwargs)
+                elif func in _LIKE:
+                    whole = torch.empty((), dtype=value.dtype, device=value.device).expand(full_shape(value))
+                    return func(whole, *args[1:], **kwargs)
                 else:
                     raise ShardError(refusal(value, func))
             return func(*args, **kwargs)

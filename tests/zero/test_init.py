@@ -235,3 +235,37 @@ def forms(rank: int, world_size: int) -> None:
 
 def test_an_existing_module_nested_contexts_and_contexts_that_end_early() -> None:
     run_ranks(2, forms)
+
+
+def first_states(rank: int, world_size: int) -> None:
+    """Adagrad makes its states where it is constructed, from parameters that are sharded already."""
+    config = {
+        "train_micro_batch_size_per_gpu": 2,
+        "gradient_clipping": 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3, "stage3_param_persistence_threshold": 0},
+    }
+    torch.manual_seed(0)
+    plain = nn.Linear(8, 8)
+    with deepspeed.zero.Init(config_dict_or_path=config):
+        model = nn.Linear(8, 8)
+    with deepspeed.zero.GatheredParameters(list(model.parameters()), modifier_rank=0):
+        model.load_state_dict(plain.state_dict())
+    own, other = (torch.optim.Adagrad(m.parameters(), lr=0.1, initial_accumulator_value=0.2) for m in (plain, model))
+    engine, *_ = deepspeed.initialize(model=model, optimizer=other, config=config)
+    for _ in range(2):
+        x = torch.randn(4, 8)
+        plain(x).pow(2).mean().backward()
+        own.step()
+        own.zero_grad()
+        engine.backward(engine(x.chunk(world_size)[rank]).pow(2).mean())
+        engine.step()
+    with deepspeed.zero.GatheredParameters(list(model.parameters())):
+        for want, got in zip(plain.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(got.detach(), want.detach())
+    engine.destroy()
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_an_optimizer_that_makes_its_states_when_it_is_constructed_takes_sharded_parameters(world_size: int) -> None:
+    run_ranks(world_size, first_states)

@@ -108,6 +108,11 @@ def answers(rank: int, world_size: int) -> dict[str, Any]:
             "distinct_ids": len({p.ds_id for p in engine.module.parameters()}),
             "names": list(state) == [name for name, _ in engine.module.named_parameters()],
             "repr": repr(param),
+            "like": {
+                (*of(param).shape, of(param).dtype)
+                for of in (torch.zeros_like, torch.ones_like, torch.randn_like, torch.empty_like)
+            },
+            "full like": float(torch.full_like(param, 0.5).sum()),
         }
         param.all_gather()
         found["gathered"] = (param.ds_status, tuple(param.shape), tuple(param.detach().clone().shape))
@@ -124,6 +129,8 @@ def test_questions_about_a_sharded_parameter_are_answered() -> None:
     here = [answer.pop("repr") for answer in found]
     assert here[0] == f"ShardedParameter(blocks.0.0.weight, shape=(16, 16), here={local[0][0]})"
     assert found[0] == {
+        "like": {(16, 16, torch.float32)},
+        "full like": 128.0,
         "numel": 0,
         "shape": (0,),
         "size": (0,),
