@@ -297,13 +297,15 @@ class Autotuner:
         return ""
 
     def _try(self, candidate: Candidate, tuner: Tuner) -> Outcome:
-        """One trial; one more where something outside killed it."""
+        """One trial; one more where something outside killed it, or seems to have slowed it: then the faster one counts."""
         exp = {"name": candidate.name, "ds_config": candidate.apply(self.config)}
         write_json(self.exps / f"{candidate.name}.json", exp)
         predicted = tuner.predictions[candidate.name]
         outcome = self.rm.run_one(exp, predicted.step_s if self.outcomes else None)
         if outcome.state == "killed":
             outcome = self.rm.run_one(exp, None)
+        elif tuner.is_slower_than_foreseen(candidate, outcome):
+            outcome = lessons.faster_of(outcome, self.rm.run_one(exp, None))
         if outcome.why == lessons.NEVER_STEPPED:  # nor would it with another configuration
             raise DeepSpeedError(f"autotuning: a trial of {self.args.user_script} gave nothing: {outcome.text()}")
         self._check_batches(candidate, outcome)

@@ -81,7 +81,9 @@ def _row(search: Found, candidate: Candidate, memory: dict[str, object]) -> Row:
     sign = 1 if metric == "latency" else -1
     if outcome is not None:
         value = value_of(metric, outcome.metrics)
-        text = f"measured in {outcome.seconds:.0f} s" if value is not None else outcome.why
+        text = outcome.why
+        if value is not None:
+            text = f"measured in {outcome.seconds:.0f} s" + (f"; {outcome.why}" if outcome.why else "")
         order = sign * value if value is not None else math.inf
         return Row(candidate, 0, order, value, predicted, nbytes, text, value is None, outcome.log)
     if predicted is None:

@@ -33,6 +33,8 @@ MOST = 0.2
 """Of the candidates that the model-based search tries, where there are many."""
 FEW = 6
 """So many may always be tried."""
+SLOWER, DOUBTS = 0.2, 2.0
+"""A logarithm, and standard deviations, of a trial's seconds beyond its prediction, from which on something else may have had the machine."""
 MANY_FAILURES = 3
 """So many failures of a ZeRO stage, and no success, and the stage is left."""
 
@@ -73,6 +75,18 @@ class Tuner(abc.ABC):
         self.predictions = self._surrogate.predict(
             {name: measurement(done) for name, done in self.outcomes.items() if done.is_measured}
         )
+
+    def is_slower_than_foreseen(self, candidate: Candidate, outcome: Outcome) -> bool:
+        """Whether a trial that is to be told took longer than some others and the model explain."""
+        if not outcome.is_measured or self.num_measured < MIN_TRIALS:
+            return False
+        foreseen = self.predictions[candidate.name]
+        return math.log(measurement(outcome).step_s / foreseen.step_s) > max(SLOWER, DOUBTS * foreseen.std)
+
+    @property
+    def num_measured(self) -> int:
+        """Trials with a result."""
+        return sum(done.is_measured for done in self.outcomes.values())
 
     def _learn(self, candidate: Candidate, outcome: Outcome) -> None:
         """Leave out what a lesson says is of no use."""
@@ -165,7 +179,7 @@ class ModelBasedTuner(Tuner):
         return found
 
     def _choose(self, open_ones: list[Candidate]) -> Candidate | None:
-        num_measured = self._num_measured()
+        num_measured = self.num_measured
         if num_measured >= self.num_at_most:
             return None
         gains = self.gains()
@@ -184,12 +198,9 @@ class ModelBasedTuner(Tuner):
         """Why it names no other candidate."""
         if not self.open_candidates():
             return super().why_ended()
-        if self._num_measured() >= self.num_at_most:
+        if self.num_measured >= self.num_at_most:
             return f"{self.num_at_most} of {len(self.candidates)} were measured, which is enough to predict the others"
         return "little more is to be gained, and little is in doubt, by prediction"
-
-    def _num_measured(self) -> int:
-        return sum(done.is_measured for done in self.outcomes.values())
 
     def _doubt(self, candidate: Candidate) -> float:
         return self.predictions[candidate.name].std

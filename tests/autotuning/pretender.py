@@ -45,9 +45,9 @@ def profile(section: dict[str, Any], refuses: str, takes_s: float) -> None:
     write(path, {**info, "dtype": "float32", "rates": rates, "memory": memory, "device_nbytes": 16 << 20})
 
 
-def measure(config: dict[str, Any], section: dict[str, Any], follows: bool) -> None:
+def measure(config: dict[str, Any], section: dict[str, Any], follows: bool, slowed: float) -> None:
     path = Path(section["metric_path"])
-    seconds = step_s(config)
+    seconds = step_s(config) * slowed
     batch = config["train_batch_size"]
     write(path.with_name(f"{path.name}.progress"), {"step": section["end_profile_step"]})
     write(
@@ -70,6 +70,7 @@ def main() -> None:
     parser.add_argument("--refuse", default="", help="a part of the names that the engine would refuse")
     parser.add_argument("--at", default="", help="the name of a run that waits for a file")
     parser.add_argument("--waits-for", type=Path)
+    parser.add_argument("--slow-once", default="", help="the name of a trial whose first run has slow steps")
     parser.add_argument("--log", type=Path)
     parser.add_argument("--local_rank", type=int)
     parser.add_argument("--deepspeed_config")
@@ -103,7 +104,8 @@ def main() -> None:
         os.kill(os.getpid(), signal.SIGKILL)
     if name in args.hang:
         time.sleep(600)
-    measure(config, section, args.mode != "own-batches")
+    is_first = name == args.slow_once and args.log.read_text().count(f"{name} ") == 1
+    measure(config, section, args.mode != "own-batches", 3.0 if is_first else 1.0)
 
 
 if __name__ == "__main__":

@@ -146,6 +146,22 @@ def test_an_interrupt_that_something_dropped_ends_the_search_before_the_next_tri
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
+@pytest.mark.parametrize("slow", ["z2_gas1_tmbspg8", ""])
+def test_a_trial_that_is_slower_than_others_explain_is_run_again_and_the_faster_run_counts(
+    tmp_path: Path, slow: str
+) -> None:
+    log = tmp_path / "trials.log"
+    space = {"zero_optimization": {"stage": [1, 2]}, "train_micro_batch_size_per_gpu": [2, 4, 8]}
+    config = config_file(tmp_path, {"tuner_type": "gridsearch", "tuner_early_stopping": 20}, **space)
+    assert tune(config, "--log", str(log), "--slow-once", slow) == 0
+    tried = [line.split()[0] for line in log.read_text().splitlines()]
+    assert {name: tried.count(name) for name in tried if tried.count(name) > 1} == ({slow: 2} if slow else {})
+    best = json.loads((tmp_path / "autotuning_results/ds_config_optimal.json").read_text())
+    assert (best["zero_optimization"]["stage"], best["train_micro_batch_size_per_gpu"]) == (2, 8)
+    page = (tmp_path / "autotuning_results/report.html").read_text()
+    assert ("run twice: 0.3 s per step were not foreseen, then 0.1 s" in page) == bool(slow)
+
+
 LASTS = """
 import signal, sys, time
 signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(7))
