@@ -6,6 +6,7 @@ Called by `prepare` after a module is cast and loaded; the layers are `quant`'s.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -22,6 +23,8 @@ _QKV = re.compile(
     r"(^|\.)(q_proj|k_proj|v_proj|q|k|v|query|key|value|qkv|qkv_proj|c_attn|query_key_value|Wqkv|attn_qkvw)$"
 )
 """Last parts of the names of layers that make queries, keys and values."""
+_WRITTEN = {"RwkvModel": re.compile(r"(^|\.)(attention\.output|feed_forward\.value)$")}
+"""By the class of a model, layers whose weights its own forward divides and multiplies in place."""
 
 
 def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around) -> None:
@@ -46,8 +49,11 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around
     if weight.quantized_initialization:
         given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
-    quantize_model(module, spec, weight.q_groups, _kept(config), MAKE, around)
+    quantize_model(module, spec, weight.q_groups, _kept(module, config), MAKE, around)
 
 
-def _kept(config: DeepSpeedInferenceConfig):  # type: ignore[no-untyped-def]
-    return (lambda name: False) if config.quant.qkv.enabled else (lambda name: _QKV.search(name) is not None)
+def _kept(module: nn.Module, config: DeepSpeedInferenceConfig) -> Callable[[str], bool]:
+    """Names of layers that stay as they are."""
+    patterns = [] if config.quant.qkv.enabled else [_QKV]
+    patterns += [written for inner in module.modules() if (written := _WRITTEN.get(type(inner).__name__)) is not None]
+    return lambda name: any(pattern.search(name) for pattern in patterns)

@@ -54,6 +54,20 @@ def test_greedy_words_are_those_of_the_dequantized_weights(dtype: str) -> None:
     assert torch.equal(engine.generate(**batch, max_new_tokens=12), other.generate(**batch, max_new_tokens=12))
 
 
+def test_layers_that_a_model_writes_to_itself_stay_as_they_are() -> None:
+    import transformers
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 96, "hidden_size": 48, "attention_hidden_size": 48, "intermediate_size": 64}
+    config = transformers.RwkvConfig(**sizes, num_hidden_layers=3, rescale_every=2)
+    plain = transformers.RwkvForCausalLM(config).eval()
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype="int8")
+    other = dequantized(plain, engine.module)
+    ids = prompts()["input_ids"]
+    assert (engine(input_ids=ids).logits - other(input_ids=ids).logits).abs().max() < 1e-4
+    assert type(engine.module.rwkv.blocks[2].attention.output) is nn.Linear
+
+
 def test_a_tied_head_and_its_embedding_share_one_weight() -> None:
     engine = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype=torch.int8)
     weight = engine.module.lm_head.quantized
