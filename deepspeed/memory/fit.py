@@ -25,6 +25,7 @@ from deepspeed.parallel.tensor.choose import Chosen, Wishes
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 _TOKENS = 3
+_SAMPLES = 4000
 _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
 
@@ -32,9 +33,9 @@ def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> No
     """Raise DeepSpeedConfigError, on every rank alike, where the parts of the first or the last of `size` ranks do not run, and the whole
     model does; names the module.
 
-    Judged are whole models of Transformers that take token ids: a prompt, and one token after it.
+    Judged are whole models of Transformers that take token ids (a prompt, and one token after it), pictures or sound.
     """
-    if getattr(model, "main_input_name", None) != "input_ids" or wishes.is_part or wishes.has_regions:
+    if not _inputs(model) or wishes.is_part or wishes.has_regions:
         return
     for rank in (0, size - 1):
         mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -77,19 +78,40 @@ def _error(model: nn.Module, mode: FakeTensorMode) -> tuple[str, Exception] | No
     for module in names:
         module.register_forward_pre_hook(lambda module, args: inside.append(names[module]))
         module.register_forward_hook(lambda module, args, output: inside.pop() and None)
-    config: Any = getattr(model, "config", None)
-    arguments = {"decoder_input_ids": (1, 1)} if getattr(config, "is_encoder_decoder", False) else {}
     try:
         with mode, torch.no_grad(), _quiet():
-            made = {name: torch.zeros(shape, dtype=torch.int64, device="cpu") for name, shape in arguments.items()}
-            output = model(input_ids=torch.zeros(1, _TOKENS, dtype=torch.int64, device="cpu"), **made)
+            made = {
+                name: torch.zeros(shape, dtype=torch.int64 if name.endswith("_ids") else dtype, device="cpu")
+                for dtype in [next((p.dtype for p in model.parameters()), torch.float32)]
+                for name, shape in _inputs(model).items()
+            }
+            output = model(**made)
             name = next((name for name in _CACHES if getattr(output, name, None) is not None), None)
-            if name is not None and not made:
+            if name is not None and list(made) == ["input_ids"]:
                 inside.clear()
                 model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device="cpu"), **{name: output[name]})
     except Exception as error:  # whatever the model's code raises for what it cannot do
         return (inside[-1] if inside else ""), error
     return None
+
+
+def _inputs(model: nn.Module) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of what a model is called with; none for a model that takes something else."""
+    config: Any = getattr(model, "config", None)
+    side = getattr(config, "image_size", 224)
+    height, width = side if isinstance(side, (list, tuple)) else (side, side)
+    frames = 2 * getattr(config, "max_source_positions", 50)
+    shapes = {
+        "input_ids": (1, _TOKENS),
+        "pixel_values": (1, getattr(config, "num_channels", 3), height, width),
+        "input_values": (1, _SAMPLES),
+        "input_features": (1, getattr(config, "num_mel_bins", 80), frames),
+    }
+    main = getattr(model, "main_input_name", None)
+    found = {main: shapes[main]} if main in shapes else {}
+    if found and getattr(config, "is_encoder_decoder", False):
+        found["decoder_input_ids"] = (1, 1)
+    return found
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -128,3 +129,33 @@ def refused(rank: int, world_size: int) -> None:
 
 def test_what_cannot_be_cut_is_refused_on_every_rank() -> None:
     run_ranks(2, refused, timeout=300)
+
+
+def encoders() -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:
+    """Models of sound, pictures and shared layers, each with what it is called with."""
+    import transformers
+
+    torch.manual_seed(3)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 64}
+    sound = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    yield (
+        transformers.Wav2Vec2ForCTC(transformers.Wav2Vec2Config(vocab_size=96, **sizes, **sound, **places)),
+        {"input_values": torch.randn(2, 800)},
+    )
+    layers = transformers.ConvNextConfig(hidden_sizes=[16, 32], depths=[1, 1], num_stages=2)
+    yield transformers.ConvNextForImageClassification(layers), {"pixel_values": torch.randn(2, 3, 32, 32)}
+    shared = transformers.AlbertConfig(vocab_size=96, embedding_size=24, **sizes)
+    yield transformers.AlbertForMaskedLM(shared), {"input_ids": torch.randint(2, 96, (2, 7))}
+
+
+def encoders_over_ranks(rank: int, world_size: int) -> None:
+    for model, given in encoders():
+        plain = copy.deepcopy(model.eval())
+        engine = deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": world_size})
+        with torch.no_grad():
+            assert (engine(**given).logits - plain(**given).logits).abs().max() < 1e-5
+
+
+def test_sound_pictures_and_shared_layers_are_cut() -> None:
+    run_ranks(2, encoders_over_ranks)

@@ -50,6 +50,21 @@ def test_what_meets_a_part_and_expects_the_whole_is_named() -> None:
         fits(model, 2)
 
 
+def test_pictures_and_sound_are_judged_too() -> None:
+    import transformers
+
+    config = transformers.SwinConfig(image_size=32, embed_dim=24, depths=[1, 1], num_heads=[2, 4], window_size=4)
+    with pytest.raises(
+        DeepSpeedConfigError, match=r"cut over 2 ranks by its structure: in encoder\.layers\.0\.blocks\.0\.attention"
+    ):
+        fits(transformers.SwinModel(config), 2)
+    sizes = {"hidden_size": 48, "num_hidden_layers": 2, "num_attention_heads": 6, "intermediate_size": 64}
+    fits(transformers.ViTModel(transformers.ViTConfig(**sizes, image_size=32, patch_size=8)), 2)
+    sound = {"conv_dim": (16, 16), "conv_stride": (5, 2), "conv_kernel": (10, 3), "num_feat_extract_layers": 2}
+    places = {"num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+    fits(transformers.Wav2Vec2Model(transformers.Wav2Vec2Config(**sizes, **sound, **places)), 2)
+
+
 class Mean(nn.Module):
     """A norm over all heads, between a column and a row."""
 

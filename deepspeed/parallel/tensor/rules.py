@@ -199,7 +199,7 @@ PRESETS: Mapping[str, tuple[Spec, ...]] = {
 
 ROW_NAMES = frozenset(
     "o_proj out_proj down_proj dense_4h_to_h w2 fc2 c_proj wo attention.dense self_attention.dense self_attn.dense "
-    "attention.output.dense output.dense attn.proj mlp.proj proj_out lin2 out_lin SelfAttention.o EncDecAttention.o".split()
+    "attention.output.dense output.dense attn.proj mlp.proj proj_out lin2 out_lin SelfAttention.o EncDecAttention.o output_dense ffn_output pwconv2".split()
 )
 """Ends of names of layers that write to the residual stream."""
 
