@@ -212,6 +212,7 @@ class InferenceEngine(nn.Module):
     def _generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """What all ranks do together."""
         if self._ranks is not None:
+            self._ranks.compare((*args, *kwargs.values()))
             self._ranks.same_draws()
         if self._experts is not None:
             kwargs = self._experts.in_step(kwargs)

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +32,7 @@ from deepspeed.mesh.mesh import world_size
 from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
-from deepspeed.parallel.tensor.inputs import check_first_forward
+from deepspeed.parallel.tensor.inputs import INCONSISTENT, check_first_forward, digest
 from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from deepspeed.utils.logging import log_dist
@@ -100,12 +100,17 @@ class Ranks:
     def compare_first_inputs(self, module: nn.Module) -> None:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""
 
-        def tell_all(digest: str) -> list[str]:
-            own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self._device)
-            every = self.tensor.joined(own, [own.numel()] * self.tensor.size)
-            return [bytes(part.tolist()).hex() for part in every.chunk(self.tensor.size)]
+        check_first_forward(module, self._tell_all)
 
-        check_first_forward(module, tell_all)
+    def compare(self, given: Iterable[Any]) -> None:
+        """Raise AssertionError, on all ranks, where tensors among what they were given differ. Collective."""
+        if len(set(self._tell_all(digest([value for value in given if isinstance(value, torch.Tensor)])))) > 1:
+            raise AssertionError(INCONSISTENT)
+
+    def _tell_all(self, digest: str) -> list[str]:
+        own = torch.tensor(list(bytes.fromhex(digest)), dtype=torch.uint8, device=self._device)
+        every = self.tensor.joined(own, [own.numel()] * self.tensor.size)
+        return [bytes(part.tolist()).hex() for part in every.chunk(self.tensor.size)]
 
 
 @dataclass(frozen=True)

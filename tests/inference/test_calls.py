@@ -95,3 +95,16 @@ def all_or_late(rank: int, world_size: int) -> None:
 
 def test_where_all_failed_or_none_waits_they_go_on_as_they_are() -> None:
     run_ranks(2, all_or_late, timeout=60)
+
+
+def other_prompts(rank: int, world_size: int) -> None:
+    engine = deepspeed.init_inference(build("llama"), dtype="fp32", tp={"tp_size": world_size})
+    wanted = call(engine, "generate")
+    for prompt in (torch.full((1, 4), 5 + rank), torch.full((1, 4 + rank), 5)):
+        with pytest.raises(AssertionError, match="Data inconsistency"):
+            engine.generate(prompt, max_new_tokens=3)
+    assert torch.equal(call(engine, "generate"), wanted)
+
+
+def test_ranks_that_are_given_other_prompts_are_told_at_any_generation() -> None:
+    run_ranks(2, other_prompts, timeout=60)
