@@ -7,7 +7,7 @@
     exchange.py      ZeRO's all-gather, reduce-scatter and all-reduce on flat buffers, as a protocol; what messages are received
                      into; agreements on a few integers
     local.py  collective.py  direct.py     the exchanges: one rank, torch's collectives, gloo from rank to rank (integers too)
-    shared.py  board.py      the one between ranks of a host, and the memory that they share; counters.py: what is compiled of it
+    shared.py        the one between ranks of a host, and the boards that they share; counters.py: what is compiled of it
     secondary.py     an exchange that keeps a copy near by (hpZ)
     sparse.py        an all-reduce of what is not zero        sparse_tensor.py   rows of a matrix, for scripts
     coalesced.py  backend.py      the original's coalesced collectives and compressed backends

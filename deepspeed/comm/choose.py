@@ -12,13 +12,12 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from deepspeed.comm.board import Address, Board
 from deepspeed.comm.collective import CollectiveExchange
 from deepspeed.comm.counters import NUM_WORDS, host_words
 from deepspeed.comm.direct import Circle, DirectExchange
 from deepspeed.comm.exchange import Exchange, Ring
 from deepspeed.comm.local import LocalExchange
-from deepspeed.comm.shared import RING_NBYTES, SharedExchange
+from deepspeed.comm.shared import RING_NBYTES, Address, Board, SharedExchange
 from deepspeed.comm.trial import NUMEL, Verdict, agreed, try_both, verdicts
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import log_dist, warn_once

@@ -1,6 +1,6 @@
 """The compiled side of shared memory: counters that processes wait for, and copies beside them (`csrc/shared.cpp`).
 
-Called by `comm.board`, and by `comm.choose` to tell which ranks can share memory. Linux only.
+Called by `comm.shared`, and by `comm.choose` to tell which ranks can share memory. Linux only.
 """
 
 from __future__ import annotations

@@ -325,7 +325,7 @@ def _make_hooks(given: Given, built: Built, mesh: Mesh, watch: BackwardWatch) ->
     zero = given.config.zero_optimization
     gatherer = Gatherer(
         built.sharded,
-        mesh.agreement("shard"),
+        mesh.agreement("shard").start,
         prefetch_numel=zero.stage3_prefetch_bucket_size,
         max_live_numel=zero.stage3_max_live_parameters,
         max_reuse_distance=zero.stage3_max_reuse_distance,

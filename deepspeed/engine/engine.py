@@ -127,7 +127,7 @@ class DeepSpeedEngine(TrainingStep, ConfigQueries, ScriptAttributes, CheckpointM
         self._schedules = parts.schedules
         self.monitor, self.timers = watching.monitor, watching.timers
         self._at_rest, self._observers = watching.at_rest, watching.observers
-        self._recomputation, self._widening = parts.recomputation, parts.casts.widening
+        self._recomputation, self._casts, self._sequence_loss = parts.recomputation, parts.casts, parts.sequence_loss
         self._conductor = Conductor(parts, watching)
 
     @property
@@ -420,7 +420,7 @@ class DeepSpeedEngine(TrainingStep, ConfigQueries, ScriptAttributes, CheckpointM
                 'compile.passes = ["autosp"]: sequences are split without a compiler, and the model is not compiled.'
             )
             return
-        self._widening.detach()
+        self._casts.widening.detach()
         compile_model(self.module, self._zero.hooks, **{"backend": backend, **(compile_kwargs or {})})
         self._is_compiled = True
 

@@ -1,7 +1,7 @@
 """The training step: forward, backward, and what happens when a micro-batch ends, in the order in which it happens.
 
-What scripts call is `TrainingStep`, a part of the engine, which counts steps and knows schedules; the order of things is
-`Conductor`, which drives the layers below.
+What scripts call is `TrainingStep`, a part of the engine, which counts steps and knows schedules; `Conductor` has what engines
+of pipelines, which step in another manner, do alike.
 
     forward     end a backward left open; bring states back; unshard, compute, reshard     zero.gather, zero.hooks
     backward    scale; gradients are taken over, reduced on the way                        zero.reduce
@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import contextlib
 from abc import abstractmethod
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -23,12 +23,17 @@ from torch import Tensor, nn
 
 from deepspeed.comm.interrupts import HELD
 from deepspeed.engine.accumulation import Accumulation
-from deepspeed.engine.build import Parts, Watching
+from deepspeed.engine.build import Parts, Watching, Zero
 from deepspeed.engine.facts import Progress, StepFacts
+from deepspeed.engine.forward import ForwardCasts
 from deepspeed.engine.observer import Observer
+from deepspeed.engine.recompute import Recomputation
 from deepspeed.engine.schedules import Schedules
+from deepspeed.parallel.sequence.loss import SequenceLoss
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.zero.gather import Gatherer
+from deepspeed.zero.hooks import BackwardWatch
+from deepspeed.zero.reduce import Reducer
 from deepspeed.zero.takeover import NO_BACKWARD
 
 NOTHING: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
@@ -38,14 +43,20 @@ class TrainingStep(nn.Module):
     """The engine's part that a training loop calls, micro-batch by micro-batch."""
 
     accumulation: Accumulation
+    watch: BackwardWatch
     losses: Tensor | None
     """The last micro-batch's, detached."""
     global_steps: int
     global_samples: int
     skipped_steps: int
     _ended: list[bool]
+    _zero: Zero
+    _reducer: Reducer
     _gatherer: Gatherer | None
     _conductor: Conductor
+    _casts: ForwardCasts
+    _recomputation: Recomputation
+    _sequence_loss: SequenceLoss | None
     _schedules: Schedules
     _observers: Sequence[Observer]
     _micro_batch_size: int
@@ -73,10 +84,30 @@ class TrainingStep(nn.Module):
             )
         module = self._modules["module"]  # which `self.module` finds after three other places
         assert module is not None, "an engine has one"
-        if self._gatherer is not None and not torch.is_grad_enabled():
-            with HELD:  # evaluation at stage 3 is collective as a step is
-                return self._conductor.forward(module, inputs, kwargs)
-        return self._conductor.forward(module, inputs, kwargs)
+        is_graded, reducer, casts = torch.is_grad_enabled(), self._reducer, self._casts
+        with (
+            NOTHING if is_graded or self._gatherer is None else HELD
+        ):  # evaluation at stage 3 is collective as a step is
+            self.watch.end()  # first, of a backward that failed: what follows may free what it still holds
+            self._conductor.reload_states()  # before hide, which may have to copy gradients that are away
+            if is_graded:
+                if reducer.shown.shows_any:  # stage 0: averaged gradients; autograd has to add to the local ones
+                    reducer.hide()
+                if not reducer.is_flushed:
+                    reducer.flush()
+            if self._schedules.input_steps:
+                inputs, changed = self._schedules.inputs(inputs, kwargs, module.training)
+                kwargs = dict(changed)
+            if self._recomputation.is_undecided:
+                self._recomputation.choose(inputs, kwargs)
+            inputs = casts.inputs(inputs) if casts.casts_inputs else inputs
+            with self._conductor.phase("forward", (inputs, kwargs)), casts.context() if casts.is_autocast else NOTHING:
+                output = module(*inputs, **kwargs)
+            if self._zero.hooks is None and is_graded:  # else the hooks on its modules watch their outputs
+                self.watch.watch(output)
+            if self._sequence_loss is not None:
+                self._sequence_loss.note_forward(kwargs, output)
+            return output
 
     def scale(self, loss: Tensor) -> Tensor:
         """`loss` times the loss scale, for `engine.scale(loss).backward()`."""
@@ -92,7 +123,13 @@ class TrainingStep(nn.Module):
         num_micro_batches = self.accumulation.num_micro_batches
         divided = loss / num_micro_batches if scale_wrt_gas and num_micro_batches > 1 else loss
         with self._conductor.phase("backward", self.losses):
-            self._conductor.backward(divided, self.scale, retain_graph=retain_graph, **kwargs)
+            self._reducer.hide()
+            num_begun = self.watch.num_begun
+            self.scale(divided).backward(retain_graph=retain_graph, **kwargs)
+            self.watch.end()
+            if self.watch.num_begun == num_begun:  # nothing of the model was reached here, but may be on other ranks
+                self._reducer.expect_round()
+                self.watch.stand_in()
         return divided
 
     def step(self, lr_kwargs: dict[str, Any] | None = None) -> None:
@@ -125,38 +162,14 @@ class TrainingStep(nn.Module):
 
 
 class Conductor:
-    """Runs the phases over what was built."""
+    """What is the same around the phases of every engine."""
 
     def __init__(self, parts: Parts, watching: Watching) -> None:
-        self._zero, self._accumulation, self._casts = parts.zero, parts.accumulation, parts.casts
-        self._recomputation, self._mesh, self._schedules = parts.recomputation, parts.mesh, parts.schedules
+        self._zero, self._accumulation, self._mesh = parts.zero, parts.accumulation, parts.mesh
         self._advice, self._observers = watching.advice, watching.observers
         self._reducer, self._watch = parts.zero.reducer, parts.zero.watch
         self._sequence_loss = parts.sequence_loss
         self._knows_order = len(self._reducer.gradients) < 2
-
-    def forward(self, module: nn.Module, inputs: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Any:
-        """The module's own output for its own arguments."""
-        self._watch.end()  # first, of a backward that failed: what follows may free what it still holds
-        self.reload_states()  # before hide, which may have to copy gradients that are away
-        if torch.is_grad_enabled():
-            if self._reducer.shown.shows_any:  # stage 0: averaged gradients; autograd has to add to the local ones
-                self._reducer.hide()
-            if not self._reducer.is_flushed:
-                self._reducer.flush()
-        if self._schedules.input_steps:
-            inputs, kwargs = self._schedules.inputs(inputs, dict(kwargs), module.training)
-        if self._recomputation.is_undecided:
-            self._recomputation.choose(inputs, dict(kwargs))
-        casts = self._casts
-        inputs = casts.inputs(inputs) if casts.casts_inputs else inputs
-        with self.phase("forward", (inputs, kwargs)), casts.context() if casts.is_autocast else NOTHING:
-            output = module(*inputs, **kwargs)
-        if self._zero.hooks is None and torch.is_grad_enabled():  # else the hooks on its modules watch their outputs
-            self._watch.watch(output)
-        if self._sequence_loss is not None:
-            self._sequence_loss.note_forward(kwargs, output)
-        return output
 
     def scaled(self, loss: Tensor) -> Tensor:
         """The loss times the loss scale; the backward that begins next is known to be scaled. Under sequence parallelism also
@@ -166,16 +179,6 @@ class Conductor:
         guard = self._zero.scale_guard
         guard.is_scaled = True
         return loss.float() * guard.scale.scale if guard.scale.scale != 1.0 else loss
-
-    def backward(self, loss: Tensor, scale: Callable[[Tensor], Tensor], **kwargs: Any) -> None:
-        """Backward of `scale(loss)`. Collective at stages 2 and 3, and at the boundary."""
-        self._reducer.hide()
-        num_begun = self._watch.num_begun
-        scale(loss).backward(**kwargs)
-        self._watch.end()
-        if self._watch.num_begun == num_begun:  # nothing of the model was reached here, but may be on other ranks
-            self._reducer.expect_round()
-            self._watch.stand_in()
 
     def end_micro_batch(self, at_boundary: Callable[[], None]) -> None:
         """Count a micro-batch; call `at_boundary` where it completes a step, else start reducing what it left."""

@@ -1,7 +1,7 @@
 """Sums of ranks' messages, compiled: one pass over memory for what `reference.sums` does in two or more, with its bits.
 
 Picked by `table` for tensors in main memory; what the loops do not take (fp64, integers, a package built without a compiler)
-goes to the reference. `comm.board` hands over addresses in memory that ranks share.
+goes to the reference. `comm.shared` hands over addresses in memory that ranks share.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ _LOST_PEER = re.compile(
     r"Connection (closed|reset) by (peer|remote)|Connection refused|Broken pipe|Socket closed|remote process exited|"
     r"Timed out waiting \d+ms for (recv|send)|recvValueWithTimeout|DistNetworkError|DistStoreError|RendezvousConnectionError|"
     r"did not come to|NCCL communicator was aborted|store->get\(|Failed to (recv|send), got 0 bytes|"
-    r"rank \d+ will send no more"  # comm.board
+    r"rank \d+ will send no more"  # comm.shared
 )
 
 

@@ -131,7 +131,7 @@ class Gathers:
         self._users.setdefault(0, [])
         self._gatherer = Gatherer(
             sizes.sharded,
-            lambda wish, digest: [(wish, digest)] * settings.shard_size,
+            lambda wish, digest: lambda: [(wish, digest)] * settings.shard_size,
             prefetch_numel=settings.prefetch_numel,
             max_live_numel=settings.max_live_numel,
             max_reuse_distance=settings.max_reuse_distance,

@@ -43,8 +43,9 @@ from deepspeed.zero.bucket import BucketState
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import KeptMemory, LoadQueue
 
-Agree = Callable[[int, int], Sequence[tuple[int, ...]]]
-"""Exchange a pair of integers with every rank of the shard dim; the pairs in rank order. Collective."""
+Agree = Callable[[int, int], Callable[[], Sequence[tuple[int, ...]]]]
+"""Begin to exchange a pair of integers with every rank of the shard dim; what is returned waits, and gives the pairs in rank order.
+Collective."""
 
 END = -1
 """The wish of a rank that has finished its phase."""
@@ -352,7 +353,7 @@ class Gatherer(Generic[B]):
             self.num_agreements += 1
             if self._loads.fillings:  # a rank that waits for a gather which is queued here cannot answer
                 self._loads.start_until()
-            answers = self._agree(wish, digest)
+            answers = self._agree(wish, digest)()
             wanted = sorted({theirs for theirs, _ in answers} - {END})
             for index in wanted:
                 self._launch(self.buckets[index])

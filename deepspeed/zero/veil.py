@@ -17,7 +17,7 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero.bucket import Bucket
 from deepspeed.zero.param import HiddenGradient, ZeroParameter
 
-ALWAYS_UNTIL = 4
+ALWAYS_UNTIL = 3
 """In so many steps from the first the veil is down..."""
 
 THEN_EVERY = 16

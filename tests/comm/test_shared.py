@@ -17,8 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 import deepspeed
-from deepspeed.comm import board as board_module
 from deepspeed.comm import choose
+from deepspeed.comm import shared as shared_module
 from deepspeed.comm.choose import make_exchange
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Exchange, Pending
@@ -73,8 +73,8 @@ def equal_bits(rank: int, world_size: int, room_nbytes: int) -> None:
     assert group is not None
     expected = results(DirectExchange(group), rank, random.Random(0))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(board_module, "ROOM_NBYTES", room_nbytes)
-        patch.setattr(board_module, "NUM_MESSAGES", 64)
+        patch.setattr(shared_module, "ROOM_NBYTES", room_nbytes)
+        patch.setattr(shared_module, "NUM_MESSAGES", 64)
         exchange = shared_exchange()
         for _ in range(3):  # the room is used again
             found = results(exchange, rank, random.Random(rank))
@@ -86,8 +86,8 @@ def equal_bits(rank: int, world_size: int, room_nbytes: int) -> None:
     [
         (3, 1 << 15),
         pytest.param(2, 1 << 15, marks=LONG),
-        pytest.param(2, board_module.ROOM_NBYTES, marks=LONG),
-        pytest.param(4, board_module.ROOM_NBYTES, marks=LONG),
+        pytest.param(2, shared_module.ROOM_NBYTES, marks=LONG),
+        pytest.param(4, shared_module.ROOM_NBYTES, marks=LONG),
     ],
 )
 def test_every_verb_has_the_bits_of_gloo_even_where_the_board_is_full(world_size: int, room_nbytes: int) -> None:
@@ -96,7 +96,7 @@ def test_every_verb_has_the_bits_of_gloo_even_where_the_board_is_full(world_size
 
 def forgotten(rank: int, world_size: int) -> None:
     exchange = shared_exchange()
-    for i in range(2 * board_module.NUM_MESSAGES):
+    for i in range(2 * shared_module.NUM_MESSAGES):
         kept = exchange.start_all_reduce(torch.ones(100))
         if i % 100 == 99:
             kept.wait()
@@ -112,7 +112,7 @@ def test_messages_that_nobody_waits_for_do_not_fill_the_board() -> None:
 def crowded(rank: int, world_size: int) -> None:
     num = 300
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(board_module, "NUM_MESSAGES", 64)
+        patch.setattr(shared_module, "NUM_MESSAGES", 64)
         _crowd(shared_exchange(), rank, num)
 
 
@@ -165,13 +165,13 @@ def without(rank: int, world_size: int, what: str) -> tuple[str, list[str]]:
             def none(nbytes: int) -> int:
                 raise OSError(28, "No space left on device")
 
-            patch.setattr(board_module, "_memory", none)
+            patch.setattr(shared_module, "_memory", none)
         elif what == "number" and rank == 1:
 
             def hidden(*args: Any) -> Any:
                 raise PermissionError(13, "Permission denied")
 
-            patch.setattr(board_module, "_mapped", hidden)
+            patch.setattr(shared_module, "_mapped", hidden)
         exchange = make_exchange(None, CPU, sharing=choose.Sharing.ALWAYS)
     full = torch.full((4,), float(rank))
     exchange.start_all_reduce(full).wait()
@@ -269,7 +269,7 @@ def limited(rank: int, world_size: int) -> tuple[list[str], list[str]]:
     gc.collect()
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(choose, "warn_once", said.append)
-        patch.setattr(board_module, "MAX_BOARDS", board_module.Board.num_open + 2 + rank)
+        patch.setattr(shared_module, "MAX_BOARDS", shared_module.Board.num_open + 2 + rank)
         made = [make_exchange(None, CPU, sharing=choose.Sharing.IF_FASTER) for _ in range(3)]
         kinds = [type(exchange).__name__ for exchange in made]
         del made[0]
@@ -287,12 +287,12 @@ def test_a_process_has_so_many_boards_and_a_group_more_goes_through_gloo_on_all_
 
 def closed(rank: int, world_size: int) -> None:
     """One rank's end comes when the other has read nothing yet, and has something under way."""
-    before, mapped = board_module.Board.num_open, num_mapped()
+    before, mapped = shared_module.Board.num_open, num_mapped()
     with ExitStack() as until:
         exchange = make_exchange(None, CPU, sharing=choose.Sharing.ALWAYS, until=until)
         assert isinstance(exchange, SharedExchange)
         fulls = [
-            torch.full((board_module.ROOM_NBYTES // 32,), float(rank)) for _ in range(12)
+            torch.full((shared_module.ROOM_NBYTES // 32,), float(rank)) for _ in range(12)
         ]  # more than there is room for
         pending = [exchange.start_all_reduce(full) for full in fulls]
         dist.barrier()
@@ -301,7 +301,7 @@ def closed(rank: int, world_size: int) -> None:
         if rank == 0:
             never = exchange.start_all_reduce(torch.ones(4))
     assert all(full.eq(1).all() for full in fulls)
-    assert (board_module.Board.num_open, num_mapped()) == (before, mapped), "memory is held after the end"
+    assert (shared_module.Board.num_open, num_mapped()) == (before, mapped), "memory is held after the end"
     if rank == 0:
         with pytest.raises(TrainingStateError, match="the engine or group of this exchange has ended"):
             never.wait()
@@ -345,7 +345,7 @@ def in_a_row(rank: int, world_size: int, stage: int, how: str) -> tuple[int, flo
             engine.backward(engine(torch.ones(2, 4)).sum())
             engine.step()
             num_shared += isinstance(engine._built.builder.everyone, SharedExchange)
-            most = max(most, board_module.Board.num_open)
+            most = max(most, shared_module.Board.num_open)
             if how == "kept":
                 engine.destroy()
                 kept.append(engine)
@@ -364,7 +364,7 @@ def test_forty_engines_in_a_row_all_have_boards(stage: int, how: str) -> None:
     for num_shared, most, said in run_ranks(2, in_a_row, stage, how):
         assert num_shared == 40, said
         assert not said
-        assert most < board_module.MAX_BOARDS + 1, "the last may have been a larger one than was left room for"
+        assert most < shared_module.MAX_BOARDS + 1, "the last may have been a larger one than was left room for"
 
 
 def restarted(rank: int, folder: Path) -> None:
@@ -380,7 +380,7 @@ def restarted(rank: int, folder: Path) -> None:
         kept.append(engine)
         dist.barrier()
         (deepspeed.comm if i % 2 else dist).destroy_process_group()
-    assert board_module.Board.num_open == 0, "the last was ended by deepspeed.comm"
+    assert shared_module.Board.num_open == 0, "the last was ended by deepspeed.comm"
     assert "memfd:deepspeed" not in Path("/proc/self/maps").read_text()
 
 
@@ -410,18 +410,19 @@ def trained(rank: int, world_size: int, stage: int, shares: bool) -> tuple[Run, 
         patch.setenv(choose.SHARED_MEMORY, str(int(shares)))
         before = posted[0]
         # Not the board's: what ranks agree on belongs to their mesh, and goes as its first engine was asked to.
-        patch.setattr(SharedExchange, "_posted", counted)
+        patch.setattr(SharedExchange, "_is_direct", counted)
         run = train(rank, world_size, "mlp", make_config(stage, micro=2), num_steps=3)
         return run, posted[0] > before
 
 
 posted = [0]
-_posted = SharedExchange._posted
+_is_direct = SharedExchange._is_direct
 
 
-def counted(exchange: SharedExchange, own: Tensor) -> Any:
-    posted[0] += 1
-    return _posted(exchange, own)
+def counted(exchange: SharedExchange, full: Tensor) -> bool:
+    is_direct = _is_direct(exchange, full)
+    posted[0] += not is_direct
+    return is_direct
 
 
 def test_ranks_that_do_not_all_ask_for_it_are_told_before_they_wait_for_each_other() -> None:
@@ -453,8 +454,8 @@ def rings(rank: int, world_size: int) -> tuple[str, list[Any]]:
         forgotten = ring.start_gather([rank]) if ring is shared else None
         answers.append((gathered(), largest()))
         del forgotten  # its room is given back all the same
-        answers.append([ring.start_gather([rank, i])() for i in range(board_module.NUM_MESSAGES + 10)])
-    assert shared.num_calls == board_module.NUM_MESSAGES + 13
+        answers.append([ring.start_gather([rank, i])() for i in range(shared_module.NUM_MESSAGES + 10)])
+    assert shared.num_calls == shared_module.NUM_MESSAGES + 13
     return f"{type(shared).__name__} {type(circle).__name__}", answers
 
 

@@ -99,7 +99,7 @@ def same_adamw(params: Any) -> torch.optim.Optimizer:
 
 def native_products(engine: Any) -> None:
     """Multiply as plain PyTorch does on this CPU, so that roundings can be compared."""
-    engine._widening.detach()
+    engine._casts.widening.detach()
 
 
 def mixed(

@@ -1,4 +1,4 @@
-"""How far a reader walks through one step at stage 3, which must not grow unnoticed."""
+"""How far a reader walks through one step at stage 3, over gloo and through shared memory."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ def _benchmark() -> Any:
     return module
 
 
-def walked(rank: int, world_size: int) -> list[tuple[int, int]]:
-    """(files, depth) of the sixth step's forward and backward, over gloo."""
+def walked(rank: int, world_size: int, shares: bool) -> list[tuple[int, int]]:
+    """(files, depth) of the fourth step's forward and backward."""
     walk = _benchmark()
     before = sys.getprofile()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv(SHARED_MEMORY, "0")
+        patch.setenv(SHARED_MEMORY, str(int(shares)))
         engine = walk.engine_at(3)
-    walks = walk.watched(engine, 6)
+    walks = walk.watched(engine, 4)
     sys.setprofile(before)
     engine.destroy()
     return [
@@ -37,11 +37,12 @@ def walked(rank: int, world_size: int) -> list[tuple[int, int]]:
     ]
 
 
-def test_a_step_at_stage_3_crosses_at_most_8_files_and_10_frames() -> None:
+@pytest.mark.parametrize("shares", [False, True])
+def test_a_step_at_stage_3_crosses_at_most_8_files_and_10_frames(shares: bool) -> None:
     # Ranks of its own: groups outlive engines, with the way of sending that an earlier test's environment chose.
     pool = Pool(2)
     try:
-        walks = pool.call(walked, (), {}, 300.0)
+        walks = pool.call(walked, (shares,), {}, 300.0)
     finally:
         pool.kill()
     for forward, backward in walks:

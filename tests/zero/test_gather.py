@@ -7,6 +7,7 @@ backward, "i0 1" an inference. A fake bucket checks that all ranks launch the sa
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -75,11 +76,15 @@ class Ranks:
         ]
 
     def _agree_as(self, rank: int) -> Any:
-        def agree(wish: int, digest: int) -> list[tuple[int, int]]:
+        def agree(wish: int, digest: int) -> Callable[[], list[tuple[int, int]]]:
             self._wishes[rank] = (wish, digest)
-            self._barrier.wait()
-            answers = list(self._wishes)
-            self._barrier.wait()
+
+            def answers() -> list[tuple[int, int]]:
+                self._barrier.wait()
+                found = list(self._wishes)
+                self._barrier.wait()
+                return found
+
             return answers
 
         return agree
