@@ -24,13 +24,10 @@ const std::vector<Isa>& usable() {
         if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
             __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
             const bool takes_halves = __builtin_cpu_is("amdfam19h");  // Zen 4
-            static const Kernels avx512 = avx512_kernels(!takes_halves), vnni = vnni_kernels(true), vnni_256 = vnni_kernels(false),
+            static const Kernels avx512 = avx512_kernels(!takes_halves), vnni = vnni_kernels(!takes_halves),
                                  bf16 = bf16_kernels(!takes_halves);
             if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", &bf16});
-            if (__builtin_cpu_supports("avx512vnni")) {
-                isas.push_back({"avx512_vnni", &vnni});
-                isas.push_back({"avx512_vnni_256", &vnni_256});
-            }
+            if (__builtin_cpu_supports("avx512vnni")) isas.push_back({"avx512_vnni", &vnni});
             isas.push_back({"avx512", &avx512});
         }
         if (has_avx2) isas.push_back({"avx2", &kAvx2Kernels});

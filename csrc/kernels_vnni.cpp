@@ -28,41 +28,59 @@ namespace {
 DS_INLINE __m256i load_ymm(const void* at) { return _mm256_loadu_si256(static_cast<const __m256i*>(at)); }
 DS_INLINE __m256i load_xmm(const void* at) { return _mm256_zextsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(at))); }
 
-// ---- products with int4, 128 elements of a row in a register: two groups of 64 or four of 32 side by side, or one group's blocks
+// ---- products with int4
 
-constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for
+constexpr size_t kAhead = 3072;  // bytes ahead rows are asked for (Zen 4, 1,024 bytes a row: 93 % of the bandwidth, 87 from 2048)
 constexpr int kRows = 4;         // that are worked on together
 constexpr size_t kScaled = 8;    // groups whose scales are multiplied at once
-constexpr size_t kPlanes = 128;  // elements of a block, or what is left
+constexpr size_t kPlanes = 128;  // elements of a block: a register of a row
 
-// Blocks of x (of a group, or of the whole row where groups are shorter) as four planes of bytes: the even ones' low bytes, signed, and
-// their high ones, then those of the odd ones. x = 256 high + low.
-void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
-    const size_t part = group_size <= 64 ? n : group_size;
-    for (size_t at = 0, block; at < n; at += block) {
-        const size_t left = part - at % part, half = (left < kPlanes ? left : kPlanes) / 2;
-        char* plane = reinterpret_cast<char*>(to + at);
-        block = 2 * half;
-        for (size_t i = 0; i < half; i += 16, plane += 16) {
-            const __m512i pairs = _mm512_loadu_si512(q + at + 2 * i), rounded = _mm512_add_epi32(pairs, _mm512_set1_epi32(0x800080));
-            const auto store = [&](size_t p, __m512i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(plane + p * half), _mm512_cvtepi32_epi8(x)); };
-            store(0, pairs), store(1, _mm512_srli_epi32(rounded, 8));
-            store(2, _mm512_srli_epi32(pairs, 16)), store(3, _mm512_srli_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(0x800000)), 24));
-        }
+// Elements of x beside `half` bytes of a row as four planes of bytes: low bytes, signed, of the even ones, then high ones, then those of
+// the odd ones. x = 256 high + low.
+DS_INLINE void store_planes(const int16_t* q, size_t half, int8_t* planes) {
+    for (size_t i = 0; i < half; i += 16) {
+        const __m512i pairs = _mm512_loadu_si512(q + 2 * i), rounded = _mm512_add_epi32(pairs, _mm512_set1_epi32(0x800080));
+        const auto store = [&](size_t p, __m512i x) { _mm_storeu_si128(reinterpret_cast<__m128i*>(planes + p * half + i), _mm512_cvtepi32_epi8(x)); };
+        store(0, pairs), store(1, _mm512_srli_epi32(rounded, 8));
+        store(2, _mm512_srli_epi32(pairs, 16)), store(3, _mm512_srli_epi32(_mm512_add_epi32(pairs, _mm512_set1_epi32(0x800000)), 24));
     }
 }
 
 // The first `n` bytes, zeros behind them.
 DS_INLINE __m512i load_bytes(const void* at, size_t n) {
-    return n == 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << n) - 1, at);
+    return n >= 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << n) - 1, at);
 }
 
-struct Planes {
-    __m512i even_low, even_high, odd_low, odd_high;
+struct Two {
+    __m512i first, second;
 };
 
-DS_INLINE Planes planes_of(const int8_t* x, size_t half) {
-    return {load_bytes(x, half), load_bytes(x + half, half), load_bytes(x + 2 * half, half), load_bytes(x + 3 * half, half)};
+// Halves of lanes of 128 bits: the first ones of a and b, and the second ones.
+DS_INLINE Two halves_of(__m512i a, __m512i b) { return {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)}; }
+
+// Groups of 64 by fours, 128 bytes of a row, as `halves_of` leaves them: high planes of the even and odd elements of the first half, of
+// those of the second, then low ones. Other groups block by block (of a group, or of the whole row where groups are shorter).
+void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
+    if (group_size != 64) {
+        const size_t part = group_size < 64 ? n : group_size;
+        for (size_t at = 0, block; at < n; at += block) {
+            const size_t left = part - at % part;
+            block = left < kPlanes ? left : kPlanes;
+            store_planes(q + at, block / 2, reinterpret_cast<int8_t*>(to + at));
+        }
+        return;
+    }
+    for (size_t at = 0; at < n; at += 2 * kPlanes) {
+        alignas(64) int16_t four[2 * kPlanes] = {};
+        alignas(64) int8_t planes[2][4][64];
+        std::memcpy(four, q + at, (n - at < 2 * kPlanes ? n - at : 2 * kPlanes) * sizeof *q);
+        for (size_t i = 0; i < 2; ++i) store_planes(four + i * kPlanes, 64, planes[i][0]);
+        for (size_t p = 0; p < 4; ++p) {  // low even, high even, low odd, high odd
+            const Two x = halves_of(_mm512_load_si512(planes[0][p]), _mm512_load_si512(planes[1][p]));
+            int8_t* const place = reinterpret_cast<int8_t*>(to + at) + (p % 2 ? 0 : 256) + p / 2 * 64;
+            _mm512_storeu_si512(place, x.first), _mm512_storeu_si512(place + 128, x.second);
+        }
+    }
 }
 
 struct Nibbles {
@@ -74,13 +92,79 @@ DS_INLINE Nibbles nibbles_of(__m512i words) {
     return {_mm512_and_si512(words, nibble), _mm512_and_si512(_mm512_srli_epi16(words, 4), nibble)};
 }
 
+DS_INLINE __m256i upper(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
+
+// Groups of 64: sum_fours of products.inl, whose two vectors of floats are one here.
+static void sum_fours(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
+    const __m512i scale_of[2] = {_mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1, 3, 3),
+                                 _mm512_setr_epi32(4, 4, 6, 6, 4, 4, 6, 6, 5, 5, 7, 7, 5, 5, 7, 7)};
+    const uint8_t* w[kRows];
+    const float* s[kRows];
+    __m512 sums[kRows];
+    __m256 offsets[kRows];
+    for (int k = 0; k < kRows; ++k) {
+        w[k] = rows.values[first + k], s[k] = rows.scales[first + k];
+        sums[k] = _mm512_setzero_ps(), offsets[k] = _mm256_setzero_ps();
+    }
+    const auto add_eight = [&](size_t g, size_t count) __attribute__((always_inline)) {
+        const __mmask8 mask = static_cast<__mmask8>((1u << count) - 1);
+        const __m256 own = _mm256_maskz_loadu_ps(mask, x.scales + g), offset = _mm256_maskz_loadu_ps(mask, x.offsets + g);
+        __m256 scales[kRows];
+        for (int k = 0; k < kRows; ++k) {
+            prefetch_scale(s[k], g);
+            const __m256 scale = _mm256_maskz_loadu_ps(mask, s[k] + g);
+            offsets[k] = _mm256_add_ps(offsets[k], _mm256_mul_ps(scale, offset));
+            scales[k] = _mm256_mul_ps(scale, own);
+        }
+        for (size_t j = 0; j < count; j += 4) {
+            const size_t at = (g + j) * 32, nbytes = (count - j) * 32;
+            const int8_t* const planes = reinterpret_cast<const int8_t*>(x.values) + 4 * at;
+            for (int k = 0; k < kRows; ++k)
+                for (size_t line = 0; line < 128; line += 64) ask_for(w[k] + at + line + kAhead);
+            Nibbles front[kRows], back[kRows];
+            __m512i exact[kRows];
+            // Each step for all rows: what waits for the step before it would fill the processor's queues.
+            const auto add = [&](const Nibbles* of, size_t plane) __attribute__((always_inline)) {
+                const __m512i even = _mm512_loadu_si512(planes + plane), odd = _mm512_loadu_si512(planes + plane + 64);
+                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], of[k].even, even);
+                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], of[k].odd, odd);
+            };
+            for (int k = 0; k < kRows; ++k) {
+                const Two halves = halves_of(load_bytes(w[k] + at, nbytes), nbytes > 64 ? load_bytes(w[k] + at + 64, nbytes - 64) : _mm512_setzero_si512());
+                front[k] = nibbles_of(halves.first), back[k] = nibbles_of(halves.second), exact[k] = _mm512_setzero_si512();
+            }
+            add(front, 0), add(back, 128);
+            for (int k = 0; k < kRows; ++k) exact[k] = _mm512_slli_epi32(exact[k], 8);
+            add(front, 256), add(back, 384);
+            for (int k = 0; k < kRows; ++k) {
+                const __m512 scale = _mm512_permutexvar_ps(scale_of[j / 4], _mm512_castps256_ps512(scales[k]));
+                sums[k] = _mm512_add_ps(sums[k], _mm512_mul_ps(_mm512_cvtepi32_ps(exact[k]), scale));
+            }
+        }
+    };
+    size_t g = 0;
+    for (; g + 8 <= x.num_groups; g += 8) add_eight(g, 8);
+    if (g < x.num_groups) add_eight(g, x.num_groups - g);
+    for (int k = 0; k < kRows; ++k) {
+        fold((Sixteen)sums[k], &lanes[k]);
+        lanes[k] += (Floats8)offsets[k];
+    }
+}
+
+struct Planes {
+    __m512i even_low, even_high, odd_low, odd_high;
+};
+
+DS_INLINE Planes planes_of(const int8_t* x, size_t half) {
+    return {load_bytes(x, half), load_bytes(x + half, half), load_bytes(x + 2 * half, half), load_bytes(x + 3 * half, half)};
+}
+
 DS_INLINE __m512i add_low(__m512i sum, const Nibbles& w, const Planes& x) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even, x.even_low), w.odd, x.odd_low);
 }
 DS_INLINE __m512i add_high(__m512i sum, const Nibbles& w, const Planes& x) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even, x.even_high), w.odd, x.odd_high);
 }
-DS_INLINE __m256i upper(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
 DS_INLINE __m256i half(__m256i x, int i) {  // zeros behind it
     return _mm256_zextsi128_si256(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
 }
@@ -89,11 +173,10 @@ DS_INLINE void add_scaled(__m256& sum, __m256i exact, float by) {
     sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(by)));
 }
 
-// Rows [first, first + kRows): as sum_rows of products.inl. `Size` is 32, 64, or 0 for any above.
-template <size_t Size>
-DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
-    const size_t step = (Size ? Size : x.group_size) / 2, num_groups = x.num_groups;
-    constexpr size_t beside = Size ? kPlanes / Size : 1;  // groups in a register
+// Rows [first, first + kRows) as sum_rows of products.inl: four groups of 32 side by side in a register, or blocks of one larger group.
+template <bool Are32>
+static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
+    const size_t step = (Are32 ? 32 : x.group_size) / 2, num_groups = x.num_groups;
     const uint8_t* w[kRows];
     const float* s[kRows];
     __m256 sums[kRows];
@@ -103,81 +186,49 @@ DS_INLINE void rows_int4(const IntegerRows& rows, const Integers& x, int first, 
         sums[k] = (__m256)lanes[k];
     }
     const int8_t* values = reinterpret_cast<const int8_t*>(x.values);
-    const auto ask = [&](size_t at) __attribute__((always_inline)) {
-        for (int k = 0; k < kRows; ++k) ask_for(w[k] + at + kAhead);
-    };
     for (size_t g = 0; g < num_groups; g += kScaled) {
         float scales[kRows][kScaled];
         const size_t count = num_groups - g < kScaled ? num_groups - g : kScaled;
         const __mmask8 mask = static_cast<__mmask8>((1u << count) - 1);
         const __m256 own = _mm256_maskz_loadu_ps(mask, x.scales + g);
         for (int k = 0; k < kRows; ++k) {
-            if (g % 16 == 0) prefetch_scale(s[k], g);
+            prefetch_scale(s[k], g);
             _mm256_storeu_ps(scales[k], _mm256_mul_ps(_mm256_maskz_loadu_ps(mask, s[k] + g), own));
         }
-        const auto add_groups = [&](size_t j, size_t nbytes) __attribute__((always_inline)) {
-            const size_t at = (g + j) * step;
-            const Planes planes = planes_of(values + 4 * at, nbytes);
-            ask(at);
-            Nibbles nibbles[kRows];
-            __m512i exact[kRows];
-            // Each step for all rows: what waits for the step before it would fill the processor's queues.
-            const auto add = [&](__m512i Nibbles::*part, __m512i by) __attribute__((always_inline)) {
-                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], nibbles[k].*part, by);
-            };
-            for (int k = 0; k < kRows; ++k) nibbles[k] = nibbles_of(load_bytes(w[k] + at, nbytes)), exact[k] = _mm512_setzero_si512();
-            add(&Nibbles::even, planes.even_high), add(&Nibbles::odd, planes.odd_high);
-            for (int k = 0; k < kRows; ++k) exact[k] = _mm512_slli_epi32(exact[k], 8);
-            add(&Nibbles::even, planes.even_low), add(&Nibbles::odd, planes.odd_low);
-            for (int k = 0; k < kRows; ++k) {
-                const __m256i front = _mm512_castsi512_si256(exact[k]), back = upper(exact[k]);
-                if (Size == 64) {
-                    add_scaled(sums[k], front, scales[k][j]);
-                    if (nbytes == 64) add_scaled(sums[k], back, scales[k][j + 1]);
-                } else {
-                    add_scaled(sums[k], half(front, 0), scales[k][j]);
-                    if (nbytes > 16) add_scaled(sums[k], half(front, 1), scales[k][j + 1]);
-                    if (nbytes > 32) add_scaled(sums[k], half(back, 0), scales[k][j + 2]);
-                    if (nbytes > 48) add_scaled(sums[k], half(back, 1), scales[k][j + 3]);
-                }
-            }
-        };
-        size_t j = 0;
-        if (Size) {
-            for (; j + beside <= count; j += beside) add_groups(j, 64);
-            if (j < count) add_groups(j, (count - j) * step);
-            continue;
-        }
-        for (; j < count; ++j) {
+        for (size_t j = 0; j < count; j += Are32 ? 4 : 1) {
             __m512i low[kRows] = {}, high[kRows] = {};
-            const size_t group = (g + j) * step;
-            for (size_t i = 0; i < step; i += 64) {
-                const size_t nbytes = step - i < 64 ? step - i : 64;
-                const Planes planes = planes_of(values + 4 * (group + i), nbytes);
-                ask(group + i);
+            const size_t start = (g + j) * step, all = Are32 ? (count - j < 4 ? count - j : 4) * step : step;
+            for (size_t i = 0; i < all; i += 64) {
+                const size_t nbytes = all - i < 64 ? all - i : 64;
+                const Planes planes = planes_of(values + 4 * (start + i), nbytes);
                 for (int k = 0; k < kRows; ++k) {
-                    const Nibbles nibbles = nibbles_of(load_bytes(w[k] + group + i, nbytes));
+                    ask_for(w[k] + start + i + kAhead);
+                    const Nibbles nibbles = nibbles_of(load_bytes(w[k] + start + i, nbytes));
                     low[k] = add_low(low[k], nibbles, planes), high[k] = add_high(high[k], nibbles, planes);
                 }
             }
             for (int k = 0; k < kRows; ++k) {
                 const __m512i exact = _mm512_add_epi32(low[k], _mm512_slli_epi32(high[k], 8));
-                add_scaled(sums[k], _mm256_add_epi32(_mm512_castsi512_si256(exact), upper(exact)), scales[k][j]);
+                const __m256i front = _mm512_castsi512_si256(exact), back = upper(exact);
+                if (!Are32) {
+                    add_scaled(sums[k], _mm256_add_epi32(front, back), scales[k][j]);
+                    continue;
+                }
+                add_scaled(sums[k], half(front, 0), scales[k][j]);
+                if (j + 1 < count) add_scaled(sums[k], half(front, 1), scales[k][j + 1]);
+                if (j + 2 < count) add_scaled(sums[k], half(back, 0), scales[k][j + 2]);
+                if (j + 3 < count) add_scaled(sums[k], half(back, 1), scales[k][j + 3]);
             }
         }
     }
     for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
 }
 
-template <size_t Size>
-static void dot_int4_of(const IntegerRows& rows, const Integers& x, float* out) {
-    Floats8 lanes[kStreams];
-    for (int first = 0; first < kStreams; first += kRows) rows_int4<Size>(rows, x, first, lanes + first);
-    sum_lanes(lanes, out);
-}
-
 void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_int4_of<64> : x.group_size == 32 ? dot_int4_of<32> : dot_int4_of<0>)(rows, x, out);
+    const auto sum = x.group_size == 64 ? sum_fours : x.group_size == 32 ? sum_rows<true> : sum_rows<false>;
+    Floats8 lanes[kStreams];
+    for (int first = 0; first < kStreams; first += kRows) sum(rows, x, first, lanes + first);
+    sum_lanes(lanes, out);
 }
 
 // ---- attention over a cache of int8

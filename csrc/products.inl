@@ -2,10 +2,10 @@
 // memory that rows are read from: rows far apart are read side by side, because a processor keeps several streams coming faster
 // than one (Zen 3: 27 GB/s in four or eight, 15 in one), and the aim is few operations per byte.
 //
-// Floats are summed in 16 lanes; integers exactly in 8 lanes per group, which are scaled and summed in 8 lanes of floats: the same
-// bits on every instruction set. Vectors beside integers have 15 bits and a scale per group, far finer than the weights; `arrange`
-// puts them where the loops want them. bfloat16 is read two elements a word, the even ones by a shift and the odd ones by a mask,
-// beside a vector in that order, kParted elements at a time.
+// Floats are summed in 16 lanes; integers exactly in 8 lanes per group (4 of int4 in groups of 64, see `sum_fours`), which are scaled
+// and summed in lanes of floats: the same bits on every instruction set. Vectors beside integers have 15 bits and a scale per group,
+// far finer than the weights; `arrange` puts them where the loops want them. bfloat16 is read two elements a word, the even ones by a
+// shift and the odd ones by a mask, beside a vector in that order, kParted elements at a time.
 
 constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for: the next row of a stream follows on this one
 #ifdef DS_HAS_AVX2
@@ -205,8 +205,52 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
 
 template <size_t Size>
 constexpr SumRows rows_int8 = sum_rows<Size, 1, group_int8<Size>>;
-template <size_t Size>
-constexpr SumRows rows_int4 = sum_rows<Size, 2, group_int4<Size>>;
+constexpr SumRows rows_int4 = sum_rows<0, 2, group_int4<0>>;
+
+// Int4 in groups of 64, which are so small that to scale and sum their lanes in floats takes as long as the products do. A group's
+// lanes are added two by two first, exactly: 4 of groups 0 and 2 of four are summed in one vector of floats, of groups 1 and 3 in another.
+constexpr size_t kFoursAhead = 3072;
+
+static void sum_fours(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
+    const uint8_t* const* const w = rows.values + first;
+    const float* const* const s = rows.scales + first;
+    __m256 even[kRows], odd[kRows];
+    for (int k = 0; k < kRows; ++k) even[k] = odd[k] = _mm256_setzero_ps();
+    // Groups [g, g + 4), of which `count` are there. `own` and `scales` have four.
+    const auto add = [&](int k, size_t g, size_t count, const float* own, const float* scales) __attribute__((always_inline)) {
+        const __m256 by = _mm256_mul_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(scales)), _mm256_broadcast_ps(reinterpret_cast<const __m128*>(own)));
+        const auto lanes_of = [&](size_t j) __attribute__((always_inline)) {
+            const __m256i none = _mm256_setzero_si256();
+            return j < count ? group_int4<64>(w[k] + (g + j) * 32, beside.values + (g + j) * 64, 64, none) : none;
+        };
+        const auto two_by_two = [&](size_t j) __attribute__((always_inline)) {
+            const __m256i a = lanes_of(j), b = lanes_of(j + 2);
+            return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)));
+        };
+        ask_for(w[k] + g * 32 + kFoursAhead), ask_for(w[k] + g * 32 + 64 + kFoursAhead);
+        even[k] = _mm256_add_ps(even[k], _mm256_mul_ps(two_by_two(0), _mm256_permute_ps(by, 0xa0)));
+        odd[k] = _mm256_add_ps(odd[k], _mm256_mul_ps(two_by_two(1), _mm256_permute_ps(by, 0xf5)));
+    };
+    size_t g = 0;
+    for (; g + 4 <= beside.num_groups; g += 4)
+        for (int k = 0; k < kRows; ++k) {
+            prefetch_scale(s[k], g);
+            add(k, g, 4, beside.scales + g, s[k] + g);
+        }
+    if (g < beside.num_groups) {
+        const size_t count = beside.num_groups - g;
+        float own[4] = {}, scales[4] = {};
+        std::memcpy(own, beside.scales + g, count * sizeof *own);
+        for (int k = 0; k < kRows; ++k) {
+            std::memcpy(scales, s[k] + g, count * sizeof *scales);
+            add(k, g, count, own, scales);
+        }
+    }
+    for (int k = 0; k < kRows; ++k) {
+        sum_offsets(s[k], beside.offsets, beside.num_groups, &lanes[k]);
+        lanes[k] = (Floats8)_mm256_add_ps(even[k], odd[k]) + lanes[k];
+    }
+}
 
 #else
 
@@ -253,8 +297,23 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
 
 template <size_t>
 constexpr SumRows rows_int8 = sum_rows<1, group_int8>;
-template <size_t>
 constexpr SumRows rows_int4 = sum_rows<2, group_int4>;
+
+static void sum_fours(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
+    for (int k = 0; k < kRows; ++k) {
+        const float* const scales = rows.scales[first + k];
+        Floats8 sums[2] = {};
+        for (size_t g = 0; g < beside.num_groups; ++g) {
+            int32_t lanes[8] = {};
+            group_int4(rows.values[first + k] + g * 32, beside.values + g * 64, 64, lanes);
+            const float scale = scales[g] * beside.scales[g];
+            for (size_t half = 0; half < 8; half += 4)
+                for (size_t t = half; t < half + 2; ++t) sums[g % 2][t + g / 2 % 2 * 2] += static_cast<float>(lanes[t] + lanes[t + 2]) * scale;
+        }
+        sum_offsets(scales, beside.offsets, beside.num_groups, &to[k]);
+        to[k] = (sums[0] + sums[1]) + to[k];
+    }
+}
 
 #endif
 
@@ -263,7 +322,7 @@ static void dot_int8(const IntegerRows& rows, const Integers& x, float* out) {
 }
 
 static void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_integers<rows_int4<64>> : dot_integers<rows_int4<0>>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<sum_fours> : dot_integers<rows_int4>)(rows, x, out);
 }
 
 // The sum of 64-bit words, read in `streams` places at once: what a product's speed is compared with.
