@@ -5,6 +5,7 @@
     native_optimizers.py     its loops over lists of tensors in main memory
     native_quantize.py       its loops of quantisation and of signs
     native_sums.py           its sums of what ranks sent each other
+    native_watch.py          its look at many tensors: are they where and as they were?
     native_products.py       its products of few rows with a weight of 32, 16, 8 or 4 bits
     native_attention.py      its attention of one new token over a cache of fp32, bf16 or int8
     native_decode.py         its step of one token through all layers of a decoder

@@ -29,6 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from deepspeed.kernels.native_watch import watch
 from deepspeed.zero.bucket import Bucket, is_view
 from deepspeed.zero.build import Built
 from deepspeed.zero.master import Master
@@ -166,10 +167,11 @@ class Memory(Fact):
         self._views = [view for bucket in self._buckets for view in bucket.views]
         self._pointers = [view.data_ptr() for view in self._views]
         self._matrices = [param for param, view in zip(self._params, self._views, strict=True) if view.dim() > 1]
+        self._watch = watch(self._params, memory=True)
 
     @property
     def has_changed(self) -> bool:
-        if any(bucket.is_away for bucket in self._buckets):
+        if (self._watch is not None and self._watch.is_same()) or any(bucket.is_away for bucket in self._buckets):
             return False
         with torch._C.DisableTorchFunctionSubclass():  # which each call would look for: a fifth of the time
             # A square matrix transposed begins at the same address.
@@ -211,10 +213,11 @@ class Versions(Fact):
 
     def renew(self) -> None:
         self._versions = self._read()
+        self._watch = watch(self._params, versions=True)
 
     @property
     def has_changed(self) -> bool:
-        return self._read() != self._versions
+        return not (self._watch is not None and self._watch.is_same()) and self._read() != self._versions
 
     def changes(self, names: Mapping[nn.Parameter, str]) -> list[Change]:
         """Parameters that were written since the last renewal."""

@@ -24,6 +24,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from deepspeed.kernels.native_watch import watch
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.param import give_grads, grads_of
 from deepspeed.zero.veil import Veil
@@ -90,6 +91,7 @@ class ShownGradients:
         self.shows_any = False
         """Asked for every gradient that arrives."""
         self._shown: list[_Shown] = []
+        self._num_watched, self._watch = 0, watch([])
         self.veil = Veil()
         """For buckets that show nothing, until `close`."""
 
@@ -109,6 +111,8 @@ class ShownGradients:
 
     def assigned(self, buckets: Sequence[Gradients]) -> list[Assigned]:
         """What the script has assigned to `param.grad` of parameters that are shown nothing."""
+        if not self._shown and self._have_none(buckets):
+            return []
         showing = {id(shown.gradients) for shown in self._shown}
         hidden = [(own, grads_of(own.bucket.params)) for own in buckets if id(own) not in showing]
         return [
@@ -118,6 +122,13 @@ class ShownGradients:
             for number, gradient in enumerate(found)
             if gradient is not None
         ]
+
+    def _have_none(self, buckets: Sequence[Gradients]) -> bool:
+        """Whether a quick look finds no gradient at any parameter."""
+        if self._num_watched != len(buckets):
+            self._num_watched = len(buckets)
+            self._watch = watch([param for own in buckets for param in own.bucket.params], no_grads=True)
+        return self._watch is not None and self._watch.is_same()
 
     def adopt(self) -> list[tuple[int, int]]:
         """Take over what the script put in place of views; they stay shown. (bucket, parameter) without a gradient now."""
