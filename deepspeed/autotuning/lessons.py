@@ -180,11 +180,6 @@ def ignores_size(seen: tuple[int, Sequence[int]], now: tuple[int, Sequence[int]]
     )
 
 
-def is_about_batches(log: str) -> bool:
-    """Whether a run failed because a Trainer's arguments and our batch sizes disagree."""
-    return _MISMATCH in log
-
-
 def is_about_auto(log: str) -> bool:
     """Whether a run failed because nobody replaced "auto"."""
     return _NEVER_REPLACED in log

@@ -19,7 +19,7 @@ from deepspeed.memory.inside import Way
 from deepspeed.memory.shape import ModelShape, shape_of, with_inside
 from deepspeed.mesh.shape import DEGREES
 from deepspeed.planner.cluster import Cluster, read_cluster
-from deepspeed.planner.layouts import Plan, evaluate, ways_of
+from deepspeed.planner.layouts import Plan, check_divides, evaluate, ways_of
 from deepspeed.planner.page import page
 from deepspeed.planner.search import Answer, parse_layout, plan_cluster, simulated
 from deepspeed.utils.arguments import amount, whole
@@ -103,6 +103,7 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
                 f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
                 "  Change one of the dims."
             )
+        check_divides(shape, layout)
         plan = simulated(evaluate(shape, cluster, layout))
         return shape, cluster, Answer([plan], 1, int(plan.fits(cluster)))
     shape = with_inside(shape, model, batch, ways_of(shape, cluster), dtype=dtype)

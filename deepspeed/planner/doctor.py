@@ -105,7 +105,7 @@ CHANGES: tuple[Change, ...] = (
         lambda config, choice: choice.stage == 3 and choice.reuse_numel < 10**8,
     ),
 )
-AS_IT_IS = Change("the configuration as it is", {}, lambda choice: choice, lambda config, choice: True)
+AS_IT_IS = Change("as it is", {}, lambda choice: choice, lambda config, choice: True)
 
 
 def _counted(estimate: Estimate | None) -> dict[str, Any]:
@@ -143,7 +143,7 @@ def diagnose(
                 break
             choice = replace(change.apply(own), micro=size, **_counted(found if base else None))
             gain = ranks * size * own.accumulation / step_parts(rates, work, choice).total / speed - 1
-            what = change.what + (f", micro-batch {size}" if size != micro else "")
+            what = ", ".join([change.what] * (change is not AS_IT_IS) + [f"micro-batch {size}"] * (size != micro))
             if change is AS_IT_IS:
                 alone[size] = gain
             elif gain < alone.get(size, 0.0) + SAME:

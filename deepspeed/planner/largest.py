@@ -19,14 +19,16 @@ from deepspeed.utils.errors import DeepSpeedError
 
 GIB = 2**30
 MOST = 1 << 20
-"""Samples, or blocks, beyond which nobody asks."""
+"""Samples beyond which nobody asks."""
 
 
 def largest(fits: Callable[[int], bool]) -> int:
-    """The largest number from 1 on for which `fits` holds, if it holds below; 0 if not even for 1. About 2 log2 calls."""
+    """The largest number from 1 to `MOST` for which `fits` holds, if it holds below; 0 if not even for 1. About 2 log2 calls."""
     high = 1
-    while high <= MOST and fits(high):
+    while high < MOST and fits(high):
         high *= 2
+    if high == MOST and fits(MOST):
+        return MOST
     low = high // 2
     while high - low > 1:
         middle = (low + high) // 2
@@ -86,7 +88,6 @@ def main(arguments: Sequence[str] | None = None) -> int:
             f"Not even one sample fits {args.device_memory:g} GiB: it needs {gib(needed)}. `deepspeed estimate` has what to change."
         )
         return 1
-    print(
-        f"train_micro_batch_size_per_gpu: {size}\nA rank needs {gib(needed)} of {args.device_memory:g} GiB; {size + 1} does not fit."
-    )
+    end = f"{size + 1} does not fit" if size < MOST else "more was not asked about"
+    print(f"train_micro_batch_size_per_gpu: {size}\nA rank needs {gib(needed)} of {args.device_memory:g} GiB; {end}.")
     return 0

@@ -137,16 +137,42 @@ def divisions(shape: ModelShape, cluster: Cluster) -> Iterator[Layout]:
         if tp > 1 and (not shape.num_heads or shape.num_heads % tp or shape.num_kv_heads % tp):
             continue
         for pp in _divisors(ranks // tp):
-            if pp > (shape.num_blocks if shape.num_stacks == 1 else 1):
+            if pp > _most_stages(shape):
                 break
             for sp in _divisors(cluster.devices_per_node // tp):
-                is_cut = shape.cuts_sequences and shape.num_heads and (shape.num_heads // tp) % sp == 0
-                if (sp > 1 and not is_cut) or ranks % (tp * pp * sp):
+                if not _may_cut_sequences(shape, tp, sp) or ranks % (tp * pp * sp):
                     continue
                 dp = ranks // (tp * pp * sp)
                 for ep in _divisors(min(dp * sp, shape.num_experts)) if shape.num_experts else [1]:
                     if (dp * sp) % ep == shape.num_experts % ep == 0:
                         yield Layout(pp=pp, dp=dp, sp=sp, tp=tp, ep=ep)
+
+
+def check_divides(shape: ModelShape, layout: Layout) -> None:
+    """A layout that a user asks for cuts the model where it can be cut. Raises DeepSpeedError; layers over ranks are `with_inside`'s to refuse."""
+    most = _most_stages(shape)
+    if layout.pp > most:
+        raise DeepSpeedError(
+            f"pp{layout.pp}: {shape.name} has {shape.num_blocks} blocks in {shape.num_stacks} list(s), which make at most {most} stage(s).\n"
+            "  Use fewer."
+        )
+    if not _may_cut_sequences(shape, layout.tp, layout.sp):
+        raise DeepSpeedError(
+            f"sp{layout.sp}: the sequences of {shape.name} cannot be divided over {layout.sp} ranks, each of which has a part of its "
+            f"{shape.num_heads // layout.tp} heads.\n  Use fewer, or leave sp out."
+        )
+    if layout.ep > 1 and ((layout.dp * layout.sp) % layout.ep or shape.num_experts % layout.ep):
+        raise DeepSpeedError(
+            f"ep{layout.ep} does not divide {shape.num_experts} experts, or dp x sp = {layout.dp * layout.sp} ranks.\n  Use another."
+        )
+
+
+def _most_stages(shape: ModelShape) -> int:
+    return shape.num_blocks if shape.num_stacks == 1 else 1
+
+
+def _may_cut_sequences(shape: ModelShape, tp: int, sp: int) -> bool:
+    return sp == 1 or bool(shape.cuts_sequences and shape.num_heads and (shape.num_heads // tp) % sp == 0)
 
 
 def _with_batches(base: Layout, samples: int) -> Iterator[Layout]:

@@ -107,13 +107,19 @@ def parse_layout(text: str) -> Layout:
         name = word.rstrip("0123456789")
         number = word[len(name) :]
         if name in DEGREES and number:
-            values[name] = int(number)
+            said: dict[str, int | bool] = {name: int(number)}
         elif name == "zero" and number in ("0", "1", "2", "3"):
-            values["stage"] = int(number)
-        elif "x" in word and all(part.isdecimal() for part in word.split("x")):
-            values["micro"], values["accumulation"] = map(int, word.split("x"))
+            said = {"stage": int(number)}
+        elif "x" in word and [part.isdecimal() for part in word.split("x")] == [True, True]:
+            said = dict(zip(("micro", "accumulation"), map(int, word.split("x")), strict=True))
         elif word in ("recompute", "offload"):
-            values[word] = True
-        elif word not in ("one", "rank"):
+            said = {word: True}
+        elif word in ("one", "rank"):
+            continue
+        else:
             raise DeepSpeedError(f"{word!r} is no part of a layout.\n  Write it as pp2 dp4 tp2 zero1 4x8 recompute.")
+        if values.keys() & said.keys() or ("stage" not in said and 0 in said.values()):
+            what = "says again what another word does" if values.keys() & said.keys() else "has a 0"
+            raise DeepSpeedError(f"--layout {text}: {word} {what}.\n  Give each once, and at least 1.")
+        values |= said
     return Layout(**values)  # type: ignore[arg-type]

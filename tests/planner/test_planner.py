@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import subprocess
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from deepspeed.parallel.pipeline.check import Costs, simulate
 from deepspeed.parallel.pipeline.schedules import NAMED
 from deepspeed.planner import largest, machine
 from deepspeed.planner.cluster import read_cluster
+from deepspeed.planner.largest_model import deepest_below
 from deepspeed.planner.layouts import Layout, evaluate, layouts, rank_params
 from deepspeed.planner.machine import Asked, measure
 from deepspeed.planner.search import parse_layout, plan_cluster, simulated
@@ -213,6 +215,30 @@ def test_the_largest_number_that_fits_is_found(most: int) -> None:
     assert largest.largest(lambda number: number <= most) == most
 
 
+def test_beyond_what_is_asked_about_the_largest_number_is_the_last() -> None:
+    assert largest.largest(lambda number: True) == largest.MOST
+
+
+@pytest.mark.parametrize("base", [0, 5, 700])
+@pytest.mark.parametrize("bend", [0.0, 3.0, -20.0])
+def test_the_deepest_model_that_fits_is_found_on_few_depths(base: int, bend: float) -> None:
+    """Bytes that grow nearly by the same with each layer, as where allocators round."""
+
+    def needs(layers: int) -> int:
+        looked.add(layers)
+        return int(base + 50 * layers + bend * math.sqrt(layers))
+
+    for room in (0, 51, 100, 777, 1234, 3000, 4799, 5000, 40_000):
+        looked: set[int] = set()
+        found, is_exact = deepest_below(room, needs, 96)
+        truth = max((n for n in range(2000) if n and needs(n) <= room), default=0)
+        assert found == truth if is_exact else abs(found - truth) < 0.02 * truth
+        assert is_exact == (truth < 96)
+        looked.clear()
+        deepest_below(room, needs, 96)
+        assert len(looked) <= 9
+
+
 @pytest.fixture
 def llama(tmp_path: Path) -> Path:
     pytest.importorskip("transformers")
@@ -250,6 +276,11 @@ def test_the_commands_answer(llama: Path, capsys: pytest.CaptureFixture[str]) ->
         ("--dtype", "int8", "--dtype int8: models train in floating-point numbers."),
         ("--layout", "", "pp x dp x sp x tp = 1, and the cluster has 4 devices"),
         ("--layout", "dp4 ep2", "LlamaForCausalLM has no experts to spread."),
+        ("--layout", "pp4", "pp4: LlamaForCausalLM has 2 blocks in 1 list(s), which make at most 2 stage(s)"),
+        ("--layout", "dp4 0x2", "0x2 has a 0"),
+        ("--layout", "dp2 dp4", "dp4 says again what another word does"),
+        ("--layout", "dp4 zero1 zero2", "zero2 says again"),
+        ("--layout", "dp4 1x2x3", "'1x2x3' is no part of a layout"),
     ):
         assert runner.main(["plan", str(llama), "--cluster", cluster, "-s", "64", key, value]) == 2
         assert words in capsys.readouterr().err
