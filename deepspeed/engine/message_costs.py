@@ -69,6 +69,7 @@ class Stack(nn.Module):
             self.add_module(f"unit{i}", nn.Sequential(*some))
 
     def forward(self, x: Tensor) -> Tensor:
+        """[] a loss of x [batch, width]."""
         for unit in self.children():
             x = unit(x)
         return x.square().mean()

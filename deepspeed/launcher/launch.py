@@ -164,6 +164,8 @@ def pid_file(owner: int | None) -> Iterator[None]:
 
 
 def cores_to_bind(args: argparse.Namespace) -> list[int]:
+    """The cores of `--bind_core_list`, or all physical ones that this process may use. Raises DeepSpeedError where ranks cannot be
+    bound, or not to these."""
     if "KMP_AFFINITY" in os.environ:
         raise DeepSpeedError(
             f"--bind_cores_to_rank with KMP_AFFINITY={os.environ['KMP_AFFINITY']}: both bind threads to cores.\n"
@@ -185,6 +187,7 @@ def cores_to_bind(args: argparse.Namespace) -> list[int]:
 
 
 def make_folder(path: Path) -> None:
+    """Have the directory of `--enable_each_rank_log`. Raises DeepSpeedError where it cannot be."""
     if path.exists() and not path.is_dir():
         raise DeepSpeedError(f"--enable_each_rank_log {path} is a file.\n  Name a directory; it is made if missing.")
     try:

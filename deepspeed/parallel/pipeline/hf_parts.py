@@ -32,6 +32,7 @@ class Zeros(nn.Module):
     """In place of position embeddings, which the first layer has added."""
 
     def forward(self, *args: Any, **kwargs: Any) -> Tensor:
+        """[] zero, which adds nothing to embeddings of any shape."""
         return torch.zeros(())
 
 
@@ -39,6 +40,7 @@ class Through(nn.Module):
     """In place of a norm, a dropout or a block that another layer has."""
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """`x` as it is."""
         return x
 
 

@@ -29,6 +29,7 @@ class TokenLosses(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, target: Tensor, group: Group, first: int, ignored: int) -> Tensor:
+        """target: [...] of int64, over the whole vocabulary; `first` is where the own part of it begins. fp32, or what is wider."""
         wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
         largest = wide.amax(dim=-1)
         if group is not None:

@@ -203,6 +203,7 @@ class ColumnOverlapped(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Context, x: Tensor, weight: Tensor, bias: Tensor | None, ranks: TensorGroup) -> Tensor:
+        """x: [..., in]; weight: [own out, in], of which each rank has its rows."""
         ctx.save_for_backward(x, weight)
         ctx.ranks, ctx.has_bias = ranks, bias is not None
         return torch.nn.functional.linear(x, weight, bias)
