@@ -13,6 +13,9 @@ import select
 import sys
 import time
 
+HOLD_S = 0.25
+"""How long the beginning of a line waits for its end: a prompt has none, and `python -u` writes the arguments of one print one by one."""
+
 PIPE_BUF = 4096
 FULL_NBYTES = 1 << 16
 
@@ -69,3 +72,41 @@ class Outlet:
         while self._waiting and time.monotonic() < until_s:
             self._poll.poll(50)
             self.push()
+
+
+class WholeLines:
+    """One of several streams that go to one outlet, line by line, so that none is torn by another's."""
+
+    def __init__(self, outlet: Outlet, hold_s: float = HOLD_S) -> None:
+        self.outlet = outlet
+        self._hold_s = hold_s
+        self._held = b""
+        self._since_s = 0.0
+
+    @property
+    def holds_any(self) -> bool:
+        """Whether a line is here whose end is not."""
+        return bool(self._held)
+
+    def write(self, data: bytes, now_s: float) -> None:
+        """Pass on what ends a line, or draws one anew (a progress bar's return); hold the rest, up to as much as is read at once."""
+        data = self._held + data
+        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+        if len(data) - end > FULL_NBYTES or not self._hold_s:
+            end = len(data)
+        if not self._held or end:
+            self._since_s = now_s
+        self._held = data[end:]
+        if end:
+            self.outlet.write(data[:end])
+
+    def let_go(self, now_s: float) -> None:
+        """Pass on what was held for too long."""
+        if self._held and now_s - self._since_s >= self._hold_s:
+            self.end()
+
+    def end(self) -> None:
+        """Pass on what is held: no more is to come."""
+        held, self._held = self._held, b""
+        if held:
+            self.outlet.write(held)

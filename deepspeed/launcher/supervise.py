@@ -1,7 +1,7 @@
 """The worker processes of one node: start them, pass their output on, and end them all when one fails.
 
-`launch.run_here` calls `Supervisor(workers).run()`. One thread, one loop over a selector: the workers' stderr, of
-which the end is kept; a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop); and, on
+`launch.run_here` calls `Supervisor(workers).run()`. One thread, one loop over a selector: the workers' output, in whole lines,
+of which the end of stderr is kept (stdout goes by itself where it is a terminal, so that scripts see one); a pipe that signals write to (SIGCHLD: a worker ended; SIGINT, SIGTERM, SIGHUP: stop); and, on
 several nodes, the link to the job's coordinator, which then decides when a failure stops everybody.
 
     RUNNING  --Ctrl-C, here or at the job's launcher-->  INTERRUPTED (SIGINT to all trees, as a terminal would send it)
@@ -30,17 +30,18 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from types import FrameType
+from typing import IO, NamedTuple
 
 from deepspeed.launcher.control import BEAT_S, Link, LinkLostError
 from deepspeed.launcher.failure import TAIL_NBYTES, Blame, Failure, last_words
 from deepspeed.launcher.job import Worker
-from deepspeed.launcher.outlet import Outlet
+from deepspeed.launcher.outlet import HOLD_S, Outlet, WholeLines
 from deepspeed.utils.errors import DeepSpeedError
 
 GRACE_S = 15.0
 """Between SIGINT and SIGTERM, and between SIGTERM and SIGKILL."""
 DRAIN_S = 1.0
-"""How long to read on after the last worker ended, if a process it left behind holds its stderr open."""
+"""How long to read on after the last worker ended, if a process it left behind holds its output open."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -58,9 +59,9 @@ class State(enum.Enum):
 
 
 class _Process:
-    """One worker while it runs."""
+    """One worker while it runs; `pipes_stdout`: its stdout is read here, too."""
 
-    def __init__(self, worker: Worker) -> None:
+    def __init__(self, worker: Worker, pipes_stdout: bool) -> None:
         self.worker = worker
         self.tail = b""
         log = open(worker.log, "wb") if worker.log else None  # noqa: SIM115 - closed below, the child has its own
@@ -68,7 +69,7 @@ class _Process:
             self.popen = subprocess.Popen(
                 worker.command,
                 env=dict(worker.environ),
-                stdout=log,
+                stdout=log or (subprocess.PIPE if pipes_stdout else None),
                 stderr=subprocess.STDOUT if log else subprocess.PIPE,
                 start_new_session=True,
                 preexec_fn=die_with_parent(),
@@ -86,19 +87,19 @@ class _Process:
             if log:
                 log.close()
 
-    def read(self) -> bytes:
-        """What it wrote to stderr since the last time; empty at the end."""
-        assert self.popen.stderr is not None, "only a worker without a log has a pipe"
-        chunk = os.read(self.popen.stderr.fileno(), TAIL_NBYTES)
-        self.tail = (self.tail + chunk)[-TAIL_NBYTES:]
+    def read(self, stream: IO[bytes]) -> bytes:
+        """What it wrote to one of its pipes since the last time; empty at the end."""
+        chunk = os.read(stream.fileno(), TAIL_NBYTES)
+        if stream is self.popen.stderr:
+            self.tail = (self.tail + chunk)[-TAIL_NBYTES:]
         return chunk
 
     def rest(self) -> Iterator[bytes]:
-        """What is still in its pipe, up to as much as is kept: the last words of a process that has ended."""
+        """What is still in stderr's pipe, up to as much as is kept: the last words of a process that has ended."""
         for _ in range(TAIL_NBYTES // 4096):
             if self.popen.stderr is None or not select.select([self.popen.stderr], [], [], 0)[0]:
                 return
-            yield self.read()
+            yield self.read(self.popen.stderr)
 
     def failure(self) -> Failure:
         """How it failed, with the end of what it wrote."""
@@ -115,6 +116,14 @@ class _Process:
         """Send a signal to the worker and the processes it started."""
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.popen.pid, number)
+
+
+class _Stream(NamedTuple):
+    """One pipe of a worker, and where it goes on to."""
+
+    process: _Process
+    pipe: IO[bytes]
+    lines: WholeLines
 
 
 class Supervisor:
@@ -144,7 +153,8 @@ class Supervisor:
         """Who had not ended when the grace after SIGINT was over."""
         self._stopped_by: tuple[str, int] | None = None
         self._selector = selectors.DefaultSelector()
-        self._stderr = Outlet(2)
+        self._stdout, self._stderr = Outlet(1), Outlet(2)
+        self._streams: list[_Stream] = []
         self.has_lost_link = False
         """Whether the coordinator was gone before it said how the job ended."""
 
@@ -182,6 +192,7 @@ class Supervisor:
         else:
             text = ""
         sys.stdout.flush()
+        self._stdout.flush(DRAIN_S)
         self._stderr.write(text.encode())
         self._stderr.flush(DRAIN_S)
         if self._link:
@@ -189,11 +200,14 @@ class Supervisor:
         return code
 
     def _start(self, worker: Worker, leash: _Leash) -> None:
-        process = _Process(worker)
+        is_one = len(self._workers) == 1  # whose lines nobody tears
+        process = _Process(worker, pipes_stdout=not is_one and not os.isatty(1))
         self._processes.append(process)
         leash.hold(process.popen.pid)
-        if process.popen.stderr is not None:
-            self._selector.register(process.popen.stderr, selectors.EVENT_READ, process)
+        for pipe, outlet in ((process.popen.stdout, self._stdout), (process.popen.stderr, self._stderr)):
+            if pipe is not None:
+                self._streams.append(_Stream(process, pipe, WholeLines(outlet, 0.0 if is_one else HOLD_S)))
+                self._selector.register(pipe, selectors.EVENT_READ, self._streams[-1])
 
     def _is_busy(self) -> bool:
         """Whether a worker runs, or, while stopping, a process that one of them left."""
@@ -232,26 +246,31 @@ class Supervisor:
 
     def _wait_s(self) -> float | None:
         """None: until something happens. What workers left behind sends no signal when it ends, so that is polled."""
-        if self._state is State.RUNNING and not self._stderr.is_waiting:
+        is_waiting = self._stdout.is_waiting or self._stderr.is_waiting or any(s.lines.holds_any for s in self._streams)
+        if self._state is State.RUNNING and not is_waiting:
             beat = BEAT_S / 2 if self._link else float("inf")
             wait_s = min(beat, max(0.0, self._blame.stop_at_s - time.monotonic()))
             return None if wait_s == float("inf") else wait_s
         return min(0.05, max(0.0, self._deadline_s - time.monotonic()))
 
     def _pass_on(self, timeout_s: float | None) -> None:
-        self._stderr.push()
+        for outlet in (self._stdout, self._stderr):
+            outlet.push()
         for key, _ in self._selector.select(timeout_s):
-            if isinstance(key.data, _Process):
-                if self._stderr.is_full:
+            if isinstance(key.data, _Stream):
+                process, pipe, lines = key.data
+                if lines.outlet.is_full:
                     time.sleep(0.02)  # the workers wait with us, and nothing else does
                     continue
-                chunk = key.data.read()
-                if chunk:
-                    self._stderr.write(chunk)
-                else:
+                chunk = process.read(pipe)
+                lines.write(chunk, time.monotonic())
+                if not chunk:
+                    lines.end()
                     self._selector.unregister(key.fileobj)
             elif key.fileobj is not self._link:
                 os.read(key.fd, 4096)
+        for stream in self._streams:
+            stream.lines.let_go(time.monotonic())
 
     def _listen(self, link: Link) -> None:
         """Do what the coordinator says; without it, end."""
@@ -273,8 +292,10 @@ class Supervisor:
     def _failed(self, process: _Process) -> None:
         if self._state is not State.RUNNING or self._signals:
             return
-        for chunk in process.rest():
-            self._stderr.write(chunk)
+        for stream in self._streams:
+            if stream.pipe is process.popen.stderr:
+                for chunk in process.rest():
+                    stream.lines.write(chunk, time.monotonic())
         ended = [other.worker.name for other in self._processes if other.popen.returncode == 0]
         failure = process.failure().after(ended)
         if self._link:
@@ -311,10 +332,12 @@ class Supervisor:
     def _drain(self) -> None:
         """Pass on what workers wrote before they ended."""
         until_s = time.monotonic() + DRAIN_S
-        while any(isinstance(key.data, _Process) for key in self._selector.get_map().values()):
+        while any(isinstance(key.data, _Stream) for key in self._selector.get_map().values()):
             if time.monotonic() > until_s:
-                return
+                break
             self._pass_on(0.05)
+        for stream in self._streams:
+            stream.lines.end()
 
 
 @contextlib.contextmanager

@@ -14,8 +14,10 @@ from pathlib import Path
 
 import pytest
 
+from deepspeed.launcher import supervise
 from deepspeed.launcher.failure import describe_exit, last_words, shell_code
 from deepspeed.launcher.job import Worker
+from deepspeed.launcher.outlet import Outlet, WholeLines
 from deepspeed.launcher.supervise import Supervisor
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -100,6 +102,29 @@ def test_output_passes_through_while_workers_run(capfd: pytest.CaptureFixture[st
         signal.signal(signal.SIGALRM, before)
     assert "".join(seen) == "progress\n"
     assert capfd.readouterr().err == "no newline"
+
+
+@pytest.mark.parametrize("descriptor", [1, 2])
+def test_lines_of_several_ranks_come_whole(
+    descriptor: int, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervise, "HOLD_S", 60.0)  # a rank that waits for a processor is not late
+    script = f"for i in $(seq 300); do printf 'rank ' >&{descriptor}; printf \"$RANK \" >&{descriptor}; echo $i >&{descriptor}; done"
+    assert _run(script, script) == 0
+    lines = capfd.readouterr()[descriptor - 1].splitlines()
+    assert sorted(lines) == sorted(f"rank {rank} {i}" for rank in (0, 1) for i in range(1, 301))
+    assert [line for line in lines if line.startswith("rank 1")] == [f"rank 1 {i}" for i in range(1, 301)]
+
+
+def test_the_beginning_of_a_line_is_shown_when_its_end_does_not_come(capfd: pytest.CaptureFixture[str]) -> None:
+    lines = WholeLines(Outlet(1), hold_s=5.0)
+    seen = []
+    for data, now_s in [(b"name: ", 0.0), (b"", 4.0), (b"x\n10 %\r", 4.0), (b"20 %", 6.0), (b"", 12.0)]:
+        lines.write(data, now_s)
+        lines.let_go(now_s)
+        seen.append(capfd.readouterr().out)
+    assert seen == ["", "", "name: x\n10 %\r", "", "20 %"]
+    assert not lines.holds_any
 
 
 def test_a_rank_that_ignores_sigterm_is_killed_after_the_grace_period() -> None:
