@@ -37,6 +37,8 @@ class Outlet:
     def __init__(self, descriptor: int) -> None:
         self._descriptor = descriptor
         self._waiting = bytearray()
+        self.num_lost, self.why_lost = 0, ""
+        """Bytes that could not be written, such as to a disk that is full; where nobody reads any more nothing is lost."""
         self._poll = select.poll()
         self._poll.register(descriptor, select.POLLOUT)
 
@@ -56,11 +58,14 @@ class Outlet:
         self.push()
 
     def push(self) -> None:
-        """Write of the rest what can be written now. Where nobody reads any more, all of it is dropped."""
+        """Write of the rest what can be written now. Where that fails, all of it is dropped."""
         while self._waiting and self._poll.poll(0):
             try:
                 written = os.write(self._descriptor, self._waiting[:PIPE_BUF])
-            except OSError:
+            except OSError as error:
+                if not isinstance(error, BrokenPipeError):
+                    self.num_lost += len(self._waiting)
+                    self.why_lost = error.strerror or str(error)
                 self._waiting.clear()
                 return
             del self._waiting[:written]

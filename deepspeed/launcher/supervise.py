@@ -193,6 +193,9 @@ class Supervisor:
             text = ""
         sys.stdout.flush()
         self._stdout.flush(DRAIN_S)
+        if self._stdout.num_lost:
+            lost = f"\n---- {self._stdout.num_lost} bytes of the ranks' output could not be written: {self._stdout.why_lost} ----\n"
+            self._stderr.write(lost.encode())
         self._stderr.write(text.encode())
         self._stderr.flush(DRAIN_S)
         if self._link:

@@ -116,6 +116,17 @@ def test_lines_of_several_ranks_come_whole(
     assert [line for line in lines if line.startswith("rank 1")] == [f"rank 1 {i}" for i in range(1, 301)]
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
+def test_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
+    code = "from tests.launcher.test_supervise import _run\nimport sys; sys.exit(_run('echo one', 'echo two; exit 3'))"
+    with open("/dev/full", "wb") as full:
+        ended = subprocess.run(
+            [sys.executable, "-c", code], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False
+        )
+    assert ended.returncode == 3
+    assert "8 bytes of the ranks' output could not be written: No space left on device ----" in ended.stderr
+
+
 def test_the_beginning_of_a_line_is_shown_when_its_end_does_not_come(capfd: pytest.CaptureFixture[str]) -> None:
     lines = WholeLines(Outlet(1), hold_s=5.0)
     seen = []
