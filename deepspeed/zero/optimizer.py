@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -54,6 +54,12 @@ class DeepSpeedOptimizer(torch.optim.Optimizer):
     """Base of every optimizer the engine returns; `.optimizer` is the wrapped torch optimizer."""
 
     optimizer: torch.optim.Optimizer
+
+    def __reduce_ex__(self, protocol: Any) -> NoReturn:
+        raise TrainingStateError(
+            "an engine's optimizer cannot be copied or pickled: it owns parts of the model's parameters.\n"
+            "  Keep optimizer.state_dict(), or call engine.save_checkpoint(folder) on every rank."
+        )
 
 
 class LossScaled:

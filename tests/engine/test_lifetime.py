@@ -154,10 +154,14 @@ def copies(rank: int, world_size: int, stage: int) -> None:
         for refused in (copy.deepcopy, pickle.dumps):
             with pytest.raises(DeepSpeedError, match="an engine cannot be (copied|pickled): it owns process groups"):
                 refused(engine)
+            with pytest.raises(DeepSpeedError, match="an engine's optimizer cannot be copied or pickled"):
+                refused(engine.optimizer)
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_module_of_an_engine_can_be_copied_and_saved_and_the_engine_says_that_it_cannot(stage: int) -> None:
+def test_the_module_of_an_engine_can_be_copied_and_saved_and_engine_and_optimizer_say_that_they_cannot(
+    stage: int,
+) -> None:
     run_ranks(2, copies, stage)
 
 
