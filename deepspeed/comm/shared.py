@@ -222,8 +222,7 @@ class SharedRing:
         self._board, self._timeout_s = board, timeout_s
         self.num_calls = 0
 
-    def start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
-        """See Ring."""
+    def _start_gather(self, words: Sequence[int]) -> Callable[[], list[tuple[int, ...]]]:
         self.num_calls += 1
         own = torch.tensor(words, dtype=torch.int64)
         posted = self._board.post(_Posted(self._board, own, self._timeout_s), own)
@@ -235,9 +234,12 @@ class SharedRing:
 
         return finish
 
+    start_gather = _start_gather
+    """See Ring."""
+
     def start_largest(self, words: Sequence[int]) -> Callable[[], tuple[int, ...]]:
         """See Ring."""
-        gathered = self.start_gather(words)
+        gathered = self._start_gather(words)
         return lambda: tuple(map(max, zip(*gathered(), strict=True)))
 
 

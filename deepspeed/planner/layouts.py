@@ -153,17 +153,17 @@ def check_divides(shape: ModelShape, layout: Layout) -> None:
     most = _most_stages(shape)
     if layout.pp > most:
         raise DeepSpeedError(
-            f"pp{layout.pp}: {shape.name} has {shape.num_blocks} blocks in {shape.num_stacks} list(s), which make at most {most} stage(s).\n"
+            f"layout pp{layout.pp}: {shape.name} has {shape.num_blocks} blocks in {shape.num_stacks} list(s), which make at most {most} stage(s).\n"
             "  Use fewer."
         )
     if not _may_cut_sequences(shape, layout.tp, layout.sp):
         raise DeepSpeedError(
-            f"sp{layout.sp}: the sequences of {shape.name} cannot be divided over {layout.sp} ranks, each of which has a part of its "
+            f"layout sp{layout.sp}: the sequences of {shape.name} cannot be divided over {layout.sp} ranks, each of which has a part of its "
             f"{shape.num_heads // layout.tp} heads.\n  Use fewer, or leave sp out."
         )
     if layout.ep > 1 and ((layout.dp * layout.sp) % layout.ep or shape.num_experts % layout.ep):
         raise DeepSpeedError(
-            f"ep{layout.ep} does not divide {shape.num_experts} experts, or dp x sp = {layout.dp * layout.sp} ranks.\n  Use another."
+            f"layout ep{layout.ep} does not divide {shape.num_experts} experts, or dp x sp = {layout.dp * layout.sp} ranks.\n  Use another."
         )
 
 

@@ -159,7 +159,7 @@ def copies(rank: int, world_size: int, stage: int) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_the_module_of_an_engine_can_be_copied_and_saved_and_engine_and_optimizer_say_that_they_cannot(
+def test_the_module_of_an_engine_can_be_copied_and_saved_and_the_engine_says_that_it_cannot(
     stage: int,
 ) -> None:
     run_ranks(2, copies, stage)
