@@ -12,7 +12,7 @@ import deepspeed
 from deepspeed.mesh import groups
 from deepspeed.mesh.script import ScriptGroups
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
-from tests.harness import run_ranks
+from tests.harness import close_pools, run_ranks
 
 
 def test_expert_groups_with_tensor_parallelism_are_the_contract_s() -> None:
@@ -152,6 +152,7 @@ def without_anything(rank: int, world_size: int) -> Any:
 
 
 def test_what_nobody_made_is_a_key_error_that_says_who_would() -> None:
+    close_pools()  # an engine that an earlier test left alive would be asked
     assert run_ranks(2, without_anything)[0] == ((1, 0), None, None)
 
 
