@@ -79,6 +79,14 @@ class Outlet:
             self.push()
 
 
+def cut_at_line(data: bytes, *, is_end: bool) -> tuple[bytes, bytes]:
+    """Complete lines, which end with a newline or (progress bars) a carriage return, and the rest, up to FULL_NBYTES."""
+    cut = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
+    if is_end or len(data) - cut > FULL_NBYTES:
+        cut = len(data)
+    return data[:cut], data[cut:]
+
+
 class WholeLines:
     """One of several streams that go to one outlet, line by line, so that none is torn by another's."""
 
@@ -94,16 +102,13 @@ class WholeLines:
         return bool(self._held)
 
     def write(self, data: bytes, now_s: float) -> None:
-        """Pass on what ends a line, or draws one anew (a progress bar's return); hold the rest, up to as much as is read at once."""
-        data = self._held + data
-        end = max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-        if len(data) - end > FULL_NBYTES or not self._hold_s:
-            end = len(data)
-        if not self._held or end:
+        """Pass on complete lines; hold the rest."""
+        lines, rest = cut_at_line(self._held + data, is_end=not self._hold_s)
+        if lines or not self._held:
             self._since_s = now_s
-        self._held = data[end:]
-        if end:
-            self.outlet.write(data[:end])
+        self._held = rest
+        if lines:
+            self.outlet.write(lines)
 
     def let_go(self, now_s: float) -> None:
         """Pass on what was held for too long."""

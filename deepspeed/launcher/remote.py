@@ -29,7 +29,7 @@ from typing import IO
 
 from deepspeed.launcher.coordinator import Coordinator
 from deepspeed.launcher.failure import TAIL_NBYTES, Failure, describe_exit, last_words, shell_code
-from deepspeed.launcher.outlet import Outlet
+from deepspeed.launcher.outlet import Outlet, cut_at_line
 from deepspeed.launcher.starters import Plan, Start, Starter
 from deepspeed.launcher.starters.ssh import ssh_words
 from deepspeed.launcher.supervise import (
@@ -187,8 +187,8 @@ class RemoteRun:
         data = os.read(stream.fileno(), 1 << 16)
         if number == 2:
             program.tail = (program.tail + data)[-TAIL_NBYTES:]
-        lines, rest = _split_lines(program.rest.pop(number, b"") + data, is_end=not data)
-        program.rest[number] = rest
+        whole, program.rest[number] = cut_at_line(program.rest.get(number, b"") + data, is_end=not data)
+        lines = whole.splitlines(keepends=True)
         if number == 2 and self._coordinator:
             for line in lines:
                 failed = self._starter.failed_host(line)
@@ -297,12 +297,6 @@ class RemoteRun:
         self._outlets[2].write(self._coordinator.summary.encode())
         self._outlets[2].flush(DRAIN_S)
         return self._coordinator.code
-
-
-def _split_lines(data: bytes, *, is_end: bool) -> tuple[list[bytes], bytes]:
-    """Complete lines, which end with a newline or (progress bars) a carriage return, and the rest."""
-    cut = len(data) if is_end or len(data) > TAIL_NBYTES else max(data.rfind(b"\n"), data.rfind(b"\r")) + 1
-    return data[:cut].splitlines(keepends=True), data[cut:]
 
 
 def _signal(program: _Program, number: int) -> None:
