@@ -36,7 +36,7 @@ class LossScaleGuard:
 
     def check(self) -> None:
         """Called as a backward begins. Raises TrainingStateError for an unscaled loss."""
-        if not self.is_scaled and (self.scale.is_dynamic or self.scale.scale != 1.0) and self._accumulates():
+        if not self.is_scaled and self.scale.is_used and self._accumulates():
             raise TrainingStateError(
                 f"loss.backward() on an unscaled loss: fp16 needs it multiplied by the loss scale ({self.scale.scale:g}).\n"
                 "  Use engine.backward(loss), or engine.scale(loss).backward()."

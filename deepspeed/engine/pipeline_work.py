@@ -120,8 +120,7 @@ class StageWork:
         divided = loss / self.num_micro if self.num_micro > 1 else loss
         if weighs is not None:
             divided = weighs.weighted(divided)
-        scale = self._zero.scale_guard.scale.scale
-        return divided.float() * scale if scale != 1.0 else divided
+        return self._zero.scale_guard.scale.times(divided)
 
     def backward(self, roots: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
         """See Work."""

@@ -178,7 +178,7 @@ class Conductor:
             loss = self._sequence_loss.weighted(loss)
         guard = self._zero.scale_guard
         guard.is_scaled = True
-        return loss.float() * guard.scale.scale if guard.scale.scale != 1.0 else loss
+        return guard.scale.times(loss) if guard.scale.scale != 1.0 else loss
 
     def end_micro_batch(self, at_boundary: Callable[[], None]) -> None:
         """Count a micro-batch; call `at_boundary` where it completes a step, else start reducing what it left."""

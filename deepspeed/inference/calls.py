@@ -108,9 +108,8 @@ class Calls:
                     "  It left the call that this rank was in, which ends here. The next call begins anew on all ranks."
                 ) from error
             if told.call == self._call and not told.has_failed:
-                self._write(
-                    has_failed=False, num_launched=self._at_start
-                )  # it failed before, and asks where this one is
+                # It failed before, and asks where this one is.
+                self._write(has_failed=False, num_launched=self._at_start)
 
     def _meet(self) -> None:
         """After an error here: learn where the others are, and make another group where some wait in this one."""

@@ -79,9 +79,8 @@ def _torch() -> _Torch | None:
     if library is None or sys.implementation.name != "cpython" or not (folder / "libc10.so").exists():
         return None
     try:
-        theirs, core = (
-            ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so")
-        )  # those loaded already
+        # Those that are loaded already.
+        theirs, core = (ctypes.CDLL(str(folder / name)) for name in ("libtorch_cpu.so", "libc10.so"))
         found = [theirs.aoti_torch_get_data_ptr, theirs.aoti_torch_is_contiguous, theirs[_VERSION], core[_GRAD]]
         run = ctypes.PyDLL(str(native.PATH)).ds_are_as_before
     except (OSError, AttributeError):

@@ -1,7 +1,7 @@
 """Loss scales for fp16: a constant one, and one that finds the largest that does not overflow.
 
 Owned by the optimizer wrapper, which decides from the norm (`zero.norm`) whether a step overflowed and is skipped, and tells the
-scale; pure arithmetic, no tensors. After Mixed Precision Training (arXiv:1710.03740),
+scale; pure arithmetic, but for the loss that passes through `times`. After Mixed Precision Training (arXiv:1710.03740),
 section 3.2; the hysteresis is DeepSpeed's (see config keys `fp16.*`).
 """
 
@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 
 class LossScaleFloorError(RuntimeError):
@@ -28,6 +30,15 @@ class StaticLossScale:
         return self.scale
 
     cur_scale = loss_scale
+
+    @property
+    def is_used(self) -> bool:
+        """Whether a loss has to be multiplied before its backward."""
+        return self.is_dynamic or self.scale != 1.0
+
+    def times(self, loss: Tensor) -> Tensor:
+        """The loss as its backward takes it: in fp32, which the scale does not overflow."""
+        return loss.float() * self.scale if self.scale != 1.0 else loss
 
     def update(self, overflowed: bool) -> None:
         """Nothing to learn from a step."""

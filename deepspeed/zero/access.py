@@ -129,9 +129,8 @@ class GatheredParameters:
             _take_assigned(bucket, values)
             bucket.exchange.broadcast(bucket.full, modifier_rank)
             bucket.write_shard()
-            bucket.written.is_in_shard = (
-                True  # masters follow when they are asked: what is put back leaves them as they were
-            )
+            # Masters follow when they are asked: what is put back leaves them as they were.
+            bucket.written.is_in_shard = True
         note_kept()
 
 

@@ -77,7 +77,7 @@ class LossScaled:
 
     @loss_scale.setter
     def loss_scale(self, scale: float) -> None:
-        if self.reducer.saw_backward or not (self.scale.is_dynamic or self.scale.scale != 1.0):
+        if self.reducer.saw_backward or not self.scale.is_used:
             raise TrainingStateError(
                 f"optimizer.loss_scale = {scale}: "
                 + (
@@ -390,7 +390,7 @@ class ZeroOptimizer(LossScaled, DeepSpeedOptimizer):
         """Backward of the scaled loss, for callers that hold the optimizer alone."""
         if self.before_scaled is not None:
             self.before_scaled()
-        (loss.float() * self.scale.scale if self.scale.scale != 1.0 else loss).backward(retain_graph=retain_graph)
+        self.scale.times(loss).backward(retain_graph=retain_graph)
 
     # State. --------------------------------------------------------------------------------------------------------
 
