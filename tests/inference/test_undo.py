@@ -43,7 +43,7 @@ def is_same(now: Any, then: Any) -> bool:
     return bool(now == then)
 
 
-def stays(model: nn.Module, error: type[Exception], words: str, **asked: Any) -> None:
+def assert_stays(model: nn.Module, error: type[Exception], words: str, **asked: Any) -> None:
     hook = model.register_forward_hook(lambda module, args, output: None)
     before = noted(model)
     with pytest.raises(error, match=words):
@@ -83,20 +83,20 @@ def fails_behind(step: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def test_a_value_that_cannot_be_quantized_in_the_last_layer() -> None:
-    stays(with_nan(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int8")
-    stays(with_nan().bfloat16(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int4")
+    assert_stays(with_nan(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int8")
+    assert_stays(with_nan().bfloat16(), NotFiniteError, "down_proj: a weight .* holds NaN", dtype="int4")
 
 
 def test_memory_that_ends_while_weights_are_quantized_or_moved(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(replace, "QuantizedWeight", fails(after=5))
-    stays(build("llama", tie_word_embeddings=True), RuntimeError, "allocate", dtype="int8")
+    assert_stays(build("llama", tie_word_embeddings=True), RuntimeError, "allocate", dtype="int8")
     monkeypatch.undo()
     for step in ("place", "cast"):
         monkeypatch.setattr(engine_module.prepare, step, fails_behind(getattr(engine_module.prepare, step)))
-        stays(build("llama"), RuntimeError, "allocate", dtype="bf16")
+        assert_stays(build("llama"), RuntimeError, "allocate", dtype="bf16")
         monkeypatch.undo()
     monkeypatch.setattr(engine_module, "save", fails())
-    stays(build("llama"), RuntimeError, "allocate", dtype="int4")
+    assert_stays(build("llama"), RuntimeError, "allocate", dtype="int4")
 
 
 @pytest.mark.parametrize("on_meta", [False, True])
@@ -117,13 +117,15 @@ def test_a_file_that_ends_while_it_is_read(on_meta: bool, dtype: str, tmp_path: 
         return weights
 
     monkeypatch.setattr(engine_module, "open_weights", cut_short)
-    stays(model, CheckpointError, "was cut off while it was read", dtype=dtype, checkpoint=str(tmp_path))
+    assert_stays(model, CheckpointError, "was cut off while it was read", dtype=dtype, checkpoint=str(tmp_path))
 
 
 def to_a_bad_disk(folder: str) -> None:
     rest = {"stage": 3, "offload_param": {"device": "nvme", "nvme_path": folder, "max_in_cpu": 0}}
-    stays(build("llama"), Exception, "file", dtype="fp32", zero=rest)
-    stays(with_nan(), NotFiniteError, "down_proj", dtype="int8", zero={"stage": 3, "offload_param": {"device": "cpu"}})
+    assert_stays(build("llama"), Exception, "file", dtype="fp32", zero=rest)
+    assert_stays(
+        with_nan(), NotFiniteError, "down_proj", dtype="int8", zero={"stage": 3, "offload_param": {"device": "cpu"}}
+    )
 
 
 def test_a_disk_that_cannot_be_written_to_and_values_at_rest(tmp_path: Path) -> None:
@@ -133,11 +135,11 @@ def test_a_disk_that_cannot_be_written_to_and_values_at_rest(tmp_path: Path) -> 
 
 def on_one_rank(rank: int, world_size: int) -> None:
     words = "down_proj: a weight .* holds NaN"
-    stays(with_nan() if rank == 0 else build("llama"), DeepSpeedError, words, dtype="int8", tp={"tp_size": 2})
+    assert_stays(with_nan() if rank == 0 else build("llama"), DeepSpeedError, words, dtype="int8", tp={"tp_size": 2})
     with pytest.MonkeyPatch.context() as patched:
         if rank == 1:
             patched.setattr(engine_module, "save", fails())
-        stays(build("llama"), Exception, "allocate", dtype="int8", tp={"tp_size": 2})
+        assert_stays(build("llama"), Exception, "allocate", dtype="int8", tp={"tp_size": 2})
     model = build("llama")
     plain = build("llama")
     engine = deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": 2})
