@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from deepspeed.accelerator import get_accelerator
-from tests.device import sim
+from tests.device import group, sim
 from tests.harness import run_ranks
 
 SIM = "sim"
@@ -171,6 +173,34 @@ def late_copy() -> None:
 
 def test_a_copy_that_nobody_waited_for_has_not_happened() -> None:
     run("late_copy")
+
+
+def asked_while_it_runs() -> None:
+    sim.reset(0)
+    has_begun, is_asked, answers = threading.Event(), threading.Event(), []
+
+    def work() -> None:
+        has_begun.set()
+        answers.append(is_asked.wait(20))
+
+    group._queued[-1] = ([], work)
+    x = torch.zeros(1, device=SIM)
+    torch.ops.sim.host_work([x], [], "work", -1)
+    event = torch.Event(SIM)
+    event.record()
+    waiter = threading.Thread(target=event.synchronize)
+    waiter.start()
+    assert has_begun.wait(20)
+    assert not event.query()
+    is_asked.set()
+    waiter.join()
+    assert event.query()
+    assert answers == [True]
+    sim.reset()
+
+
+def test_asking_does_not_wait_for_work_that_another_thread_waits_for() -> None:
+    run("asked_while_it_runs")
 
 
 def collectives(rank: int, world_size: int, seed: int | None) -> None:

@@ -350,7 +350,10 @@ class Runtime {
 
   // Run a stream up to a place, and what it waits for before.
   void run(int stream, int64_t place, bool is_only_ready) {
-    std::lock_guard<std::recursive_mutex> turn(turn_);
+    std::unique_lock<std::recursive_mutex> turn(turn_, std::defer_lock);
+    // Who only asks does not wait for its turn: `query` of torch holds Python's lock, which the work that runs may be waiting for.
+    if (!is_only_ready) turn.lock();
+    else if (!turn.try_lock()) return;
     while (true) {
       Item item;
       bool is_wait;
