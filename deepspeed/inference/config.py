@@ -266,6 +266,10 @@ class DeepSpeedInferenceConfig(Section):
             default = type(holder).model_fields[inner].get_default(call_default_factory=True)
             if inner in holder.model_fields_set and getattr(holder, inner) != default:
                 yield key
+        if self.zero.stage in (1, 2):
+            yield f"zero.stage = {self.zero.stage}"
+        if self.zero.offload_optimizer is not None and self.zero.offload_optimizer.device != "none":
+            yield "zero.offload_optimizer"
 
     @property
     def limit(self) -> int:

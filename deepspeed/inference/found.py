@@ -2,7 +2,7 @@
 
     a folder     of Hugging Face (safetensors or torch files, one or with an index); of training checkpoints (`latest`, or one tag);
                  written by save_mp_checkpoint_path
-    a file       *.safetensors, *.bin, *.pt, *.pth; *.json
+    a file       *.safetensors, *.bin, *.pt, *.pth; *.json, Hugging Face's *.index.json among them
     a JSON       {"type", "checkpoints": [...] or {"non_tp": [...], "tp": [...]}, "base_dir", "tp_size", ...}
     a name       of a model that Hugging Face's cache on this machine has
 
@@ -31,7 +31,8 @@ from deepspeed.utils.errors import CheckpointError, DeepSpeedConfigError
 SAVED = "ds_inference_config.json"
 """The JSON that `save_mp_checkpoint_path` writes."""
 MAX_JSON = 64 << 20
-_INDICES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
+_INDEX = ".index.json"
+_INDICES = (f"model.safetensors{_INDEX}", f"pytorch_model.bin{_INDEX}")
 _SINGLE = ("model.safetensors", "pytorch_model.bin")
 _TORCH = (".bin", ".pt", ".pth")
 
@@ -57,6 +58,8 @@ def open_weights(config: DeepSpeedInferenceConfig, rank: int, tp_size: int) -> W
         path = cached
     if path.is_dir():
         return _from_folder(path, rank, tp_size)
+    if path.name.endswith(_INDEX):
+        return _from_files(_indexed(path.parent, path.name), str(path))
     if path.suffix == ".json":
         return _from_json(_read_json(path), base if config.base_dir else path.parent, str(path), rank, tp_size)
     return _from_files([path], str(path))
@@ -149,7 +152,9 @@ def _parts(
         )
     named = [(file, folder / file) for file in _names(files.get(TP_KEY, []), f"checkpoints.{TP_KEY}", what)]
     of_ranks = [[path for file, path in named if Path(file).name.startswith(f"tp_{r:02d}_")] for r in range(size)]
-    lacking = [r for r, paths in enumerate(of_ranks) if size > 1 and not paths]
+    if size == 1:
+        of_ranks = [[path for _, path in named]]
+    lacking = [r for r, paths in enumerate(of_ranks) if not paths]
     if lacking:
         raise CheckpointError(f"{what} names no tp_{lacking[0]:02d}_*.pt: the part of rank {lacking[0]} is missing.")
     missing = [str(path) for _, path in named if not path.exists()]

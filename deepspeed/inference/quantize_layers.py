@@ -17,6 +17,7 @@ from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.parts import MAKE
 from deepspeed.quant.replace import Around, quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
 
 _QKV = re.compile(
@@ -48,6 +49,11 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around
     spec = Spec(num_bits=weight.num_bits, group_size=weight.group_size, symmetric=weight.q_type == "symmetric")
     if weight.quantized_initialization:
         given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
+        if given.group_dim != 1:
+            raise DeepSpeedConfigError(
+                f"quant.weight.quantized_initialization.group_dim = {given.group_dim}: groups lie along the last dim here.\n"
+                "  Set group_dim to 1."
+            )
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
     quantize_model(module, spec, weight.q_groups, _kept(module, config), MAKE, around)
 

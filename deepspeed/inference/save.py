@@ -1,7 +1,8 @@
 """`save_mp_checkpoint_path`: a prepared model as files that are read without the original checkpoint, each rank its own.
 
     non-tp.pt            what every rank has whole, written by the first
-    tp_00_00.pt ...      a rank's parts, in eight files; quantized weights as [values, scale of each group]
+    tp_00_00.pt ...      a rank's parts, in eight files; quantized weights as [values, scale of each group], in the parameter's own
+                         shape: of one that is transposed (Conv1D) scales are [groups, outputs]
     ds_inference_config.json
 
 Read by `found` at the same tp_size. Names of files, keys of the JSON and the pairs are the original's format.
@@ -87,7 +88,7 @@ def _entries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     for prefix, layer in module.named_modules():
         weight = getattr(layer, "quantized", None) or getattr(getattr(layer, "product", None), "quantized", None)
         if isinstance(weight, QuantizedWeight):
-            own[f"{prefix}.weight"] = [_integers(weight), weight.scales]
+            own[f"{prefix}.weight"] = _pair(weight)
             if prefix.endswith(".product"):
                 del own[f"{prefix}.weight"]
     for name, param in module.named_parameters(remove_duplicate=False):
@@ -96,6 +97,14 @@ def _entries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
         if name not in common and name not in own and ".quantized." not in f".{name}":
             common[name] = buffer
     return common, own
+
+
+def _pair(weight: QuantizedWeight) -> list[Tensor]:
+    """Values, and the scale of each group."""
+    values = _integers(weight)
+    if not weight.is_transposed:
+        return [values, weight.scales]
+    return [values.t().contiguous(), weight.scales.view(weight.rows, -1).t().contiguous()]
 
 
 def _integers(weight: QuantizedWeight) -> Tensor:

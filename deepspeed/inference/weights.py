@@ -251,6 +251,8 @@ def _held(value: Any) -> Held:
 
 def _dequantized(pair: Any) -> Tensor:
     values, scales = pair
+    if scales.dim() == 2 and 1 < scales.shape[1] == values.shape[1]:  # of a transposed weight: groups go down
+        return (values.float().view(len(scales), -1, values.shape[1]) * scales.float().unsqueeze(1)).view(values.shape)
     return (values.float().view(scales.numel(), -1) * scales.float().view(-1, 1)).view(values.shape)
 
 

@@ -246,6 +246,7 @@ def test_what_is_no_model_is_refused() -> None:
         ({"injection_policy_tuple": ("mlp.down",)}, "injection_policy_tuple"),
         ({"args": object()}, "config"),
         ({"moe": {"type": "residual"}}, "moe.type"),
+        ({"zero": {"stage": 2}}, "zero.stage = 2"),
     ],
 )
 def test_keys_that_nobody_reads_say_so(given: dict[str, Any], key: str, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -75,6 +75,26 @@ def test_files_json_files_and_dicts_of_torch_files_and_a_base_models_weights(tmp
     assert same_words(deepspeed.init_inference(other, dtype="fp32", **ways[0]), plain)
 
 
+@pytest.mark.parametrize("dtype", ["int8", "int4"])
+def test_transposed_layers_are_saved_quantized_and_read_again(dtype: str, tmp_path: Path) -> None:
+    saved = deepspeed.init_inference(build("gpt2"), dtype=dtype, save_mp_checkpoint_path=str(tmp_path))
+    engine = deepspeed.init_inference(on_meta("gpt2"), dtype=dtype, checkpoint=str(tmp_path))
+    assert torch.allclose(logits_of(engine, prompts()), logits_of(saved, prompts()), rtol=1e-5, atol=1e-5)
+
+
+def test_an_index_and_parts_of_one_rank_by_any_names_are_read(tmp_path: Path) -> None:
+    plain = build("llama")
+    plain.save_pretrained(tmp_path / "folder", max_shard_size="40KB")
+    index = tmp_path / "folder" / "model.safetensors.index.json"
+    assert same_words(deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(index)), plain)
+    state = plain.state_dict()
+    names = list(state)
+    for file, some in (("common.pt", names[::2]), ("own.pt", names[1::2])):
+        torch.save({name: state[name] for name in some}, tmp_path / file)
+    form = {"type": "ds_model", "checkpoints": {"non_tp": ["common.pt"], "tp": ["own.pt"]}, "base_dir": str(tmp_path)}
+    assert same_words(deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=form), plain)
+
+
 def train_and_save(rank: int, world_size: int, folder: str, stage: int) -> Any:
     """One step at a stage; the weights after it."""
     config = {

@@ -87,6 +87,14 @@ def test_a_model_nobody_can_quantize_is_refused() -> None:
         deepspeed.init_inference(nn.Conv2d(1, 1, 3), dtype=torch.int8)
 
 
+def test_groups_along_another_dim_are_refused() -> None:
+    along_rows = {"num_bits": 8, "group_size": 16, "group_dim": 0, "symmetric": False}
+    with pytest.raises(ValueError, match="group_dim = 0: groups lie along the last dim"):
+        deepspeed.init_inference(
+            build("llama"), dtype="int8", quant={"weight": {"quantized_initialization": along_rows}}
+        )
+
+
 def test_layers_are_quantized_by_name_and_names_that_match_none_or_two_are_refused() -> None:
     spec = {"num_bits": 4, "group_size": 16, "group_dim": 1, "symmetric": False}
 
