@@ -1,7 +1,7 @@
 """A rank that fails inside of a call of the engine tells the others, who would wait for it in a collective until the timeout.
 
-Made by `tensor` for an engine whose layers are cut, entered by the engine around each forward and generate; `TensorGroup` waits by
-`wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
+Made by `tensor` for an engine whose layers are cut, by `experts` for one whose experts are spread; entered around each forward and generate of the
+engine, and of its module (`attend`); what they send is waited for by `wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
 waits longer than `LOOK` reads there: a rank that left this call before the collective that is waited for will not come.
 
     rank 1   call 7   collectives 1 2 3, IndexError             raises it, writes (7, 3, "IndexError ...")
@@ -19,20 +19,32 @@ import contextlib
 import json
 import time
 import uuid
+import weakref
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
+import torch
 import torch.distributed as dist
+from torch import nn
 
-from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.utils.errors import DeepSpeedError
 
 LOOK = timedelta(seconds=0.5)
 """Between looks, of a rank that waits in a collective."""
 PATIENCE_S = 60.0
 """How long a rank that failed waits at its next call for word of the others."""
+
+
+class Waiting(Protocol):
+    """Ranks that wait for each other in the collectives of one group."""
+
+    group: Any
+    rank: int
+    size: int
+    wait_for: Callable[[Any], None] | None
+    """Waits for a collective in another way than by its own `wait`, if anybody knows one."""
 
 
 class _Word(NamedTuple):
@@ -48,7 +60,7 @@ class _Word(NamedTuple):
 class Calls:
     """One engine's calls on one rank. `replace` is told of the group that takes another's place. Made on all ranks."""
 
-    def __init__(self, ranks: TensorGroup, replace: Callable[[Any, Any], None]) -> None:
+    def __init__(self, ranks: Waiting, replace: Callable[[Any, Any], None]) -> None:
         self._ranks, self._replace = ranks, replace
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, group=ranks.group, group_src=0)
@@ -56,6 +68,7 @@ class Calls:
         self._depth = self._call = self._num_launched = self._at_start = 0
         self._has_failed = False
         self._error = ""
+        self._attended: list[tuple[weakref.ref[nn.Module], Any, Any]] = []
         ranks.wait_for = self.wait
 
     def __enter__(self) -> None:
@@ -80,6 +93,20 @@ class Calls:
         self._has_failed, self._error = True, f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
             self._write(has_failed=True, num_launched=self._num_launched)
+
+    def attend(self, module: nn.Module) -> None:
+        """Have calls of the module itself be calls, too. Copies of it are not attended."""
+        called, inner = weakref.ref(module), module._compiled_call_impl
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            own = inner or called()._call_impl  # type: ignore[union-attr]
+            if torch.compiler.is_compiling():
+                return own(*args, **kwargs)
+            with self:
+                return own(*args, **kwargs)
+
+        module._compiled_call_impl = call  # which nn.Module calls in the place of its own, and leaves out of copies
+        self._attended.append((called, call, inner))
 
     def wait(self, work: Any) -> None:
         """Wait for a collective. Raises DeepSpeedError where a rank will not come."""
@@ -147,3 +174,8 @@ class Calls:
     def release(self) -> None:
         """The engine is done."""
         self._ranks.wait_for = None
+        for called, call, inner in self._attended:
+            module = called()
+            if module is not None and module._compiled_call_impl is call:
+                module._compiled_call_impl = inner
+        self._attended.clear()

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 import itertools
 from collections.abc import Callable, Iterator
@@ -22,6 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
+from deepspeed import comm
 from deepspeed.inference import experts, prepare, tensor
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
@@ -86,6 +88,21 @@ class InferenceEngine(nn.Module):
         self.training = False
         if self._ranks is not None:
             self._ranks.same_draws()
+        self._stand_before(modules)
+
+    def _stand_before(self, modules: list[nn.Module]) -> None:
+        """Where ranks run modules together, have calls of a module itself be what the engine's are: made by all, and told of errors."""
+        for module in modules if self._has_others() else ():
+            for ranks in (self._ranks, self._experts):
+                if ranks is not None and ranks.calls is not None:
+                    ranks.calls.attend(module)
+            own: Any = getattr(module, "generate", None)
+            if own is not None:
+                module.__dict__["generate"] = _Generate(self, module, own)
+
+    def _has_others(self) -> bool:
+        """Whether a forward is one of several ranks."""
+        return bool(self._ranks or self._experts or (self._streamed and comm.get_world_size() > 1))
 
     def _together(self, step: Callable[[], T]) -> T:
         """Do a step on every rank, and raise on all where it fails on one."""
@@ -186,7 +203,8 @@ class InferenceEngine(nn.Module):
 
     def _call(self) -> contextlib.AbstractContextManager[Any]:
         """Around what all ranks do together: one that fails inside tells the others."""
-        return contextlib.nullcontext() if self._ranks is None else self._ranks.call()
+        ranks = self._ranks or self._experts
+        return contextlib.nullcontext() if ranks is None else ranks.call()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`, with prompt and answer checked against `max_out_tokens` first.
@@ -197,8 +215,15 @@ class InferenceEngine(nn.Module):
         generate = getattr(self.module, "generate", None)
         if generate is None:
             raise DeepSpeedConfigError(f"{type(self.module).__name__} has no generate.\n  Call the engine itself.")
-        check_length(self.module, self._config.limit, args, kwargs)
-        reset = getattr(self.module, "reset_cache", None)
+        if isinstance(generate, _Generate):
+            return generate(*args, **kwargs)
+        return self._generate(self.module, generate, args, kwargs)
+
+    def _generate(
+        self, module: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
+        check_length(module, self._config.limit, args, kwargs)
+        reset = getattr(module, "reset_cache", None)
         if callable(reset):
             reset()
         if not (self._has_generated or self._streamed):
@@ -207,9 +232,11 @@ class InferenceEngine(nn.Module):
             )
         self._has_generated = True
         with self._call():
-            return self._generate(generate, args, kwargs)
+            return self._generate_together(module, generate, args, kwargs)
 
-    def _generate(self, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def _generate_together(
+        self, module: Any, generate: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> Any:
         """What all ranks do together."""
         if self._ranks is not None:
             self._ranks.compare((*args, *kwargs.values()))
@@ -217,11 +244,12 @@ class InferenceEngine(nn.Module):
         if self._experts is not None:
             kwargs = self._experts.in_step(kwargs)
         if self._config.kv_cache.dtype == "int8":
-            kwargs = _with_int8_cache(self.module, kwargs)
+            kwargs = _with_int8_cache(module, kwargs)
         for streamed in self._streamed:
             kwargs = streamed.in_step(kwargs)
-        times = self._times.inside(self.module, self._is_compiled) if self._times else contextlib.nullcontext()
-        with torch.no_grad(), times:
+        times = self._times.inside(module, self._is_compiled) if self._times else contextlib.nullcontext()
+        asking = contextlib.nullcontext() if self._experts is None else self._experts.asking(module)
+        with torch.no_grad(), times, asking:
             return generate(*args, **kwargs)
 
     def profile_model_time(self, use_cuda_events: bool = True) -> None:
@@ -272,6 +300,26 @@ class InferenceEngine(nn.Module):
             if ranks is not None:
                 ranks.release()
         self._experts = self._ranks = None
+        module = self._behind()
+        for each in () if module is None else _modules_of(module):
+            if isinstance(each.__dict__.get("generate"), _Generate):
+                del each.__dict__["generate"]
+
+
+class _Generate:
+    """`generate` of a module that several ranks run together: the engine's, so that a pipeline that has the module has that, too."""
+
+    def __init__(self, engine: InferenceEngine, module: nn.Module, own: Callable[..., Any]) -> None:
+        functools.update_wrapper(self, own)
+        self._engine, self._module, self._own = engine, module, own
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._engine._generate(self._module, self._own, args, kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Any:
+        """A copied module has its class's own."""
+        kind: Any = type(self._module)
+        return kind.generate.__get__(memo[id(self._module)])
 
 
 def _with_int8_cache(module: Any, kwargs: dict[str, Any]) -> dict[str, Any]:

@@ -1,26 +1,70 @@
 """Models whose experts are spread over ranks that each answer their own inputs.
 
 Called by the engine; the layers are those of `parallel.expert`. Every rank of the group runs every forward: one whose answer is
-finished goes on with padding until all have theirs (`in_step`), because the others' tokens may need its experts.
+finished goes on with padding until all have theirs (`in_step`), because the others' tokens may need its experts. Whether all have is asked
+over the group of the tokens, which `calls` may replace.
 
 Invariant: what a rank answers is what it would answer alone with all experts, with the capacities and drops of evaluation.
 """
 
 from __future__ import annotations
 
+import contextlib
+import weakref
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
+import torch
+import torch.distributed as dist
 from torch import nn
 
 from deepspeed.comm.init import init_distributed
 from deepspeed.config.parallelism import ExpertParallelConfig
+from deepspeed.inference.calls import Calls
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.mesh.mesh import with_experts, world_size
 from deepspeed.parallel.expert import attach, hugging_face, listed
 from deepspeed.parallel.expert.layer import MOELayer
+from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+
+
+class Tokens:
+    """The ranks between which tokens travel, as every layer with experts knows them: see `calls.Waiting`."""
+
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self.group, self.rank, self.size = group, rank, size
+        self.wait_for: Callable[[Any], None] | None = None
+        self._layers: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+
+    def take(self, module: nn.Module) -> None:
+        """The layers of a module whose experts were spread."""
+        self._layers.update(layer for layer in module.modules() if _place_of(layer) is not None)
+        self.tell()
+
+    def tell(self) -> None:
+        """Have every layer know the group of now, and how its collectives are waited for."""
+        for layer in self._layers:
+            if (place := _place_of(layer)) is not None:
+                place.group, place.wait_for = self.group, self.wait_for
+            if isinstance(layer, MOELayer):
+                layer._set_ep_group(self.group)
+
+    def any(self, is_so: bool, device: torch.device) -> bool:
+        """Whether it is so on any rank. Collective."""
+        flag = torch.tensor(float(is_so), device=device)
+        work = dist.all_reduce(flag, group=self.group, async_op=True)
+        work.wait() if self.wait_for is None else self.wait_for(work)
+        return bool(flag.item())
+
+
+def _place_of(layer: nn.Module) -> ExpertPlace | None:
+    """Where a layer's experts are, if they are spread."""
+    place = layer.place if isinstance(layer, MOELayer) else layer.__dict__.get(PLACE)
+    return place if isinstance(place, ExpertPlace) and place.size > 1 else None
 
 
 @dataclass(frozen=True)
@@ -28,6 +72,13 @@ class ExpertRanks:
     """The ranks that share a model's experts."""
 
     mesh: Mesh
+    tokens: Tokens
+    calls: Calls | None
+    """How one that fails inside of a call tells the others; None where waiting does not stop the host."""
+
+    def call(self) -> contextlib.AbstractContextManager[Any]:
+        """Around a forward or a generation, on all ranks."""
+        return contextlib.nullcontext() if self.calls is None else self.calls
 
     @property
     def _settings(self) -> ExpertParallelConfig:
@@ -58,6 +109,7 @@ class ExpertRanks:
             _keep_own(layer, self.mesh)
         attach.attach(module, self.mesh)
         attach.refuse_folders(module, size)
+        self.tokens.take(module)
 
     def agree(self, error: Exception | None) -> None:
         """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
@@ -76,9 +128,32 @@ class ExpertRanks:
         """Arguments of a generation in which no rank ends before the others."""
         return {"synced_gpus": True, **arguments}
 
+    @contextlib.contextmanager
+    def asking(self, module: Any) -> Iterator[None]:
+        """Inside, the ranks that share experts ask each other, and not all ranks of the job, whether a generation is done."""
+        models = [m for m in module.modules() if hasattr(type(m), _UNFINISHED)] if isinstance(module, nn.Module) else []
+        for model in models:
+            model.__dict__[_UNFINISHED] = partial(self._is_unfinished, getattr(model, _UNFINISHED))
+        try:
+            yield
+        finally:
+            for model in models:
+                model.__dict__.pop(_UNFINISHED, None)
+
+    def _is_unfinished(self, own: Callable[..., bool], is_finished: bool, synced_gpus: bool, device: Any) -> bool:
+        """Hugging Face's question before each token, put to this group."""
+        return own(not self.tokens.any(not is_finished, device) if synced_gpus else is_finished, False, device)
+
     def release(self) -> None:
         """The engine is done."""
+        if self.calls is not None:
+            self.calls.release()
+            self.tokens.tell()
         self.mesh.release()
+
+
+_UNFINISHED = "_has_unfinished_sequences"
+"""A method of Transformers' models that generate."""
 
 
 def ranks_of(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> ExpertRanks | None:
@@ -110,7 +185,15 @@ def ranks_of(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> Expe
             f"moe.ep_size = {size}, but the job has {world_size()} ranks.\n"
             f"  Start a multiple of {size} ranks (deepspeed --num_accelerators {size} script.py), or choose a divisor."
         )
-    return ExpertRanks(with_experts(data_parallel_mesh(), size))
+    mesh = with_experts(data_parallel_mesh(), size)
+    tokens = Tokens(mesh.group("experts", "tokens"), mesh.rank("experts"), size)
+
+    def replace(before: Any, after: Any) -> None:
+        mesh.replace(before, after)
+        tokens.tell()
+
+    calls = Calls(tokens, replace) if dist.get_backend(tokens.group) == "gloo" else None
+    return ExpertRanks(mesh, tokens, calls)
 
 
 def _check(module: nn.Module, size: int, attached: int, native: dict[str, MOELayer], has_found: bool) -> None:

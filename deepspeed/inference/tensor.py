@@ -19,6 +19,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
@@ -39,6 +40,9 @@ from deepspeed.utils.logging import log_dist
 
 _WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|router|q_a_proj|kv_a_proj_with_mqa)$")
 """Layers that stay whole under an injection policy, as the contract names them."""
+
+_CURE = "  Give init_inference an injection_policy, {LayerClass: names of the layers whose outputs are summed}, or run it on one rank."
+_ALONE, _FUSED = "  Run it on one rank.", "is several layers in one"
 
 
 @dataclass(frozen=True)
@@ -170,8 +174,15 @@ def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) ->
         )
     policy = config.injection_policy
     wishes = Wishes(grain=config.tensor_parallel.tp_grain_size)
-    chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
-    require_found(module, [chosen])
+    try:
+        chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
+        require_found(module, [chosen])
+    except DeepSpeedConfigError as error:
+        what, _, cure = str(error).partition("\n")
+        if "partition_config" not in cure:
+            raise
+        # That key is training's. Of a fused layer a policy cannot tell the order either.
+        raise DeepSpeedConfigError(f"{what}\n{_ALONE if _FUSED in what else _CURE}") from error
     check_fit(module, ranks.tensor.size, wishes, chosen)
     return Decided(chosen, drawn)
 
@@ -191,7 +202,11 @@ def _by_policy(module: nn.Module, policy: Any) -> Chosen:
         is_named = isinstance(block, tuple(policy))
         for name, layer in block.named_modules() if is_named else ():
             full = f"{prefix}.{name}".lstrip(".")
-            if isinstance(layer, nn.Linear) and not _WHOLE.search(full):
+            if (
+                isinstance(layer, nn.Linear)
+                and not isinstance(layer, NonDynamicallyQuantizableLinear)
+                and not _WHOLE.search(full)
+            ):
                 decisions[full] = Decision(Action.ROW if full in rows else Action.COLUMN)
     odd = [name for name, d in decisions.items() if d.action is Action.COLUMN and has_unknown_layout(name, model_type)]
     if odd:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from typing import Any
 
@@ -69,6 +70,76 @@ def test_the_others_end_with_the_words_of_the_one_that_failed(dtype: str, failin
 
 def test_two_others_end_too() -> None:
     run_ranks(3, one_fails, "fp32", 2, "forward", "model.layers.0.self_attn", timeout=90)
+
+
+def expert_fails(rank: int, world_size: int, failing: int, how: str, where: str) -> None:
+    """Of ranks that share experts, and have prompts and lengths of their own."""
+    torch.set_num_threads(1)
+    engine = deepspeed.init_inference(build("mixtral"), dtype="fp32", moe={"ep_size": world_size})
+    batch = {key: value[rank : rank + 1] for key, value in prompts("left").items()}
+
+    def answer() -> torch.Tensor:
+        if how == "forward":
+            return engine(**batch).logits
+        return (engine if how == "generate" else engine.module).generate(**batch, max_new_tokens=3 + 2 * rank)
+
+    wanted = answer()
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    for _ in range(2):
+        started_s = time.monotonic()
+        if rank == failing:
+            handle = engine.module.get_submodule(where).register_forward_pre_hook(fail)
+            with pytest.raises(OverflowError):
+                answer()
+            handle.remove()
+        else:
+            with pytest.raises(DeepSpeedError, match=rf"\[rank {failing} of .*OverflowError: no memory is left"):
+                answer()
+        assert time.monotonic() - started_s < SOON_S
+        assert torch.equal(answer(), wanted)
+
+
+@pytest.mark.parametrize(
+    ("failing", "how", "where"),
+    [(1, "forward", "model.layers.1.mlp"), (0, "generate", "lm_head"), (1, "module", "model.layers.1.self_attn")],
+)
+def test_ranks_that_share_experts_end_too(failing: int, how: str, where: str) -> None:
+    run_ranks(2, expert_fails, failing, how, where, timeout=90)
+
+
+def module_fails(rank: int, world_size: int) -> None:
+    """What a script does with `engine.module`, the engine itself being gone."""
+    torch.set_num_threads(1)
+    module = deepspeed.init_inference(build("llama"), dtype="fp32", tp={"tp_size": world_size}).module
+    batch = prompts("left")
+    torch.manual_seed(rank)
+    sampled = [module.generate(**batch, max_new_tokens=4, do_sample=True) for _ in range(2)]
+    told: list[Any] = [None] * world_size
+    torch.distributed.all_gather_object(told, [each.tolist() for each in sampled])
+    assert told[0] == told[1], "ranks sample the same, whatever their own random state"
+    wanted = module(**batch).logits, module.generate(**batch, max_new_tokens=4)
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    layer = module.model.layers[1].mlp
+    for call in (lambda: module(**batch), lambda: module.generate(**batch, max_new_tokens=4)):
+        started_s = time.monotonic()
+        handle = layer.register_forward_pre_hook(fail) if rank == 1 else None
+        with pytest.raises(OverflowError if rank == 1 else DeepSpeedError, match="no memory is left"):
+            call()
+        assert time.monotonic() - started_s < SOON_S
+        if handle is not None:
+            handle.remove()
+    assert torch.equal(module(**batch).logits, wanted[0])
+    assert torch.equal(copy.deepcopy(module).generate(**batch, max_new_tokens=4), wanted[1])
+
+
+def test_calls_of_the_module_itself_end_too_and_sample_the_same() -> None:
+    run_ranks(2, module_fails, timeout=90)
 
 
 def all_or_late(rank: int, world_size: int) -> None:

@@ -168,6 +168,7 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
     """Parts from a whole checkpoint, saved as parts, and loaded again; quantized on the way."""
     plain, found = build("mixtral"), {}
     batch, size = prompts("left"), {"tp_size": world_size}
+    users = current_mesh().size("tensor"), current_mesh().num_users
     read: list[int] = []
     before = SafetensorsFiles.read
 
@@ -214,7 +215,7 @@ def over_ranks(rank: int, world_size: int, folder: str) -> dict[str, Any]:
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", tp=size, checkpoint=f"{folder}/llama")
     for engine in (parts, again, mixtral, eight, same, theirs):
         engine.destroy()
-    assert current_mesh().size("tensor") == 1, "what was refused holds no mesh"
+    assert (current_mesh().size("tensor"), current_mesh().num_users) == users, "what was refused holds no mesh"
     return found
 
 

@@ -121,6 +121,8 @@ def refused(rank: int, world_size: int) -> None:
                 IndexError, match=f"id {wrong} is outside of an embedding of 96 rows, which is cut over"
             ):
                 one(torch.tensor([[3, wrong]]))
+    with pytest.raises(DeepSpeedConfigError, match=r"'gpt2', has layers that cannot be told.*\n.*an injection_policy"):
+        deepspeed.init_inference(build("gpt2"), dtype="fp32", tensor_parallel={"tp_size": 2})
     replaced = build("llama")
     replaced.model.layers[1].mlp.down_proj.forward = lambda x: x
     with pytest.raises(DeepSpeedConfigError, match="down_proj is a Linear whose forward was replaced"):
@@ -155,6 +157,14 @@ def encoders_over_ranks(rank: int, world_size: int) -> None:
         engine = deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": world_size})
         with torch.no_grad():
             assert (engine(**given).logits - plain(**given).logits).abs().max() < 1e-5
+    layer = nn.TransformerEncoderLayer(
+        32, 4, 64, batch_first=True
+    )  # whose own fast path reads weights and calls no layer
+    encoder, x = nn.TransformerEncoder(layer, 2).eval(), torch.randn(2, 5, 32)
+    engine = deepspeed.init_inference(copy.deepcopy(encoder), dtype="fp32", tp={"tp_size": world_size})
+    with torch.no_grad():
+        assert (engine(x) - encoder(x)).abs().max() < 1e-5
+    assert engine.module.layers[0].linear1.weight.shape == (32, 32)
 
 
 def test_sound_pictures_and_shared_layers_are_cut() -> None:

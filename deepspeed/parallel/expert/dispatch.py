@@ -111,7 +111,7 @@ class Ways:
     """[m] rows that travel, sorted by destination."""
     sent: tuple[int, ...]
     got: tuple[int, ...]
-    group: Any
+    place: ExpertPlace
 
     @property
     def num_here(self) -> int:
@@ -137,7 +137,7 @@ class Routing:
     def pairs_of(self, order: Tensor) -> Ways:
         """The pairs, as rows of what `order` numbers."""
         pairs = self.pairs
-        return Ways(order[pairs.own], order[pairs.away], pairs.sent, pairs.got, pairs.group)
+        return Ways(order[pairs.own], order[pairs.away], pairs.sent, pairs.got, pairs.place)
 
 
 def plan(experts: Tensor, token: Tensor, counts: Tensor, num_tokens: int, place: ExpertPlace) -> Routing:
@@ -200,7 +200,7 @@ def _ways(index: Tensor, sent: Sequence[int], got: Sequence[int], place: ExpertP
     def without_own(counts: Sequence[int]) -> tuple[int, ...]:
         return tuple(0 if r == place.rank else n for r, n in enumerate(counts))
 
-    return Ways(own, away, without_own(sent), without_own(got), place.group)
+    return Ways(own, away, without_own(sent), without_own(got), place)
 
 
 HEADER = 2
@@ -215,7 +215,7 @@ def _exchange_counts(told: Tensor, place: ExpertPlace) -> tuple[Tensor, list[lis
     mine = told.to(_device_of(place.group))
     theirs = torch.empty_like(mine)
     with watched("moe.counts", mine.nbytes, place.size):
-        dist.all_to_all_single(theirs, mine, group=place.group)
+        place.run(dist.all_to_all_single, theirs, mine)
     sent, lines = torch.stack([mine, theirs]).tolist()
     layers = [line[0] for line in lines]
     if any(layer != place.number for layer in layers):
@@ -240,7 +240,7 @@ def _exchange(values: Tensor, ways: Ways) -> Tensor:
     here = values.new_empty(ways.num_here, *values.shape[1:])
     num_own = ways.own.numel()
     torch.index_select(values, 0, ways.own, out=here[:num_own])
-    _all_to_all(here[num_own:], values.index_select(0, ways.away), ways.got, ways.sent, ways.group)
+    _all_to_all(here[num_own:], values.index_select(0, ways.away), ways.got, ways.sent, ways.place)
     return here
 
 
@@ -248,19 +248,19 @@ def _return(here: Tensor, ways: Ways, num_rows: int) -> Tensor:
     """[num_rows, ...]: where every row of `here` came from, added up there. Collective."""
     num_own = ways.own.numel()
     back = here.new_empty(sum(ways.sent), *here.shape[1:])
-    _all_to_all(back, here[num_own:].contiguous(), ways.sent, ways.got, ways.group)
+    _all_to_all(back, here[num_own:].contiguous(), ways.sent, ways.got, ways.place)
     total = here.new_zeros(num_rows, *here.shape[1:]).index_add_(0, ways.own, here[:num_own])
     return total.index_add_(0, ways.away, back)
 
 
-def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[int], group: Any) -> None:
+def _all_to_all(into: Tensor, rows: Tensor, got: Sequence[int], sent: Sequence[int], place: ExpertPlace) -> None:
     """Bytes travel, so that every dtype does."""
     if rows.dim() != 2:
         raise DeepSpeedError(f"rows are [n, width], not {tuple(rows.shape)}.")
     with watched("moe.tokens", rows.nbytes, len(sent)):
         if not has_values(rows):
             return
-        dist.all_to_all_single(into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent), group=group)
+        place.run(dist.all_to_all_single, into.view(torch.uint8), rows.view(torch.uint8), list(got), list(sent))
 
 
 class SendRows(torch.autograd.Function):

@@ -5,6 +5,7 @@ Held by every layer with experts; filled in by `attach` when an engine is made, 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +29,15 @@ class ExpertPlace:
     """The layer's number in its model, which ranks compare before they exchange tokens."""
     load: Load = field(default_factory=Load)
     times: Times = field(default_factory=Times)
+    wait_for: Callable[[Any], None] | None = None
+    """Waits for an exchange in another way than by its own `wait`, if anybody knows one."""
+
+    def run(self, operation: Callable[..., Any], *args: Any, **kwargs: Any) -> None:
+        """A collective over the group, which has ended when this returns (on a device: for its stream)."""
+        if self.wait_for is None:
+            operation(*args, group=self.group, **kwargs)
+        else:
+            self.wait_for(operation(*args, group=self.group, async_op=True, **kwargs))
 
     @property
     def num_here(self) -> int:

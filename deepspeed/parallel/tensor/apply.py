@@ -141,6 +141,8 @@ def carry_out(
     for layer in model.modules():
         if any(marks.of(param).cuts for param in layer.parameters(recurse=False)):
             marks.load_own_parts(layer)
+        if isinstance(layer, nn.TransformerEncoderLayer):
+            layer.activation_relu_or_gelu = 0  # torch's own fast path multiplies with the weights, not by the layers
     model.__dict__[PARSED] = True
     refuse_later_adapters(model)
     refuse_save_pretrained(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.parallel.tensor import rules
 from deepspeed.parallel.tensor.rules import Action, Spec
@@ -248,11 +249,15 @@ def _by_structure(model: nn.Module, is_part: bool) -> Chosen:
 
 
 def _linears(block_name: str, block: nn.Module) -> list[tuple[str, str | None]]:
-    """The linear layers of a block, and what stands after each."""
+    """The linear layers of a block, and what stands after each; not those of which `nn.MultiheadAttention` reads the weight itself."""
     names = [(f"{block_name}.{name}", m) for name, m in block.named_modules() if name]
     leaves = [(name, m) for name, m in names if not list(m.children())]
     following = zip(leaves, [*leaves[1:], None], strict=False)
-    return [(name, _kind_name(after)) for (name, module), after in following if isinstance(module, nn.Linear)]
+    return [
+        (name, _kind_name(after))
+        for (name, module), after in following
+        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    ]
 
 
 def _of_block(actions: dict[str, Action]) -> dict[str, Action]:

@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.parallel.tensor.collectives import ColumnOverlapped, TensorGroup
 from deepspeed.parallel.tensor.regions import Region
@@ -187,8 +188,9 @@ def _around(own: type[nn.Module], wanted: type[nn.Module]) -> type[nn.Module]:
 
 def kind_for(module: nn.Module, wanted: type[nn.Module]) -> type[nn.Module] | None:
     """`wanted`, or where the module's class only surrounds its base's forward (a scaled embedding), a class that does the same
-    around `wanted`; None for a class with another product of its own, and a module whose forward a script has replaced."""
-    if "forward" in module.__dict__:
+    around `wanted`; None for a class with another product of its own, a module whose forward a script has replaced, and the output of
+    `nn.MultiheadAttention`, which reads its weight instead of calling it."""
+    if "forward" in module.__dict__ or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
     base: Any = nn.Linear if issubclass(wanted, nn.Linear) else nn.Embedding
     own = type(module)
