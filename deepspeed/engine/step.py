@@ -85,12 +85,14 @@ class TrainingStep(nn.Module):
         module = self._modules["module"]  # which `self.module` finds after three other places
         assert module is not None, "an engine has one"
         is_graded, reducer, casts = torch.is_grad_enabled(), self._reducer, self._casts
+        recomputes = torch._C._current_graph_task_id() != -1  # in a backward, for a checkpoint around this call
         with (
             NOTHING if is_graded or self._gatherer is None else HELD
         ):  # evaluation at stage 3 is collective as a step is
-            self.watch.end()  # first, of a backward that failed: what follows may free what it still holds
+            if not recomputes:
+                self.watch.end()  # first, of a backward that failed: what follows may free what it still holds
             self._conductor.reload_states()  # before hide, which may have to copy gradients that are away
-            if is_graded:
+            if is_graded and not recomputes:
                 if reducer.shown.shows_any:  # stage 0: averaged gradients; autograd has to add to the local ones
                     reducer.hide()
                 if not reducer.is_flushed:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from deepspeed.utils.errors import ShardError, TrainingStateError
 from deepspeed.zero.bucket import Bucket, num_views
 from deepspeed.zero.hook_switch import EXTERNALS
+from deepspeed.zero.hooks import Memory, SavedWeights
 from deepspeed.zero.layout import Piece
 from deepspeed.zero.modes import plain_modes
 from deepspeed.zero.param import buckets_of, slot_of
@@ -75,6 +76,8 @@ class GatheredParameters:
         self._buckets: list[Bucket] = []
         self._num_views: list[int] = []
         self._read_only: ReadOnly | None = None
+        self._saved = SavedWeights(ask=None, unseen=lambda: None)
+        self._outer: list[Memory] | None = None
         if fwd_module is not None and enabled:
             for param in self.params:
                 register_external_parameter(fwd_module, param)
@@ -93,11 +96,19 @@ class GatheredParameters:
             self._num_views = [num_views(bucket) for bucket in self._buckets]
             if self.modifier_rank is None and self._buckets:
                 self._read_only = ReadOnly(self.params)
+            if self._buckets and torch.is_grad_enabled():
+                self._outer = self._saved.enter(self._buckets)
+                for bucket in self._buckets:
+                    if bucket.use_around is not None:
+                        bucket.use_around(None)
 
     @torch.no_grad()
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
+        if self._outer is not None:
+            self._saved.leave(self._outer)
+            self._outer = None
         if self.enabled and kind is None and self.modifier_rank is not None:
             self._keep_changes(self.modifier_rank)
         if self._read_only is not None:

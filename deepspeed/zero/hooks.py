@@ -144,12 +144,15 @@ class SavedWeight(NamedTuple):
 
 
 class SavedWeights:
-    """The hooks of one model. `ask(bucket)` unshards in a backward; `unseen()` tells of a transform that began."""
+    """The hooks of one model. `ask(bucket)` unshards in a backward; `unseen()` tells of a transform that began.
 
-    def __init__(self, ask: Callable[[Bucket], None], unseen: Callable[[], None]) -> None:
+    Without `ask`, as around what a script computes of parameters that it has gathered, what is saved keeps the memory that it is in.
+    """
+
+    def __init__(self, ask: Callable[[Bucket], None] | None, unseen: Callable[[], None]) -> None:
         self._ask, self._unseen = ask, unseen
         self._memories: list[Memory] = []
-        self._own: SavedHooks = (self._pack, self._unpack)
+        self._own: SavedHooks = (self._pack, self._unpack) if ask else (self._pack_view, self._unpack_view)
         self._up: list[SavedHooks | None] = []
         """By running module call: the hooks that it put up, None where those of the call around it serve."""
         self._restore: Callable[[], None] = _do_nothing
@@ -223,12 +226,22 @@ class SavedWeights:
             )
         return tensor
 
+    def _pack_view(self, tensor: Tensor) -> Any:
+        """Autograd saves a leaf itself, which is empty when its bucket is resharded."""
+        saved, view = self._pack(tensor), Tensor.detach(tensor)
+        return saved._replace(value=(view, view._version)) if isinstance(saved, SavedWeight) else saved
+
+    def _unpack_view(self, saved: Any) -> Tensor:
+        if isinstance(saved, SavedWeight):
+            self._read(saved)
+        return self._unpack(saved.value if isinstance(saved, SavedWeight) else saved)
+
     def _around(self, pack_below: SavedHook, unpack_below: SavedHook) -> SavedHooks:
         """Hooks that keep what those below keep."""
 
         def pack(tensor: Tensor) -> Any:
             bucket = self._bucket_at(tensor)
-            below = pack_below(tensor)
+            below = pack_below(tensor if bucket is None or self._ask else Tensor.detach(tensor))
             return (below,) if bucket is None else SavedWeight(below, bucket, bucket.num_updates)
 
         def unpack(saved: Any) -> Tensor:
@@ -245,7 +258,8 @@ class SavedWeights:
                 "by an inplace operation since: a step, or a write.\n"
                 "  Run backward before engine.step(), and a new forward after it."
             )
-        self._ask(saved.bucket)
+        if self._ask is not None:
+            self._ask(saved.bucket)
 
     def _is_ours(self, pack: SavedHook) -> bool:
         return any(hooks is not None and hooks[0] == pack for hooks in self._up)
@@ -415,8 +429,12 @@ class ModuleHooks:
                 self.users[module] = [bucket for bucket in buckets if bucket is not old or old.params] + [new]
                 self._inside[module] = _params_inside(module, self.users[module])
 
-    def use_around(self, bucket: Bucket, module: nn.Module, is_used: bool = True) -> None:
-        """A script says that `module` uses `bucket`, from the call that is running on, or that it does no more."""
+    def use_around(self, bucket: Bucket, module: nn.Module | None, is_used: bool = True) -> None:
+        """A script says that `module` uses `bucket`, from the call that is running on, or that it does no more; None for the
+        script's own code, in a gather context, whose backward may reach it by no module's outputs."""
+        if module is None:
+            self._ask_at_gradients(bucket.params)
+            return
         if not is_used:
             self.users[module].remove(bucket)
             return

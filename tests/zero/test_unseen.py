@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 import deepspeed
 from tests.engine.runs import engine_of, make_config
@@ -64,6 +65,9 @@ class Net(nn.Module):
             return torch.func.vmap(lambda row: self.head(row))(y)
         if how == "inner grad":
             return torch.func.vmap(torch.func.grad(lambda row: self.head(self.norm(row)).pow(2).sum()))(y)
+        if how == "checkpoint":
+            for block in self.blocks:
+                y = checkpoint(lambda y, first=block[0]: y @ first.weight, y, use_reentrant=False)
         out = self.head(y)
         if how == "attribute":
             self.kept = out.pow(2).mean()
@@ -148,6 +152,15 @@ def jvp(model: Any, x: Tensor) -> Tensor:
     return mean_square(torch.func.jvp(model, (x,), (torch.ones_like(x),))[1])
 
 
+def size_of_weights(model: Any) -> Tensor:
+    """Of what a script gathers and computes with itself."""
+    params = list(inner(model).parameters())
+    with deepspeed.zero.GatheredParameters(params):
+        head = inner(model).head.weight
+        loss = torch.as_tensor(sum(param.pow(2).sum() for param in params) + (head @ head.t()).norm())
+    return loss
+
+
 LOSSES: dict[str, LossOf] = {
     "object": lambda m, x: mean_square(m(x, "object").value),
     "distribution": lambda m, x: -m(x, "distribution").log_prob(x).mean(),
@@ -169,6 +182,9 @@ LOSSES: dict[str, LossOf] = {
     "vmap": lambda m, x: mean_square(torch.func.vmap(m)(x)),
     "jvp": jvp,
     "grad": lambda m, x: mean_square(torch.func.grad(lambda z: m(z).pow(2).sum())(x)),
+    "gathered": lambda m, x: mean_square(m(x)) + 0.1 * size_of_weights(m),
+    "gathered alone": lambda m, x: 0.1 * size_of_weights(m),
+    "checkpoint": lambda m, x: mean_square(checkpoint(m, x, "checkpoint", use_reentrant=False)),
     "submodule": lambda m, x: mean_square(inner(m).head(inner(m).blocks(x))),
 }
 
