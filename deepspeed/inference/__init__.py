@@ -11,6 +11,7 @@ injection.py    the original's calls beneath init_inference: replace_transformer
 group_wise.py   Quantizer, DeQuantizer, GroupQuantizer, for tensors that scripts quantize themselves
 tensor.py       over which ranks a model is cut, and that they stay together
 calls.py        a rank that fails inside of a call tells the others
+served.py       the same over sharded weights, which nobody can leave
 experts.py      ranks that share experts answer together
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights

@@ -16,6 +16,7 @@ Invariant: a call that succeeds asks nobody, and writes nothing. Over gloo alone
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import time
 import uuid
@@ -45,6 +46,27 @@ class Waiting(Protocol):
     size: int
     wait_for: Callable[[Any], None] | None
     """Waits for a collective in another way than by its own `wait`, if anybody knows one."""
+
+
+@contextlib.contextmanager
+def asking(module: Any, any_rank: Callable[[bool, Any], bool]) -> Iterator[None]:
+    """Inside, Hugging Face's question before each token, whether any rank goes on, is put by `any_rank(own answer, device)`."""
+    models = [m for m in module.modules() if hasattr(type(m), _QUESTION)] if isinstance(module, nn.Module) else []
+
+    def is_unfinished(own: Callable[..., bool], is_finished: bool, synced_gpus: bool, device: Any) -> bool:
+        return own(not any_rank(not is_finished, device) if synced_gpus else is_finished, False, device)
+
+    for model in models:
+        model.__dict__[_QUESTION] = functools.partial(is_unfinished, getattr(model, _QUESTION))
+    try:
+        yield
+    finally:
+        for model in models:
+            model.__dict__.pop(_QUESTION, None)
+
+
+_QUESTION = "_has_unfinished_sequences"
+"""A method of Transformers' models that generate."""
 
 
 class _Word(NamedTuple):

@@ -25,6 +25,7 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.inference import experts, prepare, tensor
+from deepspeed.inference.calls import asking
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
 from deepspeed.inference.fused import fuse, unfuse
@@ -231,7 +232,13 @@ class InferenceEngine(nn.Module):
                 t for m in _modules_of(self.module) for t in itertools.chain(m.parameters(), m.buffers())
             )
         self._has_generated = True
-        with self._call():
+        with contextlib.ExitStack() as around:
+            around.enter_context(self._call())
+            for served in (streamed.served for streamed in self._streamed if streamed.served is not None):
+                around.enter_context(served.call())
+                around.enter_context(asking(module, served.any))
+            if self._experts is not None:
+                around.enter_context(asking(module, self._experts.tokens.any))
             return self._generate_together(module, generate, args, kwargs)
 
     def _generate_together(
@@ -248,8 +255,7 @@ class InferenceEngine(nn.Module):
         for streamed in self._streamed:
             kwargs = streamed.in_step(kwargs)
         times = self._times.inside(module, self._is_compiled) if self._times else contextlib.nullcontext()
-        asking = contextlib.nullcontext() if self._experts is None else self._experts.asking(module)
-        with torch.no_grad(), times, asking:
+        with torch.no_grad(), times:
             return generate(*args, **kwargs)
 
     def profile_model_time(self, use_cuda_events: bool = True) -> None:

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -128,32 +127,12 @@ class ExpertRanks:
         """Arguments of a generation in which no rank ends before the others."""
         return {"synced_gpus": True, **arguments}
 
-    @contextlib.contextmanager
-    def asking(self, module: Any) -> Iterator[None]:
-        """Inside, the ranks that share experts ask each other, and not all ranks of the job, whether a generation is done."""
-        models = [m for m in module.modules() if hasattr(type(m), _UNFINISHED)] if isinstance(module, nn.Module) else []
-        for model in models:
-            model.__dict__[_UNFINISHED] = partial(self._is_unfinished, getattr(model, _UNFINISHED))
-        try:
-            yield
-        finally:
-            for model in models:
-                model.__dict__.pop(_UNFINISHED, None)
-
-    def _is_unfinished(self, own: Callable[..., bool], is_finished: bool, synced_gpus: bool, device: Any) -> bool:
-        """Hugging Face's question before each token, put to this group."""
-        return own(not self.tokens.any(not is_finished, device) if synced_gpus else is_finished, False, device)
-
     def release(self) -> None:
         """The engine is done."""
         if self.calls is not None:
             self.calls.release()
             self.tokens.tell()
         self.mesh.release()
-
-
-_UNFINISHED = "_has_unfinished_sequences"
-"""A method of Transformers' models that generate."""
 
 
 def ranks_of(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> ExpertRanks | None:

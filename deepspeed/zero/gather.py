@@ -38,7 +38,7 @@ from typing import Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 
-from deepspeed.utils.errors import TierError
+from deepspeed.utils.errors import RankMismatchError, TierError
 from deepspeed.zero.bucket import BucketState
 from deepspeed.zero.layout import BucketLayout
 from deepspeed.zero.loads import KeptMemory, LoadQueue
@@ -52,6 +52,13 @@ END = -1
 
 FAILED = -1
 """The digest of a rank that could not load a bucket in its phase."""
+
+LEFT = -2
+"""The digest of a rank that was in the phase for the others alone."""
+
+
+class RankLeftError(RankMismatchError):
+    """A rank has failed, and went on with the others only to tell them."""
 
 
 class PhaseKind(enum.Enum):
@@ -171,6 +178,8 @@ class Gatherer(Generic[B]):
         self.num_deviations = 0
         """How often a request was not what the plan expected, for the step summary."""
         self.num_agreements = 0
+        self.num_phases = 0
+        """Begun so far."""
         self._agree = agree
         self._loads = buckets[0].loads if buckets else LoadQueue()
         self._is_alone = not buckets or buckets[0].exchange.world_size == 1
@@ -202,6 +211,11 @@ class Gatherer(Generic[B]):
         """Whether a forward or backward is running."""
         return self._phase is not None
 
+    @property
+    def phase_name(self) -> str:
+        """Of the last phase."""
+        return self._key.name if self._key is not None else ""
+
     def begin(self, kind: PhaseKind, name: str = "") -> None:
         """Start a phase; `name` tells apart models or modules that are run on their own. Ends one that is open.
 
@@ -217,6 +231,7 @@ class Gatherer(Generic[B]):
         if before is not None:
             self._follower[before] = key
         self._phase = Phase(self._records.setdefault(key, Record()))
+        self.num_phases += 1
         if kind is not PhaseKind.INFERENCE:
             self._loads.memory = None
         elif self._loads.memory is None:
@@ -259,10 +274,10 @@ class Gatherer(Generic[B]):
         if bucket.holders == 0:
             self._reshard(bucket)
 
-    def end(self) -> None:
+    def end(self, *, has_left: bool = False) -> None:
         """End the phase: keep step with the other ranks until all have ended theirs. Collective.
 
-        Raises TierError on every rank if one of them could not load parameters in this phase.
+        Raises TierError on every rank if one of them could not load parameters in this phase, RankLeftError if one `has_left`.
         """
         phase = self._phase
         if phase is None:
@@ -274,13 +289,19 @@ class Gatherer(Generic[B]):
             if self._loads.fillings:
                 self._loads.start_until()
             digest = FAILED if self._loads.failure else zlib.crc32(repr(phase.needed).encode())
-            digests = [theirs for _, theirs in self._answer(END, digest)]
+            digests = [theirs for _, theirs in self._answer(END, LEFT if has_left else digest)]
             if FAILED in digests:
                 self._phase = None
                 self._loads.raise_failure()
                 raise TierError(
                     f"rank {digests.index(FAILED)} of the shard group could not load parameters; see its error."
                 )
+            if LEFT in digests:
+                self._phase = None
+                self._fresh.clear()
+                self._stale.clear()
+                self.reshard_all()
+                raise RankLeftError(f"rank {digests.index(LEFT)} of the shard group has left; see its error.")
             self._learn(phase, len(set(digests)) == 1)
         phase.record.uses = phase.uses
         self._phase = None

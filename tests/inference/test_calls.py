@@ -110,6 +110,72 @@ def test_ranks_that_share_experts_end_too(failing: int, how: str, where: str) ->
     run_ranks(2, expert_fails, failing, how, where, timeout=90)
 
 
+class Failing:
+    """A logits processor that fails at its third token."""
+
+    def __init__(self) -> None:
+        self.left = 3
+
+    def __call__(self, ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        self.left -= 1
+        if not self.left:
+            raise OverflowError("no memory is left")
+        return scores
+
+
+def streamed_fails(rank: int, world_size: int, failing: int, where: str, through: str) -> None:
+    """Of ranks that share weights, and have prompts and lengths of their own."""
+    torch.set_num_threads(1)
+    family = "t5" if where == "decoder" else "llama"
+    zero = {"stage": 3} if through == "module" else {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = deepspeed.init_inference(build(family), dtype="fp32", zero=zero)
+    batch = {key: value[rank % 3 : rank % 3 + 1] for key, value in prompts("left").items()}
+
+    def answer(**more: Any) -> torch.Tensor:
+        return (engine if through == "engine" else engine.module).generate(**batch, max_new_tokens=6 + 2 * rank, **more)
+
+    wanted = answer()
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    for _ in range(3):
+        started_s = time.monotonic()
+        more: dict[str, Any] = {}
+        handle = None
+        if rank == failing and where == "processor":
+            more["logits_processor"] = [Failing()]
+        elif rank == failing and where == "before":
+            handle = engine.module.register_forward_pre_hook(fail, prepend=True)
+        elif rank == failing:
+            handle = engine.module.get_submodule(where).register_forward_pre_hook(fail)
+        words = "no memory" if rank == failing else rf"\[rank {failing} of .*OverflowError: no memory is left"
+        with pytest.raises(OverflowError if rank == failing else DeepSpeedError, match=words):
+            answer(**more)
+        assert time.monotonic() - started_s < SOON_S
+        if handle is not None:
+            handle.remove()
+        assert torch.equal(answer(), wanted)
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("failing", "where", "through"),
+    [
+        (1, "model.layers.1.mlp", "engine"),
+        (0, "processor", "module"),
+        (1, "before", "engine"),
+        (0, "decoder", "engine"),
+    ],
+)
+def test_ranks_that_share_weights_end_too(failing: int, where: str, through: str) -> None:
+    run_ranks(2, streamed_fails, failing, where, through, timeout=120)
+
+
+def test_three_ranks_that_share_weights_end_too() -> None:
+    run_ranks(3, streamed_fails, 1, "processor", "engine", timeout=120)
+
+
 def module_fails(rank: int, world_size: int) -> None:
     """What a script does with `engine.module`, the engine itself being gone."""
     torch.set_num_threads(1)
