@@ -5,7 +5,7 @@ value, its optimizer group was read when the engine was made. A script that assi
 says nothing to anybody; so each of these is a *fact*, written down when it was last true and compared where a step begins.
 
     Tree       which parameters the modules have, by identity          added, removed, replaced
-    Flags      `requires_grad` of parameters that do not train         unfrozen
+    Flags      `requires_grad` of parameters that do not train         unfrozen, or given a gradient all the same
     Memory     each parameter is the very view of its bucket           `param.data = ...`, `.to(...)`
     Versions   torch's version counters                                written in place
     Groups     the optimizer's groups and what they list               `add_param_group`, edited lists
@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import abc
 import enum
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,7 +33,7 @@ from deepspeed.kernels.native_watch import watch
 from deepspeed.zero.bucket import Bucket, is_view
 from deepspeed.zero.build import Built
 from deepspeed.zero.master import Master
-from deepspeed.zero.param import slot_of
+from deepspeed.zero.param import grads_of, slot_of
 from deepspeed.zero.prints import Prints
 
 WORD_COLUMNS = 127
@@ -121,15 +121,19 @@ def _ids(children: Mapping[str, nn.Module | None]) -> list[int]:
 
 
 class Flags(Fact):
-    """`requires_grad` of parameters that have no master."""
+    """`requires_grad` of parameters that have no master, and that those of the optimizer's groups have no gradient: with one, torch's
+    optimizers step what is frozen, too."""
 
     def __init__(self) -> None:
         self.params: list[nn.Parameter] = []
         self._flags: list[bool] = []
+        self._grouped: list[nn.Parameter] = []
 
-    def watch(self, params: Sequence[nn.Parameter]) -> None:
-        """From now on of these."""
+    def watch(self, params: Sequence[nn.Parameter], grouped: Container[nn.Parameter]) -> None:
+        """From now on of these, of which some are in groups."""
         self.params = list(params)
+        self._grouped = [param for param in params if param in grouped]
+        self._watch = watch(self._grouped, no_grads=True)
         self.renew()
 
     def renew(self) -> None:
@@ -137,7 +141,12 @@ class Flags(Fact):
 
     @property
     def has_changed(self) -> bool:
-        return self._read() != self._flags
+        return self._read() != self._flags or self._have_gradients()
+
+    def _have_gradients(self) -> bool:
+        if self._watch is not None and self._watch.is_same():
+            return False
+        return any(gradient is not None for gradient in grads_of(self._grouped))
 
     def is_news(self, param: nn.Parameter) -> bool:
         """Whether one of these has another flag than was last written down."""
@@ -297,7 +306,8 @@ class Facts:
         """Everything is as it should be: write it down."""
         self.tree.renew()
         trained = {param for master in self._built.masters for param in master.bucket.params}
-        self.flags.watch([param for param in self.tree.names if param not in trained])
+        untrained = [param for param in self.tree.names if param not in trained]
+        self.flags.watch(untrained, self._built.builder.group_of)
         self.whole = whole = [bucket for bucket in self._built.buckets if not bucket.is_sharded]
         self.memory.watch(whole)
         # One rank has nobody to differ from, and the seals tell what it wrote.

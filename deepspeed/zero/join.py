@@ -35,8 +35,12 @@ class Joining:
     def join(self, named: Sequence[tuple[nn.Parameter, str]]) -> None:
         """Train these parameters, whose groups the builder knows. The gradients that they have are this step's.
 
-        Collective. Their state begins with the next step, as in plain PyTorch.
+        Collective. Their state begins with the next step, as in plain PyTorch. Frozen ones, which have a gradient all the same, are
+        from now on as what was frozen while it trained.
         """
+        frozen = [param for param, _ in named if not param.requires_grad]
+        for param in frozen:
+            param.requires_grad_(True)  # torch has no hooks on gradients of others
         built, builder = self.built, self.built.builder
         first = len(built.masters)
         by_bucket: dict[Bucket, list[tuple[nn.Parameter, str]]] = {}
@@ -60,6 +64,8 @@ class Joining:
         self.optimizer.add(masters)
         trainers.add(self.optimizer)
         reducer.take_left(first)
+        for param in frozen:
+            param.requires_grad_(False)
 
     def _divide(self, old: Bucket, members: Sequence[tuple[nn.Parameter, str]]) -> None:
         new = self.built.builder.make(members, is_sharded=True)

@@ -7,8 +7,9 @@ place is an edit of what is stepped; whatever else the script did is taken over 
     another tensor    its values are what is stepped
     None              the parameter is left out of the step, on this rank, as every optimizer skips `grad is None`
 
-Gradients that add up in another dtype than the parameter's cannot be `param.grad`: a copy is shown, and the elements that
-the script changed in it are taken over. Where ranks have slices nothing is shown; a gradient that the script assigns there,
+What is shown is another tensor of the view's memory, so that nothing that a script does to it (`grad.data = ...`, `detach_()`)
+is done to the view. Gradients that add up in another dtype than the parameter's cannot be `param.grad`: a copy is shown, and the
+elements that the script changed in it are taken over. Where ranks have slices nothing is shown; a gradient that the script assigns there,
 the same on every rank, is stepped all the same, by each rank its slice.
 
 Invariant: autograd never adds to a view that is shown without the reducer being told (`Reducer.take`).
@@ -24,7 +25,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from deepspeed.kernels.native_watch import watch
+from deepspeed.kernels.native_watch import Watch, watch
+from deepspeed.zero.bucket import is_view
 from deepspeed.zero.gradients import Gradients
 from deepspeed.zero.param import give_grads, grads_of
 from deepspeed.zero.veil import Veil
@@ -38,18 +40,51 @@ class _Shown(NamedTuple):
     params: list[nn.Parameter]
     views: Sequence[Tensor]
     faces: list[Tensor]
-    """The views themselves, or copies in the parameters' dtype."""
+    """Of the views' memory, or copies in the parameters' dtype."""
+    watch: Watch | None
+    """Whether those of the views' memory still are."""
+
+    def is_still(self, gradients: Gradients, views: Sequence[Tensor]) -> bool:
+        """Whether these are what is to be shown of the bucket's parameters now."""
+        pairs = ((self.params, gradients.bucket.params), (self.views, views))
+        return all(len(own) == len(now) and all(map(is_, own, now)) for own, now in pairs) and self.is_in_place
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether what was written to the faces was written to the views."""
+        return self.watch is not None and self.watch.is_same()
 
     @property
     def is_untouched(self) -> bool:
         """Whether nothing was assigned to any of the parameters, and what was written was written to the views."""
-        return all(map(is_, grads_of(self.params), self.views))
+        return all(map(is_, grads_of(self.params), self.faces)) and self.is_in_place
+
+    def is_face(self, number: int, gradient: Tensor) -> bool:
+        """Whether this is what was shown, with the memory that it had."""
+        view, face = self.views[number], self.faces[number]
+        return gradient is face and (face.dtype != view.dtype or is_view(face, view))
 
     def take_edits(self, number: int) -> None:
         """Have in a view what the script changed in the copy of it, without rounding the rest."""
         view, face = self.views[number], self.faces[number]
-        if face is not view:
+        if face.dtype != view.dtype:
             view.copy_(torch.where(view.to(face.dtype) == face, view, face))
+
+
+def _faces_of(position: int, gradients: Gradients, views: Sequence[Tensor]) -> _Shown:
+    params = list(gradients.bucket.params)
+    if gradients.bucket.full.dtype is not gradients.dtype:
+        copies = [view.to(param.dtype) for view, param in zip(views, params, strict=True)]
+        return _Shown(position, gradients, params, views, copies, None)
+    faces = [view.data for view in views]
+    return _Shown(position, gradients, params, views, faces, watch(faces, memory=True))
+
+
+def _dense(gradient: Tensor, homes: set[int | None]) -> Tensor:
+    """A gradient of memory of its own, so that it may be copied into any of the views."""
+    if gradient.layout is not torch.strided:
+        return gradient.to_dense()
+    return gradient.clone() if _home(gradient) in homes else gradient
 
 
 def _home(tensor: Tensor) -> int | None:
@@ -91,6 +126,8 @@ class ShownGradients:
         self.shows_any = False
         """Asked for every gradient that arrives."""
         self._shown: list[_Shown] = []
+        self._known: dict[int, _Shown] = {}
+        """By position: what was shown last, which is shown again where it is as it was."""
         self._num_watched, self._watch = 0, watch([])
         self.veil = Veil()
         """For buckets that show nothing, until `close`."""
@@ -100,13 +137,13 @@ class ShownGradients:
         if self.shows_any:
             return
         for position, gradients in enumerate(buckets):
-            params, views = gradients.bucket.params, gradients.shown
-            if views:
-                views = views[: len(params)]
-                is_alike = gradients.bucket.full.dtype is gradients.dtype
-                faces = list(views) if is_alike else [v.to(p.dtype) for p, v in zip(params, views, strict=True)]
-                give_grads(params, faces)
-                self._shown.append(_Shown(position, gradients, list(params), views, faces))
+            if gradients.shown:
+                known = self._known.get(position)
+                views = gradients.shown[: len(gradients.bucket.params)]
+                if known is None or not known.is_still(gradients, views):
+                    known = self._known[position] = _faces_of(position, gradients, views)
+                give_grads(known.params, known.faces)
+                self._shown.append(known)
         self.shows_any = bool(self._shown)
 
     def assigned(self, buckets: Sequence[Gradients]) -> list[Assigned]:
@@ -138,21 +175,22 @@ class ShownGradients:
             (shown.position, number): gradient
             for shown, found in touched
             for number, gradient in enumerate(found)
-            if gradient is not None and gradient is not shown.faces[number]
+            if gradient is not None and not shown.is_face(number, gradient)
         }
         if given:
             # What the script put there may be views itself, exchanged or transposed: copied before any is written.
             homes = {_home(view) for shown, _ in touched for view in shown.views}
-            given = {at: gradient.clone() if _home(gradient) in homes else gradient for at, gradient in given.items()}
+            given = {at: _dense(gradient, homes) for at, gradient in given.items()}
         for shown, found in touched:
             for number, gradient in enumerate(found):
                 if gradient is None:
                     shown.views[number].zero_()  # adds nothing to the norm
                     missing.append((shown.position, number))
-                elif gradient is shown.faces[number]:
+                elif shown.is_face(number, gradient):
                     shown.take_edits(number)
                 else:
                     shown.views[number].copy_(given[shown.position, number])
+                    shown.gradients.arrivals.used.add(number)  # whether a backward had given it one or not
         return missing
 
     def hide(self) -> None:

@@ -35,7 +35,7 @@ from deepspeed.utils.logging import warn_once
 from deepspeed.zero.build import Built
 from deepspeed.zero.facts import Change, Facts, Kind, Seal
 from deepspeed.zero.join import Joining
-from deepspeed.zero.param import slot_of
+from deepspeed.zero.param import grads_of, slot_of
 from deepspeed.zero.prints import digest_of, settings_of
 from deepspeed.zero.written import Writes, keep_if_written, not_alike, take_writes
 
@@ -240,12 +240,13 @@ class Takeover:
         self._refuse_swapped(names)
         found = self.facts.tree.changes()
         for param, name in names.items():
-            if param.requires_grad and not self.facts.is_trained(param):
+            wants = param.requires_grad
+            if (wants or grads_of([param]) != [None]) and not self.facts.is_trained(param):
                 group = groups.get(param)
-                if group is None:
-                    self._warn_of_untrained(param, name)
-                else:
+                if group is not None:
                     found.append(Change(Kind.TRAINS, name, param, f" in group {group}, {tuple(_shape(param))}"))
+                elif wants:
+                    self._warn_of_untrained(param, name)
         assigned = self.facts.memory.changes(names)
         for change in assigned:
             self._check_assigned(change)

@@ -341,6 +341,41 @@ def test_another_number_of_micro_batches_holds_from_the_next_step_on(stage: int)
     assert run_ranks(2, changed_accumulation, stage) == [[[4, 7, 10, 12, 14], 5, 14]] * 2
 
 
+def gives_to_idle_ones(rank: int, world_size: int, stage: int, is_frozen: bool) -> None:
+    """A weight that no backward reaches is given a gradient in two of four steps, frozen or not."""
+    torch.manual_seed(0)
+    model = nn.ModuleList([nn.Linear(8, 8), nn.Linear(8, 8)])
+    model[0].requires_grad_(not is_frozen)
+    plain = copy.deepcopy(model)
+    optimizers = [torch.optim.SGD(made.parameters(), lr=0.1, momentum=0.9) for made in (plain, model)]
+    config = make_config(stage, micro=2, zero={"stage3_param_persistence_threshold": 0})
+    del config["optimizer"]
+    with engine_of(model, config, optimizer=optimizers[1]) as engine:
+        for i in range(4):
+            x = torch.randn(2, 8, generator=torch.Generator().manual_seed(i))
+            plain[1](x).square().mean().backward()
+            with deepspeed.zero.GatheredParameters(list(model[1].parameters()) if stage == 3 else []):
+                engine.backward(model[1](x).square().mean())
+            if i in (1, 3):
+                with deepspeed.zero.GatheredParameters([model[0].weight]):
+                    for made in (plain, model):
+                        made[0].weight.grad = torch.full((8, 8), 0.1)
+            optimizers[0].step()
+            optimizers[0].zero_grad()
+            engine.step()
+        for name, value in masters(model).items():
+            if value is not None:
+                torch.testing.assert_close(value, plain.get_parameter(name).detach())
+        assert safe_get_full_fp32_param(model[0].weight) is not None
+
+
+@pytest.mark.parametrize("is_frozen", [True, False])
+@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_gradients_given_to_what_no_backward_reaches_are_stepped(stage: int, world_size: int, is_frozen: bool) -> None:
+    run_ranks(world_size, gives_to_idle_ones, stage, is_frozen)
+
+
 def _exchange(model: nn.Module) -> None:
     model[0].weight.grad, model[2].weight.grad = model[2].weight.grad, model[0].weight.grad
 
@@ -351,6 +386,20 @@ def _transpose(model: nn.Module) -> None:
 
 def _give_away(model: nn.Module) -> None:
     model[2].weight.grad, model[0].weight.grad = model[0].weight.grad, None
+
+
+def _give_data_away(model: nn.Module) -> None:
+    first, last = model[0].weight.grad, model[2].weight.grad
+    first.data, last.data = last.data, first.data.t() * 0.5
+
+
+def _cut_off(model: nn.Module) -> None:
+    for param in model.parameters():
+        param.grad.detach_().mul_(0.5)
+
+
+def _give_sparse(model: nn.Module) -> None:
+    model[0].weight.grad = model[0].weight.grad.to_sparse()
 
 
 def moves_gradients(rank: int, world_size: int, edit: Callable[[nn.Module], None]) -> None:
@@ -375,6 +424,6 @@ def moves_gradients(rank: int, world_size: int, edit: Callable[[nn.Module], None
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("edit", [_exchange, _transpose, _give_away])
+@pytest.mark.parametrize("edit", [_exchange, _transpose, _give_away, _give_data_away, _cut_off, _give_sparse])
 def test_gradients_may_be_exchanged_and_transposed(edit: Callable[[nn.Module], None], world_size: int) -> None:
     run_ranks(world_size, moves_gradients, edit)
