@@ -39,7 +39,8 @@ struct QuantizeLoops {
 };
 
 // Rows of a weight of 8 or 4 bits, and of a vector beside it: as `arrange` left it, scaled group by group; of int4 with what makes up
-// for the 8 that is added to weights: -8 times the sum of each group. `group_size` is a multiple of 32.
+// for the 8 that is added to weights: -8 times the sum of each group. `group_size` is a multiple of 32; `scales` and `offsets` have whole
+// eights, zeros at the end.
 struct IntegerRows {
     const uint8_t* values[kStreams];
     const float* scales[kStreams];
@@ -47,7 +48,8 @@ struct IntegerRows {
 
 struct Integers {
     const int16_t* values;
-    const float *scales, *offsets;
+    const float* scales;
+    const int32_t* offsets;
     size_t num_groups, group_size;
 };
 

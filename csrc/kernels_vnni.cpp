@@ -30,7 +30,7 @@ DS_INLINE __m256i load_xmm(const void* at) { return _mm256_zextsi128_si256(_mm_l
 
 // ---- products with int4
 
-constexpr size_t kAhead = 3072;  // bytes ahead rows are asked for (Zen 4, 1,024 bytes a row: 93 % of the bandwidth, 87 from 2048)
+constexpr size_t kAhead = 3072;  // bytes ahead rows are asked for (Zen 4, 1,024 bytes a row: 87 % of the bandwidth, 82 from 2048 and from 4096)
 constexpr int kRows = 4;         // that are worked on together
 constexpr size_t kScaled = 8;    // groups whose scales are multiplied at once
 constexpr size_t kPlanes = 128;  // elements of a block: a register of a row
@@ -51,15 +51,17 @@ DS_INLINE __m512i load_bytes(const void* at, size_t n) {
     return n >= 64 ? _mm512_loadu_si512(at) : _mm512_maskz_loadu_epi8((1ull << n) - 1, at);
 }
 
-struct Two {
-    __m512i first, second;
-};
+// Dwords of 256 bytes, 8 groups of 64 weights, so that lanes belong to groups 0 2 4 6, 0 2 4 6, 1 3 5 7, 1 3 5 7: two registers of the even
+// halves of each 16 bytes, or of the odd ones.
+template <bool AreOdd>
+DS_INLINE void turn_groups(__m512i a, __m512i b, __m512i c, __m512i d, __m512i* one, __m512i* other) {
+    const __m512 ab = _mm512_castsi512_ps(AreOdd ? _mm512_unpackhi_epi64(a, b) : _mm512_unpacklo_epi64(a, b));
+    const __m512 cd = _mm512_castsi512_ps(AreOdd ? _mm512_unpackhi_epi64(c, d) : _mm512_unpacklo_epi64(c, d));
+    *one = _mm512_castps_si512(_mm512_shuffle_ps(ab, cd, 0x88)), *other = _mm512_castps_si512(_mm512_shuffle_ps(ab, cd, 0xdd));
+}
 
-// Halves of lanes of 128 bits: the first ones of a and b, and the second ones.
-DS_INLINE Two halves_of(__m512i a, __m512i b) { return {_mm512_unpacklo_epi64(a, b), _mm512_unpackhi_epi64(a, b)}; }
-
-// Groups of 64 by fours, 128 bytes of a row, as `halves_of` leaves them: high planes of the even and odd elements of the first half, of
-// those of the second, then low ones. Other groups block by block (of a group, or of the whole row where groups are shorter).
+// Groups of 64 by eights, as `turn_groups` leaves them: the four planes of each register; up to four groups at the end twice, for two
+// rows. Other groups block by block (of a group, or of the whole row where groups are shorter).
 void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
     if (group_size != 64) {
         const size_t part = group_size < 64 ? n : group_size;
@@ -70,15 +72,17 @@ void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
         }
         return;
     }
-    for (size_t at = 0; at < n; at += 2 * kPlanes) {
-        alignas(64) int16_t four[2 * kPlanes] = {};
-        alignas(64) int8_t planes[2][4][64];
-        std::memcpy(four, q + at, (n - at < 2 * kPlanes ? n - at : 2 * kPlanes) * sizeof *q);
-        for (size_t i = 0; i < 2; ++i) store_planes(four + i * kPlanes, 64, planes[i][0]);
-        for (size_t p = 0; p < 4; ++p) {  // low even, high even, low odd, high odd
-            const Two x = halves_of(_mm512_load_si512(planes[0][p]), _mm512_load_si512(planes[1][p]));
-            int8_t* const place = reinterpret_cast<int8_t*>(to + at) + (p % 2 ? 0 : 256) + p / 2 * 64;
-            _mm512_storeu_si512(place, x.first), _mm512_storeu_si512(place + 128, x.second);
+    for (size_t at = 0; at < n; at += 4 * kPlanes) {
+        alignas(64) int16_t eight[4 * kPlanes] = {};
+        alignas(64) int8_t planes[4][4][64];
+        std::memcpy(eight, q + at, (n - at < 4 * kPlanes ? n - at : 4 * kPlanes) * sizeof *q);
+        if (n - at <= 2 * kPlanes) std::memcpy(eight + 2 * kPlanes, eight, 2 * kPlanes * sizeof *q);
+        for (size_t i = 0; i < 4; ++i) store_planes(eight + i * kPlanes, 64, planes[i][0]);
+        for (size_t p = 0; p < 4; ++p) {
+            __m512i w[4], turned[4];
+            for (size_t i = 0; i < 4; ++i) w[i] = _mm512_load_si512(planes[i][p]);
+            turn_groups<false>(w[0], w[1], w[2], w[3], turned, turned + 1), turn_groups<true>(w[0], w[1], w[2], w[3], turned + 2, turned + 3);
+            for (size_t i = 0; i < 4; ++i) _mm512_storeu_si512(reinterpret_cast<int8_t*>(to + at) + i * 256 + p * 64, turned[i]);
         }
     }
 }
@@ -93,67 +97,101 @@ DS_INLINE Nibbles nibbles_of(__m512i words) {
 }
 
 DS_INLINE __m256i upper(__m512i x) { return _mm512_extracti64x4_epi64(x, 1); }
-
-// Groups of 64: sum_fours of products.inl, whose two vectors of floats are one here.
-static void sum_fours(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
-    const __m512i scale_of[2] = {_mm512_setr_epi32(0, 0, 2, 2, 0, 0, 2, 2, 1, 1, 3, 3, 1, 1, 3, 3),
-                                 _mm512_setr_epi32(4, 4, 6, 6, 4, 4, 6, 6, 5, 5, 7, 7, 5, 5, 7, 7)};
-    const uint8_t* w[kRows];
-    const float* s[kRows];
-    __m512 sums[kRows];
-    __m256 offsets[kRows];
-    for (int k = 0; k < kRows; ++k) {
-        w[k] = rows.values[first + k], s[k] = rows.scales[first + k];
-        sums[k] = _mm512_setzero_ps(), offsets[k] = _mm256_setzero_ps();
-    }
-    const auto add_eight = [&](size_t g, size_t count) __attribute__((always_inline)) {
-        const __mmask8 mask = static_cast<__mmask8>((1u << count) - 1);
-        const __m256 own = _mm256_maskz_loadu_ps(mask, x.scales + g), offset = _mm256_maskz_loadu_ps(mask, x.offsets + g);
-        __m256 scales[kRows];
-        for (int k = 0; k < kRows; ++k) {
-            prefetch_scale(s[k], g);
-            const __m256 scale = _mm256_maskz_loadu_ps(mask, s[k] + g);
-            offsets[k] = _mm256_add_ps(offsets[k], _mm256_mul_ps(scale, offset));
-            scales[k] = _mm256_mul_ps(scale, own);
-        }
-        for (size_t j = 0; j < count; j += 4) {
-            const size_t at = (g + j) * 32, nbytes = (count - j) * 32;
-            const int8_t* const planes = reinterpret_cast<const int8_t*>(x.values) + 4 * at;
-            for (int k = 0; k < kRows; ++k)
-                for (size_t line = 0; line < 128; line += 64) ask_for(w[k] + at + line + kAhead);
-            Nibbles front[kRows], back[kRows];
-            __m512i exact[kRows];
-            // Each step for all rows: what waits for the step before it would fill the processor's queues.
-            const auto add = [&](const Nibbles* of, size_t plane) __attribute__((always_inline)) {
-                const __m512i even = _mm512_loadu_si512(planes + plane), odd = _mm512_loadu_si512(planes + plane + 64);
-                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], of[k].even, even);
-                for (int k = 0; k < kRows; ++k) exact[k] = _mm512_dpbusd_epi32(exact[k], of[k].odd, odd);
-            };
-            for (int k = 0; k < kRows; ++k) {
-                const Two halves = halves_of(load_bytes(w[k] + at, nbytes), nbytes > 64 ? load_bytes(w[k] + at + 64, nbytes - 64) : _mm512_setzero_si512());
-                front[k] = nibbles_of(halves.first), back[k] = nibbles_of(halves.second), exact[k] = _mm512_setzero_si512();
-            }
-            add(front, 0), add(back, 128);
-            for (int k = 0; k < kRows; ++k) exact[k] = _mm512_slli_epi32(exact[k], 8);
-            add(front, 256), add(back, 384);
-            for (int k = 0; k < kRows; ++k) {
-                const __m512 scale = _mm512_permutexvar_ps(scale_of[j / 4], _mm512_castps256_ps512(scales[k]));
-                sums[k] = _mm512_add_ps(sums[k], _mm512_mul_ps(_mm512_cvtepi32_ps(exact[k]), scale));
-            }
-        }
-    };
-    size_t g = 0;
-    for (; g + 8 <= x.num_groups; g += 8) add_eight(g, 8);
-    if (g < x.num_groups) add_eight(g, x.num_groups - g);
-    for (int k = 0; k < kRows; ++k) {
-        fold((Sixteen)sums[k], &lanes[k]);
-        lanes[k] += (Floats8)offsets[k];
-    }
+DS_INLINE __m256i half(__m256i x, int i) {  // zeros behind it
+    return _mm256_zextsi128_si256(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
 }
 
 struct Planes {
     __m512i even_low, even_high, odd_low, odd_high;
 };
+
+// take(k, the exact products of 8 groups of 64) for each of `Num` rows with what `arrange_int4` made; load(k, i): groups 2i and 2i + 1.
+template <int Num, class Load, class Ask, class Take>
+DS_INLINE void sum_groups(const int8_t* planes, const Load& load, const Ask& ask, const Take& take) {
+    // Odd elements stay where they are in their bytes, 16 times as large: a shift less for each register, and four sums, not two, that
+    // need not wait for each other.
+    __m512i low[Num] = {}, high[Num] = {}, odd_low[Num] = {}, odd_high[Num] = {}, one[Num], other[Num];
+    const auto meet = [&](const __m512i* words, size_t line) __attribute__((always_inline)) {
+        const auto beside = [&](size_t p) __attribute__((always_inline)) { return _mm512_loadu_si512(planes + 256 * line + 64 * p); };
+        const Planes by = {beside(0), beside(1), beside(2), beside(3)};
+        ask(line);
+        for (int k = 0; k < Num; ++k) {
+            const __m512i even = _mm512_and_si512(words[k], _mm512_set1_epi8(15)), odd = _mm512_and_si512(words[k], _mm512_set1_epi8(-16));
+            low[k] = _mm512_dpbusd_epi32(low[k], even, by.even_low), high[k] = _mm512_dpbusd_epi32(high[k], even, by.even_high);
+            odd_low[k] = _mm512_dpbusd_epi32(odd_low[k], odd, by.odd_low), odd_high[k] = _mm512_dpbusd_epi32(odd_high[k], odd, by.odd_high);
+        }
+    };
+    for (int k = 0; k < Num; ++k) turn_groups<false>(load(k, 0), load(k, 1), load(k, 2), load(k, 3), &one[k], &other[k]);
+    meet(one, 0), meet(other, 1);
+    for (int k = 0; k < Num; ++k) turn_groups<true>(load(k, 0), load(k, 1), load(k, 2), load(k, 3), &one[k], &other[k]);
+    meet(one, 2), meet(other, 3);
+    const __m512i in_order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    for (int k = 0; k < Num; ++k) {
+        const __m512i even = _mm512_add_epi32(low[k], _mm512_slli_epi32(high[k], 8)), odd = _mm512_add_epi32(odd_low[k], _mm512_slli_epi32(odd_high[k], 8));
+        const __m512i halves = _mm512_permutexvar_epi32(in_order, _mm512_add_epi32(even, _mm512_srai_epi32(odd, 4)));
+        take(k, _mm256_add_epi32(_mm512_castsi512_si256(halves), upper(halves)));
+    }
+}
+
+// Groups 2i and 2i + 1 of `count`.
+DS_INLINE __m512i load_two(const uint8_t* w, size_t i, size_t count) {
+    return count >= 2 * i + 2 ? _mm512_loadu_si512(w + 64 * i) : _mm512_maskz_loadu_epi32(count == 2 * i + 1 ? 0xff : 0, w + 64 * i);
+}
+
+DS_INLINE void add_scaled(__m256& sum, __m256i exact, __m256 by) { sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), by)); }
+
+// The less than 8 groups that rows end with, at most four of two rows as one. Apart, for the sake of the registers of the loop before it.
+__attribute__((noinline)) void sum_last(const IntegerRows& rows, const Integers& x, int first, size_t g, Floats8* lanes) {
+    const uint8_t* const* const w = rows.values + first;
+    const float* const* const s = rows.scales + first;
+    const size_t count = x.num_groups - g;
+    const int8_t* const planes = reinterpret_cast<const int8_t*>(x.values) + 128 * g;
+    const auto scale = [&](int k, __m256i exact) __attribute__((always_inline)) {
+        const __m256 scales = _mm256_maskz_loadu_ps(static_cast<__mmask8>((1u << count) - 1), s[k] + g);
+        __m256 sum = (__m256)lanes[k];
+        add_scaled(sum, _mm256_add_epi32(exact, load_ymm(x.offsets + g)), _mm256_mul_ps(scales, _mm256_loadu_ps(x.scales + g)));
+        lanes[k] = (Floats8)sum;
+    };
+    if (count > 4) {
+        const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return load_two(w[k] + 32 * g, i, count); };
+        const auto ask = [&](size_t line) __attribute__((always_inline)) {
+            for (int k = 0; k < kRows; ++k) ask_for(w[k] + 32 * g + 64 * line + kAhead);
+        };
+        sum_groups<kRows>(planes, load, ask, scale);
+        return;
+    }
+    const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return load_two(w[2 * k + i / 2] + 32 * g, i % 2, count); };
+    const auto ask = [&](size_t line) __attribute__((always_inline)) {
+        for (size_t k = 0; k < kRows; k += 2) ask_for(w[k + line / 2] + 32 * g + 64 * (line % 2) + kAhead);
+    };
+    sum_groups<kRows / 2>(planes, load, ask, [&](int k, __m256i both) __attribute__((always_inline)) {
+        for (int i = 0; i < 2; ++i) scale(2 * k + i, half(both, i));
+    });
+}
+
+// Groups of 64: sum_eights of products.inl.
+static void sum_eights(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
+    const uint8_t* w[kRows];
+    const float* s[kRows];
+    __m256 sums[kRows];
+    for (int k = 0; k < kRows; ++k) w[k] = rows.values[first + k], s[k] = rows.scales[first + k], sums[k] = _mm256_setzero_ps();
+    const int8_t* const planes = reinterpret_cast<const int8_t*>(x.values);
+    size_t g = 0;
+    for (; g + 8 <= x.num_groups; g += 8) {
+        const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return _mm512_loadu_si512(w[k] + 32 * g + 64 * i); };
+        const auto ask = [&](size_t line) __attribute__((always_inline)) {
+            for (int k = 0; k < kRows; ++k) ask_for(w[k] + 32 * g + 64 * line + kAhead);
+        };
+        const __m256 own = _mm256_loadu_ps(x.scales + g);
+        const __m256i offset = load_ymm(x.offsets + g);
+        sum_groups<kRows>(planes + 128 * g, load, ask, [&](int k, __m256i exact) __attribute__((always_inline)) {
+            prefetch_scale(s[k], g);
+            add_scaled(sums[k], _mm256_add_epi32(exact, offset), _mm256_mul_ps(_mm256_loadu_ps(s[k] + g), own));
+        });
+    }
+    for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
+    if (g < x.num_groups) sum_last(rows, x, first, g, lanes);
+}
 
 DS_INLINE Planes planes_of(const int8_t* x, size_t half) {
     return {load_bytes(x, half), load_bytes(x + half, half), load_bytes(x + 2 * half, half), load_bytes(x + 3 * half, half)};
@@ -165,13 +203,6 @@ DS_INLINE __m512i add_low(__m512i sum, const Nibbles& w, const Planes& x) {
 DS_INLINE __m512i add_high(__m512i sum, const Nibbles& w, const Planes& x) {
     return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(sum, w.even, x.even_high), w.odd, x.odd_high);
 }
-DS_INLINE __m256i half(__m256i x, int i) {  // zeros behind it
-    return _mm256_zextsi128_si256(i ? _mm256_extracti128_si256(x, 1) : _mm256_castsi256_si128(x));
-}
-
-DS_INLINE void add_scaled(__m256& sum, __m256i exact, float by) {
-    sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_set1_ps(by)));
-}
 
 // Rows [first, first + kRows) as sum_rows of products.inl: four groups of 32 side by side in a register, or blocks of one larger group.
 template <bool Are32>
@@ -182,7 +213,7 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
     __m256 sums[kRows];
     for (int k = 0; k < kRows; ++k) {
         w[k] = rows.values[first + k], s[k] = rows.scales[first + k];
-        sum_offsets(s[k], x.offsets, num_groups, &lanes[k]);
+        sum_offsets(s[k], x, &lanes[k]);
         sums[k] = (__m256)lanes[k];
     }
     const int8_t* values = reinterpret_cast<const int8_t*>(x.values);
@@ -193,7 +224,7 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
         const __m256 own = _mm256_maskz_loadu_ps(mask, x.scales + g);
         for (int k = 0; k < kRows; ++k) {
             prefetch_scale(s[k], g);
-            _mm256_storeu_ps(scales[k], _mm256_mul_ps(_mm256_maskz_loadu_ps(mask, s[k] + g), own));
+            _mm256_storeu_ps(scales[k], _mm256_mul_ps(_mm256_maskz_loadu_ps(static_cast<__mmask8>(mask), s[k] + g), own));
         }
         for (size_t j = 0; j < count; j += Are32 ? 4 : 1) {
             __m512i low[kRows] = {}, high[kRows] = {};
@@ -211,13 +242,13 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
                 const __m512i exact = _mm512_add_epi32(low[k], _mm512_slli_epi32(high[k], 8));
                 const __m256i front = _mm512_castsi512_si256(exact), back = upper(exact);
                 if (!Are32) {
-                    add_scaled(sums[k], _mm256_add_epi32(front, back), scales[k][j]);
+                    add_scaled(sums[k], _mm256_add_epi32(front, back), _mm256_set1_ps(scales[k][j]));
                     continue;
                 }
-                add_scaled(sums[k], half(front, 0), scales[k][j]);
-                if (j + 1 < count) add_scaled(sums[k], half(front, 1), scales[k][j + 1]);
-                if (j + 2 < count) add_scaled(sums[k], half(back, 0), scales[k][j + 2]);
-                if (j + 3 < count) add_scaled(sums[k], half(back, 1), scales[k][j + 3]);
+                add_scaled(sums[k], half(front, 0), _mm256_set1_ps(scales[k][j]));
+                if (j + 1 < count) add_scaled(sums[k], half(front, 1), _mm256_set1_ps(scales[k][j + 1]));
+                if (j + 2 < count) add_scaled(sums[k], half(back, 0), _mm256_set1_ps(scales[k][j + 2]));
+                if (j + 3 < count) add_scaled(sums[k], half(back, 1), _mm256_set1_ps(scales[k][j + 3]));
             }
         }
     }
@@ -225,7 +256,7 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
 }
 
 void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    const auto sum = x.group_size == 64 ? sum_fours : x.group_size == 32 ? sum_rows<true> : sum_rows<false>;
+    const auto sum = x.group_size == 64 ? sum_eights : x.group_size == 32 ? sum_rows<true> : sum_rows<false>;
     Floats8 lanes[kStreams];
     for (int first = 0; first < kStreams; first += kRows) sum(rows, x, first, lanes + first);
     sum_lanes(lanes, out);

@@ -124,12 +124,15 @@ static inline __attribute__((always_inline)) void prefetch_scale(const float* sc
     if (group % 16 == 0) __builtin_prefetch(scales + group + 128);
 }
 
-// What n groups' sums begin with in 8 lanes: their scales times what is added to each.
-static inline __attribute__((always_inline)) void sum_offsets(const float* scales, const float* offsets, size_t n, Floats8* to) {
+// What a row's sums begin with in 8 lanes: its groups' scales times what is added to each.
+static inline __attribute__((always_inline)) void sum_offsets(const float* scales, const Integers& x, Floats8* to) {
     Floats8 sums = {};
     size_t g = 0;
-    for (; g + 8 <= n; g += 8) sums += *reinterpret_cast<const Floats8*>(scales + g) * *reinterpret_cast<const Floats8*>(offsets + g);
-    for (; g < n; ++g) sums[g % 8] += scales[g] * offsets[g];
+    for (; g + 8 <= x.num_groups; g += 8) {
+        const Floats8 exact = __builtin_convertvector(*reinterpret_cast<const Ints8*>(x.offsets + g), Floats8);
+        sums += *reinterpret_cast<const Floats8*>(scales + g) * (*reinterpret_cast<const Floats8*>(x.scales + g) * exact);
+    }
+    for (; g < x.num_groups; ++g) sums[g % 8] += scales[g] * (x.scales[g] * static_cast<float>(x.offsets[g]));
     *to = sums;
 }
 

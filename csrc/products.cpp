@@ -45,25 +45,28 @@ class Lines {
 struct Vectors {
     std::vector<int16_t> rounded;
     Lines<int16_t> values;
-    int64_t stride;  // of `values`: whole fours of groups
-    std::vector<float> scales, offsets;
+    int64_t stride, padded;  // of a row's `values`, and its parts: whole eights of groups, the parts past the end 0
+    std::vector<float> scales;
+    std::vector<int32_t> offsets;
 
     void fill(const float* x, int64_t batch, int64_t width, int64_t part, const Kernels& kernels, bool is_int4) {
-        const int64_t numel = batch * width, num_parts = numel / part;
-        rounded.resize(numel);
-        stride = (width + 255) / 256 * 256;
+        const int64_t parts = width / part;
+        rounded.resize(width);
+        stride = (width + 511) / 512 * 512;
+        padded = (parts + 7) / 8 * 8;
         values.fit(batch * stride);
-        scales.resize(num_parts);
-        offsets.resize(num_parts);
-        for (int64_t p = 0; p < num_parts; ++p) {
-            int16_t* const to = rounded.data() + p * part;
-            scales[p] = kernels.attention.to_words(x + p * part, static_cast<size_t>(part), to);
-            int32_t sum = 0;
-            for (int64_t i = 0; is_int4 && i < part; ++i) sum += to[i];
-            offsets[p] = scales[p] * static_cast<float>(-8 * sum);
+        scales.assign(batch * padded, 0.0f);
+        offsets.assign(batch * padded, 0);
+        for (int64_t b = 0; b < batch; ++b) {
+            for (int64_t p = 0; p < parts; ++p) {
+                int16_t* const to = rounded.data() + p * part;
+                scales[b * padded + p] = kernels.attention.to_words(x + b * width + p * part, static_cast<size_t>(part), to);
+                int32_t sum = 0;
+                for (int64_t i = 0; is_int4 && i < part; ++i) sum += to[i];
+                offsets[b * padded + p] = -8 * sum;
+            }
+            kernels.products.arrange[is_int4](rounded.data(), static_cast<size_t>(width), static_cast<size_t>(part), values.data() + b * stride);
         }
-        for (int64_t b = 0; b < batch; ++b)
-            kernels.products.arrange[is_int4](rounded.data() + b * width, static_cast<size_t>(width), static_cast<size_t>(part), values.data() + b * stride);
     }
 };
 
@@ -120,8 +123,8 @@ struct Product {
             (bits == 32 ? loops.fp32[num_rows * row_nbytes <= kCached] : loops.bf16)(at, x + b * width, static_cast<size_t>(width), out);
             return;
         }
-        const Integers beside{vectors->values.data() + b * vectors->stride, vectors->scales.data() + b * parts,
-                              vectors->offsets.data() + b * parts, static_cast<size_t>(parts), static_cast<size_t>(part)};
+        const Integers beside{vectors->values.data() + b * vectors->stride, vectors->scales.data() + b * vectors->padded,
+                              vectors->offsets.data() + b * vectors->padded, static_cast<size_t>(parts), static_cast<size_t>(part)};
         loops.integers[bits == 4](rows, beside, out);
     }
 };

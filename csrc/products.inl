@@ -2,7 +2,7 @@
 // memory that rows are read from: rows far apart are read side by side, because a processor keeps several streams coming faster
 // than one (Zen 3: 27 GB/s in four or eight, 15 in one), and the aim is few operations per byte.
 //
-// Floats are summed in 16 lanes; integers exactly in 8 lanes per group (4 of int4 in groups of 64, see `sum_fours`), which are scaled
+// Floats are summed in 16 lanes; integers exactly in 8 lanes per group (one of int4 in groups of 64, see `sum_eights`), which are scaled
 // and summed in lanes of floats: the same bits on every instruction set. Vectors beside integers have 15 bits and a scale per group,
 // far finer than the weights; `arrange` puts them where the loops want them. bfloat16 is read two elements a word, the even ones by a
 // shift and the odd ones by a mask, beside a vector in that order, kParted elements at a time.
@@ -116,19 +116,32 @@ static inline void store_parted(__m256i bytes, int8_t* even, int8_t* odd) {
     _mm_storeu_si128(reinterpret_cast<__m128i*>(odd), _mm256_castsi256_si128(odds));
 }
 
-// Each 64 elements (or the 32 that a group ends with) as four planes of bytes: the even ones' low bytes, signed, and their high
-// ones, then those of the odd ones. x = 256 high + low.
+// The planes of 2 * half elements: the even ones' low bytes, signed, and their high ones, then those of the odd ones. x = 256 high + low.
+static inline void store_planes(const int16_t* q, size_t half, int8_t* planes) {
+    for (size_t i = 0; i < half; i += 16, planes += 16) {
+        const __m256i first = load_words(q + 2 * i), second = load_words(q + 2 * i + 16);
+        store_parted(low_bytes(first, second), planes, planes + 2 * half);
+        store_parted(low_bytes(high_byte(first), high_byte(second)), planes + half, planes + 3 * half);
+    }
+}
+
+// Groups of 64 by twos, as `sum_two` meets them: the planes of the first halves of 16 bytes, then of the second ones. Other groups have the
+// planes of each 64 elements, or of the 32 that a group ends with.
 static void arrange_int4(const int16_t* q, size_t n, size_t group_size, int16_t* to) {
-    for (size_t group = 0; group < n; group += group_size)
-        for (size_t at = 0; at < group_size; at += 64) {
-            const size_t half = group_size - at < 64 ? 16 : 32;
-            int8_t* plane = reinterpret_cast<int8_t*>(to + group + at);
-            for (size_t i = 0; i < half; i += 16, plane += 16) {
-                const __m256i first = load_words(q + group + at + 2 * i), second = load_words(q + group + at + 2 * i + 16);
-                store_parted(low_bytes(first, second), plane, plane + 2 * half);
-                store_parted(low_bytes(high_byte(first), high_byte(second)), plane + half, plane + 3 * half);
-            }
+    int8_t* const planes = reinterpret_cast<int8_t*>(to);
+    for (size_t at = 0; group_size == 64 && at < n; at += 128) {
+        alignas(32) int8_t found[2][4][32] = {};
+        for (size_t i = 0; i < 2 && at + 64 * i < n; ++i) store_planes(q + at + 64 * i, 32, found[i][0]);
+        for (size_t p = 0; p < 4; ++p) {
+            const __m256i first = load_words(found[0][p]), second = load_words(found[1][p]);
+            __m256i* const place = reinterpret_cast<__m256i*>(planes + 2 * at + 32 * p);
+            _mm256_storeu_si256(place, _mm256_unpacklo_epi64(first, second));
+            _mm256_storeu_si256(place + 4, _mm256_unpackhi_epi64(first, second));
         }
+    }
+    for (size_t group = 0; group_size != 64 && group < n; group += group_size)
+        for (size_t at = 0; at < group_size; at += 64)
+            store_planes(q + group + at, group_size - at < 64 ? 16 : 32, planes + 2 * (group + at));
 }
 
 static inline __m256i load_half(const void* at) {
@@ -179,14 +192,14 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
     const float *s0 = s[0], *s1 = s[1], *s2 = s[2], *s3 = s[3];
     Floats8 sum0 = {}, sum1 = {}, sum2 = {}, sum3 = {};  // no arrays: they stay in registers
     if (PerByte == 2) {
-        const auto start = [&](const float* scales, Floats8* to) { sum_offsets(scales, beside.offsets, beside.num_groups, to); };
+        const auto start = [&](const float* scales, Floats8* to) { sum_offsets(scales, beside, to); };
         start(s0, &sum0), start(s1, &sum1), start(s2, &sum2), start(s3, &sum3);
     }
     const int16_t* x = beside.values;
     for (size_t g = 0; g < beside.num_groups; ++g) {
         prefetch_scale(s0, g), prefetch_scale(s1, g), prefetch_scale(s2, g), prefetch_scale(s3, g);
         // Sums of int8 begin with their offset, 0: what GCC 12 makes of the loop without it reads slower (Zen 4: 85 % of the bandwidth for 94).
-        const __m256i start = PerByte == 1 ? _mm256_zextsi128_si256(_mm_castps_si128(_mm_load_ss(beside.offsets + g))) : _mm256_setzero_si256();
+        const __m256i start = PerByte == 1 ? _mm256_zextsi128_si256(_mm_loadu_si32(beside.offsets + g)) : _mm256_setzero_si256();
         const __m256 scale = _mm256_set1_ps(beside.scales[g]);
         for (size_t i = 0; i < step; i += 64) {
             ask_for(w0 + kAhead + i);
@@ -207,49 +220,57 @@ template <size_t Size>
 constexpr SumRows rows_int8 = sum_rows<Size, 1, group_int8<Size>>;
 constexpr SumRows rows_int4 = sum_rows<0, 2, group_int4<0>>;
 
-// Int4 in groups of 64, which are so small that to scale and sum their lanes in floats takes as long as the products do. A group's
-// lanes are added two by two first, exactly: 4 of groups 0 and 2 of four are summed in one vector of floats, of groups 1 and 3 in another.
-constexpr size_t kFoursAhead = 3072;
+// The exact products of two groups of 64, 4 lanes each: first, second, first, second by twos.
+static inline __attribute__((always_inline)) __m256i sum_two(__m256i first, __m256i second, const int16_t* x) {
+    const __m256i nibble = _mm256_set1_epi8(15), front = _mm256_unpacklo_epi64(first, second), back = _mm256_unpackhi_epi64(first, second);
+    const __m256i a = _mm256_and_si256(front, nibble), b = _mm256_and_si256(_mm256_srli_epi16(front, 4), nibble);
+    const __m256i c = _mm256_and_si256(back, nibble), d = _mm256_and_si256(_mm256_srli_epi16(back, 4), nibble);
+    const auto sum = [&](const int16_t* at) __attribute__((always_inline)) {
+        const __m256i half = _mm256_add_epi16(_mm256_maddubs_epi16(a, load_words(at)), _mm256_maddubs_epi16(b, load_words(at + 32)));
+        return _mm256_add_epi16(half, _mm256_add_epi16(_mm256_maddubs_epi16(c, load_words(at + 64)), _mm256_maddubs_epi16(d, load_words(at + 96))));
+    };
+    return _mm256_add_epi32(_mm256_madd_epi16(sum(x), _mm256_set1_epi16(1)), _mm256_madd_epi16(sum(x + 16), _mm256_set1_epi16(256)));
+}
 
-static void sum_fours(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
+// Int4 in groups of 64, which are so small that to scale their lanes would take as long as the products do: each group is summed to one
+// exact number, of which eight are scaled together.
+constexpr size_t kGroupsAhead = 3072;
+
+static void sum_eights(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
     const uint8_t* const* const w = rows.values + first;
     const float* const* const s = rows.scales + first;
-    __m256 even[kRows], odd[kRows];
-    for (int k = 0; k < kRows; ++k) even[k] = odd[k] = _mm256_setzero_ps();
-    // Groups [g, g + 4), of which `count` are there. `own` and `scales` have four.
-    const auto add = [&](int k, size_t g, size_t count, const float* own, const float* scales) __attribute__((always_inline)) {
-        const __m256 by = _mm256_mul_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(scales)), _mm256_broadcast_ps(reinterpret_cast<const __m128*>(own)));
-        const auto lanes_of = [&](size_t j) __attribute__((always_inline)) {
-            const __m256i none = _mm256_setzero_si256();
-            return j < count ? group_int4<64>(w[k] + (g + j) * 32, beside.values + (g + j) * 64, 64, none) : none;
+    __m256 sums[kRows];
+    for (int k = 0; k < kRows; ++k) sums[k] = _mm256_setzero_ps();
+    const auto add = [&](int k, size_t g, size_t count, __m256 scales) __attribute__((always_inline)) {
+        const __m256i none = _mm256_setzero_si256();
+        const auto two = [&](size_t j) __attribute__((always_inline)) {
+            const uint8_t* const at = w[k] + (g + j) * 32;
+            return j < count ? sum_two(load_words(at), j + 1 < count ? load_words(at + 32) : none, beside.values + (g + j) * 64) : none;
         };
-        const auto two_by_two = [&](size_t j) __attribute__((always_inline)) {
-            const __m256i a = lanes_of(j), b = lanes_of(j + 2);
-            return _mm256_cvtepi32_ps(_mm256_add_epi32(_mm256_unpacklo_epi64(a, b), _mm256_unpackhi_epi64(a, b)));
+        const auto four = [&](size_t j) __attribute__((always_inline)) {
+            const __m256 a = _mm256_castsi256_ps(two(j)), b = _mm256_castsi256_ps(two(j + 2));
+            return _mm256_add_epi32(_mm256_castps_si256(_mm256_shuffle_ps(a, b, 0x88)), _mm256_castps_si256(_mm256_shuffle_ps(a, b, 0xdd)));
         };
-        ask_for(w[k] + g * 32 + kFoursAhead), ask_for(w[k] + g * 32 + 64 + kFoursAhead);
-        even[k] = _mm256_add_ps(even[k], _mm256_mul_ps(two_by_two(0), _mm256_permute_ps(by, 0xa0)));
-        odd[k] = _mm256_add_ps(odd[k], _mm256_mul_ps(two_by_two(1), _mm256_permute_ps(by, 0xf5)));
+        const __m256i a = four(0), b = 4 < count ? four(4) : none;
+        const __m256i mixed = _mm256_add_epi32(_mm256_blend_epi32(a, b, 0xf0), _mm256_permute2x128_si256(a, b, 0x21));
+        const __m256i exact = _mm256_add_epi32(mixed, load_words(beside.offsets + g));
+        sums[k] = _mm256_add_ps(sums[k], _mm256_mul_ps(_mm256_cvtepi32_ps(exact), _mm256_mul_ps(scales, _mm256_loadu_ps(beside.scales + g))));
     };
     size_t g = 0;
-    for (; g + 4 <= beside.num_groups; g += 4)
+    for (; g + 8 <= beside.num_groups; g += 8)
         for (int k = 0; k < kRows; ++k) {
             prefetch_scale(s[k], g);
-            add(k, g, 4, beside.scales + g, s[k] + g);
+            for (size_t line = 0; line < 256; line += 64) ask_for(w[k] + g * 32 + line + kGroupsAhead);
+            add(k, g, 8, _mm256_loadu_ps(s[k] + g));
         }
-    if (g < beside.num_groups) {
-        const size_t count = beside.num_groups - g;
-        float own[4] = {}, scales[4] = {};
-        std::memcpy(own, beside.scales + g, count * sizeof *own);
+    if (const size_t left = beside.num_groups - g) {
+        const __m256i is_there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
         for (int k = 0; k < kRows; ++k) {
-            std::memcpy(scales, s[k] + g, count * sizeof *scales);
-            add(k, g, count, own, scales);
+            for (size_t line = 0; line < left * 32; line += 64) ask_for(w[k] + g * 32 + line + kGroupsAhead);
+            add(k, g, left, _mm256_maskload_ps(s[k] + g, is_there));
         }
     }
-    for (int k = 0; k < kRows; ++k) {
-        sum_offsets(s[k], beside.offsets, beside.num_groups, &lanes[k]);
-        lanes[k] = (Floats8)_mm256_add_ps(even[k], odd[k]) + lanes[k];
-    }
+    for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
 }
 
 #else
@@ -284,7 +305,7 @@ template <int PerByte, void (*group)(const uint8_t*, const int16_t*, size_t, int
 static void sum_rows(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
     for (int k = 0; k < kRows; ++k) {
         to[k] = Floats8{};
-        if (PerByte == 2) sum_offsets(rows.scales[first + k], beside.offsets, beside.num_groups, &to[k]);
+        if (PerByte == 2) sum_offsets(rows.scales[first + k], beside, &to[k]);
         for (size_t g = 0; g < beside.num_groups; ++g) {
             const size_t at = g * beside.group_size;
             int32_t lanes[8] = {};
@@ -299,19 +320,15 @@ template <size_t>
 constexpr SumRows rows_int8 = sum_rows<1, group_int8>;
 constexpr SumRows rows_int4 = sum_rows<2, group_int4>;
 
-static void sum_fours(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
+static void sum_eights(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
     for (int k = 0; k < kRows; ++k) {
-        const float* const scales = rows.scales[first + k];
-        Floats8 sums[2] = {};
+        to[k] = Floats8{};
         for (size_t g = 0; g < beside.num_groups; ++g) {
-            int32_t lanes[8] = {};
+            int32_t lanes[8] = {}, exact = beside.offsets[g];
             group_int4(rows.values[first + k] + g * 32, beside.values + g * 64, 64, lanes);
-            const float scale = scales[g] * beside.scales[g];
-            for (size_t half = 0; half < 8; half += 4)
-                for (size_t t = half; t < half + 2; ++t) sums[g % 2][t + g / 2 % 2 * 2] += static_cast<float>(lanes[t] + lanes[t + 2]) * scale;
+            for (size_t t = 0; t < 8; ++t) exact += lanes[t];
+            to[k][g % 8] += static_cast<float>(exact) * (rows.scales[first + k][g] * beside.scales[g]);
         }
-        sum_offsets(scales, beside.offsets, beside.num_groups, &to[k]);
-        to[k] = (sums[0] + sums[1]) + to[k];
     }
 }
 
@@ -322,7 +339,7 @@ static void dot_int8(const IntegerRows& rows, const Integers& x, float* out) {
 }
 
 static void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_integers<sum_fours> : dot_integers<rows_int4>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<sum_eights> : dot_integers<rows_int4>)(rows, x, out);
 }
 
 // The sum of 64-bit words, read in `streams` places at once: what a product's speed is compared with.
