@@ -171,6 +171,7 @@ class Takeover:
                 keep_if_written(bucket)
         is_changed = self.facts.have_changed(looks_at_all=True) or bool(self._optimizer.reducer.assigned())
         self._take_over_if(is_changed or self._is_late or bool(self.facts.prints.written()), is_step=False)
+        rename(self._built, self._root)  # also of modules that are where they were, and are called something else
         self._compare_bytes()
         self._ask_seals()
         self.follow_written()

@@ -413,6 +413,42 @@ def test_what_changed_is_saved_and_loaded(stage: int, tmp_path: Any) -> None:
     run_ranks(2, save_and_load, stage, tmp_path)
 
 
+class Renamed(Net):
+    """Calls its last layer by another name."""
+
+    @property
+    def last(self) -> nn.Module:
+        return self.head
+
+
+def rename_the_last(side: Any) -> None:
+    """The same modules, in the same order."""
+    side.module._modules["head"] = side.module._modules.pop("last")
+    side.module.__class__ = Renamed
+
+
+def save_what_is_renamed(rank: int, world_size: int, stage: int, folder: Any) -> None:
+    with two_sides(rank, world_size, stage, optimizer="adamw") as (plain, side):
+        for either in (plain, side):
+            either.backward(0)
+            either.step()
+            rename_the_last(either)
+        saved = plain.save(), side.save(folder)
+        for either, own in zip((plain, side), saved, strict=True):
+            either.backward(1)
+            either.step()
+            either.load(own)
+            either.backward(2)
+            either.step()
+        assert_same(plain, side)
+        assert "head.weight" in side.weights()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_module_that_is_called_something_else_now_is_saved_by_that_name(stage: int, tmp_path: Any) -> None:
+    run_ranks(2, save_what_is_renamed, stage, tmp_path)
+
+
 PAGE = Path(__file__).parents[2] / "docs" / "coming-from-pytorch.md"
 
 
