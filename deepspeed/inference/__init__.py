@@ -9,6 +9,7 @@ policy.py       a user's injection_policy, checked against the model
 policies.py     the original's layer policies by name
 injection.py    the original's calls beneath init_inference: replace_transformer_layer, AutoTP
 group_wise.py   Quantizer, DeQuantizer, GroupQuantizer, for tensors that scripts quantize themselves
+agreed.py       what ranks agree on before, and that one's error is everybody's
 tensor.py       over which ranks a model is cut, and that they stay together
 calls.py        a rank that fails inside of a call tells the others
 served.py       the same over sharded weights, which nobody can leave
@@ -40,5 +41,6 @@ _LATER = "InferenceEngineV2 RaggedInferenceEngineConfig build_hf_engine build_en
 __getattr__, __dir__ = lazy_exports(
     __name__,
     dict.fromkeys(_LATER.split(), "~inference with continuous batching")
-    | {"DeepSpeedTPConfig": "deepspeed.inference.config"},
+    | {"DeepSpeedTPConfig": "deepspeed.inference.config"}
+    | {name: f"deepspeed.inference.{name}:" for name in ("config", "engine")},
 )

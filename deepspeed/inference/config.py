@@ -17,6 +17,7 @@ from deepspeed.config import ZeroConfig
 from deepspeed.config.base import OldKey, PositiveInt, Problem, Section, also
 from deepspeed.config.parallelism import TP_KEY
 from deepspeed.utils.dtypes import dtype_name, parse_dtype
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.lazy import lazy_exports
 
 __getattr__, _ = lazy_exports(
@@ -128,7 +129,9 @@ class InferenceCheckpointConfig(Section):
 class CacheConfig(Section):
     """`kv_cache`: how keys and values are kept while a model generates. Not in the original."""
 
-    dtype: Literal["model", "int8"] = "model"
+    dtype: Annotated[
+        Literal["model", "int8"], BeforeValidator(lambda given: "int8" if given is torch.int8 else given)
+    ] = "model"
     """The model's own, or int8 with a scale for each position and head."""
 
 
@@ -214,6 +217,12 @@ class DeepSpeedInferenceConfig(Section):
                 alias = TP_KEY if section == "tensor_parallel" and TP_KEY in given else section
                 inner = given.get(alias, {})
                 inner = {"enabled": inner} if isinstance(inner, bool) else dict(inner)
+                for old, new in moved.items():
+                    if new in found and new in inner and inner[new] != found[new] and old in data:
+                        raise DeepSpeedConfigError(
+                            f"{old} = {found[new]!r}, and {section}.{new} = {inner[new]!r}: both say the same thing.\n"
+                            f"  Give {section}.{new} alone."
+                        )
                 given[alias] = inner | found
         return given
 

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from deepspeed import comm
-from deepspeed.inference import experts, prepare, tensor
+from deepspeed.inference import agreed, experts, prepare, tensor
 from deepspeed.inference.calls import asking
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
@@ -73,9 +73,14 @@ class InferenceEngine(nn.Module):
         self._experts = experts.ranks_of(modules, config)
         self._ranks = tensor.ranks_of(config)
         self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
+        found = [ranks.gather for ranks in (self._ranks, self._experts) if ranks is not None]
+        job = agreed.job_gather(config)
+        self._gathers = found if job is None else [*found, job]
         before: list[Before] = []
         try:
             made = self._together(lambda: [self._decide(module) for module in modules])
+            for gather, module in itertools.product(self._gathers, modules):
+                agreed.require_same(gather, agreed.description(module, config))
             if self._all(all(map(has_room, modules))):
                 before += [Before(module, is_written=self._rank > 0) for module in modules]
             for plan in made:
@@ -113,17 +118,16 @@ class InferenceEngine(nn.Module):
             found.append(step())
         except Exception as raised:
             error = raised
-        for ranks in (self._ranks, self._experts):
-            if ranks is not None:
-                ranks.agree(error)
+        for gather in self._gathers:
+            agreed.raise_everywhere(gather, error)
         if error is not None:
             raise error
         return found[0]
 
     def _all(self, is_so: bool) -> bool:
         """Whether it is so on every rank."""
-        for ranks in (self._ranks, self._experts):
-            is_so = is_so if ranks is None else ranks.all(is_so)
+        for gather in self._gathers:
+            is_so = all(gather(is_so))
         return is_so
 
     def _decide(self, module: nn.Module) -> _Plan:

@@ -110,18 +110,9 @@ class ExpertRanks:
         attach.refuse_folders(module, size)
         self.tokens.take(module)
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
-        told = self.mesh.gather_objects("experts", None if error is None else str(error))
-        if error is not None:
-            raise error
-        rank = next((rank for rank, words in enumerate(told) if words is not None), None)
-        if rank is not None:
-            raise DeepSpeedError(f"[rank {rank} of {self.mesh.size('experts')}] {told[rank]}")
-
-    def all(self, is_so: bool) -> bool:
-        """Whether it is so on every rank. Collective."""
-        return all(self.mesh.gather_objects("experts", is_so))
+    def gather(self, value: Any) -> list[Any]:
+        """See `agreed.Gather`."""
+        return self.mesh.gather_objects("experts", value)
 
     def in_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a generation in which no rank ends before the others."""

@@ -35,7 +35,7 @@ from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_f
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import INCONSISTENT, check_first_forward, digest
 from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
-from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
 
 _WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|router|q_a_proj|kv_a_proj_with_mqa)$")
@@ -85,21 +85,11 @@ class Ranks:
         """Where tensors have to be to be sent."""
         return get_accelerator().current_device_name() if dist.get_backend(self.tensor.group) == "nccl" else "cpu"
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
+    def gather(self, value: Any) -> list[Any]:
+        """See `agreed.Gather`."""
         told: list[Any] = [None] * self.tensor.size
-        dist.all_gather_object(told, None if error is None else str(error), group=self.tensor.group)
-        if error is not None:
-            raise error
-        rank = next((rank for rank, words in enumerate(told) if words is not None), None)
-        if rank is not None:
-            raise DeepSpeedError(f"[rank {rank} of {self.tensor.size}] {told[rank]}")
-
-    def all(self, is_so: bool) -> bool:
-        """Whether it is so on every rank. Collective."""
-        told: list[Any] = [None] * self.tensor.size
-        dist.all_gather_object(told, is_so, group=self.tensor.group)
-        return all(told)
+        dist.all_gather_object(told, value, group=self.tensor.group)
+        return told
 
     def compare_first_inputs(self, module: nn.Module) -> None:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""

@@ -6,6 +6,8 @@ import copy
 import importlib
 import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -261,6 +263,17 @@ def test_the_defaults_given_back_say_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(engine_module, "warn_once", said.append)
     deepspeed.init_inference(torch.nn.Linear(2, 2), deepspeed.default_inference_config() | {"dtype": "fp32"})
     assert said == []
+
+
+def test_an_older_key_and_its_place_of_now_have_one_value() -> None:
+    with pytest.raises(ValueError, match=r"mp_size = 2, and tensor_parallel.tp_size = 4: both say the same"):
+        deepspeed.init_inference(torch.nn.Linear(2, 2), mp_size=2, tensor_parallel={"tp_size": 4})
+    deepspeed.init_inference(torch.nn.Linear(2, 2), dtype="fp32", mp_size=1, tensor_parallel={"tp_size": 1})
+
+
+def test_the_sections_classes_are_found_without_importing_them() -> None:
+    code = "import deepspeed; deepspeed.inference.config.DeepSpeedTPConfig(tp_size=2); deepspeed.inference.engine.InferenceEngine"
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 def test_one_value_in_two_spellings_is_one_value() -> None:

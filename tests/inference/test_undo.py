@@ -140,6 +140,24 @@ def on_one_rank(rank: int, world_size: int) -> None:
         if rank == 1:
             patched.setattr(engine_module, "save", fails())
         assert_stays(build("llama"), Exception, "allocate", dtype="int8", tp={"tp_size": 2})
+    missing = {"checkpoint": "nowhere"} if rank == 1 else {}
+    assert_stays(build("llama"), DeepSpeedError, "there is no checkpoint nowhere", zero={"stage": 3}, **missing)
+    kinds = "fp32" if rank else "bf16"
+    assert_stays(
+        build("llama"),
+        DeepSpeedError,
+        r"\[rank 1 of 2\] dtype = fp32, and the first rank has bf16",
+        dtype=kinds,
+        mp_size=2,
+    )
+    fewer = build("llama", num_hidden_layers=2 - rank)
+    assert_stays(
+        fewer,
+        DeepSpeedError,
+        r"\[rank 1 of 2\] the model = .*and the first rank has",
+        dtype="fp32",
+        zero={"stage": 3},
+    )
     model = build("llama")
     plain = build("llama")
     engine = deepspeed.init_inference(model, dtype="fp32", tp={"tp_size": 2})
