@@ -422,5 +422,6 @@ class ZeroOptimizer(LossScaled, DeepSpeedOptimizer):
         self.runs.show_states()
         for master, flat in zip(self.masters, state["fp32_flat_groups"], strict=True):
             master.weights.start_store(0, flat.to(master.weights.dtype)).wait()
-        self.publish()
+            master.to_params()
+        self.publish(is_written=True)
         self.states_loaded()

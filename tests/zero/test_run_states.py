@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import copy
 import itertools
 import pickle
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 
+from deepspeed.utils import safe_get_full_fp32_param
 from deepspeed.utils.errors import NotAvailableError, TrainingStateError
 from tests.edits import Edit, assert_same, two_sides
 from tests.engine.runs import long_but
@@ -100,6 +102,28 @@ def test_states_that_a_script_drops_or_loads_are_those_of_the_next_step(
     edit: Edit, stage: int, place: str, world_size: int, tmp_path: Any
 ) -> None:
     run_ranks(world_size, same, edit, stage, place, str(tmp_path))
+
+
+def to_then(rank: int, world_size: int, stage: int, dtype: torch.dtype, place: str) -> None:
+    with two_sides(rank, world_size, stage, dtype, "adamw", **PLACES[place]) as (_, side):
+        side.backward(0)
+        side.step()
+        optimizer = side.engine.optimizer
+        then = copy.deepcopy(optimizer.state_dict())
+        exact = {name: safe_get_full_fp32_param(param) for name, param in side.module.named_parameters()}
+        weights = side.weights()
+        side.backward(1)
+        side.step()
+        optimizer.load_state_dict(then)
+        assert all(torch.equal(value, weights[name]) for name, value in side.weights().items())
+        for name, param in side.module.named_parameters():
+            assert torch.equal(safe_get_full_fp32_param(param), exact[name])
+
+
+@pytest.mark.parametrize(("stage", "place"), [(0, "memory"), (2, "memory"), (1, "cpu"), (2, "cpu"), (3, "cpu")])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_the_engines_optimizer_loads_masters_and_with_them_weights(stage: int, dtype: torch.dtype, place: str) -> None:
+    run_ranks(2, to_then, stage, dtype, place)
 
 
 def mask(side: Any) -> None:
