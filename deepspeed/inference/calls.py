@@ -30,6 +30,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedError
 
 LOOK = timedelta(seconds=0.5)
@@ -80,18 +81,23 @@ class _Word(NamedTuple):
 
 
 class Calls:
-    """One engine's calls on one rank. `replace` is told of the group that takes another's place. Made on all ranks."""
+    """One rank's calls of the engines over a group: what one left in it, the next has to know. Made on all ranks."""
 
-    def __init__(self, ranks: Waiting, replace: Callable[[Any, Any], None]) -> None:
-        self._ranks, self._replace = ranks, replace
+    def __init__(self, group: Any, rank: int, size: int) -> None:
+        self._group, self._rank, self._size = group, rank, size
+        self._users: list[tuple[Waiting, Callable[[Any, Any], None]]] = []
         name = [uuid.uuid4().hex]
-        dist.broadcast_object_list(name, group=ranks.group, group_src=0)
+        dist.broadcast_object_list(name, group=group, group_src=0)
         self._store = dist.PrefixStore(f"deepspeed/calls/{name[0]}", dist.distributed_c10d._get_default_store())
         self._depth = self._call = self._num_launched = self._at_start = 0
         self._has_failed = False
         self._error = ""
-        self._attended: list[tuple[weakref.ref[nn.Module], Any, Any]] = []
-        ranks.wait_for = self.wait
+        self._attended: list[tuple[Waiting, weakref.ref[nn.Module], Any, Any]] = []
+
+    def join(self, ranks: Waiting, replace: Callable[[Any, Any], None]) -> None:
+        """An engine more; `replace` is told of the group that takes another's place."""
+        ranks.group, ranks.wait_for = self._group, self.wait
+        self._users.append((ranks, replace))
 
     def __enter__(self) -> None:
         self._depth += 1
@@ -116,8 +122,8 @@ class Calls:
         with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
             self._write(has_failed=True, num_launched=self._num_launched)
 
-    def attend(self, module: nn.Module) -> None:
-        """Have calls of the module itself be calls, too. Copies of it are not attended."""
+    def attend(self, module: nn.Module, ranks: Waiting) -> None:
+        """Have calls of an engine's module itself be calls, too. Copies of it are not attended."""
         called, inner = weakref.ref(module), module._compiled_call_impl
 
         def call(*args: Any, **kwargs: Any) -> Any:
@@ -128,7 +134,7 @@ class Calls:
                 return own(*args, **kwargs)
 
         module._compiled_call_impl = call  # which nn.Module calls in the place of its own, and leaves out of copies
-        self._attended.append((called, call, inner))
+        self._attended.append((ranks, called, call, inner))
 
     def wait(self, work: Any) -> None:
         """Wait for a collective. Raises DeepSpeedError where a rank will not come."""
@@ -153,7 +159,7 @@ class Calls:
                 continue
             if (told.call, told.has_failed) > (self._call, False) and told.num_launched < self._num_launched:
                 raise DeepSpeedError(
-                    f"[rank {rank} of {self._ranks.size}] {told.error}\n"
+                    f"[rank {rank} of {self._size}] {told.error}\n"
                     "  It left the call that this rank was in, which ends here. The next call begins anew on all ranks."
                 ) from error
             if told.call == self._call and not told.has_failed:
@@ -167,37 +173,50 @@ class Calls:
         while any(told is None or told.call < self._call for _, told in self._others()):
             if time.monotonic() > until_s:
                 raise DeepSpeedError(
-                    f"[rank {self._ranks.rank} of {self._ranks.size}] an earlier call failed here ({self._error}), and not all ranks "
+                    f"[rank {self._rank} of {self._size}] an earlier call failed here ({self._error}), and not all ranks "
                     f"have made another within {PATIENCE_S:.0f} s.\n  Every rank has to make the same calls of the engine."
                 )
             time.sleep(0.01)
         self._has_failed = False
         if any(told is not None and told.num_launched != self._num_launched for _, told in self._others()):
-            before = self._ranks.group
+            before = self._group
             members = dist.get_process_group_ranks(before)
             after = dist.new_group(
                 members, backend="gloo", use_local_synchronization=True, group_desc=before.group_desc
             )
-            self._ranks.group = after
+            self._group = after
             self._num_launched = self._at_start = 0
-            self._replace(before, after)
+            for ranks, replace in self._users:
+                ranks.group = after
+                replace(before, after)
 
     def _write(self, *, has_failed: bool, num_launched: int) -> None:
         word = _Word(self._call, has_failed, num_launched, self._error)
-        self._store.set(str(self._ranks.rank), json.dumps(word))
+        self._store.set(str(self._rank), json.dumps(word))
 
     def _others(self) -> Iterator[tuple[int, _Word | None]]:
         """The other ranks, and what they have written last."""
-        for rank in range(self._ranks.size):
-            if rank != self._ranks.rank:
+        for rank in range(self._size):
+            if rank != self._rank:
                 key = str(rank)
                 yield rank, _Word(*json.loads(self._store.get(key))) if self._store.check([key]) else None
 
-    def release(self) -> None:
-        """The engine is done."""
-        self._ranks.wait_for = None
-        for called, call, inner in self._attended:
-            module = called()
+    def leave(self, ranks: Waiting) -> None:
+        """An engine is done."""
+        ranks.wait_for = None
+        self._users = [user for user in self._users if user[0] is not ranks]
+        for owner, called, call, inner in self._attended:
+            module = called() if owner is ranks else None
             if module is not None and module._compiled_call_impl is call:
                 module._compiled_call_impl = inner
-        self._attended.clear()
+        self._attended = [each for each in self._attended if each[0] is not ranks and each[1]() is not None]
+
+
+def calls_of(ranks: Waiting, mesh: Mesh | None, role: str, replace: Callable[[Any, Any], None]) -> Calls | None:
+    """Those over a group, which `ranks` join; None where waiting does not stop the host. `mesh`: whose group it is. Collective."""
+    if dist.get_backend(ranks.group) != "gloo":
+        return None
+    make = functools.partial(Calls, ranks.group, ranks.rank, ranks.size)
+    calls = make() if mesh is None else mesh.shared(f"{role} calls", make)
+    calls.join(ranks, replace)
+    return calls

@@ -99,9 +99,10 @@ class InferenceEngine(nn.Module):
     def _stand_before(self, modules: list[nn.Module]) -> None:
         """Where ranks run modules together, have calls of a module itself be what the engine's are: made by all, and told of errors."""
         for module in modules if self._has_others() else ():
-            for ranks in (self._ranks, self._experts):
-                if ranks is not None and ranks.calls is not None:
-                    ranks.calls.attend(module)
+            if self._ranks is not None and self._ranks.calls is not None:
+                self._ranks.calls.attend(module, self._ranks.tensor)
+            if self._experts is not None and self._experts.calls is not None:
+                self._experts.calls.attend(module, self._experts.tokens)
             own: Any = getattr(module, "generate", None)
             if own is not None:
                 module.__dict__["generate"] = _Generate(self, module, own)

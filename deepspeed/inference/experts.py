@@ -21,7 +21,7 @@ from torch import nn
 
 from deepspeed.comm.init import init_distributed
 from deepspeed.config.parallelism import ExpertParallelConfig
-from deepspeed.inference.calls import Calls
+from deepspeed.inference.calls import Calls, calls_of
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.mesh.mesh import with_experts, world_size
@@ -121,7 +121,7 @@ class ExpertRanks:
     def release(self) -> None:
         """The engine is done."""
         if self.calls is not None:
-            self.calls.release()
+            self.calls.leave(self.tokens)
             self.tokens.tell()
         self.mesh.release()
 
@@ -162,8 +162,7 @@ def ranks_of(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> Expe
         mesh.replace(before, after)
         tokens.tell()
 
-    calls = Calls(tokens, replace) if dist.get_backend(tokens.group) == "gloo" else None
-    return ExpertRanks(mesh, tokens, calls)
+    return ExpertRanks(mesh, tokens, calls_of(tokens, mesh, "expert", replace))
 
 
 def _check(module: nn.Module, size: int, attached: int, native: dict[str, MOELayer], has_found: bool) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
-from deepspeed.inference.calls import Calls
+from deepspeed.inference.calls import Calls, calls_of
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.policy import row_names
 from deepspeed.memory.fit import check_fit
@@ -61,7 +61,7 @@ class Ranks:
     def release(self) -> None:
         """The engine is done."""
         if self.calls is not None:
-            self.calls.release()
+            self.calls.leave(self.tensor)
         if self.mesh is not None:
             self.mesh.release()
 
@@ -139,7 +139,7 @@ def ranks_of(config: DeepSpeedInferenceConfig) -> Ranks | None:
         )
     mesh = data_parallel_mesh(tp=size)
     group = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), size)
-    return Ranks(group, mesh, _calls(group, mesh.replace))
+    return Ranks(group, mesh, calls_of(group, mesh, "tensor", mesh.replace))
 
 
 def _of_group(group: Any, stated: int | None) -> Ranks | None:
@@ -149,11 +149,7 @@ def _of_group(group: Any, stated: int | None) -> Ranks | None:
             f"tensor_parallel.tp_size = {stated}, but the group that was given has {size} ranks.\n  Leave tp_size out."
         )
     ranks = TensorGroup(group, dist.get_rank(group), size)
-    return Ranks(ranks, None, _calls(ranks, lambda before, after: None)) if size > 1 else None
-
-
-def _calls(ranks: TensorGroup, replace: Callable[[Any, Any], None]) -> Calls | None:
-    return Calls(ranks, replace) if dist.get_backend(ranks.group) == "gloo" else None
+    return Ranks(ranks, None, calls_of(ranks, None, "tensor", lambda before, after: None)) if size > 1 else None
 
 
 def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) -> Decided:

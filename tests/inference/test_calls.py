@@ -208,6 +208,31 @@ def test_calls_of_the_module_itself_end_too_and_sample_the_same() -> None:
     run_ranks(2, module_fails, timeout=90)
 
 
+def two_engines(rank: int, world_size: int) -> None:
+    """A call that fails in one leaves its messages in the group of both."""
+    size = {"tp_size": world_size}
+    first = deepspeed.init_inference(build("llama"), dtype="fp32", tp=size)
+    second = deepspeed.init_inference(build("qwen2"), dtype="fp32", tp=size)
+    wanted = call(first, "generate"), call(second, "generate")
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    handle = second.module.model.layers[1].register_forward_pre_hook(fail) if rank == 1 else None
+    with pytest.raises(OverflowError if rank == 1 else DeepSpeedError, match="no memory is left"):
+        call(second, "forward")
+    if handle is not None:
+        handle.remove()
+    assert torch.equal(call(first, "generate"), wanted[0])
+    assert torch.equal(call(second, "generate"), wanted[1])
+    first.destroy()
+    assert torch.equal(call(second, "generate"), wanted[1])
+
+
+def test_another_engine_over_the_same_ranks_goes_on() -> None:
+    run_ranks(2, two_engines, timeout=60)
+
+
 def all_or_late(rank: int, world_size: int) -> None:
     engine = deepspeed.init_inference(build("llama"), dtype="fp32", tp={"tp_size": world_size})
     wanted = call(engine, "forward")
