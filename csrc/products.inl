@@ -19,29 +19,52 @@ constexpr size_t kWide = 4096;  // elements: 16 KB of x (Zen 4: 11,008 at 69 % o
 // Rows that are worked on together, in as many places of memory: as many as registers hold what is under way for.
 constexpr int kRows = 4;
 
-// Asks for rows `Ahead` bytes ahead, or not at all.
-template <size_t Ahead>
-static void dot_fp32(const void* const* rows, const float* x, size_t n, float* out) {
+// Rows of x that a weight meets while it is in registers, where there are 32 of those.
+constexpr int kBeside = kWidth == 16 ? 4 : 1;
+
+// Asks for rows `Ahead` bytes ahead, or not at all. x [Batch, n], out [Batch, kStreams].
+template <size_t Ahead, int Rows, int Batch>
+static void dot_fp32_of(const void* const* rows, const float* x, size_t n, float* out) {
     const float* const* w = reinterpret_cast<const float* const*>(rows);
-    Floats8 sums[kStreams];
+    Floats8 sums[Batch][kStreams];
     const size_t whole = n / 16 * 16;
-    for (int first = 0; first < kStreams; first += kRows) {
-        Sixteen under_way[kRows] = {};
+    for (int first = 0; first < kStreams; first += Rows) {
+        Sixteen under_way[Batch][Rows] = {};
         for (size_t i = 0; i < whole; i += 16)
-            for (int k = 0; k < kRows; ++k) {
+            for (int k = 0; k < Rows; ++k) {
                 const float* at = w[first + k] + i;
                 if (Ahead) ask_for(reinterpret_cast<const char*>(at) + Ahead);
-                under_way[k] += product(ReadFloats::read(at), x + i);
+                const Sixteen piece = ReadFloats::read(at);
+                for (int b = 0; b < Batch; ++b) under_way[b][k] += product(piece, x + b * n + i);
             }
-        for (int k = 0; k < kRows; ++k) fold(under_way[k], &sums[first + k]);
+        for (int b = 0; b < Batch; ++b)
+            for (int k = 0; k < Rows; ++k) fold(under_way[b][k], &sums[b][first + k]);
     }
-    sum_lanes(sums, out);
-    for (size_t i = whole; i < n; ++i)
-        for (int k = 0; k < kStreams; ++k) out[k] += w[k][i] * x[i];
+    for (int b = 0; b < Batch; ++b, x += n, out += kStreams) {
+        sum_lanes(sums[b], out);
+        for (size_t i = whole; i < n; ++i)
+            for (int k = 0; k < kStreams; ++k) out[k] += w[k][i] * x[i];
+    }
 }
 
-// The products of kParted elements of bfloat16 with x, in its order.
-static inline __attribute__((always_inline)) void add_parted(const uint16_t* at, const float* x, Sixteen& sums) {
+// The rows of x [batch, n], as many together as a block takes: each has the sums that it has alone.
+using Dot = void (*)(const void* const* rows, const float* x, size_t n, float* out);
+template <Dot many, Dot two, Dot one>
+static inline void dot_blocks(const void* const* rows, const float* x, size_t n, size_t batch, float* out) {
+    size_t b = 0;
+    for (; b + kBeside <= batch; b += kBeside) many(rows, x + b * n, n, out + b * kStreams);
+    for (; kBeside > 2 && b + 2 <= batch; b += 2) two(rows, x + b * n, n, out + b * kStreams);
+    for (; b < batch; ++b) one(rows, x + b * n, n, out + b * kStreams);
+}
+
+template <size_t Ahead>
+static void dot_fp32(const void* const* rows, const float* x, size_t n, size_t batch, float* out) {
+    dot_blocks<dot_fp32_of<Ahead, kRows, kBeside>, dot_fp32_of<Ahead, kRows, 2>, dot_fp32_of<Ahead, kRows, 1>>(rows, x, n, batch, out);
+}
+
+// The products of kParted elements of bfloat16 with each row of x, in its order.
+template <int Rows, int Batch>
+static inline __attribute__((always_inline)) void add_parted(const uint16_t* at, const float* x, size_t n, int k, Sixteen (&sums)[Batch][Rows]) {
 #ifdef DS_HAS_AVX512
     const Words both = *reinterpret_cast<const Words*>(at);
     const Sixteen even = (Floats)(both << 16), odd = (Floats)(both & 0xffff0000u);
@@ -50,35 +73,41 @@ static inline __attribute__((always_inline)) void add_parted(const uint16_t* at,
     const Sixteen even = {(Floats8)(low << 16), (Floats8)(high << 16)};
     const Sixteen odd = {(Floats8)(low & 0xffff0000u), (Floats8)(high & 0xffff0000u)};
 #endif
-    sums += product(even, x);
-    sums += product(odd, x + 16);
+    for (int b = 0; b < Batch; ++b) {
+        sums[b][k] += product(even, x + b * n);
+        sums[b][k] += product(odd, x + b * n + 16);
+    }
 }
 
-template <size_t Ahead, int Rows>
-static inline void dot_bf16_of(const void* const* rows, const float* x, size_t n, float* out) {
+template <size_t Ahead, int Rows, int Batch>
+static void dot_bf16_of(const void* const* rows, const float* x, size_t n, float* out) {
     const uint16_t* const* w = reinterpret_cast<const uint16_t* const*>(rows);
-    Floats8 sums[kStreams];
+    Floats8 sums[Batch][kStreams];
     const size_t whole = n / kParted * kParted;
     for (int first = 0; first < kStreams; first += Rows) {
-        Sixteen under_way[Rows] = {};
+        Sixteen under_way[Batch][Rows] = {};
         for (size_t i = 0; i < whole; i += kParted)
             for (int k = 0; k < Rows; ++k) {
                 const uint16_t* at = w[first + k] + i;
                 ask_for(reinterpret_cast<const char*>(at) + Ahead);
-                add_parted(at, x + i, under_way[k]);
+                add_parted(at, x + i, n, k, under_way);
             }
-        for (int k = 0; k < Rows; ++k) fold(under_way[k], &sums[first + k]);
+        for (int b = 0; b < Batch; ++b)
+            for (int k = 0; k < Rows; ++k) fold(under_way[b][k], &sums[b][first + k]);
     }
-    sum_lanes(sums, out);
-    for (size_t i = whole; i < n; ++i)
-        for (int k = 0; k < kStreams; ++k) out[k] += float_of(static_cast<uint32_t>(w[k][i]) << 16) * x[i];
+    for (int b = 0; b < Batch; ++b, x += n, out += kStreams) {
+        sum_lanes(sums[b], out);
+        for (size_t i = whole; i < n; ++i)
+            for (int k = 0; k < kStreams; ++k) out[k] += float_of(static_cast<uint32_t>(w[k][i]) << 16) * x[i];
+    }
 }
 
 // A wide x does not stay in the first-level cache: it is read once for all rows where registers hold their sums.
 template <size_t Ahead>
-static void dot_bf16(const void* const* rows, const float* x, size_t n, float* out) {
+static void dot_bf16(const void* const* rows, const float* x, size_t n, size_t batch, float* out) {
     constexpr int all = kWidth == 16 ? kStreams : kRows;
-    (n >= kWide ? dot_bf16_of<Ahead, all> : dot_bf16_of<Ahead, kRows>)(rows, x, n, out);
+    (n >= kWide ? dot_blocks<dot_bf16_of<Ahead, kRows, kBeside>, dot_bf16_of<Ahead, kRows, 2>, dot_bf16_of<Ahead, all, 1>>
+                : dot_blocks<dot_bf16_of<Ahead, kRows, kBeside>, dot_bf16_of<Ahead, kRows, 2>, dot_bf16_of<Ahead, kRows, 1>>)(rows, x, n, batch, out);
 }
 
 // lanes [kRows] of rows [first, first + kRows) with x: exact sums of each group, scaled by both scales and summed in floats.

@@ -63,14 +63,17 @@ def on_every_isa(call: Callable[[], torch.Tensor]) -> torch.Tensor:
 @pytest.mark.parametrize("width", [32 * 9 + 5, 4096 + 37])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_products_with_floats_have_the_same_bits_on_every_instruction_set(dtype: torch.dtype, width: int) -> None:
-    """Narrow and wide, in a core's caches and beyond."""
-    weight, x = weight_of(50, width).to(dtype), weight_of(2, width, 1)
-    on_every_isa(lambda: native_products.product(x, weight, None))
+    """Narrow and wide, in a core's caches and beyond; each row of many has what it has alone."""
+    weight, x = weight_of(50, width).to(dtype), weight_of(11, width, 1)
+    found = on_every_isa(lambda: native_products.product(x, weight, None))
+    assert torch.equal(found, torch.cat([native_products.product(row, weight, None) for row in x.split(1)]))
 
 
 @needs_library
 @pytest.mark.parametrize("num_bits", [4, 8])
-@pytest.mark.parametrize(("group_size", "num_groups"), [(32, 9), (64, 13), (96, 8), (160, 3), (1024, 2), (4096, 1)])
+@pytest.mark.parametrize(
+    ("group_size", "num_groups"), [(32, 9), (64, 3), (64, 12), (64, 13), (96, 8), (160, 3), (1024, 2), (4096, 1)]
+)
 def test_products_with_integers_have_the_same_bits_on_every_instruction_set(
     num_bits: int, group_size: int, num_groups: int
 ) -> None:
