@@ -87,7 +87,7 @@ class WeightQuantConfig(BaseQuantConfig):
     """Neighbours in a row of a weight that share a scale. Not in the original."""
     quantized_initialization: dict[str, Any] = Field(default_factory=dict)
     """One description for all weights; {} is off."""
-    post_init_quant: dict[str, Any] = Field(default_factory=dict)
+    post_init_quant: dict[str, dict[str, Any]] = Field(default_factory=dict)
     """A piece of a module's name, and how its weight is quantized."""
 
 

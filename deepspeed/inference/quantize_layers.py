@@ -39,7 +39,10 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around
             warn_once("dtype = int8 has no effect: quant.enabled or quant.weight.enabled is false.")
         return
     if weight.post_init_quant:
-        specs = {key: read_section(QuantizationSpecConfig, value) for key, value in weight.post_init_quant.items()}
+        specs = {
+            key: read_section(QuantizationSpecConfig, value, f"quant.weight.post_init_quant.{key}")
+            for key, value in weight.post_init_quant.items()
+        }
         quantize_by_name(module, specs, around)
         return
     if config.dtype is not torch.int8 and not weight.quantized_initialization:
@@ -48,7 +51,9 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around
         warn_once("quant.activation.num_bits has no effect: beside quantized weights activations keep 15 bits.")
     spec = Spec(num_bits=weight.num_bits, group_size=weight.group_size, symmetric=weight.q_type == "symmetric")
     if weight.quantized_initialization:
-        given = read_section(QuantizationSpecConfig, weight.quantized_initialization)
+        given = read_section(
+            QuantizationSpecConfig, weight.quantized_initialization, "quant.weight.quantized_initialization"
+        )
         if given.group_dim != 1:
             raise DeepSpeedConfigError(
                 f"quant.weight.quantized_initialization.group_dim = {given.group_dim}: groups lie along the last dim here.\n"

@@ -87,7 +87,13 @@ def test_a_model_nobody_can_quantize_is_refused() -> None:
         deepspeed.init_inference(nn.Conv2d(1, 1, 3), dtype=torch.int8)
 
 
-def test_groups_along_another_dim_are_refused() -> None:
+def test_sections_that_are_none_and_groups_along_another_dim_are_refused() -> None:
+    for given, words in (
+        ({"mlp": 5}, "post_init_quant.mlp = 5 is not"),
+        ({"mlp": {}}, "in quant.weight.post_init_quant.mlp: "),
+    ):
+        with pytest.raises(ValueError, match=words):
+            deepspeed.init_inference(build("llama"), dtype="int8", quant={"weight": {"post_init_quant": given}})
     along_rows = {"num_bits": 8, "group_size": 16, "group_dim": 0, "symmetric": False}
     with pytest.raises(ValueError, match="group_dim = 0: groups lie along the last dim"):
         deepspeed.init_inference(
