@@ -1,6 +1,6 @@
 """Products of one row with a weight, and attention of one token over a cache, as shares of this machine's read bandwidth.
 
-    python benchmarks/products.py [--mib 192] [--rounds 5] [--places 5]
+    python benchmarks/products.py [--mib 192] [--rounds 5] [--places 5] [--isa avx2] [--products]
 
 One thread, in its own processor time, so that other work on the machine takes little away. What a case reads is allocated anew in
 several places, because pages and memory channels differ: in each place the case and the fastest plain read of that same memory
@@ -132,7 +132,10 @@ def main() -> None:
     parser.add_argument("--mib", type=int, default=192, help="of each weight and cache; more than the caches have")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--places", type=int, default=5, help="allocations of each case")
+    parser.add_argument("--isa", choices=native.isas(), default=None, help="instead of the best one here")
+    parser.add_argument("--products", action="store_true", help="without attention")
     args = parser.parse_args()
+    native.use_isa(args.isa)
     torch.set_num_threads(1)
     torch.set_grad_enabled(False)
     root = Path(__file__).resolve().parent.parent
@@ -140,10 +143,10 @@ def main() -> None:
         ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False, cwd=root
     )
     print(
-        f"{platform.machine()}, {native.isas()[:1]}, torch {torch.__version__}, commit {commit.stdout.strip()}, load {os.getloadavg()[0]:.1f}"
+        f"{platform.machine()}, {args.isa or native.isas()[:1]}, torch {torch.__version__}, commit {commit.stdout.strip()}, load {os.getloadavg()[0]:.1f}"
     )
     makers: list[Callable[[], Case]] = [lambda bits=bits: product(bits, args.mib << 20) for bits in (32, 16, 8, 4)]  # type: ignore[misc]
-    for dtype in (torch.bfloat16, torch.int8):
+    for dtype in () if args.products else (torch.bfloat16, torch.int8):
         makers += [lambda dtype=dtype, heads=heads: attention(dtype, heads, args.mib << 20) for heads in (1, 4, 8)]  # type: ignore[misc]
     print(f"{args.mib} MiB each, {args.places} places, {args.rounds} rounds\n")
     print(
