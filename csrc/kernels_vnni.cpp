@@ -303,60 +303,52 @@ DS_INLINE void score_tile(const int8_t* keys, int64_t stride, size_t dim, const 
     for (int h = 0; h < Heads; ++h) std::memcpy(sums + h * kChunk, found + h * rows, rows * sizeof *sums);
 }
 
-// 16 rows of 64 bytes (`in_row` of them; the rest counts as 0) so that every other register of `to` holds 4 neighbours of every row, 128 added. A
-// lane is a row then, and no head's sums have to be added up across lanes.
-DS_INLINE void turn_rows(const int8_t* keys, int64_t stride, size_t in_row, __m512i* to) {
-    const __mmask64 mask = in_row >= 64 ? ~0ull : (1ull << in_row) - 1;
-    __m512i v[16], w[16];
-    for (int r = 0; r < 16; ++r) v[r] = _mm512_maskz_loadu_epi8(mask, keys + r * stride);
-    for (int r = 0; r < 16; r += 2) {
-        w[r] = _mm512_unpacklo_epi32(v[r], v[r + 1]);
-        w[r + 1] = _mm512_unpackhi_epi32(v[r], v[r + 1]);
-    }
-    for (int r = 0; r < 16; r += 4)
-        for (int j = 0; j < 2; ++j) {
-            v[r + 2 * j] = _mm512_unpacklo_epi64(w[r + j], w[r + 2 + j]);
-            v[r + 2 * j + 1] = _mm512_unpackhi_epi64(w[r + j], w[r + 2 + j]);
-        }
-    for (int j = 0; j < 4; ++j) {
-        w[j] = _mm512_shuffle_i64x2(v[j], v[4 + j], 0x88), w[4 + j] = _mm512_shuffle_i64x2(v[j], v[4 + j], 0xdd);
-        w[8 + j] = _mm512_shuffle_i64x2(v[8 + j], v[12 + j], 0x88), w[12 + j] = _mm512_shuffle_i64x2(v[8 + j], v[12 + j], 0xdd);
-    }
-    const __m512i added = _mm512_set1_epi8(static_cast<char>(0x80));
-    for (int j = 0; j < 8; ++j) {
-        const int at = j % 4 + j / 4 * 4;
-        to[2 * at] = _mm512_xor_si512(_mm512_shuffle_i64x2(w[j], w[8 + j], 0x88), added);
-        to[2 * (8 + at)] = _mm512_xor_si512(_mm512_shuffle_i64x2(w[j], w[8 + j], 0xdd), added);
-    }
-}
+constexpr size_t kMostParts = 8;  // of 64 bytes in a row: 512 elements
 
-constexpr size_t kMostWords = 128;  // of 4 bytes in a row: 512 elements
-
-// Queries as bytes, x = 256 high + low: of each four neighbours a word of low ones and a word of high ones, those of all heads side by
-// side; zeros past a row's end. `starts` takes back the 128 that is added to keys.
-template <int Heads>
-struct Halves {
-    int32_t words[kMostWords][Heads][2];
-    int32_t starts[Heads];
+// Four queries as bytes, x = 256 high + low, beside rows as `turn_four` leaves them: of each 64 elements the words of 4 neighbours whose
+// number is j mod 4, low and high ones, each as often as there are rows. Zeros past a row's end. `starts` takes back the 128 that is
+// added to keys.
+struct alignas(64) Halves {
+    int32_t words[kMostParts][4][4][2][16];  // part, j, head
+    int32_t starts[4];
 
     void fill(const int16_t* queries, size_t dim) {
-        std::memset(words, 0, (dim + 63) / 64 * 16 * sizeof words[0]);
-        for (int h = 0; h < Heads; ++h) {
-            __m256i sum = _mm256_setzero_si256();
-            for (size_t d = 0; d < dim; d += 16) {
-                const __m256i x = load_ymm(queries + h * dim + d);
-                const __m128i low = _mm256_cvtepi16_epi8(x);
-                const __m128i high = _mm256_cvtepi16_epi8(_mm256_srai_epi16(_mm256_sub_epi16(x, _mm256_cvtepi8_epi16(low)), 8));
-                alignas(16) int64_t pairs[4];
-                _mm_store_si128(reinterpret_cast<__m128i*>(pairs), _mm_unpacklo_epi32(low, high));
-                _mm_store_si128(reinterpret_cast<__m128i*>(pairs + 2), _mm_unpackhi_epi32(low, high));
-                for (size_t i = 0; i < 4; ++i) std::memcpy(words[d / 4 + i][h], &pairs[i], sizeof pairs[i]);
-                sum = _mm256_add_epi32(sum, _mm256_madd_epi16(x, _mm256_set1_epi16(-128)));
+        for (size_t h = 0; h < 4; ++h) {
+            __m512i sum = _mm512_setzero_si512();
+            for (size_t d = 0; d < dim; d += 64) {
+                __m256i low[2], high[2];
+                for (size_t i = 0; i < 2; ++i) {
+                    const size_t at = d + 32 * i;
+                    const __m512i x = at >= dim ? _mm512_setzero_si512() : load_words(queries + h * dim + at, at + 32 <= dim);
+                    low[i] = _mm512_cvtepi16_epi8(x);
+                    high[i] = _mm512_cvtepi16_epi8(_mm512_srai_epi16(_mm512_sub_epi16(x, _mm512_cvtepi8_epi16(low[i])), 8));
+                    sum = _mm512_add_epi32(sum, _mm512_madd_epi16(x, _mm512_set1_epi16(-128)));
+                }
+                const __m512i lows = _mm512_inserti64x4(_mm512_castsi256_si512(low[0]), low[1], 1);
+                const __m512i highs = _mm512_inserti64x4(_mm512_castsi256_si512(high[0]), high[1], 1);
+                const auto store = [&](size_t j, __m512i first, __m512i second) {
+                    _mm512_store_si512(words[d / 64][j][h][0], first), _mm512_store_si512(words[d / 64][j][h][1], second);
+                };
+                store(0, _mm512_shuffle_epi32(lows, _MM_PERM_AAAA), _mm512_shuffle_epi32(highs, _MM_PERM_AAAA));
+                store(1, _mm512_shuffle_epi32(lows, _MM_PERM_BBBB), _mm512_shuffle_epi32(highs, _MM_PERM_BBBB));
+                store(2, _mm512_shuffle_epi32(lows, _MM_PERM_CCCC), _mm512_shuffle_epi32(highs, _MM_PERM_CCCC));
+                store(3, _mm512_shuffle_epi32(lows, _MM_PERM_DDDD), _mm512_shuffle_epi32(highs, _MM_PERM_DDDD));
             }
-            starts[h] = _mm512_reduce_add_epi32(_mm512_zextsi256_si512(sum));
+            starts[h] = _mm512_reduce_add_epi32(sum);
         }
     }
 };
+
+// 4 rows of 64 bytes, 128 added, so that the register j of `to` holds words j, 4 + j, 8 + j and 12 + j of every row: lanes are rows.
+DS_INLINE void turn_four(const int8_t* keys, int64_t stride, __mmask64 mask, __m512i* to) {
+    const __m512i added = _mm512_set1_epi8(static_cast<char>(0x80));
+    __m512i v[4];
+    for (int r = 0; r < 4; ++r) v[r] = _mm512_xor_si512(_mm512_maskz_loadu_epi8(mask, keys + r * stride), added);
+    const __m512i a = _mm512_unpacklo_epi32(v[0], v[1]), b = _mm512_unpackhi_epi32(v[0], v[1]);
+    const __m512i c = _mm512_unpacklo_epi32(v[2], v[3]), d = _mm512_unpackhi_epi32(v[2], v[3]);
+    to[0] = _mm512_unpacklo_epi64(a, c), to[1] = _mm512_unpackhi_epi64(a, c);
+    to[2] = _mm512_unpacklo_epi64(b, d), to[3] = _mm512_unpackhi_epi64(b, d);
+}
 
 // Rows to come, asked for a line at a time.
 struct Coming {
@@ -371,26 +363,45 @@ struct Coming {
     }
 };
 
-// Sums of 32 turned rows with `Heads` queries: a word of queries that is read serves two registers of rows.
-template <int Heads>
-DS_INLINE void score_turned(const __m512i (*rows)[2], size_t words, const Halves<Heads>& queries, int32_t* sums, Coming& coming, int lines) {
-    __m512i low[Heads][2], high[Heads][2];
-    for (int h = 0; h < Heads; ++h)
-        for (int i = 0; i < 2; ++i) low[h][i] = _mm512_set1_epi32(queries.starts[h]), high[h][i] = _mm512_setzero_si512();
-    for (size_t w = 0; w < words; ++w) {
-        for (int i = 0; i < lines; ++i) coming.next();
-        const __m512i first = rows[w][0], second = rows[w][1];
-        for (int h = 0; h < Heads; ++h) {
-            const __m512i query_low = _mm512_set1_epi32(queries.words[w][h][0]), query_high = _mm512_set1_epi32(queries.words[w][h][1]);
-            low[h][0] = _mm512_dpbusd_epi32(low[h][0], first, query_low);
-            low[h][1] = _mm512_dpbusd_epi32(low[h][1], second, query_low);
-            high[h][0] = _mm512_dpbusd_epi32(high[h][0], first, query_high);
-            high[h][1] = _mm512_dpbusd_epi32(high[h][1], second, query_high);
+// Lanes of 128 bits added up: those of a, b, c and d.
+DS_INLINE __m512i sum_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
+    const __m512i front = _mm512_add_epi32(_mm512_shuffle_i64x2(a, b, 0x44), _mm512_shuffle_i64x2(a, b, 0xee));
+    const __m512i back = _mm512_add_epi32(_mm512_shuffle_i64x2(c, d, 0x44), _mm512_shuffle_i64x2(c, d, 0xee));
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(front, back, 0x88), _mm512_shuffle_i64x2(front, back, 0xdd));
+}
+
+// A compiler would read them again for each product, and a cycle has one such read.
+DS_INLINE void keep_in_registers(__m512i& a, __m512i& b) { __asm__("" : "+v"(a), "+v"(b)); }
+
+// Sums of 8 rows with four queries: words of queries that are read serve two registers of rows.
+template <bool Asks>
+DS_INLINE void score_eight(const int8_t* keys, int64_t stride, size_t dim, const Halves& queries, int32_t* sums) {
+    __m512i low[4][2], high[4][2];
+    for (int h = 0; h < 4; ++h)
+        for (int i = 0; i < 2; ++i) low[h][i] = _mm512_maskz_set1_epi32(0xf, queries.starts[h]), high[h][i] = _mm512_setzero_si512();
+    for (size_t d = 0; d < dim; d += 64) {
+        const __mmask64 mask = dim - d >= 64 ? ~0ull : (1ull << (dim - d)) - 1;
+        __m512i rows[2][4];
+        for (int i = 0; i < 2; ++i) turn_four(keys + 4 * i * stride + d, stride, mask, rows[i]);
+        for (int j = 0; j < 4; ++j) {
+            if (Asks)
+                for (int i = 0; i < 2; ++i) ask_for(keys + (static_cast<int64_t>(kRowsAhead) + 2 * j + i) * stride + d);
+            for (int h = 0; h < 4; ++h) {
+                const auto& query = queries.words[d / 64][j][h];
+                __m512i query_low = _mm512_load_si512(query[0]), query_high = _mm512_load_si512(query[1]);
+                keep_in_registers(query_low, query_high);
+                for (int i = 0; i < 2; ++i) low[h][i] = _mm512_dpbusd_epi32(low[h][i], rows[i][j], query_low);
+                for (int i = 0; i < 2; ++i) high[h][i] = _mm512_dpbusd_epi32(high[h][i], rows[i][j], query_high);
+            }
         }
     }
-    for (int h = 0; h < Heads; ++h)
-        for (int i = 0; i < 2; ++i)
-            _mm512_storeu_si512(sums + h * kChunk + 16 * i, _mm512_add_epi32(low[h][i], _mm512_slli_epi32(high[h][i], 8)));
+    for (int h = 0; h < 4; ++h)
+        for (int i = 0; i < 2; ++i) low[h][i] = _mm512_add_epi32(low[h][i], _mm512_slli_epi32(high[h][i], 8));
+    for (int h = 0; h < 4; h += 2) {
+        const __m512i both = sum_quarters(low[h][0], low[h][1], low[h + 1][0], low[h + 1][1]);
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + h * kChunk), _mm512_castsi512_si256(both));
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(sums + (h + 1) * kChunk), upper(both));
+    }
 }
 
 // Rows [r, n), fewer than are worked on together.
@@ -417,20 +428,16 @@ static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim
     score_rest<Heads>(keys, stride, r, n, dim, queries, sums);
 }
 
-// As score_heads, of a multiple of four heads, enough to make turning the rows worth while.
+// As score_heads, of a multiple of four heads.
 static void score_fours(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
-    static thread_local std::vector<Halves<4>> halves;
-    __m512i turned[kMostWords][2];
+    static thread_local std::vector<Halves> halves;
     halves.resize(heads / 4);
     for (size_t i = 0; i < heads / 4; ++i) halves[i].fill(queries + 4 * i * dim, dim);
     size_t r = 0;
-    for (; r + 32 <= n; r += 32) {
+    for (; r + 8 <= n; r += 8) {
         const int8_t* here = keys + static_cast<int64_t>(r) * stride;
-        Coming coming{here + static_cast<int64_t>(kRowsAhead) * stride, stride, dim, 0};
-        for (size_t d = 0; d < dim; d += 64)
-            for (int i = 0; i < 2; ++i) turn_rows(here + 16 * i * stride + d, stride, dim - d, &turned[d / 4][i]);
-        for (size_t i = 0; i < heads / 4; ++i)
-            score_turned<4>(turned, (dim + 3) / 4, halves[i], sums + 4 * i * kChunk + r, coming, heads == 4 ? 2 : i < 2 ? 1 : 0);
+        score_eight<true>(here, stride, dim, halves[0], sums + r);
+        for (size_t i = 1; i < heads / 4; ++i) score_eight<false>(here, stride, dim, halves[i], sums + 4 * i * kChunk + r);
     }
     for (size_t i = 0; i < heads; i += 4) score_rest<4>(keys, stride, r, n, dim, queries + i * dim, sums + i * kChunk);
 }
@@ -491,8 +498,8 @@ static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim
 }
 
 void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
-    for (size_t at = 0; at < n; at += kTileRows) {
-        const size_t rows = n - at < kTileRows ? n - at : kTileRows;
+    for (size_t at = 0; at < n; at += kRowsAhead) {
+        const size_t rows = n - at < kRowsAhead ? n - at : kRowsAhead;
         const int8_t* here = values + static_cast<int64_t>(at) * stride;
         const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
         size_t h = 0;
