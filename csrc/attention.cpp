@@ -82,6 +82,7 @@ struct Rounded {
 struct Attention {
     const AttentionLoops& loops;
     int dtype;
+    bool is_short;         // queries are bfloat16 themselves, and so are weights beside bfloat16
     const float* queries;  // [batch, heads, dim]
     float factor;          // of scores
     Cache keys, values;
@@ -94,6 +95,7 @@ struct Attention {
     const Shorts& shorts;
     float *tops, *sums, *parts;  // of every chunk: [batch, num_shared, num_chunks, heads (, dim)]
 
+    bool mixes_short() const { return dtype == kBFloat16 && is_short && loops.mix_short; }
     int64_t nbytes() const { return dtype == kFloat32 ? 4 : dtype == kBFloat16 ? 2 : 1; }
     const char* row(const Cache& cache, int64_t b, int64_t shared, int64_t position) const {
         return cache.at + (b * cache.of_batch + shared * cache.of_head + position * cache.of_row) * nbytes();
@@ -180,7 +182,7 @@ void Attention::weigh(int64_t b, int64_t shared, int64_t first, size_t n, float*
         if (dtype == kBytes)
             rounded.factors[h] = loops.weigh_words(mine, scales, padded, distance, rounded.weights.data() + h * kChunk, &sum[h]);
         else
-            sum[h] = loops.weigh[dtype - kFloat32](mine, padded, distance);
+            sum[h] = loops.weigh[dtype == kFloat32 ? 0 : is_short ? 2 : 1](mine, padded, distance);
     }
 }
 
@@ -188,7 +190,8 @@ void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, const fl
     const char* at = row(values, b, shared, first);
     for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
     if (dtype != kBytes) {
-        loops.mix[dtype - kFloat32](at, values.of_row, n, dim, weights, heads, part);
+        const auto loop = mixes_short() ? loops.mix_short : loops.mix[dtype - kFloat32];
+        loop(at, values.of_row, n, dim, weights, heads, part);
         return;
     }
     rounded.sums.assign(heads * dim, 0);
@@ -234,7 +237,7 @@ void Attention::combine(int64_t index) const {
             for (int64_t d = 0; d < dim; ++d) to[d] += weight[0] * part[d];
         }
         for (int64_t d = 0; d < dim; ++d) to[d] /= total;
-        if (dtype == kBFloat16) loops.spread(to, static_cast<size_t>(dim));
+        if (dtype == kBFloat16) (mixes_short() ? loops.spread_short : loops.spread)(to, static_cast<size_t>(dim));
     }
 }
 
@@ -242,11 +245,12 @@ void Attention::combine(int64_t index) const {
 
 // out [batch, num_shared * heads, dim] = softmax(factor queries keys^T + bias) values, over positions [ranges[b][0], ranges[b][1]) of a
 // cache [batch, num_shared, positions, dim]. `queries` [batch, num_shared * heads, dim]. dtype: a
-// Precision (not fp16), or 4 for int8 with `key_scales` and `value_scales` per position. dim is a multiple of 16, at most 512.
+// Precision (not fp16), or 4 for int8 with `key_scales` and `value_scales` per position; query_dtype: that of the caller's queries, which
+// says how weights beside bfloat16 are rounded. dim is a multiple of 16, at most 512.
 // strides: of batch, head and position for keys, values, their scales and the bias, 15 in all. Where all scores are -inf, out is 0.
 DS_API void ds_decode_attention(const float* queries, float factor, const void* keys, const void* values, const float* key_scales,
                                 const float* value_scales, const float* bias, const int64_t* ranges, const int64_t* strides,
-                                float* out, int dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
+                                float* out, int dtype, int query_dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
                                 int num_threads) {
     const auto cache = [&](const void* at, const float* scales, const int64_t* of, const int64_t* of_scales) {
         return Cache{static_cast<const char*>(at), scales, of[0], of[1], of[2], of_scales[0], of_scales[1], of_scales[2]};
@@ -265,7 +269,7 @@ DS_API void ds_decode_attention(const float* queries, float factor, const void* 
     if (dtype == kBFloat16) shorts.fill(current_kernels().attention, queries, batch * num_shared * heads, dim);
     float* const parts = held.data();
     float *const tops = parts + num_parts * heads * dim, *const sums = tops + num_parts * heads;
-    Attention attention{current_kernels().attention, dtype, queries, factor, cache(keys, key_scales, strides, strides + 6),
+    Attention attention{current_kernels().attention, dtype, query_dtype == kBFloat16, queries, factor, cache(keys, key_scales, strides, strides + 6),
                         cache(values, value_scales, strides + 3, strides + 9), ranges, bias, strides[12], strides[13], strides[14],
                         out, num_shared, heads, dim, num_chunks, words, shorts, tops, sums, parts};
     parallel_for(num_parts, num_threads, [](void* self, int64_t i) { static_cast<Attention*>(self)->chunk(i); }, &attention);

@@ -8,13 +8,14 @@
 
 #include <cstdint>
 
+#include "kernels.h"
 #include "native.h"
 
 DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int64_t group_size, const float* x,
                        const float* bias, float* y, int64_t num_rows, int64_t width, int64_t batch, int num_threads);
 DS_API void ds_decode_attention(const float* queries, float factor, const void* keys, const void* values, const float* key_scales,
                                 const float* value_scales, const float* bias, const int64_t* ranges, const int64_t* strides,
-                                float* out, int dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
+                                float* out, int dtype, int query_dtype, int64_t batch, int64_t num_shared, int64_t heads, int64_t dim,
                                 int num_threads);
 
 namespace {
@@ -132,7 +133,7 @@ void attend(const Layer& layer, const Shape& shape, Scratch& own, const float* c
     const int64_t all = shape.shared * shape.capacity, each = shape.capacity;
     const int64_t strides[15] = {of_batch, of_head, dim, of_batch, of_head, dim, all, each, 1, all, each, 1};
     ds_decode_attention(own.rotated.data(), factor, layer.keys, layer.values, layer.key_scales, layer.value_scales, nullptr, ranges,
-                        strides, own.mixed.data(), layer.key_scales ? 4 : 1, shape.batch, shape.shared, shape.heads / shape.shared, dim,
+                        strides, own.mixed.data(), layer.key_scales ? 4 : 1, kFloat32, shape.batch, shape.shared, shape.heads / shape.shared, dim,
                         static_cast<int>(shape.num_threads));
 }
 

@@ -71,15 +71,18 @@ struct AttentionLoops {
     void (*score_bytes)(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
                         int32_t* sums);
     float (*largest)(const float* x, size_t n);
-    float (*weigh[2])(float* x, size_t n, float top);
+    float (*weigh[3])(float* x, size_t n, float top);  // as they are, in 16 bits and in 8 for bfloat16
     float (*weigh_words)(float* x, const float* by, size_t n, float top, int16_t* to, float* sum);
     void (*scale_sums)(const int32_t* sums, const float* by, float factor, size_t n, float* to);
     float (*to_words)(const float* x, size_t n, int16_t* to);
     void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
+    void (*mix_short)(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads,
+                      float* out);  // of weights in 8 bits; null where there is no instruction for it
     void (*mix_bytes)(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
                       int32_t* out);
     void (*gather)(const float* x, size_t dim, float* to);
     void (*spread)(float* x, size_t dim);
+    void (*spread_short)(float* x, size_t dim);  // of what mix_short leaves
     void (*shorten)(float* x, size_t n);
 };
 

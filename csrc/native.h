@@ -7,4 +7,4 @@
 
 // Raise by one with every change of an exported function, here and in deepspeed/kernels/native.py: an older build then says so
 // instead of being called with other arguments.
-#define DS_NATIVE_ABI 14
+#define DS_NATIVE_ABI 15

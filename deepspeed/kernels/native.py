@@ -19,7 +19,7 @@ from deepspeed.utils.logging import warn_once
 
 PATH = Path(__file__).parent.parent / "lib" / "libdeepspeed_native.so"
 
-ABI = 14
+ABI = 15
 """The version of the exported functions that this package calls; DS_NATIVE_ABI in csrc/native.h."""
 
 

@@ -10,7 +10,8 @@ What the loops do not take (fp16, head sizes that are no multiple of 16 or above
 the reference.
 
 Invariant: the same bits on every instruction set and with any number of threads. Floats agree with the reference to rounding;
-with int8, queries and weights are rounded to 15 bits, far finer than what they meet.
+with int8, queries and weights are rounded to 15 bits, far finer than what they meet; beside bf16 to 16, and weights to bf16 where the
+query is bf16 too, as kernels for that dtype do: divided by the sum of what was rounded, they err no more than torch's own.
 """
 
 from __future__ import annotations
@@ -73,6 +74,7 @@ def decode_attention(
         _strides(keys, values, key_scales, value_scales, added),
         _address(out),
         _KINDS[keys.dtype],
+        _KINDS.get(query.dtype, 1),
         *map(ctypes.c_int64, (batch, shared, heads // shared, dim)),
         torch.get_num_threads(),
     )

@@ -98,6 +98,24 @@ def test_queries_that_are_bfloat16_themselves_give_one_answer_on_all_instruction
 
 
 @needs_library
+def test_a_query_in_bfloat16_errs_no_more_than_torchs_kernel_does() -> None:
+    """Weights in 8 bits, as torch has them: their sum is of what was rounded, so that what values have in common is exact."""
+    ours, torchs = [], []
+    for shape in SHAPES:
+        arguments = case(shape, torch.bfloat16)
+        query, keys, values = arguments["query"].bfloat16(), arguments["keys"], arguments["values"] + 1
+        found = on_all(**{**arguments, "query": query, "values": values})
+        exact = reference.decode_attention(query.float(), keys, values, scale=arguments["scale"])
+        beside = F.scaled_dot_product_attention(query.unsqueeze(2), keys, values, enable_gqa=True).squeeze(2)
+        ours.append((found - exact).flatten())
+        torchs.append((beside - exact).flatten())
+        weighed = reference.decode_attention(query.float(), keys, values.abs(), scale=arguments["scale"])
+        assert (ours[-1].abs() <= (weighed.flatten() + exact.abs().flatten()) / 256).all()  # 2^-9 twice, and out's
+    assert torch.cat(ours).square().mean() <= torch.cat(torchs).square().mean()
+    assert torch.cat(ours).abs().max() <= torch.cat(torchs).abs().max()
+
+
+@needs_library
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_where_nothing_is_seen_the_answer_is_zero(dtype: torch.dtype) -> None:
     arguments = case((2, 4, 2, 40, 32), dtype)
