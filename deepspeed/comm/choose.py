@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from datetime import timedelta
 from enum import Enum
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.distributed.constants import default_pg_timeout
 
 from deepspeed.comm.collective import CollectiveExchange
 from deepspeed.comm.counters import NUM_WORDS, host_words
@@ -144,7 +146,7 @@ def _shared(
     _worlds[board] = world
     if until is not None:
         until.callback(board.close)
-    shared = SharedExchange(direct, board, _timeout_s(group))
+    shared = SharedExchange(direct, board, timeout_of(group).total_seconds())
     if Verdict.NONE in all_found and not _is_faster(shared, group):
         board.close()
         return None
@@ -180,9 +182,15 @@ def _gathered(group: ProcessGroup, values: list[int]) -> list[list[int]]:
     return [theirs.tolist() for theirs in found]
 
 
-def _timeout_s(group: ProcessGroup) -> float:
-    """What collectives of this group wait for each other."""
-    return float(group._get_backend(torch.device("cpu")).options._timeout.total_seconds())
+def timeout_of(group: ProcessGroup | None = None) -> timedelta:
+    """What collectives of a group wait for each other; of the job's, if no group is given. torch makes a new group with half an
+    hour, whatever the job was started with."""
+    group = group or dist.group.WORLD
+    assert group is not None
+    for device in group._device_types:
+        with suppress(RuntimeError, AttributeError):  # a backend written in Python, or without options
+            return timedelta(seconds=group._get_backend(device).options._timeout.total_seconds())
+    return default_pg_timeout
 
 
 def _backend_for(group: ProcessGroup, device_type: str) -> str:

@@ -23,7 +23,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm import interrupts, log, watchdog
-from deepspeed.comm.choose import give_back_ended
+from deepspeed.comm.choose import give_back_ended, timeout_of
 from deepspeed.utils.errors import TrainingStateError
 from deepspeed.utils.launch_env import DEFAULT_PORT, LaunchEnv, discover, int_or_error
 from deepspeed.utils.logging import log_dist, warn_once
@@ -150,7 +150,9 @@ def destroy_process_group(group: ProcessGroup | None = None) -> None:
 
 
 def new_group(ranks: Sequence[int] | None = None, **kwargs: Any) -> ProcessGroup:
-    """A group of these global ranks. Every rank of the world must call it, in the same order."""
+    """A group of these global ranks, which waits as long as the job's unless a `timeout` is given. Every rank of the world must
+    call it, in the same order."""
+    kwargs.setdefault("timeout", timeout_of())
     group: ProcessGroup = dist.new_group(list(ranks) if ranks is not None else None, **kwargs)
     return group
 

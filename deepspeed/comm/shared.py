@@ -32,6 +32,7 @@ import gc
 import mmap
 import os
 import select
+import threading
 import time
 import weakref
 from collections import deque
@@ -45,6 +46,7 @@ from torch.distributed import ProcessGroup
 from deepspeed.comm.counters import words
 from deepspeed.comm.direct import DirectExchange
 from deepspeed.comm.exchange import Pending, slices_of, verb
+from deepspeed.comm.watchdog import LOOKING_ROUND
 from deepspeed.kernels.native_sums import add_up_at
 from deepspeed.utils.errors import RankMismatchError, TrainingStateError
 
@@ -417,8 +419,12 @@ class Board:
     def _wait_long(self, number: int, rank: int, timeout_s: float) -> None:
         """Have another rank's message there, which was not when this one first looked."""
         side, begun = self._sides[rank], time.monotonic()
-        while not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, 0, LOOK_MS):
-            self._check(rank, time.monotonic() - begun, timeout_s)
+        LOOKING_ROUND[threading.get_ident()] = f"message {number} of rank {rank} on {id(self)}"
+        try:
+            while not self._words.ds_shared_wait(side.base, (number + 1) & 0xFFFFFFFF, 0, LOOK_MS):
+                self._check(rank, time.monotonic() - begun, timeout_s)
+        finally:
+            del LOOKING_ROUND[threading.get_ident()]
 
     def acknowledge(self, number: int) -> None:
         """This rank has read all others' messages of this number, or never will."""

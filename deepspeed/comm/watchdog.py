@@ -14,7 +14,7 @@ the client was given (torch 2.13), so a second thread asks; where it gets no ans
 
 Invariant: no collective is wrapped, counted or timed; training pays one look at the threads' frames and one question to
 the store per interval. A blocked thread is one that the kernel has not run in between (its context switches), so ranks
-that meet again and again at the same place are not taken for waiting.
+that meet again and again at the same place are not taken for waiting. Who waits and looks around meanwhile says so (`LOOKING_ROUND`).
 """
 
 from __future__ import annotations
@@ -40,8 +40,13 @@ LOOKS = 6
 MIN_SILENCE_S = 5.0
 """A store that has not answered for less is slow: its process may wait for a processor."""
 _SILENCE = "does not answer: its process or machine is gone, stopped or cut off"
+LOOKING_ROUND: dict[int, str] = {}
+"""Threads that wait, and are woken now and then to see whether there is still what they wait for: a text of what that is, another
+for each wait. Written where nothing has come for a while."""
 _OWN = str(Path(__file__).resolve().parent)
+_PACKAGE = os.path.dirname(_OWN) + os.sep
 _TORCH = os.path.join("torch", "distributed")
+_ALL_OF_TORCH = os.sep + "torch" + os.sep
 _OPERATIONS = (
     *("all_gather", "reduce_scatter", "all_reduce", "all_to_all", "broadcast", "barrier", "gather", "scatter"),
     *("reduce", "send", "recv", "wait"),
@@ -56,7 +61,8 @@ class Place(NamedTuple):
 
 
 def place_of(frame: FrameType | None) -> Place:
-    """The collective a stack is in, and the innermost line that is not the communication library's."""
+    """The collective a stack is in, and the innermost line that is not the communication library's; of a wait inside of this
+    package, the script's line."""
     operation = ""
     innermost = frame
     while frame is not None:
@@ -64,7 +70,8 @@ def place_of(frame: FrameType | None) -> Place:
         if not (path.startswith(_OWN) or _TORCH in path):
             break
         name = getattr(frame.f_code, "co_qualname", frame.f_code.co_name)  # Python 3.11
-        operation = next((known for known in _OPERATIONS if known in name), operation)
+        known = next((known for known in _OPERATIONS if known in name), "")
+        operation = operation if not known or (known == "wait" and operation) else known
         frame = frame.f_back
     if (
         frame is innermost
@@ -72,6 +79,13 @@ def place_of(frame: FrameType | None) -> Place:
         and ".wait(" in linecache.getline(frame.f_code.co_filename, frame.f_lineno)
     ):
         operation = "wait"  # of an asynchronous operation: native code, called from the user's line
+    if operation:
+        inner = frame
+        while frame is not None and (
+            frame.f_code.co_filename.startswith(_PACKAGE) or _ALL_OF_TORCH in frame.f_code.co_filename
+        ):
+            frame = frame.f_back
+        frame = frame or inner  # a thread of this package's own
     frame = frame or innermost
     if frame is None:
         return Place(operation, "?")
@@ -222,7 +236,7 @@ class Watchdog:
             place = place_of(frame)
             if ident in (self._thread.ident, self._asker.ident) or not place.operation:
                 continue
-            switches = _switches(native.get(ident)) or f"{id(frame)}:{frame.f_lasti}"
+            switches = LOOKING_ROUND.get(ident) or _switches(native.get(ident)) or f"{id(frame)}:{frame.f_lasti}"
             before = self._blocked.get(ident)
             found[ident] = before if before is not None and before[0] == switches else (switches, now_s)
             if found[ident][1] < longest[1]:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import threading
 import time
 import uuid
 import weakref
@@ -30,6 +31,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed.comm.choose import timeout_of
+from deepspeed.comm.watchdog import LOOKING_ROUND
 from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -142,16 +145,20 @@ class Calls:
             work.wait()
             return
         self._num_launched += 1
-        while True:
-            try:
-                work.wait(LOOK)
-                return
-            except RuntimeError as error:  # over gloo, a time that is over too
-                is_over = work.is_completed()
-                self._look(error)
-                if is_over:
-                    work.wait()  # raises what it was, if it did not end just now
+        try:
+            while True:
+                try:
+                    work.wait(LOOK)
                     return
+                except RuntimeError as error:  # over gloo, a time that is over too
+                    is_over = work.is_completed()
+                    self._look(error)
+                    if is_over:
+                        work.wait()  # raises what it was, if it did not end just now
+                        return
+                    LOOKING_ROUND[threading.get_ident()] = f"collective {self._num_launched} of {id(self)}"
+        finally:
+            LOOKING_ROUND.pop(threading.get_ident(), None)
 
     def _look(self, error: RuntimeError) -> None:
         for rank, told in self._others():
@@ -182,7 +189,7 @@ class Calls:
             before = self._group
             members = dist.get_process_group_ranks(before)
             after = dist.new_group(
-                members, backend="gloo", use_local_synchronization=True, group_desc=before.group_desc
+                members, timeout_of(before), "gloo", use_local_synchronization=True, group_desc=before.group_desc
             )
             self._group = after
             self._num_launched = self._at_start = 0

@@ -25,7 +25,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from deepspeed.comm.choose import make_exchange, make_ring, sharing_of
+from deepspeed.comm.choose import make_exchange, make_ring, sharing_of, timeout_of
 from deepspeed.comm.exchange import Agreement, Exchange, Ring
 from deepspeed.comm.local import LocalExchange
 from deepspeed.mesh.shape import MeshShape, Over
@@ -79,7 +79,7 @@ class Mesh:
         if key not in self._groups:
             name = f"{'+'.join(key[0])}.{purpose}"
             for ranks in self.shape.groups(over):
-                made = dist.new_group(list(ranks), backend=backend, group_desc=name)
+                made = dist.new_group(list(ranks), timeout_of(), backend, group_desc=name)
                 if self.global_rank in ranks:
                     self._groups[key] = made
         return self._groups[key]

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from deepspeed.comm.choose import timeout_of
 from deepspeed.mesh.shape import Group
 from deepspeed.utils.errors import DeepSpeedError
 
@@ -54,7 +55,7 @@ class ScriptGroups:
             return before
         rank = dist.get_rank()
         own = next(ranks for ranks in wanted if rank in ranks)
-        made = [dist.new_group(list(ranks), group_desc=description or name) for ranks in wanted]
+        made = [dist.new_group(list(ranks), timeout_of(), group_desc=description or name) for ranks in wanted]
         self._made[name] = Made(wanted, own, made[wanted.index(own)])
         return self._made[name]
 

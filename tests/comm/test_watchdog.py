@@ -9,12 +9,18 @@ import time
 from datetime import timedelta
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 
+from deepspeed import comm
+from deepspeed.comm.choose import Sharing, make_exchange, timeout_of
 from deepspeed.comm.watchdog import Place, Watchdog, describe, place_of
+from deepspeed.mesh.mesh import Mesh
+from deepspeed.mesh.script import ScriptGroups
+from deepspeed.mesh.shape import MeshShape
 from deepspeed.utils.logging import logger
-from tests.harness import free_port, run_ranks
+from tests.harness import end_group, free_port, run_ranks
 
 
 class _Notes(logging.Handler):
@@ -26,10 +32,18 @@ class _Notes(logging.Handler):
         self.texts.append(record.getMessage())
 
 
-def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
-    """Meet often, then let the last rank be late for one all-reduce, or not."""
+def _meet(rank: int, world_size: int, port: int, hangs: bool, in_memory: bool = False) -> list[str]:
+    """Meet often, then let the last rank be late for one all-reduce, or not; `in_memory`, by the exchange of one host."""
     notes = _Notes()
     logger.addHandler(notes)
+    exchange = make_exchange(dist.group.WORLD, torch.device("cpu"), sharing=Sharing.ALWAYS) if in_memory else None
+
+    def meet() -> None:
+        if exchange is None:
+            dist.all_reduce(torch.ones(1))
+        else:
+            exchange.start_all_reduce(torch.ones(world_size), 1).wait()
+
     server = dist.TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False) if rank == 0 else None
 
     def open_store() -> Any:
@@ -40,18 +54,19 @@ def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
 
     dog = Watchdog(open_store, rank, world_size, timeout_s=60, report_after_s=1.8)
     dist.barrier()
+    meet()  # what is made at first use is made
     dog.start()
     until = time.monotonic() + 3
     going = torch.ones(1)
     while going.item():
-        dist.all_reduce(torch.ones(1))
+        meet()
         time.sleep(0.001)
         going.fill_(float(time.monotonic() < until))
         dist.broadcast(going, 0)
     before = len(notes.texts)
     if hangs and rank == world_size - 1:
         time.sleep(6)
-    dist.all_reduce(torch.ones(1))
+    meet()
     dog.stop()
     dist.barrier()
     logger.removeHandler(notes)
@@ -60,13 +75,31 @@ def _meet(rank: int, world_size: int, port: int, hangs: bool) -> list[str]:
     return notes.texts
 
 
-def test_the_late_rank_is_named_once_with_the_line_it_is_at() -> None:
-    texts = run_ranks(3, _meet, free_port(), True)
+@pytest.mark.parametrize("in_memory", [False, True])
+def test_the_late_rank_is_named_once_with_the_line_it_is_at(in_memory: bool) -> None:
+    texts = run_ranks(3, _meet, free_port(), True, in_memory)
     assert [len(lines) for lines in texts] == [1, 0, 0]
     first, waiting, missing = texts[0][0].splitlines()
     assert first.startswith("all_reduce has waited for ") and first.endswith("it fails after 60 s.")
     assert waiting.startswith("  ranks 0, 1 wait in all_reduce at ") and "test_watchdog.py" in waiting
     assert missing.startswith("  rank 2 has not come: it is at ") and missing.endswith(" in _meet")
+
+
+def _timeouts(rank: int, world_size: int) -> list[timedelta]:
+    assert dist.group.WORLD is not None
+    options = dist.group.WORLD._get_backend(torch.device("cpu")).options
+    before, options._timeout = options._timeout, timedelta(seconds=77)
+    mesh = Mesh(MeshShape(dp_shard=world_size), rank)
+    groups = [mesh.group("batch", "gather"), ScriptGroups().make("halves", [[0], [1]]).group, comm.new_group([0, 1])]
+    options._timeout = before
+    found = [timeout_of(group) for group in groups]
+    for group in groups[1:]:
+        end_group(group)
+    return found
+
+
+def test_groups_wait_as_long_as_the_job_s() -> None:
+    assert run_ranks(2, _timeouts) == [[timedelta(seconds=77)] * 3] * 2
 
 
 def test_ranks_that_meet_are_never_reported() -> None:
