@@ -188,8 +188,8 @@ void Attention::weigh(int64_t b, int64_t shared, int64_t first, size_t n, float*
 
 void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, const float* weights, Rounded& rounded, float* part) const {
     const char* at = row(values, b, shared, first);
-    for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
     if (dtype != kBytes) {
+        for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
         const auto loop = mixes_short() ? loops.mix_short : loops.mix[dtype - kFloat32];
         loop(at, values.of_row, n, dim, weights, heads, part);
         return;
@@ -197,8 +197,7 @@ void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, const fl
     rounded.sums.assign(heads * dim, 0);
     const int32_t* sums = rounded.sums.data();
     loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.weights.data(), heads, rounded.sums.data());
-    for (int64_t h = 0; h < heads; ++h)
-        for (int64_t d = 0; d < dim; ++d) part[h * dim + d] = static_cast<float>(sums[h * dim + d]) * rounded.factors[h];
+    for (int64_t h = 0; h < heads; ++h) loops.to_floats(sums + h * dim, rounded.factors[h], static_cast<size_t>(dim), part + h * dim);
 }
 
 void Attention::chunk(int64_t index) const {
@@ -233,8 +232,7 @@ void Attention::combine(int64_t index) const {
             float weight[16] = {tops[c * heads + h]};
             loops.weigh[0](weight, 16, top);
             total += weight[0] * sums[c * heads + h];
-            const float* part = parts + (c * heads + h) * dim;
-            for (int64_t d = 0; d < dim; ++d) to[d] += weight[0] * part[d];
+            loops.add_scaled(parts + (c * heads + h) * dim, weight[0], static_cast<size_t>(dim), to);
         }
         for (int64_t d = 0; d < dim; ++d) to[d] /= total;
         if (dtype == kBFloat16) (mixes_short() ? loops.spread_short : loops.spread)(to, static_cast<size_t>(dim));

@@ -519,6 +519,17 @@ static void scale_sums(const int32_t* sums, const float* by, float factor, size_
                                               (*reinterpret_cast<const Floats*>(by + i) * factor);
 }
 
+// to [n] = sums times factor, n a multiple of 16.
+static void to_floats(const int32_t* sums, float factor, size_t n, float* to) {
+    for (size_t i = 0; i < n; i += kWidth)
+        *reinterpret_cast<Floats*>(to + i) = __builtin_convertvector(*reinterpret_cast<const Ints*>(sums + i), Floats) * factor;
+}
+
+// to [n] += x times factor, n a multiple of 16.
+static void add_scaled(const float* x, float factor, size_t n, float* to) {
+    for (size_t i = 0; i < n; i += kWidth) *reinterpret_cast<Floats*>(to + i) += *reinterpret_cast<const Floats*>(x + i) * factor;
+}
+
 // The largest magnitude of what is taken in: magnitudes are ordered as their bits are.
 struct Largest {
     Ints most[4] = {};

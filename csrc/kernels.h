@@ -74,6 +74,8 @@ struct AttentionLoops {
     float (*weigh[3])(float* x, size_t n, float top);  // as they are, in 16 bits and in 8 for bfloat16
     float (*weigh_words)(float* x, const float* by, size_t n, float top, int16_t* to, float* sum);
     void (*scale_sums)(const int32_t* sums, const float* by, float factor, size_t n, float* to);
+    void (*to_floats)(const int32_t* sums, float factor, size_t n, float* to);
+    void (*add_scaled)(const float* x, float factor, size_t n, float* to);
     float (*to_words)(const float* x, size_t n, int16_t* to);
     void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
     void (*mix_short)(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads,

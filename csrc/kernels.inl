@@ -219,7 +219,7 @@ static constexpr Kernels kTable = {
      take_signs, add_signs},
     {{dot_fp32<kNear>, dot_fp32<0>}, dot_bf16<kNear>, {dot_int8, dot_int4}, {arrange_int8, arrange_int4}, read_words},
     {{score<ReadFloats>, score<ReadBFloats>}, nullptr, score_bytes, largest, {weigh<0>, weigh<8>, weigh<16>}, weigh_words,
-     scale_sums, to_words,
+     scale_sums, to_floats, add_scaled, to_words,
      {mix<ReadFloats>, mix<ReadBFloats>}, nullptr, mix_bytes, gather, spread, nullptr, shorten},
     {padded, experts_scratch, expert_forward, expert_backward},
 };

@@ -461,40 +461,48 @@ DS_INLINE __m512i pair_of(const int16_t* weights) {
     return _mm512_set1_epi32(both);
 }
 
-// 32 elements of out (16 where Whole is false) += the values of two positions at a time. The sums of four neighbours lie together
-// as unpacking leaves them, and are put in order at the end.
-template <int Heads, bool Whole>
+// `Blocks` times 32 elements of out (16 where Whole is false) += the values of two positions at a time. The sums of four neighbours
+// lie together as unpacking leaves them, and are put in order at the end.
+template <int Heads, int Blocks, bool Whole>
 DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, Coming& coming, int lines) {
-    __m512i sums[Heads][2] = {};
+    __m512i sums[Heads][Blocks][2] = {};
     for (size_t r = 0; r < n; r += 2) {
         const int8_t* at = values + static_cast<int64_t>(r) * stride;
         for (int i = 0; i < lines; ++i) coming.next();
-        const __m512i first = words_of(at, Whole), second = r + 1 < n ? words_of(at + stride, Whole) : _mm512_setzero_si512();
-        const __m512i low = _mm512_unpacklo_epi16(first, second), high = _mm512_unpackhi_epi16(first, second);
+        __m512i low[Blocks], high[Blocks];
+        for (int v = 0; v < Blocks; ++v) {
+            const __m512i first = words_of(at + 32 * v, Whole), second = r + 1 < n ? words_of(at + stride + 32 * v, Whole) : _mm512_setzero_si512();
+            low[v] = _mm512_unpacklo_epi16(first, second), high[v] = _mm512_unpackhi_epi16(first, second);
+        }
         for (int h = 0; h < Heads; ++h) {
             const __m512i pair = pair_of(weights + h * kChunk + r);
-            sums[h][0] = _mm512_dpwssd_epi32(sums[h][0], low, pair);
-            sums[h][1] = _mm512_dpwssd_epi32(sums[h][1], high, pair);
+            for (int v = 0; v < Blocks; ++v) {
+                sums[h][v][0] = _mm512_dpwssd_epi32(sums[h][v][0], low[v], pair);
+                sums[h][v][1] = _mm512_dpwssd_epi32(sums[h][v][1], high[v], pair);
+            }
         }
     }
     const __m512i first = _mm512_setr_epi64(0, 1, 8, 9, 2, 3, 10, 11), second = _mm512_setr_epi64(4, 5, 12, 13, 6, 7, 14, 15);
-    for (int h = 0; h < Heads; ++h) {
-        int32_t* to = out + h * dim;
-        const __m512i front = _mm512_permutex2var_epi64(sums[h][0], first, sums[h][1]);
-        _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), front));
-        if (!Whole) continue;
-        const __m512i back = _mm512_permutex2var_epi64(sums[h][0], second, sums[h][1]);
-        _mm512_storeu_si512(to + 16, _mm512_add_epi32(_mm512_loadu_si512(to + 16), back));
-    }
+    for (int h = 0; h < Heads; ++h)
+        for (int v = 0; v < Blocks; ++v) {
+            int32_t* to = out + h * dim + 32 * v;
+            const __m512i front = _mm512_permutex2var_epi64(sums[h][v][0], first, sums[h][v][1]);
+            _mm512_storeu_si512(to, _mm512_add_epi32(_mm512_loadu_si512(to), front));
+            if (!Whole) continue;
+            const __m512i back = _mm512_permutex2var_epi64(sums[h][v][0], second, sums[h][v][1]);
+            _mm512_storeu_si512(to + 16, _mm512_add_epi32(_mm512_loadu_si512(to + 16), back));
+        }
 }
 
 template <int Heads>
 static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
     Coming coming{values + static_cast<int64_t>(kRowsAhead) * stride, stride, dim, 0};
     const int lines = !asks ? 0 : dim % 64 ? 2 : 1;  // one for each 32 elements of two rows reaches all lines of whole ones
+    constexpr int blocks = Heads <= 4 ? 2 : 1;
     size_t d = 0;
-    for (; d + 32 <= dim; d += 32) mix_tile<Heads, true>(values + d, stride, n, dim, weights, out + d, coming, lines);
-    if (d < dim) mix_tile<Heads, false>(values + d, stride, n, dim, weights, out + d, coming, lines);
+    for (; d + 32 * blocks <= dim; d += 32 * blocks) mix_tile<Heads, blocks, true>(values + d, stride, n, dim, weights, out + d, coming, blocks * lines);
+    for (; d + 32 <= dim; d += 32) mix_tile<Heads, 1, true>(values + d, stride, n, dim, weights, out + d, coming, lines);
+    if (d < dim) mix_tile<Heads, 1, false>(values + d, stride, n, dim, weights, out + d, coming, lines);
 }
 
 void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
