@@ -264,7 +264,8 @@ void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
 
 // ---- attention over a cache of int8
 
-constexpr size_t kRowsAhead = 64;  // rows ahead the cache is asked for
+// Rows that the cache is asked for ahead, and that are mixed with all heads before the next ones: 16 KiB of them.
+DS_INLINE size_t rows_ahead(size_t dim) { return 16384 / dim / 2 * 2; }
 
 // 32 elements as words, or the 16 that a row ends with.
 DS_INLINE __m512i words_of(const int8_t* at, bool is_whole) { return _mm512_cvtepi8_epi16(is_whole ? load_ymm(at) : load_xmm(at)); }
@@ -376,6 +377,7 @@ DS_INLINE void keep_in_registers(__m512i& a, __m512i& b) { __asm__("" : "+v"(a),
 // Sums of 8 rows with four queries: words of queries that are read serve two registers of rows.
 template <bool Asks>
 DS_INLINE void score_eight(const int8_t* keys, int64_t stride, size_t dim, const Halves& queries, int32_t* sums) {
+    const int64_t ahead = static_cast<int64_t>(rows_ahead(dim));
     __m512i low[4][2], high[4][2];
     for (int h = 0; h < 4; ++h)
         for (int i = 0; i < 2; ++i) low[h][i] = _mm512_maskz_set1_epi32(0xf, queries.starts[h]), high[h][i] = _mm512_setzero_si512();
@@ -385,7 +387,7 @@ DS_INLINE void score_eight(const int8_t* keys, int64_t stride, size_t dim, const
         for (int i = 0; i < 2; ++i) turn_four(keys + 4 * i * stride + d, stride, mask, rows[i]);
         for (int j = 0; j < 4; ++j) {
             if (Asks)
-                for (int i = 0; i < 2; ++i) ask_for(keys + (static_cast<int64_t>(kRowsAhead) + 2 * j + i) * stride + d);
+                for (int i = 0; i < 2; ++i) ask_for(keys + (ahead + 2 * j + i) * stride + d);
             for (int h = 0; h < 4; ++h) {
                 const auto& query = queries.words[d / 64][j][h];
                 __m512i query_low = _mm512_load_si512(query[0]), query_high = _mm512_load_si512(query[1]);
@@ -418,11 +420,12 @@ static void score_rest(const int8_t* keys, int64_t stride, size_t r, size_t n, s
 template <int Heads>
 static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, bool asks) {
     constexpr size_t rows = 16 / Heads;
+    const size_t ahead = rows_ahead(dim);
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const int8_t* here = keys + static_cast<int64_t>(r) * stride;
         if (asks)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kRowsAhead + j) * stride, dim);
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, dim);
         score_tile<Heads>(here, stride, dim, queries, sums + r);
     }
     score_rest<Heads>(keys, stride, r, n, dim, queries, sums);
@@ -496,7 +499,7 @@ DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t d
 
 template <int Heads>
 static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
-    Coming coming{values + static_cast<int64_t>(kRowsAhead) * stride, stride, dim, 0};
+    Coming coming{values + static_cast<int64_t>(rows_ahead(dim)) * stride, stride, dim, 0};
     const int lines = !asks ? 0 : dim % 64 ? 2 : 1;  // one for each 32 elements of two rows reaches all lines of whole ones
     constexpr int blocks = Heads <= 4 ? 2 : 1;
     size_t d = 0;
@@ -506,8 +509,9 @@ static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim
 }
 
 void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
-    for (size_t at = 0; at < n; at += kRowsAhead) {
-        const size_t rows = n - at < kRowsAhead ? n - at : kRowsAhead;
+    const size_t tile = rows_ahead(dim);
+    for (size_t at = 0; at < n; at += tile) {
+        const size_t rows = n - at < tile ? n - at : tile;
         const int8_t* here = values + static_cast<int64_t>(at) * stride;
         const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
         size_t h = 0;
