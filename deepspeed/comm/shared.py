@@ -350,7 +350,7 @@ class Board:
                 if waiting is not None:
                     waiting.keep()
         if len(self._live) == NUM_MESSAGES:
-            self._wait_for_acks()
+            self._wait_for_acks(posted._timeout_s)
         message = message.contiguous()
         nbytes = message.nbytes
         start = self._place(nbytes)
@@ -448,13 +448,20 @@ class Board:
             if message.fd is not None:
                 os.close(message.fd)
 
-    def _wait_for_acks(self) -> None:
+    def _wait_for_acks(self, timeout_s: float) -> None:
         """Have a place for one more message."""
-        while len(self._live) == NUM_MESSAGES:
-            time.sleep(1e-4)
-            for rank in self._watched:
-                self._check(rank, 0.0, 1.0)
-            self._forget()
+        begun, number = time.monotonic(), self._live[0].number
+        acks = self._sides[self.rank].base + self._acks_at + 4 * (number % NUM_MESSAGES * self.world_size)
+        LOOKING_ROUND[threading.get_ident()] = f"acknowledgements of message {number} on {id(self)}"
+        try:
+            while len(self._live) == NUM_MESSAGES:
+                time.sleep(1e-4)
+                for rank in self._watched:
+                    if not self._words.ds_shared_have_reached(acks + 4 * rank, 1, -1, (number + 1) & 0xFFFFFFFF):
+                        self._check(rank, time.monotonic() - begun, timeout_s)
+                self._forget()
+        finally:
+            del LOOKING_ROUND[threading.get_ident()]
 
     def _place(self, nbytes: int) -> int | None:
         """Where a message fits: rooms are taken in a circle and given back in the order of posting. None: nowhere."""

@@ -472,3 +472,20 @@ def test_integers_read_in_shared_memory_are_those_that_go_around_the_circle(worl
             )
         )
         assert many == many_of_circle
+
+
+def posts_more_than_is_read(rank: int, world_size: int) -> str:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shared_module, "NUM_MESSAGES", 64)
+        exchange = shared_exchange()
+        exchange._timeout_s = 0.3
+        if rank == 0:
+            with pytest.raises(RankMismatchError, match="rank 1 has not sent its part") as caught:
+                _ = [exchange.start_all_reduce(torch.ones(4), 1) for _ in range(65)]
+        dist.barrier()
+    return str(caught.value) if rank == 0 else ""
+
+
+def test_who_is_a_circle_of_messages_ahead_does_not_wait_for_ever() -> None:
+    found, _ = run_ranks(2, posts_more_than_is_read)
+    assert "give init_distributed a longer timeout" in found
