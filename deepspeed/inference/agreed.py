@@ -64,8 +64,6 @@ def require_same(gather: Gather, own: Mapping[str, Any]) -> None:
 
 def description(module: nn.Module, config: DeepSpeedInferenceConfig) -> dict[str, str]:
     """What has to be the same on ranks that run a module together; paths and groups may differ."""
-    sections = config.tensor_parallel, config.moe
-    numbers = {f"{name}": getattr(section, name) for section in sections for name in _NUMBERS if hasattr(section, name)}
     shapes = repr([(name, tuple(getattr(p, "ds_shape", p.shape))) for name, p in module.named_parameters()])
     return {
         "the model": f"{type(module).__name__} with parameters of digest {hashlib.sha256(shapes.encode()).hexdigest()[:8]}",
@@ -74,8 +72,7 @@ def description(module: nn.Module, config: DeepSpeedInferenceConfig) -> dict[str
         "kv_cache.dtype": config.kv_cache.dtype,
         "max_out_tokens": str(config.limit),
         "zero.stage": str(config.zero.stage),
-        **{name: str(value) for name, value in numbers.items()},
+        "tp_size": str(config.tensor_parallel.tp_size),
+        "tp_grain_size": str(config.tensor_parallel.tp_grain_size),
+        "ep_size": str(config.moe.ep_size),
     }
-
-
-_NUMBERS = ("tp_size", "tp_grain_size", "ep_size")
