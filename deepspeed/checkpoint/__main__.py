@@ -28,7 +28,7 @@ from deepspeed.checkpoint.manifest import FILE_NAME
 from deepspeed.checkpoint.reader import ByteRange, read_ranges
 from deepspeed.checkpoint.source import Source, Wanted
 from deepspeed.checkpoint.store import Stored
-from deepspeed.utils.errors import CheckpointError
+from deepspeed.utils.errors import CheckpointError, DamagedError
 
 CHUNK = 1 << 22
 """Elements compared at a time."""
@@ -138,7 +138,7 @@ def _problems(source: Stored) -> list[str]:
         except (CheckpointError, OSError) as error:
             found.append(_first_line(error))
             unreadable.add(name)
-            if not _is_digest(error):
+            if not isinstance(error, DamagedError):
                 continue
             first = manifest.block  # without a header nobody knows what lies where, but damage further on is damage
         found += _damaged_blocks(source, name, first, ranges)
@@ -171,16 +171,12 @@ def _damaged_blocks(source: Stored, name: str, first: int, ranges: list[ByteRang
             read_ranges(source.folder / name, record, manifest.block, touched, digest)
         except (CheckpointError, OSError) as error:
             yield _first_line(error)
-            if not _is_digest(error):
+            if not isinstance(error, DamagedError):
                 break
 
 
 def _ignore(offset: int, values: Tensor) -> None:
     """A sink for bytes that are only digested."""
-
-
-def _is_digest(error: Exception) -> bool:
-    return "do not match their digest" in str(error)
 
 
 def _first_line(error: Exception) -> str:

@@ -23,7 +23,7 @@ from deepspeed.checkpoint.digest import Digest
 from deepspeed.checkpoint.files import open_plain
 from deepspeed.checkpoint.staging import BLOCK, Block, Staging
 from deepspeed.checkpoint.writer import FileRecord
-from deepspeed.utils.errors import CheckpointError
+from deepspeed.utils.errors import CheckpointError, DamagedError
 
 NUM_READERS = 2
 
@@ -77,12 +77,12 @@ def make_staging() -> Staging:
     return Staging(2 * NUM_READERS)
 
 
-def damaged(path: Path, index: int, block_nbytes: int, ranges: Sequence[ByteRange]) -> CheckpointError:
+def damaged(path: Path, index: int, block_nbytes: int, ranges: Sequence[ByteRange]) -> DamagedError:
     """The error for a block whose digest does not match."""
     low, high = index * block_nbytes, (index + 1) * block_nbytes
     names = list(dict.fromkeys(r.what for r in ranges if r.start < high and low < r.stop))
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
-    return CheckpointError(
+    return DamagedError(
         f"{path} is damaged: bytes [{low}, {high}) do not match their digest; they hold {', '.join(names[:3])}{more}.\n"
         "  Load another checkpoint; `deepspeed.checkpoint verify` lists all that is damaged."
     )

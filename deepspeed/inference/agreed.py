@@ -17,6 +17,7 @@ from torch import nn
 from deepspeed.comm.init import init_distributed
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.mesh.mesh import world_size
+from deepspeed.utils import errors
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
@@ -41,13 +42,20 @@ def job_gather(config: DeepSpeedInferenceConfig) -> Gather | None:
 
 
 def raise_everywhere(gather: Gather, error: Exception | None) -> None:
-    """Raise where any rank has an error: the own one, or a DeepSpeedError with another's words. Collective."""
-    told = gather(None if error is None else str(error))
+    """Raise where any rank has an error: the own one, or with another's words a DeepSpeedError of its kind. Collective."""
+    told = gather(None if error is None else (_kind(error), str(error) or type(error).__name__))
     if error is not None:
         raise error
-    rank = next((rank for rank, words in enumerate(told) if words is not None), None)
-    if rank is not None:
-        raise DeepSpeedError(f"[rank {rank} of {len(told)}] {told[rank]}")
+    for rank, theirs in enumerate(told):
+        if theirs is not None:
+            kind, words = theirs
+            raise getattr(errors, kind)(f"[rank {rank} of {len(told)}] {words}")
+
+
+def _kind(error: Exception) -> str:
+    """The name of the package's own class of errors that it is nearest to."""
+    names = [kind.__name__ for kind in type(error).__mro__ if getattr(errors, kind.__name__, None) is kind]
+    return names[0] if names else DeepSpeedError.__name__
 
 
 def require_same(gather: Gather, own: Mapping[str, Any]) -> None:

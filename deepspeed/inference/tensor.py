@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,6 +34,7 @@ from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
 from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import INCONSISTENT, check_first_forward, digest
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
@@ -41,8 +42,20 @@ from deepspeed.utils.logging import log_dist
 _WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|router|q_a_proj|kv_a_proj_with_mqa)$")
 """Layers that stay whole under an injection policy, as the contract names them."""
 
-_CURE = "  Give init_inference an injection_policy, {LayerClass: names of the layers whose outputs are summed}, or run it on one rank."
-_ALONE, _FUSED = "  Run it on one rank.", "is several layers in one"
+_POLICY = "Give init_inference an injection_policy, {LayerClass: names of the layers whose outputs are summed}, or run it on one rank."
+_ALONE = "Run it on one rank."
+_CURES: Mapping[Why, str] = {
+    Why.FAMILY: _POLICY,
+    Why.NOTHING: _POLICY,
+    Why.PLAN: _POLICY,
+    Why.FUSED: _ALONE,  # a policy cannot tell the order either
+    Why.KIND: _ALONE,
+    Why.SHARED: _ALONE,
+    Why.NORM: _ALONE,
+    Why.REPLACED: "Have its class's forward back before init_inference, or run it on one rank.",
+    Why.FIT: "Choose another number of ranks, or run it on one.",
+}
+"""What a caller of init_inference can do; the errors' own ways out are keys of training."""
 
 
 @dataclass(frozen=True)
@@ -159,17 +172,13 @@ def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) ->
             f"{type(module).__name__} is cut over ranks already.\n  Give init_inference the whole model."
         )
     policy = config.injection_policy
-    wishes = Wishes(grain=config.tensor_parallel.tp_grain_size)
+    wishes = Wishes(grain=config.tensor_parallel.tp_grain_size, size_key="tensor_parallel.tp_size")
     try:
         chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
         require_found(module, [chosen])
-    except DeepSpeedConfigError as error:
-        what, _, cure = str(error).partition("\n")
-        if "partition_config" not in cure:
-            raise
-        # That key is training's. Of a fused layer a policy cannot tell the order either.
-        raise DeepSpeedConfigError(f"{what}\n{_ALONE if _FUSED in what else _CURE}") from error
-    check_fit(module, ranks.tensor.size, wishes, chosen)
+        check_fit(module, ranks.tensor.size, wishes, chosen)
+    except CutRefusedError as error:
+        raise CutRefusedError(error.why, error.what, _CURES[error.why]) from error
     return Decided(chosen, drawn)
 
 
@@ -196,9 +205,10 @@ def _by_policy(module: nn.Module, policy: Any) -> Chosen:
                 decisions[full] = Decision(Action.ROW if full in rows else Action.COLUMN)
     odd = [name for name, d in decisions.items() if d.action is Action.COLUMN and has_unknown_layout(name, model_type)]
     if odd:
-        raise DeepSpeedConfigError(
-            f"injection_policy: {odd[0]} is several layers in one, and nothing says how its rows are ordered.\n"
-            "  Leave injection_policy out where the model has a tp_plan, or run on one rank."
+        raise CutRefusedError(
+            Why.FUSED,
+            f"injection_policy: {odd[0]} is several layers in one, and nothing says how its rows are ordered.",
+            _ALONE,
         )
     if not any(d.action is Action.ROW for d in decisions.values()):
         raise DeepSpeedConfigError(

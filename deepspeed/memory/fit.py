@@ -22,7 +22,7 @@ from deepspeed.memory.layers import AbsentRanks
 from deepspeed.memory.trace import fake_copy
 from deepspeed.parallel.tensor.apply import carry_out, draw
 from deepspeed.parallel.tensor.choose import Chosen, Wishes
-from deepspeed.utils.errors import DeepSpeedConfigError
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 
 _TOKENS = 3
 _SAMPLES = 4000
@@ -30,7 +30,7 @@ _UNKNOWN = (DataDependentOutputException, DynamicOutputShapeException)
 
 
 def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> None:
-    """Raise DeepSpeedConfigError, on every rank alike, where the parts of the first or the last of `size` ranks do not run, and the whole
+    """Raise CutRefusedError, on every rank alike, where the parts of the first or the last of `size` ranks do not run, and the whole
     model does; names the module.
 
     Judged are whole models of Transformers that take token ids (a prompt, and one token after it), pictures or sound.
@@ -51,10 +51,11 @@ def check_fit(model: nn.Module, size: int, wishes: Wishes, chosen: Chosen) -> No
         if whole is None or _error(whole, mode) is not None:
             continue
         name, error = found
-        raise DeepSpeedConfigError(
+        raise CutRefusedError(
+            Why.FIT,
             f"{type(model).__name__} cannot be cut over {size} ranks by its {chosen.source}: in {name or 'its forward'} a part meets what "
-            f"expects the whole, or parts of other sizes ({str(error).splitlines()[0]}).\n"
-            "  Choose another number of ranks, or have the layers around it stay whole."
+            f"expects the whole, or parts of other sizes ({str(error).splitlines()[0]}).",
+            "Choose another number of ranks, or have the layers around it stay whole.",
         )
 
 

@@ -54,3 +54,7 @@ class TierError(DeepSpeedError, OSError):
 
 class CheckpointError(DeepSpeedError, RuntimeError):
     """A checkpoint that cannot be written, read or trusted, or does not fit the model it is loaded into."""
+
+
+class DamagedError(CheckpointError):
+    """A block of a checkpoint's file whose bytes are not those that were written; others of the file may be whole."""

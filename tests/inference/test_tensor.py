@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import pickle
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,6 +14,10 @@ import torch.distributed as dist
 from torch import nn
 
 import deepspeed
+from deepspeed.inference import tensor
+from deepspeed.inference.config import DeepSpeedInferenceConfig
+from deepspeed.parallel.tensor.collectives import TensorGroup
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from tests.harness import run_ranks
 from tests.inference.families import FAMILIES, build, prompts
@@ -127,10 +132,33 @@ def refused(rank: int, world_size: int) -> None:
     replaced.model.layers[1].mlp.down_proj.forward = lambda x: x
     with pytest.raises(DeepSpeedConfigError, match="down_proj is a Linear whose forward was replaced"):
         deepspeed.init_inference(replaced, dtype="fp32", tensor_parallel={"tp_size": 2})
+    monkey = pytest.MonkeyPatch()
+    if rank == 1:
+        monkey.setattr(tensor, "decide", _refuse)
+    with pytest.raises(DeepSpeedConfigError, match="a norm" if rank == 1 else r"\[rank 1 of 2\] a norm\n  Run it"):
+        deepspeed.init_inference(build("llama"), dtype="fp32", tensor_parallel={"tp_size": 2})
+    monkey.undo()
+
+
+def _refuse(*args: Any) -> Any:
+    raise CutRefusedError(Why.NORM, "a norm", "Run it on one rank.")
 
 
 def test_what_cannot_be_cut_is_refused_on_every_rank() -> None:
     run_ranks(2, refused, timeout=300)
+
+
+@pytest.mark.parametrize("why", Why)
+def test_the_way_out_of_a_refusal_follows_from_its_kind(why: Why, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: Any) -> Any:
+        raise CutRefusedError(why, "a layer, refused in any words.", "Give tensor_parallel.partition_config.")
+
+    monkeypatch.setattr(tensor, "draw", refuse)
+    ranks = tensor.Ranks(TensorGroup(None, 0, 2))
+    with pytest.raises(DeepSpeedConfigError, match=r"a layer, refused in any words\.\n  .* on one") as caught:
+        tensor.decide(build("llama"), DeepSpeedInferenceConfig(), ranks)
+    assert caught.value.why is why  # type: ignore[attr-defined]
+    assert "partition_config" not in str(pickle.loads(pickle.dumps(caught.value)))
 
 
 def encoders() -> Iterator[tuple[Any, dict[str, torch.Tensor]]]:

@@ -1,6 +1,7 @@
 """Tensor parallelism: the layers of a model are cut over ranks, which compute parts of each for the same samples.
 
 cuts.py          which indices of a dimension each rank holds; pure
+refusal.py       why a model is not cut
 rules.py         which layer becomes what: Transformers' styles, presets, patterns, structure; pure
 heads.py         how attention's heads are shared out, also where there are fewer than ranks
 choose.py        which table holds for a model

@@ -42,6 +42,7 @@ from deepspeed.parallel.tensor.layers import (
     kind_for,
     turn,
 )
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.parallel.tensor.rules import FUSED_NAMES, Action
 from deepspeed.parallel.tensor.whole import carry
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -276,14 +277,14 @@ class _Plan:
                 shape = _shape(param)
                 whole = heads.num_kv if child.startswith("k") else heads.num_q
                 if isinstance(norm, nn.ModuleList) or any(True for _ in norm.children()):
-                    raise DeepSpeedConfigError(_per_head(f"{around}.{child}", "is a norm of each head's own"))
+                    raise _per_head(f"{around}.{child}", "is a norm of each head's own")
                 if len(shape) == 1 and shape[0] == getattr(attention, "head_dim", None):
                     self.drawn.cuts.setdefault(param, Cut(0, None))
                 elif len(shape) == 2 and shape[0] == whole and not (heads.copies_kv and child.startswith("k")):
                     ranges = self._cut(whole, 0, 1, heads.num_blocks, f"{around}.{child}").ranges
                     self.drawn.cuts.setdefault(param, Cut(0, ranges))
                 else:
-                    raise DeepSpeedConfigError(_per_head(f"{around}.{child}", "does not see each head alone"))
+                    raise _per_head(f"{around}.{child}", "does not see each head alone")
 
     def _expanded(self) -> Iterator[tuple[str, Decision]]:
         """With adapters around a layer: what is inside is cut, and the adapter's side that meets the cut."""
@@ -325,10 +326,11 @@ class _Plan:
         kind = kind_for(module, ColumnLinear if is_column else RowLinear)
         if kind is None:
             replaced = " whose forward was replaced" if "forward" in module.__dict__ else ""
-            raise DeepSpeedConfigError(
+            raise CutRefusedError(
+                Why.REPLACED if replaced else Why.KIND,
                 f"{name} is a {type(module).__name__}{replaced}, which tensor parallelism cannot cut as {decision.action.value}: only "
-                "nn.Linear and what only surrounds its forward.\n"
-                "  Give tensor_parallel.partition_config, with partition_type skip for it."
+                "nn.Linear and what only surrounds its forward.",
+                "Give tensor_parallel.partition_config, with partition_type skip for it.",
             )
         weight = module.weight
         around = self._attention(name) if decision.action in (*_COLUMNS, *_ROWS) else None
@@ -337,7 +339,7 @@ class _Plan:
         is_fused = name.rpartition(".")[2] in FUSED_NAMES and decision.action is Action.COLUMN
         if heads is not None and heads.copies_kv and is_fused:
             raise DeepSpeedConfigError(
-                f"{name} has {heads.num_kv} key heads in one layer with their queries, fewer than tensor_parallel.autotp_size = "
+                f"{name} has {heads.num_kv} key heads in one layer with their queries, fewer than {self.wishes.size_key} = "
                 f"{self.ranks.size}.\n  Choose a size of at most {heads.num_kv}."
             )
         if heads is not None and decision.action is Action.COLUMN and heads.copies_kv and _is_kv(name):
@@ -377,7 +379,9 @@ class _Plan:
             around = ".".join(parts[:length])
             module = self.modules[around]
             if "attention" in type(module).__name__.lower() or "attn" in parts[length - 1].lower():
-                heads = heads_of(module, getattr(module, "config", self.config), self.ranks.size, around)
+                heads = heads_of(
+                    module, getattr(module, "config", self.config), self.ranks.size, around, self.wishes.size_key
+                )
                 return (around, heads) if heads is not None else None
         return None
 
@@ -399,16 +403,17 @@ class _Plan:
             of_ranks.append(cuts.packed(ranges))
         if size < self.ranks.size:
             raise DeepSpeedConfigError(
-                f"{name} has {size} indices to cut, fewer than tensor_parallel.autotp_size = {self.ranks.size} ranks."
+                f"{name} has {size} indices to cut, fewer than {self.wishes.size_key} = {self.ranks.size} ranks."
             )
         return Cut(dim, tuple(of_ranks))
 
     def _want(self, param: nn.Parameter, cut: Cut, name: str) -> None:
         before = self.drawn.cuts.setdefault(param, cut)
         if before != cut:
-            raise DeepSpeedConfigError(
-                f"{name} and another module share a parameter, and would cut it in different ways.\n"
-                "  Give tensor_parallel.partition_config, with partition_type skip for both."
+            raise CutRefusedError(
+                Why.SHARED,
+                f"{name} and another module share a parameter, and would cut it in different ways.",
+                "Give tensor_parallel.partition_config, with partition_type skip for both.",
             )
 
     # What is no linear layer. ----------------------------------------------------------------------------------------
@@ -494,10 +499,11 @@ def _is_kv(name: str) -> bool:
     return any(part in _KEY_OR_VALUE for part in parts[-3:])
 
 
-def _per_head(name: str, what: str) -> str:
-    return (
-        f"{name} {what}, and its attention's heads would be on several ranks.\n"
-        "  Give tensor_parallel.partition_config, with partition_type skip for the layers of that attention."
+def _per_head(name: str, what: str) -> CutRefusedError:
+    return CutRefusedError(
+        Why.NORM,
+        f"{name} {what}, and its attention's heads would be on several ranks.",
+        "Give tensor_parallel.partition_config, with partition_type skip for the layers of that attention.",
     )
 
 

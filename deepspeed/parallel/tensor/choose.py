@@ -15,6 +15,7 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.parallel.tensor import rules
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
 
@@ -36,6 +37,8 @@ class Wishes:
     """Keep logits cut over the vocabulary, and compute the loss from them."""
     has_regions: bool = False
     """Ranks have some tokens each between layers."""
+    size_key: str = "tensor_parallel.autotp_size"
+    """What the number of ranks is called where the user says it."""
     is_part: bool = False
     """The model is a stage's layers: what a rule names may be on another stage."""
 
@@ -81,9 +84,10 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
     was chosen for each part of the model; one, where it is not in parts."""
     unmet = [patterns for patterns in everyone[0].unmet if all(patterns in other.unmet for other in everyone)]
     if unmet and everyone[0].source == PLAN:
-        raise DeepSpeedConfigError(
-            f"the tp_plan of {type(model).__name__} names {unmet[0][0]!r}, and no layer or parameter is called that.\n"
-            "  Numbers are written as *; or give tensor_parallel.partition_config, which takes the plan's place."
+        raise CutRefusedError(
+            Why.PLAN,
+            f"the tp_plan of {type(model).__name__} names {unmet[0][0]!r}, and no layer or parameter is called that.",
+            "Numbers are written as *; or give tensor_parallel.partition_config, which takes the plan's place.",
         )
     if unmet:
         names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
@@ -93,9 +97,10 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
             f"{', '.join(names[:3])}."
         )
     if not any(chosen.num_acted for chosen in everyone):
-        raise DeepSpeedConfigError(
-            f"tensor parallelism finds nothing to cut in {type(model).__name__} by its {everyone[0].source}.\n"
-            "  Give tensor_parallel.partition_config with patterns for its layers, or leave tensor_parallel out."
+        raise CutRefusedError(
+            Why.NOTHING,
+            f"tensor parallelism finds nothing to cut in {type(model).__name__} by its {everyone[0].source}.",
+            "Give tensor_parallel.partition_config with patterns for its layers, or leave tensor_parallel out.",
         )
 
 
@@ -105,11 +110,12 @@ def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
     for name, decision in chosen.decisions.items():
         is_whole = decision.parts == 1 and decision.action in (Action.COLUMN, Action.COLUMN_GATHERED)
         if name in wider or (is_whole and rules.has_unknown_layout(name, config)):
-            raise DeepSpeedConfigError(
+            raise CutRefusedError(
+                Why.FUSED,
                 f"{name} is several layers in one, and its {chosen.source} does not say how its rows are ordered: cut as one, "
-                "ranks would take parts of the wrong heads.\n"
-                '  Say it in tensor_parallel.partition_config: "shape" and "partition_dim" of that layer\'s spec, for example '
-                '"shape": [[<rows of q>, <rows of k>, <rows of v>], -1], "partition_dim": 0.'
+                "ranks would take parts of the wrong heads.",
+                'Say it in tensor_parallel.partition_config: "shape" and "partition_dim" of that layer\'s spec, for example '
+                '"shape": [[<rows of q>, <rows of k>, <rows of v>], -1], "partition_dim": 0.',
             )
 
 

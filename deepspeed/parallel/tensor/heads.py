@@ -72,7 +72,7 @@ class Heads:
         return stop - start
 
 
-def heads_of(module: nn.Module, config: Any, num_ranks: int, name: str) -> Heads | None:
+def heads_of(module: nn.Module, config: Any, num_ranks: int, name: str, size_key: str) -> Heads | None:
     """Of an attention module, by its layers where they tell, else by the configuration; None where nothing tells.
 
     Raises DeepSpeedConfigError where there are fewer query heads than ranks.
@@ -83,14 +83,14 @@ def heads_of(module: nn.Module, config: Any, num_ranks: int, name: str) -> Heads
     stripes = getattr(module, "mp_num", None)
     if isinstance(stripes, int) and stripes % num_ranks:
         raise DeepSpeedConfigError(
-            f"{name}: its fused layer lies in {stripes} stripes (mp_num), which tensor_parallel.autotp_size = {num_ranks} does not "
+            f"{name}: its fused layer lies in {stripes} stripes (mp_num), which {size_key} = {num_ranks} does not "
             "divide.\n  Choose a size that does."
         )
     if num_q % num_kv:
         return None
     if num_q < num_ranks:
         raise DeepSpeedConfigError(
-            f"{name} has {num_q} attention heads, which cannot be split over tensor_parallel.autotp_size = {num_ranks} ranks: a "
+            f"{name} has {num_q} attention heads, which cannot be split over {size_key} = {num_ranks} ranks: a "
             f"head stays on one rank.\n  Choose a size of at most {num_q}."
         )
     return Heads(num_q, num_kv, num_ranks)

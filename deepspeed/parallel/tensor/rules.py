@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 
@@ -88,9 +89,10 @@ def by_plan(plan: Mapping[str, str], names: Iterable[str]) -> dict[str, Action]:
     unknown = {key: style for key, style in plan.items() if style not in STYLES}
     if unknown:
         key, style = next(iter(unknown.items()))
-        raise DeepSpeedConfigError(
-            f"the model's tp_plan has {key!r}: {style!r}, a style nobody knows{_more(len(unknown))}.\n"
-            f"  Styles are {', '.join(STYLES)}; or give tensor_parallel.partition_config, which takes the plan's place."
+        raise CutRefusedError(
+            Why.PLAN,
+            f"the model's tp_plan has {key!r}: {style!r}, a style nobody knows{_more(len(unknown))}.",
+            f"Styles are {', '.join(STYLES)}; or give tensor_parallel.partition_config, which takes the plan's place.",
         )
     found = {}
     for name in names:
@@ -240,9 +242,10 @@ def by_structure(linears: Iterable[tuple[str, str | None]], model_type: str | No
     Raises DeepSpeedConfigError (an AssertionError too) for families that cannot be told.
     """
     if model_type in UNSUPPORTED:
-        raise DeepSpeedConfigError(
-            f"AutoTP not supported for model. Its type, {model_type!r}, has layers that cannot be told by their structure.\n"
-            "  Give tensor_parallel.partition_config with patterns for its layers."
+        raise CutRefusedError(
+            Why.FAMILY,
+            f"AutoTP not supported for model. Its type, {model_type!r}, has layers that cannot be told by their structure.",
+            "Give tensor_parallel.partition_config with patterns for its layers.",
         )
     return {
         name: Action.ROW if is_row(name) or (after is not None and "norm" in after.lower()) else Action.COLUMN
