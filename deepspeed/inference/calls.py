@@ -1,7 +1,7 @@
 """A rank that fails inside of a call of the engine tells the others, who would wait for it in a collective until the timeout.
 
 Made by `tensor` for an engine whose layers are cut, by `experts` for one whose experts are spread; entered around each forward and generate of the
-engine, and of its module (`attend`); what they send is waited for by `wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
+engine, and of its module (`attend`, also for `served`); what they send is waited for by `wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
 waits longer than `LOOK` reads there: a rank that left this call before the collective that is waited for will not come.
 
     rank 1   call 7   collectives 1 2 3, IndexError             raises it, writes (7, 3, "IndexError ...")
@@ -73,6 +73,26 @@ _QUESTION = "_has_unfinished_sequences"
 """A method of Transformers' models that generate."""
 
 
+def attend(module: nn.Module, around: Callable[[], contextlib.AbstractContextManager[Any]]) -> Callable[[], None]:
+    """Have calls of an engine's module itself be inside of `around()`; what is returned ends that. Copies of it are not attended."""
+    called, inner = weakref.ref(module), module._compiled_call_impl
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        own = inner or called()._call_impl  # type: ignore[union-attr]
+        if torch.compiler.is_compiling():
+            return own(*args, **kwargs)
+        with around():
+            return own(*args, **kwargs)
+
+    def end() -> None:
+        module = called()
+        if module is not None and module._compiled_call_impl is call:
+            module._compiled_call_impl = inner
+
+    module._compiled_call_impl = call  # which nn.Module calls in the place of its own, and leaves out of copies
+    return end
+
+
 class _Word(NamedTuple):
     """What a rank has written of itself."""
 
@@ -95,7 +115,6 @@ class Calls:
         self._depth = self._call = self._num_launched = self._at_start = 0
         self._has_failed = False
         self._error = ""
-        self._attended: list[tuple[Waiting, weakref.ref[nn.Module], Any, Any]] = []
 
     def join(self, ranks: Waiting, replace: Callable[[Any, Any], None]) -> None:
         """An engine more; `replace` is told of the group that takes another's place."""
@@ -124,20 +143,6 @@ class Calls:
         self._has_failed, self._error = True, f"{type(error).__name__}: {error}"
         with contextlib.suppress(RuntimeError):  # the store ends with the process that keeps it
             self._write(has_failed=True, num_launched=self._num_launched)
-
-    def attend(self, module: nn.Module, ranks: Waiting) -> None:
-        """Have calls of an engine's module itself be calls, too. Copies of it are not attended."""
-        called, inner = weakref.ref(module), module._compiled_call_impl
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            own = inner or called()._call_impl  # type: ignore[union-attr]
-            if torch.compiler.is_compiling():
-                return own(*args, **kwargs)
-            with self:
-                return own(*args, **kwargs)
-
-        module._compiled_call_impl = call  # which nn.Module calls in the place of its own, and leaves out of copies
-        self._attended.append((ranks, called, call, inner))
 
     def wait(self, work: Any) -> None:
         """Wait for a collective. Raises DeepSpeedError where a rank will not come."""
@@ -212,11 +217,6 @@ class Calls:
         """An engine is done."""
         ranks.wait_for = None
         self._users = [user for user in self._users if user[0] is not ranks]
-        for owner, called, call, inner in self._attended:
-            module = called() if owner is ranks else None
-            if module is not None and module._compiled_call_impl is call:
-                module._compiled_call_impl = inner
-        self._attended = [each for each in self._attended if each[0] is not ranks and each[1]() is not None]
 
 
 def calls_of(ranks: Waiting, mesh: Mesh | None, role: str, replace: Callable[[Any, Any], None]) -> Calls | None:

@@ -25,7 +25,7 @@ from torch import nn
 
 from deepspeed import comm
 from deepspeed.inference import agreed, experts, prepare, tensor
-from deepspeed.inference.calls import asking
+from deepspeed.inference.calls import asking, attend
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import open_weights
 from deepspeed.inference.fused import fuse, unfuse
@@ -34,6 +34,7 @@ from deepspeed.inference.load import Loader, make_loader
 from deepspeed.inference.policy import row_names
 from deepspeed.inference.quantize_layers import quantize
 from deepspeed.inference.save import check_can_save, save
+from deepspeed.inference.served import Served
 from deepspeed.inference.streamed import Streamed
 from deepspeed.inference.times import ForwardTimes
 from deepspeed.inference.undo import Before, has_room
@@ -67,6 +68,8 @@ class InferenceEngine(nn.Module):
         self._is_compiled = False
         self._streamed: list[Streamed] = []
         self._has_generated = False
+        self._served: Served | None = None
+        self._attended: list[Callable[[], None]] = []
         _check(modules, config)
         for key in config.without_effect():
             warn_once(f"init_inference: {key} has no effect.")
@@ -94,22 +97,21 @@ class InferenceEngine(nn.Module):
         self.training = False
         if self._ranks is not None:
             self._ranks.same_draws()
+        if self._streamed and comm.get_world_size() > 1:
+            self._served = Served([hooks for streamed in self._streamed if (hooks := streamed.hooks) is not None])
         self._stand_before(modules)
 
     def _stand_before(self, modules: list[nn.Module]) -> None:
         """Where ranks run modules together, have calls of a module itself be what the engine's are: made by all, and told of errors."""
         for module in modules if self._has_others() else ():
-            if self._ranks is not None and self._ranks.calls is not None:
-                self._ranks.calls.attend(module, self._ranks.tensor)
-            if self._experts is not None and self._experts.calls is not None:
-                self._experts.calls.attend(module, self._experts.tokens)
+            self._attended.append(attend(module, self._call if self._served is None else self._served.forward))
             own: Any = getattr(module, "generate", None)
             if own is not None:
                 module.__dict__["generate"] = _Generate(self, module, own)
 
     def _has_others(self) -> bool:
         """Whether a forward is one of several ranks."""
-        return bool(self._ranks or self._experts or (self._streamed and comm.get_world_size() > 1))
+        return bool(self._ranks or self._experts or self._served)
 
     def _together(self, step: Callable[[], T]) -> T:
         """Do a step on every rank, and raise on all where it fails on one."""
@@ -210,7 +212,9 @@ class InferenceEngine(nn.Module):
     def _call(self) -> contextlib.AbstractContextManager[Any]:
         """Around what all ranks do together: one that fails inside tells the others."""
         ranks = self._ranks or self._experts
-        return contextlib.nullcontext() if ranks is None else ranks.call()
+        if ranks is not None:
+            return ranks.call()
+        return contextlib.nullcontext() if self._served is None else self._served.call()
 
     def generate(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own `generate`, with prompt and answer checked against `max_out_tokens` first.
@@ -239,9 +243,8 @@ class InferenceEngine(nn.Module):
         self._has_generated = True
         with contextlib.ExitStack() as around:
             around.enter_context(self._call())
-            for served in (streamed.served for streamed in self._streamed if streamed.served is not None):
-                around.enter_context(served.call())
-                around.enter_context(asking(module, served.any))
+            if self._served is not None:
+                around.enter_context(asking(module, self._served.any))
             if self._experts is not None:
                 around.enter_context(asking(module, self._experts.tokens.any))
             return self._generate_together(module, generate, args, kwargs)
@@ -310,7 +313,9 @@ class InferenceEngine(nn.Module):
         for ranks in (self._experts, self._ranks):
             if ranks is not None:
                 ranks.release()
-        self._experts = self._ranks = None
+        while self._attended:
+            self._attended.pop()()
+        self._experts = self._ranks = self._served = None
         module = self._behind()
         for each in () if module is None else _modules_of(module):
             if isinstance(each.__dict__.get("generate"), _Generate):

@@ -1,13 +1,13 @@
-"""A rank that fails inside of a generation over sharded weights goes on with the others until they know.
+"""A rank that fails inside of a call over sharded weights goes on with the others until they know.
 
-Made by `streamed` where several ranks share weights at ZeRO stage 3; entered around each generation. A forward takes every rank there: nobody can leave
+Made by the engine where several ranks share weights at ZeRO stage 3; entered around each forward and generation, and each call of its modules. A forward takes every rank there: nobody can leave
 a gather that the others wait in. So a rank that fails writes that to the job's store and takes part in what the others are in, the gathers of
-a forward or the question whether all are done, which ends with the news on all of them.
+a forward (its own one too, by `zero.hooks`) or the question whether all are done, which ends with the news on all of them.
 
-    rank 1   call 7   forwards 1 2 3, IndexError    writes it; asks question 3 with the others, as one that has left; raises its error
-    rank 0   call 7   forwards 1 2 3, question 3    is told there, and raises a DeepSpeedError with those words
+    rank 1   call 7   forwards 1 2 3, IndexError    ends forward 3 with the others, as one that has left; writes it; raises its error
+    rank 0   call 7   forwards 1 2 3                is told at its end, and raises a DeepSpeedError with those words
 
-Where the others are says a thread that each rank has while it generates: twice a second it looks whether anybody has failed, and only then
+Where the others are, if that is elsewhere, says a thread that each rank has in a call: twice a second it looks whether anybody has failed, and only then
 writes at which forward and which question its rank is. One that waits cannot say so itself.
 
 Invariant: ranks have begun equally many forwards and questions when they leave a call, so that the next one begins in step.
@@ -20,16 +20,18 @@ import json
 import threading
 import time
 import uuid
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 
 from deepspeed.accelerator import get_accelerator
+from deepspeed.comm.interrupts import HELD
 from deepspeed.utils.errors import DeepSpeedError
 from deepspeed.utils.logging import logger
-from deepspeed.zero.gather import Gatherer, PhaseKind, RankLeftError
+from deepspeed.zero.gather import PhaseKind, RankLeftError
+from deepspeed.zero.hooks import ModuleHooks, abandon
 
 LOOK_S = 0.5
 """Between looks whether anybody has failed."""
@@ -44,33 +46,35 @@ PATIENCE_S = 60.0
 class _Place(NamedTuple):
     """Where a rank is in its call."""
 
-    num_forwards: int
-    name: str
-    """Of the module that runs the last one."""
+    forwards: list[tuple[int, str]]
+    """Of each module, how many have begun, and the name of what runs the last one."""
     num_questions: int
 
 
 class Served:
-    """One model's generations on one rank; `gatherer` is None where every rank has all weights. Made on all ranks of the job."""
+    """One engine's calls on one rank; `hooks` are those of its modules whose weights are shared. Made on all ranks of the job."""
 
-    def __init__(self, gatherer: Gatherer[Any] | None) -> None:
-        self._gatherer = gatherer
+    def __init__(self, hooks: Sequence[ModuleHooks]) -> None:
+        self._hooks = hooks
+        for each in hooks:
+            each.tells_errors = True
         self._rank, self._size = dist.get_rank(), dist.get_world_size()
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, src=0)
         self._store = dist.PrefixStore(f"deepspeed/served/{name[0]}", dist.distributed_c10d._get_default_store())
-        self._call = self._at_start = self._num_questions = 0
+        self._call = self._num_questions = 0
+        self._at_start = [0] * len(hooks)
         self._is_inside = self._was_told = False
 
     @contextlib.contextmanager
     def call(self) -> Iterator[None]:
-        """Around a generation, on all ranks. Raises DeepSpeedError where another one failed."""
+        """Around a forward or a generation, on all ranks. Raises DeepSpeedError where another one failed."""
         if self._is_inside:
             yield
             return
         self._call += 1
-        self._num_questions = self._at_start = 0
-        self._at_start = self._place().num_forwards
+        self._num_questions = 0
+        self._at_start = [each.gatherer.num_phases for each in self._hooks]
         self._is_inside, self._was_told = True, False
         stop = threading.Event()
         thread = threading.Thread(target=self._look, args=(stop,), name="deepspeed-served", daemon=True)
@@ -96,6 +100,13 @@ class Served:
             if self._was_told:
                 self._set(f"left/{self._rank}", "")
 
+    @contextlib.contextmanager
+    def forward(self) -> Iterator[None]:
+        """Around a call of one of the modules: as `call`, with an end at which Ctrl-C is heeded, on all ranks. One that left a gather
+        for it could not come back to those that wait there."""
+        with self.call(), HELD:
+            yield
+
     def any(self, is_so: bool, device: torch.device, *, has_left: bool = False) -> bool:
         """Whether it is so on any rank. Raises RankLeftError where one has left. Collective."""
         self._num_questions += 1
@@ -103,11 +114,13 @@ class Served:
         dist.all_reduce(counts)
         any_is, any_left = counts.tolist()
         if any_left:
-            raise RankLeftError("a rank has left the generation; see its error.")
+            raise RankLeftError("a rank has left the call; see its error.")
         return bool(any_is)
 
     def _go_on(self) -> None:
         """Take part in what the others are in, until none needs this rank."""
+        for each in self._hooks:
+            abandon(each)
         others = set(range(self._size)) - {self._rank}
         heard: set[int] = set()
         begun_s = time.monotonic()
@@ -117,7 +130,7 @@ class Served:
             if waited_s > UNHEARD_S:
                 others &= heard
             if waited_s > PATIENCE_S:
-                logger.warning("ranks %s are still in the generation that failed here.", sorted(others))
+                logger.warning("ranks %s are still in the call that failed here.", sorted(others))
                 return
             for rank in others:
                 if self._has(f"at/{rank}"):
@@ -129,10 +142,11 @@ class Served:
         """Take part in a forward or a question that another rank has begun and this one has not."""
         here = self._place()
         with contextlib.suppress(RankLeftError):
-            if self._gatherer is not None and there.num_forwards > here.num_forwards:
-                self._gatherer.begin(PhaseKind.INFERENCE, there.name)
-                self._gatherer.end(has_left=True)
-            elif there.num_questions > here.num_questions:
+            for each, (num_theirs, name), (num_own, _) in zip(self._hooks, there.forwards, here.forwards, strict=True):
+                if num_theirs > num_own:
+                    each.gatherer.begin(PhaseKind.INFERENCE, name)
+                    each.gatherer.end(has_left=True)
+            if there.num_questions > here.num_questions:
                 self.any(False, torch.device(get_accelerator().current_device_name()), has_left=True)
 
     def _look(self, stop: threading.Event) -> None:
@@ -144,9 +158,8 @@ class Served:
                     self._set(f"at/{self._rank}", json.dumps(self._place()))
 
     def _place(self) -> _Place:
-        if self._gatherer is None:
-            return _Place(0, "", self._num_questions)
-        return _Place(self._gatherer.num_phases - self._at_start, self._gatherer.phase_name, self._num_questions)
+        begun = zip((each.gatherer for each in self._hooks), self._at_start, strict=True)
+        return _Place([(g.num_phases - before, g.phase_name) for g, before in begun], self._num_questions)
 
     def _key(self, name: str) -> str:
         return f"{self._call}/{name}"

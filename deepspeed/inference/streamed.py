@@ -18,8 +18,8 @@ from deepspeed import comm
 from deepspeed.config.zero import ZeroConfig
 from deepspeed.engine.engine import DeepSpeedEngine
 from deepspeed.engine.initialize import initialize
-from deepspeed.inference.served import Served
 from deepspeed.utils.allocator import map_large_blocks
+from deepspeed.zero.hooks import ModuleHooks
 from deepspeed.zero.init import Init
 from deepspeed.zero.quantized_weights import shard
 
@@ -42,8 +42,6 @@ class Streamed:
             self._config[_SECTION[dtype]] = {"enabled": True}
         self._context = Init(config_dict_or_path=self._config, dtype=dtype)
         self._engine: DeepSpeedEngine | None = None
-        self.served: Served | None = None
-        """How a rank that fails inside of a generation tells the others; None for one alone."""
 
     def put(self, layer: nn.Module) -> None:
         """Put a layer's own parameters to rest."""
@@ -57,8 +55,11 @@ class Streamed:
         """Have weights come when they are used. The module is whole in name, and filled."""
         module.requires_grad_(False)
         self._engine = initialize(model=module, config=self._config)[0]
-        if comm.get_world_size() > 1:
-            self.served = Served(self._engine._gatherer)
+
+    @property
+    def hooks(self) -> ModuleHooks | None:
+        """What brings weights, since `start`; None where every rank has all of them."""
+        return None if self._engine is None else self._engine._zero.hooks
 
     def in_step(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Arguments of generate with which ranks whose answers are shorter go on until all are done."""

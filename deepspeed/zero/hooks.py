@@ -32,6 +32,7 @@ a hooked module runs, and belongs to that module from then on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import operator
@@ -52,7 +53,7 @@ from deepspeed.utils.saved_hooks import SavedHook, SavedHooks, lower_for_transfo
 from deepspeed.zero import functions
 from deepspeed.zero import param as zero_param
 from deepspeed.zero.bucket import Bucket
-from deepspeed.zero.gather import Gatherer, PhaseKind
+from deepspeed.zero.gather import Gatherer, PhaseKind, RankLeftError
 from deepspeed.zero.modes import AS_IT_IS, in_transform, plain_modes
 from deepspeed.zero.param import Slot, slot_of
 
@@ -284,6 +285,8 @@ class Frame:
     """Parameters in those of the buckets that are held for these alone."""
     outer: list[Memory] | None = None
     """What `SavedWeights.leave` takes; None for a call that records no graph."""
+    error: BaseException | None = None
+    """What was being handled when the call began, where errors are told."""
     is_unseen: bool = False
     """Whether a transform of `torch.func` ran in or around the call, whose backward asks for nothing."""
 
@@ -323,6 +326,24 @@ def _do_nothing(*args: Any, **kwargs: Any) -> None:
     """What the hooks of a copied module do."""
 
 
+def _leave(gatherer: Gatherer) -> None:
+    """End the phase that an error ends here; the others' ends with a RankLeftError."""
+    with contextlib.suppress(RankLeftError):
+        gatherer.end(has_left=True)
+
+
+def abandon(hooks: ModuleHooks) -> None:
+    """End calls that an error has left without their hooks (KeyboardInterrupt), if any. Collective then."""
+    while hooks._frames:
+        frame = hooks._frames.pop()
+        if frame.outer is not None:
+            hooks._saved.leave(frame.outer)
+        for bucket in frame.buckets:
+            hooks.gatherer.release(bucket, frame.own.pop(bucket, None))
+    with _plain():
+        _leave(hooks.gatherer)
+
+
 class ModuleHooks:
     """The hooks of one model at stage 3. `users[module]` are the buckets whose parameters the module uses itself."""
 
@@ -345,6 +366,8 @@ class ModuleHooks:
         """Buckets with a parameter that several modules have: see `bucket_completed`."""
         self._kept: set[Bucket] = set()
         """Buckets that stay unsharded until the step."""
+        self.tells_errors = False
+        """Whether a phase that an error ends here ends with a RankLeftError on the other ranks."""
         self._makes_graph = False
         """Whether the running backward has `create_graph=True`."""
         self._saved = SavedWeights(self._read_saved, self._mark_unseen)
@@ -463,6 +486,8 @@ class ModuleHooks:
                 self.gatherer.begin(kind, self._names.get(module, ""))
         is_unseen = in_transform()
         frame = Frame(module, list(self.users[module]), opens, own=dict(self._inside[module]), is_unseen=is_unseen)
+        if self.tells_errors:
+            frame.error = sys.exc_info()[1]
         self._frames.append(frame)
         with _plain():
             for bucket in frame.buckets:
@@ -501,7 +526,10 @@ class ModuleHooks:
                 self.gatherer.release(bucket, frame.own.pop(bucket, None))
         if frame.opened_phase:
             with _plain():  # it may gather for ranks that are not done
-                self.gatherer.end()
+                if self.tells_errors and sys.exc_info()[1] is not frame.error:
+                    _leave(self.gatherer)
+                else:
+                    self.gatherer.end()
 
     def _hand_on_views(self, frame: Frame, output: Any) -> list[Bucket]:
         """A module may return a piece of its parameter (`self.weight[:n]`), which is used after it. Then the calling module

@@ -172,6 +172,90 @@ def test_ranks_that_share_weights_end_too(failing: int, where: str, through: str
     run_ranks(2, streamed_fails, failing, where, through, timeout=120)
 
 
+def streamed_forward_fails(rank: int, world_size: int, failing: int, where: str, through: str, error: type) -> None:
+    """A plain forward of ranks that share weights."""
+    torch.set_num_threads(1)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = deepspeed.init_inference(build("llama"), dtype="fp32", zero=zero)
+    called = engine if through == "engine" else engine.module
+    batch = {key: value[rank : rank + 1] for key, value in prompts("left").items()}
+
+    def answer() -> torch.Tensor:
+        with torch.no_grad():
+            return called(**batch).logits
+
+    wanted = answer()
+
+    def fail(*args: Any) -> None:
+        raise error("no memory is left")
+
+    for _ in range(3):
+        started_s = time.monotonic()
+        handle = None
+        if rank == failing:
+            at = engine.module if where == "before" else engine.module.get_submodule(where)
+            handle = at.register_forward_pre_hook(fail, prepend=where == "before")
+        words = "no memory" if rank == failing else rf"\[rank {failing} of .*{error.__name__}: no memory is left"
+        with pytest.raises(error if rank == failing else DeepSpeedError, match=words):
+            answer()
+        assert time.monotonic() - started_s < SOON_S / 2
+        if handle is not None:
+            handle.remove()
+        assert torch.equal(answer(), wanted)
+    assert torch.equal(engine.generate(**batch, max_new_tokens=1)[:, -1], wanted[:, -1].argmax(-1))
+    engine.destroy()
+
+
+@pytest.mark.parametrize(
+    ("failing", "where", "through", "error"),
+    [
+        (1, "model.layers.1.mlp", "engine", OverflowError),
+        (0, "before", "engine", OverflowError),
+        (1, "model.norm", "module", OverflowError),
+        (0, "before", "module", OverflowError),
+        (1, "model.layers.0.self_attn", "engine", KeyboardInterrupt),
+    ],
+)
+def test_forwards_of_ranks_that_share_weights_end_too(failing: int, where: str, through: str, error: type) -> None:
+    run_ranks(2, streamed_forward_fails, failing, where, through, error, timeout=90)
+
+
+class TwoModels:
+    """A pipeline whose second model runs on what the first says."""
+
+    def __init__(self) -> None:
+        self.first, self.second = build("llama"), build("qwen2")
+
+    def __call__(self, ids: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(ids).logits.argmax(-1)).logits
+
+
+def one_of_two_fails(rank: int, world_size: int) -> None:
+    torch.set_num_threads(1)
+    zero = {"stage": 3, "stage3_param_persistence_threshold": 0}
+    engine = deepspeed.init_inference(TwoModels(), dtype="fp32", zero=zero)
+    ids = prompts("alone")["input_ids"]
+    wanted = engine(ids)
+
+    def fail(*args: Any) -> None:
+        raise OverflowError("no memory is left")
+
+    for module in (engine.module.first, engine.module.second):
+        started_s = time.monotonic()
+        handle = module.register_forward_pre_hook(fail, prepend=True) if rank == 1 else None
+        with pytest.raises(OverflowError if rank == 1 else DeepSpeedError, match="no memory is left"):
+            engine(ids)
+        assert time.monotonic() - started_s < SOON_S / 2
+        if handle is not None:
+            handle.remove()
+        assert torch.equal(engine(ids), wanted)
+    engine.destroy()
+
+
+def test_a_pipeline_of_models_whose_weights_are_shared_ends_too() -> None:
+    run_ranks(2, one_of_two_fails, timeout=90)
+
+
 def test_three_ranks_that_share_weights_end_too() -> None:
     run_ranks(3, streamed_fails, 1, "processor", "engine", timeout=120)
 
