@@ -21,16 +21,17 @@ const std::vector<Isa>& usable() {
 #if defined(__x86_64__)
         __builtin_cpu_init();
         const bool has_avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");  // every processor with AVX2 has F16C
-        if (has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-            __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl")) {
-            const bool takes_halves = __builtin_cpu_is("amdfam19h");  // Zen 4
-            static const Kernels avx512 = avx512_kernels(!takes_halves), vnni = vnni_kernels(!takes_halves),
-                                 bf16 = bf16_kernels(!takes_halves);
+        const bool has_avx512 = has_avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                                __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
+        const bool is_wide = has_avx512 && !__builtin_cpu_is("amdfam19h");  // not Zen 4
+        static const Kernels avx2 = avx2_kernels(is_wide);
+        if (has_avx512) {
+            static const Kernels avx512 = avx512_kernels(is_wide), vnni = vnni_kernels(is_wide), bf16 = bf16_kernels(is_wide);
             if (__builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bf16")) isas.push_back({"avx512_bf16", &bf16});
             if (__builtin_cpu_supports("avx512vnni")) isas.push_back({"avx512_vnni", &vnni});
             isas.push_back({"avx512", &avx512});
         }
-        if (has_avx2) isas.push_back({"avx2", &kAvx2Kernels});
+        if (has_avx2) isas.push_back({"avx2", &avx2});
 #endif
         isas.push_back({"portable", &kPortableKernels});
         return isas;

@@ -135,7 +135,7 @@ struct Kernels {
 
 extern const Kernels kPortableKernels;
 #if defined(__x86_64__)
-extern const Kernels kAvx2Kernels;
-// Of a processor that takes registers of 512 bits whole, or in two halves (Zen 4).
+Kernels avx2_kernels(bool has_large_first_cache);  // of 48 KB
+// Of a processor that takes registers of 512 bits whole (and has such a cache: Zen 5, Intel since Ice Lake), or in two halves (Zen 4).
 Kernels avx512_kernels(bool takes_512_bits_whole), vnni_kernels(bool takes_512_bits_whole), bf16_kernels(bool takes_512_bits_whole);
 #endif

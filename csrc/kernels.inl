@@ -217,7 +217,7 @@ static constexpr Kernels kTable = {
     {lamb_apply<false>, lamb_apply<true>},
     {magnitude, range, to_bytes, to_nibbles, {from_bytes<uint8_t>, from_bytes<int8_t>}, from_nibbles, square_sums,
      take_signs, add_signs},
-    {{dot_fp32<kNear>, dot_fp32<0>}, dot_bf16<kNear>, {dot_int8, dot_int4}, {arrange_int8, arrange_int4}, read_words},
+    kProducts,
     {{score<ReadFloats>, score<ReadBFloats>}, nullptr, score_bytes, largest, {weigh<0>, weigh<8>, weigh<16>}, weigh_words,
      scale_sums, to_floats, add_scaled, to_words,
      {mix<ReadFloats>, mix<ReadBFloats>}, nullptr, mix_bytes, gather, spread, nullptr, shorten},

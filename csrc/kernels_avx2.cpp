@@ -44,6 +44,10 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
 #pragma GCC pop_options
 #endif
 
-const Kernels kAvx2Kernels = kTable;
+Kernels avx2_kernels(bool has_large_first_cache) {
+    Kernels found = kTable;
+    if (has_large_first_cache) found.products = kNearProducts;
+    return found;
+}
 
 #endif

@@ -45,16 +45,11 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
 #pragma GCC pop_options
 #endif
 
-// Asked once, by isa.cpp: kAvx2Kernels is made before any code runs.
 Kernels avx512_kernels(bool takes_512_bits_whole) {
     Kernels found = kTable;
-    if (takes_512_bits_whole) {
-        // Rows of fp32 come by themselves there (Zen 5: 38 GB/s of 40, and 34 when asked for), those of bf16 do not (34, and 37).
-        found.products.fp32[0] = dot_fp32<0>;
-        found.products.bf16 = dot_bf16<kAhead>;
-    }
+    if (takes_512_bits_whole) found.products = kNearProducts;
     // The same loop, which a compiler makes shorter where it has 16 registers (Zen 4: 83 % of the bandwidth, 73 with 32).
-    found.products.integers[0] = kAvx2Kernels.products.integers[0];
+    found.products.integers[0] = avx2_kernels(takes_512_bits_whole).products.integers[0];
     return found;
 }
 

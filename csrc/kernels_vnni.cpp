@@ -30,7 +30,8 @@ DS_INLINE __m256i load_xmm(const void* at) { return _mm256_zextsi128_si256(_mm_l
 
 // ---- products with int4
 
-constexpr size_t kAhead = 3072;  // bytes ahead rows are asked for (Zen 4, 1,024 bytes a row: 87 % of the bandwidth, 82 from 2048 and from 4096)
+using Second = Asks<3072, 2>;    // Zen 4, 1,024 bytes a row: 87 % of the bandwidth, 82 from 2048 and from 4096
+using First = Asks<2048, 1>;     // Zen 5: products.inl
 constexpr int kRows = 4;         // that are worked on together
 constexpr size_t kScaled = 8;    // groups whose scales are multiplied at once
 constexpr size_t kPlanes = 128;  // elements of a block: a register of a row
@@ -141,6 +142,7 @@ DS_INLINE __m512i load_two(const uint8_t* w, size_t i, size_t count) {
 DS_INLINE void add_scaled(__m256& sum, __m256i exact, __m256 by) { sum = _mm256_add_ps(sum, _mm256_mul_ps(_mm256_cvtepi32_ps(exact), by)); }
 
 // The less than 8 groups that rows end with, at most four of two rows as one. Apart, for the sake of the registers of the loop before it.
+template <class Ask>
 __attribute__((noinline)) void sum_last(const IntegerRows& rows, const Integers& x, int first, size_t g, Floats8* lanes) {
     const uint8_t* const* const w = rows.values + first;
     const float* const* const s = rows.scales + first;
@@ -155,14 +157,14 @@ __attribute__((noinline)) void sum_last(const IntegerRows& rows, const Integers&
     if (count > 4) {
         const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return load_two(w[k] + 32 * g, i, count); };
         const auto ask = [&](size_t line) __attribute__((always_inline)) {
-            for (int k = 0; k < kRows; ++k) ask_for(w[k] + 32 * g + 64 * line + kAhead);
+            for (int k = 0; k < kRows; ++k) Ask::ahead_of(w[k] + 32 * g + 64 * line);
         };
         sum_groups<kRows>(planes, load, ask, scale);
         return;
     }
     const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return load_two(w[2 * k + i / 2] + 32 * g, i % 2, count); };
     const auto ask = [&](size_t line) __attribute__((always_inline)) {
-        for (size_t k = 0; k < kRows; k += 2) ask_for(w[k + line / 2] + 32 * g + 64 * (line % 2) + kAhead);
+        for (size_t k = 0; k < kRows; k += 2) Ask::ahead_of(w[k + line / 2] + 32 * g + 64 * (line % 2));
     };
     sum_groups<kRows / 2>(planes, load, ask, [&](int k, __m256i both) __attribute__((always_inline)) {
         for (int i = 0; i < 2; ++i) scale(2 * k + i, half(both, i));
@@ -170,6 +172,7 @@ __attribute__((noinline)) void sum_last(const IntegerRows& rows, const Integers&
 }
 
 // Groups of 64: sum_eights of products.inl.
+template <class Ask>
 static void sum_eights(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
     const uint8_t* w[kRows];
     const float* s[kRows];
@@ -180,7 +183,7 @@ static void sum_eights(const IntegerRows& rows, const Integers& x, int first, Fl
     for (; g + 8 <= x.num_groups; g += 8) {
         const auto load = [&](int k, size_t i) __attribute__((always_inline)) { return _mm512_loadu_si512(w[k] + 32 * g + 64 * i); };
         const auto ask = [&](size_t line) __attribute__((always_inline)) {
-            for (int k = 0; k < kRows; ++k) ask_for(w[k] + 32 * g + 64 * line + kAhead);
+            for (int k = 0; k < kRows; ++k) Ask::ahead_of(w[k] + 32 * g + 64 * line);
         };
         const __m256 own = _mm256_loadu_ps(x.scales + g);
         const __m256i offset = load_ymm(x.offsets + g);
@@ -190,7 +193,7 @@ static void sum_eights(const IntegerRows& rows, const Integers& x, int first, Fl
         });
     }
     for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
-    if (g < x.num_groups) sum_last(rows, x, first, g, lanes);
+    if (g < x.num_groups) sum_last<Ask>(rows, x, first, g, lanes);
 }
 
 DS_INLINE Planes planes_of(const int8_t* x, size_t half) {
@@ -205,7 +208,7 @@ DS_INLINE __m512i add_high(__m512i sum, const Nibbles& w, const Planes& x) {
 }
 
 // Rows [first, first + kRows) as sum_rows of products.inl: four groups of 32 side by side in a register, or blocks of one larger group.
-template <bool Are32>
+template <class Ask, bool Are32>
 static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floats8* lanes) {
     const size_t step = (Are32 ? 32 : x.group_size) / 2, num_groups = x.num_groups;
     const uint8_t* w[kRows];
@@ -233,7 +236,7 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
                 const size_t nbytes = all - i < 64 ? all - i : 64;
                 const Planes planes = planes_of(values + 4 * (start + i), nbytes);
                 for (int k = 0; k < kRows; ++k) {
-                    ask_for(w[k] + start + i + kAhead);
+                    Ask::ahead_of(w[k] + start + i);
                     const Nibbles nibbles = nibbles_of(load_bytes(w[k] + start + i, nbytes));
                     low[k] = add_low(low[k], nibbles, planes), high[k] = add_high(high[k], nibbles, planes);
                 }
@@ -255,8 +258,9 @@ static void sum_rows(const IntegerRows& rows, const Integers& x, int first, Floa
     for (int k = 0; k < kRows; ++k) lanes[k] = (Floats8)sums[k];
 }
 
+template <class Ask>
 void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    const auto sum = x.group_size == 64 ? sum_eights : x.group_size == 32 ? sum_rows<true> : sum_rows<false>;
+    const auto sum = x.group_size == 64 ? sum_eights<Ask> : x.group_size == 32 ? sum_rows<Ask, true> : sum_rows<Ask, false>;
     Floats8 lanes[kStreams];
     for (int first = 0; first < kStreams; first += kRows) sum(rows, x, first, lanes + first);
     sum_lanes(lanes, out);
@@ -531,7 +535,7 @@ void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const
 
 Kernels vnni_kernels(bool takes_512_bits_whole) {
     Kernels found = avx512_kernels(takes_512_bits_whole);
-    found.products.integers[1] = dot_int4;
+    found.products.integers[1] = takes_512_bits_whole ? dot_int4<First> : dot_int4<Second>;
     found.products.arrange[1] = arrange_int4;
     found.attention.score_bytes = score_bytes;
     found.attention.mix_bytes = mix_bytes;

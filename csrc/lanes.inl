@@ -114,9 +114,22 @@ static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floa
 
 constexpr size_t kTileRows = 32;  // positions of a cache that are in the first-level cache for all heads
 
-// Asks for the line at an address, for the second-level cache: what waits in the first is pushed out by rows that lie a multiple of 4 KB
-// apart, where that cache is small (Zen 4, 32 KB: bf16 at 56 % of the bandwidth so, 80 % from the second; attention 42 and 67 %).
-static inline __attribute__((always_inline)) void ask_for(const void* at) { __builtin_prefetch(at, 0, 2); }
+// Asks for the line at an address, for the second-level cache unless the first is named: what waits in the first is pushed out by rows
+// that lie a multiple of 4 KB apart, where that cache is small (Zen 4, 32 KB: bf16 at 56 % of the bandwidth so, 80 % from the second;
+// attention 42 and 67 %).
+template <int Cache = 2>
+static inline __attribute__((always_inline)) void ask_for(const void* at) {
+    __builtin_prefetch(at, 0, Cache == 1 ? 3 : 2);
+}
+
+// How rows of weights are asked for: so many bytes ahead (the next row of a stream follows on this one), or not at all; into which cache.
+template <size_t Bytes, int Cache>
+struct Asks {
+    static constexpr int kCache = Cache;
+    static inline __attribute__((always_inline)) void ahead_of(const void* at) {
+        if (Bytes) ask_for<Cache>(static_cast<const char*>(at) + Bytes);
+    }
+};
 
 // Asks for scales of rows to come, a line at a time: they are read too slowly for the processor to do it (Zen 5: int4 at 64 % of the
 // bandwidth without, 88 % with).

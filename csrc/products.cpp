@@ -2,6 +2,7 @@
 // Called by deepspeed/kernels/native_products.py. The rows of W are dealt to the threads, each is read once, and meets all rows
 // of x while it is in the first-level cache. Results depend neither on threads nor on the instruction set.
 
+#include <algorithm>
 #include <vector>
 
 #include "isa.h"
@@ -14,6 +15,7 @@ namespace {
 constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kCached = 512 * 1024;  // bytes of a weight that stays in a core's caches: to ask for it is in vain
 constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
+constexpr int64_t kApart = 66 * 1024;  // bytes that a place begins behind the one before it: see `row_of`
 constexpr int64_t kBatch = 8;  // rows of x that loops of floats are called for at once
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 
@@ -89,12 +91,17 @@ struct Product {
     const float *x, *bias;
     float* y;
     int64_t num_rows, width, batch;
-    int64_t apart, rows_per_task;  // rows are read in kPlaces places side by side, `apart` rows from each other
+    int64_t apart, behind, rows_per_task;  // rows are read in kPlaces places side by side, `apart` rows from each other
     const Vectors* vectors;
     int64_t row_nbytes, groups, parts;  // of a row: to divide for each row anew costs a tenth of the time
 
-    // The k-th of the kStreams rows that are worked on together; past the end where a stream has run out.
-    int64_t row_of(int64_t index, int k) const { return index * (kStreams / kPlaces) + k / kPlaces + k % kPlaces * apart; }
+    // The k-th of the kStreams rows that are worked on together; past the end where a stream has run out. A place begins `behind` rows
+    // further on than the one before it, and comes round: where places lie a power of two from each other, what is read of them at a time
+    // would lie in one bank of memory (Zen 5, 192 MiB: int8 at 76 % of the bandwidth so, 93 % as it is).
+    int64_t row_of(int64_t index, int k) const {
+        const int64_t place = k % kPlaces, at = index * (kStreams / kPlaces) + k / kPlaces + place * behind;
+        return place * apart + (at < apart ? at : at - apart);
+    }
 
     // `held` has kStreams * parts floats where parts are smaller than groups.
     void rows(int64_t index, float* held) const {
@@ -162,7 +169,8 @@ DS_API void ds_product(const uint8_t* weight, int bits, const float* scales, int
     if (bits == 16) part_even_and_odd(x, width, batch, &parted);
     const int64_t num_together = (num_rows + kStreams - 1) / kStreams;
     Product product{kernels.products, weight, bits, scales, group_size, part, bits == 16 ? parted.data() : x, bias, y, num_rows, width, batch,
-                    num_together * (kStreams / kPlaces), 1, &vectors, width * bits / 8, width / group_size, width / part};
+                    num_together * (kStreams / kPlaces), 0, 1, &vectors, width * bits / 8, width / group_size, width / part};
+    product.behind = std::min((kApart + product.row_nbytes - 1) / product.row_nbytes, product.apart / kPlaces);
     const int64_t fitting = kTaskBytes / (kStreams * product.row_nbytes);
     product.rows_per_task = fitting > 0 ? fitting : 1;
     const int64_t num_tasks = (num_together + product.rows_per_task - 1) / product.rows_per_task;

@@ -7,11 +7,16 @@
 // far finer than the weights; `arrange` puts them where the loops want them. bfloat16 is read two elements a word, the even ones by a
 // shift and the odd ones by a mask, beside a vector in that order, kParted elements at a time.
 
-constexpr size_t kAhead = 2048;  // bytes ahead rows are asked for: the next row of a stream follows on this one
+// How rows are asked for: those of a weight in a cache never, others for the second-level cache or, where it has 48 KB, for the first.
+using Never = Asks<0, 2>;
+using Second = Asks<2048, 2>;
+// Zen 5, widths of 2,048 to 11,008: int8 at 90 to 95 % of the bandwidth, 80 to 93 from the second cache; bf16 at 83 to 91 for 66 to 80;
+// int4 at 81 to 98 for 66 to 92.
+using First = Asks<2048, 1>;
 #ifdef DS_HAS_AVX2
-constexpr size_t kNear = 1024;  // rows of floats, where they take few operations (Zen 4: bf16 at 88 % of the bandwidth, 75 twice as far)
+using Soon = Asks<1024, 2>;  // rows of floats, where they take few operations (Zen 4: bf16 at 88 % of the bandwidth, 75 twice as far)
 #else
-constexpr size_t kNear = kAhead;
+using Soon = Second;
 #endif
 
 constexpr size_t kWide = 4096;  // elements: 16 KB of x (Zen 4: 11,008 at 69 % of the bandwidth, 84 so; 3,072 at 72, 64 so)
@@ -22,8 +27,8 @@ constexpr int kRows = 4;
 // Rows of x that a weight meets while it is in registers, where there are 32 of those.
 constexpr int kBeside = kWidth == 16 ? 4 : 1;
 
-// Asks for rows `Ahead` bytes ahead, or not at all. x [Batch, n], out [Batch, kStreams].
-template <size_t Ahead, int Rows, int Batch>
+// x [Batch, n], out [Batch, kStreams].
+template <class Ask, int Rows, int Batch>
 static void dot_fp32_of(const void* const* rows, const float* x, size_t n, float* out) {
     const float* const* w = reinterpret_cast<const float* const*>(rows);
     Floats8 sums[Batch][kStreams];
@@ -33,7 +38,7 @@ static void dot_fp32_of(const void* const* rows, const float* x, size_t n, float
         for (size_t i = 0; i < whole; i += 16)
             for (int k = 0; k < Rows; ++k) {
                 const float* at = w[first + k] + i;
-                if (Ahead) ask_for(reinterpret_cast<const char*>(at) + Ahead);
+                Ask::ahead_of(at);
                 const Sixteen piece = ReadFloats::read(at);
                 for (int b = 0; b < Batch; ++b) under_way[b][k] += product(piece, x + b * n + i);
             }
@@ -57,9 +62,9 @@ static inline void dot_blocks(const void* const* rows, const float* x, size_t n,
     for (; b < batch; ++b) one(rows, x + b * n, n, out + b * kStreams);
 }
 
-template <size_t Ahead>
+template <class Ask>
 static void dot_fp32(const void* const* rows, const float* x, size_t n, size_t batch, float* out) {
-    dot_blocks<dot_fp32_of<Ahead, kRows, kBeside>, dot_fp32_of<Ahead, kRows, 2>, dot_fp32_of<Ahead, kRows, 1>>(rows, x, n, batch, out);
+    dot_blocks<dot_fp32_of<Ask, kRows, kBeside>, dot_fp32_of<Ask, kRows, 2>, dot_fp32_of<Ask, kRows, 1>>(rows, x, n, batch, out);
 }
 
 // The products of kParted elements of bfloat16 with each row of x, in its order.
@@ -79,7 +84,7 @@ static inline __attribute__((always_inline)) void add_parted(const uint16_t* at,
     }
 }
 
-template <size_t Ahead, int Rows, int Batch>
+template <class Ask, int Rows, int Batch>
 static void dot_bf16_of(const void* const* rows, const float* x, size_t n, float* out) {
     const uint16_t* const* w = reinterpret_cast<const uint16_t* const*>(rows);
     Floats8 sums[Batch][kStreams];
@@ -89,7 +94,7 @@ static void dot_bf16_of(const void* const* rows, const float* x, size_t n, float
         for (size_t i = 0; i < whole; i += kParted)
             for (int k = 0; k < Rows; ++k) {
                 const uint16_t* at = w[first + k] + i;
-                ask_for(reinterpret_cast<const char*>(at) + Ahead);
+                Ask::ahead_of(at);
                 add_parted(at, x + i, n, k, under_way);
             }
         for (int b = 0; b < Batch; ++b)
@@ -102,12 +107,12 @@ static void dot_bf16_of(const void* const* rows, const float* x, size_t n, float
     }
 }
 
-// A wide x does not stay in the first-level cache: it is read once for all rows where registers hold their sums.
-template <size_t Ahead>
+// A wide x does not stay in a small first-level cache: it is read once for all rows where registers hold their sums.
+template <class Ask>
 static void dot_bf16(const void* const* rows, const float* x, size_t n, size_t batch, float* out) {
-    constexpr int all = kWidth == 16 ? kStreams : kRows;
-    (n >= kWide ? dot_blocks<dot_bf16_of<Ahead, kRows, kBeside>, dot_bf16_of<Ahead, kRows, 2>, dot_bf16_of<Ahead, all, 1>>
-                : dot_blocks<dot_bf16_of<Ahead, kRows, kBeside>, dot_bf16_of<Ahead, kRows, 2>, dot_bf16_of<Ahead, kRows, 1>>)(rows, x, n, batch, out);
+    constexpr int all = kWidth == 16 && Ask::kCache == 2 ? kStreams : kRows;
+    (n >= kWide ? dot_blocks<dot_bf16_of<Ask, kRows, kBeside>, dot_bf16_of<Ask, kRows, 2>, dot_bf16_of<Ask, all, 1>>
+                : dot_blocks<dot_bf16_of<Ask, kRows, kBeside>, dot_bf16_of<Ask, kRows, 2>, dot_bf16_of<Ask, kRows, 1>>)(rows, x, n, batch, out);
 }
 
 // lanes [kRows] of rows [first, first + kRows) with x: exact sums of each group, scaled by both scales and summed in floats.
@@ -212,7 +217,7 @@ static inline __attribute__((always_inline)) __m256i group_int4(const uint8_t* w
     return lanes;
 }
 
-template <size_t Size, int PerByte, __m256i (*group)(const uint8_t*, const int16_t*, size_t, __m256i)>
+template <class Ask, size_t Size, int PerByte, __m256i (*group)(const uint8_t*, const int16_t*, size_t, __m256i)>
 static void sum_rows(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
     const size_t size = Size ? Size : beside.group_size, step = size / PerByte;
     const uint8_t* const* const w = rows.values + first;
@@ -230,12 +235,8 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
         // Sums of int8 begin with their offset, 0: what GCC 12 makes of the loop without it reads slower (Zen 4: 85 % of the bandwidth for 94).
         const __m256i start = PerByte == 1 ? _mm256_zextsi128_si256(_mm_loadu_si32(beside.offsets + g)) : _mm256_setzero_si256();
         const __m256 scale = _mm256_set1_ps(beside.scales[g]);
-        for (size_t i = 0; i < step; i += 64) {
-            ask_for(w0 + kAhead + i);
-            ask_for(w1 + kAhead + i);
-            ask_for(w2 + kAhead + i);
-            ask_for(w3 + kAhead + i);
-        }
+        for (size_t i = 0; i < step; i += 64)
+            Ask::ahead_of(w0 + i), Ask::ahead_of(w1 + i), Ask::ahead_of(w2 + i), Ask::ahead_of(w3 + i);
         sum0 += scaled(group(w0, x, size, start), s0 + g, scale);
         sum1 += scaled(group(w1, x, size, start), s1 + g, scale);
         sum2 += scaled(group(w2, x, size, start), s2 + g, scale);
@@ -245,9 +246,10 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
     lanes[0] = sum0, lanes[1] = sum1, lanes[2] = sum2, lanes[3] = sum3;
 }
 
-template <size_t Size>
-constexpr SumRows rows_int8 = sum_rows<Size, 1, group_int8<Size>>;
-constexpr SumRows rows_int4 = sum_rows<0, 2, group_int4<0>>;
+template <class Ask, size_t Size>
+constexpr SumRows rows_int8 = sum_rows<Ask, Size, 1, group_int8<Size>>;
+template <class Ask>
+constexpr SumRows rows_int4 = sum_rows<Ask, 0, 2, group_int4<0>>;
 
 // The exact products of two groups of 64, 4 lanes each: first, second, first, second by twos.
 static inline __attribute__((always_inline)) __m256i sum_two(__m256i first, __m256i second, const int16_t* x) {
@@ -263,8 +265,7 @@ static inline __attribute__((always_inline)) __m256i sum_two(__m256i first, __m2
 
 // Int4 in groups of 64, which are so small that to scale their lanes would take as long as the products do: each group is summed to one
 // exact number, of which eight are scaled together.
-constexpr size_t kGroupsAhead = 3072;
-
+template <class Ask>
 static void sum_eights(const IntegerRows& rows, const Integers& beside, int first, Floats8* lanes) {
     const uint8_t* const* const w = rows.values + first;
     const float* const* const s = rows.scales + first;
@@ -289,13 +290,13 @@ static void sum_eights(const IntegerRows& rows, const Integers& beside, int firs
     for (; g + 8 <= beside.num_groups; g += 8)
         for (int k = 0; k < kRows; ++k) {
             prefetch_scale(s[k], g);
-            for (size_t line = 0; line < 256; line += 64) ask_for(w[k] + g * 32 + line + kGroupsAhead);
+            for (size_t line = 0; line < 256; line += 64) Ask::ahead_of(w[k] + g * 32 + line);
             add(k, g, 8, _mm256_loadu_ps(s[k] + g));
         }
     if (const size_t left = beside.num_groups - g) {
         const __m256i is_there = _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(left)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
         for (int k = 0; k < kRows; ++k) {
-            for (size_t line = 0; line < left * 32; line += 64) ask_for(w[k] + g * 32 + line + kGroupsAhead);
+            for (size_t line = 0; line < left * 32; line += 64) Ask::ahead_of(w[k] + g * 32 + line);
             add(k, g, left, _mm256_maskload_ps(s[k] + g, is_there));
         }
     }
@@ -345,10 +346,12 @@ static void sum_rows(const IntegerRows& rows, const Integers& beside, int first,
     }
 }
 
-template <size_t>
+template <class, size_t>
 constexpr SumRows rows_int8 = sum_rows<1, group_int8>;
+template <class>
 constexpr SumRows rows_int4 = sum_rows<2, group_int4>;
 
+template <class>
 static void sum_eights(const IntegerRows& rows, const Integers& beside, int first, Floats8* to) {
     for (int k = 0; k < kRows; ++k) {
         to[k] = Floats8{};
@@ -363,12 +366,14 @@ static void sum_eights(const IntegerRows& rows, const Integers& beside, int firs
 
 #endif
 
+template <class Ask>
 static void dot_int8(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_integers<rows_int8<64>> : dot_integers<rows_int8<0>>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<rows_int8<Ask, 64>> : dot_integers<rows_int8<Ask, 0>>)(rows, x, out);
 }
 
+template <class Ask, class AskEights>
 static void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
-    (x.group_size == 64 ? dot_integers<sum_eights> : dot_integers<rows_int4>)(rows, x, out);
+    (x.group_size == 64 ? dot_integers<sum_eights<AskEights>> : dot_integers<rows_int4<Ask>>)(rows, x, out);
 }
 
 // The sum of 64-bit words, read in `streams` places at once: what a product's speed is compared with.
@@ -379,10 +384,17 @@ static uint64_t read_words(const uint64_t* words, size_t n, size_t streams) {
     for (size_t i = 0; i < part; i += 8)
         for (size_t s = 0; s < streams; ++s) {
             const uint64_t* at = words + s * part + i;
-            if (streams < 8) __builtin_prefetch(at + kAhead / sizeof *at);
+            if (streams < 8) __builtin_prefetch(at + 2048 / sizeof *at);
             a += *reinterpret_cast<const Longs4*>(at);
             b += *reinterpret_cast<const Longs4*>(at + 4);
         }
     const Longs4 c = a + b;
     return (c[0] + c[1]) + (c[2] + c[3]);
 }
+
+// Of processors with a first-level cache of 32 KB, and of 48 KB, where rows of fp32 come by themselves (Zen 5: 96 % of the bandwidth, 89
+// when asked for).
+static constexpr ProductLoops kProducts = {{dot_fp32<Soon>, dot_fp32<Never>}, dot_bf16<Soon>, {dot_int8<Second>, dot_int4<Second, Asks<3072, 2>>},
+                                           {arrange_int8, arrange_int4}, read_words};
+static constexpr ProductLoops kNearProducts = {{dot_fp32<Never>, dot_fp32<Never>}, dot_bf16<First>, {dot_int8<First>, dot_int4<First, First>},
+                                               {arrange_int8, arrange_int4}, read_words};

@@ -95,6 +95,15 @@ def test_products_with_floats_are_torchs(dtype: torch.dtype, width: int) -> None
     torch.testing.assert_close(native_products.product(x, weight, bias), expected, rtol=1e-5, atol=1e-4)
 
 
+@needs_library
+@pytest.mark.parametrize("num_rows", [1, 7, 8, 9, 31, 32, 33, 63, 65, 100, 1111])
+def test_each_row_of_a_weight_is_met_once_wherever_reading_begins(num_rows: int) -> None:
+    """Rows are read in four places, each further on than the one before it, and come round at their ends."""
+    weight, x = weight_of(num_rows, 64), weight_of(1, 64, 1)
+    expected = F.linear(x.double(), weight.double()).float()
+    torch.testing.assert_close(native_products.product(x, weight, None), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_is_not_finite_shows() -> None:
     layer = QuantizedLinear(QuantizedWeight(weight_of(4, 64), Spec()), None)
     x = torch.ones(1, 64)
