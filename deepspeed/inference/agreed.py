@@ -1,15 +1,19 @@
 """What the ranks that run a model together agree on before it is changed, and at each step that can fail.
 
-Called by the engine with a `Gather` for each group of ranks that its model is cut over, shares experts with, or shares weights with.
+Made by the engine with a `Gather` for each group of ranks that its model is cut over, shares experts with, or shares weights with. Steps of preparing are
+of two kinds:
 
-Invariant: every rank raises where one does. Without it the others would wait in a collective for one that has left.
+    each for itself    (deciding, reading, quantizing) `do`: one that fails tells the others at the step's end, or where they `meet` before a collective inside
+    together           (cutting) `do_together`: one that fails leaves, and the others are told in the collective that they wait in (`calls`)
+
+Invariant: every rank raises where one does, and names it. Without it the others would wait in a collective for one that has left.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from torch import nn
@@ -21,6 +25,7 @@ from deepspeed.utils import errors
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 
+T = TypeVar("T")
 Gather = Callable[[Any], list[Any]]
 """Tells every rank of a group a small picklable value; theirs in rank order. Collective."""
 
@@ -39,6 +44,58 @@ def job_gather(config: DeepSpeedInferenceConfig) -> Gather | None:
         return told
 
     return gather
+
+
+class Steps:
+    """What the ranks of one engine do side by side until it is made. `has_calls`: whether a collective that waits for one that left is told."""
+
+    def __init__(self, gathers: Sequence[Gather], *, has_calls: bool) -> None:
+        self._gathers, self._has_calls = gathers, has_calls
+        self._told: Exception | None = None
+        """What this rank raises, and the others know."""
+
+    def do(self, step: Callable[[], T]) -> T:
+        """Do a step on every rank, and raise on all where it fails on one. Collective."""
+        try:
+            made = step()
+        except Exception as error:
+            if not self._is_told(error):
+                self._raise_everywhere(error)
+            raise
+        self.meet()
+        return made
+
+    def do_together(self, step: Callable[[], T]) -> T:
+        """Do a step of collectives. One that fails where nobody is told of it is heard of by those that wait for it no sooner than the timeout."""
+        return self._left_or_done(step) if self._has_calls else self.do(step)
+
+    def _left_or_done(self, step: Callable[[], T]) -> T:
+        made = step()
+        self.meet()
+        return made
+
+    def meet(self) -> None:
+        """Before a collective inside of a step: raise where a rank has failed meanwhile. Collective."""
+        self._raise_everywhere(None)
+
+    def all(self, is_so: bool) -> bool:
+        """Whether it is so on every rank. Collective."""
+        for gather in self._gathers:
+            is_so = all(gather(is_so))
+        return is_so
+
+    def _is_told(self, error: BaseException | None) -> bool:
+        while error is not None and error is not self._told:
+            error = error.__cause__ or error.__context__
+        return error is not None
+
+    def _raise_everywhere(self, error: Exception | None) -> None:
+        try:
+            for gather in self._gathers:
+                raise_everywhere(gather, error)
+        except Exception as raised:
+            self._told = raised
+            raise
 
 
 def raise_everywhere(gather: Gather, error: Exception | None) -> None:

@@ -1,7 +1,7 @@
 """A rank that fails inside of a call of the engine tells the others, who would wait for it in a collective until the timeout.
 
-Made by `tensor` for an engine whose layers are cut, by `experts` for one whose experts are spread; entered around each forward and generate of the
-engine, and of its module (`attend`, also for `served`); what they send is waited for by `wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
+Asked for by `tensor` for an engine whose layers are cut, by `experts` for one whose experts are spread; there is one for each group of ranks, whoever uses it.
+Entered while the engine is made, around each forward and generate of it, and of its module (`attend`, also for `served`); what they send is waited for by `wait`. A rank that fails writes into the job's store in which call it was, after how many collectives, and with what error, and raises. Who
 waits longer than `LOOK` reads there: a rank that left this call before the collective that is waited for will not come.
 
     rank 1   call 7   collectives 1 2 3, IndexError             raises it, writes (7, 3, "IndexError ...")
@@ -18,6 +18,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import pickle
 import threading
 import time
 import uuid
@@ -33,7 +34,6 @@ from torch import nn
 
 from deepspeed.comm.choose import timeout_of
 from deepspeed.comm.watchdog import LOOKING_ROUND
-from deepspeed.mesh import Mesh
 from deepspeed.utils.errors import DeepSpeedError
 
 LOOK = timedelta(seconds=0.5)
@@ -104,27 +104,33 @@ class _Word(NamedTuple):
 
 
 class Calls:
-    """One rank's calls of the engines over a group: what one left in it, the next has to know. Made on all ranks."""
+    """One rank's calls of all engines over a group: what one left in it, the next has to know. Made on all ranks."""
 
     def __init__(self, group: Any, rank: int, size: int) -> None:
         self._group, self._rank, self._size = group, rank, size
         self._users: list[tuple[Waiting, Callable[[Any, Any], None]]] = []
         name = [uuid.uuid4().hex]
         dist.broadcast_object_list(name, group=group, group_src=0)
-        self._store = dist.PrefixStore(f"deepspeed/calls/{name[0]}", dist.distributed_c10d._get_default_store())
+        self._name, self._num_groups = name[0], 0
+        self._store = dist.PrefixStore(f"deepspeed/calls/{self._name}", dist.distributed_c10d._get_default_store())
         self._depth = self._call = self._num_launched = self._at_start = 0
         self._has_failed = False
         self._error = ""
+
+    @property
+    def group(self) -> Any:
+        """The one of now."""
+        return self._group
 
     def join(self, ranks: Waiting, replace: Callable[[Any, Any], None]) -> None:
         """An engine more; `replace` is told of the group that takes another's place."""
         ranks.group, ranks.wait_for = self._group, self.wait
         self._users.append((ranks, replace))
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Calls:
         self._depth += 1
         if self._depth > 1:
-            return
+            return self
         self._call += 1
         self._at_start = self._num_launched
         if self._has_failed:
@@ -133,6 +139,7 @@ class Calls:
             except BaseException:
                 self._depth = 0
                 raise
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -192,10 +199,9 @@ class Calls:
         self._has_failed = False
         if any(told is not None and told.num_launched != self._num_launched for _, told in self._others()):
             before = self._group
-            members = dist.get_process_group_ranks(before)
-            after = dist.new_group(
-                members, timeout_of(before), "gloo", use_local_synchronization=True, group_desc=before.group_desc
-            )
+            self._num_groups += 1
+            # The other stays: what is left in it is waited for where it ends.
+            after = _another_group(before, f"{self._name}.{self._num_groups}")
             self._group = after
             self._num_launched = self._at_start = 0
             for ranks, replace in self._users:
@@ -219,11 +225,49 @@ class Calls:
         self._users = [user for user in self._users if user[0] is not ranks]
 
 
-def calls_of(ranks: Waiting, mesh: Mesh | None, role: str, replace: Callable[[Any, Any], None]) -> Calls | None:
-    """Those over a group, which `ranks` join; None where waiting does not stop the host. `mesh`: whose group it is. Collective."""
+def _another_group(before: Any, name: str) -> Any:
+    """A group of the same ranks, made by them alone. Torch (2.13) names such a group by how many the process has, which differs between
+    ranks that are in different groups, and comes again after one was destroyed."""
+    core: Any = dist.distributed_c10d
+    members = dist.get_process_group_ranks(before)
+    desc = before.group_desc if before.group_desc != "undefined" else "given.tensor"
+    own, core._process_group_name = core._process_group_name, lambda ranks, use_hashed_name: name
+    try:
+        return dist.new_group(members, timeout_of(before), "gloo", use_local_synchronization=True, group_desc=desc)
+    finally:
+        core._process_group_name = own
+
+
+_known: list[tuple[Any, Calls]] = []
+"""The groups that engines were given, and their calls: what was sent in one is counted once, whosever group it is, and as long as it lives."""
+
+
+def calls_of(ranks: Waiting, replace: Callable[[Any, Any], None]) -> Calls | None:
+    """Those over a group, which `ranks` join; None where waiting does not stop the host. Collective at first use of the group."""
     if dist.get_backend(ranks.group) != "gloo":
         return None
-    make = functools.partial(Calls, ranks.group, ranks.rank, ranks.size)
-    calls = make() if mesh is None else mesh.shared(f"{role} calls", make)
-    calls.join(ranks, replace)
-    return calls
+    living = dist.distributed_c10d._world.pg_map
+    _known[:] = [(given, calls) for given, calls in _known if given in living]
+    found = next((calls for given, calls in _known if ranks.group in (given, calls.group)), None)
+    if found is None:
+        found = Calls(ranks.group, ranks.rank, ranks.size)
+        _known.append((ranks.group, found))
+    found.join(ranks, replace)
+    return found
+
+
+def tell_all(ranks: Waiting, value: Any, device: str) -> list[Any]:
+    """A small picklable value of every rank, in rank order, waited for as the group's collectives are. Collective."""
+
+    def gathered(own: torch.Tensor) -> list[torch.Tensor]:
+        parts = [torch.empty_like(own) for _ in range(ranks.size)]
+        work = dist.all_gather(parts, own, group=ranks.group, async_op=True)
+        work.wait() if ranks.wait_for is None else ranks.wait_for(work)
+        return [part.cpu() for part in parts]
+
+    saved = pickle.dumps(value)
+    lengths = [int(each) for each in gathered(torch.tensor([len(saved)], device=device))]
+    sent = torch.zeros(max(lengths), dtype=torch.uint8)
+    sent[: len(saved)] = torch.frombuffer(bytearray(saved), dtype=torch.uint8)
+    every = gathered(sent.to(device))
+    return [pickle.loads(part[:length].numpy().tobytes()) for part, length in zip(every, lengths, strict=True)]

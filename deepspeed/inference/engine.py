@@ -18,7 +18,7 @@ import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,8 +42,6 @@ from deepspeed.kernels.pages import gather_in_large_pages
 from deepspeed.quant.replace import Around
 from deepspeed.utils.errors import DeepSpeedConfigError, TrainingStateError
 from deepspeed.utils.logging import warn_once
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -76,18 +74,13 @@ class InferenceEngine(nn.Module):
         self._experts = experts.ranks_of(modules, config)
         self._ranks = tensor.ranks_of(config)
         self.mp_world_size = 1 if self._ranks is None else self._ranks.tensor.size
-        found = [ranks.gather for ranks in (self._ranks, self._experts) if ranks is not None]
-        job = agreed.job_gather(config)
-        self._gathers = found if job is None else [*found, job]
+        gathers: list[agreed.Gather] = [ranks.gather for ranks in (self._ranks, self._experts) if ranks is not None]
+        if (job := agreed.job_gather(config)) is not None:
+            gathers.append(job)
         before: list[Before] = []
         try:
-            made = self._together(lambda: [self._decide(module) for module in modules])
-            for gather, module in itertools.product(self._gathers, modules):
-                agreed.require_same(gather, agreed.description(module, config))
-            if self._all(all(map(has_room, modules))):
-                before += [Before(module, is_written=self._rank > 0) for module in modules]
-            for plan in made:
-                self._together(partial(self._prepare, plan))
+            with self._call() as calls:
+                self._make(modules, gathers, agreed.Steps(gathers, has_calls=calls is not None), before)
         except BaseException:
             self._release()
             for each in before:
@@ -95,8 +88,6 @@ class InferenceEngine(nn.Module):
             raise
         self.module = model
         self.training = False
-        if self._ranks is not None:
-            self._ranks.same_draws()
         if self._streamed and comm.get_world_size() > 1:
             self._served = Served([hooks for streamed in self._streamed if (hooks := streamed.hooks) is not None])
         self._stand_before(modules)
@@ -113,25 +104,21 @@ class InferenceEngine(nn.Module):
         """Whether a forward is one of several ranks."""
         return bool(self._ranks or self._experts or self._served)
 
-    def _together(self, step: Callable[[], T]) -> T:
-        """Do a step on every rank, and raise on all where it fails on one."""
-        found: list[T] = []
-        error: Exception | None = None
-        try:
-            found.append(step())
-        except Exception as raised:
-            error = raised
-        for gather in self._gathers:
-            agreed.raise_everywhere(gather, error)
-        if error is not None:
-            raise error
-        return found[0]
-
-    def _all(self, is_so: bool) -> bool:
-        """Whether it is so on every rank."""
-        for gather in self._gathers:
-            is_so = all(gather(is_so))
-        return is_so
+    def _make(
+        self, modules: list[nn.Module], gathers: list[agreed.Gather], steps: agreed.Steps, before: list[Before]
+    ) -> None:
+        """Decide, and prepare the modules; what they were goes to `before`."""
+        made = steps.do(lambda: [self._decide(module) for module in modules])
+        for gather, module in itertools.product(gathers, modules):
+            agreed.require_same(gather, agreed.description(module, self._config))
+        if steps.all(all(map(has_room, modules))):
+            before += [Before(module, is_written=self._rank > 0) for module in modules]
+        for plan in made:
+            if self._ranks is not None and plan.decided is not None:
+                steps.do_together(partial(tensor.cut, plan.module, self._ranks, plan.decided))
+            steps.do(partial(self._prepare, plan, steps))
+        if self._ranks is not None:
+            self._ranks.same_draws()
 
     def _decide(self, module: nn.Module) -> _Plan:
         """All that can be refused, before the module is changed."""
@@ -140,22 +127,26 @@ class InferenceEngine(nn.Module):
         weights = open_weights(self._config, self._rank, self.mp_world_size)
         loader = None if weights is None else make_loader(module, weights)
         decided = None if self._ranks is None else tensor.decide(module, self._config, self._ranks)
+        if self._experts is not None:
+            self._experts.check(module)
         return _Plan(module, dtype, loader, decided)
 
-    def _prepare(self, plan: _Plan) -> None:
+    def _prepare(self, plan: _Plan, steps: agreed.Steps) -> None:
         module = plan.module
-        if self._ranks is not None and plan.decided is not None:
-            tensor.cut(module, self._ranks, plan.decided)
+        if self._ranks is not None:
             self._ranks.compare_first_inputs(module)
         if self._experts is not None:
             self._experts.spread(module)
         prepare.cast(module, plan.dtype)
-        streamed = Streamed(self._config.zero, plan.dtype) if self._config.streams else None
-        if streamed is not None:
+        streamed = None
+        if self._config.streams:
+            steps.meet()
+            streamed = Streamed(self._config.zero, plan.dtype, steps.meet)
             self._streamed.append(streamed)
         self._fill(plan, streamed)
         module.eval()
         if streamed is not None:
+            steps.meet()
             streamed.start(module)
             return
         prepare.place(module, self._config)

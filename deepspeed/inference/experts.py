@@ -19,16 +19,17 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
 from deepspeed.config.parallelism import ExpertParallelConfig
-from deepspeed.inference.calls import Calls, calls_of
+from deepspeed.inference.calls import Calls, calls_of, tell_all
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.mesh.mesh import with_experts, world_size
 from deepspeed.parallel.expert import attach, hugging_face, listed
 from deepspeed.parallel.expert.layer import MOELayer
 from deepspeed.parallel.expert.place import PLACE, ExpertPlace
-from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
+from deepspeed.utils.errors import DeepSpeedConfigError
 
 
 class Tokens:
@@ -60,6 +61,11 @@ class Tokens:
         return bool(flag.item())
 
 
+def _device(group: Any) -> str:
+    """Where tensors have to be to be sent."""
+    return get_accelerator().current_device_name() if dist.get_backend(group) == "nccl" else "cpu"
+
+
 def _place_of(layer: nn.Module) -> ExpertPlace | None:
     """Where a layer's experts are, if they are spread."""
     place = layer.place if isinstance(layer, MOELayer) else layer.__dict__.get(PLACE)
@@ -83,23 +89,23 @@ class ExpertRanks:
     def _settings(self) -> ExpertParallelConfig:
         return ExpertParallelConfig(enabled=True, autoep_size=self.mesh.size("experts"))
 
-    def spread(self, module: nn.Module) -> None:
-        """Keep this rank's experts of a module. Collective. Raises DeepSpeedConfigError, on all ranks, where it cannot be."""
+    def check(self, module: nn.Module) -> None:
+        """Raise DeepSpeedConfigError where a module's experts cannot be spread."""
         size = self.mesh.size("experts")
-        error: DeepSpeedError | None = None
-        try:
-            fused, blocks = hugging_face.find(module, self._settings), listed.find(module, self._settings)
-            native = {name: layer for name, layer in attach.expert_layers(module) if layer.ep_size == 1}
-            attached = attach.ep_size_of(module)
-            _check(module, size, attached, native, bool(fused or blocks))
-            hugging_face.check(module, fused, size, "moe.ep_size")
-            listed.check(blocks, size)
-        except DeepSpeedError as raised:
-            error = raised
-        told = self.mesh.gather_objects("experts", None if error is None else str(error))
-        refusal = next((words for words in told if words is not None), None)
-        if refusal is not None:
-            raise error or DeepSpeedConfigError(refusal)
+        fused, blocks, native = self._found(module)
+        _check(module, size, attach.ep_size_of(module), native, bool(fused or blocks))
+        hugging_face.check(module, fused, size, "moe.ep_size")
+        listed.check(blocks, size)
+
+    def _found(self, module: nn.Module) -> tuple[Any, Any, dict[str, MOELayer]]:
+        """Layers with experts: those that are one in Transformers' models, those in lists, and our own that have all."""
+        native = {name: layer for name, layer in attach.expert_layers(module) if layer.ep_size == 1}
+        return hugging_face.find(module, self._settings), listed.find(module, self._settings), native
+
+    def spread(self, module: nn.Module) -> None:
+        """Keep this rank's experts of a module, which was checked."""
+        size = self.mesh.size("experts")
+        fused, blocks, native = self._found(module)
         for number, name in enumerate(fused):
             hugging_face.convert(module, name, self.mesh, attach.FIRST_FUSED + number)
         for number, block in enumerate(blocks.values()):
@@ -112,7 +118,7 @@ class ExpertRanks:
 
     def gather(self, value: Any) -> list[Any]:
         """See `agreed.Gather`."""
-        return self.mesh.gather_objects("experts", value)
+        return tell_all(self.tokens, value, _device(self.tokens.group))
 
     def in_step(self, arguments: dict[str, Any]) -> dict[str, Any]:
         """Arguments of a generation in which no rank ends before the others."""
@@ -162,7 +168,7 @@ def ranks_of(modules: list[nn.Module], config: DeepSpeedInferenceConfig) -> Expe
         mesh.replace(before, after)
         tokens.tell()
 
-    return ExpertRanks(mesh, tokens, calls_of(tokens, mesh, "expert", replace))
+    return ExpertRanks(mesh, tokens, calls_of(tokens, replace))
 
 
 def _check(module: nn.Module, size: int, attached: int, native: dict[str, MOELayer], has_found: bool) -> None:

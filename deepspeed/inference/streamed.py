@@ -9,6 +9,7 @@ Invariant: a rank holds, beside what `zero` says may live, one layer while it lo
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -31,9 +32,9 @@ def _rests_on_disk(zero: ZeroConfig) -> bool:
 
 
 class Streamed:
-    """One module's weights at rest. Collective over the ranks of the job, as all of ZeRO is."""
+    """One module's weights at rest. Collective over the ranks of the job, as all of ZeRO is; `before_sending` is called before a layer is sent."""
 
-    def __init__(self, zero: ZeroConfig, dtype: torch.dtype) -> None:
+    def __init__(self, zero: ZeroConfig, dtype: torch.dtype, before_sending: Callable[[], None]) -> None:
         if _rests_on_disk(zero):
             map_large_blocks()
         given = zero.model_dump(mode="json", exclude_unset=True)
@@ -41,6 +42,7 @@ class Streamed:
         if dtype in _SECTION:
             self._config[_SECTION[dtype]] = {"enabled": True}
         self._context = Init(config_dict_or_path=self._config, dtype=dtype)
+        self._context.before_sending = before_sending
         self._engine: DeepSpeedEngine | None = None
 
     def put(self, layer: nn.Module) -> None:

@@ -23,7 +23,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
-from deepspeed.inference.calls import Calls, calls_of
+from deepspeed.inference.calls import Calls, calls_of, tell_all
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.policy import row_names
 from deepspeed.memory.fit import check_fit
@@ -100,9 +100,7 @@ class Ranks:
 
     def gather(self, value: Any) -> list[Any]:
         """See `agreed.Gather`."""
-        told: list[Any] = [None] * self.tensor.size
-        dist.all_gather_object(told, value, group=self.tensor.group)
-        return told
+        return tell_all(self.tensor, value, self._device)
 
     def compare_first_inputs(self, module: nn.Module) -> None:
         """Have the module's first forward refuse, on all ranks, inputs that differ between them."""
@@ -152,7 +150,7 @@ def ranks_of(config: DeepSpeedInferenceConfig) -> Ranks | None:
         )
     mesh = data_parallel_mesh(tp=size)
     group = TensorGroup(mesh.group("tensor", "tensor"), mesh.rank("tensor"), size)
-    return Ranks(group, mesh, calls_of(group, mesh, "tensor", mesh.replace))
+    return Ranks(group, mesh, calls_of(group, mesh.replace))
 
 
 def _of_group(group: Any, stated: int | None) -> Ranks | None:
@@ -162,7 +160,7 @@ def _of_group(group: Any, stated: int | None) -> Ranks | None:
             f"tensor_parallel.tp_size = {stated}, but the group that was given has {size} ranks.\n  Leave tp_size out."
         )
     ranks = TensorGroup(group, dist.get_rank(group), size)
-    return Ranks(ranks, None, calls_of(ranks, None, "tensor", lambda before, after: None)) if size > 1 else None
+    return Ranks(ranks, None, calls_of(ranks, lambda before, after: None)) if size > 1 else None
 
 
 def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) -> Decided:

@@ -93,6 +93,8 @@ class Init:
                 load_config(given) if given is not None else Config(), self._mesh, {self._placing.param_path: 0}
             )
         self._exchange = self._mesh.exchange(self._placing.policy.parameters.sharded_over, "gather", self._device)
+        self.before_sending: Callable[[], None] | None = None
+        """Called before each collective of `shard`: whatever fails before it failed on this rank alone."""
         self._seen: dict[nn.Module, None] = {}
         self._touched: dict[Bucket, int] = {}
         """Buckets that initialisation code made whole, with the number of views of each that are ours."""
@@ -184,6 +186,8 @@ class Init:
         self._mesh.num_users += 1
         weakref.finalize(bucket, self._mesh.release).atexit = False
         torch._foreach_copy_(bucket.views, values)
+        if self.before_sending is not None:
+            self.before_sending()
         self._exchange.broadcast(bucket.full)
         bucket.adopt()
         bucket.reshard()
