@@ -53,11 +53,13 @@ struct Integers {
     size_t num_groups, group_size;
 };
 
-// Dot products of kStreams rows of a weight with a vector, of floats with x [batch, n]; see products.inl. By 8 and 4 bits where there are two.
+// Dot products of kStreams rows of a weight with the rows of x, out [batch, kStreams]; see products.inl. By 8 and 4 bits where there are
+// two.
 struct ProductLoops {
     void (*fp32[2])(const void* const* rows, const float* x, size_t n, size_t batch, float* out);  // of weights in memory, in a cache
     void (*bf16)(const void* const* rows, const float* x, size_t n, size_t batch, float* out);  // x: the even elements of each whole 16 first
-    void (*integers[2])(const IntegerRows& rows, const Integers& x, float* out);
+    void (*integers[2])(const IntegerRows& rows, const Integers& x, float* out);  // of one row
+    void (*several[2])(const IntegerRows& rows, const Integers* x, size_t batch, float* out);
     void (*arrange[2])(const int16_t* q, size_t n, size_t group_size, int16_t* to);
     uint64_t (*read)(const uint64_t* words, size_t n, size_t streams);
 };

@@ -106,6 +106,13 @@ struct Planes {
     __m512i even_low, even_high, odd_low, odd_high;
 };
 
+// What products of turned groups add up to, odd elements 16 times as large: two halves of 8 groups in their order.
+DS_INLINE __m512i halves_of(__m512i low, __m512i high, __m512i odd_low, __m512i odd_high) {
+    const __m512i even = _mm512_add_epi32(low, _mm512_slli_epi32(high, 8)), odd = _mm512_add_epi32(odd_low, _mm512_slli_epi32(odd_high, 8));
+    const __m512i in_order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
+    return _mm512_permutexvar_epi32(in_order, _mm512_add_epi32(even, _mm512_srai_epi32(odd, 4)));
+}
+
 // take(k, the exact products of 8 groups of 64) for each of `Num` rows with what `arrange_int4` made; load(k, i): groups 2i and 2i + 1.
 template <int Num, class Load, class Ask, class Take>
 DS_INLINE void sum_groups(const int8_t* planes, const Load& load, const Ask& ask, const Take& take) {
@@ -126,10 +133,8 @@ DS_INLINE void sum_groups(const int8_t* planes, const Load& load, const Ask& ask
     meet(one, 0), meet(other, 1);
     for (int k = 0; k < Num; ++k) turn_groups<true>(load(k, 0), load(k, 1), load(k, 2), load(k, 3), &one[k], &other[k]);
     meet(one, 2), meet(other, 3);
-    const __m512i in_order = _mm512_setr_epi32(0, 8, 1, 9, 2, 10, 3, 11, 4, 12, 5, 13, 6, 14, 7, 15);
     for (int k = 0; k < Num; ++k) {
-        const __m512i even = _mm512_add_epi32(low[k], _mm512_slli_epi32(high[k], 8)), odd = _mm512_add_epi32(odd_low[k], _mm512_slli_epi32(odd_high[k], 8));
-        const __m512i halves = _mm512_permutexvar_epi32(in_order, _mm512_add_epi32(even, _mm512_srai_epi32(odd, 4)));
+        const __m512i halves = halves_of(low[k], high[k], odd_low[k], odd_high[k]);
         take(k, _mm256_add_epi32(_mm512_castsi512_si256(halves), upper(halves)));
     }
 }
@@ -264,6 +269,110 @@ void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
     Floats8 lanes[kStreams];
     for (int first = 0; first < kStreams; first += kRows) sum(rows, x, first, lanes + first);
     sum_lanes(lanes, out);
+}
+
+// ---- products of several rows: two rows of a weight are in registers while all of x meet them
+
+constexpr size_t kBatch = 8;  // products.cpp
+
+// The lanes of two rows, of which the upper eight fall on the lower ones, side by side.
+DS_INLINE __m512i fold_two(__m512i one, __m512i other) {
+    return _mm512_add_epi32(_mm512_shuffle_i64x2(one, other, 0x44), _mm512_shuffle_i64x2(one, other, 0xee));
+}
+DS_INLINE __m512 side_by_side(__m256 one, __m256 other) { return _mm512_insertf32x8(_mm512_castps256_ps512(one), other, 1); }
+DS_INLINE void add_two(__m512& sums, __m512i exact, __m512 by) { sums = _mm512_add_ps(sums, _mm512_mul_ps(_mm512_cvtepi32_ps(exact), by)); }
+
+// lanes [batch, kStreams] of the rows k and k + 1.
+DS_INLINE void store_two(const __m512* sums, size_t batch, int k, Floats8* lanes) {
+    for (size_t b = 0; b < batch; ++b)
+        lanes[b * kStreams + k] = (Floats8)_mm512_castps512_ps256(sums[b]), lanes[b * kStreams + k + 1] = (Floats8)_mm512_extractf32x8_ps(sums[b], 1);
+}
+
+// sum_rows of products.inl for int8.
+template <class Ask, size_t Size>
+static void several_bytes(const IntegerRows& rows, const Integers* x, size_t batch, float* out) {
+    const size_t size = Size ? Size : x->group_size;
+    Floats8 lanes[kBatch * kStreams];
+    for (int k = 0; k < kStreams; k += 2) {
+        const uint8_t *w0 = rows.values[k], *w1 = rows.values[k + 1];
+        const float *s0 = rows.scales[k], *s1 = rows.scales[k + 1];
+        __m512 sums[kBatch] = {};
+        for (size_t g = 0, at = 0; g < x->num_groups; ++g, at += size) {
+            prefetch_scale(s0, g), prefetch_scale(s1, g);
+            for (size_t i = 0; i < size; i += 64) Ask::ahead_of(w0 + at + i), Ask::ahead_of(w1 + at + i);
+            const __m512 own = side_by_side(_mm256_set1_ps(s0[g]), _mm256_set1_ps(s1[g]));
+            for (size_t b = 0; b < batch; ++b) {
+                __m512i one = _mm512_setzero_si512(), other = one;
+                for (size_t i = 0; i < size; i += 32) {
+                    const __m512i beside = _mm512_loadu_si512(x[b].values + at + i);
+                    one = _mm512_dpwssd_epi32(one, _mm512_cvtepi8_epi16(load_ymm(w0 + at + i)), beside);
+                    other = _mm512_dpwssd_epi32(other, _mm512_cvtepi8_epi16(load_ymm(w1 + at + i)), beside);
+                }
+                add_two(sums[b], fold_two(one, other), _mm512_mul_ps(own, _mm512_set1_ps(x[b].scales[g])));
+            }
+        }
+        store_two(sums, batch, k, lanes);
+    }
+    for (size_t b = 0; b < batch; ++b) sum_lanes(lanes + b * kStreams, out + b * kStreams);
+}
+
+template <class Ask>
+void several_int8(const IntegerRows& rows, const Integers* x, size_t batch, float* out) {
+    (x->group_size == 64 ? several_bytes<Ask, 64> : several_bytes<Ask, 0>)(rows, x, batch, out);
+}
+
+// sum_eights, for int4 in groups of 64.
+template <class Ask>
+static void several_eights(const IntegerRows& rows, const Integers* x, size_t batch, float* out) {
+    const size_t whole = x->num_groups / 8 * 8;
+    Floats8 lanes[kBatch * kStreams];
+    for (int k = 0; k < kStreams; k += 2) {
+        const uint8_t* const w[2] = {rows.values[k], rows.values[k + 1]};
+        const float* const s[2] = {rows.scales[k], rows.scales[k + 1]};
+        __m512 sums[kBatch] = {};
+        for (size_t g = 0; g < whole; g += 8) {
+            __m512i even[2][4], odd[2][4];
+            for (int r = 0; r < 2; ++r) {
+                __m512i four[4], turned[4];
+                prefetch_scale(s[r], g);
+                for (size_t i = 0; i < 4; ++i) Ask::ahead_of(w[r] + 32 * g + 64 * i), four[i] = _mm512_loadu_si512(w[r] + 32 * g + 64 * i);
+                turn_groups<false>(four[0], four[1], four[2], four[3], turned, turned + 1);
+                turn_groups<true>(four[0], four[1], four[2], four[3], turned + 2, turned + 3);
+                for (size_t i = 0; i < 4; ++i) {
+                    even[r][i] = _mm512_and_si512(turned[i], _mm512_set1_epi8(15));
+                    odd[r][i] = _mm512_and_si512(turned[i], _mm512_set1_epi8(-16));
+                }
+            }
+            const __m512 own = side_by_side(_mm256_loadu_ps(s[0] + g), _mm256_loadu_ps(s[1] + g));
+            for (size_t b = 0; b < batch; ++b) {
+                const int8_t* const planes = reinterpret_cast<const int8_t*>(x[b].values) + 128 * g;
+                __m512i low[2] = {}, high[2] = {}, odd_low[2] = {}, odd_high[2] = {}, halves[2];
+                for (size_t i = 0; i < 4; ++i) {
+                    const auto beside = [&](size_t p) __attribute__((always_inline)) { return _mm512_loadu_si512(planes + 256 * i + 64 * p); };
+                    const Planes by = {beside(0), beside(1), beside(2), beside(3)};
+                    for (int r = 0; r < 2; ++r) {
+                        low[r] = _mm512_dpbusd_epi32(low[r], even[r][i], by.even_low), high[r] = _mm512_dpbusd_epi32(high[r], even[r][i], by.even_high);
+                        odd_low[r] = _mm512_dpbusd_epi32(odd_low[r], odd[r][i], by.odd_low), odd_high[r] = _mm512_dpbusd_epi32(odd_high[r], odd[r][i], by.odd_high);
+                    }
+                }
+                for (int r = 0; r < 2; ++r) halves[r] = halves_of(low[r], high[r], odd_low[r], odd_high[r]);
+                const __m512i offsets = _mm512_broadcast_i32x8(load_ymm(x[b].offsets + g));
+                const __m512 scales = _mm512_mul_ps(own, _mm512_broadcast_f32x8(_mm256_loadu_ps(x[b].scales + g)));
+                add_two(sums[b], _mm512_add_epi32(fold_two(halves[0], halves[1]), offsets), scales);
+            }
+        }
+        store_two(sums, batch, k, lanes);
+    }
+    for (size_t b = 0; b < batch; ++b) {
+        for (int first = 0; whole < x->num_groups && first < kStreams; first += kRows) sum_last<Ask>(rows, x[b], first, whole, lanes + b * kStreams + first);
+        sum_lanes(lanes + b * kStreams, out + b * kStreams);
+    }
+}
+
+template <class Ask>
+void several_int4(const IntegerRows& rows, const Integers* x, size_t batch, float* out) {
+    if (x->group_size == 64 && batch > 2) return several_eights<Ask>(rows, x, batch, out);  // two: 5.1 ms for 4.6 one by one (Zen 5, 96 MiB)
+    for (size_t b = 0; b < batch; ++b) dot_int4<Ask>(rows, x[b], out + b * kStreams);
 }
 
 // ---- attention over a cache of int8
@@ -535,6 +644,8 @@ void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const
 
 Kernels vnni_kernels(bool takes_512_bits_whole) {
     Kernels found = avx512_kernels(takes_512_bits_whole);
+    found.products.several[0] = takes_512_bits_whole ? several_int8<First> : several_int8<Second>;
+    found.products.several[1] = takes_512_bits_whole ? several_int4<First> : several_int4<Second>;
     found.products.integers[1] = takes_512_bits_whole ? dot_int4<First> : dot_int4<Second>;
     found.products.arrange[1] = arrange_int4;
     found.attention.score_bytes = score_bytes;

@@ -16,7 +16,7 @@ constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kCached = 512 * 1024;  // bytes of a weight that stays in a core's caches: to ask for it is in vain
 constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
 constexpr int64_t kApart = 66 * 1024;  // bytes that a place begins behind the one before it: see `row_of`
-constexpr int64_t kBatch = 8;  // rows of x that loops of floats are called for at once
+constexpr int64_t kBatch = 8;  // rows of x that loops are called for at once
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 
 // The largest divisor of a group that is a multiple of 32 and small enough.
@@ -116,14 +116,19 @@ struct Product {
             for (int64_t p = 0; p < parts; ++p) repeated[p] = rows.scales[k][p * part / group_size];
             rows.scales[k] = repeated;
         }
-        if (bits >= 16 && batch > 1) return floats(at, index);
-        for (int64_t b = 0; b < batch; ++b) {
-            float out[kStreams];
-            dot(at, rows, b, out);
-            for (int k = 0; k < kStreams; ++k) {
-                const int64_t row = row_of(index, k);
-                if (row < num_rows) y[b * num_rows + row] = out[k] + (bias ? bias[row] : 0.0f);
-            }
+        if (batch > 1) return several(at, rows, index);
+        float out[kStreams];
+        if (bits >= 16)
+            dot_floats(at, 0, 1, out);
+        else
+            loops.integers[bits == 4](rows, beside(0), out);
+        put(index, 0, out);
+    }
+
+    void put(int64_t index, int64_t b, const float* out) const {
+        for (int k = 0; k < kStreams; ++k) {
+            const int64_t row = row_of(index, k);
+            if (row < num_rows) y[b * num_rows + row] = out[k] + (bias ? bias[row] : 0.0f);
         }
     }
 
@@ -132,25 +137,25 @@ struct Product {
         loop(at, x + b * width, static_cast<size_t>(width), static_cast<size_t>(count), out);
     }
 
+    Integers beside(int64_t b) const {
+        return {vectors->values.data() + b * vectors->stride, vectors->scales.data() + b * vectors->padded,
+                vectors->offsets.data() + b * vectors->padded, static_cast<size_t>(parts), static_cast<size_t>(part)};
+    }
+
     // All rows of x. Apart, out of the way of one row (Zen 4: bf16 at 89 % of the bandwidth, 85 with this loop in it).
-    __attribute__((noinline)) void floats(const void* const* at, int64_t index) const {
+    __attribute__((noinline)) void several(const void* const* at, const IntegerRows& rows, int64_t index) const {
         for (int64_t first = 0; first < batch; first += kBatch) {
             float out[kBatch * kStreams];
             const int64_t count = batch - first < kBatch ? batch - first : kBatch;
-            dot_floats(at, first, count, out);
-            for (int64_t b = 0; b < count; ++b)
-                for (int k = 0; k < kStreams; ++k) {
-                    const int64_t row = row_of(index, k);
-                    if (row < num_rows) y[(first + b) * num_rows + row] = out[b * kStreams + k] + (bias ? bias[row] : 0.0f);
-                }
+            if (bits >= 16) {
+                dot_floats(at, first, count, out);
+            } else {
+                Integers found[kBatch];
+                for (int64_t b = 0; b < count; ++b) found[b] = beside(first + b);
+                loops.several[bits == 4](rows, found, static_cast<size_t>(count), out);
+            }
+            for (int64_t b = 0; b < count; ++b) put(index, first + b, out + b * kStreams);
         }
-    }
-
-    void dot(const void* const* at, const IntegerRows& rows, int64_t b, float* out) const {
-        if (bits >= 16) return dot_floats(at, b, 1, out);
-        const Integers beside{vectors->values.data() + b * vectors->stride, vectors->scales.data() + b * vectors->padded,
-                              vectors->offsets.data() + b * vectors->padded, static_cast<size_t>(parts), static_cast<size_t>(part)};
-        loops.integers[bits == 4](rows, beside, out);
     }
 };
 

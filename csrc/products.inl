@@ -376,6 +376,12 @@ static void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
     (x.group_size == 64 ? dot_integers<sum_eights<AskEights>> : dot_integers<rows_int4<Ask>>)(rows, x, out);
 }
 
+// One row of x after the other.
+template <void (*dot)(const IntegerRows& rows, const Integers& x, float* out)>
+static void dot_each(const IntegerRows& rows, const Integers* x, size_t batch, float* out) {
+    for (size_t b = 0; b < batch; ++b) dot(rows, x[b], out + b * kStreams);
+}
+
 // The sum of 64-bit words, read in `streams` places at once: what a product's speed is compared with.
 static uint64_t read_words(const uint64_t* words, size_t n, size_t streams) {
     typedef uint64_t Longs4 __attribute__((vector_size(32), aligned(8), may_alias));
@@ -392,9 +398,15 @@ static uint64_t read_words(const uint64_t* words, size_t n, size_t streams) {
     return (c[0] + c[1]) + (c[2] + c[3]);
 }
 
+template <class AskFloats, class Ask, class AskEights>
+constexpr ProductLoops kLoops = {{dot_fp32<AskFloats>, dot_fp32<Never>}, dot_bf16<AskFloats>, {dot_int8<Ask>, dot_int4<Ask, AskEights>},
+                                 {dot_each<dot_int8<Ask>>, dot_each<dot_int4<Ask, AskEights>>}, {arrange_int8, arrange_int4}, read_words};
+
 // Of processors with a first-level cache of 32 KB, and of 48 KB, where rows of fp32 come by themselves (Zen 5: 96 % of the bandwidth, 89
 // when asked for).
-static constexpr ProductLoops kProducts = {{dot_fp32<Soon>, dot_fp32<Never>}, dot_bf16<Soon>, {dot_int8<Second>, dot_int4<Second, Asks<3072, 2>>},
-                                           {arrange_int8, arrange_int4}, read_words};
-static constexpr ProductLoops kNearProducts = {{dot_fp32<Never>, dot_fp32<Never>}, dot_bf16<First>, {dot_int8<First>, dot_int4<First, First>},
-                                               {arrange_int8, arrange_int4}, read_words};
+static constexpr ProductLoops kProducts = kLoops<Soon, Second, Asks<3072, 2>>;
+static constexpr ProductLoops near_products() {
+    ProductLoops found = kLoops<First, First, First>;
+    found.fp32[0] = dot_fp32<Never>;
+    return found;
+}

@@ -77,10 +77,13 @@ def test_products_with_floats_have_the_same_bits_on_every_instruction_set(dtype:
 def test_products_with_integers_have_the_same_bits_on_every_instruction_set(
     num_bits: int, group_size: int, num_groups: int
 ) -> None:
-    weight, x = weight_of(50, group_size * num_groups), weight_of(2, group_size * num_groups, 1)
+    """Each row of several has what it has alone."""
+    weight, x = weight_of(50, group_size * num_groups), weight_of(7, group_size * num_groups, 1)
     x[1] *= 1e-3
     held = QuantizedWeight(weight, Spec(num_bits=num_bits, group_size=group_size))
-    found = on_every_isa(lambda: QuantizedLinear(held, None)(x))
+    layer = QuantizedLinear(held, None)
+    found = on_every_isa(lambda: layer(x))
+    assert torch.equal(found, on_every_isa(lambda: torch.cat([layer(row) for row in x.split(1)])))
     whole = held.whole().double()
     rounding = x.abs().amax(1, keepdim=True) / 32639 / 2 * whole.abs().sum(1)  # of inputs to 15 bits
     assert ((found - F.linear(x.double(), whole)).abs() <= rounding * 1.01 + 1e-5).all()
