@@ -18,6 +18,7 @@ constexpr int kNumScalars = 10;  // per run; the meaning of each is beside the l
 constexpr int kBlock = 1024;     // the most elements a loop is called for
 constexpr int kChunk = 512;      // positions of a cache that one call of attention's loops takes
 constexpr int kStreams = 8;      // rows of a weight that are read side by side
+constexpr int64_t kBatch = 8;    // rows of x that one call of products takes
 constexpr int kParted = 32;      // elements of bfloat16, a line, of which the even ones are multiplied first
 constexpr int kNumLanes = 16;    // sums are made in this many lanes on every instruction set
 

@@ -273,8 +273,6 @@ void dot_int4(const IntegerRows& rows, const Integers& x, float* out) {
 
 // ---- products of several rows: two rows of a weight are in registers while all of x meet them
 
-constexpr size_t kBatch = 8;  // products.cpp
-
 // The lanes of two rows, of which the upper eight fall on the lower ones, side by side.
 DS_INLINE __m512i fold_two(__m512i one, __m512i other) {
     return _mm512_add_epi32(_mm512_shuffle_i64x2(one, other, 0x44), _mm512_shuffle_i64x2(one, other, 0xee));

@@ -16,7 +16,6 @@ constexpr int64_t kTaskBytes = 64 * 1024;
 constexpr int64_t kCached = 512 * 1024;  // bytes of a weight that stays in a core's caches: to ask for it is in vain
 constexpr int64_t kPlaces = 4;  // read side by side: more would push each other out of the caches
 constexpr int64_t kApart = 66 * 1024;  // bytes that a place begins behind the one before it: see `row_of`
-constexpr int64_t kBatch = 8;  // rows of x that loops are called for at once
 constexpr int64_t kMaxPart = 512;      // elements whose products with 8 bits add up to less than 2^31
 
 // The largest divisor of a group that is a multiple of 32 and small enough.
