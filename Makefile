@@ -14,7 +14,7 @@ RUNNABLE := $(if $(wildcard .venv/installed),.venv/installed,.venv/runnable)
 SOURCES := pyproject.toml constraints.txt setup.py $(wildcard csrc/*)
 PIP_INSTALL = $(BIN)/python -m pip install --quiet -c constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 
-.PHONY: demo test test-adversarial test-device test-experts test-gpu bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-autotuning test-edits test-sequence test-tensor lint format bench native clean test-wire
+.PHONY: demo test test-adversarial test-device test-experts test-gpu test-long bench-gpu test-cluster test-inference test-integrations test-monitors test-pairs test-pipeline test-soak test-autotuning test-edits test-sequence test-tensor lint format bench native clean test-wire
 
 demo: $(RUNNABLE)
 	$(BIN)/deepspeed --num_accelerators $(RANKS) --run_dir runs/gpt-$(CONFIG) examples/gpt/train.py --deepspeed_config examples/gpt/$(CONFIG).json
@@ -22,6 +22,11 @@ demo: $(RUNNABLE)
 # A file's tests go to one worker, which keeps their pools of ranks. WORKERS=0 runs them in one process.
 test: $(INSTALLED)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# Variants that `make test` leaves out (pytest.mark.quick), of folders without a long target of their own.
+test-long: $(INSTALLED)
+	DS_TEST_LONG=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile tests/engine tests/zero tests/comm tests/checkpoint tests/memory \
+	    tests/examples $(PYTEST_ARGS)
 
 # Every ZeRO stage and combination under the newest libraries; writes docs/compatibility.md.
 test-integrations: $(INSTALLED)

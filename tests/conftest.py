@@ -9,10 +9,16 @@ from pathlib import Path
 
 import pytest
 
-from tests import harness
+from tests import harness, long
 
 # Before any process imports huggingface_hub, which reads them once: no test reaches for the network, and no thread reports.
 os.environ |= {"HF_HUB_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1"}
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave variants to the long targets."""
+    if not long.IS_LONG and not config.getoption("--matrix", default=False):
+        long.skip_variants(items, is_whole=not any("::" in arg for arg in config.args))
 
 
 @pytest.fixture(autouse=True)

@@ -29,6 +29,8 @@ from deepspeed.memory.clocked import Clocked, clocked
 from deepspeed.profiling.rates import Rates, measure_rates
 from deepspeed.utils.errors import DeepSpeedError
 
+MEASURED_BY = "deepspeed.planner.machine"
+"""The module that measures in every rank."""
 TIMEOUT_S = 300
 """After which ranks that did not measure are ended."""
 
@@ -68,7 +70,7 @@ def measure(dtype: torch.dtype, ranks: int, folder: Path | None = None, model: A
         given += ["--folder", str(folder)] if folder else []
         given += ["--model", model.source, str(model.samples), str(model.seq)] if model else []
         launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "-q", f"--num_gpus={ranks}", "--no_local_rank"]
-        command = [*launcher, "--module", "deepspeed.planner.machine", *given]
+        command = [*launcher, "--module", MEASURED_BY, *given]
         try:
             done = subprocess.run(
                 command,

@@ -205,6 +205,7 @@ def test_a_search_whose_output_nobody_reads_goes_on() -> None:
         assert (process.wait(30), process.stderr.read()) == (0, b"")
 
 
+@pytest.mark.quick("2")
 @pytest.mark.usefixtures("hears_interrupts")
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGINT, signal.SIGTERM])
 def test_a_search_that_was_ended_goes_on_where_it_stopped(tmp_path: Path, number: signal.Signals) -> None:

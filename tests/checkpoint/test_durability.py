@@ -313,6 +313,7 @@ def test_a_save_in_flight_outlives_the_process_group(tmp_path: Path) -> None:
     assert get_fp32_state_dict_from_zero_checkpoint(tmp_path)
 
 
+@pytest.mark.quick("async")
 @pytest.mark.parametrize("mode", ["sync", "async"])
 def test_kill_9_leaves_the_previous_or_the_new_checkpoint(mode: str) -> None:
     outcome = soak(mode, 4, seed=3, num_steps=10, span_s=0.3)

@@ -34,6 +34,7 @@ def test_stages_load_each_other(tmp_path: Path, come_from: int, to: int, name: s
     assert actual[0].losses == expected[0].losses
 
 
+@pytest.mark.quick("3-4", "2-3", "4-1")
 @pytest.mark.parametrize(("before", "after"), [(1, 8), (8, 3), (3, 4), (4, 1), (2, 3), (3, 2)])
 def test_world_sizes_load_each_other(tmp_path: Path, before: int, after: int) -> None:
     stages = (3, 1) if before > after else (2, 3)

@@ -89,6 +89,7 @@ def _launched(launcher: str, folder: Path, stage: int, moment: str, *flags: str)
     return done.stdout
 
 
+@pytest.mark.quick("torchrun-3-forward", "deepspeed-1-backward")
 @pytest.mark.parametrize(
     ("launcher", "stage", "moment"),
     [("deepspeed", 3, "data"), ("deepspeed", 1, "backward"), ("torchrun", 3, "forward"), ("deepspeed", 3, "save")],

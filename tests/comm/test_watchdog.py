@@ -75,6 +75,7 @@ def _meet(rank: int, world_size: int, port: int, hangs: bool, in_memory: bool = 
     return notes.texts
 
 
+@pytest.mark.quick("True")
 @pytest.mark.parametrize("in_memory", [False, True])
 def test_the_late_rank_is_named_once_with_the_line_it_is_at(in_memory: bool) -> None:
     texts = run_ranks(3, _meet, free_port(), True, in_memory)

@@ -36,6 +36,7 @@ def assert_equals(run: Any, expected: Trained, loss_tolerance: float = 1e-5, wei
     assert_close_weights(run.weights, expected.weights, weight_tolerance)
 
 
+@pytest.mark.quick("*-2-3-0.1", "*-3-1-0.0", "[03]-1-1-0.1")
 @pytest.mark.parametrize("clip", [0.0, 0.1])
 @pytest.mark.parametrize("accumulation", [1, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -48,6 +49,7 @@ def test_twenty_steps_of_fp32_equal_plain_pytorch(stage: int, world_size: int, a
     assert run.grad_norms == pytest.approx(expected.grad_norms, rel=1e-4)
 
 
+@pytest.mark.quick("[23]-*")
 @pytest.mark.parametrize("name", sorted(set(MODELS) - {"example"}))
 @pytest.mark.parametrize("stage", STAGES)
 def test_models_that_use_parameters_in_every_way_equal_plain_pytorch(stage: int, name: str) -> None:
@@ -117,6 +119,7 @@ def mixed(
     return train_plain(model, batches, make_optimizer, world_size=2, dtype=dtype, reduce_at=reduce_at, **kwargs)
 
 
+@pytest.mark.quick("[23]-*")
 @pytest.mark.parametrize("fp16", [{"loss_scale": 128}, {"initial_scale_power": 10, "loss_scale_window": 2}])
 @pytest.mark.parametrize("stage", STAGES)
 def test_fp16_follows_the_same_mixed_precision_policy(stage: int, fp16: dict[str, Any]) -> None:

@@ -57,6 +57,7 @@ def objects_grown(rank: int, world_size: int, stage: int, asked: dict[str, Any])
     return {name: n for name, n in (counts[2] - counts[1]).items() if n >= STEPS // 4}
 
 
+@pytest.mark.quick("3-2-*", "0-1-fp16")
 @pytest.mark.parametrize("asked", ASKED.values(), ids=ASKED.keys())
 @pytest.mark.parametrize(("stage", "world_size"), [(0, 1), (2, 2), (3, 2)])
 def test_no_object_is_kept_per_step(stage: int, world_size: int, asked: dict[str, Any]) -> None:
@@ -97,6 +98,7 @@ def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() if p.is_file() else b"" for p in folder.rglob("*")}
 
 
+@pytest.mark.quick("times and a profile")
 @pytest.mark.parametrize("asked", SILENT.values(), ids=SILENT.keys())
 def test_a_notebook_next_to_tensorboards_runs_finds_its_folder_as_it_was(asked: dict[str, Any], tmp_path: Path) -> None:
     runs = tmp_path / "runs" / "Nov29_12-00-00_host"

@@ -120,6 +120,7 @@ def overflow(rank: int, world_size: int, stage: int, device: str, folder: Path) 
             side.engine.destroy()
 
 
+@pytest.mark.quick("0-none-2", "2-cpu-2", "3-none-2", "3-nvme-1")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(
     ("stage", "device"),
@@ -159,6 +160,7 @@ def assigned_gradients(rank: int, world_size: int, stage: int, device: str, dtyp
         side.engine.destroy()
 
 
+@pytest.mark.quick("[13]-cpu-fp32-2", "3-nvme-bf16-[12]")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize(("stage", "device"), [(1, "cpu"), (2, "cpu"), (3, "cpu"), (3, "nvme")])

@@ -82,6 +82,7 @@ def assert_same_bits(run: Any, expected: Any) -> None:
     assert [name for name in run.weights if not torch.equal(run.weights[name], expected.weights[name])] == []
 
 
+@pytest.mark.quick("*-2", "3-nvme-nvme-1")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize(("stage", "optimizer", "param"), COMBINATIONS)
 def test_every_tier_gives_the_bits_of_no_offload(
@@ -92,6 +93,7 @@ def test_every_tier_gives_the_bits_of_no_offload(
     assert_equals(run, oracle("gpt_tied", 5, 2, 0.5))
 
 
+@pytest.mark.quick("*-bf16", "2-cpu-none-fp16", "3-nvme-nvme-fp16")
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize(("stage", "optimizer", "param"), [c for c in COMBINATIONS if "none" not in c[1:2]])
 def test_low_precision_gives_the_bits_of_no_offload(
@@ -101,6 +103,7 @@ def test_low_precision_gives_the_bits_of_no_offload(
     assert_same_bits(run, in_memory("gpt_untied", stage, 2, 0.5, precision))
 
 
+@pytest.mark.quick("*-bf16", "3-nvme-nvme-None", "2-cpu-none-fp16")
 @pytest.mark.parametrize("precision", [None, "bf16", "fp16"])
 @pytest.mark.parametrize(("stage", "optimizer", "param"), [(2, "cpu", "none"), (3, "cpu", "cpu"), (3, "nvme", "nvme")])
 def test_the_fused_cpu_step_gives_the_bits_of_the_same_optimizer_in_memory(
@@ -297,6 +300,7 @@ def train_on(
         return losses, whole_weights(engine)
 
 
+@pytest.mark.quick("none-nvme", "nvme-cpu", "cpu-none")
 @pytest.mark.parametrize("after", ["none", "cpu", "nvme"])
 @pytest.mark.parametrize("before", ["none", "cpu", "nvme"])
 def test_a_checkpoint_of_any_tier_goes_on_from_any_other(before: str, after: str, tmp_path: Path) -> None:

@@ -73,6 +73,7 @@ def azure_pytorch(rank: int, port: int) -> dict[str, str]:
     }
 
 
+@pytest.mark.quick("azure_mpi")
 @pytest.mark.parametrize("kind", [azure_mpi, azure_mpi_one_machine, azure_pytorch])
 def test_an_example_runs_in_azureml_s_environment(kind: Any) -> None:
     clean = {name: value for name, value in os.environ.items() if name not in DISTRIBUTED_ENV}

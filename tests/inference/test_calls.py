@@ -60,6 +60,7 @@ def one_fails(rank: int, world_size: int, dtype: str, failing: int, how: str, wh
     assert torch.equal(call(again, how), wanted)
 
 
+@pytest.mark.quick("fp32-1-forward-*", "int8-*")
 @pytest.mark.parametrize(
     ("dtype", "failing", "how", "where"),
     [("fp32", 1, "forward", "model.layers.1.mlp"), ("int8", 0, "generate", ""), ("fp32", 1, "generate", "model.norm")],
@@ -102,6 +103,7 @@ def expert_fails(rank: int, world_size: int, failing: int, how: str, where: str)
         assert torch.equal(answer(), wanted)
 
 
+@pytest.mark.quick("0-generate-lm_head")
 @pytest.mark.parametrize(
     ("failing", "how", "where"),
     [(1, "forward", "model.layers.1.mlp"), (0, "generate", "lm_head"), (1, "module", "model.layers.1.self_attn")],
@@ -159,6 +161,7 @@ def streamed_fails(rank: int, world_size: int, failing: int, where: str, through
     engine.destroy()
 
 
+@pytest.mark.quick("1-before-engine", "0-decoder-engine")
 @pytest.mark.parametrize(
     ("failing", "where", "through"),
     [

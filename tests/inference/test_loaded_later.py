@@ -121,6 +121,7 @@ def from_a_checkpoint(*ranks: int, folder: str, stage: int, key: str) -> None:
         assert torch.equal(engine(**prompts()).logits, wanted(**prompts()).logits)
 
 
+@pytest.mark.quick("3-post_init_quant", "0-quantized_initialization")
 @pytest.mark.parametrize("key", ["quantized_initialization", "post_init_quant"])
 @pytest.mark.parametrize("stage", [0, 3])
 def test_a_training_checkpoint_is_quantized_as_it_is_loaded(stage: int, key: str, tmp_path: Path) -> None:

@@ -84,6 +84,7 @@ LAUNCHERS: dict[str, Callable[[Path], list[str]]] = {
 }
 
 
+@pytest.mark.quick("`deepspeed`-2", "`accelerate launch` with a file-3")
 @pytest.mark.compat("Transformers Trainer", "started by {launcher}")
 @pytest.mark.parametrize(
     ("launcher", "stage"),

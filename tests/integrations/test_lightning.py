@@ -19,6 +19,7 @@ def plain(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     return run_job(jobs.fit, str(tmp_path_factory.mktemp("plain")), None)
 
 
+@pytest.mark.quick("2-", "3-optimizer, parameters")
 @pytest.mark.compat("Lightning Trainer", "fit, validate, test, predict; accumulation, clipping, schedule")
 @pytest.mark.parametrize(
     ("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "optimizer"), (3, "optimizer, parameters")]
@@ -40,6 +41,7 @@ def test_bf16(stage: int, tmp_path: Path, plain: dict[str, Any]) -> None:
     assert run["losses"] == pytest.approx(plain["losses"], rel=5e-2)
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat(
     "Lightning Trainer", "resume, test from a checkpoint, whole weights by `convert_zero_checkpoint_to_fp32_state_dict`"
 )
@@ -52,6 +54,7 @@ def test_a_resumed_fit_follows_the_uninterrupted_one_exactly(stage: int, tmp_pat
     assert whole["whole"]["layers.0.weight"].shape == (32, 16)
 
 
+@pytest.mark.quick("2")
 @pytest.mark.compat("Fabric", "setup, backward, step of the optimizer, save, load")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fabric_steps_the_optimizer_alone(stage: int, tmp_path: Path) -> None:
@@ -62,6 +65,7 @@ def test_fabric_steps_the_optimizer_alone(stage: int, tmp_path: Path) -> None:
     assert "ds_version" in run["left"] and run["kind"] == "_FabricOptimizer"
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("Fabric", "several models, `no_backward_sync`, a model without optimizer loaded from a checkpoint")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fabric_trains_several_models_and_evaluates_another(stage: int, tmp_path: Path) -> None:

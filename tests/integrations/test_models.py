@@ -20,6 +20,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_model(tmp_path_factory.mktemp("model"))
 
 
+@pytest.mark.quick("bf16")
 @pytest.mark.compat(
     "Transformers models", "`HfDeepSpeedConfig`, `from_pretrained` under `zero.Init`, tied weights, `generate`", stage=3
 )

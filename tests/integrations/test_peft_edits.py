@@ -11,6 +11,7 @@ from tests.harness import run_ranks
 from tests.integrations import peft_edits as jobs
 
 
+@pytest.mark.quick("3-fp32-2", "2-bf16-1")
 @pytest.mark.compat(
     "PEFT", "adapters unfrozen, alternated, merged and unmerged, added, switched, deleted and unloaded between steps"
 )

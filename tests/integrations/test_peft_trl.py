@@ -33,6 +33,7 @@ def plain(model: str, adapter: str, tmp_path_factory: pytest.TempPathFactory) ->
     return run_job(jobs.lora, model, adapter, str(tmp_path_factory.mktemp("plain")), None)
 
 
+@pytest.mark.quick("3-False", "3-True", "2-None")
 @pytest.mark.compat(
     "PEFT", "LoRA: train with and without checkpointing (both modes), save, load into a plain model, merge"
 )
@@ -59,6 +60,7 @@ def test_lora_trains_like_plain_pytorch_and_its_adapter_loads_into_a_plain_model
     assert "adapter_model.safetensors" in names and "model.safetensors" not in names
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("PEFT", "resume an adapter, exactly")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_resumed_adapter_follows_the_uninterrupted_run_exactly(
@@ -87,6 +89,7 @@ def test_adalora_prunes_between_backward_and_step_like_plain_pytorch(stage: int,
     assert run_job(jobs.adalora, model, stage) == pytest.approx(plain, rel=2e-5)
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("PEFT", "`modules_to_save`")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_modules_to_save_copies_a_sharded_module(stage: int, tmp_path: Path) -> None:
@@ -96,6 +99,7 @@ def test_modules_to_save_copies_a_sharded_module(stage: int, tmp_path: Path) -> 
     assert found["losses"] == pytest.approx(plain["losses"], rel=2e-5)
 
 
+@pytest.mark.quick("sft-2-True", "sft-3-False", "dpo-3-True")
 @pytest.mark.compat("TRL", "SFT and DPO, whole model and LoRA")
 @pytest.mark.parametrize("with_lora", [False, True])
 @pytest.mark.parametrize("stage", [2, 3])

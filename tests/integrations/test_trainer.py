@@ -36,6 +36,7 @@ def assert_equal_runs(run: dict[str, Any], plain: dict[str, Any], rel: float = 2
     assert run["losses"][-1] < run["losses"][0] - 0.5
 
 
+@pytest.mark.quick("hf-hf-3", "ds-ds-2")
 @pytest.mark.compat(
     "Transformers Trainer", "train, evaluate, predict; optimizer and schedule of DeepSpeed or Transformers"
 )
@@ -61,6 +62,7 @@ def test_bf16_trains_close_to_fp32(stage: int, model: str, tmp_path: Path, plain
     assert run["eval"] == pytest.approx(plain["hf"]["eval"], rel=1e-2)
 
 
+@pytest.mark.quick("3-*")
 @pytest.mark.compat("Transformers Trainer", "gradient checkpointing, both modes")
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("stage", [2, 3])
@@ -75,6 +77,7 @@ def test_gradient_checkpointing_changes_nothing(
     assert_equal_runs(run, plain["hf"])
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("Transformers Trainer", "train, evaluate", precision="fp16")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_fp16_trains_close_to_fp32(stage: int, model: str, tmp_path: Path, plain: dict[str, Any]) -> None:
@@ -89,6 +92,7 @@ OFFLOAD = {
 }
 
 
+@pytest.mark.quick("ds-3-optimizer, parameters", "hf-2-optimizer")
 @pytest.mark.compat(
     "Transformers Trainer", "train, evaluate, predict; optimizer and schedule of DeepSpeed or Transformers"
 )
@@ -104,6 +108,7 @@ def test_offload_changes_nothing(
     assert_equal_runs(run, plain["hf"])
 
 
+@pytest.mark.quick("optimizer, parameters to NVMe")
 @pytest.mark.compat("Transformers Trainer", "train, evaluate, predict; accumulation; on the NVMe tier", stage=3)
 @pytest.mark.parametrize("offload", ["optimizer to NVMe", "optimizer, parameters to NVMe"])
 def test_a_disk_changes_nothing(offload: str, model: str, tmp_path: Path, plain: dict[str, Any]) -> None:
@@ -113,6 +118,7 @@ def test_a_disk_changes_nothing(offload: str, model: str, tmp_path: Path, plain:
     assert_equal_runs(run, plain["hf"])
 
 
+@pytest.mark.quick("3-optimizer, parameters", "2-")
 @pytest.mark.compat("Transformers Trainer", "`safe_get_full_*` and `safe_set_full_*` in callbacks")
 @pytest.mark.parametrize(
     ("stage", "offload"), [(1, ""), (2, ""), (3, ""), (2, "optimizer"), (3, "optimizer, parameters")]
@@ -127,6 +133,7 @@ def test_a_callback_reads_and_sets_whole_values(stage: int, offload: str, model:
         torch.testing.assert_close(gradient, clipped * max(1.0, norm / 0.5), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.quick("3-hf", "2-ds")
 @pytest.mark.compat("Transformers Trainer", "resume from a checkpoint, exactly")
 @pytest.mark.parametrize("optimizer", ["ds", "hf"])
 @pytest.mark.parametrize("stage", [1, 2, 3])
@@ -149,6 +156,7 @@ def test_the_best_model_is_loaded_at_the_end(stage: int, model: str, tmp_path: P
     assert found["evaluated"][6] < found["evaluated"][2]
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("Transformers Trainer", "a second Trainer on the same model")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_a_second_trainer_takes_the_model_over(stage: int, model: str, tmp_path: Path) -> None:
@@ -173,6 +181,7 @@ def test_a_batch_size_that_does_not_fit_is_halved_with_a_new_engine(stage: int, 
     assert found["batch"] == 4 and len(found["losses"]) == 2
 
 
+@pytest.mark.quick("3")
 @pytest.mark.compat("Transformers Trainer", "`save_model`, loaded into a plain model")
 @pytest.mark.parametrize("stage", [2, 3])
 def test_the_saved_model_is_the_trained_one(stage: int, model: str, tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from deepspeed.memory.budget import choose_plan, ladder
 from deepspeed.memory.estimator import Estimator
 from tests.engine.runs import engine_of, make_config
 from tests.harness import run_ranks
+from tests.long import IS_LONG
 from tests.models import TinyGpt, make_batches, rank_share
 
 SECTION = "activation_checkpointing"
@@ -50,7 +51,7 @@ def test_the_chosen_rung_fits_and_the_one_below_does_not() -> None:
     assert found[0] > 1.5 * found[-1]
     model = gpt()
     batch = model.example(64, 0, torch.Generator())
-    for budget in found:
+    for budget in found if IS_LONG else (found[0], found[len(found) // 2], found[-1]):
         chosen, estimate = choose_plan(model, config, batch, {}, world_size=2, budget_nbytes=budget, device_type="cpu")
         assert estimate.peak_nbytes == found[chosen] <= budget
         assert chosen == 0 or found[chosen - 1] > budget

@@ -107,6 +107,7 @@ CASES = [
 ]
 
 
+@pytest.mark.quick("3-fp32-full-nvme", "2-fp32-full-cpu", "3-bf16-*-device", "1-*", "0-fp32-none-device")
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_the_predicted_peak_is_within_5_percent_of_the_measured_one(
     case: tuple[int, str, str, str], tmp_path: Path

@@ -130,6 +130,7 @@ def measured(rank: int, world_size: int, what: str, num_experts: int, k: int, ep
     return found
 
 
+@pytest.mark.quick("layers-8-3-1-1-2", "lists-8-2-2-2-3", "layers-8-2-2-2-2", "mixtral-8-2-2-2-0")
 @pytest.mark.parametrize(
     ("what", "num_experts", "k", "ep", "ranks", "stage"),
     [

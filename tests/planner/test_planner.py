@@ -337,6 +337,7 @@ def test_rates_and_a_model_s_seconds_are_measured_by_several_ranks(
 ) -> None:
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setattr(machine, "MEASURED_BY", "tests.planner.short_machine")
     found = measure(torch.float32, 2, model=Asked(write_model(tmp_path, 0.01), 2, 8))
     alone, both = measure(torch.float32, 1).rates, found.rates
     assert found.clocked is not None, found.why

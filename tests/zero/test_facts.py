@@ -251,6 +251,7 @@ EDITS: dict[str, tuple[Edit, Callable[[Any], None] | None]] = {
 }
 
 
+@pytest.mark.quick("fp32-3-2", "bf16-2-2", "fp32-0-1", "bf16-1-1")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("stage", STAGES)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

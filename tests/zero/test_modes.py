@@ -57,6 +57,7 @@ def train_around(rank: int, world_size: int, stage: int, what: str, mode: str, e
         return {name: value.float() for name, value in whole_values(engine.module).items()}
 
 
+@pytest.mark.quick("3-extra0-*", "[12]-extra2-*")
 @pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("what", sorted(BETWEEN))
 @pytest.mark.parametrize(("stage", "extra"), [(3, {}), (3, {"bf16": {"enabled": True}}), (1, {})])

@@ -226,6 +226,7 @@ def _at_random(rank: int, world: int, seeds: list[int]) -> int:
     return num_failed
 
 
+@pytest.mark.quick("3")
 @pytest.mark.parametrize("world", [2, 3])
 def test_any_list_of_any_forms_arrives_whole_however_late_ranks_are_and_whoever_fails(world: int) -> None:
     seeds = list(range(1500 if LONG else 60))
