@@ -90,19 +90,19 @@ def run(args: argparse.Namespace) -> tuple[ModelShape, Cluster, Answer]:
             raise ValueError("models train in floating-point numbers.")
     except ValueError as error:
         raise DeepSpeedError(f"--dtype {args.dtype}: {error}\n  Use bf16, fp16 or fp32.") from None
+    layout = None if args.layout is None else parse_layout(args.layout)
+    if layout is not None and layout.num_ranks != cluster.num_devices:
+        raise DeepSpeedError(
+            f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
+            "  Change one of the dims."
+        )
     model, batch = build(args.model, 1, args.seq)
     shape = shape_of(model, batch, dtype=dtype)
-    if args.layout is not None:
-        layout = parse_layout(args.layout)
+    if layout is not None:
         own = {Way(layout.tp), Way(1, layout.ep)}
         shape = with_inside(shape, model, batch, own, dtype=dtype)
         if layout.ep > 1 and not shape.num_experts:
             raise DeepSpeedError(f"--layout {args.layout}: {shape.name} has no experts to spread.\n  Leave ep out.")
-        if layout.num_ranks != cluster.num_devices:
-            raise DeepSpeedError(
-                f"--layout {args.layout}: pp x dp x sp x tp = {layout.num_ranks}, and the cluster has {cluster.num_devices} devices.\n"
-                "  Change one of the dims."
-            )
         check_divides(shape, layout)
         plan = simulated(evaluate(shape, cluster, layout))
         return shape, cluster, Answer([plan], 1, int(plan.fits(cluster)))
