@@ -14,6 +14,7 @@ tensor.py       over which ranks a model is cut, and that they stay together
 calls.py        a rank that fails inside of a call tells the others
 served.py       the same over sharded weights, which nobody can leave
 experts.py      ranks that share experts answer together
+quantized_experts.py   experts' matrices in 8 or 4 bits, expert by expert
 parts.py        quantized layers of which a rank has a part
 found.py        from what `checkpoint` says to open weights
 room.py         memory that is read into, and given back

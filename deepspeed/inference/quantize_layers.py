@@ -15,6 +15,7 @@ from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.config.explain import read_section
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.parts import MAKE
+from deepspeed.inference.quantized_experts import quantize_experts
 from deepspeed.quant.replace import Around, quantize_by_name, quantize_model
 from deepspeed.quant.spec import Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -60,7 +61,9 @@ def quantize(module: nn.Module, config: DeepSpeedInferenceConfig, around: Around
                 "  Set group_dim to 1."
             )
         spec = Spec(num_bits=given.num_bits, group_size=given.group_size, symmetric=given.symmetric)
-    quantize_model(module, spec, weight.q_groups, _kept(module, config), MAKE, around)
+    keep = _kept(module, config)
+    quantize_experts(module, spec, weight.q_groups, keep, around)
+    quantize_model(module, spec, weight.q_groups, keep, MAKE, around)
 
 
 def _kept(module: nn.Module, config: DeepSpeedInferenceConfig) -> Callable[[str], bool]:

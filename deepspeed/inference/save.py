@@ -21,9 +21,11 @@ from deepspeed.checkpoint.files import replace_durably
 from deepspeed.config.parallelism import TP_KEY
 from deepspeed.inference.config import DeepSpeedInferenceConfig
 from deepspeed.inference.found import SAVED
+from deepspeed.inference.quantized_experts import held_experts, stacked
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
 from deepspeed.mesh import marks
+from deepspeed.parallel.expert.hugging_face import HELD
 from deepspeed.quant.linear import QuantizedWeight
 from deepspeed.utils.dtypes import dtype_name
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -87,10 +89,15 @@ def _entries(module: nn.Module) -> tuple[dict[str, Any], dict[str, Any]]:
     own: dict[str, Any] = {}
     for prefix, layer in module.named_modules():
         weight = getattr(layer, "quantized", None) or getattr(getattr(layer, "product", None), "quantized", None)
-        if isinstance(weight, QuantizedWeight):
+        if isinstance(weight, QuantizedWeight) and f".{HELD}." not in prefix:
             own[f"{prefix}.weight"] = _pair(weight)
             if prefix.endswith(".product"):
                 del own[f"{prefix}.weight"]
+    for name, weights, is_transposed in held_experts(module):
+        if is_transposed:  # groups lie across its rows
+            own[name] = torch.stack([weight.whole().t() for weight in weights])
+        else:
+            own[name] = stacked(weights, _pair)
     for name, param in module.named_parameters(remove_duplicate=False):
         (own if marks.of(param).cuts else common)[name] = param.detach()
     for name, buffer in module.state_dict().items():

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.mesh import marks
 from deepspeed.quant.linear import NotFiniteError, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
-from deepspeed.quant.spec import Spec, fitting_group
+from deepspeed.quant.spec import Spec, fitting
 from deepspeed.utils.errors import DeepSpeedConfigError
-from deepspeed.utils.logging import log_dist
+from deepspeed.utils.logging import warn_once
 from deepspeed.utils.save_pretrained import refuse_save_pretrained
 
 Places = dict[int, list[tuple[nn.Module, str, nn.Module]]]
@@ -62,26 +62,29 @@ def quantize_model(
     kinds = {**_MAKE, **(more or {})}
     for names, sites in _by_weight(model):
         layers = [layer for _, _, layer in sites]
-        width = _shape_of(layers[0])[1]
-        wanted = width // groups_per_row if groups_per_row > 1 else spec.group_size
-        group = fitting_group(width, wanted)
+        own = fitting(spec, _shape_of(layers[0])[1], groups_per_row)
         if not with_embeddings and all(_is_embedding(layer) for layer in layers):
             continue
-        if group is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
+        if own is None or not all(_is_taken(layer, kinds) for layer in layers) or any(map(keep, names)):
             left += names
             continue
-        _replace(
-            names[0], sites, Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric), kinds, around
-        )
+        _replace(names[0], sites, own, kinds, around)
         count += 1
-    left += [f"{name} {list(param.shape)}" for name, param in model.named_parameters() if param.dim() == 3]
+    left += [
+        f"{prefix}.{name} {list(param.shape)}"
+        for prefix, layer in model.named_modules()
+        for name, param in layer.named_parameters(recurse=False)
+        if param.dim() == 3 and not hasattr(layer, "kernel_size")
+    ]
     if not count and not any(isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) for layer in model.modules()):
         raise DeepSpeedConfigError(
             f"{type(model).__name__} has no layer whose weights can be quantized.\n"
             "  Layers of the classes Linear and Conv1D can, where their inputs divide into even groups. Run it in fp32 or bf16."
         )
     if left:
-        log_dist(f"{len(left)} layers of {type(model).__name__} stay as they are: {', '.join(left[:8])}", ranks=[0])
+        warn_once(
+            f"{len(left)} layers of {type(model).__name__} stay as they are, not quantized: {', '.join(left[:8])}."
+        )
     _refuse_folders(model)
     return count
 
@@ -166,7 +169,7 @@ def _by_weight(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[nn.Modu
     names: dict[int, list[str]] = {}
     for prefix, parent in model.named_modules():
         for name, layer in parent.named_children():
-            weight = getattr(layer, "weight", None)
+            weight = layer._parameters.get("weight")
             if (_is_taken(layer, _MAKE) or isinstance(layer, (nn.Linear, nn.Embedding))) and isinstance(
                 weight, nn.Parameter
             ):

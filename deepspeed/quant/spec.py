@@ -37,3 +37,9 @@ def fitting_group(width: int, wanted: int) -> int | None:
     ]
     aligned = [size for size in divisors if size % 32 == 0]
     return next(iter(aligned or divisors), None)
+
+
+def fitting(spec: Spec, width: int, groups_per_row: int = 1) -> Spec | None:
+    """The same with groups that divide rows of `width`: as large as asked for, or so many a row; None where none do."""
+    group = fitting_group(width, width // groups_per_row if groups_per_row > 1 else spec.group_size)
+    return None if group is None else Spec(num_bits=spec.num_bits, group_size=group, symmetric=spec.symmetric)

@@ -16,6 +16,7 @@ Invariant: parameters stay the objects that they were, so optimizers that were b
 from __future__ import annotations
 
 import functools
+import inspect
 import re
 from collections.abc import Collection, Iterator
 from typing import Any
@@ -35,6 +36,8 @@ from deepspeed.parallel.expert.place import PLACE, ExpertPlace
 from deepspeed.utils.errors import DeepSpeedConfigError
 
 UP, DOWN = ("gate_up_proj", "up_proj"), "down_proj"
+HELD = "ds_held"
+"""Name of the module in which a layer holds, by the names of its matrices, a linear layer for each expert in their place."""
 DIMS_OF = {
     "gate_up_proj": 3,
     "up_proj": 3,
@@ -57,7 +60,17 @@ def is_fused(module: nn.Module) -> bool:
     ):
         return False
     counts = {value.shape[0] for value in own.values()}
-    return len(counts) == 1 and all(value.dim() == DIMS_OF[name] for name, value in own.items())
+    is_alike = len(counts) == 1 and all(value.dim() == DIMS_OF[name] for name, value in own.items())
+    return is_alike and _takes_choices(module)
+
+
+def _takes_choices(module: nn.Module) -> bool:
+    """Whether its forward takes tokens, chosen experts and weights; some take tokens that were sorted before."""
+    return len(inspect.signature(type(module).forward).parameters) == _NUM_TAKEN
+
+
+_NUM_TAKEN = 4
+"""With `self`."""
 
 
 def is_block(module: nn.Module) -> bool:
@@ -152,7 +165,23 @@ def converted(model: nn.Module) -> Iterator[tuple[str, ExpertPlace]]:
 
 @functools.cache
 def _spread_class(kind: Any) -> Any:
-    return type(kind.__name__, (kind,), {"forward": _forward, "__module__": kind.__module__, "__doc__": kind.__doc__})
+    own: dict[str, Any] = {
+        "forward": _forward,
+        "__reduce_ex__": _reduce,
+        "__module__": kind.__module__,
+        "__doc__": kind.__doc__,
+    }
+    return type(kind.__name__, (kind,), own)
+
+
+def _reduce(module: nn.Module, protocol: int) -> tuple[Any, ...]:
+    """Pickled and copied by the class that it was: its own is found nowhere by name."""
+    return _new, (type(module).__bases__[0],), module.__dict__
+
+
+def _new(kind: Any) -> Any:
+    spread: Any = _spread_class(kind)
+    return spread.__new__(spread)
 
 
 def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -162,7 +191,8 @@ def _forward(self: Any, hidden_states: Tensor, top_k_index: Tensor, top_k_weight
 
 def _mix(module: Any, rows: Tensor, at: Tensor, weights: Tensor, counts: list[int]) -> Tensor:
     """Expert by expert where that is possible, which saves passes over memory; else step by step for all of them."""
-    if torch.is_autocast_enabled(rows.device.type) or not takes(rows, weights) or not _is_plain(module, rows.dtype):
+    is_apart = torch.is_autocast_enabled(rows.device.type) or HELD in module._modules
+    if is_apart or not takes(rows, weights) or not _is_plain(module, rows.dtype):
         return apart(functools.partial(_compute, module))(rows, at, weights, counts)
     up, down = (_matrix(module, name, rows.dtype) for name in (_up_name(module), DOWN))
     return expert_mlp(rows, at, weights, counts, up, down, _activation(module))
@@ -189,7 +219,10 @@ def _activation(module: Any) -> Activation:
 
 
 def _up_name(module: Any) -> str:
-    return UP[0] if hasattr(module, UP[0]) else UP[1]  # while an adapter is at work, it is no parameter
+    held = module._modules.get(HELD, ())
+    return (
+        UP[0] if hasattr(module, UP[0]) or UP[0] in held else UP[1]
+    )  # while an adapter is at work, it is no parameter
 
 
 def _compute(module: Any, rows: Tensor, counts: list[int]) -> Tensor:
@@ -215,7 +248,12 @@ def _matrix(module: Any, name: str, dtype: torch.dtype) -> Tensor:
 
 
 def _linear(module: Any, name: str, rows: Tensor, counts: list[int]) -> Tensor:
-    result = grouped_product(rows, _matrix(module, name, rows.dtype), counts, module.ds_ways)
+    if HELD in module._modules:
+        layers: list[Any] = list(module.get_submodule(f"{HELD}.{name}").children())
+        parts = [layer(part) for layer, part in zip(layers, rows.split(counts), strict=True) if len(part)]
+        result = torch.cat(parts) if parts else rows.new_zeros(0, layers[0].out_features)
+    else:
+        result = grouped_product(rows, _matrix(module, name, rows.dtype), counts, module.ds_ways)
     bias = getattr(module, f"{name}_bias", None)
     if bias is not None:
         result = result + bias.to(rows.dtype).repeat_interleave(torch.tensor(counts, device=rows.device), dim=0)
