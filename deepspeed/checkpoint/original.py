@@ -105,7 +105,9 @@ def read_torch_file(path: Path) -> Any:
         raise
     except Exception as error:
         first = (str(error).strip().splitlines() or [""])[0]
-        raise CheckpointError(f"{path} cannot be read: {type(error).__name__}: {first[:300]}") from error
+        raise CheckpointError(
+            f"{path} cannot be read: it is damaged, or not what torch.save writes ({type(error).__name__}: {first[:300]})."
+        ) from error
 
 
 class Original:

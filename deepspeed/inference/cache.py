@@ -33,6 +33,11 @@ def new_buffer(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     return in_large_pages(made) if made.stride(1) * made.itemsize >= _LARGE_HEAD else made
 
 
+def is_read_only(buffer: Tensor) -> bool:
+    """Whether it was made in `torch.inference_mode`, outside of which torch refuses to write to it."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()
+
+
 class GrowingLayer(DynamicLayer):
     """One layer's keys and values, in buffers [batch, heads, capacity, dim]."""
 
@@ -70,7 +75,7 @@ class GrowingLayer(DynamicLayer):
         length = held[0].shape[-2]
         own = self.buffers
         is_ours = self._views is not None and held[0] is self._views[0] and held[1] is self._views[1]
-        if own is None or not is_ours or own[0].shape[-2] < length + more:
+        if own is None or not is_ours or own[0].shape[-2] < length + more or is_read_only(own[0]):
             capacity = length + more + max(STEP, (length + more) // 2)
             made = [new_buffer(part, capacity, part.dtype) for part in held]
             for new, part in zip(made, held, strict=True):

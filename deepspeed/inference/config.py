@@ -240,6 +240,18 @@ class DeepSpeedInferenceConfig(Section):
                 "a recorded forward cannot wait for other ranks",
                 "Set enable_cuda_graph to false, or run on one rank.",
             )
+        older = self.checkpoint_config
+        for key, old_key, given, old in (
+            ("checkpoint", "checkpoint_dir", self.checkpoint, older.checkpoint_dir),
+            ("base_dir", "base_dir", self.base_dir or None, older.base_dir or None),
+            ("save_mp_checkpoint_path",) * 2 + (self.save_mp_checkpoint_path, older.save_mp_checkpoint_path),
+        ):
+            if given is not None and old is not None and str(given) != str(old):
+                yield Problem(
+                    (key, f"checkpoint_config.{old_key}"),
+                    f"{key} says {given!r}, and both say the same thing",
+                    f"Give {key} alone.",
+                )
         yield from self._rules_of_streams()
 
     def _rules_of_streams(self) -> Iterator[Problem]:

@@ -85,7 +85,7 @@ def _from_folder(folder: Path, rank: int, tp_size: int) -> Weights | Parts:
 
 def _indexed(folder: Path, name: str) -> list[Path]:
     content = _read_json(folder / name)
-    of_names = content.get("weight_map")
+    of_names = content.get("weight_map") if isinstance(content, Mapping) else None
     if not isinstance(of_names, Mapping) or not all(isinstance(file, str) for file in of_names.values()):
         raise CheckpointError(f"{folder / name} has no weight_map of names to files.")
     files = list(dict.fromkeys(check_name(file, str(folder / name)) for file in of_names.values()))
@@ -144,7 +144,9 @@ def _from_json(content: Any, base: Path, what: str, rank: int, tp_size: int) -> 
 def _parts(
     content: Mapping[str, Any], files: Mapping[str, Any], folder: Path, what: str, rank: int, size: int
 ) -> Parts:
-    stated = int(content.get("tp_size", content.get("mp_size", 1)))
+    stated = content.get("tp_size", content.get("mp_size", 1))
+    if not isinstance(stated, int):
+        raise DeepSpeedConfigError(f"{what} has tp_size = {stated!r}, which is no whole number.")
     if stated != size:
         raise DeepSpeedConfigError(
             f"{what} was saved for tp_size = {stated}, and this run has {size}.\n"

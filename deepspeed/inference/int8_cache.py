@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer, EncoderDecoderCache
 
-from deepspeed.inference.cache import STEP, new_buffer
+from deepspeed.inference.cache import STEP, is_read_only, new_buffer
 from deepspeed.kernels.reference.quantize import Quantized
 from deepspeed.kernels.table import pick
 from deepspeed.utils.errors import DeepSpeedError
@@ -82,7 +82,7 @@ class Int8Layer(DynamicLayer):
     def room(self, more: int) -> _Parts:
         """The buffers, with room for so many positions more."""
         assert self.parts is not None, "the first update makes them"
-        if self.parts[0].shape[2] < self.length + more:
+        if self.parts[0].shape[2] < self.length + more or is_read_only(self.parts[0]):
             capacity = self.length + more + max(STEP, (self.length + more) // 2)
             self._replace(lambda part: _grown(part, self.length, capacity))
         return self.parts

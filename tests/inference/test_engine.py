@@ -281,3 +281,11 @@ def test_one_value_in_two_spellings_is_one_value() -> None:
     assert engine._config.dtype is torch.float32
     with pytest.raises(ValueError, match="but its config says dtype = 'fp32'"):
         deepspeed.init_inference(build("llama"), {"dtype": "fp32"}, dtype=torch.bfloat16)
+
+
+def test_newer_and_older_places_of_a_checkpoint_have_one_value() -> None:
+    older = {"checkpoint_dir": "elsewhere", "base_dir": "there", "save_mp_checkpoint_path": "out"}
+    newer = {"checkpoint": "here", "base_dir": "here", "save_mp_checkpoint_path": "here"}
+    for (key, value), (old_key, old) in zip(newer.items(), older.items(), strict=True):
+        with pytest.raises(DeepSpeedConfigError, match=f"both say the same thing.*\\n.*Give {key} alone"):
+            deepspeed.init_inference(build("gpt2"), **{key: value}, checkpoint_config={old_key: old})

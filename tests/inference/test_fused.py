@@ -266,3 +266,17 @@ def test_hooks_adapters_new_weights_and_copies_are_not_passed_by() -> None:
     assert num_fused(engine) == 3
     engine.destroy()
     assert "forward" not in engine.module.model.__dict__
+
+
+@pytest.mark.parametrize("cache", ["model", "int8"])
+def test_a_cache_of_inference_mode_goes_on_outside_of_it(cache: str) -> None:
+    engine = deepspeed.init_inference(build("llama", **SIZES), dtype="fp32", kv_cache={"dtype": cache})
+    greedy = {"max_new_tokens": 6, "do_sample": False, "return_dict_in_generate": True}
+
+    def in_two(mode: Any) -> torch.Tensor:
+        with mode():
+            first = engine.generate(**prompts("alone"), **greedy)
+        words = torch.cat([first.sequences.clone(), torch.tensor([[5, 6]])], 1)
+        return engine.generate(words, past_key_values=first.past_key_values, **greedy).sequences
+
+    assert torch.equal(in_two(torch.inference_mode), in_two(torch.no_grad))

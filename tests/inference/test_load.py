@@ -259,6 +259,14 @@ def test_what_is_damaged_or_does_not_fit_loads_nothing(tmp_path: Path) -> None:
     refused(CheckpointError, "lacks 9 tensors of LlamaForCausalLM: model.layers.2", num_hidden_layers=3)
     shard.unlink()
     refused(CheckpointError, f"lacks {shard.name}, which its model.safetensors.index.json names")
+    (tmp_path / "model.safetensors.index.json").write_text("[]")
+    refused(CheckpointError, "model.safetensors.index.json has no weight_map of names to files")
+    (tmp_path / "text.pt").write_text("no weights")
+    with pytest.raises(CheckpointError, match="it is damaged, or not what torch.save writes"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path / "text.pt"))
+    parts = {"tp_size": "two", "checkpoints": {"non_tp": ["a.pt"], "tp": ["b.pt"]}}
+    with pytest.raises(DeepSpeedConfigError, match="has tp_size = 'two', which is no whole number"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=parts)
     with pytest.raises(CheckpointError, match="there is no checkpoint .*nowhere, and no model of that name"):
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path / "nowhere"))
     megatron = {"type": "Megatron", "checkpoints": ["a.pt", "b.pt"]}
