@@ -1,7 +1,7 @@
 """Decoding in one compiled call per token, for decoders built as Llama is: put beneath Hugging Face's own forward and generate.
 
 Called by the engine after a model was loaded and quantized. `fuse` describes the layers to `kernels.native_decode` and takes the place
-of the inner model's forward: one new token of up to 8 sequences, without gradients, over a dynamic cache, goes through the
+of the inner model's forward: one new token of up to 32 sequences, without gradients, over a dynamic cache, goes through the
 compiled layers; prompts, and everything else, through the forward that was there.
 
 Invariant: logits are the unfused ones to rounding (fp32). Where a model, a weight or a device does not fit, nothing is changed, and

@@ -15,8 +15,8 @@ from torch import Tensor
 from deepspeed.kernels import native
 from deepspeed.kernels.reference.quantize import Quantized
 
-MAX_ROWS = 8
-"""Rows of x up to which a weight is read once for all of them; above, torch's blocked products are faster."""
+MAX_ROWS = 32
+"""Rows of x up to which these loops are faster than torch's blocked products, for which integers have to be made whole (benchmarks/README.md)."""
 MAX_GROUP = 4096
 """Elements that may share a scale; the loops take up to 512 of them at a time, whose products fit in 32 bits."""
 

@@ -86,6 +86,16 @@ def test_quantized_weights_are_read_as_they_rest(dtype: str) -> None:
     assert torch.equal(ours, theirs) and num_fused(engine) == 7
 
 
+@pytest.mark.parametrize(("batch", "steps"), [(32, 3), (33, 0)])
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_as_many_sequences_as_loops_are_faster_for_take_the_compiled_step(dtype: str, batch: int, steps: int) -> None:
+    engine, plain = pair("llama", dtype)
+    ids = torch.randint(3, 90, (batch, 5), generator=torch.Generator().manual_seed(0))
+    options: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(engine.generate(ids, **options), plain.generate(ids, **options))
+    assert num_fused(engine) == steps
+
+
 @pytest.mark.parametrize("how", ["beams", "sampled", "static cache", "assisted", "custom cache", "right", "long"])
 def test_caches_that_are_reordered_cropped_or_of_other_kinds(how: str) -> None:
     from transformers import DynamicCache
