@@ -74,7 +74,7 @@ def quantize_model(
         f"{prefix}.{name} {list(param.shape)}"
         for prefix, layer in model.named_modules()
         for name, param in layer.named_parameters(recurse=False)
-        if param.dim() == 3 and not hasattr(layer, "kernel_size")
+        if param.dim() == 3 and len(param) > 1 and not hasattr(layer, "kernel_size")
     ]
     if not count and not any(isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) for layer in model.modules()):
         raise DeepSpeedConfigError(

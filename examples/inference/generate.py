@@ -61,6 +61,14 @@ def answer(engine: Any, tokenizer: Any, text: str, num_tokens: int) -> str:
     return str(tokenizer.decode(found, skip_special_tokens=True))
 
 
+def _asked() -> str:
+    """A line from the terminal; empty where it ends."""
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
 def main() -> None:
     """See the module's text."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -81,7 +89,7 @@ def main() -> None:
         parser.error("--chat reads one terminal, so it is for one rank")
     said = ""
     print("an empty line ends the conversation")
-    while line := input("> "):
+    while line := _asked():
         said += line + "\n"
         found = answer(engine, tokenizer, said, args.tokens)
         said += found + "\n"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import io
 import sys
 from pathlib import Path
 from typing import Any
@@ -37,3 +38,11 @@ def test_it_converses_until_an_empty_line(monkeypatch: pytest.MonkeyPatch, capsy
     run(monkeypatch, "--chat", "--dtype", "int8")
     out, err = capsys.readouterr()
     assert "an empty line ends" in out and err.count("4 tokens") == 2
+
+
+def test_a_conversation_ends_where_its_input_does(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("hello"))
+    run(monkeypatch, "--chat")
+    assert capsys.readouterr().err.count("4 tokens") == 1

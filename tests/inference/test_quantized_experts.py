@@ -117,3 +117,16 @@ def over_ranks(rank: int, world_size: int) -> list[float]:
 def test_streamed_spread_and_cut_experts_are_quantized_and_say_what_whole_ones_say() -> None:
     for found in run_ranks(2, over_ranks):
         assert max(found) <= 1e-5
+
+
+def test_layers_that_stay_whole_are_named_in_a_warning_and_tokens_of_a_picture_are_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    said: list[str] = []
+    monkeypatch.setattr("deepspeed.quant.replace.warn_once", said.append)
+    stack = nn.Module()
+    stack.up = nn.Parameter(torch.zeros(2, 4, 4))
+    stack.token = nn.Parameter(torch.zeros(1, 1, 4))
+    model = nn.Sequential(nn.Linear(32, 8), nn.Linear(7, 8), nn.Conv1d(2, 2, 3), stack)
+    deepspeed.init_inference(model, dtype="int8")
+    assert said == ["2 layers of Sequential stay as they are, not quantized: 1, 3.up [2, 4, 4]."]
