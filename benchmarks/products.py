@@ -28,7 +28,7 @@ from torch import Tensor
 from deepspeed.kernels import native, native_products
 from deepspeed.kernels.native_attention import decode_attention
 from deepspeed.kernels.native_quantize import dequantize, quantize
-from deepspeed.kernels.pages import gather_in_large_pages, in_large_pages
+from deepspeed.kernels.pages import empty_rows, gather_in_large_pages, in_large_pages
 
 WIDTH = 2048
 DIM = 128
@@ -36,7 +36,16 @@ DIM = 128
 
 def laid(tensor: torch.Tensor) -> torch.Tensor:
     """A copy in large pages from the first write on, and what is left without one gathered."""
-    copy = in_large_pages(torch.empty_like(tensor)).copy_(tensor)
+    return _copied(tensor, torch.empty_like(tensor))
+
+
+def laid_rows(tensor: torch.Tensor) -> torch.Tensor:
+    """As `laid`, where an engine's cache would begin."""
+    return _copied(tensor, empty_rows(tensor.shape, tensor, tensor.dtype))
+
+
+def _copied(tensor: torch.Tensor, to: torch.Tensor) -> torch.Tensor:
+    copy = in_large_pages(to).copy_(tensor)
     gather_in_large_pages([copy])
     return copy
 
@@ -111,7 +120,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
         shape = cache[0].shape
         arguments = {"keys": k.values.view(shape), "values": v.values.view(shape),
                      "key_scales": k.scales.view(shape[:3]), "value_scales": v.scales.view(shape[:3])}  # fmt: skip
-        arguments = {one: laid(tensor) for one, tensor in arguments.items()}
+        arguments = {one: laid_rows(tensor) for one, tensor in arguments.items()}
 
         def torchs() -> object:
             keys, values = (dequantize(one).view(shape) for one in (k, v))
@@ -120,7 +129,7 @@ def attention(dtype: torch.dtype, heads: int, nbytes: int) -> Case:
         return Case(
             name, list(arguments.values()), lambda: decode_attention(query, scale=DIM**-0.5, **arguments), torchs
         )
-    keys, values = (laid(one.to(dtype)) for one in cache)
+    keys, values = (laid_rows(one.to(dtype)) for one in cache)
     low = query.to(dtype)
     return Case(name, [keys, values], lambda: decode_attention(low, keys, values, scale=DIM**-0.5),
                 lambda: F.scaled_dot_product_attention(low.unsqueeze(2), keys, values, enable_gqa=True))  # fmt: skip

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
-from deepspeed.kernels.pages import in_large_pages
+from deepspeed.kernels.pages import empty_rows, in_large_pages
 
 STEP = 256
 """Positions that a buffer grows by at least; it grows by half where that is more."""
@@ -29,7 +29,7 @@ _LARGE_HEAD = 4 << 20
 
 def new_buffer(part: Tensor, capacity: int, dtype: torch.dtype) -> Tensor:
     """[batch, heads, capacity, ...] unwritten, after a part [batch, heads, positions, ...]."""
-    made = part.new_empty(*part.shape[:2], capacity, *part.shape[3:], dtype=dtype)
+    made = empty_rows((*part.shape[:2], capacity, *part.shape[3:]), part, dtype)
     return in_large_pages(made) if made.stride(1) * made.itemsize >= _LARGE_HEAD else made
 
 

@@ -39,3 +39,11 @@ def test_memory_that_is_refused_or_shared_stays(monkeypatch: pytest.MonkeyPatch,
     assert pages.gather_in_large_pages([torch.ones(2 << 20), torch.ones(2 << 20).share_memory_(), mapped]) == 0
     monkeypatch.setattr(pages, "_madvise", lambda: None)
     assert pages.gather_in_large_pages([torch.ones(2 << 20)]) == 0
+
+
+def test_rows_of_a_cache_begin_at_multiples_of_their_bytes() -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.int8):
+        for like in (torch.ones(2, 3), torch.ones(2, 3, device="meta")):
+            made = pages.empty_rows((2, 3, 5, 128), like, dtype)
+            assert made.shape == (2, 3, 5, 128) and made.is_contiguous() and made.dtype is dtype
+            assert made.device == like.device and made.data_ptr() % 256 == 0
