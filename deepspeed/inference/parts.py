@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from deepspeed.parallel.tensor.layers import ColumnLinear, Part, RowLinear, VocabEmbedding, check_ids, part_of
+from deepspeed.parallel.tensor.layers import (
+    ColumnLinear,
+    ConvColumn,
+    ConvRow,
+    Part,
+    RowLinear,
+    VocabEmbedding,
+    check_ids,
+    part_of,
+)
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear, QuantizedWeight
 from deepspeed.quant.replace import Make
 
@@ -80,6 +89,8 @@ def _bias(layer: nn.Module) -> Tensor | None:
 MAKE: dict[type[nn.Module], Make] = {
     ColumnLinear: lambda layer, weight: QuantizedColumn(weight, _bias(layer), part_of(layer)),
     RowLinear: lambda layer, weight: QuantizedRow(weight, _bias(layer), part_of(layer)),
+    ConvColumn: lambda layer, weight: QuantizedColumn(weight, _bias(layer), part_of(layer)),
+    ConvRow: lambda layer, weight: QuantizedRow(weight, _bias(layer), part_of(layer)),
     VocabEmbedding: lambda layer, weight: QuantizedVocabEmbedding(weight, None, part_of(layer)),
 }
 """By the exact class of a layer, what takes its place."""

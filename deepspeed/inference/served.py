@@ -37,7 +37,7 @@ LOOK_S = 0.5
 """Between looks whether anybody has failed."""
 TELL_S = 0.02
 """Between words of where a rank is, once somebody has."""
-UNHEARD_S = 3.0
+UNHEARD_S = 15.0
 """After so long without a word a rank is done, or has not begun."""
 PATIENCE_S = 60.0
 """How long a rank that failed goes on with the others."""

@@ -19,7 +19,6 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.accelerator import get_accelerator
 from deepspeed.comm.init import init_distributed
@@ -31,11 +30,12 @@ from deepspeed.mesh import Mesh, data_parallel_mesh
 from deepspeed.mesh.door import tensor_coordinate
 from deepspeed.mesh.mesh import world_size
 from deepspeed.parallel.tensor.apply import PARSED, Drawn, carry_out, draw
-from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found
+from deepspeed.parallel.tensor.choose import Chosen, Decision, Wishes, require_found, tell_fused
 from deepspeed.parallel.tensor.collectives import TensorGroup
 from deepspeed.parallel.tensor.inputs import INCONSISTENT, check_first_forward, digest
+from deepspeed.parallel.tensor.layers import is_linear
 from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
-from deepspeed.parallel.tensor.rules import Action, has_unknown_layout
+from deepspeed.parallel.tensor.rules import Action
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import log_dist
 
@@ -45,11 +45,12 @@ _WHOLE = re.compile(r"(mlp\.gate|block_sparse_moe\.gate|shared_expert_gate|route
 _POLICY = "Give init_inference an injection_policy, {LayerClass: names of the layers whose outputs are summed}, or run it on one rank."
 _ALONE = "Run it on one rank."
 _CURES: Mapping[Why, str] = {
-    Why.FAMILY: _POLICY,
+    Why.FAMILY: _ALONE,  # of the types that are refused, LED does not run by a policy either
     Why.NOTHING: _POLICY,
     Why.PLAN: _POLICY,
     Why.FUSED: _ALONE,  # a policy cannot tell the order either
     Why.KIND: _ALONE,
+    Why.KEYS: "Choose a size of at most as many, or run it on one rank.",
     Why.SHARED: _ALONE,
     Why.NORM: _ALONE,
     Why.REPLACED: "Have its class's forward back before init_inference, or run it on one rank.",
@@ -170,7 +171,7 @@ def decide(module: nn.Module, config: DeepSpeedInferenceConfig, ranks: Ranks) ->
             f"{type(module).__name__} is cut over ranks already.\n  Give init_inference the whole model."
         )
     policy = config.injection_policy
-    wishes = Wishes(grain=config.tensor_parallel.tp_grain_size, size_key="tensor_parallel.tp_size")
+    wishes = Wishes(grain=config.tensor_parallel.tp_grain_size, size_key="tensor_parallel.tp_size", copies_shared=True)
     try:
         chosen, drawn = draw(module, ranks.tensor, wishes, None if policy is None else _by_policy(module, policy))
         require_found(module, [chosen])
@@ -189,28 +190,18 @@ def cut(module: nn.Module, ranks: Ranks, decided: Decided) -> None:
 
 def _by_policy(module: nn.Module, policy: Any) -> Chosen:
     rows = set(row_names(module, policy))
-    model_type = getattr(getattr(module, "config", None), "model_type", None)
     decisions: dict[str, Decision] = {}
     for prefix, block in module.named_modules():
         is_named = isinstance(block, tuple(policy))
         for name, layer in block.named_modules() if is_named else ():
             full = f"{prefix}.{name}".lstrip(".")
-            if (
-                isinstance(layer, nn.Linear)
-                and not isinstance(layer, NonDynamicallyQuantizableLinear)
-                and not _WHOLE.search(full)
-            ):
+            if is_linear(layer) and not _WHOLE.search(full):
                 decisions[full] = Decision(Action.ROW if full in rows else Action.COLUMN)
-    odd = [name for name, d in decisions.items() if d.action is Action.COLUMN and has_unknown_layout(name, model_type)]
-    if odd:
-        raise CutRefusedError(
-            Why.FUSED,
-            f"injection_policy: {odd[0]} is several layers in one, and nothing says how its rows are ordered.",
-            _ALONE,
-        )
     if not any(d.action is Action.ROW for d in decisions.values()):
         raise DeepSpeedConfigError(
             f"injection_policy names {', '.join(sorted(rows))}, none of which is a linear layer that can be cut over ranks.\n"
             "  Name the layers whose outputs are summed."
         )
-    return Chosen("injection_policy", decisions)
+    chosen = Chosen("injection_policy", decisions)
+    tell_fused(module, chosen)
+    return chosen

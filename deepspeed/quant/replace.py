@@ -179,8 +179,8 @@ def _by_weight(model: nn.Module) -> Iterator[tuple[list[str], list[tuple[nn.Modu
 
 
 def _is_conv1d(layer: nn.Module) -> bool:
-    """Hugging Face's linear layer with a transposed weight."""
-    return type(layer).__name__ == "Conv1D" and hasattr(layer, "nf")
+    """Hugging Face's linear layer with a transposed weight, or a rank's part of one."""
+    return type(layer).__name__ in ("Conv1D", "ConvColumn", "ConvRow") and hasattr(layer, "nf")
 
 
 def _is_embedding(layer: nn.Module) -> bool:

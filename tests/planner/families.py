@@ -29,6 +29,10 @@ def make(family: str, layers: int = 3) -> Any:
         return hf.MixtralForCausalLM(hf.MixtralConfig(**llama, num_local_experts=4, num_experts_per_tok=2))
     if family == "switching":
         return hf.MixtralForCausalLM(hf.MixtralConfig(**llama, num_local_experts=4, num_experts_per_tok=1))
+    if family == "untold":  # of a type whose layers cannot be told
+        model = make("gpt2", layers)
+        model.config.model_type = "fsmt"
+        return model
     if family == "gpt2":
         sizes = {"n_embd": 32, "n_layer": layers, "n_head": 4, "n_positions": 32}
         return hf.GPT2LMHeadModel(

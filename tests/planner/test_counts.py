@@ -36,7 +36,7 @@ SHARED: list[tuple[str, int, dict[str, Any]]] = [
     ("sp2 recompute", 2, {**SEQUENCE, **AGAIN}),
     ("tp2 sp2", 4, {**TENSOR, **SEQUENCE}),
 ]
-REFUSED = {"gpt2": "tp", "t5": "sp"}
+REFUSED = {"untold": "tp", "t5": "sp"}
 """Dims that the engine refuses to a family, and no plan offers."""
 
 
@@ -186,7 +186,7 @@ def test_a_way_that_the_shape_does_not_know_is_refused_by_name() -> None:
     ):
         messages_inside(planned("llama"), Layout(tp=4, recompute=True))
     with pytest.raises(DeepSpeedError, match="cannot be divided as tp2, the engine refuses it: AutoTP not supported"):
-        messages_inside(planned("gpt2"), Layout(tp=2))
+        messages_inside(planned("untold"), Layout(tp=2))
 
 
 def test_no_plan_offers_what_the_engine_refuses() -> None:

@@ -39,6 +39,7 @@ from deepspeed.parallel.tensor.layers import (
     RowLinear,
     VocabEmbedding,
     WidthEmbedding,
+    is_conv1d,
     kind_for,
     turn,
 )
@@ -335,18 +336,17 @@ class _Plan:
         weight = module.weight
         around = self._attention(name) if decision.action in (*_COLUMNS, *_ROWS) else None
         heads = around[1] if around is not None else None
-        size = int(_shape(weight)[0 if is_column else 1])
+        dim = int(is_column is is_conv1d(module))
+        size = int(_shape(weight)[dim])
         is_fused = name.rpartition(".")[2] in FUSED_NAMES and decision.action is Action.COLUMN
-        if heads is not None and heads.copies_kv and is_fused:
-            raise DeepSpeedConfigError(
-                f"{name} has {heads.num_kv} key heads in one layer with their queries, fewer than {self.wishes.size_key} = "
-                f"{self.ranks.size}.\n  Choose a size of at most {heads.num_kv}."
-            )
+        num_shared = 2 if self.wishes.copies_shared and heads is not None and heads.num_kv == 1 else 0
+        if heads is not None and heads.copies_kv and is_fused and not num_shared:
+            raise _few_keys(name, heads, self.wishes.size_key)
         if heads is not None and decision.action is Action.COLUMN and heads.copies_kv and _is_kv(name):
             self._copied_head(module, heads)
         else:
             blocks = heads.num_blocks if heads is not None and decision.action in (Action.COLUMN, Action.ROW) else 1
-            cut = self._cut(size, 0 if is_column else 1, decision.parts, blocks, name)
+            cut = self._cut(size, dim, decision.parts, blocks, name, num_shared=num_shared if is_fused else 0)
             self._want(weight, cut, name)
             if module.bias is not None and is_column:
                 self._want(module.bias, Cut(0, cut.ranges), name)
@@ -385,16 +385,28 @@ class _Plan:
                 return (around, heads) if heads is not None else None
         return None
 
-    def _cut(self, size: int, dim: int, parts: int | tuple[int, ...], blocks: int, name: str, grain: int = 1) -> Cut:
+    def _cut(
+        self,
+        size: int,
+        dim: int,
+        parts: int | tuple[int, ...],
+        blocks: int,
+        name: str,
+        grain: int = 1,
+        num_shared: int = 0,
+    ) -> Cut:
+        """`num_shared`: of how many parts, the last ones, every rank has all."""
         sizes = (size // parts,) * parts if isinstance(parts, int) else _filled(parts, size)
         if sum(sizes) != size:
             raise DeepSpeedConfigError(f"{name} has {size} indices, which are not the parts {parts} of its rule.")
         of_ranks = []
         for rank in range(self.ranks.size):
             start, ranges = 0, []
-            for part in sizes:
+            for number, part in enumerate(sizes):
                 low, high = (
-                    cuts.blocks(part, blocks, self.ranks.size, rank)
+                    (0, part)
+                    if number >= len(sizes) - num_shared
+                    else cuts.blocks(part, blocks, self.ranks.size, rank)
                     if blocks > 1 and part % blocks == 0
                     else cuts.even(part, self.ranks.size, rank, max(self.wishes.grain, grain))
                 )
@@ -497,6 +509,16 @@ def _filled(parts: tuple[int, ...], size: int) -> tuple[int, ...]:
 def _is_kv(name: str) -> bool:
     parts = name.split(".")
     return any(part in _KEY_OR_VALUE for part in parts[-3:])
+
+
+def _few_keys(name: str, heads: Heads, size_key: str) -> CutRefusedError:
+    return CutRefusedError(
+        Why.KEYS,
+        f"{name} has {heads.num_kv} key heads in one layer with their queries, fewer than {size_key} = {heads.num_ranks}.",
+        f"Choose a size of at most {heads.num_kv}."
+        if heads.num_kv > 1
+        else "Give tensor_parallel.partition_config, with partition_type skip for the layers of that attention.",
+    )
 
 
 def _per_head(name: str, what: str) -> CutRefusedError:

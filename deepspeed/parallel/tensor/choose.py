@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from deepspeed.parallel.tensor import rules
+from deepspeed.parallel.tensor.layers import is_conv1d, is_linear, widths
 from deepspeed.parallel.tensor.refusal import CutRefusedError, Why
 from deepspeed.parallel.tensor.rules import Action, Spec
 from deepspeed.utils.errors import DeepSpeedConfigError
@@ -39,6 +39,8 @@ class Wishes:
     """Ranks have some tokens each between layers."""
     size_key: str = "tensor_parallel.autotp_size"
     """What the number of ranks is called where the user says it."""
+    copies_shared: bool = False
+    """Of a fused layer with one key and one value for all queries, those may be on every rank: in a model that does not train."""
     is_part: bool = False
     """The model is a stage's layers: what a rule names may be on another stage."""
 
@@ -75,7 +77,7 @@ def choose(model: nn.Module, wishes: Wishes) -> Chosen:
         planned = _planned(model)
         chosen = _by_plans(planned, wishes) if planned else _by_structure(model, wishes.is_part)
     if chosen.source != PLAN:
-        _refuse_fused(model, chosen)
+        tell_fused(model, chosen)
     return chosen
 
 
@@ -90,7 +92,7 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
             "Numbers are written as *; or give tensor_parallel.partition_config, which takes the plan's place.",
         )
     if unmet:
-        names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))]
+        names = [name for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_conv1d(m)]
         raise DeepSpeedConfigError(
             f"tensor_parallel.partition_config: no layer of {type(model).__name__} matches {list(unmet[0])}.\n"
             "  Patterns are matched from the start of '<full name>.weight'; the first layers are "
@@ -104,12 +106,19 @@ def require_found(model: nn.Module, everyone: Sequence[Chosen]) -> None:
         )
 
 
-def _refuse_fused(model: nn.Module, chosen: Chosen) -> None:
+def tell_fused(model: nn.Module, chosen: Chosen) -> None:
+    """Put into the decisions in what parts fused layers lie, where that is known. Raises CutRefusedError where it is not."""
     config = next((m.config for m in model.modules() if hasattr(m, "config")), None)
+    modules = dict(model.named_modules())
     wider = set(_wider_than_rows(model, chosen)) if chosen.source == STRUCTURE else ()
-    for name, decision in chosen.decisions.items():
+    for name, decision in list(chosen.decisions.items()):
         is_whole = decision.parts == 1 and decision.action in (Action.COLUMN, Action.COLUMN_GATHERED)
-        if name in wider or (is_whole and rules.has_unknown_layout(name, config)):
+        if not is_whole or not is_linear(modules[name]):
+            continue
+        parts = None if name in wider else rules.fused_parts(name, config, *widths(modules[name]))
+        if parts is not None:
+            chosen.decisions[name] = replace(decision, parts=parts)
+        else:
             raise CutRefusedError(
                 Why.FUSED,
                 f"{name} is several layers in one, and its {chosen.source} does not say how its rows are ordered: cut as one, "
@@ -126,17 +135,12 @@ def _wider_than_rows(model: nn.Module, chosen: Chosen) -> Iterator[str]:
     for name in chosen.decisions:
         of_parents.setdefault(name.rpartition(".")[0], []).append(name)
     for names in of_parents.values():
-        widths = {chosen.decisions[name].action: _widths(modules[name]) for name in names}
-        if len(names) == 2 and set(widths) == {Action.COLUMN, Action.ROW}:
-            given, taken = widths[Action.COLUMN][1], widths[Action.ROW][0]
+        wide = {chosen.decisions[name].action: widths(modules[name]) for name in names if is_linear(modules[name])}
+        if len(names) == 2 and set(wide) == {Action.COLUMN, Action.ROW}:
+            given, taken = wide[Action.COLUMN][1], wide[Action.ROW][0]
             column = next(name for name in names if chosen.decisions[name].action is Action.COLUMN)
             if given > taken and given % taken == 0 and column.rpartition(".")[2] not in rules.FUSED_NAMES:
                 yield column
-
-
-def _widths(layer: Any) -> tuple[int, int]:
-    """Inputs and outputs."""
-    return layer.in_features, layer.out_features
 
 
 # Specs. --------------------------------------------------------------------------------------------------------------
@@ -148,7 +152,7 @@ def _by_specs(model: nn.Module, wishes: Wishes) -> Chosen:
         defaults = rules.PRESETS[wishes.preset]
     for spec in wishes.specs:
         rules.check_shape(spec)
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding))}
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Linear, nn.Embedding)) or is_conv1d(m)}
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     own = rules.by_specs(wishes.specs, layers, model_type)
     unmet = tuple(
@@ -259,11 +263,7 @@ def _linears(block_name: str, block: nn.Module) -> list[tuple[str, str | None]]:
     names = [(f"{block_name}.{name}", m) for name, m in block.named_modules() if name]
     leaves = [(name, m) for name, m in names if not list(m.children())]
     following = zip(leaves, [*leaves[1:], None], strict=False)
-    return [
-        (name, _kind_name(after))
-        for (name, module), after in following
-        if isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    ]
+    return [(name, _kind_name(after)) for (name, module), after in following if is_linear(module)]
 
 
 def _of_block(actions: dict[str, Action]) -> dict[str, Action]:

@@ -29,7 +29,7 @@ _Q_ATTRIBUTES = (
     "num_heads num_attention_heads n_heads n_head nh num_q_heads attn_heads attention_heads n_local_heads".split()
 )
 _KV_ATTRIBUTES = "num_key_value_heads num_kv_heads n_kv_heads kv_heads n_head_kv".split()
-_BIASES = ("alibi", "position_bias")
+_BIASES, _MASK = ("alibi", "position_bias"), "attention_mask"
 _WIDTHS = "all_head_size embed_dim d_model inner_dim hidden_size split_size".split()
 
 
@@ -111,7 +111,9 @@ def _by_config(module: nn.Module, config: Any) -> tuple[int | None, int | None]:
 
 
 def _kv_by_layers(module: nn.Module, num_q: int) -> int | None:
-    """The heads of keys, where layers of queries and keys stand side by side: their widths tell."""
+    """The heads of keys, where layers of queries and keys stand side by side: their widths tell; or all queries share one."""
+    if getattr(module, "multi_query", False) is True and not getattr(module, "new_decoder_architecture", False):
+        return 1
     for query, key in (("q_proj", "k_proj"), ("query", "key"), ("q", "k")):
         widths = [getattr(getattr(module, name, None), "out_features", None) for name in (query, key)]
         if all(isinstance(width, int) and width for width in widths):
@@ -158,15 +160,19 @@ def narrow(module: nn.Module, heads: Heads, rank: int) -> None:
 
 
 def own_bias(heads: Heads, rank: int, module: nn.Module, args: Any, kwargs: Any) -> tuple[Any, Any]:
-    """A hook before an attention: of a bias for all heads, [batch * heads, 1, keys] or [heads, queries, keys], the rank's."""
+    """A hook before an attention: of a bias for all heads, [batch * heads, 1, keys] or [heads, queries, keys], or in a mask
+    [batch, heads, queries, keys], the rank's."""
 
-    def own(value: Any) -> Any:
+    def own(name: str, value: Any) -> Any:
+        if name == _MASK:
+            is_for_each = isinstance(value, Tensor) and value.dim() == 4 and value.shape[1] == heads.num_q > 1
+            return value[:, slice(*heads.own_q(rank))] if is_for_each else value
         if not isinstance(value, Tensor) or value.dim() != 3 or value.shape[0] % heads.num_q:
             return value
         start, stop = heads.own_q(rank)
         return value.unflatten(0, (-1, heads.num_q))[:, start:stop].flatten(0, 1)
 
-    return args, {name: own(value) if name in _BIASES else value for name, value in kwargs.items()}
+    return args, {name: own(name, value) if name in (*_BIASES, _MASK) else value for name, value in kwargs.items()}
 
 
 def _is_product(module: nn.Module, width: int, num_q: int) -> bool:

@@ -6,6 +6,7 @@ class and its parameters' memory change. Which indices are held is the parameter
     ColumnLinear     rows of the weight        [.., in]  -> [.., out/t], or all of out where `gathers`
     HeadLinear       the whole weight          [.., in]  -> the heads that this rank's queries need (fewer kv heads than ranks)
     RowLinear        columns of the weight     [.., in/t] (or [.., in] where `splits`) -> [.., out]
+    ConvColumn, ConvRow    both of Transformers' `Conv1D`, whose weight is [in, out]
     VocabEmbedding   rows of the table         ids -> [.., width]
     WidthEmbedding   columns of the table      ids -> [.., width]
 
@@ -17,6 +18,7 @@ After Megatron-LM (arXiv:1909.08053), sec. 3.
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +134,64 @@ class RowLinear(nn.Linear):
         return f"{super().extra_repr()}, {_share(self)}"
 
 
+class ConvColumn(nn.Module):
+    """Some of the outputs of a `Conv1D`, whose weight is [in, out]."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in] whole -> [.., out of this rank], or [.., out]."""
+        part = part_of(self)
+        out = F.linear(part.enter(x), self.weight.t(), self.bias)
+        if not part.gathers:
+            return out
+        part.ranks.forget()
+        return part.ranks.gather(out, part.lengths)
+
+    def extra_repr(self) -> str:
+        """How much of the layer this rank has."""
+        return _share(self)
+
+
+class ConvRow(nn.Module):
+    """Some of the inputs of a `Conv1D`; the bias is whole on every rank, and added after the sum."""
+
+    weight: Tensor
+    bias: Tensor
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[.., in of this rank], or [.., in] where it is split here -> [.., out] whole."""
+        part = part_of(self)
+        if part.splits:
+            x = part.ranks.split(x, part.lengths)
+        return part.leave(F.linear(x, self.weight.t())) + self.bias
+
+    def extra_repr(self) -> str:
+        """How much of the layer this rank has."""
+        return _share(self)
+
+
+_TRANSPOSED: Mapping[type[nn.Module], type[nn.Module]] = {ColumnLinear: ConvColumn, RowLinear: ConvRow}
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether it is Transformers' linear layer with a transposed weight."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf")
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether it is a linear layer of some kind, that calls its own product."""
+    return (isinstance(module, nn.Linear) and not isinstance(module, NonDynamicallyQuantizableLinear)) or is_conv1d(
+        module
+    )
+
+
+def widths(layer: Any) -> tuple[int, int]:
+    """Inputs and outputs of a linear layer."""
+    return (layer.nx, layer.nf) if is_conv1d(layer) else (layer.in_features, layer.out_features)
+
+
 class VocabEmbedding(nn.Embedding):
     """Each rank looks up the ids of its range; those of others are zeros."""
 
@@ -192,6 +252,8 @@ def kind_for(module: nn.Module, wanted: type[nn.Module]) -> type[nn.Module] | No
     `nn.MultiheadAttention`, which reads its weight instead of calling it."""
     if "forward" in module.__dict__ or isinstance(module, NonDynamicallyQuantizableLinear):
         return None
+    if is_conv1d(module):
+        return _TRANSPOSED.get(wanted)
     base: Any = nn.Linear if issubclass(wanted, nn.Linear) else nn.Embedding
     own = type(module)
     if own is base or own.__name__ in _PLAIN:

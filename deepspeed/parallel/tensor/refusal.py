@@ -30,6 +30,8 @@ class Why(enum.Enum):
     """A layer computes with something else than its class's forward."""
     SHARED = enum.auto()
     """Two layers share a parameter, and would cut it in different ways."""
+    KEYS = enum.auto()
+    """A fused layer has fewer heads of keys than there are ranks."""
     FIT = enum.auto()
     """What stands between two layers expects the whole."""
     NORM = enum.auto()

@@ -205,7 +205,7 @@ ROW_NAMES = frozenset(
 )
 """Ends of names of layers that write to the residual stream."""
 
-UNSUPPORTED = frozenset("deberta flaubert fsmt gpt2 jetmoe led longformer xlm xlnet".split())
+UNSUPPORTED = frozenset("deberta flaubert fsmt jetmoe led longformer xlm xlnet".split())
 """Model types whose layers cannot be told by their structure."""
 
 
@@ -214,20 +214,32 @@ FUSED_NAMES = frozenset(
 )
 """Last names of layers that are several in one. Consecutive rows of one do not make a part of each."""
 
-FUSED_BY_HEAD = frozenset("bloom gpt_neox persimmon".split())
-"""Model types whose fused attention lies head by head (q, k and v of the first, of the second, ...): whole heads are rows."""
+FUSED_BY_HEAD = frozenset("bloom gpt_neox gpt_neox_japanese persimmon codegen".split())
+"""Model types whose fused attention lies head by head (q, k and v of the first, of the second, ...): whole heads are rows. CodeGen's lies in
+stripes of heads, of which `heads` looks that a rank has whole ones."""
+
+FUSED_IN_PARTS = frozenset("gpt2 imagegpt decision_transformer openai-gpt mpt".split())
+"""Model types whose fused attention lies in parts as wide as its input: all queries, all keys, all values; or keys and values."""
 
 GATES_BEFORE_UPS = ("inkling",)
 """How model types begin whose plan cuts experts' gates and ups as one ("colwise", in Transformers 5.24), though all gates lie before all ups."""
 
 
-def has_unknown_layout(name: str, config: Any) -> bool:
-    """Whether a layer's name says that it is fused, and nothing says how its rows are ordered. `config`: the model's."""
+def fused_parts(name: str, config: Any, width: int, given: int) -> int | tuple[int, ...] | None:
+    """How the outputs of a column called `name` divide: 1 where it is no fused layer, or lies head by head; the number of equal parts, or
+    their sizes; None where its name says that it is fused, and nothing how its rows are ordered. `config`: the model's; `width` and `given`:
+    inputs and outputs."""
     model_type = getattr(config, "model_type", None)
-    is_by_head = model_type in FUSED_BY_HEAD
-    if model_type == "falcon":  # the first 7B has all queries, then one key and one value
-        is_by_head = bool(config.new_decoder_architecture or not config.multi_query)
-    return name.rpartition(".")[2] in FUSED_NAMES and not is_by_head
+    if name.rpartition(".")[2] not in FUSED_NAMES or model_type in FUSED_BY_HEAD:
+        return 1
+    if model_type in FUSED_IN_PARTS and given % width == 0:
+        return given // width
+    if model_type == "falcon" and config.new_decoder_architecture:
+        return 1
+    if model_type in ("falcon", "gpt_bigcode"):  # with one key and one value, those lie behind all queries
+        one = width // config.num_attention_heads
+        return (width, one, one) if config.multi_query else 1
+    return None
 
 
 def is_row(name: str) -> bool:

@@ -13,6 +13,7 @@ _ALL = {**_ROUND, "num_key_value_heads": 6}
 _NONE = dict.fromkeys(("num_key_value_heads", "num_attention_heads", "num_hidden_layers", "hidden_size",
                        "intermediate_size"), "none")
 _GPT: dict[str, Any] = {**_NONE, "n_embd": 48, "n_layer": 2, "n_head": 6, "n_positions": 64, "n_inner": 52}
+_STILL = {"attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 _MLA: dict[str, Any] = {**_ALL, "q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 8, "qk_nope_head_dim": 8, "v_head_dim": 8,
         "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "n_routed_experts": 4, "num_experts_per_tok": 2,
         "moe_intermediate_size": 20, "n_shared_experts": 1, "head_dim": 8}
@@ -58,6 +59,10 @@ FAMILIES: dict[str, tuple[str, dict[str, Any]]] = {
                                          "head_dim": "none", "num_key_value_heads": "none"}),
     "opt": ("opt", {"num_key_value_heads": "none", "hidden_size": 48, "ffn_dim": 52, "num_attention_heads": 6,
                     "word_embed_proj_dim": 48}),
+    "gpt2": ("gpt2", {**_GPT, **_STILL}),
+    "gpt2, five heads": ("gpt2", {**_GPT, **_STILL, "n_embd": 40, "n_head": 5}),
+    "mpt": ("mpt", {**_NONE, "d_model": 48, "n_layers": 2, "n_heads": 6, "max_seq_len": 64}),
+    "gpt_bigcode, several heads": ("gpt_bigcode", {**_GPT, **_STILL, "multi_query": False}),
     "gptj": ("gptj", {**_GPT, "rotary_dim": 4}),
     "codegen": ("codegen", {**_GPT, "n_embd": 64, "n_head": 8, "rotary_dim": 4}),
     "gpt_neo": ("gpt_neo", {**_NONE, "hidden_size": 48, "num_layers": 2, "num_heads": 6, "intermediate_size": 52,

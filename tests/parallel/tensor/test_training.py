@@ -30,6 +30,7 @@ FAMILIES: list[tuple[str, dict[str, Any]]] = [
     ("mixtral", {"num_local_experts": 4, "num_experts_per_tok": 2}),
     ("phi3", {}),
     ("persimmon", {"num_key_value_heads": 4}),
+    families.FAMILIES["gpt2, five heads"],
 ]
 
 
