@@ -172,6 +172,16 @@ def texts(count: int) -> list[str]:
     return lines[:count]
 
 
+def preferences() -> dict[str, list[str]]:
+    """Prompts with a line that follows and one that does not."""
+    lines = texts(96)
+    return {
+        "prompt": lines[:32],
+        "chosen": [f" {x}" for x in lines[32:64]],
+        "rejected": [f" {x}" for x in lines[64:96]],
+    }
+
+
 def trl_arguments(kind: Any, folder: str, deepspeed: Any, **changes: Any) -> Any:
     """A configuration of TRL with the settings of `arguments`."""
     common = {
@@ -225,17 +235,11 @@ def dpo(
     from trl import DPOConfig, DPOTrainer
 
     args = trl_arguments(DPOConfig, folder, config, **changes)
-    lines = texts(96)
-    rows = {
-        "prompt": lines[:32],
-        "chosen": [f" {x}" for x in lines[32:64]],
-        "rejected": [f" {x}" for x in lines[64:96]],
-    }
     trainer = DPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
         ref_model=None if with_lora else AutoModelForCausalLM.from_pretrained(model_folder),
         args=args,
-        train_dataset=Dataset.from_dict(rows),
+        train_dataset=Dataset.from_dict(preferences()),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         peft_config=lora_config() if with_lora else None,
     )

@@ -29,5 +29,7 @@ REASONS = (
     "never sets.",
     'PEFT, an adapter saved with its embedding (`target_modules=["embed_tokens"]`), `PeftModel.from_pretrained` at '
     "ZeRO stage 3: PEFT loads it by `load_state_dict` outside of any gather, which finds shape `(0,)`.",
+    "TRL, `precompute_ref_log_probs` at ZeRO stage 3: TRL hashes the model's weights outside of any gather. Here that is a "
+    "`ShardError`. Load the model before the arguments are made.",
     "PEFT, `TrainableTokens` at ZeRO stage 3: PEFT asks for CUDA by name.",
 )

@@ -9,7 +9,8 @@ import torch
 
 import deepspeed
 from tests.integrations.model_jobs import own_config, speech_config
-from tests.integrations.trainer_jobs import arguments, make_trainer
+from tests.integrations.peft_jobs import preferences, trl_arguments
+from tests.integrations.trainer_jobs import arguments, curve, make_trainer
 
 
 def speech(rank: int, world_size: int, folder: str) -> str:
@@ -32,6 +33,28 @@ def batch_size_search(rank: int, world_size: int, model_folder: str, folder: str
     with pytest.raises(ValueError) as caught:
         make_trainer(model_folder, arguments(folder, config, auto_find_batch_size=True))
     return str(caught.value)
+
+
+def reference_ahead(
+    rank: int, world_size: int, model_folder: str, folder: str, config: Any, *, is_sharded: bool = False
+) -> tuple[str, list[float]]:
+    """TRL's DPO that works out the reference ahead, of a model loaded before the arguments or by them: the words, or the losses."""
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from trl import DPOConfig, DPOTrainer
+
+    model = model_folder if is_sharded else AutoModelForCausalLM.from_pretrained(model_folder)
+    args = trl_arguments(DPOConfig, folder, config, precompute_ref_log_probs=True, max_steps=2)
+    given = {
+        "train_dataset": Dataset.from_dict(preferences()),
+        "processing_class": AutoTokenizer.from_pretrained(model_folder),
+    }
+    try:
+        trainer = DPOTrainer(model=model, args=args, **given)
+    except RuntimeError as error:
+        return str(error), []
+    trainer.train()
+    return "", curve(trainer)
 
 
 def cut_layers_from_file(rank: int, world_size: int, model_folder: str, folder: str, config: Any) -> str:

@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 pytest.importorskip("accelerate")
 
 from tests.integrations import refused_jobs as jobs
-from tests.integrations.common import ds_config, run_job, save_model
+from tests.integrations.common import ds_config, run_job, save_model, save_tokenizer
 from tests.integrations.tensor_jobs import AUTOTP
 
 
@@ -22,6 +22,18 @@ def test_transformers_refuses_the_search_for_a_batch_size_at_stage_3(tmp_path: P
     folder = save_model(tmp_path / "model")
     words = run_job(jobs.batch_size_search, folder, str(tmp_path), ds_config(3))
     assert "`auto_find_batch_size` isn't supported yet with DeepSpeed Zero-3" in words
+
+
+def test_a_reference_worked_out_ahead_wants_a_model_that_was_loaded_before_the_arguments(tmp_path: Path) -> None:
+    pytest.importorskip("trl")
+    folder = save_model(tmp_path / "model")
+    save_tokenizer(folder)
+    (words, _), (_, losses), (_, plain) = (
+        run_job(jobs.reference_ahead, folder, str(tmp_path / "out"), config, world_size=1, is_sharded=is_sharded)
+        for config, is_sharded in ((ds_config(3), True), (ds_config(3), False), (None, False))
+    )
+    assert "is sharded and cannot be used in 'cpu'" in words
+    assert len(losses) == 2 and losses == pytest.approx(plain, rel=2e-5)
 
 
 @pytest.mark.matrix
