@@ -284,3 +284,21 @@ class QuantizedEmbedding(nn.Module):
     def forward(self, indices: Tensor) -> Tensor:
         """[..., embedding_dim]."""
         return self.quantized.rows_at(indices)
+
+
+class QuantizedScaledEmbedding(QuantizedEmbedding):
+    """Hugging Face's word embedding that is multiplied with `embed_scale`, which a script may still set."""
+
+    embed_scale: Tensor | float
+
+    def __init__(self, weight: QuantizedWeight, padding_idx: int | None, embed_scale: Tensor | float) -> None:
+        super().__init__(weight, padding_idx)
+        if isinstance(embed_scale, Tensor):
+            self.register_buffer("embed_scale", embed_scale, persistent=False)
+        else:
+            self.embed_scale = embed_scale
+
+    def forward(self, indices: Tensor) -> Tensor:
+        """[..., embedding_dim]."""
+        rows, scale = super().forward(indices), self.embed_scale
+        return rows * (scale.to(rows.dtype) if isinstance(scale, Tensor) else scale)

@@ -16,7 +16,13 @@ from torch import Tensor, nn
 
 from deepspeed.config.execution import QuantizationSpecConfig
 from deepspeed.mesh import marks
-from deepspeed.quant.linear import NotFiniteError, QuantizedEmbedding, QuantizedLinear, QuantizedWeight
+from deepspeed.quant.linear import (
+    NotFiniteError,
+    QuantizedEmbedding,
+    QuantizedLinear,
+    QuantizedScaledEmbedding,
+    QuantizedWeight,
+)
 from deepspeed.quant.spec import Spec, fitting
 from deepspeed.utils.errors import DeepSpeedConfigError
 from deepspeed.utils.logging import warn_once
@@ -187,11 +193,21 @@ def _is_embedding(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Embedding)
 
 
+def _is_scaled_embedding(layer: nn.Module) -> bool:
+    """Of the many families of Hugging Face's that have it: Gemma, Bart, NLLB and others."""
+    kind = type(layer)
+    return (
+        kind.__name__.endswith("ScaledWordEmbedding")
+        and kind.__module__.startswith("transformers.")
+        and isinstance(getattr(layer, "embed_scale", None), (Tensor, float, int))
+    )
+
+
 def _is_taken(layer: nn.Module, kinds: Mapping[type[nn.Module], Make]) -> bool:
     """Exact classes: a subclass computes something more, and so does a forward that a script has put in."""
-    if (type(layer) is nn.Embedding and layer.max_norm is not None) or "forward" in layer.__dict__:
+    if getattr(layer, "max_norm", None) is not None or "forward" in layer.__dict__:
         return False
-    return type(layer) in kinds or _is_conv1d(layer)
+    return type(layer) in kinds or _is_conv1d(layer) or _is_scaled_embedding(layer)
 
 
 def _weight_of(layer: nn.Module) -> Tensor:
@@ -215,7 +231,12 @@ def _linear(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
 
 def _embedding(layer: nn.Module, weight: QuantizedWeight) -> nn.Module:
     padding = getattr(layer, "padding_idx", None)
-    return QuantizedEmbedding(weight, padding if isinstance(padding, int) else None)
+    padding = padding if isinstance(padding, int) else None
+    if not _is_scaled_embedding(layer):
+        return QuantizedEmbedding(weight, padding)
+    scale = layer.embed_scale
+    assert isinstance(scale, (Tensor, float, int)), "what makes it one"
+    return QuantizedScaledEmbedding(weight, padding, scale)
 
 
 _MAKE: Mapping[type[nn.Module], Make] = {nn.Linear: _linear, nn.Embedding: _embedding}
@@ -252,7 +273,7 @@ def _replace(
             weight.is_transposed = _is_conv1d(first)
             marks.carry_over(first.weight, weight)
             for parent, child, layer in sites:
-                new = kinds.get(type(layer), _linear)(layer, weight)
+                new = kinds.get(type(layer), _embedding if _is_embedding(layer) else _linear)(layer, weight)
                 new.train(layer.training)
                 _keep_hooks(layer, new)
                 setattr(parent, child, new)

@@ -68,6 +68,29 @@ def test_layers_that_a_model_writes_to_itself_stay_as_they_are() -> None:
     assert type(engine.module.rwkv.blocks[2].attention.output) is nn.Linear
 
 
+@pytest.mark.parametrize("family", ["Gemma3", "Bart"])
+def test_a_tied_head_whose_embedding_is_scaled_is_quantized_with_it(family: str) -> None:
+    """The scale is a buffer in the one and a number in the other."""
+    import transformers
+
+    torch.manual_seed(0)
+    if family == "Gemma3":
+        sizes = {"vocab_size": 96, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 16}
+        config = transformers.Gemma3TextConfig(**sizes, num_attention_heads=4, num_key_value_heads=2)
+        plain = transformers.Gemma3ForCausalLM(config).eval()
+    else:
+        both = {f"{part}_{key}": n for part in ("encoder", "decoder") for key, n in (("layers", 1), ("ffn_dim", 64), ("attention_heads", 4))}  # fmt: skip
+        plain = transformers.BartForConditionalGeneration(
+            transformers.BartConfig(vocab_size=96, d_model=64, scale_embedding=True, **both)
+        ).eval()
+    engine = deepspeed.init_inference(copy.deepcopy(plain), dtype="int8")
+    assert isinstance(engine.module.get_input_embeddings(), QuantizedEmbedding)
+    assert engine.module.lm_head.quantized is engine.module.get_input_embeddings().quantized
+    ids = torch.randint(3, 90, (2, 7), generator=torch.Generator().manual_seed(0))
+    found, expected = engine(ids).logits, dequantized(plain, engine.module)(ids).logits
+    assert (found - expected).abs().max() <= 2e-4 * expected.abs().max()
+
+
 def test_a_tied_head_and_its_embedding_share_one_weight() -> None:
     engine = deepspeed.init_inference(build("llama", tie_word_embeddings=True), dtype=torch.int8)
     weight = engine.module.lm_head.quantized
