@@ -127,11 +127,12 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
     const char* at = row(keys, b, shared, first);
     const int64_t head0 = (b * num_shared + shared) * heads;
     if (dtype == kFloat32) {
-        loops.score[0](at, keys.of_row, n, dim, queries + head0 * dim, heads, factor, scores);
+        loops.score[0](at, keys.of_row, n, dim, queries + head0 * dim, heads, factor, scores, loops.cache);
     } else if (dtype == kBFloat16 && shorts.are_whole) {
-        loops.score_short(reinterpret_cast<const uint16_t*>(at), keys.of_row, n, dim, shorts.whole.data() + head0 * dim, heads, factor, scores);
+        loops.score_short(reinterpret_cast<const uint16_t*>(at), keys.of_row, n, dim, shorts.whole.data() + head0 * dim, heads, factor, scores,
+                          loops.cache);
     } else if (dtype == kBFloat16) {
-        loops.score[1](at, keys.of_row, n, dim, shorts.gathered.data() + head0 * ((dim + 31) / 32 * 32), heads, factor, scores);
+        loops.score[1](at, keys.of_row, n, dim, shorts.gathered.data() + head0 * ((dim + 31) / 32 * 32), heads, factor, scores, loops.cache);
     } else {
         static thread_local std::vector<int32_t> sums;
         float scales[kChunk];
@@ -139,7 +140,8 @@ void Attention::score(int64_t b, int64_t shared, int64_t first, size_t n, float*
         const float* const factors = words.factors.data() + head0;
         gather_scales(keys, b, shared, first, n, scales);
         ask_for_scales(values, b, shared, first, n);
-        loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.queries.data() + head0 * dim, heads, sums.data());
+        loops.score_bytes(reinterpret_cast<const int8_t*>(at), keys.of_row, n, dim, words.queries.data() + head0 * dim, heads, sums.data(),
+                          loops.cache);
         for (int64_t h = 0; h < heads; ++h)
             loops.scale_sums(sums.data() + h * kChunk, scales, factors[h], padded_of(n), scores + h * kChunk);
     }
@@ -161,7 +163,7 @@ void Attention::ask_for_values(int64_t b, int64_t shared, int64_t first, size_t 
     const int64_t in_row = dim * nbytes(), all = static_cast<int64_t>(n), some = kAskedBytes / in_row;
     for (int64_t i = 0; i < (some < all ? some : all); ++i) {
         const char* at = row(values, b, shared, first + i);
-        for (int64_t byte = 0; byte < in_row; byte += 64) __builtin_prefetch(at + byte, 0, 2);
+        for (int64_t byte = 0; byte < in_row; byte += 64) loops.cache == 1 ? __builtin_prefetch(at + byte, 0, 3) : __builtin_prefetch(at + byte, 0, 2);
     }
 }
 
@@ -191,12 +193,13 @@ void Attention::mix(int64_t b, int64_t shared, int64_t first, size_t n, const fl
     if (dtype != kBytes) {
         for (int64_t i = 0; i < heads * dim; ++i) part[i] = 0;
         const auto loop = mixes_short() ? loops.mix_short : loops.mix[dtype - kFloat32];
-        loop(at, values.of_row, n, dim, weights, heads, part);
+        loop(at, values.of_row, n, dim, weights, heads, part, loops.cache);
         return;
     }
     rounded.sums.assign(heads * dim, 0);
     const int32_t* sums = rounded.sums.data();
-    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.weights.data(), heads, rounded.sums.data());
+    loops.mix_bytes(reinterpret_cast<const int8_t*>(at), values.of_row, n, dim, rounded.weights.data(), heads, rounded.sums.data(),
+                    loops.cache);
     for (int64_t h = 0; h < heads; ++h) loops.to_floats(sums + h * dim, rounded.factors[h], static_cast<size_t>(dim), part + h * dim);
 }
 

@@ -153,13 +153,13 @@ static void score_one(const typename Read::Element* key, size_t dim, const float
 
 template <class Read, size_t Heads>
 static inline void score_heads(const typename Read::Element* keys, int64_t stride, size_t n, size_t dim, const float* queries,
-                               float factor, float* scores, bool is_first) {
+                               float factor, float* scores, int cache) {
     constexpr size_t rows = kTile / Heads;
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const typename Read::Element* here = keys + static_cast<int64_t>(r) * stride;
-        if (is_first)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
+        if (cache)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim, cache);
         float found[kTile];
         score_tile<Read, Heads>(here, stride, dim, queries, factor, found);
         for (size_t h = 0; h < Heads; ++h) std::memcpy(scores + h * kChunk + r, found + h * rows, rows * sizeof *found);
@@ -172,7 +172,7 @@ static inline void score_heads(const typename Read::Element* keys, int64_t strid
 // scores [heads, kChunk] of n positions, times a factor; keys [n, dim] with `stride` elements from row to row, queries [heads, padded_of(dim)].
 template <class Read>
 static void score(const void* from, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float factor,
-                  float* scores) {
+                  float* scores, int cache) {
     const typename Read::Element* keys = static_cast<const typename Read::Element*>(from);
     const size_t of_query = padded_of<Read>(dim);
     for (size_t at = 0; at < n; at += kTileRows) {
@@ -180,9 +180,9 @@ static void score(const void* from, int64_t stride, size_t n, size_t dim, const 
         const typename Read::Element* here = keys + static_cast<int64_t>(at) * stride;
         const auto of = [&](size_t h) { return scores + h * kChunk + at; };
         size_t h = 0;
-        for (; h + 4 <= heads; h += 4) score_heads<Read, 4>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
-        for (; h + 2 <= heads; h += 2) score_heads<Read, 2>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
-        for (; h < heads; ++h) score_heads<Read, 1>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0);
+        for (; h + 4 <= heads; h += 4) score_heads<Read, 4>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0 ? cache : 0);
+        for (; h + 2 <= heads; h += 2) score_heads<Read, 2>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0 ? cache : 0);
+        for (; h < heads; ++h) score_heads<Read, 1>(here, stride, rows, dim, queries + h * of_query, factor, of(h), h == 0 ? cache : 0);
     }
 }
 
@@ -203,15 +203,15 @@ static inline __attribute__((always_inline)) void read_blocks(const typename Rea
 template <class Read, size_t Heads, size_t Blocks>
 static inline __attribute__((always_inline)) void mix_blocks(const typename Read::Element* values, int64_t stride, size_t n,
                                                              size_t dim, size_t d, const float* weights, float* out,
-                                                             bool is_first) {
+                                                             int cache) {
     Sixteen sums[Heads][Blocks];
     for (size_t h = 0; h < Heads; ++h)
         for (size_t v = 0; v < Blocks; ++v) sums[h][v] = load_sixteen(out + h * dim + d + 16 * v);
-    const bool asks = is_first && d * sizeof(typename Read::Element) % 64 == 0;
+    const bool asks = cache && d * sizeof(typename Read::Element) % 64 == 0;
     for (size_t r = 0; r < n; ++r) {
         const typename Read::Element* here = values + static_cast<int64_t>(r) * stride + d;
         Sixteen value[Blocks];
-        if (asks) prefetch_row(here + static_cast<int64_t>(kTileRows) * stride, 16 * Blocks);
+        if (asks) prefetch_row(here + static_cast<int64_t>(kTileRows) * stride, 16 * Blocks, cache);
         read_blocks<Read, Blocks>(here, value);
         for (size_t h = 0; h < Heads; ++h) {
             const float weight = weights[h * kChunk + r];
@@ -224,23 +224,25 @@ static inline __attribute__((always_inline)) void mix_blocks(const typename Read
 
 template <class Read, size_t Heads>
 static inline void mix_heads(const typename Read::Element* values, int64_t stride, size_t n, size_t dim, const float* weights,
-                             float* out, bool is_first) {
+                             float* out, int cache) {
     constexpr size_t blocks = kMixed / Heads < 4 ? kMixed / Heads : 4;
     size_t d = 0;
     for (; d + 16 * blocks <= dim; d += 16 * blocks)
-        mix_blocks<Read, Heads, blocks>(values, stride, n, dim, d, weights, out, is_first);
-    if (blocks > 2 && d + 32 <= dim) mix_blocks<Read, Heads, 2>(values, stride, n, dim, d, weights, out, is_first), d += 32;
-    for (; d < dim; d += 16) mix_blocks<Read, Heads, 1>(values, stride, n, dim, d, weights, out, is_first);
+        mix_blocks<Read, Heads, blocks>(values, stride, n, dim, d, weights, out, cache);
+    if (blocks > 2 && d + 32 <= dim) mix_blocks<Read, Heads, 2>(values, stride, n, dim, d, weights, out, cache), d += 32;
+    for (; d < dim; d += 16) mix_blocks<Read, Heads, 1>(values, stride, n, dim, d, weights, out, cache);
 }
 
 // out [heads, dim] += weights [heads, kChunk] times values [n, dim].
 template <class Read>
-static void mix(const void* from, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out) {
+static void mix(const void* from, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out, int cache) {
     const typename Read::Element* values = static_cast<const typename Read::Element*>(from);
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const typename Read::Element* here = values + static_cast<int64_t>(at) * stride;
-        const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
+        const auto mix_some = [&](auto mixes, size_t h) {
+            mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0 ? cache : 0);
+        };
         size_t h = 0;
         for (; kMixed >= 16 && h + 8 <= heads; h += 8) mix_some(mix_heads<Read, kMixed >= 16 ? 8 : 4>, h);
         for (; h + 4 <= heads; h += 4) mix_some(mix_heads<Read, 4>, h);
@@ -359,13 +361,13 @@ static void mix_bytes_of(const int8_t* values, int64_t stride, size_t n, size_t 
 
 template <size_t Heads>
 static inline void score_bytes_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums,
-                                     bool is_first) {
+                                     int cache) {
     constexpr size_t rows = 8 / Heads;
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const int8_t* here = keys + static_cast<int64_t>(r) * stride;
-        if (is_first)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim);
+        if (cache)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(kTileRows + j) * stride, dim, cache);
         score_bytes_tile<Heads, rows>(here, stride, dim, queries, sums + r);
     }
     for (; r < n; ++r)
@@ -375,25 +377,25 @@ static inline void score_bytes_heads(const int8_t* keys, int64_t stride, size_t 
 
 // sums [heads, kChunk]: exact products of int8 keys with queries of 15 bits.
 static void score_bytes(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
-                        int32_t* sums) {
+                        int32_t* sums, int cache) {
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const int8_t* here = keys + static_cast<int64_t>(at) * stride;
         const auto of = [&](size_t h) { return sums + h * kChunk + at; };
         size_t h = 0;
-        for (; h + 4 <= heads; h += 4) score_bytes_heads<4>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
-        for (; h + 2 <= heads; h += 2) score_bytes_heads<2>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
-        for (; h < heads; ++h) score_bytes_heads<1>(here, stride, rows, dim, queries + h * dim, of(h), h == 0);
+        for (; h + 4 <= heads; h += 4) score_bytes_heads<4>(here, stride, rows, dim, queries + h * dim, of(h), h == 0 ? cache : 0);
+        for (; h + 2 <= heads; h += 2) score_bytes_heads<2>(here, stride, rows, dim, queries + h * dim, of(h), h == 0 ? cache : 0);
+        for (; h < heads; ++h) score_bytes_heads<1>(here, stride, rows, dim, queries + h * dim, of(h), h == 0 ? cache : 0);
     }
 }
 
 // out [heads, dim] += weights [heads, kChunk] times int8 values, exact; a weight is 0 past the last position.
 static void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
-                      int32_t* out) {
+                      int32_t* out, int cache) {
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const int8_t* here = values + static_cast<int64_t>(at) * stride;
-        for (size_t r = 0; r < rows; ++r) prefetch_row(here + static_cast<int64_t>(kTileRows + r) * stride, dim);
+        for (size_t r = 0; r < rows; ++r) prefetch_row(here + static_cast<int64_t>(kTileRows + r) * stride, dim, cache);
         size_t h = 0;
         for (; h + 4 <= heads; h += 4)
             for (size_t d = 0; d < dim; d += 16)

@@ -65,14 +65,15 @@ struct ProductLoops {
     uint64_t (*read)(const uint64_t* words, size_t n, size_t streams);
 };
 
-// Attention over a chunk of a cache, for the heads that share it; see attention.inl. By element: fp32, bfloat16.
+// Attention over a chunk of a cache, for the heads that share it; see attention.inl. By element: fp32, bfloat16. `cache`: the one of the
+// processor, first or second, that rows to come are asked for.
 struct AttentionLoops {
     void (*score[2])(const void* keys, int64_t stride, size_t n, size_t dim, const float* queries, size_t heads, float factor,
-                     float* scores);
+                     float* scores, int cache);
     void (*score_short)(const uint16_t* keys, int64_t stride, size_t n, size_t dim, const uint16_t* queries, size_t heads, float factor,
-                        float* scores);  // of queries that are bfloat16 too; null where there is no instruction for it
+                        float* scores, int cache);  // of queries that are bfloat16 too; null where there is no instruction for it
     void (*score_bytes)(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads,
-                        int32_t* sums);
+                        int32_t* sums, int cache);
     float (*largest)(const float* x, size_t n);
     float (*weigh[3])(float* x, size_t n, float top);  // as they are, in 16 bits and in 8 for bfloat16
     float (*weigh_words)(float* x, const float* by, size_t n, float top, int16_t* to, float* sum);
@@ -80,15 +81,16 @@ struct AttentionLoops {
     void (*to_floats)(const int32_t* sums, float factor, size_t n, float* to);
     void (*add_scaled)(const float* x, float factor, size_t n, float* to);
     float (*to_words)(const float* x, size_t n, int16_t* to);
-    void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out);
+    void (*mix[2])(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out, int cache);
     void (*mix_short)(const void* values, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads,
-                      float* out);  // of weights in 8 bits; null where there is no instruction for it
+                      float* out, int cache);  // of weights in 8 bits; null where there is no instruction for it
     void (*mix_bytes)(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads,
-                      int32_t* out);
+                      int32_t* out, int cache);
     void (*gather)(const float* x, size_t dim, float* to);
     void (*spread)(float* x, size_t dim);
     void (*spread_short)(float* x, size_t dim);  // of what mix_short leaves
     void (*shorten)(float* x, size_t n);
+    int cache;
 };
 
 // Experts with gated MLPs, up [2 * inner, width] and down [width, inner]; see experts.inl. `before` [padded tokens, 2 * inner] and

@@ -220,6 +220,6 @@ static constexpr Kernels kTable = {
     kProducts,
     {{score<ReadFloats>, score<ReadBFloats>}, nullptr, score_bytes, largest, {weigh<0>, weigh<8>, weigh<16>}, weigh_words,
      scale_sums, to_floats, add_scaled, to_words,
-     {mix<ReadFloats>, mix<ReadBFloats>}, nullptr, mix_bytes, gather, spread, nullptr, shorten},
+     {mix<ReadFloats>, mix<ReadBFloats>}, nullptr, mix_bytes, gather, spread, nullptr, shorten, 2},
     {padded, experts_scratch, expert_forward, expert_backward},
 };

@@ -46,7 +46,7 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
 
 Kernels avx2_kernels(bool has_large_first_cache) {
     Kernels found = kTable;
-    if (has_large_first_cache) found.products = near_products();
+    if (has_large_first_cache) found.products = near_products(), found.attention.cache = 1;
     return found;
 }
 

@@ -47,7 +47,7 @@ void narrow_fp16(const float* from, uint16_t* to, size_t n) {
 
 Kernels avx512_kernels(bool takes_512_bits_whole) {
     Kernels found = kTable;
-    if (takes_512_bits_whole) found.products = near_products();
+    if (takes_512_bits_whole) found.products = near_products(), found.attention.cache = 1;
     // The same loop, which a compiler makes shorter where it has 16 registers (Zen 4: 83 % of the bandwidth, 73 with 32).
     const Kernels narrow = avx2_kernels(takes_512_bits_whole);
     found.products.integers[0] = narrow.products.integers[0], found.products.several[0] = narrow.products.several[0];

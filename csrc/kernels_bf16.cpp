@@ -60,26 +60,26 @@ static inline size_t rows_of(size_t numel, size_t dim) { return (numel + dim - 1
 
 template <size_t Heads>
 static inline void score_heads(const uint16_t* keys, int64_t stride, size_t n, size_t dim, const uint16_t* queries, float factor,
-                               float* scores, bool is_first) {
+                               float* scores, int cache) {
     constexpr size_t rows = Heads == 1 ? 4 : 16 / Heads;
     const size_t ahead = Heads == 1 ? rows_of(512, dim) : kTileRows;
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const uint16_t* here = keys + static_cast<int64_t>(r) * stride;
-        if (is_first)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, dim);
+        if (cache)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, dim, cache);
         score_tile<Heads, rows>(here, stride, dim, queries, factor, scores + r);
     }
     for (; r < n; ++r) score_tile<Heads, 1>(keys + static_cast<int64_t>(r) * stride, stride, dim, queries, factor, scores + r);
 }
 
 void score_short(const uint16_t* keys, int64_t stride, size_t n, size_t dim, const uint16_t* queries, size_t heads, float factor,
-                 float* scores) {
+                 float* scores, int cache) {
     for (size_t at = 0; at < n; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const uint16_t* here = keys + static_cast<int64_t>(at) * stride;
         const auto score_some = [&](auto score, size_t h) {
-            score(here, stride, rows, dim, queries + h * dim, factor, scores + h * kChunk + at, h == 0);
+            score(here, stride, rows, dim, queries + h * dim, factor, scores + h * kChunk + at, h == 0 ? cache : 0);
         };
         size_t h = 0;
         // Eight at once, so that rows to come are asked for evenly (Zen 5: 18 GB/s by fours, so 20; 25 and 27 where rows begin at multiples of 256).
@@ -93,7 +93,7 @@ void score_short(const uint16_t* keys, int64_t stride, size_t n, size_t dim, con
 // `Blocks` times 32 elements of out from d on, or the 16 that a row ends with, as unpacking leaves them. `pairs` are weights.
 template <size_t Heads, size_t Blocks>
 static inline __attribute__((always_inline)) void mix_blocks(const uint16_t* values, int64_t stride, size_t n, size_t dim, size_t d,
-                                                             const uint32_t (*pairs)[kTileRows / 2], float* out, bool is_first) {
+                                                             const uint32_t (*pairs)[kTileRows / 2], float* out, int cache) {
     const bool is_whole = d + 32 <= dim;
     const size_t ahead = Heads <= 2 ? rows_of(1024, dim) : kTileRows;
     const __mmask16 mask = is_whole ? 0xffff : 0xff;
@@ -103,8 +103,8 @@ static inline __attribute__((always_inline)) void mix_blocks(const uint16_t* val
         for (size_t i = 0; i < 2 * Blocks; ++i) sums[h][i] = _mm512_maskz_loadu_ps(mask, half(h, i));
     for (size_t r = 0; r < n; r += 2) {
         const uint16_t* const here = values + static_cast<int64_t>(r) * stride + d;
-        if (is_first)
-            for (size_t j = 0; j < 2; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, 32 * Blocks);
+        if (cache)
+            for (size_t j = 0; j < 2; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, 32 * Blocks, cache);
         for (size_t v = 0; v < Blocks; ++v) {
             const __m512i first = (__m512i)load_short(here + 32 * v, is_whole);
             const __m512i second = r + 1 < n ? (__m512i)load_short(here + stride + 32 * v, is_whole) : _mm512_setzero_si512();
@@ -121,7 +121,7 @@ static inline __attribute__((always_inline)) void mix_blocks(const uint16_t* val
 }
 
 template <size_t Heads>
-static inline void mix_heads(const uint16_t* values, int64_t stride, size_t n, size_t dim, const float* weights, float* out, bool is_first) {
+static inline void mix_heads(const uint16_t* values, int64_t stride, size_t n, size_t dim, const float* weights, float* out, int cache) {
     constexpr size_t blocks = Heads < 4 ? 4 : 8 / Heads;
     alignas(64) uint32_t pairs[Heads][kTileRows / 2];
     for (size_t h = 0; h < Heads; ++h)
@@ -131,17 +131,19 @@ static inline void mix_heads(const uint16_t* values, int64_t stride, size_t n, s
             _mm256_store_si256(reinterpret_cast<__m256i*>(pairs[h] + r / 2), _mm512_cvtepi64_epi32(pair));
         }
     size_t d = 0;
-    for (; d + 32 * blocks <= dim; d += 32 * blocks) mix_blocks<Heads, blocks>(values, stride, n, dim, d, pairs, out, is_first);
-    for (; d < dim; d += 32) mix_blocks<Heads, 1>(values, stride, n, dim, d, pairs, out, is_first);
+    for (; d + 32 * blocks <= dim; d += 32 * blocks) mix_blocks<Heads, blocks>(values, stride, n, dim, d, pairs, out, cache);
+    for (; d < dim; d += 32) mix_blocks<Heads, 1>(values, stride, n, dim, d, pairs, out, cache);
 }
 
-void mix_short(const void* from, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out) {
+void mix_short(const void* from, int64_t stride, size_t n, size_t dim, const float* weights, size_t heads, float* out, int cache) {
     const uint16_t* values = static_cast<const uint16_t*>(from);
     const size_t tile = heads / 4 == 1 ? kTileRows / 2 : kTileRows;  // Zen 4, four heads: 23 GB/s, so 26; eight: 20, 19
     for (size_t at = 0; at < n; at += tile) {
         const size_t rows = n - at < tile ? n - at : tile;
         const uint16_t* here = values + static_cast<int64_t>(at) * stride;
-        const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
+        const auto mix_some = [&](auto mixes, size_t h) {
+            mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0 ? cache : 0);
+        };
         size_t h = 0;
         for (; h + 8 <= heads; h += 8) mix_some(mix_heads<8>, h);
         for (; h + 4 <= heads; h += 4) mix_some(mix_heads<4>, h);

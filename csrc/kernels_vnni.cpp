@@ -467,9 +467,10 @@ struct Coming {
     const int8_t* row;
     int64_t stride;
     size_t dim, at;
+    int cache;
 
     inline __attribute__((always_inline)) void next() {
-        ask_for(row + at);
+        ask_for(row + at, cache);
         at += 64;
         if (at >= dim) at = 0, row += stride;
     }
@@ -486,7 +487,7 @@ DS_INLINE __m512i sum_quarters(__m512i a, __m512i b, __m512i c, __m512i d) {
 DS_INLINE void keep_in_registers(__m512i& a, __m512i& b) { __asm__("" : "+v"(a), "+v"(b)); }
 
 // Sums of 8 rows with four queries: words of queries that are read serve two registers of rows.
-template <bool Asks>
+template <int Cache>
 DS_INLINE void score_eight(const int8_t* keys, int64_t stride, size_t dim, const Halves& queries, int32_t* sums) {
     const int64_t ahead = static_cast<int64_t>(rows_ahead(dim));
     __m512i low[4][2], high[4][2];
@@ -497,8 +498,8 @@ DS_INLINE void score_eight(const int8_t* keys, int64_t stride, size_t dim, const
         __m512i rows[2][4];
         for (int i = 0; i < 2; ++i) turn_four(keys + 4 * i * stride + d, stride, mask, rows[i]);
         for (int j = 0; j < 4; ++j) {
-            if (Asks)
-                for (int i = 0; i < 2; ++i) ask_for(keys + (ahead + 2 * j + i) * stride + d);
+            if (Cache)
+                for (int i = 0; i < 2; ++i) ask_for(keys + (ahead + 2 * j + i) * stride + d, Cache);
             for (int h = 0; h < 4; ++h) {
                 const auto& query = queries.words[d / 64][j][h];
                 __m512i query_low = _mm512_load_si512(query[0]), query_high = _mm512_load_si512(query[1]);
@@ -529,20 +530,21 @@ static void score_rest(const int8_t* keys, int64_t stride, size_t r, size_t n, s
 }
 
 template <int Heads>
-static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, bool asks) {
+static void score_heads(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, int32_t* sums, int cache) {
     constexpr size_t rows = 16 / Heads;
     const size_t ahead = rows_ahead(dim);
     size_t r = 0;
     for (; r + rows <= n; r += rows) {
         const int8_t* here = keys + static_cast<int64_t>(r) * stride;
-        if (asks)
-            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, dim);
+        if (cache)
+            for (size_t j = 0; j < rows; ++j) prefetch_row(here + static_cast<int64_t>(ahead + j) * stride, dim, cache);
         score_tile<Heads>(here, stride, dim, queries, sums + r);
     }
     score_rest<Heads>(keys, stride, r, n, dim, queries, sums);
 }
 
 // As score_heads, of a multiple of four heads.
+template <int Cache>
 static void score_fours(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
     static thread_local std::vector<Halves> halves;
     halves.resize(heads / 4);
@@ -550,19 +552,19 @@ static void score_fours(const int8_t* keys, int64_t stride, size_t n, size_t dim
     size_t r = 0;
     for (; r + 8 <= n; r += 8) {
         const int8_t* here = keys + static_cast<int64_t>(r) * stride;
-        score_eight<true>(here, stride, dim, halves[0], sums + r);
-        for (size_t i = 1; i < heads / 4; ++i) score_eight<false>(here, stride, dim, halves[i], sums + 4 * i * kChunk + r);
+        score_eight<Cache>(here, stride, dim, halves[0], sums + r);
+        for (size_t i = 1; i < heads / 4; ++i) score_eight<0>(here, stride, dim, halves[i], sums + 4 * i * kChunk + r);
     }
     for (size_t i = 0; i < heads; i += 4) score_rest<4>(keys, stride, r, n, dim, queries + i * dim, sums + i * kChunk);
 }
 
-void score_bytes(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums) {
+void score_bytes(const int8_t* keys, int64_t stride, size_t n, size_t dim, const int16_t* queries, size_t heads, int32_t* sums, int cache) {
     const size_t h = heads / 4 * 4;
-    if (h > 0) score_fours(keys, stride, n, dim, queries, h, sums);
+    if (h > 0) (cache == 1 ? score_fours<1> : score_fours<2>)(keys, stride, n, dim, queries, h, sums);
     for (size_t at = 0; at < n && h < heads; at += kTileRows) {
         const size_t rows = n - at < kTileRows ? n - at : kTileRows;
         const int8_t* here = keys + static_cast<int64_t>(at) * stride;
-        const auto score_some = [&](auto scores, size_t i) { scores(here, stride, rows, dim, queries + i * dim, sums + i * kChunk + at, i == 0); };
+        const auto score_some = [&](auto scores, size_t i) { scores(here, stride, rows, dim, queries + i * dim, sums + i * kChunk + at, i == 0 ? cache : 0); };
         size_t i = h;
         for (; i + 2 <= heads; i += 2) score_some(score_heads<2>, i);
         for (; i < heads; ++i) score_some(score_heads<1>, i);
@@ -609,9 +611,9 @@ DS_INLINE void mix_tile(const int8_t* values, int64_t stride, size_t n, size_t d
 }
 
 template <int Heads>
-static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, bool asks) {
-    Coming coming{values + static_cast<int64_t>(rows_ahead(dim)) * stride, stride, dim, 0};
-    const int lines = !asks ? 0 : dim % 64 ? 2 : 1;  // one for each 32 elements of two rows reaches all lines of whole ones
+static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, int32_t* out, int cache) {
+    Coming coming{values + static_cast<int64_t>(rows_ahead(dim)) * stride, stride, dim, 0, cache};
+    const int lines = !cache ? 0 : dim % 64 ? 2 : 1;  // one for each 32 elements of two rows reaches all lines of whole ones
     constexpr int blocks = Heads <= 4 ? 2 : 1;
     size_t d = 0;
     for (; d + 32 * blocks <= dim; d += 32 * blocks) mix_tile<Heads, blocks, true>(values + d, stride, n, dim, weights, out + d, coming, blocks * lines);
@@ -619,12 +621,14 @@ static void mix_heads(const int8_t* values, int64_t stride, size_t n, size_t dim
     if (d < dim) mix_tile<Heads, 1, false>(values + d, stride, n, dim, weights, out + d, coming, lines);
 }
 
-void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out) {
+void mix_bytes(const int8_t* values, int64_t stride, size_t n, size_t dim, const int16_t* weights, size_t heads, int32_t* out, int cache) {
     const size_t tile = rows_ahead(dim);
     for (size_t at = 0; at < n; at += tile) {
         const size_t rows = n - at < tile ? n - at : tile;
         const int8_t* here = values + static_cast<int64_t>(at) * stride;
-        const auto mix_some = [&](auto mixes, size_t h) { mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0); };
+        const auto mix_some = [&](auto mixes, size_t h) {
+            mixes(here, stride, rows, dim, weights + h * kChunk + at, out + h * dim, h == 0 ? cache : 0);
+        };
         size_t h = 0;
         for (; h + 8 <= heads; h += 8) mix_some(mix_heads<8>, h);
         for (; h + 4 <= heads; h += 4) mix_some(mix_heads<4>, h);

@@ -114,12 +114,10 @@ static inline __attribute__((always_inline)) void fold(const Sixteen& sums, Floa
 
 constexpr size_t kTileRows = 32;  // positions of a cache that are in the first-level cache for all heads
 
-// Asks for the line at an address, for the second-level cache unless the first is named: what waits in the first is pushed out by rows
-// that lie a multiple of 4 KB apart, where that cache is small (Zen 4, 32 KB: bf16 at 56 % of the bandwidth so, 80 % from the second;
-// attention 42 and 67 %).
-template <int Cache = 2>
-static inline __attribute__((always_inline)) void ask_for(const void* at) {
-    __builtin_prefetch(at, 0, Cache == 1 ? 3 : 2);
+// Asks for the line at an address, for the first- or second-level cache: what waits in the first is pushed out by rows that lie a multiple
+// of 4 KB apart, where that cache is small (Zen 4, 32 KB: bf16 at 56 % of the bandwidth so, 80 % from the second; attention 42 and 67 %).
+static inline __attribute__((always_inline)) void ask_for(const void* at, int cache) {
+    cache == 1 ? __builtin_prefetch(at, 0, 3) : __builtin_prefetch(at, 0, 2);
 }
 
 // How rows of weights are asked for: so many bytes ahead (the next row of a stream follows on this one), or not at all; into which cache.
@@ -127,7 +125,7 @@ template <size_t Bytes, int Cache>
 struct Asks {
     static constexpr int kCache = Cache;
     static inline __attribute__((always_inline)) void ahead_of(const void* at) {
-        if (Bytes) ask_for<Cache>(static_cast<const char*>(at) + Bytes);
+        if (Bytes) ask_for(static_cast<const char*>(at) + Bytes, Cache);
     }
 };
 
@@ -151,7 +149,7 @@ static inline __attribute__((always_inline)) void sum_offsets(const float* scale
 
 // Asks for a row of the next tile, while this one is worked on: a burst of requests would hold up what it is for.
 template <class Element>
-static inline __attribute__((always_inline)) void prefetch_row(const Element* row, size_t dim) {
+static inline __attribute__((always_inline)) void prefetch_row(const Element* row, size_t dim, int cache) {
     const char* at = reinterpret_cast<const char*>(row);
-    for (size_t b = 0; b < dim * sizeof(Element); b += 64) ask_for(at + b);
+    for (size_t b = 0; b < dim * sizeof(Element); b += 64) ask_for(at + b, cache);
 }

@@ -118,7 +118,10 @@ def test_lines_of_several_ranks_come_whole(
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="a file that is always full")
 def test_output_that_cannot_be_written_is_told(tmp_path: Path) -> None:
-    code = "from tests.launcher.test_supervise import _run\nimport sys; sys.exit(_run('echo one', 'echo two; exit 3'))"
+    """The rank that fails does so after the other has written."""
+    last = f"until [ -e {tmp_path}/written ]; do sleep 0.05; done; echo two; exit 3"
+    call = f"_run('echo one; touch {tmp_path}/written', '{last}')"
+    code = f"from tests.launcher.test_supervise import _run\nimport sys; sys.exit({call})"
     with open("/dev/full", "wb") as full:
         ended = subprocess.run(
             [sys.executable, "-c", code], cwd=REPOSITORY, stdout=full, stderr=subprocess.PIPE, text=True, check=False

@@ -65,8 +65,9 @@ def is_fused(module: nn.Module) -> bool:
 
 
 def _takes_choices(module: nn.Module) -> bool:
-    """Whether its forward takes tokens, chosen experts and weights; some take tokens that were sorted before."""
-    return len(inspect.signature(type(module).forward).parameters) == _NUM_TAKEN
+    """Whether its forward takes tokens, chosen experts and weights; some take tokens that were sorted before, alone."""
+    taken = inspect.signature(type(module).forward).parameters.values()
+    return len(taken) >= _NUM_TAKEN or any(one.kind is inspect.Parameter.VAR_POSITIONAL for one in taken)
 
 
 _NUM_TAKEN = 4
