@@ -14,6 +14,8 @@ from torch import nn
 import deepspeed
 from deepspeed.inference.int8_cache import new_cache
 from deepspeed.inference.quantization.quantization import _init_group_wise_weight_quantization
+from deepspeed.inference.quantized_experts import held_experts
+from deepspeed.parallel.expert.hugging_face import HELD
 from deepspeed.quant.linear import QuantizedEmbedding, QuantizedLinear
 from deepspeed.utils.errors import DeepSpeedConfigError, DeepSpeedError
 from tests.inference.families import FAMILIES, build, prompts
@@ -27,10 +29,13 @@ TESTED = FAMILIES if os.environ.get("DS_TEST_LONG") else ["llama", "gpt2", "t5"]
 def dequantized(plain: nn.Module, quantized: nn.Module) -> Any:
     """A copy of `plain` with the weights that `quantized` holds."""
     other = copy.deepcopy(plain)
-    for name, layer in quantized.named_modules():
-        if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)):
-            target = other.get_submodule(name)
-            with torch.no_grad():
+    with torch.no_grad():
+        for name, weights, is_transposed in held_experts(quantized):
+            whole = torch.stack([weight.whole() for weight in weights])
+            other.get_parameter(name).copy_(whole.transpose(1, 2) if is_transposed else whole)
+        for name, layer in quantized.named_modules():
+            if isinstance(layer, (QuantizedLinear, QuantizedEmbedding)) and f".{HELD}." not in name:
+                target = other.get_submodule(name)
                 target.weight.copy_(layer.weight.t() if type(target).__name__ == "Conv1D" else layer.weight)
     return other
 

@@ -12,12 +12,11 @@ import torch
 from torch import Tensor, nn
 
 import deepspeed
-from deepspeed.inference.quantized_experts import held_experts
 from deepspeed.parallel.expert.hugging_face import is_fused
-from deepspeed.quant.linear import QuantizedLinear
 from tests.harness import run_ranks
 from tests.inference.families import build, prompts
 from tests.inference.test_engine import logits_of
+from tests.inference.test_quantize_layers import dequantized
 
 transformers = pytest.importorskip("transformers")
 
@@ -39,26 +38,13 @@ def model_of(family: str) -> Any:
     return gpt_oss() if family == "gpt_oss" else build(family, hidden_size=96, moe_intermediate_size=64)
 
 
-def with_weights_of(plain: Any, quantized: nn.Module) -> Any:
-    """A copy of `plain` with the weights that `quantized` holds."""
-    other = copy.deepcopy(plain)
-    with torch.no_grad():
-        for name, weights, is_transposed in held_experts(quantized):
-            whole = torch.stack([weight.whole() for weight in weights])
-            other.get_parameter(name).copy_(whole.transpose(1, 2) if is_transposed else whole)
-        for name, layer in quantized.named_modules():
-            if isinstance(layer, QuantizedLinear) and ".ds_held." not in name:
-                other.get_submodule(name).weight.copy_(layer.weight)
-    return other
-
-
 @pytest.mark.parametrize("dtype", ["int8", "int4"])
 @pytest.mark.parametrize("family", ["mixtral", "qwen2_moe", "gpt_oss"])
 def test_experts_say_what_their_dequantized_matrices_say(family: str, dtype: str) -> None:
     plain, batch = model_of(family), prompts("left")
     engine = deepspeed.init_inference(copy.deepcopy(plain), dtype=dtype, quant=GROUPS)
     assert not any(param.dim() == 3 for param in engine.module.parameters())
-    other = with_weights_of(plain, engine.module)
+    other = dequantized(plain, engine.module)
     found, expected = logits_of(engine, batch), logits_of(other, batch)
     assert (found - expected).abs().max() <= 1e-3 * expected.abs().max()
     greedy = {"max_new_tokens": 8, "do_sample": False}
