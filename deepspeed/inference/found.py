@@ -145,9 +145,9 @@ def _parts(
     content: Mapping[str, Any], files: Mapping[str, Any], folder: Path, what: str, rank: int, size: int
 ) -> Parts:
     stated = content.get("tp_size", content.get("mp_size", 1))
-    if not isinstance(stated, int):
+    if not str(stated).isdecimal():  # "2" is one, as it was
         raise DeepSpeedConfigError(f"{what} has tp_size = {stated!r}, which is no whole number.")
-    if stated != size:
+    if int(stated) != size:
         raise DeepSpeedConfigError(
             f"{what} was saved for tp_size = {stated}, and this run has {size}.\n"
             f"  Run on {stated} ranks, or load the checkpoint that it was made from."

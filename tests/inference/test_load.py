@@ -267,6 +267,8 @@ def test_what_is_damaged_or_does_not_fit_loads_nothing(tmp_path: Path) -> None:
     parts = {"tp_size": "two", "checkpoints": {"non_tp": ["a.pt"], "tp": ["b.pt"]}}
     with pytest.raises(DeepSpeedConfigError, match="has tp_size = 'two', which is no whole number"):
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=parts)
+    with pytest.raises(DeepSpeedConfigError, match="was saved for tp_size = 2, and this run has 1"):
+        deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint={**parts, "tp_size": "2"})
     with pytest.raises(CheckpointError, match="there is no checkpoint .*nowhere, and no model of that name"):
         deepspeed.init_inference(on_meta("llama"), dtype="fp32", checkpoint=str(tmp_path / "nowhere"))
     megatron = {"type": "Megatron", "checkpoints": ["a.pt", "b.pt"]}
